@@ -1,0 +1,7 @@
+"""`python -m clipgraft`."""
+
+import sys
+
+from clipgraft.cli import main
+
+sys.exit(main())

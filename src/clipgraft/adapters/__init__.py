@@ -1,0 +1,1 @@
+"""Adapters on disk, in the layout PEFT opens."""

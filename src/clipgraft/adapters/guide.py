@@ -1,0 +1,41 @@
+"""The guide's function names, as thin aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from clipgraft.adapters.native import AdapterFile, load_adapter, lora_state_dict, save_adapter
+from clipgraft.lora.inject import apply_lora, require_lora
+from clipgraft.lora.targets import guide_targets
+from clipgraft.models.clip import ClipLike
+
+
+def apply_lora_to_text_encoder(
+    model: ClipLike,
+    r: int = 16,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.1,
+    target_modules: Sequence[str] | None = None,
+) -> int:
+    """`apply_lora` on the text tower by the guide's module names; returns how many blocks carry LoRA."""
+    targets = guide_targets(target_modules or ("in_proj", "out_proj"))
+    apply_lora(model, r=r, alpha=lora_alpha, dropout=lora_dropout, targets=targets)
+    return len({site.block for site in require_lora(model).layers})
+
+
+def get_lora_state_dict(model: ClipLike) -> dict[str, Tensor]:
+    """`lora_state_dict`."""
+    return lora_state_dict(model)
+
+
+def save_lora_adapters(model: ClipLike, path: str | Path) -> Path:
+    """`save_adapter`."""
+    return save_adapter(model, path)
+
+
+def load_lora_adapters(model: ClipLike, path: str | Path) -> AdapterFile:
+    """`load_adapter`."""
+    return load_adapter(model, path)

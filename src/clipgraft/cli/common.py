@@ -1,0 +1,72 @@
+"""What the commands share: loading the model and reading a table, with what they print."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from clipgraft.adapters.open import load
+from clipgraft.config import DataSpec, ModelSpec
+from clipgraft.data.pairs import Pairs, read_pairs
+from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
+from clipgraft.errors import ConfigError
+from clipgraft.models.clip import Clip
+
+log = logging.getLogger("clipgraft")
+
+
+def load_model(spec: ModelSpec) -> Clip:
+    """The base of a command on its device, with one line on what it is."""
+    precision = "bf16" if spec.precision == "bf16" else "fp32"
+    clip = load(spec.model, spec.pretrained, device=pick_device(spec.device), precision=precision)
+    log.info("base %s on %s, fingerprint %s", _title(clip), clip.device, clip.fingerprint)
+    return clip
+
+
+def _title(clip: Clip) -> str:
+    return " / ".join(part for part in (clip.source.name, clip.source.pretrained) if part)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one.
+
+    Raises:
+        ConfigError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got {name!r}, allowed is auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch sees no GPU here; use --device cpu")
+    return device
+
+
+def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:
+    """Read and check pairs, and print the summary of them."""
+    with tqdm(desc=f"checking {what}", unit="image", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        pairs, report = read_pairs(
+            path,
+            dataset_type=spec.dataset_type,
+            image_key=spec.csv_img_key,
+            caption_key=spec.csv_caption_key,
+            separator=spec.csv_separator,
+            strict=spec.strict,
+            max_bad_rows=spec.max_bad_rows,
+            workers=spec.workers,
+            progress=progress,
+        )
+    captions = [caption for group in pairs.captions for caption in group]
+    long_captions = count_long_captions(captions, clip.count_tokens, clip.context_length)
+    log.info("%s", format_report(with_long_captions(report, long_captions, clip.context_length)))
+    return pairs

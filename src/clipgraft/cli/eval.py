@@ -1,0 +1,70 @@
+"""`clipgraft eval`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import DataSpec, EvalSpec, ModelSpec
+from clipgraft.errors import ConfigError
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = "Measure retrieval on images with captions: a base, or an adapter beside its base."
+_SHOWN = (
+    "image_to_text_R@1",
+    "image_to_text_R@5",
+    "image_to_text_R@10",
+    "image_to_text_mean_rank",
+    "image_to_text_median_rank",
+    "text_to_image_R@1",
+    "text_to_image_R@5",
+    "text_to_image_R@10",
+    "text_to_image_mean_rank",
+    "text_to_image_median_rank",
+)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, evaluate, print a table and optionally write JSON."""
+    model_spec, data, spec = parse("eval", _SUMMARY, [ModelSpec, DataSpec, EvalSpec], argv)
+    if data.val_data is None:
+        raise ConfigError("--val-data is missing: a table of images and captions, or a folder of both")
+    from clipgraft.adapters.native import load_adapter
+    from clipgraft.cli.common import load_model, read_table
+    from clipgraft.evaluate.retrieval import evaluate_retrieval
+    from clipgraft.files import write_json
+    from clipgraft.lora.inject import lora_disabled, lora_state
+
+    clip = load_model(model_spec)
+    if spec.adapter is not None:
+        load_adapter(clip, spec.adapter, force=spec.force)
+    pairs = read_table(clip, data.val_data, data, "validation data")
+    autocast = model_spec.precision == "amp_bf16"
+
+    def measure() -> dict[str, float]:
+        return evaluate_retrieval(
+            clip, pairs, batch_size=spec.batch_size, workers=data.workers, autocast=autocast
+        )
+
+    columns: dict[str, dict[str, float]] = {}
+    if lora_state(clip) is None:
+        columns["base"] = measure()
+    else:
+        with lora_disabled(clip):
+            columns["base"] = measure()
+        columns["adapter"] = measure()
+    print(table(columns))
+    if spec.out is not None:
+        write_json(spec.out, columns)
+        log.info("wrote %s", spec.out)
+
+
+def table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics as aligned rows, one column a model; recalls in percent."""
+    lines = [f"{'':<26}" + "".join(f"{name:>10}" for name in columns)]
+    for metric in _SHOWN:
+        percent = "_R@" in metric
+        values = (100 * column[metric] if percent else column[metric] for column in columns.values())
+        lines.append(f"{metric:<26}" + "".join(f"{value:>10.1f}" for value in values))
+    return "\n".join(lines)

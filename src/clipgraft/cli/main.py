@@ -1,0 +1,77 @@
+"""`clipgraft VERB …`: verb -> function, and errors -> one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from clipgraft.errors import ClipgraftError
+
+VERBS = {
+    "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
+    "eval": "measure retrieval of a base, or of an adapter beside its base",
+    "demo": "adapt the embedded default to Vietnamese captions and show what it bought",
+}
+_HELP = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 done, 2 bad usage or input, 1 failure."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _speak_plainly()
+    if not arguments or arguments[0] in _HELP:
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        from clipgraft import __version__
+
+        print(f"clipgraft {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        return _fail(f"there is no command '{verb}'{_nearest(verb)}; commands are {', '.join(VERBS)}")
+    try:
+        importlib.import_module(f"clipgraft.cli.{verb}").run(rest)
+    except ClipgraftError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:<8} {text}" for verb, text in VERBS.items())
+    return (
+        "usage: clipgraft COMMAND [--flags]\n\n"
+        f"Graft LoRA adapters onto CLIP models.\n\ncommands:\n{verbs}\n\n"
+        "`clipgraft COMMAND --help` lists a command's flags; `clipgraft --version` prints the version."
+    )
+
+
+def _nearest(verb: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _fail(message: str, code: int = 2) -> int:
+    for line in message.splitlines():
+        print(f"clipgraft: {line}", file=sys.stderr)
+    return code
+
+
+def _speak_plainly() -> None:
+    """The library's own log lines go to the terminal as they are; UTF-8 whatever the locale says."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    log = logging.getLogger("clipgraft")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not any(type(handler) is logging.StreamHandler for handler in log.handlers):
+        log.addHandler(logging.StreamHandler(sys.stdout))

@@ -1,0 +1,233 @@
+"""Specs: every flag of the command line, declared once, typed, and checked all at once.
+
+A field is a flag: `lora_r` is `--lora-r` and the key `lora_r` or `lora-r` of a YAML file. Names and defaults
+are open_clip's and the guide's where they have one. Specs are frozen and stop at their folder's door: the
+library's functions take plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from clipgraft.errors import ConfigError
+
+
+def _pairs(value: Any) -> Any:
+    """`text.0.*=4,vision.*=8` -> {"text.0.*": "4", "vision.*": "8"}; mappings pass."""
+    if not isinstance(value, str):
+        return value
+    items = [item.split("=") for item in value.split(",") if item.strip()]
+    if any(len(item) != 2 for item in items):
+        raise ValueError("write SITES=NUMBER pairs, e.g. text.0.*=4,text.11.*=32")
+    return {key.strip(): number.strip() for key, number in items}
+
+
+def _separator(value: Any) -> Any:
+    """A shell passes backslash-t as two characters."""
+    return "\t" if value in ("\\t", "tab") else value
+
+
+def _words(value: Any) -> Any:
+    return (
+        tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+    )
+
+
+RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
+AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class Spec(BaseModel):
+    """Base of every spec: frozen, and no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSpec(Spec):
+    """Which base, and where it runs."""
+
+    model: str = Field(
+        "emoji", description="emoji, an open_clip name or JSON config, hf:ID, or a local folder"
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip tag, local checkpoint, or 'none' for random weights"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["fp32", "amp_bf16", "bf16"] = Field(
+        "fp32", description="amp_bf16 computes in bf16 where it is safe; bf16 also stores the base so"
+    )
+
+
+class DataSpec(Spec):
+    """Images and captions."""
+
+    train_data: Path | None = Field(None, description="table of images and captions, or a folder of both")
+    val_data: Path | None = Field(None, description="the same for validation")
+    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="how to read the data; auto goes by the file name"
+    )
+    csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
+    csv_caption_key: str | None = Field(None, description="column of captions (default: title, or guessed)")
+    csv_separator: Annotated[str | None, BeforeValidator(_separator)] = Field(
+        None, description="column separator (default: tab, or guessed)"
+    )
+    max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
+    strict: bool = Field(False, description="stop at the first unreadable row")
+    workers: int = Field(2, ge=0, description="processes or threads that decode images")
+
+
+class LoraSpec(Spec):
+    """The adapter."""
+
+    use_lora: bool = Field(
+        False, description="train a LoRA adapter; without it the model itself is fine-tuned"
+    )
+    lora_r: int = Field(16, ge=1, description="rank")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="scale numerator; the update is scaled by alpha/r"
+    )
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
+    lora_targets: str | None = Field(
+        None, description="target set or sites, e.g. text-attention or text.*.q,v"
+    )
+    lora_target_modules: Words | None = Field(
+        None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
+    )
+    lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
+    lora_rank_pattern: RankPattern = Field(
+        {}, description="other ranks for some sites: text.0.*=4,text.11.*=32"
+    )
+    lora_alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
+    lora_train_logit_scale: bool = Field(False, description="train the temperature with the adapter")
+
+
+class TrainSpec(Spec):
+    """Optimisation; names and defaults are open_clip's."""
+
+    batch_size: int = Field(64, ge=2, description="pairs a step")
+    epochs: int = Field(32, ge=1, description="passes over the captions")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    wd: float = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
+    eps: float = Field(1e-6, gt=0, description="AdamW epsilon")
+    warmup: int = Field(10000, ge=0, description="steps of linear warmup, at most a tenth of the run")
+    lr_scheduler: Literal["cosine", "const", "const-cooldown"] = Field(
+        "cosine", description="schedule after warmup"
+    )
+    epochs_cooldown: int | None = Field(
+        None, ge=1, description="epochs of cooldown at the end (const-cooldown)"
+    )
+    lr_cooldown_end: float = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
+    lr_cooldown_power: float = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
+    grad_clip_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm")
+    accum_freq: int = Field(1, ge=1, description="micro-batches a step; the loss is that of the whole batch")
+    grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    lock_image: bool = Field(False, description="freeze the image tower")
+    lock_image_unlocked_groups: int = Field(0, ge=0, description="groups at its end to leave trainable")
+    lock_text: bool = Field(False, description="freeze the text tower")
+    lock_text_unlocked_layers: int = Field(0, ge=0, description="layers at its end to leave trainable")
+    augment: bool = Field(False, description="random crops where the image tower trains")
+    seed: int = Field(0, ge=0, description="of weights, order, dropout and crops")
+
+
+class RunSpec(Spec):
+    """Where a run is kept and what it reports."""
+
+    logs: Path = Field(Path("logs"), description="folder of all runs")
+    name: str | None = Field(None, description="name of this run (default: date, model and settings)")
+    save_frequency: int = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
+    val_frequency: int = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
+    save_lora_only: bool = Field(False, description="save adapters without the base")
+    resume: str | None = Field(
+        None, description="'latest' continues this run where it stopped, or a checkpoint"
+    )
+    checkpoint_steps: int = Field(0, ge=0, description="also checkpoint every N steps; 0 is once an epoch")
+
+
+class EvalSpec(Spec):
+    """Evaluation of a base or an adapter on pairs."""
+
+    adapter: Path | None = Field(None, description="adapter folder to evaluate beside its base")
+    force: bool = Field(False, description="use an adapter that was made for another base")
+    batch_size: int = Field(64, ge=1, description="images or captions encoded at once")
+    out: Path | None = Field(None, description="write the metrics to this JSON file")
+
+
+class DemoSpec(Spec):
+    """The demonstration on the embedded default."""
+
+    out: Path = Field(Path("demo"), description="folder for data, adapter, table and picture")
+    train_scenes: int = Field(8000, ge=100, description="scenes to adapt on")
+    test_scenes: int = Field(1000, ge=100, description="scenes to test on")
+    epochs: int = Field(10, ge=1, description="passes over the captions")
+    language: str = Field("vi", description="language of the captions to adapt to")
+    seed: int = Field(0, ge=0, description="of weights, order and dropout")
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def flag(field: str) -> str:
+    """`lora_r` -> `--lora-r`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def build_specs(kinds: Sequence[type[S]], values: Mapping[str, Any]) -> list[S]:
+    """Specs from flat values, each field going to the specs that have it.
+
+    Raises:
+        ConfigError: every fault of every spec, one line each: the flag, what was given, what is allowed.
+    """
+    known = {name for kind in kinds for name in kind.model_fields}
+    faults = [_unknown(name, known) for name in values if name not in known]
+    specs: list[S] = []
+    for kind in kinds:
+        try:
+            specs.append(kind(**{name: values[name] for name in kind.model_fields if name in values}))
+        except ValidationError as error:
+            faults.extend(_fault(item) for item in error.errors())
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return specs
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = f" (did you mean {' or '.join(map(flag, close))}?)" if close else ""
+    return f"{flag(name)}: there is no such flag{hint}"
+
+
+def _fault(item: Any) -> str:
+    where, message = item["loc"], item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if item["type"] == "literal_error":
+        message = f"one of {item['ctx']['expected']}"
+    key = f" at '{where[1]}'" if len(where) > 1 else ""
+    return f"{flag(str(where[0]))}: got {item['input']!r}{key}, allowed is {message}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Flat settings of a `--config` file, keys in flag or field spelling.
+
+    Raises:
+        ConfigError: no such file, no YAML, or not a flat mapping.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config {path}: write one 'flag: value' a line")
+    return {str(key).removeprefix("--").replace("-", "_"): value for key, value in loaded.items()}

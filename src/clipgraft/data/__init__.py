@@ -1,0 +1,1 @@
+"""Images and captions: reading, checking, loading, and the embedded EmojiScenes."""

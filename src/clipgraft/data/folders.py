@@ -1,0 +1,94 @@
+"""A folder of images whose captions are in one file inside it, or in a `name.txt` beside each image."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from clipgraft.data.images import IMAGE_SUFFIXES
+from clipgraft.data.paths import find_image
+from clipgraft.data.rows import BadRow, Row, Rows, Table, make_row, text_lines
+from clipgraft.errors import DataError
+
+CAPTIONS_FILES = (
+    "metadata.jsonl",  # Hugging Face imagefolder
+    "metadata.csv",
+    "metadata.parquet",
+    "captions.jsonl",
+    "captions.csv",
+    "captions.tsv",
+    "captions.txt",  # Flickr8k
+    "Flickr8k.token.txt",
+    "results.csv",  # Flickr30k
+)
+
+
+def find_captions_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The captions file of a folder, and a note when there was more than one to choose from."""
+    there = [folder / name for name in CAPTIONS_FILES if (folder / name).is_file()]
+    if not there:
+        return None, ()
+    others = ", ".join(path.name for path in there[1:])
+    return there[0], (f"not read: {others} (name a file instead of the folder to read it)",) if others else ()
+
+
+def image_root(folder: Path, table: Table) -> tuple[Path, tuple[str, ...]]:
+    """Where the images are: in `folder`, or in the one sub-folder that holds the first row's image (Flickr's
+    layout).
+
+    Returns the folder that relative paths are relative to, and a note where it is not `folder`.
+    """
+    with closing(table.rows()) as rows:
+        first = next((row.image for row in rows if isinstance(row, Row)), None)
+    if first is None or isinstance(find_image(folder, first), Path):
+        return folder, ()
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+    holding = [path for path in subfolders if isinstance(find_image(path, first), Path)]
+    if len(holding) != 1:
+        return folder, ()
+    return holding[0], (f"images are in the sub-folder {holding[0].name}",)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Every image file in `folder` and below, known by its suffix, sorted; hidden folders are left out."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+def read_sidecars(folder: Path) -> Table:
+    """Open a folder in which `name.txt` holds the captions of `name.jpg`, one a line.
+
+    Raises DataError when there is no image, or no image has such a file.
+    """
+    images = list_images(folder)
+    if not images:
+        raise DataError(
+            f"{folder}: no images in this folder; name a folder of images, or a table of their paths"
+        )
+    if not any(image.with_suffix(".txt").is_file() for image in images):
+        names = ", ".join(CAPTIONS_FILES)
+        advice = f"add one of {names}, or a NAME.txt beside each image"
+        raise DataError(f"{folder}: {len(images):,} images and no captions; {advice}")
+    return Table(
+        folder, folder, "folder, NAME.txt beside each image", "image", partial(_sidecar_rows, folder, images)
+    )
+
+
+def _sidecar_rows(folder: Path, images: list[Path]) -> Rows:
+    for number, image in enumerate(images, 1):
+        name = str(image.relative_to(folder))
+        sidecar = image.with_suffix(".txt")
+        if not sidecar.is_file():
+            yield BadRow(number, name, f"no {sidecar.name} beside it")
+            continue
+        try:
+            captions = [line for line in text_lines(sidecar) if line.strip()]
+        except DataError as error:
+            yield BadRow(number, name, str(error))
+        else:
+            yield make_row(number, name, captions or None)

@@ -1,0 +1,225 @@
+"""Images and pairs as batches of tensors, in an order and augmentation that a resumed run repeats."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from clipgraft.data.images import ImageError, open_image
+from clipgraft.data.pairs import Pairs
+from clipgraft.errors import DataError
+
+Transform = Callable[[Image.Image], Tensor]
+Indices = npt.NDArray[np.int64]
+
+_Key = TypeVar("_Key")
+_Made = TypeVar("_Made")
+
+
+class PairBatch(NamedTuple):
+    """One training batch of B rows.
+
+    `images` is float (B, 3, H, W); `captions` has B strings; `image_ids` and `caption_ids` are int64 (B,):
+    the index into `Pairs.images`, and the row in `Pairs.rows()`.
+    """
+
+    images: Tensor
+    captions: list[str]
+    image_ids: Tensor
+    caption_ids: Tensor
+
+
+class ImageDataset(Dataset[tuple[int, Tensor]]):
+    """`dataset[i]` is (i, transform(image i)). Raises ImageError where the file cannot be used.
+
+    `shortest` is handed to `open_image`: the smallest side that a JPEG may be decoded at.
+    """
+
+    def __init__(
+        self, images: Sequence[str | Path], transform: Transform, *, shortest: int | None = None
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.shortest = shortest
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, self.transform(open_image(self.images[index], shortest=self.shortest))
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(int64 indices (B,), images (B, 3, H, W))."""
+        ids, images = default_collate([self[index] for index in indices])
+        return ids, images
+
+
+def image_batches(
+    images: Sequence[str | Path],
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    shortest: int | None = None,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Go over all images once, in order: yields (int64 indices (B,), images (B, 3, H, W)); the last may be
+    smaller.
+
+    `workers` processes decode ahead (0: none, decode here). They end when the iteration ends or is closed.
+    Raises ImageError, with the path, at an image that cannot be used.
+    """
+    batches = [
+        range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)
+    ]
+    return _in_workers(ImageDataset(images, transform, shortest=shortest).batch, batches, workers)
+
+
+def epoch_batches(
+    num_rows: int, batch_size: int, seed: int, epoch: int, *, drop_last: bool = True
+) -> list[Indices]:
+    """The rows of each batch of one epoch: a permutation of all rows that depends on (seed, epoch) alone.
+
+    A run that is resumed at batch k of an epoch therefore goes on with element k of the same list. With
+    `drop_last` the rows that do not fill a batch are left out of this epoch; every epoch leaves out others.
+
+    Raises DataError when `drop_last` would leave no batch at all.
+    """
+    if drop_last and num_rows < batch_size:
+        raise DataError(
+            f"{num_rows} rows do not fill one batch of {batch_size}; set --batch-size {num_rows} or less"
+        )
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    end = num_rows - num_rows % batch_size if drop_last else num_rows
+    return [order[start : min(start + batch_size, end)] for start in range(0, end, batch_size)]
+
+
+class PairBatches:
+    """Shuffled training batches with images decoded and augmented afresh in every epoch.
+
+    Order and augmentation depend on (seed, epoch, row) alone: not on the number of workers, nor on where in
+    the epoch the run was resumed. The random state of the training process is left as it was.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        drop_last: bool = True,
+    ) -> None:
+        self._rows = pairs.rows()
+        self._dataset = ImageDataset(pairs.images, transform)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._workers = workers
+        self._drop_last = drop_last
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        return len(self._order(0))
+
+    def batches(self, epoch: int, start: int = 0) -> Generator[PairBatch, None, None]:
+        """One epoch's batches from number `start` on. Raises ImageError at an image that cannot be used."""
+        return _in_workers(partial(self._batch, epoch), self._order(epoch)[start:], self._workers)
+
+    def _order(self, epoch: int) -> list[Indices]:
+        return epoch_batches(len(self._rows), self._batch_size, self._seed, epoch, drop_last=self._drop_last)
+
+    def _batch(self, epoch: int, rows: Indices) -> PairBatch:
+        ids = rows.tolist()
+        image_ids = [self._rows[row][0] for row in ids]
+        images = []
+        for row, image in zip(ids, image_ids, strict=True):
+            with _seeded(self._seed, epoch, row):
+                images.append(self._dataset[image][1])
+        captions = [self._rows[row][1] for row in ids]
+        return PairBatch(default_collate(images), captions, torch.tensor(image_ids), torch.tensor(ids))
+
+
+class _Maker(Dataset["_Made | ImageError"], Generic[_Key, _Made]):
+    """Makes a whole batch from its key; hands an ImageError back as a value.
+
+    An exception raised in a worker reaches the user as a page of traceback, with the message inside it.
+    """
+
+    def __init__(self, make: Callable[[_Key], _Made]) -> None:
+        self._make = make
+
+    def __getitem__(self, key: _Key) -> _Made | ImageError:
+        try:
+            return self._make(key)
+        except ImageError as error:
+            return error
+
+
+def _in_workers(
+    make: Callable[[_Key], _Made], keys: Iterable[_Key], workers: int
+) -> Generator[_Made, None, None]:
+    """Yield `make(key)` for each key in order, made ahead by worker processes."""
+    loader: DataLoader[_Made | ImageError] = DataLoader(
+        _Maker(make),
+        sampler=keys,
+        batch_size=None,
+        num_workers=min(workers, _usable_cores()),
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else the loader draws from the training run's random numbers
+    )
+    iterator = _start(loader)
+    try:
+        for made in iterator:
+            if isinstance(made, ImageError):
+                raise made
+            yield made
+    finally:
+        # An exception's traceback would keep this frame, and through it the worker processes, alive.
+        del iterator
+
+
+def _start(loader: DataLoader[_Made]) -> Iterator[_Made]:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork beside threads. The workers decode and resize; they take none of
+        # torch's locks.
+        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+        return iter(loader)
+
+
+def _as_it_is(made: _Made) -> _Made:
+    return made
+
+
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@contextmanager
+def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
+    """Start every global CPU random generator from (seed, epoch, row); afterwards put all back as it was."""
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence([seed, epoch, row]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    # torch.manual_seed would also seed the GPUs, whose state cannot be put back from a worker.
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(pytorch)

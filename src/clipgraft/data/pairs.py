@@ -1,0 +1,211 @@
+"""Images with their captions, read from a table and checked before anything is trained on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from clipgraft.data.folders import list_images
+from clipgraft.data.images import ImageError, check_images
+from clipgraft.data.paths import find_image
+from clipgraft.data.rows import BadRow, Row, Table
+from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, DataReport
+from clipgraft.data.tables import read_table
+from clipgraft.errors import DataError
+
+DECODE_UP_TO = 50_000
+"""Up to this many images verify="auto" decodes each (0.4 ms a small photo); beyond, it reads headers."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images and their captions in order: `captions[i]` belongs to `images[i]` and is never empty."""
+
+    images: tuple[Path, ...]
+    captions: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self) -> list[tuple[int, str]]:
+        """(image index, caption) for every caption, in order: what one epoch goes over, as in open_clip."""
+        return [(image, caption) for image, texts in enumerate(self.captions) for caption in texts]
+
+
+@dataclass
+class _Gathered:
+    """What has been read so far. `images`: file -> its captions (a dict as an ordered set) and its rows."""
+
+    images: dict[Path, tuple[dict[str, None], list[Row]]] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+    unreadable: set[Path] = field(default_factory=set)
+    rows: int = 0
+    empty_captions: int = 0
+    repeated_captions: int = 0
+
+
+def read_pairs(
+    source: str | Path,
+    *,
+    dataset_type: str = "auto",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    separator: str | None = None,
+    strict: bool = False,
+    max_bad_rows: int | None = MAX_BAD_ROWS,
+    verify: Literal["auto", "decode", "header"] = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Pairs, DataReport]:
+    """Read a CSV, TSV, JSON Lines or Parquet file, or a folder, and check every image.
+
+    Rows that name the same image are one image with many captions, in the order of first appearance. Relative
+    paths are relative to the file's folder. A row is bad, and is skipped, when it cannot be parsed, its image
+    is missing or unreadable, or it has no caption.
+
+    `max_bad_rows` is how many are skipped before reading stops (None: any number); `strict` stops at the
+    first. `verify="decode"` decodes each image, the only way to see that one is cut short; "header" is quick.
+    `workers` is the number of threads for it, and `progress(done, total)` is called for every image.
+
+    Raises DataError when the table cannot be read, has too many bad rows, or leaves nothing to train on.
+    """
+    table = read_table(
+        Path(source),
+        dataset_type=dataset_type,
+        image_key=image_key,
+        caption_key=caption_key,
+        separator=separator,
+    )
+    bad = BadRows(table.source, table.unit, strict=strict, limit=max_bad_rows)
+    gathered = _gather(table, bad)
+    decode = verify == "decode" or (verify == "auto" and len(gathered.images) <= DECODE_UP_TO)
+    _drop_unreadable(gathered, bad, decode, workers, progress)
+    if not gathered.images:
+        raise DataError(_nothing_left(table, gathered, bad))
+    pairs = Pairs(tuple(gathered.images), tuple(tuple(texts) for texts, _ in gathered.images.values()))
+    notes = (*table.notes, *_checked(decode, verify), *_left_over(Path(source), table, gathered))
+    return pairs, _report(table, pairs, gathered, bad, notes)
+
+
+def find_duplicates(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], ...]:
+    """Groups of two or more files with the same bytes. Only files of equal size are read."""
+    return tuple(
+        group for same in _groups(paths, lambda path: path.stat().st_size) for group in _groups(same, _digest)
+    )
+
+
+def _gather(table: Table, bad: BadRows) -> _Gathered:
+    gathered = _Gathered()
+    found: dict[str, Path | str] = {}
+    with closing(table.rows()) as rows:
+        for row in rows:
+            gathered.rows += 1
+            if isinstance(row, BadRow):
+                bad.add(row)
+                continue
+            if row.image not in found:
+                found[row.image] = find_image(table.folder, row.image)
+            _add(gathered, row, found[row.image], bad)
+    if gathered.rows == 0:
+        raise DataError(f"{table.source}: has no rows, only a header; add at least one image with a caption")
+    return gathered
+
+
+def _add(gathered: _Gathered, row: Row, found: Path | str, bad: BadRows) -> None:
+    texts = [caption for caption in row.captions if caption]
+    gathered.empty_captions += max(len(row.captions), 1) - len(texts)
+    if isinstance(found, str):
+        gathered.missing.add(row.image)
+        bad.add(BadRow(row.number, row.image, found))
+    elif not texts:
+        bad.add(BadRow(row.number, row.image, "empty caption"))
+    else:
+        captions, rows = gathered.images.setdefault(found, ({}, []))
+        before = len(captions)
+        captions.update(dict.fromkeys(texts))
+        gathered.repeated_captions += len(texts) - (len(captions) - before)
+        rows.append(row)
+
+
+def _drop_unreadable(
+    gathered: _Gathered, bad: BadRows, decode: bool, workers: int | None, progress: Progress | None
+) -> None:
+    paths = list(gathered.images)
+    with closing(check_images(paths, decode=decode, workers=workers, progress=progress)) as checks:
+        for path, reason in checks:
+            if reason is not None:
+                gathered.unreadable.add(path)
+                _, rows = gathered.images.pop(path)
+                for row in rows:
+                    bad.add(BadRow(row.number, row.image, reason))
+
+
+def _nothing_left(table: Table, gathered: _Gathered, bad: BadRows) -> str:
+    return f"{table.source}: none of its {gathered.rows:,} rows can be used ({bad.examples()}); correct them"
+
+
+def _checked(decode: bool, verify: str) -> tuple[str, ...]:
+    if decode:
+        return ()
+    why = f" (more than {DECODE_UP_TO:,} images)" if verify == "auto" else ""
+    return (
+        f"only the headers of the images were checked{why}; an image that is cut short stops the run later",
+    )
+
+
+def _left_over(source: Path, table: Table, gathered: _Gathered) -> tuple[str, ...]:
+    """For a folder with a captions file: how many of its images no row names."""
+    if table.source == source:
+        return ()
+    named = gathered.images.keys() | gathered.unreadable
+    unnamed = sum(Path(os.path.normpath(path)) not in named for path in list_images(source))
+    return (f"{unnamed:,} images in the folder have no caption",) if unnamed > 0 else ()
+
+
+def _report(
+    table: Table, pairs: Pairs, gathered: _Gathered, bad: BadRows, notes: tuple[str, ...]
+) -> DataReport:
+    counts = [len(texts) for texts in pairs.captions]
+    return DataReport(
+        source=table.source,
+        kind=table.kind,
+        unit=table.unit,
+        rows=gathered.rows,
+        bad_rows=bad.count,
+        images=len(pairs),
+        captions=sum(counts),
+        fewest_captions=min(counts),
+        most_captions=max(counts),
+        empty_captions=gathered.empty_captions,
+        repeated_captions=gathered.repeated_captions,
+        missing_images=len(gathered.missing),
+        unreadable_images=len(gathered.unreadable),
+        duplicates=find_duplicates(pairs.images),
+        first_bad=tuple(sorted(bad.first, key=lambda row: row.number)),
+        notes=notes,
+    )
+
+
+def _groups(paths: tuple[Path, ...], key: Callable[[Path], int | bytes]) -> Iterator[tuple[Path, ...]]:
+    groups: dict[int | bytes, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(key(path), []).append(path)
+    return (tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.blake2b()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ImageError(str(path), f"cannot be read: {error.strerror}") from error
+    return digest.digest()

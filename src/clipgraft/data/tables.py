@@ -1,0 +1,196 @@
+"""Open a table of images and captions, whatever kind of file or folder it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from clipgraft.data.columns import Columns, Keys, find_columns, missing_columns
+from clipgraft.data.delimited import is_token_file, read_delimited, read_tokens
+from clipgraft.data.folders import find_captions_file, image_root, read_sidecars
+from clipgraft.data.rows import BadRow, Rows, Table, make_row, text_lines
+from clipgraft.errors import ConfigError, DataError
+
+DATASET_TYPES = ("auto", "csv", "tsv", "jsonl", "parquet", "folder")
+
+_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "csv",
+    ".token": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_HEAD = 20  # JSON Lines rows that are looked at to learn which keys there are
+
+
+def read_table(
+    source: Path,
+    *,
+    dataset_type: str = "auto",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    separator: str | None = None,
+) -> Table:
+    """Open `source` and find its columns. The rows themselves are read when `Table.rows` is iterated.
+
+    `image_key`, `caption_key` and `separator` are taken as given; where they are None, open_clip's defaults
+    ("filepath", "title", tab) are tried first, then the usual names and separators, and `Table.notes` says
+    which.
+
+    Raises DataError when the source is missing, empty, of an unknown kind, or lacks a column; ConfigError for
+    an unknown `dataset_type` or a separator of more than one character.
+    """
+    keys = Keys(image_key, caption_key)
+    kind = _kind(source, dataset_type)
+    if kind == "folder":
+        return _read_folder(source, keys, separator)
+    return _read_file(source, kind, keys, separator)
+
+
+def _kind(source: Path, dataset_type: str) -> str:
+    if dataset_type not in DATASET_TYPES:
+        raise ConfigError(f'--dataset-type "{dataset_type}" is not one of {", ".join(DATASET_TYPES)}')
+    if not source.exists():
+        raise DataError(f"{source}: not found{_nearest(source)}")
+    if source.is_dir():
+        if dataset_type not in ("auto", "folder"):
+            raise DataError(
+                f"{source}: is a folder, and --dataset-type is {dataset_type}; name a file, or use folder"
+            )
+        return "folder"
+    if dataset_type == "folder":
+        raise DataError(f"{source}: is a file, and --dataset-type is folder; name a folder, or use auto")
+    if dataset_type != "auto":
+        return dataset_type
+    kind = _SUFFIXES.get(source.suffix.lower())
+    if kind is None:
+        known = " ".join(_SUFFIXES)
+        raise DataError(
+            f"{source}: cannot tell what it is from its name (known: {known}); give --dataset-type"
+        )
+    return kind
+
+
+def _nearest(source: Path) -> str:
+    if not source.parent.is_dir():
+        return f"; there is no folder {source.parent} either"
+    near = get_close_matches(source.name, [path.name for path in source.parent.iterdir()], n=1)
+    return f'; did you mean "{near[0]}"?' if near else "; check the path"
+
+
+def _read_file(source: Path, kind: str, keys: Keys, separator: str | None) -> Table:
+    if kind == "jsonl":
+        return _read_jsonl(source, keys)
+    if kind == "parquet":
+        return _read_parquet(source, keys)
+    if separator is None and keys == Keys() and is_token_file(source):
+        return read_tokens(source)
+    return read_delimited(source, keys, separator)
+
+
+def _read_folder(source: Path, keys: Keys, separator: str | None) -> Table:
+    captions, notes = find_captions_file(source)
+    if captions is None:
+        return read_sidecars(source)
+    table = _read_file(captions, _SUFFIXES[captions.suffix.lower()], keys, separator)
+    folder, moved = image_root(source, table)
+    notes = (f"captions from {captions.name}", *notes, *moved, *table.notes)
+    return replace(table, folder=folder, kind=f"folder, {table.kind}", notes=notes)
+
+
+def _read_jsonl(source: Path, keys: Keys) -> Table:
+    with closing(_json_objects(source)) as objects:
+        head = [value for _, value in islice(objects, _HEAD)]
+    found = [value for value in head if isinstance(value, dict)]
+    if not found:
+        wrong = f"its first line {head[0]}" if head else "the file is empty"
+        raise DataError(
+            f'{source}: {wrong}; each line must be like {{"filepath": "a.jpg", "title": "a dog"}}'
+        )
+    names = list(dict.fromkeys(name for value in found for name in value))
+    columns = find_columns(names, keys)
+    if columns is None:
+        raise missing_columns(source, names, keys)
+    return Table(source, source.parent, "jsonl", "line", partial(_jsonl_rows, source, columns), columns.notes)
+
+
+def _jsonl_rows(source: Path, columns: Columns) -> Rows:
+    with closing(_json_objects(source)) as objects:
+        for number, value in objects:
+            if isinstance(value, str):
+                yield BadRow(number, "", value)
+            else:
+                yield make_row(number, value.get(columns.image), value.get(columns.caption))
+
+
+def _json_objects(source: Path) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
+    """The object of every line that is not blank; instead of it, the reason why there is none."""
+    with closing(text_lines(source)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, f"is not JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:
+                yield number, f"is not JSON that can be read: {error}"
+            else:
+                yield (
+                    number,
+                    value if isinstance(value, dict) else f"is a JSON {type(value).__name__}, not an object",
+                )
+
+
+def _read_parquet(source: Path, keys: Keys) -> Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{source}: reading Parquet needs pyarrow: pip install 'clipgraft[parquet]'"
+        ) from error
+    try:
+        names = pyarrow.parquet.read_schema(source).names
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{source}: is not a whole Parquet file ({_one_line(error)}); write it again"
+        ) from error
+    columns = find_columns(names, keys)
+    if columns is None:
+        raise missing_columns(source, names, keys)
+    return Table(
+        source, source.parent, "parquet", "row", partial(_parquet_rows, source, columns), columns.notes
+    )
+
+
+def _parquet_rows(source: Path, columns: Columns) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    with pyarrow.parquet.ParquetFile(source) as file:
+        try:
+            for batch in file.iter_batches(columns=[columns.image, columns.caption]):
+                cells = batch.to_pydict()
+                for image, captions in zip(cells[columns.image], cells[columns.caption], strict=True):
+                    number += 1
+                    yield make_row(number, image, captions)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{source}: damaged after row {number} ({_one_line(error)}); write it again"
+            ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,43 @@
+"""The exceptions clipgraft raises on purpose.
+
+Every message says what was wrong, where, and what to do now, in one line. The command line turns an
+exception into its message and `exit_code`; anything that is not a `ClipgraftError` is a bug.
+"""
+
+from __future__ import annotations
+
+
+class ClipgraftError(Exception):
+    """Base of every error clipgraft raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(ClipgraftError):
+    """A flag, spec field or argument has a value that cannot be used."""
+
+
+class ModelError(ClipgraftError):
+    """A base model cannot be found, read or understood."""
+
+
+class TargetError(ClipgraftError):
+    """A target set or a per-site override matches no site of the model."""
+
+
+class DataError(ClipgraftError):
+    """Images, captions or the table that pairs them cannot be used."""
+
+
+class AdapterError(ClipgraftError):
+    """An adapter file is damaged, foreign, or was made for another base."""
+
+
+class CheckpointError(ClipgraftError):
+    """A training checkpoint is missing, damaged, or belongs to another run."""
+
+
+class TrainingError(ClipgraftError):
+    """Training started and cannot go on: NaN loss, wrong gradients."""
+
+    exit_code = 1

@@ -1,0 +1,1 @@
+"""How good a model is: numbers from features, and pictures of them."""

@@ -1,0 +1,46 @@
+"""Retrieval on pairs: encode both sides once, then count ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipgraft.data.features import Progress, encode_captions, encode_images
+from clipgraft.data.pairs import Pairs
+from clipgraft.evaluate.metrics import retrieval_metrics
+from clipgraft.models.clip import ClipLike, as_clip
+
+
+def evaluate_retrieval(
+    model: ClipLike,
+    pairs: Pairs,
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
+    autocast: bool = False,
+    image_features: Tensor | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Recall and rank both ways over all images and captions of `pairs`.
+
+    Args:
+        model: a `Clip`, or a raw model wrapped with `clipgraft.load`'s tokenizer and preprocessing.
+        pairs: images with one or many captions each.
+        batch_size: images encoded at once.
+        workers: processes that decode images.
+        autocast: compute features in bf16 where it is safe.
+        image_features: (N, D) features of `pairs.images`, where they are known already.
+        progress: told how many images each batch added.
+
+    Returns:
+        Metrics under the names of `clipgraft.evaluate.metrics`.
+    """
+    clip = as_clip(model)
+    if image_features is None:
+        image_features = encode_images(
+            clip, pairs.images, batch_size=batch_size, workers=workers, autocast=autocast, progress=progress
+        )
+    captions = [caption for group in pairs.captions for caption in group]
+    owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
+    text_features = encode_captions(clip, captions, autocast=autocast)
+    return retrieval_metrics(image_features, text_features, owner)

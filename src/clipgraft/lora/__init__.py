@@ -1,0 +1,1 @@
+"""LoRA itself: layers, fused attention, attaching, and the choice of sites."""

@@ -1,0 +1,1 @@
+"""Base models of both families, as one `Clip` with named sites."""

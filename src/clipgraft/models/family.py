@@ -1,0 +1,105 @@
+"""What clipgraft needs to know of a model family, and nothing more.
+
+Each family is one file (`openclip`, `hf`) that knows its module paths. Everything else asks through this
+protocol, so a new family is a new file and one line in `clip.family_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clipgraft.models.sites import Site, SiteRef, Tower
+
+
+class Family(Protocol):
+    """A model family: pure functions of the model, without state of its own."""
+
+    name: str
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Whether this family knows the model."""
+
+    def site_refs(self, model: nn.Module) -> dict[Site, SiteRef]:
+        """Every site of the model, in the order of the data flow."""
+
+    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        """(N, 3, H, W) pixels -> (N, D) features, not normalised."""
+
+    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """(N, L) token ids, L up to the context length -> (N, D) features, not normalised."""
+
+    def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
+        """(N,) position of the pooled token, or None if the tower can see what follows that token.
+
+        Where it is not None, tokens after the largest position change nothing and may be cut.
+        """
+
+    def context_length(self, model: nn.Module) -> int:
+        """Longest token sequence the text tower takes."""
+
+    def logit_scale(self, model: nn.Module) -> nn.Parameter:
+        """The trained log of the inverse temperature."""
+
+    def logit_bias(self, model: nn.Module) -> nn.Parameter | None:
+        """SigLIP's logit bias, where the model has one."""
+
+    def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
+        """The tower's parameters from input to output in the groups open_clip's lock_*_tower unlocks."""
+
+    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+
+    def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Base weights under `transformers.CLIPModel` names, (out, in) oriented, adapters left out."""
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path; "" is the model."""
+    return model.get_submodule(path)
+
+
+def site_weight(model: nn.Module, ref: SiteRef) -> Tensor:
+    """The base weight of a site in its canonical shape, as a view where the layout allows it."""
+    weight = base_parameter(submodule(model, ref.module), ref.parameter)
+    if ref.rows is not None:
+        return weight[ref.rows]
+    return weight.T if ref.kind == "projection" else weight
+
+
+def base_parameter(owner: nn.Module, name: str) -> Tensor:
+    """Parameter `name` of `owner` without any adapter on top (wrapped and parametrised ones included)."""
+    *path, leaf = name.split(".")
+    owner = owner.get_submodule(".".join(path))
+    if leaf in getattr(owner, "parametrizations", {}):
+        original: Tensor = owner.parametrizations[leaf].original  # type: ignore[union-attr, index]
+        return original
+    value = getattr(owner, leaf)
+    weight = value.weight if isinstance(value, nn.Module) else value
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{leaf} of {type(owner).__name__} is not a tensor")
+    return weight
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter name belongs to an adapter rather than to the base."""
+    return ".lora_" in f".{name}"
+
+
+def first_position(matches: Tensor) -> Tensor:
+    """(N, L) booleans -> (N,) index of the first True in each row (0 where there is none)."""
+    return matches.to(torch.int32).argmax(dim=-1)
+
+
+def parameters_of(items: Sequence[object]) -> list[nn.Parameter]:
+    """Parameters of modules and bare Parameters, in order; None is skipped."""
+    found: list[nn.Parameter] = []
+    for item in items:
+        if isinstance(item, nn.Parameter):
+            found.append(item)
+        elif isinstance(item, nn.Module):
+            found.extend(item.parameters())
+    return found

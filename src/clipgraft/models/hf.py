@@ -1,0 +1,146 @@
+"""The transformers family: `transformers.CLIPModel`, and the module names PEFT files are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from clipgraft.errors import AdapterError
+from clipgraft.models.family import first_position, is_lora, parameters_of, site_weight, submodule
+from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower
+
+_TOWER_MODULE: dict[Tower, str] = {"text": "text_model", "vision": "vision_model"}
+_BLOCK_MODULE = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_PROJECTION: dict[Tower, str] = {"text": "text_projection", "vision": "visual_projection"}
+_EMBEDDINGS: dict[Tower, tuple[str, ...]] = {
+    "text": ("token_embedding", "position_embedding"),
+    "vision": ("patch_embedding", "position_embedding"),
+}
+
+
+def site_path(site: Site) -> str:
+    """Module path of a site in `transformers.CLIPModel`, the names adapter files are written in."""
+    if site.role == "proj":
+        return _PROJECTION[site.tower]
+    if site.block is None:
+        return f"{_TOWER_MODULE[site.tower]}.embeddings.{site.role}"
+    return f"{_TOWER_MODULE[site.tower]}.encoder.layers.{site.block}.{_BLOCK_MODULE[site.role]}"
+
+
+def path_site(path: str) -> Site:
+    """The site at a `transformers.CLIPModel` module path; raises AdapterError if no site lives there."""
+    for tower, projection in _PROJECTION.items():
+        if path == projection:
+            return Site(tower, None, "proj")
+        prefix = _TOWER_MODULE[tower]
+        for role in _EMBEDDINGS[tower]:
+            if path == f"{prefix}.embeddings.{role}":
+                return Site(tower, None, role)
+        index, _, rest = path.removeprefix(f"{prefix}.encoder.layers.").partition(".")
+        for role, module in _BLOCK_MODULE.items():
+            if rest == module and index.isdigit():
+                return Site(tower, int(index), role)
+    raise AdapterError(f"'{path}' is no module of transformers.CLIPModel that can carry LoRA")
+
+
+class HfFamily:
+    """Module paths and shortcuts of `transformers.CLIPModel`."""
+
+    name = "transformers"
+
+    def accepts(self, model: nn.Module) -> bool:
+        return all(
+            hasattr(model, name) for name in ("text_model", "vision_model", "get_text_features", "config")
+        )
+
+    def site_refs(self, model: nn.Module) -> dict[Site, SiteRef]:
+        return {site: _ref(model, site) for site in _sites(model)}
+
+    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        return _features(model.get_image_features(pixel_values=images))  # type: ignore[operator]
+
+    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        return _features(model.get_text_features(input_ids=tokens))  # type: ignore[operator]
+
+    def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
+        if model.config.model_type != "clip":  # type: ignore[union-attr]
+            return None
+        eos = int(model.text_model.eos_token_id)  # type: ignore[union-attr, arg-type]
+        # transformers keeps CLIP's original rule, the largest id, for configurations that say 2.
+        return tokens.argmax(dim=-1) if eos == 2 else first_position(tokens.eq(eos))
+
+    def context_length(self, model: nn.Module) -> int:
+        return int(model.config.text_config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+
+    def logit_scale(self, model: nn.Module) -> nn.Parameter:
+        scale = model.logit_scale
+        assert isinstance(scale, nn.Parameter)
+        return scale
+
+    def logit_bias(self, model: nn.Module) -> nn.Parameter | None:
+        bias = getattr(model, "logit_bias", None)
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
+        owner = submodule(model, _TOWER_MODULE[tower])
+        norms = ("final_layer_norm",) if tower == "text" else ("post_layernorm",)
+        first = [getattr(owner, "embeddings", None), getattr(owner, "pre_layrnorm", None)]
+        blocks = list(owner.encoder.layers)  # type: ignore[union-attr, arg-type]
+        last = [blocks[-1], *(getattr(owner, name, None) for name in norms)]
+        projection = [getattr(model, _PROJECTION[tower], None)]
+        groups = [first, *([block] for block in blocks[:-1]), last, projection]
+        return [parameters for group in groups if (parameters := parameters_of(group))]
+
+    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+        if enable:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        refs = self.site_refs(model)
+        for site, ref in refs.items():
+            yield f"{site_path(site)}.weight", site_weight(model, ref)
+        taken = {f"{ref.module}.{ref.parameter}" for ref in refs.values()}
+        for name, tensor in model.state_dict().items():
+            if name not in taken and not is_lora(name):
+                yield name, tensor
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    for tower in _TOWER_MODULE:
+        layers = submodule(model, f"{_TOWER_MODULE[tower]}.encoder.layers")
+        assert isinstance(layers, nn.ModuleList)
+        for role in _EMBEDDINGS[tower]:
+            yield Site(tower, None, role)
+        for block in range(len(layers)):
+            for role in BLOCK_ROLES:
+                yield Site(tower, block, role)
+        if hasattr(model, _PROJECTION[tower]):
+            yield Site(tower, None, "proj")
+
+
+def _ref(model: nn.Module, site: Site) -> SiteRef:
+    path = site_path(site)
+    module = submodule(model, path)
+    kind: SiteKind = "linear"
+    if isinstance(module, nn.Embedding):
+        kind = "embedding"
+    elif isinstance(module, nn.Conv2d):
+        kind = "conv"
+    return SiteRef(site, path, "weight", kind, tuple(module.weight.shape))  # type: ignore[arg-type]
+
+
+def _features(output: object) -> Tensor:
+    """transformers 5 returns an output object, 4 a tensor."""
+    features = output if isinstance(output, Tensor) else output.pooler_output  # type: ignore[attr-defined]
+    assert isinstance(features, Tensor)
+    return features

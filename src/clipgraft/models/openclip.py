@@ -1,0 +1,239 @@
+"""The open_clip family: `CLIP` and `CustomTextCLIP`, in the layouts of open_clip 3.x and 4.x.
+
+Both keep q, k and v in one fused `in_proj_weight`. 3.x uses `nn.MultiheadAttention`, whose `out_proj` is
+read but never called; 4.x has its own `Attention`. They are told apart by attribute, not by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from clipgraft.models.family import base_parameter, first_position, is_lora, parameters_of, site_weight
+from clipgraft.models.hf import site_path
+from clipgraft.models.sites import Site, SiteRef, Tower
+
+
+class OpenClipFamily:
+    """Module paths and shortcuts of open_clip models."""
+
+    name = "open_clip"
+
+    def accepts(self, model: nn.Module) -> bool:
+        return hasattr(model, "visual") and hasattr(model, "encode_text") and hasattr(model, "logit_scale")
+
+    def site_refs(self, model: nn.Module) -> dict[Site, SiteRef]:
+        refs = [*_text_refs(model), *_vision_refs(model)]
+        return {ref.site: ref for ref in sorted(refs, key=lambda ref: ref.site.order)}
+
+    def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        features: Tensor = model.encode_image(images)  # type: ignore[operator]
+        return features
+
+    def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        if _is_split(model) or tokens.shape[1] == self.context_length(model):
+            features: Tensor = model.encode_text(tokens)  # type: ignore[operator]
+            return features
+        return _encode_short_text(model, tokens)
+
+    def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
+        text = _text_tower(model)
+        pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))
+        sees_suffix = getattr(text, "attn_mask", None) is None or getattr(text, "cls_emb", None) is not None
+        if sees_suffix or pool not in ("argmax", "eos"):
+            return None
+        if pool == "argmax":
+            return tokens.argmax(dim=-1)
+        eos = int(getattr(model, "text_eos_id", getattr(text, "eos_id", -1)))
+        return first_position(tokens.eq(eos))
+
+    def context_length(self, model: nn.Module) -> int:
+        return int(getattr(model, "context_length", None) or _text_tower(model).context_length)  # type: ignore[arg-type]
+
+    def logit_scale(self, model: nn.Module) -> nn.Parameter:
+        scale = model.logit_scale
+        assert isinstance(scale, nn.Parameter)
+        return scale
+
+    def logit_bias(self, model: nn.Module) -> nn.Parameter | None:
+        bias = getattr(model, "logit_bias", None)
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
+        if tower == "text":
+            owner = _text_tower(model)
+            first = [
+                getattr(owner, name, None) for name in ("token_embedding", "positional_embedding", "cls_emb")
+            ]
+            norm, projection = getattr(owner, "ln_final", None), getattr(owner, "text_projection", None)
+        else:
+            owner = _module(model.visual)
+            names = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+            first = [getattr(owner, name, None) for name in names]
+            norm, projection = getattr(owner, "ln_post", None), getattr(owner, "proj", None)
+        blocks = _blocks(owner)
+        if not blocks:
+            return [list(owner.parameters())]
+        middle: list[list[object]] = [[block] for block in blocks[:-1]]
+        groups = [first, *middle, [blocks[-1], norm], [projection]]
+        return [parameters for group in groups if (parameters := parameters_of(group))]
+
+    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+        model.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        refs = self.site_refs(model)
+        for site, ref in refs.items():
+            yield f"{site_path(site)}.weight", site_weight(model, ref)
+        yield from _canonical_rest(model, refs)
+
+
+def _is_split(model: nn.Module) -> bool:
+    """CustomTextCLIP keeps its text tower in `.text`; CLIP keeps the parts on the model itself."""
+    return isinstance(getattr(model, "text", None), nn.Module)
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    return _module(model.text) if _is_split(model) else model
+
+
+def _module(value: object) -> nn.Module:
+    assert isinstance(value, nn.Module)
+    return value
+
+
+def _blocks(owner: nn.Module) -> list[nn.Module]:
+    blocks = getattr(getattr(owner, "transformer", None), "resblocks", None)
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
+
+
+def _encode_short_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """`CLIP.encode_text` for fewer tokens than the context: position table and causal mask are sliced."""
+    from open_clip.transformer import text_global_pool
+
+    length = tokens.shape[1]
+    transformer = _module(model.transformer)
+    dtype = transformer.get_cast_dtype()  # type: ignore[operator]
+    x = model.token_embedding(tokens).to(dtype)  # type: ignore[operator]
+    x = x + model.positional_embedding[:length].to(dtype)  # type: ignore[index]
+    mask = model.attn_mask
+    x = transformer(x, attn_mask=None if mask is None else mask[:length, :length])  # type: ignore[index]
+    x = model.ln_final(x)  # type: ignore[operator]
+    pooled: Tensor = text_global_pool(
+        x, tokens, model.text_pool_type, eos_token_id=getattr(model, "text_eos_id", None)
+    )
+    projection = model.text_projection
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection  # type: ignore[operator]
+
+
+def _text_refs(model: nn.Module) -> Iterator[SiteRef]:
+    owner, prefix = _text_tower(model), "text." if _is_split(model) else ""
+    blocks = _blocks(owner)
+    if not blocks:
+        return
+    embedding = _module(owner.token_embedding)
+    shape = tuple(embedding.weight.shape)  # type: ignore[arg-type]
+    yield SiteRef(
+        Site("text", None, "token_embedding"), f"{prefix}token_embedding", "weight", "embedding", shape
+    )
+    yield _table_ref("text", owner, prefix.rstrip("."))
+    for index, block in enumerate(blocks):
+        yield from _block_refs("text", index, block, f"{prefix}transformer.resblocks.{index}")
+    yield from _projection_ref("text", owner, prefix.rstrip("."), "text_projection")
+
+
+def _vision_refs(model: nn.Module) -> Iterator[SiteRef]:
+    visual = _module(model.visual)
+    blocks = _blocks(visual)
+    if not blocks or not hasattr(visual, "conv1"):
+        return
+    conv = tuple(visual.conv1.weight.shape)  # type: ignore[union-attr, arg-type]
+    yield SiteRef(Site("vision", None, "patch_embedding"), "visual.conv1", "weight", "conv", conv)
+    yield _table_ref("vision", visual, "visual")
+    for index, block in enumerate(blocks):
+        yield from _block_refs("vision", index, block, f"visual.transformer.resblocks.{index}")
+    yield from _projection_ref("vision", visual, "visual", "proj")
+
+
+def _table_ref(tower: Tower, owner: nn.Module, module: str) -> SiteRef:
+    shape = tuple(base_parameter(owner, "positional_embedding").shape)
+    return SiteRef(Site(tower, None, "position_embedding"), module, "positional_embedding", "table", shape)
+
+
+def _projection_ref(tower: Tower, owner: nn.Module, module: str, name: str) -> Iterator[SiteRef]:
+    projection = getattr(owner, name, None)
+    site = Site(tower, None, "proj")
+    if isinstance(projection, nn.Linear):
+        path = f"{module}.{name}" if module else name
+        yield SiteRef(site, path, "weight", "linear", tuple(projection.weight.shape))
+    elif projection is not None:
+        inner, out = base_parameter(owner, name).shape
+        yield SiteRef(site, module, name, "projection", (out, inner))
+
+
+def _block_refs(tower: Tower, index: int, block: nn.Module, path: str) -> Iterator[SiteRef]:
+    attention = _module(block.attn)
+    weight = getattr(attention, "in_proj_weight", None)
+    if isinstance(weight, Tensor):
+        dim = weight.shape[1]
+        for position, role in enumerate("qkv"):
+            rows = slice(position * dim, (position + 1) * dim)
+            site = Site(tower, index, role)
+            yield SiteRef(site, f"{path}.attn", "in_proj_weight", "fused", (dim, dim), rows)
+        out = tuple(attention.out_proj.weight.shape)  # type: ignore[union-attr, arg-type]
+        yield SiteRef(Site(tower, index, "out"), f"{path}.attn", "out_proj.weight", "fused", out)
+    for role, name in (("fc1", "c_fc"), ("fc2", "c_proj")):
+        linear = getattr(block.mlp, name, None)
+        if isinstance(linear, nn.Linear):
+            site = Site(tower, index, role)
+            yield SiteRef(site, f"{path}.mlp.{name}", "weight", "linear", tuple(linear.weight.shape))
+
+
+def _canonical_rest(model: nn.Module, refs: dict[Site, SiteRef]) -> Iterator[tuple[str, Tensor]]:
+    """Biases, norms and whatever else is no site's weight, fused biases split into q, k and v."""
+    taken = {f"{ref.module}.{ref.parameter}".lstrip(".") for ref in refs.values()}
+    for name, tensor in model.state_dict().items():
+        plain = name.replace("parametrizations.", "").removesuffix(".original")
+        # A wrapped projection keeps its weight one level deeper than the bare Parameter was.
+        if is_lora(name) or plain in taken or plain.removesuffix(".weight") in taken:
+            continue
+        if plain.endswith(".in_proj_bias"):
+            stem = _canonical_name(plain.removesuffix(".in_proj_bias"))
+            for role, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield f"{stem}.{role}_proj.bias", part
+        else:
+            yield _canonical_name(plain), tensor
+
+
+_RENAMES = (
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("text.transformer.resblocks.", "text_model.encoder.layers."),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+    ("text.ln_final.", "text_model.final_layer_norm."),
+    ("ln_final.", "text_model.final_layer_norm."),
+)
+_BLOCK_RENAMES = (
+    (".attn.", ".self_attn."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+
+
+def _canonical_name(name: str) -> str:
+    """open_clip's state-dict name -> transformers.CLIPModel's; names it does not have stay as they are."""
+    for old, new in _RENAMES:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    padded = f"{name}."
+    for old, new in _BLOCK_RENAMES:
+        padded = padded.replace(old, new)
+    return padded.rstrip(".")

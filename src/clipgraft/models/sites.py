@@ -1,0 +1,94 @@
+"""Sites: the places of a CLIP model that can carry a low-rank update, named alike in every family.
+
+A site is `(tower, block, role)` and is written `text.3.q`, `vision.11.fc1`, `text.token_embedding`,
+`vision.patch_embedding` or `vision.proj`. Targeting, adapter files, conversion and reports speak sites;
+module paths are known to the family files alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clipgraft.errors import TargetError
+
+Tower = Literal["text", "vision"]
+SiteKind = Literal["linear", "fused", "embedding", "conv", "projection", "table"]
+
+TOWERS: tuple[Tower, ...] = ("text", "vision")
+EMBEDDING_ROLES = ("token_embedding", "patch_embedding", "position_embedding")
+ATTENTION_ROLES = ("q", "k", "v", "out")
+MLP_ROLES = ("fc1", "fc2")
+BLOCK_ROLES = (*ATTENTION_ROLES, *MLP_ROLES)
+ROLES = (*EMBEDDING_ROLES, *BLOCK_ROLES, "proj")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for a low-rank update; `block` is None for embeddings and projections."""
+
+    tower: Tower
+    block: int | None
+    role: str
+
+    def __str__(self) -> str:
+        parts = (self.tower, self.role) if self.block is None else (self.tower, str(self.block), self.role)
+        return ".".join(parts)
+
+    @property
+    def order(self) -> tuple[int, int, int, int]:
+        """Sort key that follows the data through the model: embeddings, blocks, projection."""
+        stage = 0 if self.role in EMBEDDING_ROLES else 2 if self.role == "proj" else 1
+        return TOWERS.index(self.tower), stage, self.block or 0, ROLES.index(self.role)
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read `text.3.q` or `vision.proj`; raises TargetError when it is not a site."""
+        parts = text.split(".")
+        if len(parts) in (2, 3) and parts[0] in TOWERS and parts[-1] in ROLES:
+            tower: Tower = "text" if parts[0] == "text" else "vision"
+            if len(parts) == 2 and parts[1] not in BLOCK_ROLES:
+                return cls(tower, None, parts[1])
+            if len(parts) == 3 and parts[2] in BLOCK_ROLES and parts[1].isdigit():
+                return cls(tower, int(parts[1]), parts[2])
+        raise TargetError(
+            f"'{text}' is not a site: write text.3.q, vision.11.fc1, text.token_embedding or vision.proj"
+        )
+
+
+@dataclass(frozen=True)
+class SiteRef:
+    """Where one family keeps the weight of a site.
+
+    Attributes:
+        site: the site.
+        module: dotted path of the module that owns the weight; "" is the model itself.
+        parameter: name of the weight inside that module (dotted for a child's, `out_proj.weight`).
+        kind: how the weight is used. `linear`, `embedding` and `conv` are modules that are called;
+            `fused` weights are read by an attention module; `projection` is a raw (in, out) Parameter
+            multiplied from the right; `table` is a raw (rows, dim) Parameter that is added.
+        shape: canonical weight shape: (out, in) for linear, fused and projection, (rows, dim) for
+            embedding and table, (out, in, height, width) for conv.
+        rows: the rows of a fused (3·dim, dim) weight that belong to this site.
+    """
+
+    site: Site
+    module: str
+    parameter: str
+    kind: SiteKind
+    shape: tuple[int, ...]
+    rows: slice | None = None
+
+    def lora_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank r, in PEFT's layout.
+
+        Linear: (r, in), (out, r). Embedding: (r, rows), (dim, r). Conv: (r, in, h, w), (out, r, 1, 1).
+        """
+        if self.kind == "conv":
+            out, *rest = self.shape
+            return (r, *rest), (out, r, 1, 1)
+        if self.kind in ("embedding", "table"):
+            rows, dim = self.shape
+            return (r, rows), (dim, r)
+        out, inner = self.shape
+        return (r, inner), (out, r)

@@ -1,0 +1,51 @@
+"""Tokenizers of both families behind one small interface: fixed-length ids, and lengths before truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OpenClipTokenizer:
+    """open_clip's tokenizer object: `SimpleTokenizer`, or `HFTokenizer` around one of transformers."""
+
+    inner: Any
+    context_length: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> (N, context length) int64 ids."""
+        ids: Tensor = self.inner(list(texts), context_length=self.context_length)
+        return ids.long()
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of every text with start and end, before truncation."""
+        if hasattr(self.inner, "encode"):
+            return [len(self.inner.encode(text)) + 2 for text in texts]
+        cleaned = [self.inner.clean_fn(text) for text in texts]
+        return [len(ids) for ids in self.inner.tokenizer(cleaned)["input_ids"]]
+
+
+@dataclass(frozen=True)
+class HfTokenizer:
+    """A transformers tokenizer padded to the context length, as CLIP was trained."""
+
+    inner: Any
+    context_length: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> (N, context length) int64 ids."""
+        ids = self.inner(list(texts), padding="max_length", truncation=True, max_length=self.context_length)[
+            "input_ids"
+        ]
+        return torch.tensor(ids, dtype=torch.long).reshape(len(texts), self.context_length)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of every text with start and end, before truncation."""
+        if not texts:
+            return []
+        return [len(ids) for ids in self.inner(list(texts), verbose=False)["input_ids"]]

@@ -1,0 +1,74 @@
+"""AdamW groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+Schedule: TypeAlias = Callable[[int], float]
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices decay; biases, norms and scales (anything below two dimensions) do not."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for _, parameter in named:
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable weights of a model."""
+    groups = parameter_groups(model.named_parameters(), weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+
+
+def make_schedule(
+    kind: str,
+    lr: float,
+    warmup: int,
+    total_steps: int,
+    cooldown_steps: int = 0,
+    cooldown_end: float = 0.0,
+    cooldown_power: float = 1.0,
+) -> Schedule:
+    """Learning rate by step, counted from 0: linear warmup, then `kind`.
+
+    `cosine` falls to zero at `total_steps`; `const` stays; `const-cooldown` stays and falls to
+    `cooldown_end` over the last `cooldown_steps` as (remaining share) ** `cooldown_power`.
+    """
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return lr * (step + 1) / warmup
+        if kind == "cosine":
+            progress = (step - warmup) / max(1, total_steps - warmup)
+            return 0.5 * lr * (1 + math.cos(math.pi * progress))
+        start = total_steps - cooldown_steps
+        if kind == "const-cooldown" and step >= start:
+            remaining = 1 - (step - start) / max(1, cooldown_steps)
+            return cooldown_end + (lr - cooldown_end) * float(remaining**cooldown_power)
+        return lr
+
+    return at
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clamp_logit_scale(logit_scale: nn.Parameter) -> None:
+    """Keep the temperature in CLIP's range: the scale itself between 1 and 100."""
+    if logit_scale.requires_grad:
+        with torch.no_grad():
+            logit_scale.clamp_(0, math.log(100))

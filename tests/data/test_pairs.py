@@ -1,0 +1,256 @@
+"""From a table to images with their captions: grouping, paths, what is skipped and when reading stops."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipgraft.data import pairs as pairs_module
+from clipgraft.data.pairs import Pairs, find_duplicates, read_pairs
+from clipgraft.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six different images, img/0.png to img/5.png."""
+    (tmp_path / "img").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 6), (i * 40, 0, 0)).save(tmp_path / f"img/{i}.png")
+    return tmp_path
+
+
+def table(folder: Path, *rows: tuple[str, str], name: str = "train.csv") -> Path:
+    """A tab-separated table with open_clip's header."""
+    path = folder / name
+    path.write_text("\n".join(["filepath\ttitle", *("\t".join(row) for row in rows)]), encoding="utf-8")
+    return path
+
+
+def test_rows_of_one_image_are_grouped(folder: Path) -> None:
+    """An image's other captions would count as wrong answers, in training and in recall."""
+    rows = [
+        ("img/1.png", "b1"),
+        ("img/0.png", "a1"),
+        ("img/1.png", "b2"),
+        ("img/0.png", "a2"),
+        ("img/1.png", "b3"),
+    ]
+    pairs, report = read_pairs(table(folder, *rows))
+    assert pairs == Pairs(
+        images=(folder / "img/1.png", folder / "img/0.png"), captions=(("b1", "b2", "b3"), ("a1", "a2"))
+    )
+    assert pairs.rows() == [(0, "b1"), (0, "b2"), (0, "b3"), (1, "a1"), (1, "a2")]
+    assert (report.rows, report.images, report.captions) == (5, 2, 5)
+    assert (report.fewest_captions, report.most_captions) == (2, 3)
+    assert report.bad_rows == report.repeated_captions == 0
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["một", "hai", "ba", " ba ", ""])), min_size=1)
+)
+def test_grouping_against_a_plain_loop(folder: Path, rows: list[tuple[int, str]]) -> None:
+    """Captions would move to another image, be lost, or be counted wrongly, for some order of the rows."""
+    path = table(folder, *((f"img/{i}.png", caption) for i, caption in rows))
+    expected: dict[int, list[str]] = {}
+    for i, caption in rows:
+        if caption.strip() and caption.strip() not in expected.setdefault(i, []):
+            expected[i].append(caption.strip())
+    expected = {i: captions for i, captions in expected.items() if captions}
+    if not expected:
+        with pytest.raises(DataError, match="none of its"):
+            read_pairs(path)
+        return
+    pairs, report = read_pairs(path)
+    first_use = sorted(expected, key=lambda i: [j for j, caption in rows if caption.strip()].index(i))
+    assert [int(image.stem) for image in pairs.images] == first_use
+    assert dict(zip(first_use, map(list, pairs.captions), strict=True)) == expected
+    empty = sum(not caption.strip() for _, caption in rows)
+    assert (report.empty_captions, report.bad_rows) == (empty, empty)
+    assert report.repeated_captions == len(rows) - empty - report.captions
+
+
+def test_ways_to_write_one_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables made on Windows, or with absolute paths, would find nothing or count one image several times."""
+    monkeypatch.chdir(folder.parent)
+    spellings = ["img/0.png", "img\\0.png", "./img/0.png", "img/../img/0.png", str(folder / "img/0.png")]
+    pairs, _ = read_pairs(table(folder, *((spelling, f"c{i}") for i, spelling in enumerate(spellings))))
+    assert pairs == Pairs((folder / "img/0.png",), (("c0", "c1", "c2", "c3", "c4"),))
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_table", ["NFC", "NFD"])
+def test_accented_file_names(folder: Path, on_disk: str, in_table: str) -> None:
+    """Vietnamese file names that went through macOS or a zip archive would be reported missing."""
+    name = "bánh mì Đặc biệt.png"
+    image = folder / unicodedata.normalize(on_disk, name)
+    (folder / "img/0.png").rename(image)
+    pairs, _ = read_pairs(table(folder, (unicodedata.normalize(in_table, name), "bánh mì")))
+    assert [path.read_bytes() for path in pairs.images] == [image.read_bytes()]
+
+
+def test_captions_come_through_unchanged(folder: Path) -> None:
+    """Vietnamese letters would be recomposed or replaced on the way to the tokenizer."""
+    texts = [
+        unicodedata.normalize(form, "Người phụ nữ đội nón lá, cười “tươi” 😀") for form in ("NFC", "NFD")
+    ]
+    pairs, _ = read_pairs(table(folder, ("img/0.png", texts[0]), ("img/0.png", texts[1])))
+    assert pairs.captions == (tuple(texts),)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("img/9.png", "not found in "),
+        ("D:\\photos\\0.png", "path on a Windows drive"),
+        ("https://example.com/0.png", "download the image first"),
+        ("img", "is a folder, not an image"),
+        ("/nowhere/0.png", "not found"),
+        ("x" * 5000, "the path cannot be read"),
+    ],
+)
+def test_missing_image_says_why(folder: Path, image: str, reason: str) -> None:
+    """`Not found` alone would leave the user guessing where it was looked for."""
+    _, report = read_pairs(table(folder, ("img/0.png", "a"), (image, "b"), (image, "c")))
+    assert (report.missing_images, report.bad_rows, report.images) == (1, 2, 1)
+    assert [row.number for row in report.first_bad] == [3, 4]
+    assert reason in report.first_bad[0].reason
+
+
+def test_paths_relative_to_the_working_directory_are_explained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Someone coming from open_clip, which reads paths from the working directory, would not see what differs."""
+    monkeypatch.chdir(folder)
+    (folder / "lists").mkdir()
+    path = table(folder, ("img/0.png", "a"), name="lists/train.csv")
+    with pytest.raises(
+        DataError, match="but in the working directory; move the table there or write full paths"
+    ):
+        read_pairs(path)
+
+
+def test_unreadable_images_are_skipped_and_counted(folder: Path) -> None:
+    """One half-copied photo would stop the run, or be trained on."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(folder / "img/cut.jpg")
+    (folder / "img/cut.jpg").write_bytes((folder / "img/cut.jpg").read_bytes()[:2000])
+    path = table(folder, ("img/0.png", "a"), ("img/cut.jpg", "b"), ("img/1.png", "c"), ("img/cut.jpg", "d"))
+    seen: list[tuple[int, int]] = []
+    pairs, report = read_pairs(path, progress=lambda done, total: seen.append((done, total)))
+    assert [image.name for image in pairs.images] == ["0.png", "1.png"]
+    assert pairs.captions == (("a",), ("c",))
+    assert (report.unreadable_images, report.bad_rows, report.rows) == (1, 2, 4)
+    assert [(row.number, row.image) for row in report.first_bad] == [(3, "img/cut.jpg"), (5, "img/cut.jpg")]
+    assert "cut short" in report.first_bad[0].reason
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    pairs, report = read_pairs(path, verify="header")
+    assert (len(pairs), report.unreadable_images) == (3, 0)
+    assert any("only the headers" in note for note in report.notes)
+
+
+def test_many_images_are_checked_by_header_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million images would be decoded before the first step, or the shortcut be taken in silence."""
+    monkeypatch.setattr(pairs_module, "DECODE_UP_TO", 1)
+    path = table(folder, ("img/0.png", "a"), ("img/1.png", "b"))
+    assert any("only the headers" in note for note in read_pairs(path)[1].notes)
+    assert read_pairs(path, verify="decode")[1].notes == ()
+
+
+def test_limit_on_bad_rows(folder: Path) -> None:
+    """A wrong folder would silently shrink the data to almost nothing, or two bad rows end the run."""
+    rows = [("img/0.png", "a"), *((f"img/x{i}.png", "b") for i in range(4)), ("img/1.png", "")]
+    path = table(folder, *rows)
+    assert read_pairs(path, max_bad_rows=5)[1].bad_rows == 5
+    assert read_pairs(path, max_bad_rows=None)[1].bad_rows == 5
+    with pytest.raises(DataError) as error:
+        read_pairs(path, max_bad_rows=2)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "more than 2 rows" in message
+    assert "line 3: img/x0.png not found" in message
+    assert "line 5: img/x2.png" in message
+    assert "--max-bad-rows" in message
+    with pytest.raises(DataError, match="more than 0 rows"):
+        read_pairs(path, max_bad_rows=0)
+    with pytest.raises(ConfigError, match="--max-bad-rows must be 0 or more"):
+        read_pairs(path, max_bad_rows=-1)
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty caption", "unreadable", "ragged"])
+def test_strict_stops_at_the_first(folder: Path, fault: str) -> None:
+    """--strict would let some kind of bad row pass."""
+    (folder / "img/bad.png").write_bytes(b"not an image")
+    row = {
+        "missing": ("img/x.png", "b"),
+        "empty caption": ("img/1.png", " "),
+        "unreadable": ("img/bad.png", "b"),
+        "ragged": ("img/1.png", "b", "c"),
+    }[fault]
+    path = table(folder, ("img/0.png", "a"), row, ("img/y.png", "later"))
+    with pytest.raises(DataError, match="--strict") as error:
+        read_pairs(path if fault != "unreadable" else table(folder, ("img/0.png", "a"), row), strict=True)
+    assert "line 3: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_left(folder: Path) -> None:
+    """Training would start on no data at all."""
+    with pytest.raises(DataError, match=r"none of its 1 rows can be used \(line 2: img/x.png not found"):
+        read_pairs(table(folder, ("img/x.png", "a")))
+    with pytest.raises(DataError, match="has no rows, only a header"):
+        read_pairs(table(folder))
+
+
+def test_lists_of_captions(folder: Path) -> None:
+    """Five captions in one JSON row would become one caption, or an empty one among them cost all five."""
+    path = folder / "t.jsonl"
+    path.write_text(
+        '{"image": "img/0.png", "caption": ["a", " ", "b", "a"]}\n{"image": "img/1.png", "caption": []}\n'
+        '{"image": "img/2.png", "caption": [null, "c"]}\n'
+    )
+    pairs, report = read_pairs(path)
+    assert pairs.captions == (("a", "b"), ("c",))
+    assert (report.empty_captions, report.repeated_captions, report.bad_rows) == (3, 1, 1)
+    assert report.first_bad[0].reason == "empty caption"
+
+
+def test_duplicate_images_are_found_by_content(folder: Path) -> None:
+    """The same photo under two names would be its own wrong answer, or leak from training into evaluation."""
+    (folder / "img/copy.png").write_bytes((folder / "img/3.png").read_bytes())
+    (folder / "img/again.png").write_bytes((folder / "img/3.png").read_bytes())
+    names = ["3.png", "4.png", "copy.png", "again.png"]
+    pairs, report = read_pairs(table(folder, *((f"img/{name}", name) for name in names)))
+    assert report.duplicates == (tuple(folder / "img" / name for name in ("3.png", "copy.png", "again.png")),)
+    assert report.duplicate_images == 2
+    assert len(pairs) == 4
+
+
+def test_equal_size_is_not_a_duplicate(tmp_path: Path) -> None:
+    """Uncompressed images, all of one size, would all count as duplicates."""
+    for i, content in enumerate([b"aaaa", b"aaab", b"aaaa", b"aaa"]):
+        (tmp_path / str(i)).write_bytes(content)
+    paths = tuple(tmp_path / str(i) for i in range(4))
+    assert find_duplicates(paths) == ((paths[0], paths[2]),)
+
+
+def test_folder_counts_images_without_caption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that nobody captioned would be left out without a word."""
+    (folder / "img/bad.png").write_bytes(b"not an image")
+    (folder / "img/captions.csv").write_text("image,caption\n0.png,a\n1.png,b\nbad.png,c\n")
+    monkeypatch.chdir(folder)
+    pairs, report = read_pairs("img/../img")
+    assert len(pairs) == 2
+    assert any("4 images in the folder have no caption" in note for note in report.notes)
+    assert report.unreadable_images == 1

@@ -1,0 +1,476 @@
+"""Tables of every kind, as people really write them: read whole, or refused in one clear line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipgraft.data.rows import BadRow, Row, Table
+from clipgraft.data.tables import read_table
+from clipgraft.errors import ClipgraftError, ConfigError, DataError
+
+quick = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+VIETNAMESE = "Một con chó đen đang chạy trên bãi cỏ, miệng ngậm quả bóng “đỏ”."
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    """The path, after its content was written as it is."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def good(table: Table) -> list[tuple[str, str]]:
+    """(image, caption) of every row; no row may be bad."""
+    rows = list(table.rows())
+    assert all(isinstance(row, Row) for row in rows), rows
+    return [(row.image, caption) for row in rows for caption in row.captions]
+
+
+def bad(table: Table) -> list[tuple[int, str]]:
+    """(line, reason) of every bad row."""
+    return [(row.number, row.reason) for row in table.rows() if isinstance(row, BadRow)]
+
+
+def one_line(error: pytest.ExceptionInfo[ClipgraftError]) -> str:
+    """The message, which must be a single line."""
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_open_clip_defaults(tmp_path: Path) -> None:
+    """A file that open_clip trains on would need other flags here."""
+    path = written(tmp_path / "train.csv", f"filepath\ttitle\na.jpg\t{VIETNAMESE}\nb.jpg\tb, with a comma\n")
+    table = read_table(path)
+    assert good(table) == [("a.jpg", VIETNAMESE), ("b.jpg", "b, with a comma")]
+    assert table.notes == ()
+    assert table.folder == tmp_path
+
+
+def test_guide_flags(tmp_path: Path) -> None:
+    """The guide's own command (image, caption, comma) would not run."""
+    path = written(tmp_path / "train.csv", f'image,caption\na.jpg,"{VIETNAMESE}"\n')
+    table = read_table(path, dataset_type="csv", image_key="image", caption_key="caption", separator=",")
+    assert good(table) == [("a.jpg", VIETNAMESE)]
+    assert table.notes == ()
+
+
+cells = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40
+) | st.sampled_from(
+    [
+        VIETNAMESE,
+        'he said "hi"',
+        "a,b;c|d\te",
+        "two\nlines",
+        "two\r\nlines",
+        "old\rmac",
+        "\ufeffbom",
+        '"',
+        "'",
+        "\x85",
+        "\u2028",
+    ]
+)
+
+
+@quick
+@given(
+    captions=st.lists(cells, min_size=1, max_size=6),
+    separator=st.sampled_from(["\t", ",", ";", "|"]),
+    # A carriage return inside a cell is only quoted by Python's own writer when it is part of the line end.
+    form=st.sampled_from(
+        [("\n", csv.QUOTE_ALL), ("\r", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_MINIMAL)]
+    ),
+    mark=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+def test_csv_round_trip(
+    tmp_path: Path, captions: list[str], separator: str, form: tuple[str, int], mark: str
+) -> None:
+    """Captions with quotes, commas, line breaks or Vietnamese would be changed, cut or lost."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=separator, lineterminator=form[0], quoting=form[1])
+    writer.writerows([("filepath", "title"), *((f"{i}.jpg", caption) for i, caption in enumerate(captions))])
+    path = written(tmp_path / "t.csv", file.getvalue().encode(mark))
+    expected = [(f"{i}.jpg", caption.strip()) for i, caption in enumerate(captions)]
+    assert good(read_table(path)) == expected
+    assert good(read_table(path, separator=separator, image_key="filepath", caption_key="title")) == expected
+
+
+@quick
+@given(captions=st.lists(cells | st.lists(cells, min_size=1, max_size=3), min_size=1, max_size=6))
+def test_jsonl_and_parquet_round_trip(tmp_path: Path, captions: list[str | list[str]]) -> None:
+    """The same captions would differ between file kinds."""
+    expected = []
+    lists = [caption if isinstance(caption, list) else [caption] for caption in captions]
+    for i, texts in enumerate(lists):
+        expected += [(f"{i}.jpg", text.strip()) for text in texts]
+    lines = [
+        json.dumps({"image": f"{i}.jpg", "caption": c}, ensure_ascii=i % 2 == 0)
+        for i, c in enumerate(captions)
+    ]
+    assert good(read_table(written(tmp_path / "t.jsonl", "\n".join(lines)))) == expected
+    columns = {"image": [f"{i}.jpg" for i in range(len(lists))], "caption": lists}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert good(read_table(tmp_path / "t.parquet")) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "separator"),
+    [
+        ("image,caption", ","),
+        ("file_name;text", ";"),
+        ("path|sentence", "|"),
+        ("Image\tCaption", "\t"),
+        ("filename,captions", ","),
+        ("img,title", ","),
+    ],
+)
+def test_usual_headers_are_guessed_and_said(tmp_path: Path, header: str, separator: str) -> None:
+    """A hurried first try would end in an error, or in silence about which columns were taken."""
+    extra = f"id{separator}{header}{separator}split"
+    path = written(tmp_path / "t.csv", f"{extra}\n{separator.join(['1', 'a.jpg', 'một', 'train'])}\n")
+    table = read_table(path)
+    assert good(table) == [("a.jpg", "một")]
+    image, caption = header.split(separator)
+    said = " ".join(table.notes)
+    assert (image == "filepath") or f'"{image}"' in said
+    assert (caption == "title") or f'"{caption}"' in said
+    assert ("--csv-separator" in said) == (separator != "\t")
+
+
+def test_defaults_win_over_usual_names(tmp_path: Path) -> None:
+    """open_clip's columns would lose to a column that merely sounds right."""
+    path = written(tmp_path / "t.csv", "image\tcaption\tfilepath\ttitle\nx\ty\ta.jpg\tdog\n")
+    assert good(read_table(path)) == [("a.jpg", "dog")]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+@pytest.mark.parametrize(
+    ("keys", "flag", "near"),
+    [
+        ({"image_key": "imge"}, "--csv-img-key", 'did you mean "image"?'),
+        ({"caption_key": "captoin"}, "--csv-caption-key", 'did you mean "caption"?'),
+        ({"caption_key": "zzz"}, "--csv-caption-key", "name the right one with --csv-caption-key"),
+    ],
+)
+def test_named_column_that_is_not_there(
+    tmp_path: Path, name: str, keys: dict[str, str], flag: str, near: str
+) -> None:
+    """A typing error in a flag would be answered with another column, or without a hint."""
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"image": ["a.jpg"], "caption": ["x"]}), path)
+    else:
+        written(
+            path, "image,caption\na.jpg,x\n" if name.endswith("csv") else '{"image": "a.jpg", "caption": "x"}'
+        )
+    with pytest.raises(DataError) as error:
+        read_table(path, **keys)
+    message = one_line(error)
+    assert str(path) in message
+    assert flag in message
+    assert f'"{next(iter(keys.values()))}"' in message
+    assert '"image", "caption"' in message
+    assert near in message
+
+
+def test_file_without_header_says_so(tmp_path: Path) -> None:
+    """The first pair would be taken for a header and its file name listed as a column, with no advice."""
+    path = written(tmp_path / "t.csv", "a.jpg,a dog\nb.jpg,a cat\n")
+    with pytest.raises(DataError, match="first line must be a header"):
+        read_table(path)
+
+
+def test_wrong_separator_says_so(tmp_path: Path) -> None:
+    """A file read as one column would only complain of a missing column."""
+    path = written(tmp_path / "t.csv", "image,caption\na.jpg,a dog\n")
+    with pytest.raises(DataError, match="--csv-separator"):
+        read_table(path, separator=";")
+
+
+def test_backslash_t_is_a_tab(tmp_path: Path) -> None:
+    """`--csv-separator "\\t"`, as typed for open_clip, would be two characters."""
+    path = written(tmp_path / "t.csv", "filepath\ttitle\na.jpg\tdog\n")
+    assert good(read_table(path, separator="\\t")) == [("a.jpg", "dog")]
+
+
+@pytest.mark.parametrize("separator", ["", "||", '"', "\n"])
+def test_impossible_separator(tmp_path: Path, separator: str) -> None:
+    """A separator that no CSV reader takes would end in a traceback."""
+    path = written(tmp_path / "t.csv", "filepath\ttitle\na.jpg\tdog\n")
+    with pytest.raises(ConfigError, match="--csv-separator must be one character"):
+        read_table(path, separator=separator)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_bytes_that_are_not_utf8(tmp_path: Path, name: str) -> None:
+    """A file saved by an old Excel would end in a UnicodeDecodeError, or in captions of question marks."""
+    row = "b.jpg\tcà phê\n" if name.endswith("csv") else '{"image": "b.jpg", "caption": "cà phê"}\n'
+    head = "filepath\ttitle\n" if name.endswith("csv") else '{"image": "a.jpg", "caption": "x"}\n'
+    path = written(tmp_path / name, head.encode() + b"\n" * 5000 + row.encode("latin-1"))
+    with pytest.raises(DataError) as error:
+        list(read_table(path).rows())
+    message = one_line(error)
+    assert "line 5002" in message
+    assert "0xe0" in message
+    assert "UTF-8" in message
+
+
+def test_binary_file_is_refused(tmp_path: Path) -> None:
+    """A spreadsheet renamed to .csv, or UTF-16 without its mark, would be read as nonsense."""
+    for content in (b"PK\x03\x04\0\0", "filepath\ttitle\n".encode("utf-16-le")):
+        with pytest.raises(DataError, match="save the table as UTF-8"):
+            read_table(written(tmp_path / "t.csv", content))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.txt", "t.jsonl"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\r\n\r\n"])
+def test_empty_file(tmp_path: Path, name: str, content: bytes) -> None:
+    """An empty export would end in an IndexError."""
+    with pytest.raises(DataError, match="the file is empty"):
+        read_table(written(tmp_path / name, content))
+
+
+def test_damaged_rows_cost_only_themselves(tmp_path: Path) -> None:
+    """One wrong quote would swallow the rows after it, or end the run."""
+    lines = [
+        "filepath,title",
+        "1.jpg,one",
+        '2.jpg,"opened and never closed',
+        "3.jpg,three",
+        '4.jpg,"a "quoted" word"',
+        "5.jpg,five",
+        "6.jpg",
+        "7.jpg,seven, with a comma",
+        "8.jpg,eight,",
+        "9.jpg,nul\0byte",
+        ",no path",
+        "",
+        ",,",
+        "14.jpg,fourteen",
+    ]
+    table = read_table(written(tmp_path / "t.csv", "\r\n".join(lines)), separator=",")
+    kept = [row.image for row in table.rows() if isinstance(row, Row)]
+    assert kept == ["1.jpg", "3.jpg", "5.jpg", "8.jpg", "14.jpg"]
+    reasons = dict(bad(table))
+    assert list(reasons) == [3, 5, 7, 8, 10, 11]
+    assert "quot" in reasons[3]
+    assert 'twice ("")' in reasons[5]
+    assert reasons[7].startswith("has 1 cells where the header has 2")
+    assert reasons[8].startswith("has 3 cells where the header has 2")
+    assert reasons[10] == "holds a NUL byte"
+    assert reasons[11] == "no image path"
+
+
+def test_quote_that_is_never_closed_in_a_long_file(tmp_path: Path) -> None:
+    """A single forgotten quote would hide thousands of rows, or trip over the csv module's cell limit."""
+    rows = [f"{i}.jpg\t{'«' if i != 3 else chr(34)}caption {i} {'x' * 60}" for i in range(5000)]
+    table = read_table(written(tmp_path / "t.tsv", "\n".join(["filepath\ttitle", *rows])))
+    assert bad(table) == [
+        (5, f"a cell is longer than {csv.field_size_limit():,} characters: a double quote is never closed")
+    ]
+    assert sum(isinstance(row, Row) for row in table.rows()) == 4999
+
+
+def test_line_numbers_count_lines_of_the_file(tmp_path: Path) -> None:
+    """The user would be sent to the wrong line after a caption of two lines."""
+    path = written(tmp_path / "t.tsv", 'filepath\ttitle\na.jpg\t"two\nlines"\n\nb.jpg\n')
+    assert [number for number, _ in bad(read_table(path))] == [5]
+
+
+def test_jsonl_bad_lines(tmp_path: Path) -> None:
+    """One broken line would end the run, or be passed to the tokenizer as a number."""
+    lines = [
+        '{"filepath": "1.jpg", "title": "one"}',
+        '{"filepath": "2.jpg", "title": ',
+        '["3.jpg", "three"]',
+        '{"filepath": "4.jpg", "title": 4}',
+        '{"filepath": 5, "title": "five"}',
+        '{"title": "six"}',
+        '{"filepath": "7.jpg"}',
+        '{"filepath": "8.jpg", "title": "half \\ud83d"}',
+        '{"filepath": "9.jpg", "title": ["nine", 9]}',
+        "[" * 100_000,
+        '{"filepath": "11.jpg", "title": ' + "1" * 5000 + "}",
+    ]
+    table = read_table(written(tmp_path / "t.jsonl", "\n".join(lines)))
+    assert [(row.image, row.captions) for row in table.rows() if isinstance(row, Row)] == [
+        ("1.jpg", ("one",)),
+        ("7.jpg", ("",)),
+    ]
+    reasons = dict(bad(table))
+    assert list(reasons) == [2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert reasons[2].startswith("is not JSON: Expecting value at column")
+    assert reasons[3] == "is a JSON list, not an object"
+    assert reasons[4] == "the caption is a int, not text"
+    assert reasons[5] == "the image is a int, not a path"
+    assert reasons[6] == "no image path"
+    assert "surrogate" in reasons[8]
+
+
+def test_json_array_file_is_explained(tmp_path: Path) -> None:
+    """A JSON array saved as .jsonl would only say `no rows`."""
+    for content in ('[{"image": "a.jpg"}]', '[\n {"image": "a.jpg",\n  "caption": "x"}\n]'):
+        with pytest.raises(DataError, match="each line must be like"):
+            read_table(written(tmp_path / "t.jsonl", content))
+
+
+@pytest.mark.parametrize("content", [b"", b"not parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1"])
+def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
+    """A half-written Parquet file would end in pyarrow's own traceback."""
+    with pytest.raises(DataError, match="not a whole Parquet file") as error:
+        read_table(written(tmp_path / "t.parquet", content))
+    one_line(error)
+
+
+def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
+    """Damage behind a whole footer would end in pyarrow's own traceback."""
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [f"{i}.jpg" for i in range(500)], "caption": ["x"] * 500}), path)
+    data = bytearray(path.read_bytes())
+    data[4:60] = b"\xff" * 56
+    written(path, bytes(data))
+    with pytest.raises(DataError, match="damaged after row") as error:
+        list(read_table(path).rows())
+    one_line(error)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra installed, the user would see an ImportError instead of what to install."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'clipgraft\[parquet\]'"):
+        read_table(written(tmp_path / "t.parquet", b""))
+
+
+def test_parquet_of_image_bytes_is_explained(tmp_path: Path) -> None:
+    """A Hugging Face Parquet with embedded images would look like missing files."""
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": b"x", "path": "a.jpg"}], "caption": ["x"]}), path)
+    assert bad(read_table(path)) == [(1, "the image is a dict, not a path")]
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    """A wrong path or type would end in a traceback without a hint."""
+    written(tmp_path / "train.csv", "filepath\ttitle\n")
+    written(tmp_path / "shard.tar", "")
+    cases = [
+        ("trian.csv", "auto", 'did you mean "train.csv"'),
+        ("nowhere/train.csv", "auto", "there is no folder"),
+        ("shard.tar", "auto", "give --dataset-type"),
+        ("train.csv", "folder", "is a file"),
+        (".", "csv", "is a folder"),
+        ("train.csv", "webdataset", "is not one of auto, csv, tsv, jsonl, parquet, folder"),
+    ]
+    for name, kind, message in cases:
+        with pytest.raises(ClipgraftError, match=message) as error:
+            read_table(tmp_path / name, dataset_type=kind)
+        one_line(error)
+
+
+def folder_of(tmp_path: Path, *names: str) -> Path:
+    """A folder with a tiny image under each name."""
+    for i, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "một"}\n{"file_name": "a.png", "text": "hai"}'),
+        ("metadata.csv", "file_name,text\na.png,một\na.png,hai\n"),
+        ("captions.txt", "image,caption\na.png,một\na.png,hai\n"),
+        ("captions.tsv", "filepath\ttitle\na.png\tmột\na.png\thai\n"),
+        ("captions.csv", "filepath,title\na.png,một\na.png,hai\n"),
+        ("captions.txt", "a.png#0\tmột\na.png#1\thai\n"),
+        ("Flickr8k.token.txt", "a.png#0\tmột\na.png#1\thai\n"),
+        ("results.csv", "image_name| comment_number| comment\na.png| 0| một\na.png| 1| hai\n"),
+    ],
+)
+def test_folder_with_a_captions_file(tmp_path: Path, name: str, content: str) -> None:
+    """Flickr8k, Flickr30k or a Hugging Face image folder would first have to be converted."""
+    folder = folder_of(tmp_path, "a.png")
+    written(folder / name, content)
+    table = read_table(folder)
+    assert good(table) == [("a.png", "một"), ("a.png", "hai")]
+    assert any(name in note for note in table.notes)
+
+
+def test_token_file_keeps_quotes(tmp_path: Path) -> None:
+    """Flickr's unquoted captions that begin with a quote would be swallowed."""
+    path = written(tmp_path / "Flickr8k.token.txt", 'a.jpg#0\t"Go" , says a sign\r\nb.jpg#12\tb\nnonsense\n')
+    table = read_table(path)
+    assert [row for row in table.rows() if isinstance(row, Row)] == [
+        Row(1, "a.jpg", ('"Go" , says a sign',)),
+        Row(2, "b.jpg", ("b",)),
+    ]
+    assert [number for number, _ in bad(table)] == [3]
+
+
+def test_images_in_a_sub_folder(tmp_path: Path) -> None:
+    """Flickr8k as it is downloaded (captions.txt beside Images/) would report every image missing."""
+    folder = folder_of(tmp_path, "Images/a.png", "other/b.png")
+    written(folder / "captions.txt", "image,caption\na.png,one\n")
+    table = read_table(folder)
+    assert table.folder == folder / "Images"
+    assert any("Images" in note for note in table.notes)
+
+
+def test_second_captions_file_is_mentioned(tmp_path: Path) -> None:
+    """A user who edits the file that is not read would never learn why nothing changes."""
+    folder = folder_of(tmp_path, "a.png")
+    for name in ("captions.txt", "results.csv"):
+        written(folder / name, "image,caption\na.png,one\n")
+    assert any("not read: results.csv" in note for note in read_table(folder).notes)
+
+
+def test_text_file_beside_each_image(tmp_path: Path) -> None:
+    """Folders made for diffusion training (a.jpg, a.txt) could not be used."""
+    folder = folder_of(tmp_path, "b.png", "sub/a.PNG", "c.png", ".hidden/d.png")
+    written(folder / "b.txt", b"\xef\xbb\xbfm\xe1\xbb\x99t\r\n\r\nhai\r\n")
+    written(folder / "sub/a.txt", "ba")
+    table = read_table(folder)
+    assert list(table.rows()) == [
+        Row(1, "b.png", ("một", "hai")),
+        BadRow(2, "c.png", "no c.txt beside it"),
+        Row(3, str(Path("sub/a.PNG")), ("ba",)),
+    ]
+
+
+def test_sidecar_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    """One badly saved caption file among thousands would end the run."""
+    folder = folder_of(tmp_path, "a.png", "b.png")
+    written(folder / "a.txt", "phở".encode() + b"\xe0")
+    written(folder / "b.txt", "bún")
+    first, second = read_table(folder).rows()
+    assert isinstance(first, BadRow)
+    assert "not valid UTF-8" in first.reason
+    assert second == Row(2, "b.png", ("bún",))
+
+
+def test_folder_without_captions(tmp_path: Path) -> None:
+    """A folder that cannot be used would not say which file is expected."""
+    with pytest.raises(DataError, match="no images in this folder"):
+        read_table(tmp_path)
+    folder_of(tmp_path, "a.png")
+    with pytest.raises(DataError, match=r"1 images and no captions.*metadata\.jsonl") as error:
+        read_table(tmp_path)
+    one_line(error)
