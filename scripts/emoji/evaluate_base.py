@@ -1,6 +1,6 @@
 """Recall of a CLIP on emoji scenes, through stock transformers only.
 
-    python scripts/emoji/evaluate_base.py         # all languages, 1,000 test scenes, prints a table
+python scripts/emoji/evaluate_base.py         # all languages, 1,000 test scenes, prints a table
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "b
 
 
 @torch.no_grad()
-def recalls(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: EmojiScenes, language: str) -> dict[str, float]:
+def recalls(
+    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: EmojiScenes, language: str
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions, in 0..1, with five captions an image.
 
     Image to text counts an image as found when any of its captions is among the first k.

@@ -2,10 +2,11 @@
 
     python scripts/emoji/train_base.py            # writes src/clipgraft/assets/emoji/base
 
-This keeps its own short loop on purpose: it trains every weight from nothing on scenes made in memory, which the
-library's loop, made for adapters on a pretrained model, has no reason to do. The captions are mostly English with a
-small share of the other languages. A run that was killed goes on from its last checkpoint under `--work` when it is
-started again with the same arguments.
+This keeps its own short loop on purpose: it trains every weight from nothing on scenes made in memory, which
+the library's loop, made for adapters on a pretrained model, has no reason to do. Two stages: single objects
+in quarter-size windows against their names, which is cheap and teaches what things look like; then whole
+scenes against their captions. Both are mostly English with a small share of the other languages. A run that
+was killed goes on from its last checkpoint under `--work` when it is started again with the same arguments.
 """
 
 from __future__ import annotations
@@ -14,34 +15,29 @@ import argparse
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-# Threads that spin at barriers lose most of their time where other programs run; must be set before torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from base_data import PATCH, WINDOW, Shard, draw_windows, make_images, pick_language, to_pixels
 from bpe import learn_tokenizer
 from evaluate_base import recalls
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from clipgraft.data.emoji import LANGUAGES, EmojiScenes
-from clipgraft.data.emoji_art import load_art
-from clipgraft.data.emoji_scene import SIDE
+from clipgraft.data.emoji_captions import name_group
+from clipgraft.data.emoji_scene import SIDE, Group
 
 CONTEXT = 48
-ENGLISH_SHARE, VIETNAMESE_SHARE = 0.84, 0.06
 BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "base"
-
-
-def make_images(scenes: EmojiScenes) -> np.ndarray:
-    """All scenes as uint8, (N, 96, 96, 3)."""
-    images = np.empty((len(scenes), SIDE, SIDE, 3), dtype=np.uint8)
-    for i in range(len(scenes)):
-        images[i] = np.asarray(scenes.image(i))
-    return images
 
 
 def make_tokenizer(scenes: EmojiScenes, vocab_size: int) -> CLIPTokenizer:
@@ -63,40 +59,11 @@ def make_model(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
         "projection_dim": width,
     }
-    vision = {**shape, "num_hidden_layers": 6, "image_size": SIDE, "patch_size": 12, "projection_dim": width}
+    vision = {**shape, "num_hidden_layers": 6, "image_size": SIDE, "patch_size": PATCH}
+    vision["projection_dim"] = width
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
     # On a CPU the backward pass of scaled_dot_product_attention costs twice the plain matmuls at these sizes.
     return CLIPModel._from_config(config, attn_implementation="eager")
-
-
-def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, 96, 96, 3) to normalised float32 (B, 3, 96, 96), as the saved image processor does."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-def pick_captions(scenes: EmojiScenes, indices: list[int], step: int, seed: int) -> list[str]:
-    """One caption a scene in a language drawn by its share; the same for the same seed and step."""
-    draw = np.random.default_rng([seed, step]).random((len(indices), 2))
-    others = [language for language in LANGUAGES if language not in ("en", "vi")]
-    texts = []
-    for index, (which, sentence) in zip(indices, draw, strict=True):
-        if which < ENGLISH_SHARE:
-            language = "en"
-        elif which < ENGLISH_SHARE + VIETNAMESE_SHARE:
-            language = "vi"
-        else:
-            rest = (which - ENGLISH_SHARE - VIETNAMESE_SHARE) / (1 - ENGLISH_SHARE - VIETNAMESE_SHARE)
-            language = others[min(int(rest * len(others)), len(others) - 1)]
-        texts.append(scenes.captions(index, language)[int(sentence * 5)])
-    return texts
-
-
-def batch_indices(step: int, batch: int, size: int, seed: int) -> list[int]:
-    """The scenes of one step: every epoch a new order of all."""
-    per_epoch = size // batch
-    epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, 1_000_000 + epoch]).permutation(size)
-    return [int(i) for i in order[place * batch : (place + 1) * batch]]
 
 
 def features(
@@ -109,13 +76,34 @@ def features(
     return image.float(), text.float()
 
 
-def object_loss(head: torch.nn.Linear, image: torch.Tensor, text: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """How badly one linear head, shared by both towers, tells which objects a scene holds.
+def name_features(
+    model: CLIPModel, tokenizer: CLIPTokenizer, objects: list[int], step: int, seed: int
+) -> torch.Tensor:
+    """Embeddings of the objects' names, each in a language drawn by its share, float32 (objects, width)."""
+    draw = np.random.default_rng([seed, step, 1]).random(len(objects))
+    texts = [name_group(Group(i, 1), pick_language(which)) for i, which in zip(objects, draw, strict=True)]
+    tokens = tokenizer(texts, padding="longest", truncation=True, return_tensors="pt")
+    with torch.autocast("cpu", torch.bfloat16):
+        text: torch.Tensor = model.get_text_features(**tokens).pooler_output
+    return text.float()
 
-    `present` is (B, objects), each row a distribution over the objects of the scene. The head is thrown away after
-    training; without it the small model spends most of its steps before it tells one object from another.
+
+def window_features(model: CLIPModel, pixels: torch.Tensor, row: int, column: int) -> torch.Tensor:
+    """Embeddings of (B, 3, 48, 48) windows that lie `row` and `column` patches into an image, (B, width).
+
+    A quarter of the patches costs a quarter of the time, and each keeps the position it has in a whole image.
     """
-    return (F.cross_entropy(head(image), present) + F.cross_entropy(head(text), present)) / 2
+    vision = model.vision_model
+    with torch.autocast("cpu", torch.bfloat16):
+        patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        side, per_row = WINDOW // PATCH, SIDE // PATCH
+        cells = [(row + y) * per_row + column + x for y in range(side) for x in range(side)]
+        positions = vision.embeddings.position_embedding.weight
+        start = (vision.embeddings.class_embedding + positions[0]).expand(len(pixels), 1, -1)
+        tokens = torch.cat([start, patches + positions[1 + torch.tensor(cells)]], dim=1)
+        hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(tokens)).last_hidden_state
+        image: torch.Tensor = model.visual_projection(vision.post_layernorm(hidden[:, 0]))
+    return image.float()
 
 
 def contrastive_loss(model: CLIPModel, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -126,16 +114,7 @@ def contrastive_loss(model: CLIPModel, image: torch.Tensor, text: torch.Tensor) 
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def present_objects(scenes: EmojiScenes, indices: list[int]) -> torch.Tensor:
-    """(B, objects): a uniform distribution over the objects of each scene."""
-    present = torch.zeros(len(indices), len(load_art().objects))
-    for row, index in enumerate(indices):
-        groups = scenes.scene(index).groups
-        present[row, [group.index for group in groups]] = 1 / len(groups)
-    return present
-
-
-def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: CLIPModel, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -150,11 +129,11 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def replace_file(path: Path, write) -> None:  # type: ignore[no-untyped-def]
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place at once."""
     part = path.with_suffix(path.suffix + ".part")
     write(part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def save_base(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path, out: Path) -> None:
@@ -169,67 +148,116 @@ def save_base(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path, out: Path)
     ).save_pretrained(fresh)
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(fresh.iterdir()):
-        replace_file(out / path.name, lambda part, path=path: part.write_bytes(path.read_bytes()))
+        replace_file(out / path.name, partial(shutil.copyfile, path))
 
 
-def train(args: argparse.Namespace) -> None:
-    """Make the data, train, save a checkpoint now and then, write the base folder and its metrics."""
+def object_step(model: CLIPModel, tokenizer: CLIPTokenizer, batch: int, step: int, seed: int) -> torch.Tensor:
+    """The loss of one step of the first stage: single objects against the names of all in the batch."""
+    windows, labels = draw_windows(batch, step, seed)
+    row, column = np.random.default_rng([seed, step, 2]).integers(0, (SIDE - WINDOW) // PATCH + 1, 2)
+    image = window_features(model, to_pixels(windows), int(row), int(column))
+    objects, target = torch.unique(labels, return_inverse=True)
+    names = name_features(model, tokenizer, objects.tolist(), step, seed)
+    logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(names, dim=-1).T
+    return F.cross_entropy(logits, target)
+
+
+def average_gradients(model: CLIPModel, processes: int) -> None:
+    """Replace every gradient by its mean over the processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= processes
+    parts = torch.split(flat, [g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, parts, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def update(model: CLIPModel, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One clipped optimizer step at rate `lr`."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, math.log(100))
+
+
+def report(
+    model: CLIPModel, tokenizer: CLIPTokenizer, step: int, seconds: float, args: argparse.Namespace
+) -> None:
+    """Save the base folder; print and save recalls, of all test scenes and languages at the end only."""
+    save_base(model, tokenizer, args.work, args.out)
+    last = step == args.steps
+    scenes, languages = EmojiScenes("test", 1000 if last else 200), LANGUAGES if last else ("en", "vi")
+    result = {language: recalls(model, tokenizer, scenes, language) for language in languages}
+    for language, found in result.items():
+        print(language, " ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
+    summary = {"step": step, "seconds": round(seconds), "scenes": len(scenes), "test": result}
+    (args.work / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def join(rank: int, args: argparse.Namespace) -> None:
+    """Make this process one of `args.processes` that average gradients; one thread and one core each."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity") and args.processes <= (os.cpu_count() or 1):
+        # Processes that wait for each other tend to be put on one core by the scheduler, and then take turns.
+        os.sched_setaffinity(0, {rank})
+    meeting = f"file://{args.work.resolve()}/rendezvous"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=args.processes)
     torch.manual_seed(args.seed)
+
+
+def step_loss(
+    model: CLIPModel, tokenizer: CLIPTokenizer, shard: Shard, step: int, args: argparse.Namespace
+) -> torch.Tensor:
+    """The loss of one step of this process, in whichever stage the step falls."""
+    seed = args.seed * args.processes + shard.rank
+    if step < args.object_steps:
+        return object_step(model, tokenizer, args.object_batch_size, step, seed)
+    pixels, texts = shard.batch(step - args.object_steps, args.batch_size, seed)
+    tokens = dict(tokenizer(texts, padding="longest", truncation=True, return_tensors="pt"))
+    return contrastive_loss(model, *features(model, pixels, tokens))
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    """One process of the training: make its scenes, step with the others; rank 0 saves and reports."""
+    join(rank, args)
     scenes = EmojiScenes("train", args.scenes, args.seed)
     tokenizer = make_tokenizer(scenes, args.vocab_size)
     model = make_model(tokenizer, args.width)
-    head = torch.nn.Linear(args.width, len(load_art().objects))
-    optimizer = make_optimizer(torch.nn.ModuleList([model, head]), args.weight_decay)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    images = make_images(scenes)
-    args.work.mkdir(parents=True, exist_ok=True)
+    optimizer = make_optimizer(model, args.weight_decay)
     checkpoint = args.work / "checkpoint.pt"
-    first, spent = 0, 0.0
+    first, spent, losses = 0, 0.0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["seconds"]
-        print(f"going on from step {first}", flush=True)
-    model.train()
     start = saved = time.monotonic()
-    losses: list[float] = []
+    shard = Shard(scenes, make_images(scenes, rank, args.processes), rank, args.processes)
+    model.train()
     for step in range(first, args.steps):
-        indices = batch_indices(step, args.batch_size, args.scenes, args.seed)
-        texts = pick_captions(scenes, indices, step, args.seed)
-        tokens = dict(tokenizer(texts, padding="longest", truncation=True, return_tensors="pt"))
-        image, text = features(model, to_pixels(images[indices]), tokens)
-        loss = contrastive_loss(model, image, text)
-        aux = object_loss(head, image, text, present_objects(scenes, indices))
-        (loss + args.object_weight * (1 - step / args.steps) * aux).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.warmup, args.lr)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
+        loss = step_loss(model, tokenizer, shard, step, args)
+        loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(model, args.processes)
+        update(model, optimizer, learning_rate(step, args.steps, args.warmup, args.lr))
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"loss is {losses[-1]} at step {step}; lower --lr")
-        seconds = spent + time.monotonic() - start
-        if (step + 1) % 25 == 0:
-            mean = sum(losses[-25:]) / len(losses[-25:])
-            scale = model.logit_scale.exp().item()
-            print(f"step {step + 1}/{args.steps} loss {mean:.3f} objects {aux.item():.3f} scale {scale:.1f} {seconds:.0f} s", flush=True)
-        if time.monotonic() - saved > args.save_every or step + 1 == args.steps:
-            state = {"model": model.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step + 1, "seconds": seconds}
-            replace_file(checkpoint, lambda part, state=state: torch.save(state, part))
-            save_base(model, tokenizer, args.work, args.out)
-            languages = LANGUAGES if step + 1 == args.steps else ("en", "vi")
-            result = {lang: recalls(model, tokenizer, EmojiScenes("test", 1000), lang) for lang in languages}
-            for language, found in result.items():
-                print(language, " ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
-            summary = {"step": step + 1, "seconds": round(seconds), "test": result}
-            (args.work / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        done, seconds = step + 1, spent + time.monotonic() - start
+        if rank == 0 and done % 50 == 0:
+            mean, scale = sum(losses[-50:]) / len(losses[-50:]), model.logit_scale.exp().item()
+            print(f"step {done}/{args.steps} loss {mean:.3f} scale {scale:.1f} {seconds:.0f} s", flush=True)
+        if rank == 0 and (time.monotonic() - saved > args.save_every or done == args.steps):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": done, "seconds": seconds}
+            replace_file(checkpoint, partial(torch.save, state))
+            report(model, tokenizer, done, seconds, args)
             saved = time.monotonic()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -237,18 +265,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=BASE)
     parser.add_argument("--work", type=Path, default=Path("logs/emoji-base"))
-    parser.add_argument("--scenes", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=2_000)
-    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=2_350, help="of both stages together")
+    parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--vocab-size", type=int, default=5_000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--object-weight", type=float, default=1.0, help="of the auxiliary loss; falls to 0")
-    parser.add_argument("--warmup", type=int, default=150)
-    parser.add_argument("--save-every", type=float, default=300, help="seconds between checkpoints")
+    parser.add_argument("--object-steps", type=int, default=1_300, help="first steps, on single objects")
+    parser.add_argument("--object-batch-size", type=int, default=64)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--save-every", type=float, default=480, help="seconds between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    parser.add_argument("--processes", type=int, default=2, help="one thread each; batch sizes are for each")
+    parser.add_argument("--rank", type=int, help="set by the first process when it starts the others")
+    args = parser.parse_args()
+    if args.rank is not None:
+        train(args.rank, args)
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "rendezvous").unlink(missing_ok=True)
+    command = [sys.executable, *sys.argv, "--rank"]
+    others = [subprocess.Popen([*command, str(rank)]) for rank in range(1, args.processes)]
+    train(0, args)
+    for other in others:
+        other.wait()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import pickle
 import struct
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -325,13 +326,23 @@ def test_image_error_crosses_processes() -> None:
     assert (error.path, error.reason, str(error)) == ("a.jpg", "not found", "a.jpg: not found")
 
 
-def test_threads_leave_the_warning_filters_alone() -> None:
-    """A server that opens images in threads would lose, or gain, warnings for good."""
-    data = damaged_exif((200, 300), ENDLESS_EXIF)
+def test_threads_share_the_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that opens images in threads would print warnings, or lose its own warnings for good."""
+    both_inside, one_left = Barrier(2), Event()
+    really = Image.open
+
+    def in_step(file: io.BytesIO) -> Image.Image:
+        if both_inside.wait(timeout=30) == 0:
+            assert one_left.wait(timeout=30)
+        return really(file)
+
+    monkeypatch.setattr(Image, "open", in_step)
     before = list(warnings.filters)
-    with ThreadPoolExecutor(8) as pool:
-        sizes = {image.size for image in pool.map(open_image, [data] * 200)}
-    assert sizes == {(200, 300)}
+    with ThreadPoolExecutor(2) as pool:
+        opened = [pool.submit(open_image, damaged_exif((20, 30), ENDLESS_EXIF)) for _ in range(2)]
+        wait(opened, return_when=FIRST_COMPLETED)
+        one_left.set()
+        assert [image.result().size for image in opened] == [(20, 30)] * 2
     assert list(warnings.filters) == before
 
 

@@ -124,14 +124,14 @@ def test_missing_image_says_why(folder: Path, image: str, reason: str) -> None:
     """`Not found` alone would leave the user guessing where it was looked for."""
     _, report = read_pairs(table(folder, ("img/0.png", "a"), (image, "b"), (image, "c")))
     assert (report.missing_images, report.bad_rows, report.images) == (1, 2, 1)
-    assert [row.number for row in report.first_bad] == [3, 4]
+    assert [row.number for row in report.first_bad] == [3]
     assert reason in report.first_bad[0].reason
 
 
 def test_paths_relative_to_the_working_directory_are_explained(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Someone coming from open_clip, which reads paths from the working directory, would not see what differs."""
+    """Someone coming from open_clip, which reads paths from where it runs, would not see what differs."""
     monkeypatch.chdir(folder)
     (folder / "lists").mkdir()
     path = table(folder, ("img/0.png", "a"), name="lists/train.csv")
@@ -152,7 +152,7 @@ def test_unreadable_images_are_skipped_and_counted(folder: Path) -> None:
     assert [image.name for image in pairs.images] == ["0.png", "1.png"]
     assert pairs.captions == (("a",), ("c",))
     assert (report.unreadable_images, report.bad_rows, report.rows) == (1, 2, 4)
-    assert [(row.number, row.image) for row in report.first_bad] == [(3, "img/cut.jpg"), (5, "img/cut.jpg")]
+    assert [(row.number, row.image) for row in report.first_bad] == [(3, "img/cut.jpg")]
     assert "cut short" in report.first_bad[0].reason
     assert seen == [(1, 3), (2, 3), (3, 3)]
     pairs, report = read_pairs(path, verify="header")

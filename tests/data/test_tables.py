@@ -151,7 +151,7 @@ def test_usual_headers_are_guessed_and_said(tmp_path: Path, header: str, separat
     said = " ".join(table.notes)
     assert (image == "filepath") or f'"{image}"' in said
     assert (caption == "title") or f'"{caption}"' in said
-    assert ("--csv-separator" in said) == (separator != "\t")
+    assert (f'--csv-separator "{separator}"' in said) == (separator != "\t")
 
 
 def test_defaults_win_over_usual_names(tmp_path: Path) -> None:

@@ -10,14 +10,26 @@ from pathlib import Path, PurePath
 from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.errors import DataError
 
-IMAGE_FLAG = "--csv-img-key"
-CAPTION_FLAG = "--csv-caption-key"
-IMAGE_KEY = "filepath"  # open_clip's defaults
-CAPTION_KEY = "title"
-USUAL_IMAGE_KEYS = (
-    "image", "file_name", "path", "filename", "img", "image_path", "file_path", "image_name", "file"
-)  # fmt: skip
-USUAL_CAPTION_KEYS = ("caption", "text", "captions", "sentence", "sentences", "comment", "description")
+
+@dataclass(frozen=True)
+class _Role:
+    """What a column is for: the flag that names it, open_clip's default name, and the names others use."""
+
+    flag: str
+    default: str
+    usual: tuple[str, ...]
+
+
+_IMAGE = _Role(
+    "--csv-img-key",
+    "filepath",
+    ("image", "file_name", "path", "filename", "img", "image_path", "file_path", "image_name", "file"),
+)
+_CAPTION = _Role(
+    "--csv-caption-key",
+    "title",
+    ("caption", "text", "captions", "sentence", "sentences", "comment", "description"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,53 +42,43 @@ class Keys:
 
 @dataclass(frozen=True)
 class Columns:
-    """The two columns to read, by name, and what to tell the user about the choice."""
+    """The two columns to read, by name, and the flags that would have named those that had to be guessed."""
 
     image: str
     caption: str
-    notes: tuple[str, ...]
+    guessed: tuple[str, ...]
 
 
 def find_columns(names: Sequence[str], keys: Keys) -> Columns | None:
     """Choose the columns among `names`; None where one of the two is not there."""
-    image = _find(names, keys.image, IMAGE_KEY, USUAL_IMAGE_KEYS)
-    caption = _find(names, keys.caption, CAPTION_KEY, USUAL_CAPTION_KEYS)
+    image = _find(names, keys.image, _IMAGE)
+    caption = _find(names, keys.caption, _CAPTION)
     if image is None or caption is None:
         return None
-    chosen = (
-        (image, keys.image or IMAGE_KEY, IMAGE_FLAG),
-        (caption, keys.caption or CAPTION_KEY, CAPTION_FLAG),
-    )
-    notes = tuple(
-        f'no column "{key}": took "{name}" ({flag} "{name}")' for name, key, flag in chosen if name != key
-    )
-    return Columns(image, caption, notes)
+    chosen = ((image, keys.image, _IMAGE), (caption, keys.caption, _CAPTION))
+    guessed = (f'{role.flag} "{name}"' for name, key, role in chosen if name not in (key, role.default))
+    return Columns(image, caption, tuple(guessed))
+
+
+def guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
+    """What to tell the user about names or a separator other than open_clip's defaults: the flags to give."""
+    return (f"guessed from the header: {' '.join(guessed)}",) if guessed else ()
 
 
 def missing_columns(source: Path, names: Sequence[str], keys: Keys) -> DataError:
     """The error where `find_columns` found nothing: the flag, the file, its columns, the nearest name."""
-    for flag, key, default, usual in (
-        (IMAGE_FLAG, keys.image, IMAGE_KEY, USUAL_IMAGE_KEYS),
-        (CAPTION_FLAG, keys.caption, CAPTION_KEY, USUAL_CAPTION_KEYS),
-    ):
-        if _find(names, key, default, usual) is None:
-            wanted = key if key is not None else default
-            there = ", ".join(f'"{_short(name)}"' for name in names[:12]) + (
-                ", ..." if len(names) > 12 else ""
-            )
-            return DataError(
-                f'{source}: {flag}: no column "{wanted}"; it has {there}; {_advice(flag, wanted, names)}'
-            )
-    raise ValueError("missing_columns called for a table that has both columns")
+    role, key = (_CAPTION, keys.caption) if _find(names, keys.image, _IMAGE) else (_IMAGE, keys.image)
+    wanted = role.default if key is None else key
+    there = ", ".join(f'"{_short(name)}"' for name in names[:12]) + (", ..." if len(names) > 12 else "")
+    advice = _advice(role.flag, wanted, names)
+    return DataError(f'{source}: {role.flag}: no column "{wanted}"; it has {there}; {advice}')
 
 
-def _find(names: Sequence[str], key: str | None, default: str, usual: Sequence[str]) -> str | None:
+def _find(names: Sequence[str], key: str | None, role: _Role) -> str | None:
     if key is not None:
         return key if key in names else None
-    if default in names:
-        return default
     folded = {name.casefold(): name for name in reversed(names)}
-    return next((folded[name] for name in (default, *usual) if name in folded), None)
+    return next((folded[name] for name in (role.default, *role.usual) if name in folded), None)
 
 
 def _advice(flag: str, wanted: str, names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from clipgraft.data.columns import Columns, Keys, find_columns, missing_columns
+from clipgraft.data.columns import Columns, Keys, find_columns, guess_notes, missing_columns
 from clipgraft.data.rows import BadRow, Rows, Table, make_row, text_lines
 from clipgraft.errors import ConfigError, DataError
 
@@ -141,9 +141,8 @@ def _read_header(path: Path, first: str, keys: Keys, separators: tuple[str, ...]
             raise DataError(f"{path}: the header line cannot be read ({error}); rewrite it") from error
         columns = find_columns(names, keys)
         if columns is not None:
-            guess = (f"not separated by {_name(SEPARATOR)}: took {_name(separator)} (--csv-separator)",)
-            guessed = len(separators) > 1 and separator != SEPARATOR
-            return _Header(names, columns, separator, (guess if guessed else ()) + columns.notes)
+            guess = (f'--csv-separator "{separator}"',) if separator != separators[0] else ()
+            return _Header(names, columns, separator, guess_notes(columns.guessed + guess))
         best = max(best, names, key=len)
     raise missing_columns(path, best, keys)
 

@@ -1,21 +1,22 @@
 """EmojiScenes: small pictures composed from open-licensed emoji, with five captions an image and language.
 
-Everything follows from (seed, split, index): the same on every machine, in any order, for any size. The sets of
-objects that occur together are disjoint between train, val and test. Art and its licences: `assets/emoji/art`.
+Everything follows from (seed, split, index): the same on every machine, in any order, for any size. The sets
+of objects that occur together are disjoint between train, val and test. Art and its licences are in
+`assets/emoji/art`.
 """
 
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from clipgraft.data.emoji_captions import LANGUAGES, describe
+from clipgraft.data.emoji_captions import describe
 from clipgraft.data.emoji_scene import SIDE, SPLITS, Scene, draw_scene, paint
+from clipgraft.data.emoji_words import LANGUAGES
 from clipgraft.errors import DataError
 
 __all__ = ["LANGUAGES", "EmojiScenes", "write_scenes"]
@@ -110,7 +111,7 @@ def _write_image(image: Image.Image, path: Path) -> None:
         return
     part = path.with_suffix(".part")
     image.save(part, format="PNG", compress_level=1)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _same(path: Path, image: Image.Image) -> bool:
@@ -130,4 +131,4 @@ def _write_table(rows: Sequence[tuple[str, str]], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(("image", "caption"))
         writer.writerows(rows)
-    os.replace(part, path)
+    part.replace(path)

@@ -1,6 +1,7 @@
 """The shipped emoji art: what can be drawn, its names, and its sprites at any size.
 
-Sprites live in one atlas an art style, in the order of `objects.json`; `scripts/emoji/build_art.py` writes both.
+Sprites live in one atlas an art style, in the order of `objects.json`; `scripts/emoji/build_art.py` writes
+both.
 """
 
 from __future__ import annotations

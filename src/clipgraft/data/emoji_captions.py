@@ -6,13 +6,12 @@ catalogue ("links: Katze, rechts: 3 × roter Apfel; blauer Hintergrund"), which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from clipgraft.data.emoji_art import load_art
 from clipgraft.data.emoji_scene import Group, Scene, Stream
+from clipgraft.data.emoji_words import WORDS
 
-# One caption comes from each of the five sets, so that the five of an image always differ. Fields: a, b, c the groups;
-# is_a and so on the verb that agrees; bg the background with its pattern; colour its colour word alone.
+# One caption comes from each of the five sets, so that the five of an image always differ. Fields: a, b, c
+# the groups; is_a and so on the verb that agrees; bg the background with its pattern; colour only its colour.
 Sets = tuple[tuple[str, ...], ...]
 
 _ENGLISH: dict[str, Sets] = {
@@ -114,147 +113,6 @@ _CATALOGUE: dict[str, Sets] = {
 }
 
 
-@dataclass(frozen=True)
-class Words:
-    """The words of one language that captions are put together from.
-
-    Attributes:
-        colours: the colour words, in the order of `emoji_scene.COLOURS`.
-        grounds: pattern ("plain", "striped", "dotted", "checked") -> background with a `{colour}` field.
-        row, column: words for the first, middle and last place.
-        counts: how two, three and four of a thing begin.
-        picture, et: the words for "picture" and "and".
-    """
-
-    colours: tuple[str, ...]
-    grounds: dict[str, str]
-    row: tuple[str, str, str] = ("", "", "")
-    column: tuple[str, str, str] = ("", "", "")
-    counts: tuple[str, str, str] = ("2 × ", "3 × ", "4 × ")
-    picture: str = ""
-    et: str = ""
-
-
-def _grounds(plain: str, striped: str, dotted: str, checked: str) -> dict[str, str]:
-    return {"plain": plain, "gradient": plain, "striped": striped, "dotted": dotted, "checked": checked}
-
-
-WORDS: dict[str, Words] = {
-    "en": Words(
-        tuple("white black red orange yellow green blue purple pink brown grey".split()),
-        _grounds(
-            "a {colour} background",
-            "a striped {colour} background",
-            "a dotted {colour} background",
-            "a checked {colour} background",
-        ),
-        counts=("two ", "three ", "four "),
-    ),
-    "vi": Words(
-        ("trắng", "đen", "đỏ", "cam", "vàng", "xanh lá cây", "xanh lam", "tím", "hồng", "nâu", "xám"),
-        _grounds("nền {colour}", "nền kẻ sọc {colour}", "nền chấm bi {colour}", "nền kẻ ô {colour}"),
-        counts=("hai ", "ba ", "bốn "),
-    ),
-    "fr": Words(
-        tuple("blanc noir rouge orange jaune vert bleu violet rose marron gris".split()),
-        _grounds(
-            "fond {colour}", "fond {colour} à rayures", "fond {colour} à pois", "fond {colour} à carreaux"
-        ),
-        ("à gauche", "au milieu", "à droite"),
-        ("en haut", "au milieu", "en bas"),
-        picture="image",
-        et="et",
-    ),
-    "de": Words(
-        tuple("weiß schwarz rot orange gelb grün blau lila rosa braun grau".split()),
-        _grounds(
-            "Hintergrund {colour}",
-            "Hintergrund {colour} gestreift",
-            "Hintergrund {colour} gepunktet",
-            "Hintergrund {colour} kariert",
-        ),
-        ("links", "in der Mitte", "rechts"),
-        ("oben", "in der Mitte", "unten"),
-        picture="Bild",
-        et="und",
-    ),
-    "es": Words(
-        tuple("blanco negro rojo naranja amarillo verde azul morado rosa marrón gris".split()),
-        _grounds(
-            "fondo {colour}",
-            "fondo {colour} a rayas",
-            "fondo {colour} con lunares",
-            "fondo {colour} a cuadros",
-        ),
-        ("a la izquierda", "en el centro", "a la derecha"),
-        ("arriba", "en el centro", "abajo"),
-        picture="imagen",
-        et="y",
-    ),
-    "pt": Words(
-        tuple("branco preto vermelho laranja amarelo verde azul roxo rosa marrom cinza".split()),
-        _grounds(
-            "fundo {colour}", "fundo {colour} listrado", "fundo {colour} de bolinhas", "fundo {colour} xadrez"
-        ),
-        ("à esquerda", "no meio", "à direita"),
-        ("em cima", "no meio", "embaixo"),
-        picture="imagem",
-        et="e",
-    ),
-    "id": Words(
-        (
-            "putih",
-            "hitam",
-            "merah",
-            "oranye",
-            "kuning",
-            "hijau",
-            "biru",
-            "ungu",
-            "merah muda",
-            "cokelat",
-            "abu-abu",
-        ),
-        _grounds(
-            "latar {colour}",
-            "latar {colour} bergaris",
-            "latar {colour} berbintik",
-            "latar {colour} kotak-kotak",
-        ),
-        ("di kiri", "di tengah", "di kanan"),
-        ("di atas", "di tengah", "di bawah"),
-        counts=("dua ", "tiga ", "empat "),
-        picture="gambar",
-        et="dan",
-    ),
-    "tr": Words(
-        (
-            "beyaz",
-            "siyah",
-            "kırmızı",
-            "turuncu",
-            "sarı",
-            "yeşil",
-            "mavi",
-            "mor",
-            "pembe",
-            "kahverengi",
-            "gri",
-        ),
-        _grounds(
-            "{colour} arka plan",
-            "çizgili {colour} arka plan",
-            "puantiyeli {colour} arka plan",
-            "kareli {colour} arka plan",
-        ),
-        ("solda", "ortada", "sağda"),
-        ("üstte", "ortada", "altta"),
-        counts=("iki ", "üç ", "dört "),
-        picture="resim",
-        et="ve",
-    ),
-}
-LANGUAGES: tuple[str, ...] = tuple(WORDS)
 COLOUR_ORDER = WORDS["en"].colours
 
 

@@ -28,9 +28,10 @@ COLOURS = {
     "grey": (152, 152, 156),
 }
 PATTERNS = ("plain", "gradient", "striped", "dotted", "checked")
-ANGLES = (-12, -6, 0, 6, 12)
-SCALES = (0.84, 0.92, 1.0)
+ANGLES = (-8, 0, 8)
+SCALES = (0.9, 1.0)
 LARGEST = 64
+SHIFT = 3
 
 Box = tuple[int, int, int, int]
 
@@ -186,6 +187,11 @@ def paint(scene: Scene, key: str) -> Image.Image:
         for left, top, width, height in cells(scene, place):
             size = int(min(width, height, LARGEST) * SCALES[stream.below(len(SCALES))])
             drawn = sprite(scene.style, group.index, size, ANGLES[stream.below(len(ANGLES))])
-            x, y = left + stream.below(width - size + 1), top + stream.below(height - size + 1)
+            x, y = left + _nudged(width - size, stream), top + _nudged(height - size, stream)
             image.paste(drawn, (x, y), drawn)
     return image
+
+
+def _nudged(slack: int, stream: Stream) -> int:
+    """The middle of `slack` pixels, up to SHIFT to either side, never outside."""
+    return min(max(slack // 2 - SHIFT + stream.below(2 * SHIFT + 1), 0), slack)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.data.loading import image_batches
-from clipgraft.errors import ModelError
+from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
 
 Progress = Callable[[int], None]
@@ -29,12 +29,17 @@ def encode_images(
 
     The model runs in eval mode and is left in the mode it was in. `progress` is told how many images each
     batch added.
+
+    Raises:
+        DataError: there is no image, or one that cannot be used.
+        ModelError: the model came without preprocessing.
     """
-    if clip.preprocess is None:
-        raise ModelError("this model has no preprocessing: load it with clipgraft.load(...)")
+    if not paths:
+        raise DataError("there is no image to encode; give at least one")
+    transform = clip.require_preprocess()
     features: list[Tensor] = []
     with evaluating(clip), torch.inference_mode(), _autocast(clip, autocast):
-        for indices, pixels in image_batches(paths, clip.preprocess, batch_size=batch_size, workers=workers):
+        for indices, pixels in image_batches(paths, transform, batch_size=batch_size, workers=workers):
             features.append(clip.encode_image(pixels, normalize=True).float().cpu())
             if progress is not None:
                 progress(len(indices))
@@ -47,7 +52,13 @@ def encode_captions(
     """Unit-norm fp32 features of captions, (N, D) on the CPU, in order.
 
     Equal captions are encoded once and the rest in order of length, so that little padding is computed.
+
+    Raises:
+        DataError: there is no caption.
+        ModelError: the model came without a tokenizer.
     """
+    if not captions:
+        raise DataError("there is no caption to encode; give at least one")
     distinct = list(dict.fromkeys(captions))
     position = {caption: index for index, caption in enumerate(distinct)}
     tokens = clip.tokenize(distinct)

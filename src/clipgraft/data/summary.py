@@ -61,7 +61,7 @@ class BadRows:
     def add(self, row: BadRow) -> None:
         """Count one more. Raises DataError under `strict`, or when there are more than the limit."""
         self.count += 1
-        if len(self.first) < _KEPT:
+        if len(self.first) < _KEPT and not self._told(row):
             self.first.append(row)
         if self._strict:
             how = "correct the row, or leave out --strict to skip such rows"
@@ -71,6 +71,11 @@ class BadRows:
                 f"{self._source}: more than {self._limit:,} rows cannot be used ({self.examples()}); "
                 f"correct them, or allow more with --max-bad-rows"
             )
+
+    def _told(self, row: BadRow) -> bool:
+        """Whether this fault of this image is kept: a lost image with five captions is five bad rows."""
+        kept = {(kept.image, kept.reason) for kept in self.first}
+        return bool(row.image) and (row.image, row.reason) in kept
 
     def examples(self) -> str:
         """The first few, on one line."""
@@ -105,7 +110,7 @@ def format_report(report: DataReport) -> str:
     for name, count, remark in facts:
         lines.append(f"  {name:<{name_width}}  {count:>{count_width},}  {remark}".rstrip())
     if report.first_bad:
-        more = f", the first {len(report.first_bad)}" if report.bad_rows > len(report.first_bad) else ""
+        more = ", the first of each image" if report.bad_rows > len(report.first_bad) else ""
         lines.append(f"  skipped rows{more}:")
         lines += [f"    {_describe(row, report.unit)}" for row in report.first_bad]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clipgraft.data.columns import Columns, Keys, find_columns, missing_columns
+from clipgraft.data.columns import Columns, Keys, find_columns, guess_notes, missing_columns
 from clipgraft.data.delimited import is_token_file, read_delimited, read_tokens
 from clipgraft.data.folders import find_captions_file, image_root, read_sidecars
 from clipgraft.data.rows import BadRow, Rows, Table, make_row, text_lines
@@ -121,7 +121,14 @@ def _read_jsonl(source: Path, keys: Keys) -> Table:
     columns = find_columns(names, keys)
     if columns is None:
         raise missing_columns(source, names, keys)
-    return Table(source, source.parent, "jsonl", "line", partial(_jsonl_rows, source, columns), columns.notes)
+    return Table(
+        source,
+        source.parent,
+        "jsonl",
+        "line",
+        partial(_jsonl_rows, source, columns),
+        guess_notes(columns.guessed),
+    )
 
 
 def _jsonl_rows(source: Path, columns: Columns) -> Rows:
@@ -170,7 +177,12 @@ def _read_parquet(source: Path, keys: Keys) -> Table:
     if columns is None:
         raise missing_columns(source, names, keys)
     return Table(
-        source, source.parent, "parquet", "row", partial(_parquet_rows, source, columns), columns.notes
+        source,
+        source.parent,
+        "parquet",
+        "row",
+        partial(_parquet_rows, source, columns),
+        guess_notes(columns.guessed),
     )
 
 
