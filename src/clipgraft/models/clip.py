@@ -13,13 +13,14 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
-from clipgraft.models.family import Family
+from clipgraft.models.family import Family, is_lora
 from clipgraft.models.hf import HfFamily
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.models.sites import Site, SiteRef
 
 Preprocess: TypeAlias = Callable[[Image], Tensor]
 FAMILIES: tuple[Family, ...] = (HfFamily(), OpenClipFamily())
+_FINGERPRINT = "_clipgraft_fingerprint"
 _NOT_IDENTITY = ("logit_scale", "logit_bias")
 
 
@@ -48,8 +49,8 @@ class Clip:
     Attributes:
         model: the open_clip or transformers model itself; adapters are attached to it in place.
         family: what knows the model's module paths.
-        tokenizer: None if the model came without one; `tokenize` then says so.
-        preprocess: PIL image -> (3, H, W) float tensor, deterministic. None likewise.
+        tokenizer: for a raw model found on first use, where the model tells which; else None.
+        preprocess: PIL image -> (3, H, W) float tensor, deterministic. Found likewise.
         preprocess_train: the augmenting transform to train with, if the source has one.
         source: name and tag the base was loaded from.
     """
@@ -68,7 +69,8 @@ class Clip:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the base's matrix weights."""
-        return next(p.dtype for p in self.model.parameters() if p.ndim >= 2)
+        named = self.model.named_parameters()
+        return next(p.dtype for name, p in named if p.ndim >= 2 and not is_lora(name))
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -94,14 +96,18 @@ class Clip:
         """Content hash of the base weights: 16 hex digits, the same in both families.
 
         SHA-256 over every weight under its transformers name, rounded to bfloat16, so that a base loaded
-        in fp32 and in bf16 is the same base. Adapters and the temperature are left out. Computed once
-        a model, in about a second for 600 MB.
+        in fp32 and in bf16 is the same base. Adapters and the temperature are left out. Takes about a
+        second for 600 MB, and is kept until a weight is changed in place (by an optimiser or
+        `load_state_dict`). A model that carries LoRA keeps the one of the base it was attached to, merged or
+        not.
         """
-        cached = getattr(self.model, "_clipgraft_fingerprint", None)
-        if cached is None:
-            cached = self._fingerprint()
-            object.__setattr__(self.model, "_clipgraft_fingerprint", cached)
-        return str(cached)
+        known, version = getattr(self.model, _FINGERPRINT, ("", -1))
+        named = list(self.model.named_parameters())
+        now = sum(p._version for _, p in named if not p.is_inference())
+        if not known or (version != now and not any(is_lora(name) for name, _ in named)):
+            known = self._fingerprint()
+            object.__setattr__(self.model, _FINGERPRINT, (known, now))
+        return str(known)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -121,7 +127,21 @@ class Clip:
         """Token count of every text before truncation, start and end tokens included."""
         return self._require_tokenizer().count(texts)
 
+    def require_preprocess(self) -> Preprocess:
+        """The deterministic image transform; raises ModelError for a raw model that does not tell its own."""
+        if self.preprocess is None:
+            from clipgraft.models.companions import find_preprocess
+
+            self.preprocess = find_preprocess(self)
+        if self.preprocess is None:
+            raise ModelError("this model has no preprocessing: load it with clipgraft.load(...)")
+        return self.preprocess
+
     def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            from clipgraft.models.companions import find_tokenizer
+
+            self.tokenizer = find_tokenizer(self)
         if self.tokenizer is None:
             raise ModelError(
                 "this model has no tokenizer: load it with clipgraft.load(...), "

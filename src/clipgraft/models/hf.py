@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError
 from clipgraft.models.family import first_position, is_lora, parameters_of, site_weight, submodule
-from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower
+from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower, block_number
 
 _TOWER_MODULE: dict[Tower, str] = {"text": "text_model", "vision": "vision_model"}
 _BLOCK_MODULE = {
@@ -44,10 +44,12 @@ def path_site(path: str) -> Site:
         for role in _EMBEDDINGS[tower]:
             if path == f"{prefix}.embeddings.{role}":
                 return Site(tower, None, role)
-        index, _, rest = path.removeprefix(f"{prefix}.encoder.layers.").partition(".")
+        layers, _, inner = path.partition(".encoder.layers.")
+        index, _, rest = inner.partition(".")
+        block = block_number(index)
         for role, module in _BLOCK_MODULE.items():
-            if rest == module and index.isdigit():
-                return Site(tower, int(index), role)
+            if layers == prefix and rest == module and block is not None:
+                return Site(tower, block, role)
     raise AdapterError(f"'{path}' is no module of transformers.CLIPModel that can carry LoRA")
 
 
@@ -57,9 +59,8 @@ class HfFamily:
     name = "transformers"
 
     def accepts(self, model: nn.Module) -> bool:
-        return all(
-            hasattr(model, name) for name in ("text_model", "vision_model", "get_text_features", "config")
-        )
+        named = all(hasattr(model, name) for name in ("get_text_features", "config", "logit_scale"))
+        return named and all(_layers(model, tower) is not None for tower in _TOWER_MODULE)
 
     def site_refs(self, model: nn.Module) -> dict[Site, SiteRef]:
         return {site: _ref(model, site) for site in _sites(model)}
@@ -100,10 +101,12 @@ class HfFamily:
         return [parameters for group in groups if (parameters := parameters_of(group))]
 
     def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+        # transformers 5 renames the switch along the way, and removes the old name in 6.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if enable:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            getattr(model, f"{kind}_checkpointing_disable")()
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         refs = self.site_refs(model)
@@ -115,10 +118,17 @@ class HfFamily:
                 yield name, tensor
 
 
+def _layers(model: nn.Module, tower: Tower) -> nn.ModuleList | None:
+    """The blocks of a tower; None where it is not built as CLIP's is (AltCLIP reads text with XLM-R)."""
+    encoder = getattr(getattr(model, _TOWER_MODULE[tower], None), "encoder", None)
+    layers = getattr(encoder, "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else None
+
+
 def _sites(model: nn.Module) -> Iterator[Site]:
     for tower in _TOWER_MODULE:
-        layers = submodule(model, f"{_TOWER_MODULE[tower]}.encoder.layers")
-        assert isinstance(layers, nn.ModuleList)
+        layers = _layers(model, tower)
+        assert layers is not None
         for role in _EMBEDDINGS[tower]:
             yield Site(tower, None, role)
         for block in range(len(layers)):

@@ -32,21 +32,18 @@ class OpenClipFamily:
         return features
 
     def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        if _is_split(model) or tokens.shape[1] == self.context_length(model):
-            features: Tensor = model.encode_text(tokens)  # type: ignore[operator]
-            return features
-        return _encode_short_text(model, tokens)
+        short = tokens.shape[1] < self.context_length(model)
+        if short and (not _is_split(model) or _is_causal(_text_tower(model))):
+            return _encode_short_text(_text_tower(model), tokens)
+        features: Tensor = model.encode_text(tokens)  # type: ignore[operator]
+        return features
 
     def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
         text = _text_tower(model)
-        pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))
-        sees_suffix = getattr(text, "attn_mask", None) is None or getattr(text, "cls_emb", None) is not None
-        if sees_suffix or pool not in ("argmax", "eos"):
+        pool, eos = _pooling(text)
+        if not _is_causal(text) or pool not in ("argmax", "eos"):
             return None
-        if pool == "argmax":
-            return tokens.argmax(dim=-1)
-        eos = int(getattr(model, "text_eos_id", getattr(text, "eos_id", -1)))
-        return first_position(tokens.eq(eos))
+        return tokens.argmax(dim=-1) if pool == "argmax" else first_position(tokens.eq(eos))
 
     def context_length(self, model: nn.Module) -> int:
         return int(getattr(model, "context_length", None) or _text_tower(model).context_length)  # type: ignore[arg-type]
@@ -108,22 +105,36 @@ def _blocks(owner: nn.Module) -> list[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
-def _encode_short_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """`CLIP.encode_text` for fewer tokens than the context: position table and causal mask are sliced."""
+def _is_causal(text: nn.Module) -> bool:
+    """Whether no token sees a later one; CoCa's class token, at the end, sees all."""
+    return getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+
+
+def _pooling(text: nn.Module) -> tuple[str | None, int]:
+    """How a text tower picks its token, and the end-of-text id; CLIP prefixes the names of both."""
+    names = ("text_pool_type", "text_eos_id") if hasattr(text, "text_pool_type") else ("pool_type", "eos_id")
+    pool, eos = (getattr(text, name, None) for name in names)
+    return pool, -1 if eos is None else int(eos)
+
+
+def _encode_short_text(text: nn.Module, tokens: Tensor) -> Tensor:
+    """The text tower on fewer tokens than its context, with position table and causal mask sliced.
+
+    open_clip slices neither in `CLIP`, and until 4.0 not the mask in `CustomTextCLIP`.
+    """
     from open_clip.transformer import text_global_pool
 
     length = tokens.shape[1]
-    transformer = _module(model.transformer)
+    transformer = _module(text.transformer)
     dtype = transformer.get_cast_dtype()  # type: ignore[operator]
-    x = model.token_embedding(tokens).to(dtype)  # type: ignore[operator]
-    x = x + model.positional_embedding[:length].to(dtype)  # type: ignore[index]
-    mask = model.attn_mask
+    x = text.token_embedding(tokens).to(dtype)  # type: ignore[operator]
+    x = x + text.positional_embedding[:length].to(dtype)  # type: ignore[index]
+    mask = text.attn_mask
     x = transformer(x, attn_mask=None if mask is None else mask[:length, :length])  # type: ignore[index]
-    x = model.ln_final(x)  # type: ignore[operator]
-    pooled: Tensor = text_global_pool(
-        x, tokens, model.text_pool_type, eos_token_id=getattr(model, "text_eos_id", None)
-    )
-    projection = model.text_projection
+    x = text.ln_final(x)  # type: ignore[operator]
+    pool, eos = _pooling(text)
+    pooled: Tensor = text_global_pool(x, tokens, pool, eos_token_id=eos)
+    projection = text.text_projection
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection  # type: ignore[operator]

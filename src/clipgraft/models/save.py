@@ -9,7 +9,8 @@ import torch
 
 from clipgraft.files import atomic_path
 from clipgraft.models.clip import Clip
-from clipgraft.models.load import HfPreprocess
+from clipgraft.models.from_hf import HfPreprocess
+from clipgraft.models.quiet import quiet
 from clipgraft.models.tokenizers import HfTokenizer
 
 
@@ -27,7 +28,8 @@ def save_model(clip: Clip, path: Path, epoch: int) -> Path:
         return target
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    clip.model.save_pretrained(temporary)  # type: ignore[operator]
+    with quiet():
+        clip.model.save_pretrained(temporary)  # type: ignore[operator]
     if isinstance(clip.tokenizer, HfTokenizer):
         clip.tokenizer.inner.save_pretrained(temporary)
     if isinstance(clip.preprocess, HfPreprocess):

@@ -7,6 +7,7 @@ module paths are known to the family files alone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,12 @@ ATTENTION_ROLES = ("q", "k", "v", "out")
 MLP_ROLES = ("fc1", "fc2")
 BLOCK_ROLES = (*ATTENTION_ROLES, *MLP_ROLES)
 ROLES = (*EMBEDDING_ROLES, *BLOCK_ROLES, "proj")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+def block_number(text: str) -> int | None:
+    """A block's number as it is written in sites and module paths, without leading zeros; None for others."""
+    return int(text) if _NUMBER.fullmatch(text) else None
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Site:
             tower: Tower = "text" if parts[0] == "text" else "vision"
             if len(parts) == 2 and parts[1] not in BLOCK_ROLES:
                 return cls(tower, None, parts[1])
-            if len(parts) == 3 and parts[2] in BLOCK_ROLES and parts[1].isdigit():
-                return cls(tower, int(parts[1]), parts[2])
+            block = block_number(parts[1])
+            if len(parts) == 3 and parts[2] in BLOCK_ROLES and block is not None:
+                return cls(tower, block, parts[2])
         raise TargetError(
             f"'{text}' is not a site: write text.3.q, vision.11.fc1, text.token_embedding or vision.proj"
         )

@@ -26,8 +26,10 @@ class OpenClipTokenizer:
         """Tokens of every text with start and end, before truncation."""
         if hasattr(self.inner, "encode"):
             return [len(self.inner.encode(text)) + 2 for text in texts]
-        cleaned = [self.inner.clean_fn(text) for text in texts]
-        return [len(ids) for ids in self.inner.tokenizer(cleaned)["input_ids"]]
+        if not texts:
+            return []
+        clean = getattr(self.inner, "clean_fn", str)
+        return [len(ids) for ids in self.inner.tokenizer([clean(text) for text in texts])["input_ids"]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class HfTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts -> (N, context length) int64 ids."""
+        if not texts:
+            return torch.empty(0, self.context_length, dtype=torch.long)
         ids = self.inner(list(texts), padding="max_length", truncation=True, max_length=self.context_length)[
             "input_ids"
         ]

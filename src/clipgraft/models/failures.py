@@ -1,0 +1,101 @@
+"""What went wrong while a model was loaded, in one line that says what to do now."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from clipgraft.errors import ModelError
+
+KNOWN_HUB_IDS = (
+    "openai/clip-vit-base-patch32",
+    "openai/clip-vit-base-patch16",
+    "openai/clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14-336",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+)
+# What torch.load, safetensors and open_clip's look into the result raise for files that hold no weights.
+_UNREADABLE = {
+    "AttributeError",
+    "EOFError",
+    "IndexError",
+    "KeyError",
+    "SafetensorError",
+    "StopIteration",
+    "UnpicklingError",
+}
+
+
+def checkpoint_failure(path: str, name: str, error: Exception) -> ModelError:
+    """A local checkpoint that cannot be read, or is of another architecture."""
+    reason = one_line(error)
+    if "TorchScript archive" in reason:
+        reason = "it is a TorchScript archive, which holds code; save its state_dict() to a file and use that"
+    elif names_in_chain(error) & _UNREADABLE or "PytorchStreamReader" in reason:
+        reason = "it is damaged, no checkpoint of weights, or holds pickled code, which is never run"
+    else:
+        reason += "; check that --model names its architecture"
+    return ModelError(f"{path} cannot be read as weights of {name}: {reason}")
+
+
+def config_failure(path: str | Path, error: Exception) -> ModelError:
+    """A JSON model config or a local open_clip folder that open_clip cannot build a model from."""
+    return ModelError(
+        f"{path} cannot be built as an open_clip model: {one_line(error)}; correct it, or load by name"
+    )
+
+
+def openclip_failure(name: str, pretrained: str, error: Exception, offline: str) -> ModelError:
+    """An open_clip tag or `hf-hub:` id that cannot be fetched; `offline` says why the hub cannot be used."""
+    what = f"'{name}'" + (f" with pretrained '{pretrained}'" if pretrained else "")
+    instead = "download the weights elsewhere and pass the file with --pretrained FILE"
+    if name.startswith("hf-hub:"):
+        instead = "pass a local folder"
+    return ModelError(f"cannot fetch {what}: {_fetch_reason(error, offline)}, or {instead}")
+
+
+def hf_failure(path: str, error: Exception, offline: str) -> ModelError:
+    """A transformers folder that cannot be read, or a hub id that cannot be fetched."""
+    if Path(path).is_dir():
+        return ModelError(f"{path} cannot be read as a transformers CLIP folder: {one_line(error)}")
+    reason = _fetch_reason(error, offline)
+    near = "" if path in KNOWN_HUB_IDS else nearest(path, KNOWN_HUB_IDS)
+    return ModelError(f"cannot fetch hf:{path}{near}: {reason}, or pass a local folder")
+
+
+def _fetch_reason(error: Exception, offline: str) -> str:
+    """What stopped a download, and what to do about it."""
+    names = names_in_chain(error)
+    if offline:
+        return f"{offline} and it is not in the local cache; check the network connection"
+    if "GatedRepoError" in names:
+        return "it is gated; accept its terms on the hub and log in with `hf auth login`"
+    if names & {"RepositoryNotFoundError", "HFValidationError"}:
+        return "the hub has no such model that you may read; check the spelling, log in if it is private"
+    return f"{one_line(error)}; check the network connection"
+
+
+def names_in_chain(error: BaseException | None) -> set[str]:
+    """Class names of an error, its bases and everything it was raised from."""
+    names: set[str] = set()
+    while error is not None:
+        names.update(kind.__name__ for kind in type(error).__mro__)
+        error = error.__cause__ or error.__context__
+    return names
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 200 else f"{text[:199].rstrip()}…").rstrip(".:;")
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """` (did you mean a or b?)` for the nearest known names, or nothing."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(given.lower(), by_lower, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(by_lower[name] for name in close)}?)" if close else ""

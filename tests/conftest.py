@@ -1,0 +1,85 @@
+"""Tiny models of both families, shared by all tests. No weight is ever downloaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from tinies import BOS_ID, EOS_ID, TINY_OPENCLIP, build_hf, randomise
+
+# Machines that run tests are busy: no example fails for having been slow.
+settings.register_profile("clipgraft", deadline=None)
+settings.load_profile("clipgraft")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip JSON model config of `tiny_openclip`'s shape. Read only."""
+    path = tmp_path_factory.mktemp("config") / "tiny-clip.json"
+    path.write_text(json.dumps(TINY_OPENCLIP), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _openclip_master() -> nn.Module:
+    import open_clip
+
+    torch.manual_seed(0)
+    return randomise(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP))).eval()
+
+
+@pytest.fixture(scope="session")
+def _hf_master() -> nn.Module:
+    return build_hf()
+
+
+@pytest.fixture
+def tiny_openclip(_openclip_master: nn.Module) -> nn.Module:
+    """A raw open_clip CLIP, fresh for each test: 2 blocks a tower, width 32, 77 tokens, 32×32 pixels."""
+    return copy.deepcopy(_openclip_master)
+
+
+@pytest.fixture
+def tiny_openclip_4x(tiny_openclip: nn.Module) -> nn.Module:
+    """The weights of `tiny_openclip` in the layout of open_clip 4.x."""
+    from standins import to_4x
+
+    return to_4x(copy.deepcopy(tiny_openclip))
+
+
+@pytest.fixture
+def tiny_hf(_hf_master: nn.Module) -> nn.Module:
+    """A raw transformers CLIPModel, fresh for each test: 2 layers a tower, width 32, 16 tokens, eos id 99."""
+    return copy.deepcopy(_hf_master)
+
+
+@pytest.fixture
+def make_hf() -> Callable[..., nn.Module]:
+    """`build_hf`: a CLIPModel whose text configuration a test chooses."""
+    return build_hf
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory, _hf_master: nn.Module) -> Path:
+    """A saved transformers folder: the weights of `tiny_hf`, a letter tokenizer, a processor. Read only."""
+    from transformers import CLIPImageProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("hub") / "tiny-hf"
+    _hf_master.save_pretrained(folder)
+    letters = [*string.ascii_lowercase, *string.digits]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    vocabulary |= {f"<unused{index}>": index for index in range(len(vocabulary), BOS_ID)}
+    vocabulary |= {"<|startoftext|>": BOS_ID, "<|endoftext|>": EOS_ID}
+    CLIPTokenizer(vocab=vocabulary, merges=[("t", "h"), ("th", "e</w>")]).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**sizes).save_pretrained(folder)
+    return folder
