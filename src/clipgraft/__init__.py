@@ -18,7 +18,7 @@ _PUBLIC = {
         "save_lora_adapters",
     ),
     "clipgraft.adapters.native": ("load_adapter", "lora_state_dict", "read_adapter", "save_adapter"),
-    "clipgraft.adapters.open": ("load",),
+    "clipgraft.adapters.open": ("Clip", "load"),
     "clipgraft.data.emoji": ("EmojiScenes", "write_scenes"),
     "clipgraft.data.pairs": ("Pairs", "read_pairs"),
     "clipgraft.errors": (
@@ -42,7 +42,6 @@ _PUBLIC = {
         "remove_lora",
         "verify_gradients",
     ),
-    "clipgraft.models.clip": ("Clip",),
     "clipgraft.models.sites": ("Site",),
     "clipgraft.train.fit": ("FitResult", "fit"),
 }
@@ -65,36 +64,98 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from clipgraft.adapters.guide import (
-        apply_lora_to_text_encoder,
-        get_lora_state_dict,
-        load_lora_adapters,
-        save_lora_adapters,
+        apply_lora_to_text_encoder as apply_lora_to_text_encoder,
     )
-    from clipgraft.adapters.native import load_adapter, lora_state_dict, read_adapter, save_adapter
-    from clipgraft.adapters.open import load
-    from clipgraft.data.emoji import EmojiScenes, write_scenes
-    from clipgraft.data.pairs import Pairs, read_pairs
+    from clipgraft.adapters.guide import (
+        get_lora_state_dict as get_lora_state_dict,
+    )
+    from clipgraft.adapters.guide import (
+        load_lora_adapters as load_lora_adapters,
+    )
+    from clipgraft.adapters.guide import (
+        save_lora_adapters as save_lora_adapters,
+    )
+    from clipgraft.adapters.native import (
+        load_adapter as load_adapter,
+    )
+    from clipgraft.adapters.native import (
+        lora_state_dict as lora_state_dict,
+    )
+    from clipgraft.adapters.native import (
+        read_adapter as read_adapter,
+    )
+    from clipgraft.adapters.native import (
+        save_adapter as save_adapter,
+    )
+    from clipgraft.adapters.open import (
+        Clip as Clip,
+    )
+    from clipgraft.adapters.open import (
+        load as load,
+    )
+    from clipgraft.data.emoji import (
+        EmojiScenes as EmojiScenes,
+    )
+    from clipgraft.data.emoji import (
+        write_scenes as write_scenes,
+    )
+    from clipgraft.data.pairs import (
+        Pairs as Pairs,
+    )
+    from clipgraft.data.pairs import (
+        read_pairs as read_pairs,
+    )
     from clipgraft.errors import (
-        AdapterError,
-        CheckpointError,
-        ClipgraftError,
-        ConfigError,
-        DataError,
-        ModelError,
-        TargetError,
-        TrainingError,
+        AdapterError as AdapterError,
     )
-    from clipgraft.evaluate.metrics import retrieval_metrics
-    from clipgraft.evaluate.retrieval import evaluate_retrieval
+    from clipgraft.errors import (
+        CheckpointError as CheckpointError,
+    )
+    from clipgraft.errors import (
+        ClipgraftError as ClipgraftError,
+    )
+    from clipgraft.errors import (
+        ConfigError as ConfigError,
+    )
+    from clipgraft.errors import (
+        DataError as DataError,
+    )
+    from clipgraft.errors import (
+        ModelError as ModelError,
+    )
+    from clipgraft.errors import (
+        TargetError as TargetError,
+    )
+    from clipgraft.errors import (
+        TrainingError as TrainingError,
+    )
+    from clipgraft.evaluate.metrics import retrieval_metrics as retrieval_metrics
+    from clipgraft.evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
     from clipgraft.lora.inject import (
-        apply_lora,
-        count_parameters,
-        disable_lora,
-        enable_lora,
-        lora_disabled,
-        remove_lora,
-        verify_gradients,
+        apply_lora as apply_lora,
     )
-    from clipgraft.models.clip import Clip
-    from clipgraft.models.sites import Site
-    from clipgraft.train.fit import FitResult, fit
+    from clipgraft.lora.inject import (
+        count_parameters as count_parameters,
+    )
+    from clipgraft.lora.inject import (
+        disable_lora as disable_lora,
+    )
+    from clipgraft.lora.inject import (
+        enable_lora as enable_lora,
+    )
+    from clipgraft.lora.inject import (
+        lora_disabled as lora_disabled,
+    )
+    from clipgraft.lora.inject import (
+        remove_lora as remove_lora,
+    )
+    from clipgraft.lora.inject import (
+        verify_gradients as verify_gradients,
+    )
+    from clipgraft.models.sites import Site as Site
+    from clipgraft.train.fit import (
+        FitResult as FitResult,
+    )
+    from clipgraft.train.fit import (
+        fit as fit,
+    )

@@ -1,4 +1,4 @@
-"""The guide's function names, as thin aliases."""
+"""The guide's function names, as thin aliases and as methods of `Clip`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 from clipgraft.adapters.native import AdapterFile, load_adapter, lora_state_dict, save_adapter
-from clipgraft.lora.inject import apply_lora, require_lora
+from clipgraft.lora.inject import (
+    apply_lora,
+    count_parameters,
+    disable_lora,
+    enable_lora,
+    require_lora,
+    verify_gradients,
+)
 from clipgraft.lora.targets import guide_targets
-from clipgraft.models.clip import ClipLike
+from clipgraft.models.clip import Clip, ClipLike
 
 
 def apply_lora_to_text_encoder(
@@ -21,7 +28,7 @@ def apply_lora_to_text_encoder(
     target_modules: Sequence[str] | None = None,
 ) -> int:
     """`apply_lora` on the text tower by the guide's module names; returns how many blocks carry LoRA."""
-    targets = guide_targets(target_modules or ("in_proj", "out_proj"))
+    targets = guide_targets(("in_proj", "out_proj") if target_modules is None else target_modules)
     apply_lora(model, r=r, alpha=lora_alpha, dropout=lora_dropout, targets=targets)
     return len({site.block for site in require_lora(model).layers})
 
@@ -39,3 +46,18 @@ def save_lora_adapters(model: ClipLike, path: str | Path) -> Path:
 def load_lora_adapters(model: ClipLike, path: str | Path) -> AdapterFile:
     """`load_adapter`."""
     return load_adapter(model, path)
+
+
+# Attached from here because `models` stands below `lora` and may not import it.
+CLIP_METHODS = (
+    apply_lora_to_text_encoder,
+    enable_lora,
+    disable_lora,
+    count_parameters,
+    verify_gradients,
+    get_lora_state_dict,
+    save_lora_adapters,
+    load_lora_adapters,
+)
+for _function in CLIP_METHODS:
+    setattr(Clip, _function.__name__, _function)

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
-from clipgraft.adapters.native import is_adapter, load_adapter, read_adapter
+from clipgraft.adapters import guide as _guide  # noqa: F401 - gives Clip the guide's methods
+from clipgraft.adapters.folder import is_adapter
+from clipgraft.adapters.native import load_adapter, read_adapter
 from clipgraft.errors import AdapterError, ModelError
-from clipgraft.models.clip import Clip
+from clipgraft.models.clip import Clip as Clip
 from clipgraft.models.load import load as load_base
 
 
 def load(
-    name: str,
-    pretrained: str | None = None,
+    name: str | Path,
+    pretrained: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
@@ -36,10 +38,14 @@ def load(
     """
     if not Path(name).is_dir() or not is_adapter(name):
         return load_base(name, pretrained, device=device, precision=precision, seed=seed)
+    if pretrained:
+        raise AdapterError(
+            f"{name} is an adapter and brings its base along: leave out --pretrained {pretrained}"
+        )
     adapter = read_adapter(name)
     if not adapter.base.get("name"):
         raise AdapterError(
-            f"{name} does not say which base it was made for: load the base, then load_adapter"
+            f"{name} does not say which base it was made for: load the base, then call load_adapter on it"
         )
     try:
         clip = load_base(

@@ -8,7 +8,9 @@ so that an adapter whose update is zero changes no bit.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,39 @@ from torch import Tensor, nn
 from clipgraft.lora.layers import LoraLayer
 
 FUSED_ROLES = ("q", "k", "v", "out")
+_QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
+_WAS_TRAINABLE = "_clipgraft_was_trainable"
+
+
+def graft_attention(attention: nn.Module) -> None:
+    """Let an attention module run the forward below; call it before the base is frozen."""
+    multihead = isinstance(attention, nn.MultiheadAttention)
+    forward: Callable[..., Any] = multihead_forward if multihead else fused_forward
+    # A partial, unlike a bound method, can be pickled and read back.
+    attention.forward = partial(forward, attention)
+    weight = attention.in_proj_weight
+    setattr(attention, _WAS_TRAINABLE, isinstance(weight, Tensor) and weight.requires_grad)
+
+
+def ungraft_attention(attention: nn.Module) -> None:
+    """Give an attention module its own forward back."""
+    for name in ("forward", _WAS_TRAINABLE):
+        attention.__dict__.pop(name, None)
+
+
+def _was_trainable(attention: nn.Module) -> bool:
+    return bool(getattr(attention, _WAS_TRAINABLE, False))
+
+
+def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
+    """Whether torch would treat the base's in_proj as a weight that wants gradients, had LoRA not frozen it.
+
+    torch multiplies a (L, N, dim) view by such a weight as one matrix, and by a frozen one as L small ones,
+    which rounds differently, even where no gradient is taken. What autocast makes of a weight without
+    gradients counts as frozen.
+    """
+    cast = torch.is_autocast_enabled(attention.in_proj_weight.device.type)
+    return _was_trainable(attention) and (torch.is_grad_enabled() or not cast)
 
 
 def active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
@@ -36,13 +71,13 @@ def multihead_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Replaces `nn.MultiheadAttention.forward` on a module that carries updates.
+    """Replaces `nn.MultiheadAttention.forward` in a model that carries updates.
 
     (N, L, dim) for batch_first modules, else (L, N, dim); the mask is (L, L) or (N·heads, L, L), additive
-    or boolean, as there.
+    or boolean, as there. Cross-attention and calls with `need_weights`, `key_padding_mask` or `is_causal`
+    run the stock forward on W + ΔW: exact too, but without dropout on the adapter path.
     """
     lora = active_lora(attention)
-    stock = type(attention).forward
     arguments = (
         query,
         key,
@@ -53,18 +88,24 @@ def multihead_forward(
         average_attn_weights,
         is_causal,
     )
-    if not lora:
-        return stock(attention, *arguments)
-    if need_weights or key_padding_mask is not None or key is not query or value is not query:
+    unusual = need_weights or key_padding_mask is not None or is_causal or query.ndim != 3
+    unusual = unusual or key is not query or value is not query
+    unusual = unusual or attention.bias_k is not None or attention.add_zero_attn
+    if unusual or _stock_rounds_alike(attention, lora):
         return _with_folded_weights(attention, lora, arguments)
-    if _stock_takes_fast_path(attention):
-        return _with_folded_weights(attention, lora, arguments)
+    return _self_attention(attention, lora, query, attn_mask), None
+
+
+def _self_attention(
+    attention: nn.MultiheadAttention, lora: dict[str, LoraLayer], query: Tensor, attn_mask: Tensor | None
+) -> Tensor:
+    """torch's slow path, step by step, with the updates beside it."""
     x = query.transpose(0, 1) if attention.batch_first else query
     length, batch, dim = x.shape
     heads, head_dim = attention.num_heads, dim // attention.num_heads
-    projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    projected = _project_in(attention, x)
     parts = projected.view(length, batch, 3, dim).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
-    q, k, v = _add_lora(lora, x, parts.unbind())
+    q, k, v = _add_lora(lora, (x, x, x), (parts[0], parts[1], parts[2]))
     q, k, v = (t.view(length, batch * heads, head_dim).transpose(0, 1) for t in (q, k, v))
     q, k, v = (t.view(batch, heads, length, head_dim) for t in (q, k, v))
     dropout = attention.dropout if attention.training else 0.0
@@ -75,7 +116,16 @@ def multihead_forward(
     if "out" in lora:
         out = out + lora["out"](context).to(out.dtype)
     out = out.view(length, batch, dim)
-    return (out.transpose(0, 1) if attention.batch_first else out), None
+    return out.transpose(0, 1) if attention.batch_first else out
+
+
+def _project_in(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """q, k and v of (L, N, dim) in one product, rounded as by the base before it was frozen."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    if x.is_contiguous() or not _rounds_as_trainable(attention):
+        return F.linear(x, weight, bias)
+    projected = F.linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return projected if bias is None else projected + bias.to(projected.dtype)
 
 
 def fused_forward(
@@ -85,32 +135,45 @@ def fused_forward(
     v_x: Tensor | None = None,
     attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """Replaces the forward of open_clip's own `Attention` for self-attention on (N, L, dim)."""
+    """Replaces the forward of open_clip's own `Attention`, (N, L, dim) -> (N, L, dim).
+
+    `k_x` and `v_x` are 4.x's; its blocks pass them even where they are `x` itself.
+    """
     lora = active_lora(attention)
-    same = (k_x is None or k_x is x) and (v_x is None or v_x is x)
     if not lora:
         extra = {name: t for name, t in (("k_x", k_x), ("v_x", v_x)) if t is not None}
         result: Tensor = type(attention).forward(attention, x, **extra, attn_mask=attn_mask)
         return result
-    if not same:
-        raise NotImplementedError(
-            "LoRA on cross-attention: clipgraft adapts the self-attention of CLIP towers"
-        )
-    batch, length, dim = x.shape
+    inputs = (x, x if k_x is None else k_x, x if v_x is None else v_x)
+    parts = _project_separately(attention, inputs, fused=k_x is None and v_x is None)
     heads = int(attention.num_heads)  # type: ignore[arg-type]
-    projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # type: ignore[arg-type]
-    q, k, v = _add_lora(lora, x, projected.chunk(3, dim=-1))
-    q, k, v = (t.reshape(batch, length, heads, -1).transpose(1, 2) for t in (q, k, v))
-    context = _open_clip_attention(attention, q, k, v, _additive_mask(attn_mask, q, batch, heads))
+    q, k, v = _add_lora(lora, inputs, parts)
+    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    # As SDPA does, 4.x reads True as "attend"; 3.x, as MultiheadAttention does, as "hide".
+    if attn_mask is not None and attn_mask.dtype == torch.bool and hasattr(attention, "use_sdpa"):
+        attn_mask = ~attn_mask
+    context = _open_clip_attention(attention, q, k, v, _additive_mask(attn_mask, q, len(x), heads))
     head_scale = getattr(attention, "head_scale", None)
     if head_scale is not None:
         context = context * head_scale
-    context = attention.ln_inner(context.transpose(1, 2).reshape(batch, length, dim))  # type: ignore[operator]
+    context = attention.ln_inner(context.transpose(1, 2).flatten(2))  # type: ignore[operator]
     out: Tensor = attention.out_proj(context)  # type: ignore[operator]
     if "out" in lora:
         out = out + lora["out"](context).to(out.dtype)
     dropped: Tensor = attention.out_drop(out)  # type: ignore[operator]
     return dropped
+
+
+def _project_separately(attention: nn.Module, inputs: _QKV, fused: bool) -> _QKV:
+    """q, k and v of open_clip's `Attention`: one product for plain calls, three where k or v is given."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    assert isinstance(weight, Tensor)
+    if fused:
+        q, k, v = F.linear(inputs[0], weight, bias).chunk(3, dim=-1)  # type: ignore[arg-type]
+        return q, k, v
+    biases = bias.chunk(3) if isinstance(bias, Tensor) else (None, None, None)
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weight.chunk(3), biases, strict=True))
+    return q, k, v
 
 
 def _open_clip_attention(
@@ -121,21 +184,22 @@ def _open_clip_attention(
     assert isinstance(drop, nn.Dropout)
     if scale is None:
         q, k = attention.ln_q(q), attention.ln_k(k)  # type: ignore[operator]
-        return F.scaled_dot_product_attention(q, k, v, mask, drop.p if attention.training else 0.0)
-    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
-    scores = scores * scale.clamp(max=float(attention.logit_scale_max)).exp()  # type: ignore[arg-type]
+        if getattr(attention, "use_sdpa", True):
+            return F.scaled_dot_product_attention(q, k, v, mask, drop.p if attention.training else 0.0)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    else:
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
+        scores = scores * scale.clamp(max=float(attention.logit_scale_max)).exp()  # type: ignore[arg-type]
     if mask is not None:
         scores = scores + mask
     context: Tensor = drop(scores.softmax(dim=-1)) @ v
     return context
 
 
-def _add_lora(
-    lora: dict[str, LoraLayer], x: Tensor, parts: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _add_lora(lora: dict[str, LoraLayer], inputs: _QKV, parts: _QKV) -> _QKV:
     q, k, v = (
         part + lora[role](x).to(part.dtype) if role in lora else part
-        for role, part in zip("qkv", parts, strict=True)
+        for role, x, part in zip("qkv", inputs, parts, strict=True)
     )
     return q, k, v
 
@@ -150,13 +214,21 @@ def _additive_mask(mask: Tensor | None, q: Tensor, batch: int, heads: int) -> Te
     return mask.view(batch, heads, *mask.shape[-2:]) if mask.ndim == 3 else mask
 
 
-def _stock_takes_fast_path(attention: nn.MultiheadAttention) -> bool:
-    """In eval mode without gradients torch may run its fused kernel, which rounds unlike the slow path.
+def _stock_rounds_alike(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]) -> bool:
+    """Whether the stock forward on W + ΔW is the exact way: it alone reaches torch's fused kernel.
 
-    Only for fp32: folding a small update into bf16 weights would round much of it away.
+    That kernel runs in eval mode without gradients and rounds unlike the slow path. Updates that are not
+    zero are folded into fp32 weights only: bf16 would round much of a small update away.
     """
-    plain = not attention.training and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
-    return plain and attention.in_proj_weight.dtype == torch.float32
+    if torch.is_grad_enabled():
+        return not lora and not _was_trainable(attention)
+    if not lora:
+        return True
+    if attention.training:
+        return False
+    if attention.in_proj_weight.dtype == torch.float32:
+        return True
+    return not any(bool(layer.lora_B.any()) for layer in lora.values())
 
 
 def _with_folded_weights(
@@ -165,18 +237,32 @@ def _with_folded_weights(
     arguments: tuple[object, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """The stock forward on W + ΔW made for this call alone; nothing is written back."""
-    dim = attention.embed_dim
-    in_proj, out_proj = attention.in_proj_weight, attention.out_proj.weight
-    rows = [
-        part + lora[role].delta_weight().to(part.dtype) if role in lora else part
-        for role, part in zip("qkv", torch.split(in_proj, dim), strict=True)
-    ]
-    folded = _copy_with(attention, in_proj_weight=torch.cat(rows))
+    stock = type(attention).forward
+    relabel = _rounds_as_trainable(attention) and not torch.is_grad_enabled()
+    if not lora and not relabel:
+        return stock(attention, *arguments)  # type: ignore[arg-type]
+    if relabel:
+        # Tensors made in inference mode cannot be told to want gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = _folded_in_proj(attention, lora).detach().requires_grad_()
+    else:
+        weight = _folded_in_proj(attention, lora)
+    folded = _copy_with(attention, in_proj_weight=weight)
     if "out" in lora:
+        out_proj = attention.out_proj.weight
         delta = lora["out"].delta_weight().to(out_proj.dtype)
         projection = _copy_with(attention.out_proj, weight=out_proj + delta)
         folded.__dict__["_modules"] = {**attention._modules, "out_proj": projection}
-    return type(attention).forward(folded, *arguments)  # type: ignore[arg-type]
+    return stock(folded, *arguments)  # type: ignore[arg-type]
+
+
+def _folded_in_proj(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]) -> Tensor:
+    weight = attention.in_proj_weight
+    if not any(role in lora for role in "qkv"):
+        return weight
+    parts = zip("qkv", torch.split(weight, attention.embed_dim), strict=True)
+    rows = [p + lora[role].delta_weight().to(p.dtype) if role in lora else p for role, p in parts]
+    return torch.cat(rows)
 
 
 _M = TypeVar("_M", bound=nn.Module)

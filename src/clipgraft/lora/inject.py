@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from clipgraft.errors import AdapterError, ConfigError, TrainingError
-from clipgraft.lora.attention import fused_forward, multihead_forward
+from clipgraft.lora.attention import graft_attention, ungraft_attention
 from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.parameters import (
+    graft_projection,
+    graft_table,
+    ungraft_projection,
+    ungraft_table,
+)
 from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import is_lora, submodule
@@ -40,11 +44,23 @@ class LoraSettings:
 
 @dataclass
 class LoraState:
-    """The updates attached to a model, kept on the model itself."""
+    """The updates attached to a model, kept on the model itself.
+
+    Attributes:
+        settings: what was asked for.
+        layers: the updates by site.
+        trainable: names of the base weights that wanted gradients before.
+        base_scale: the base's log temperature.
+        adapter_scale: the adapter's, put aside while the adapter is disabled.
+        hooks: what `remove_lora` takes off.
+    """
 
     settings: LoraSettings
     layers: dict[Site, LoraLayer]
-    hooks: list[RemovableHandle]
+    trainable: frozenset[str]
+    base_scale: Tensor
+    adapter_scale: Tensor | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def apply_lora(
@@ -102,12 +118,11 @@ def attach(clip: Clip, settings: LoraSettings) -> dict[Site, LoraLayer]:
         )
     refs = clip.site_refs
     chosen = select_sites(list(refs), settings.targets)
-    ranks = override_values(chosen, settings.rank_pattern)
-    alphas = override_values(chosen, settings.alpha_pattern)
-    _check(settings, ranks.values())
+    ranks = override_values(list(refs), chosen, settings.rank_pattern)
+    alphas = override_values(list(refs), chosen, settings.alpha_pattern)
+    check_settings(settings, ranks.values(), alphas.values())
     _ = clip.fingerprint  # taken while the weights are certainly the base's
-    clip.model.requires_grad_(False)
-    state = LoraState(settings, {}, [])
+    state = _freeze(clip, settings)
     for site in chosen:
         layer = LoraLayer(
             refs[site],
@@ -117,36 +132,54 @@ def attach(clip: Clip, settings: LoraSettings) -> dict[Site, LoraLayer]:
             settings.use_rslora,
         ).to(clip.device)
         _graft(clip.model, refs[site], layer, state.hooks)
-        state.layers[site] = layer
-    clip.logit_scale.requires_grad_(settings.train_logit_scale)
+        state.layers[site] = layer.train(clip.model.training)
     object.__setattr__(clip.model, _STATE, state)
-    for layer in state.layers.values():
-        layer.train(clip.model.training)
     return state.layers
 
 
-def _check(settings: LoraSettings, ranks: Iterable[int]) -> None:
-    faults = [f"r must be at least 1, got {r}" for r in (settings.r, *ranks) if r < 1]
-    if settings.alpha <= 0:
-        faults.append(f"alpha must be positive, got {settings.alpha:g}")
+def _freeze(clip: Clip, settings: LoraSettings) -> LoraState:
+    """Let no base weight train, and remember which did.
+
+    All attention modules are grafted, not only those with an update: torch chooses their kernels by whether
+    weights want gradients, so that freezing alone would change the last bits of what they compute.
+    """
+    trainable = frozenset(name for name, p in clip.model.named_parameters() if p.requires_grad)
+    state = LoraState(settings, {}, trainable, clip.logit_scale.detach().clone())
+    hosts = {submodule(clip.model, ref.module) for ref in clip.site_refs.values() if ref.kind == "fused"}
+    for host in hosts:
+        graft_attention(host)
+    clip.model.requires_grad_(False)
+    clip.model.zero_grad(set_to_none=True)
+    clip.logit_scale.requires_grad_(settings.train_logit_scale)
+    return state
+
+
+def check_settings(settings: LoraSettings, ranks: Iterable[int], alphas: Iterable[float]) -> None:
+    """Raise ConfigError, with all faults at once, if a rank, alpha or dropout is out of range."""
+    faults = [f"r must be a whole number from 1 up, got {r}" for r in (settings.r, *ranks) if not _is_rank(r)]
+    faults += [
+        f"alpha must be a positive number, got {alpha:g}"
+        for alpha in (settings.alpha, *alphas)
+        if not 0 < alpha < math.inf
+    ]
     if not 0 <= settings.dropout < 1:
         faults.append(f"dropout must be in [0, 1), got {settings.dropout:g}")
     if faults:
-        raise ConfigError("LoRA: " + "; ".join(faults))
+        raise ConfigError("LoRA: " + "; ".join(dict.fromkeys(faults)))
+
+
+def _is_rank(r: object) -> bool:
+    return isinstance(r, int) and not isinstance(r, bool) and r >= 1
 
 
 def _graft(model: nn.Module, ref: SiteRef, layer: LoraLayer, hooks: list[RemovableHandle]) -> None:
     host = submodule(model, ref.module)
     if ref.kind == "fused":
         setattr(host, f"lora_{ref.site.role}", layer)
-        multihead = isinstance(host, nn.MultiheadAttention)
-        host.forward = MethodType(multihead_forward if multihead else fused_forward, host)
     elif ref.kind == "projection":
-        weight = host._parameters.pop(ref.parameter)
-        assert weight is not None
-        setattr(host, ref.parameter, AdaptedProjection(weight, layer))
+        graft_projection(host, ref.parameter, layer)
     elif ref.kind == "table":
-        parametrize.register_parametrization(host, ref.parameter, AdaptedTable(layer))
+        graft_table(host, ref.parameter, layer)
     else:
         host.lora = layer
         hooks.append(host.register_forward_hook(_add_update))
@@ -158,71 +191,33 @@ def _add_update(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
     return output + layer(args[0], host).to(output.dtype) if layer.enabled else output
 
 
-class AdaptedProjection(nn.Module):
-    """Stands where a raw (in, out) Parameter stood, for models that compute `x @ self.proj`.
-
-    torch hands `tensor @ self` to `__torch_function__`, so that the update acts on `x` itself and dropout
-    can be on the adapter path, which no replacement of the weight could do.
-    """
-
-    def __init__(self, weight: nn.Parameter, layer: LoraLayer) -> None:
-        super().__init__()
-        self.weight = weight
-        self.lora = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        out = x @ self.weight
-        return out + self.lora(x).to(out.dtype) if self.lora.enabled else out
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul) and isinstance(args[1], cls):
-            return args[1](args[0])
-        plain = [arg.weight if isinstance(arg, cls) else arg for arg in args]
-        return func(*plain, **(kwargs or {}))
-
-
-class AdaptedTable(nn.Module):
-    """Parametrisation of a raw (rows, dim) position table: W + ΔW, dropout not defined on positions."""
-
-    def __init__(self, layer: LoraLayer) -> None:
-        super().__init__()
-        self.lora = layer
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.lora.delta_weight().to(weight.dtype) if self.lora.enabled else weight
-
-
 def remove_lora(model: ClipLike) -> None:
-    """Take every update off again; the model is the untouched base, with the base still frozen."""
+    """Take every update off again: the model is the untouched base, and trains what it trained before."""
     clip = as_clip(model)
     state = require_lora(clip.model)
     for hook in state.hooks:
         hook.remove()
-    for site, ref in clip.site_refs.items():
-        if site in state.layers:
-            _ungraft(clip.model, ref)
+    for site, ref in reversed(clip.site_refs.items()):
+        _ungraft(clip.model, ref, site in state.layers)
+    if state.settings.train_logit_scale:
+        clip.logit_scale.data = state.base_scale
+    for name, parameter in clip.model.named_parameters():
+        parameter.requires_grad_(name in state.trainable)
     delattr(clip.model, _STATE)
 
 
-def _ungraft(model: nn.Module, ref: SiteRef) -> None:
+def _ungraft(model: nn.Module, ref: SiteRef, adapted: bool) -> None:
     host = submodule(model, ref.module)
     if ref.kind == "fused":
+        ungraft_attention(host)
+    if not adapted:
+        return
+    if ref.kind == "fused":
         delattr(host, f"lora_{ref.site.role}")
-        host.__dict__.pop("forward", None)
     elif ref.kind == "projection":
-        wrapper = getattr(host, ref.parameter)
-        delattr(host, ref.parameter)
-        host.register_parameter(ref.parameter, wrapper.weight)
+        ungraft_projection(host, ref.parameter)
     elif ref.kind == "table":
-        parametrize.remove_parametrizations(host, ref.parameter, leave_parametrized=False)
+        ungraft_table(host, ref.parameter)
     else:
         del host.lora
 
@@ -243,27 +238,46 @@ def require_lora(model: ClipLike) -> LoraState:
 
 def enable_lora(model: ClipLike) -> None:
     """Let the updates act again."""
-    for layer in require_lora(model).layers.values():
+    state = require_lora(model)
+    for layer in state.layers.values():
         layer.enabled = True
+    if state.adapter_scale is not None:
+        as_clip(model).logit_scale.data, state.adapter_scale = state.adapter_scale, None
 
 
 def disable_lora(model: ClipLike) -> None:
-    """Make the model behave as its base, to the bit; the updates stay attached."""
-    for layer in require_lora(model).layers.values():
+    """Make the model behave as its base, to the bit, its temperature too; the updates stay attached."""
+    state = require_lora(model)
+    for layer in state.layers.values():
         layer.enabled = False
+    if state.settings.train_logit_scale and state.adapter_scale is None:
+        scale = as_clip(model).logit_scale
+        state.adapter_scale, scale.data = scale.data, state.base_scale.clone()
 
 
 @contextlib.contextmanager
 def lora_disabled(model: ClipLike) -> Iterator[None]:
     """`with lora_disabled(model): ...` runs the base; what was enabled before is enabled after."""
-    layers = list(require_lora(model).layers.values())
-    before = [layer.enabled for layer in layers]
+    state = require_lora(model)
+    before = [layer.enabled for layer in state.layers.values()]
+    scale_was_active = state.adapter_scale is None
     disable_lora(model)
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        if scale_was_active:
+            enable_lora(model)
+        for layer, enabled in zip(state.layers.values(), before, strict=True):
             layer.enabled = enabled
+
+
+def adapter_logit_scale(model: ClipLike) -> float | None:
+    """The log temperature that belongs to the adapter, whether enabled or not; None if it trains none."""
+    state = require_lora(model)
+    if not state.settings.train_logit_scale:
+        return None
+    scale = as_clip(model).logit_scale.detach() if state.adapter_scale is None else state.adapter_scale
+    return float(scale)
 
 
 @dataclass(frozen=True)
@@ -286,7 +300,10 @@ def count_parameters(model: ClipLike) -> ParameterCount:
 
 
 def verify_gradients(model: ClipLike) -> int:
-    """After a backward pass: every trainable weight has a gradient and no frozen one has.
+    """After a backward pass: every weight that is to train has a gradient and no other one has.
+
+    With LoRA attached, what is to train is the adapter, and the temperature if that was asked for; without,
+    whatever requires gradients.
 
     Returns:
         How many weights have a gradient.
@@ -294,19 +311,27 @@ def verify_gradients(model: ClipLike) -> int:
     Raises:
         TrainingError: naming the first weights that break the rule.
     """
-    named = list(as_clip(model).model.named_parameters())
-    leaked = [name for name, p in named if p.grad is not None and not p.requires_grad]
-    missing = [name for name, p in named if p.grad is None and p.requires_grad]
+    clip = as_clip(model)
+    named = list(clip.model.named_parameters())
+    state, scale = lora_state(clip), clip.logit_scale
+    if state is None:
+        wanted = {name for name, p in named if p.requires_grad}
+    else:
+        trains_scale = state.settings.train_logit_scale
+        wanted = {name for name, p in named if is_lora(name) or (trains_scale and p is scale)}
+    leaked = [name for name, p in named if name not in wanted and (p.requires_grad or p.grad is not None)]
+    missing = [name for name, p in named if name in wanted and p.grad is None]
     if leaked:
         raise TrainingError(
-            f"{len(leaked)} frozen weights have gradients, {_some(leaked)}: freeze before backward"
+            f"{len(leaked)} weights of the base are not frozen or have gradients, {_some(leaked)}: "
+            "call requires_grad_(False) on them before the backward pass"
         )
     if missing:
         raise TrainingError(
             f"{len(missing)} trainable weights got no gradient, {_some(missing)}: "
             "their output is not part of the loss, or LoRA is disabled (enable_lora)"
         )
-    return sum(p.grad is not None for _, p in named)
+    return len(wanted)
 
 
 def _some(names: list[str]) -> str:

@@ -36,8 +36,8 @@ class LoraLayer(nn.Module):
         self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = dropout
         self.enabled = True
-        self.lora_A = nn.Parameter(torch.empty(shape_a))
-        self.lora_B = nn.Parameter(torch.empty(shape_b))
+        self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,15 +1,16 @@
 """Which sites to adapt: named sets, small expressions, and per-site overrides.
 
 An expression is a comma-separated list of terms, read from left to right. A term is a named set
-(`text-attention`) or a pattern `tower.blocks.roles` / `tower.role`, where blocks are `*`, `3`, `6-11` or `-1`
-(from the end) and roles are `*` or one of q k v out fc1 fc2 (several joined by `+`). A leading `-` or `!`
-takes the matches away again: `text.*.q+v,-text.0.*`. A bare role after a comma continues the pattern
-before it, so that `text.*.q,v` means what it looks like.
+(`text-attention`) or a pattern `tower.blocks.roles` or `tower.role`. The tower may be `*`; blocks are `*`,
+`3`, `6-11` or `-1` (from the end); roles are `*` or one of q k v out fc1 fc2. Several blocks or roles are
+joined by `+`, and each must match. A leading `-` or `!` takes matches away again: `text.*.q+v,-text.0.*`. A
+bare role after a comma continues the pattern before it, so that `text.*.q,v` means what it looks like.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -25,6 +26,8 @@ from clipgraft.models.sites import (
 )
 
 _LINEAR = (*BLOCK_ROLES, "proj")
+# Tables of one vector an id. The patch embedding is a convolution and belongs to `all` alone.
+_TABLES = tuple(role for role in EMBEDDING_ROLES if role != "patch_embedding")
 
 
 def _in(roles: Iterable[str], tower: str | None = None) -> Callable[[Site], bool]:
@@ -34,7 +37,7 @@ def _in(roles: Iterable[str], tower: str | None = None) -> Callable[[Site], bool
 
 def _embedding_set(tower: str) -> Callable[[Site], bool]:
     """One tower with its embeddings, and both projections (DESIGN §6: so their published counts are made)."""
-    return lambda site: site.role == "proj" or (site.tower == tower and site.role in ROLES)
+    return lambda site: site.role == "proj" or (site.tower == tower and site.role in (*_TABLES, *_LINEAR))
 
 
 TARGET_SETS: dict[str, Callable[[Site], bool]] = {
@@ -51,13 +54,16 @@ TARGET_SETS: dict[str, Callable[[Site], bool]] = {
     "text-linear": _in(BLOCK_ROLES, "text"),
     "linear-vision": _in(BLOCK_ROLES, "vision"),
     "vision-linear": _in(BLOCK_ROLES, "vision"),
-    "embedding": _in(EMBEDDING_ROLES),
-    "linear+embedding": _in(ROLES),
+    "embedding": _in(_TABLES),
+    "linear+embedding": _in((*_TABLES, *_LINEAR)),
     "linear+embedding-text": _embedding_set("text"),
+    "text-linear+embedding": _embedding_set("text"),
     "linear+embedding-vision": _embedding_set("vision"),
+    "vision-linear+embedding": _embedding_set("vision"),
     "all": _in(ROLES),
 }
 
+_BLOCKS = re.compile(r"-(?P<end>[0-9]{1,9})|(?P<first>[0-9]{1,9})(?:-(?P<last>[0-9]{1,9}))?")
 _GUIDE_ROLES = {"in_proj": ("q", "k", "v"), "out_proj": ("out",), "c_fc": ("fc1",), "c_proj": ("fc2",)}
 
 
@@ -71,14 +77,14 @@ def select_sites(sites: Sequence[Site], targets: str | Iterable[str]) -> list[Si
     Raises:
         TargetError: a term is not understood or matches nothing; the message lists near misses.
     """
-    terms = _terms(targets.split(",") if isinstance(targets, str) else list(targets))
+    expression = targets if isinstance(targets, str) else ",".join(targets)
     chosen: set[Site] = set()
-    for negative, term in terms:
+    for negative, term in _terms(expression.split(",")):
         matched = match_sites(sites, term)
         chosen = chosen - set(matched) if negative else chosen | set(matched)
     if not chosen:
         raise TargetError(
-            f"targets '{targets}' leave no site to adapt: remove an exclusion or name more sites"
+            f"targets {expression!r} leave no site to adapt: remove an exclusion or name more sites"
         )
     return [site for site in sites if site in chosen]
 
@@ -90,7 +96,7 @@ def guide_targets(modules: Iterable[str]) -> str:
         name = module.strip()
         if name not in _GUIDE_ROLES:
             known = ", ".join(_GUIDE_ROLES)
-            raise TargetError(f"--lora-target-modules: '{name}' is unknown; allowed are {known}")
+            raise TargetError(f"--lora-target-modules: {name!r} is unknown; allowed are {known}")
         roles.extend(_GUIDE_ROLES[name])
     if not roles:
         raise TargetError(f"--lora-target-modules is empty; allowed are {', '.join(_GUIDE_ROLES)}")
@@ -100,26 +106,37 @@ def guide_targets(modules: Iterable[str]) -> str:
 def match_sites(sites: Sequence[Site], term: str) -> list[Site]:
     """Sites that one positive term matches; raises TargetError with near misses if there are none."""
     if term in TARGET_SETS:
-        matched = [site for site in sites if TARGET_SETS[term](site)]
+        matched = {site for site in sites if TARGET_SETS[term](site)}
     else:
         matched = _match_pattern(sites, term)
     if not matched:
-        raise TargetError(f"'{term}' matches no site of this model{_near_misses(sites, term)}")
-    return matched
+        raise TargetError(f"{term!r} matches no site of this model{_near_misses(sites, term)}")
+    return [site for site in sites if site in matched]
 
 
 _V = TypeVar("_V")
 
 
-def override_values(sites: Sequence[Site], pattern: Mapping[str, _V]) -> dict[Site, _V]:
-    """Per-site values from `{term: value}`; later terms win.
+def override_values(
+    sites: Sequence[Site], adapted: Sequence[Site], pattern: Mapping[str, _V]
+) -> dict[Site, _V]:
+    """Per-site values from `{term: value}` for the sites that are adapted; later terms win.
+
+    Args:
+        sites: the sites the model has; `-1` is the last block of a tower, adapted or not.
+        adapted: those that carry an update.
+        pattern: values by term.
 
     Raises:
-        TargetError: a term matches none of `sites`; the message lists near misses.
+        TargetError: a term matches no adapted site; the message lists near misses.
     """
     values: dict[Site, _V] = {}
     for term, value in pattern.items():
-        values.update(dict.fromkeys(match_sites(sites, term.strip()), value))
+        matched = set(match_sites(sites, term.strip()))
+        overridden = [site for site in adapted if site in matched]
+        if not overridden:
+            raise TargetError(f"{term!r} matches none of the adapted sites{_near_misses(adapted, term)}")
+        values.update(dict.fromkeys(overridden, value))
     return values
 
 
@@ -129,42 +146,46 @@ def _terms(raw: Sequence[str]) -> list[tuple[bool, str]]:
         if not text:
             continue
         negative = text[0] in "-!"
-        term = text.lstrip("-!") if negative else text
-        if terms and not negative and term in BLOCK_ROLES and terms[-1][1].count(".") == 2:
-            prefix = terms[-1][1].rpartition(".")[0]
-            terms.append((terms[-1][0], f"{prefix}.{term}"))
-        else:
-            terms.append((negative, term))
+        term = text[1:].strip() if negative else text
+        continues = terms and not negative and set(term.split("+")) <= {*BLOCK_ROLES}
+        if continues and terms[-1][1].count(".") == 2:
+            term = f"{terms[-1][1].rpartition('.')[0]}.{term}"
+            negative = terms[-1][0]
+        terms.append((negative, term))
     return terms
 
 
-def _match_pattern(sites: Sequence[Site], term: str) -> list[Site]:
+def _match_pattern(sites: Sequence[Site], term: str) -> set[Site]:
+    """Sites of a pattern; empty too if one of its `+`-joined parts matches none, as a misspelt one does."""
     tower, *rest = term.split(".")
     if tower not in (*TOWERS, "*") or not 1 <= len(rest) <= 2:
-        return []
+        return set()
     in_tower = [site for site in sites if tower in ("*", site.tower)]
-    roles = set(rest[-1].split("+"))
     if len(rest) == 1:
-        named = rest[0] == "*"
-        return [site for site in in_tower if named or (site.block is None and site.role in roles)]
-    matched = [site for site in in_tower if site.block is not None and ("*" in roles or site.role in roles)]
+        parts = [{s for s in in_tower if _has_role(s, role)} for role in rest[0].split("+")]
+        return set().union(*parts) if all(parts) else set()
+    in_blocks = [site for site in in_tower if site.block is not None]
     depths = {name: 1 + max((s.block or 0 for s in sites if s.tower == name), default=-1) for name in TOWERS}
-    return [site for site in matched if _in_blocks(site.block or 0, rest[0], depths[site.tower])]
+    parts = [
+        {s for s in in_blocks if role in ("*", s.role) and _in_blocks(s.block or 0, blocks, depths[s.tower])}
+        for role in rest[1].split("+")
+        for blocks in rest[0].split("+")
+    ]
+    return set().union(*parts) if all(parts) else set()
+
+
+def _has_role(site: Site, role: str) -> bool:
+    """Whether `tower.role` names a site: any for `*`, else an embedding or a projection."""
+    return role == "*" or (site.block is None and site.role == role)
 
 
 def _in_blocks(block: int, blocks: str, depth: int) -> bool:
-    """Whether a block number is in `*`, `3`, `-1`, `6-11` or a `+`-joined list of them."""
-    for part in blocks.split("+"):
-        first, dash, last = part.removeprefix("-").partition("-")
-        sign = -1 if part.startswith("-") else 1
-        if part == "*":
-            return True
-        if not first.isdigit() or (dash and not last.isdigit()):
-            continue
-        start = int(first) if sign == 1 else depth - int(first)
-        if (start <= block <= int(last)) if dash else block == start:
-            return True
-    return False
+    """Whether a block number is in `*`, `3`, `-1` (from the end) or `6-11` (both ends included)."""
+    match = _BLOCKS.fullmatch(blocks)
+    if match is None:
+        return blocks == "*"
+    start = depth - int(match["end"]) if match["end"] else int(match["first"])
+    return start <= block <= int(match["last"] or start)
 
 
 def _near_misses(sites: Sequence[Site], term: str) -> str:

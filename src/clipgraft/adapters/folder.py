@@ -1,0 +1,151 @@
+"""The three files of an adapter folder: written as one, read as one, refused where they do not match.
+
+`adapter_model.safetensors` and `adapter_config.json` are PEFT's; `clipgraft.json` is ours and holds the
+digest of the weights it was written for. While a save is under way the new record lies beside the old one,
+and the one that names the weights that are there is in force. So a save that is killed at any point leaves
+the old adapter or the new one, never half of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipgraft.errors import AdapterError
+from clipgraft.files import atomic_path, write_json
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+NATIVE_FILE = "clipgraft.json"
+PENDING_FILE = ".clipgraft.json.next"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter folder holds.
+
+    Attributes:
+        folder: where.
+        tensors: by their PEFT names.
+        config: `adapter_config.json`.
+        record: `clipgraft.json`; None in folders that PEFT wrote.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    record: dict[str, Any] | None
+
+
+def write_folder(
+    folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], record: Mapping[str, Any]
+) -> None:
+    """Write an adapter folder, or replace the adapter in it.
+
+    Raises:
+        AdapterError: the folder cannot be written.
+    """
+    try:
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            digest = {"format": FORMAT_VERSION, "weights_sha256": _digest(temporary)}
+            write_json(folder / PENDING_FILE, {**digest, **record, "adapter_config": dict(config)})
+        write_json(folder / CONFIG_FILE, dict(config))
+        (folder / PENDING_FILE).replace(folder / NATIVE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"cannot write adapter to {folder}: {_brief(error)}; free the space or choose another folder"
+        ) from error
+
+
+def read_folder(path: Path) -> Contents:
+    """Read an adapter folder, or that of a run which holds one.
+
+    Raises:
+        AdapterError: no adapter there, or its files are damaged or do not belong together.
+    """
+    folder = find_folder(path)
+    weights = folder / WEIGHTS_FILE
+    try:
+        tensors, digest = load_file(weights), _digest(weights)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{weights} is truncated or damaged ({_brief(error)}): copy or save it again"
+        ) from error
+    records = [name for name in (NATIVE_FILE, PENDING_FILE) if (folder / name).is_file()]
+    for name in records:
+        record = _read_json(folder / name)
+        if record.get("weights_sha256") == digest:
+            config = _read_json(folder / CONFIG_FILE)
+            if name == PENDING_FILE and isinstance(record.get("adapter_config"), dict):
+                config = record["adapter_config"]
+            return Contents(folder, tensors, config, _current(record, folder / name))
+    if NATIVE_FILE in records:
+        raise AdapterError(
+            f"{folder}: {WEIGHTS_FILE} is not the file {NATIVE_FILE} was written for: copy all files of the "
+            "adapter together, or save it again"
+        )
+    return Contents(folder, tensors, _read_json(folder / CONFIG_FILE), None)
+
+
+def find_folder(path: Path) -> Path:
+    """The adapter folder at a path, which may be one of its files or a run folder; raises AdapterError."""
+    if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE, NATIVE_FILE):
+        path = path.parent
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    if not path.exists():
+        raise AdapterError(f"no adapter at {path}: there is no such folder; check the path")
+    raise AdapterError(
+        f"no adapter at {path}: an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it"
+    )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter folder, or a run folder that holds one."""
+    try:
+        find_folder(Path(path))
+    except AdapterError:
+        return False
+    return True
+
+
+def _current(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    version = record.get("format")
+    if version != FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} has format {version!r}, this clipgraft reads {FORMAT_VERSION}: update clipgraft, or "
+            "save the adapter again"
+        )
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{path} is not readable JSON ({_brief(error)}): copy or save the adapter again"
+        ) from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} holds no JSON object: it is no adapter file; check the path")
+    return value
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _brief(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:120]
