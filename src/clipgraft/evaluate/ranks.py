@@ -68,8 +68,9 @@ def retrieval_ranks(
         text_features: floating (M, D), on any device; work happens where the images are (on the CPU if that
             device has no float64).
         image_of_text: integer (M,), each caption's image; images may have several captions, or none.
-        block_bytes: bytes of one block of scores. Working memory is a small multiple of it plus a few
-            numbers a row, whatever N·M is; the result does not depend on it.
+        block_bytes: bytes of one block of scores. Working memory is a small multiple of it, plus two
+            copies of the larger feature matrix while equal rows are found; it does not grow with N·M. The
+            result does not depend on it.
 
     Raises:
         DataError: shapes, types or indices that do not fit together.

@@ -24,7 +24,7 @@ def evaluate_retrieval(
     """Recall and rank both ways over all images and captions of `pairs`.
 
     Args:
-        model: a `Clip`, or a raw model wrapped with `clipgraft.load`'s tokenizer and preprocessing.
+        model: a `Clip` or a raw model.
         pairs: images with one or many captions each.
         batch_size: images encoded at once.
         workers: processes that decode images.
