@@ -33,20 +33,31 @@ def _separator(value: Any) -> Any:
 
 
 def _words(value: Any) -> Any:
-    return (
-        tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
-    )
+    if not isinstance(value, str):
+        return value
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def _path(value: Any) -> Any:
+    """An unset shell variable gives "", which as a path would mean the current folder."""
+    if value == "":
+        raise ValueError("a path")
+    return Path(value).expanduser() if isinstance(value, str) else value
 
 
 RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
 AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
+UserPath = Annotated[Path, BeforeValidator(_path)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class Spec(BaseModel):
     """Base of every spec: frozen, and no unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # YAML reads `name: 2024` as a number; NaN and infinity pass every other check.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
 
 class ModelSpec(Spec):
@@ -67,15 +78,15 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """Images and captions."""
 
-    train_data: Path | None = Field(None, description="table of images and captions, or a folder of both")
-    val_data: Path | None = Field(None, description="the same for validation")
+    train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
+    val_data: UserPath | None = Field(None, description="the same for validation")
     dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
         "auto", description="how to read the data; auto goes by the file name"
     )
     csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
     csv_caption_key: str | None = Field(None, description="column of captions (default: title, or guessed)")
     csv_separator: Annotated[str | None, BeforeValidator(_separator)] = Field(
-        None, description="column separator (default: tab, or guessed)"
+        None, min_length=1, description="column separator (default: tab, or guessed)"
     )
     max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
     strict: bool = Field(False, description="stop at the first unreadable row")
@@ -89,9 +100,7 @@ class LoraSpec(Spec):
         False, description="train a LoRA adapter; without it the model itself is fine-tuned"
     )
     lora_r: int = Field(16, ge=1, description="rank")
-    lora_alpha: float | None = Field(
-        None, gt=0, description="scale numerator; the update is scaled by alpha/r"
-    )
+    lora_alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
     lora_targets: str | None = Field(
         None, description="target set or sites, e.g. text-attention or text.*.q,v"
@@ -110,7 +119,7 @@ class LoraSpec(Spec):
 class TrainSpec(Spec):
     """Optimisation; names and defaults are open_clip's."""
 
-    batch_size: int = Field(64, ge=2, description="pairs a step")
+    batch_size: int = Field(64, ge=2, description="pairs in memory at once: a step, or its micro-batch")
     epochs: int = Field(32, ge=1, description="passes over the captions")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     wd: float = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
@@ -127,26 +136,26 @@ class TrainSpec(Spec):
     lr_cooldown_end: float = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
     lr_cooldown_power: float = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
     grad_clip_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm")
-    accum_freq: int = Field(1, ge=1, description="micro-batches a step; the loss is that of the whole batch")
+    accum_freq: int = Field(1, ge=1, description="micro-batches of --batch-size a step, with the loss of all")
     grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     lock_image: bool = Field(False, description="freeze the image tower")
     lock_image_unlocked_groups: int = Field(0, ge=0, description="groups at its end to leave trainable")
     lock_text: bool = Field(False, description="freeze the text tower")
     lock_text_unlocked_layers: int = Field(0, ge=0, description="layers at its end to leave trainable")
     augment: bool = Field(False, description="random crops where the image tower trains")
-    seed: int = Field(0, ge=0, description="of weights, order, dropout and crops")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, dropout and crops")
 
 
 class RunSpec(Spec):
     """Where a run is kept and what it reports."""
 
-    logs: Path = Field(Path("logs"), description="folder of all runs")
-    name: str | None = Field(None, description="name of this run (default: date, model and settings)")
+    logs: UserPath = Field(Path("logs"), description="folder of all runs")
+    name: str | None = Field(None, min_length=1, description="of this run (default: date, model, settings)")
     save_frequency: int = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
     val_frequency: int = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
     save_lora_only: bool = Field(False, description="save adapters without the base")
-    resume: str | None = Field(
-        None, description="'latest' continues this run where it stopped, or a checkpoint"
+    resume: Literal["latest"] | None = Field(
+        None, description="'latest' continues the run --name where it stopped, to the same bits"
     )
     checkpoint_steps: int = Field(0, ge=0, description="also checkpoint every N steps; 0 is once an epoch")
 
@@ -154,21 +163,21 @@ class RunSpec(Spec):
 class EvalSpec(Spec):
     """Evaluation of a base or an adapter on pairs."""
 
-    adapter: Path | None = Field(None, description="adapter folder to evaluate beside its base")
+    adapter: UserPath | None = Field(None, description="adapter folder to evaluate beside its base")
     force: bool = Field(False, description="use an adapter that was made for another base")
     batch_size: int = Field(64, ge=1, description="images or captions encoded at once")
-    out: Path | None = Field(None, description="write the metrics to this JSON file")
+    out: UserPath | None = Field(None, description="write the metrics to this JSON file")
 
 
 class DemoSpec(Spec):
     """The demonstration on the embedded default."""
 
-    out: Path = Field(Path("demo"), description="folder for data, adapter, table and picture")
+    out: UserPath = Field(Path("demo"), description="folder for data, adapter, table and picture")
     train_scenes: int = Field(8000, ge=100, description="scenes to adapt on")
     test_scenes: int = Field(1000, ge=100, description="scenes to test on")
-    epochs: int = Field(10, ge=1, description="passes over the captions")
+    epochs: int = Field(1, ge=1, description="passes over the captions, five an image")
     language: str = Field("vi", description="language of the captions to adapt to")
-    seed: int = Field(0, ge=0, description="of weights, order and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
 
 
 S = TypeVar("S", bound=Spec)
@@ -179,14 +188,19 @@ def flag(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def build_specs(kinds: Sequence[type[S]], values: Mapping[str, Any]) -> list[S]:
+def build_specs(
+    kinds: Sequence[type[S]], values: Mapping[str, Any], unknown_flags: Sequence[str] = ()
+) -> list[S]:
     """Specs from flat values, each field going to the specs that have it.
+
+    `unknown_flags`, as they were typed, are reported with the other faults.
 
     Raises:
         ConfigError: every fault of every spec, one line each: the flag, what was given, what is allowed.
     """
-    known = {name for kind in kinds for name in kind.model_fields}
-    faults = [_unknown(name, known) for name in values if name not in known]
+    known = [name for kind in kinds for name in kind.model_fields]
+    strange = [*unknown_flags, *(flag(name) for name in values if name not in known)]
+    faults = [_unknown(given, known) for given in strange]
     specs: list[S] = []
     for kind in kinds:
         try:
@@ -198,14 +212,17 @@ def build_specs(kinds: Sequence[type[S]], values: Mapping[str, Any]) -> list[S]:
     return specs
 
 
-def _unknown(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=2)
+def _unknown(given: str, known: Sequence[str]) -> str:
+    name = given.lstrip("-").replace("-", "_").lower()
+    close = [name] if name in known else difflib.get_close_matches(name, known, n=2)
     hint = f" (did you mean {' or '.join(map(flag, close))}?)" if close else ""
-    return f"{flag(name)}: there is no such flag{hint}"
+    shown = given if given.isprintable() else repr(given)[1:-1]
+    return f"{shown}: there is no such flag{hint}"
 
 
 def _fault(item: Any) -> str:
     where, message = item["loc"], item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.replace("String should have", "text with")
     if item["type"] == "literal_error":
         message = f"one of {item['ctx']['expected']}"
     key = f" at '{where[1]}'" if len(where) > 1 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -38,18 +39,18 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device: got {name!r}, allowed is auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch sees no GPU here; use --device cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"--device: got {name!r}, allowed is auto, cpu, cuda or cuda:N")
+    device, gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        seen = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
+        raise ConfigError(f"--device {name}: torch sees {seen} here; use --device auto")
     return device
 
 
 def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:
     """Read and check pairs, and print the summary of them."""
-    with tqdm(desc=f"checking {what}", unit="image", leave=False) as bar:
+    with tqdm(desc=f"checking {what}", unit="image", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
 from clipgraft.config import DataSpec, EvalSpec, ModelSpec
 from clipgraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clipgraft.data.pairs import Pairs
+    from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Measure retrieval on images with captions: a base, or an adapter beside its base."
@@ -30,34 +37,56 @@ def run(argv: Sequence[str]) -> None:
     model_spec, data, spec = parse("eval", _SUMMARY, [ModelSpec, DataSpec, EvalSpec], argv)
     if data.val_data is None:
         raise ConfigError("--val-data is missing: a table of images and captions, or a folder of both")
+    if not data.val_data.exists():
+        raise ConfigError(f"--val-data {data.val_data}: there is no such file or folder; check the path")
     from clipgraft.adapters.native import load_adapter
     from clipgraft.cli.common import load_model, read_table
-    from clipgraft.evaluate.retrieval import evaluate_retrieval
     from clipgraft.files import write_json
-    from clipgraft.lora.inject import lora_disabled, lora_state
 
     clip = load_model(model_spec)
     if spec.adapter is not None:
         load_adapter(clip, spec.adapter, force=spec.force)
     pairs = read_table(clip, data.val_data, data, "validation data")
     autocast = model_spec.precision == "amp_bf16"
-
-    def measure() -> dict[str, float]:
-        return evaluate_retrieval(
-            clip, pairs, batch_size=spec.batch_size, workers=data.workers, autocast=autocast
-        )
-
-    columns: dict[str, dict[str, float]] = {}
-    if lora_state(clip) is None:
-        columns["base"] = measure()
-    else:
-        with lora_disabled(clip):
-            columns["base"] = measure()
-        columns["adapter"] = measure()
+    columns = measure(clip, pairs, spec.batch_size, data.workers, autocast)
     print(table(columns))
     if spec.out is not None:
         write_json(spec.out, columns)
         log.info("wrote %s", spec.out)
+
+
+def measure(
+    clip: Clip, pairs: Pairs, batch_size: int, workers: int, autocast: bool
+) -> dict[str, dict[str, float]]:
+    """Metrics of the base and, where the model carries one, of its adapter."""
+    from clipgraft.evaluate.retrieval import evaluate_retrieval
+    from clipgraft.lora.inject import lora_disabled, lora_state
+
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "autocast": autocast}
+    state = lora_state(clip)
+    if state is None:
+        return {
+            "base": evaluate_retrieval(clip, pairs, image_features=_images(clip, pairs, **options), **options)
+        }
+    with lora_disabled(clip):
+        images = _images(clip, pairs, **options)
+        base = evaluate_retrieval(clip, pairs, image_features=images, **options)
+    if any(site.tower == "vision" for site in state.layers):
+        images = _images(clip, pairs, **options)
+    return {"base": base, "adapter": evaluate_retrieval(clip, pairs, image_features=images, **options)}
+
+
+def _images(clip: Clip, pairs: Pairs, **options: Any) -> Tensor:
+    from tqdm import tqdm
+
+    from clipgraft.data.features import encode_images
+
+    with tqdm(desc="images", total=len(pairs), unit="image", disable=None) as bar:
+
+        def advance(images: int) -> None:
+            bar.update(images)
+
+        return encode_images(clip, pairs.images, progress=advance, **options)
 
 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:

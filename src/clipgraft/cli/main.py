@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from clipgraft.errors import ClipgraftError
 
@@ -20,7 +22,25 @@ _HELP = ("-h", "--help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 done, 2 bad usage or input, 1 failure."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _speak_plainly()
+    with _plain_output():
+        try:
+            code = _dispatch(arguments)
+            sys.stdout.flush()
+        except ClipgraftError as error:
+            return _fail(str(error), error.exit_code)
+        except KeyboardInterrupt as stop:
+            return _fail(str(stop) or "interrupted", 1)
+        except BrokenPipeError:
+            # Python flushes once more when it exits, and would complain about it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            return _fail(f"{where}{error.strerror or ' '.join(str(error).split())}", 1)
+        return code
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in _HELP:
         print(_usage())
         return 0 if arguments else 2
@@ -32,14 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         return _fail(f"there is no command '{verb}'{_nearest(verb)}; commands are {', '.join(VERBS)}")
-    try:
-        importlib.import_module(f"clipgraft.cli.{verb}").run(rest)
-    except ClipgraftError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 1)
-    except BrokenPipeError:
-        return 1
+    importlib.import_module(f"clipgraft.cli.{verb}").run(rest)
     return 0
 
 
@@ -60,18 +73,26 @@ def _nearest(verb: str) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
+    sys.stdout.flush()
     for line in message.splitlines():
         print(f"clipgraft: {line}", file=sys.stderr)
     return code
 
 
-def _speak_plainly() -> None:
+@contextlib.contextmanager
+def _plain_output() -> Iterator[None]:
     """The library's own log lines go to the terminal as they are; UTF-8 whatever the locale says."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     log = logging.getLogger("clipgraft")
+    level, propagate, handler = log.level, log.propagate, logging.StreamHandler(sys.stdout)
     log.setLevel(logging.INFO)
     log.propagate = False
-    if not any(type(handler) is logging.StreamHandler for handler in log.handlers):
-        log.addHandler(logging.StreamHandler(sys.stdout))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate

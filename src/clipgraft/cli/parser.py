@@ -6,7 +6,7 @@ import argparse
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -27,7 +27,8 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     Raises:
         ConfigError: every unknown flag and unusable value, one line each.
     """
-    parser = _Parser(f"clipgraft {verb}", description=summary, allow_abbrev=False)
+    prog = f"clipgraft {verb}"
+    parser = _Parser(prog, usage=f"{prog} [--flags]", description=summary, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="YAML", help="read flags from a file; flags given win")
     for kind in kinds:
         group = parser.add_argument_group((kind.__doc__ or "").split(";")[0].rstrip(".\n").lower())
@@ -38,15 +39,19 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     config = values.pop("config")
     merged: dict[str, Any] = {} if config is None else read_yaml(config)
     merged.update(values)
-    for argument in unknown:
-        if not argument.startswith("--"):
-            raise ConfigError(f"'{argument}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
-        merged[argument.removeprefix("--").partition("=")[0].replace("-", "_")] = None
-    return build_specs(list(kinds), merged)
+    flags = [argument.partition("=")[0] for argument in unknown if _looks_like_a_flag(argument)]
+    if unknown and not flags:
+        raise ConfigError(f"'{unknown[0]}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
+    return build_specs(list(kinds), merged, unknown_flags=flags)
+
+
+def _looks_like_a_flag(argument: str) -> bool:
+    return argument.startswith("-") and not argument[1:2].isdigit()
 
 
 def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
-    default = "" if info.default in (None, False, {}) else f" (default: {info.default})"
+    plain = info.default is None or info.default is False or info.default == {}
+    default = "" if plain else f" (default: {info.default})"
     text = f"{info.description or ''}{default}".replace("%", "%%")
     if info.annotation is bool:
         group.add_argument(
@@ -68,6 +73,7 @@ def _metavar(info: FieldInfo) -> str:
 
 
 def _flatten(annotation: Any) -> list[Any]:
+    """The kinds of a union, without their validators."""
     if get_origin(annotation) in (Union, types.UnionType):
         return [kind for part in get_args(annotation) for kind in _flatten(part)]
-    return [annotation]
+    return _flatten(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]

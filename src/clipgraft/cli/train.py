@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
 from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec, flag
@@ -21,66 +22,77 @@ _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, load, train, and say what was made."""
+    """Parse, train, and say how to go on with a run that is interrupted."""
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, LoraSpec, TrainSpec, RunSpec]
-    model_spec, data, lora, train, where = parse("train", _SUMMARY, kinds, argv)
-    check_together(data, lora, where)
+    specs = parse("train", _SUMMARY, kinds, argv)
+    model_spec, data, lora, train, where = specs
+    check_together(data, lora, train, where)
     folder = where.logs / (where.name or default_name(model_spec, lora, train))
-    from clipgraft.cli.common import load_model, read_table
-    from clipgraft.train.fit import fit, headline
-    from clipgraft.train.loop import Interrupted
+    from clipgraft.train.run_folder import early_lines, refuse_used
+    from clipgraft.train.stop import Interrupted
 
+    refuse_used(folder, where.resume is not None)
+    try:
+        with early_lines():
+            train_model(specs, folder)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with: {continuation(argv, where.name or folder.name)}") from None
+
+
+def train_model(specs: Sequence[Any], folder: Path) -> None:
+    """Load what the specs name, and train it into `folder`."""
+    from clipgraft.cli.common import load_model, read_table
+    from clipgraft.train.fit import fit
+
+    model_spec, data, lora, train, where = specs
     clip = load_model(model_spec)
     train_pairs = read_table(clip, data.train_data, data, "training data")
     val_pairs = read_table(clip, data.val_data, data, "validation data") if data.val_data else None
     if lora.use_lora:
         graft(clip, lora, train.seed)
     announce(clip, train_pairs, train)
-    try:
-        result = fit(
-            clip,
-            train_pairs,
-            val_pairs,
-            out=folder,
-            resume=where.resume is not None,
-            save_frequency=where.save_frequency,
-            val_frequency=where.val_frequency,
-            save_lora_only=where.save_lora_only,
-            checkpoint_steps=where.checkpoint_steps,
-            autocast=model_spec.precision == "amp_bf16",
-            workers=data.workers,
-            params={
-                **model_spec.model_dump(),
-                **data.model_dump(),
-                **lora.model_dump(),
-                **where.model_dump(),
-            },
-            **train.model_dump(),
-        )
-    except Interrupted as stop:
-        raise KeyboardInterrupt(
-            f"{stop}; continue with the same command and --name {folder.name} --resume latest"
-        ) from None
-    if result.history:
-        log.info("after the last epoch: %s", headline(result.history[-1]))
-    log.info(
-        "saved %s (%.2f MB, %s trained weights, %.0f s)",
-        result.saved,
-        result.bytes / 1e6,
-        f"{result.trainable:,}",
-        result.seconds,
+    fit(
+        clip,
+        train_pairs,
+        val_pairs,
+        out=folder,
+        resume=where.resume is not None,
+        save_frequency=where.save_frequency,
+        val_frequency=where.val_frequency,
+        save_lora_only=where.save_lora_only,
+        checkpoint_steps=where.checkpoint_steps,
+        autocast=model_spec.precision == "amp_bf16",
+        workers=data.workers,
+        params={name: value for spec in specs for name, value in spec.model_dump().items()},
+        **train.model_dump(),
     )
 
 
-def check_together(data: DataSpec, lora: LoraSpec, where: RunSpec) -> None:
-    """What each spec alone cannot see; all faults at once.
+def check_together(data: DataSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec) -> None:
+    """What each spec alone cannot see; all faults at once, and before anything slow.
 
     Raises:
         ConfigError: naming the flags.
     """
+    faults = [*_data_faults(data), *_lora_faults(lora, where), *_lock_faults(lora, train)]
+    if where.resume is not None and where.name is None:
+        faults.append("--resume latest needs --name: the name of the run to continue")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _data_faults(data: DataSpec) -> list[str]:
     faults = []
     if data.train_data is None:
         faults.append("--train-data is missing: a table of images and captions, or a folder of both")
+    for name, path in (("--train-data", data.train_data), ("--val-data", data.val_data)):
+        if path is not None and not path.exists():
+            faults.append(f"{name} {path}: there is no such file or folder; check the path")
+    return faults
+
+
+def _lora_faults(lora: LoraSpec, where: RunSpec) -> list[str]:
+    faults = []
     given = sorted(name for name in lora.model_fields_set if name != "use_lora")
     if given and not lora.use_lora:
         faults.append(
@@ -90,12 +102,29 @@ def check_together(data: DataSpec, lora: LoraSpec, where: RunSpec) -> None:
         faults.append("--lora-targets and --lora-target-modules both choose sites: give one of them")
     if where.save_lora_only and not lora.use_lora:
         faults.append("--save-lora-only given without --use-lora: there is no adapter to save")
-    if where.resume is not None and where.resume != "latest":
-        faults.append(f"--resume: got {where.resume!r}, allowed is latest")
-    if where.resume is not None and where.name is None:
-        faults.append("--resume latest needs --name: the name of the run to continue")
-    if faults:
-        raise ConfigError("\n".join(faults))
+    return faults
+
+
+def _lock_faults(lora: LoraSpec, train: TrainSpec) -> list[str]:
+    faults = []
+    unlocked = (
+        ("--lock-image", "--lock-image-unlocked-groups", train.lock_image, train.lock_image_unlocked_groups),
+        ("--lock-text", "--lock-text-unlocked-layers", train.lock_text, train.lock_text_unlocked_layers),
+    )
+    for lock, groups, locked, number in unlocked:
+        if number and lora.use_lora:
+            faults.append(f"{groups} given with --use-lora, which freezes the whole base: drop one of them")
+        elif number and not locked:
+            faults.append(f"{groups} given without {lock}: add {lock}")
+    return faults
+
+
+def continuation(argv: Sequence[str], name: str) -> str:
+    """The command that goes on with an interrupted run, to be pasted into a shell."""
+    given = {argument.partition("=")[0] for argument in argv}
+    wanted = {"--name": name, "--resume": "latest"}
+    added = [word for option, value in wanted.items() if option not in given for word in (option, value)]
+    return shlex.join(["clipgraft", "train", *argv, *added])
 
 
 def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
@@ -106,12 +135,21 @@ def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
 
 
 def graft(clip: Clip, lora: LoraSpec, seed: int) -> None:
-    """Attach the adapter that the flags describe."""
+    """Attach the adapter that the flags describe.
+
+    Raises:
+        ConfigError: the base brought an adapter of its own.
+    """
     import torch
 
-    from clipgraft.lora.inject import apply_lora
+    from clipgraft.lora.inject import apply_lora, lora_state
     from clipgraft.lora.targets import guide_targets
 
+    if lora_state(clip) is not None:
+        raise ConfigError(
+            f"--model {clip.source.name}: what was loaded is an adapter on its base; drop --use-lora and the "
+            "other --lora flags to train it further, or give the base itself"
+        )
     targets = lora.lora_targets or "text-attention"
     if lora.lora_target_modules is not None:
         targets = guide_targets(lora.lora_target_modules)
@@ -132,11 +170,15 @@ def graft(clip: Clip, lora: LoraSpec, seed: int) -> None:
 
 def announce(clip: Clip, pairs: Pairs, train: TrainSpec) -> None:
     """One line on what is about to train."""
+    import torch
+
     from clipgraft.lora.inject import count_parameters, lora_state
 
     count = count_parameters(clip)
     if lora_state(clip) is not None:
         share = 100 * count.trainable / count.total
         log.info("training %s of %s weights (%.2f %%)", f"{count.trainable:,}", f"{count.total:,}", share)
+    elif clip.dtype == torch.bfloat16:
+        log.info("--precision bf16 rounds small updates of the model away; --precision amp_bf16 keeps them")
     rows = sum(len(captions) for captions in pairs.captions)
     log.info("%d pairs, batches of %d, %d epochs", rows, train.batch_size * train.accum_freq, train.epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,15 @@ from clipgraft.files import atomic_path
 
 LATEST = "latest.pt"
 FORMAT_VERSION = 1
+_KEYS = {"format", "position", "settings", "weights", "buffers", "optimizer", "random", "cuda_random"}
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: finished epochs, finished steps of the running epoch, and steps in all."""
+    """Where a run stands: finished epochs, finished steps of the running epoch, and steps in all.
+
+    An epoch is finished when it has been evaluated, not with its last step.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -34,12 +38,17 @@ def save_checkpoint(
     position: Position,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write trainable weights, optimizer, position and random states; an older file is replaced whole."""
+    """Write what changes in training, position and random states; an older file is replaced whole.
+
+    Raises:
+        CheckpointError: the file cannot be written; the older one is as it was.
+    """
     state = {
         "format": FORMAT_VERSION,
         "position": vars(position),
         "settings": dict(settings),
-        "weights": {name: p.detach().cpu() for name, p in _trainable(model)},
+        "weights": {name: p.detach() for name, p in _trainable(model).items()},
+        "buffers": _buffers(model),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -47,8 +56,11 @@ def save_checkpoint(
     try:
         with atomic_path(path) as temporary:
             torch.save(state, temporary)
-    except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"cannot write checkpoint {path}: {reason}; make room, then go on with --resume latest"
+        ) from error
 
 
 def load_checkpoint(
@@ -61,36 +73,54 @@ def load_checkpoint(
     """
     state = _read(path)
     _same_settings(path, state["settings"], settings)
-    weights = dict(_trainable(model))
-    saved: dict[str, Tensor] = state["weights"]
-    if set(weights) != set(saved) or any(weights[name].shape != saved[name].shape for name in saved):
+    try:
+        _copy(state["weights"], _trainable(model))
+        _copy(state["buffers"], _buffers(model))
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} holds other trainable weights than this model has: resume with its model"
-        )
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(saved[name])
-    optimizer.load_state_dict(state["optimizer"])
+            f"{path} holds other trainable weights than this model has: resume with the run's own model"
+        ) from error
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and state["cuda_random"]:
         torch.cuda.set_rng_state_all(state["cuda_random"])
     return Position(**state["position"])
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What changes without a gradient: the running statistics of batch norms."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def _copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in into.items()}:
+        raise ValueError("names or shapes differ")
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(saved[name])
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {part}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}: drop --resume to start the run") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    # On damaged bytes zipfile and the unpickler raise almost any type; the reason is kept as the cause.
+    except Exception as error:
         raise CheckpointError(
             f"{path} is damaged or no clipgraft checkpoint: start the run again under another --name"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
+    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION or state.keys() != _KEYS:
         raise CheckpointError(f"{path} is no checkpoint of this version of clipgraft: start the run again")
     return state
 

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from clipgraft.data.loading import PairBatches, Transform, epoch_batches
 from clipgraft.data.pairs import Pairs
+from clipgraft.errors import DataError
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One optimizer step's pairs: (N,) ids, and (N, 3, H, W) pixels or None."""
+class MicroBatch:
+    """What is in memory at once: (n,) ids, and (n, 3, H, W) pixels or None."""
 
     image_ids: Tensor
     caption_ids: Tensor
     pixels: Tensor | None
 
-    def split(self, parts: int) -> list[Batch]:
-        """The batch in `parts` micro-batches."""
-        pixels = self.pixels.chunk(parts) if self.pixels is not None else [None] * parts
-        chunks = zip(self.image_ids.chunk(parts), self.caption_ids.chunk(parts), pixels, strict=False)
-        return [Batch(images, captions, part) for images, captions, part in chunks]
-
 
 class Feed:
     """Shuffled batches over the caption rows of `pairs`.
+
+    A batch is a list of `accum_freq` micro-batches of `batch_size` pairs. Workers load micro-batches, so that
+    no more than one whole batch of pixels is ever in memory.
 
     Attributes:
         captions: every distinct caption; `caption_ids` index it, so equal captions have equal ids.
@@ -36,26 +36,49 @@ class Feed:
     """
 
     def __init__(
-        self, pairs: Pairs, batch_size: int, seed: int, transform: Transform | None, workers: int
+        self,
+        pairs: Pairs,
+        batch_size: int,
+        accum_freq: int,
+        seed: int,
+        transform: Transform | None,
+        workers: int,
     ) -> None:
         rows = pairs.rows()
         self.captions = list(dict.fromkeys(caption for _, caption in rows))
         position = {caption: index for index, caption in enumerate(self.captions)}
+        self.steps = len(rows) // (batch_size * accum_freq)
+        if self.steps == 0:
+            raise DataError(_too_few(len(rows), batch_size, accum_freq))
         self._image_of_row = torch.tensor([image for image, _ in rows])
         self._caption_of_row = torch.tensor([position[caption] for _, caption in rows])
         self._batch_size = batch_size
+        self._accum_freq = accum_freq
         self._seed = seed
         self._loader = None
         if transform is not None:
             self._loader = PairBatches(pairs, transform, batch_size=batch_size, seed=seed, workers=workers)
-        self.steps = len(epoch_batches(len(rows), batch_size, seed, 0))
 
-    def batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def batches(self, epoch: int, start: int) -> Generator[list[MicroBatch], None, None]:
         """The batches of an epoch from number `start` on."""
+        with contextlib.closing(self._micro_batches(epoch, start * self._accum_freq)) as micro_batches:
+            for _ in range(start, self.steps):
+                yield list(islice(micro_batches, self._accum_freq))
+
+    def _micro_batches(self, epoch: int, start: int) -> Generator[MicroBatch, None, None]:
         if self._loader is not None:
-            for images, _, image_ids, row_ids in self._loader.batches(epoch, start):
-                yield Batch(image_ids, self._caption_of_row[row_ids], images)
+            with contextlib.closing(self._loader.batches(epoch, start)) as loaded:
+                for pixels, _, image_ids, row_ids in loaded:
+                    yield MicroBatch(image_ids, self._caption_of_row[row_ids], pixels)
             return
+        # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
         for rows in epoch_batches(len(self._image_of_row), self._batch_size, self._seed, epoch)[start:]:
             ids = torch.from_numpy(rows)
-            yield Batch(self._image_of_row[ids], self._caption_of_row[ids], None)
+            yield MicroBatch(self._image_of_row[ids], self._caption_of_row[ids], None)
+
+
+def _too_few(rows: int, batch_size: int, accum_freq: int) -> str:
+    times = f" x --accum-freq {accum_freq}" if accum_freq > 1 else ""
+    largest = rows // accum_freq
+    fix = f"use --batch-size {largest} or less" if largest >= 2 else "add data, or lower --accum-freq"
+    return f"{rows} captions do not fill one batch of --batch-size {batch_size}{times}: {fix}"

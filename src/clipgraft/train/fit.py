@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from clipgraft.adapters.native import save_adapter
 from clipgraft.config import TrainSpec, build_specs
-from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.loading import Transform
 from clipgraft.data.pairs import Pairs
 from clipgraft.errors import ConfigError
 from clipgraft.evaluate.retrieval import evaluate_retrieval
-from clipgraft.files import atomic_path, write_json
+from clipgraft.files import write_json
 from clipgraft.lora.inject import count_parameters, lora_state
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.save import save_model, size_on_disk
-from clipgraft.train.feed import Feed
+from clipgraft.models.save import size_on_disk
+from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.locking import lock_tower
 from clipgraft.train.loop import Loop
-from clipgraft.train.optim import make_optimizer, make_schedule
+from clipgraft.train.optim import Schedule, make_optimizer, make_schedule
 from clipgraft.train.run_folder import RunFolder
-from clipgraft.train.towers import FixedFeatures, LiveImages, LiveText, Tower, trains
+from clipgraft.train.saving import Saver
 
 log = logging.getLogger("clipgraft")
 
@@ -45,7 +41,7 @@ class FitResult:
         bytes: size of `saved`.
         trainable: number of trained weights.
         seconds: of this call, encoding and evaluation included.
-        history: metrics of every evaluated epoch.
+        history: metrics of every evaluated epoch of the run, those before a resume included.
     """
 
     folder: Path
@@ -70,6 +66,7 @@ def fit(
     autocast: bool = False,
     workers: int = 2,
     progress: bool = True,
+    image_features: Tensor | None = None,
     params: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FitResult:
@@ -89,7 +86,9 @@ def fit(
         checkpoint_steps: checkpoint every so many steps besides every epoch; 0 for epochs only.
         autocast: compute in bf16 where it is safe.
         workers: processes that decode images.
-        progress: show bars.
+        progress: show bars where the output is a terminal.
+        image_features: (N, D) unit-norm features of `train.images`, where they are known already; used if the
+            image tower is frozen.
         params: what else params.txt is to record.
         **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
 
@@ -97,64 +96,78 @@ def fit(
         ConfigError: options out of range, nothing to train, or `out` holds another run.
         DataError: fewer pairs than one batch, or an image that turns out unreadable.
         TrainingError: the loss is not finite, or gradients are where they must not be.
+        Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
     started = time.perf_counter()
     clip = as_clip(model)
     (spec,) = build_specs([TrainSpec], options)
-    adapted = lora_state(clip)
-    if adapted is None:
-        lock_unless_adapted(clip, spec)
-    clip.family.set_grad_checkpointing(clip.model, spec.grad_checkpointing)
-    trainable = count_parameters(clip).trainable
+    _choose_trainable(clip, spec)
     settings = _resume_settings(clip, spec, train, autocast)
     with RunFolder(Path(out), {**settings, **(params or {})}, resume) as folder:
-        feed, towers, val_features = _prepare(clip, spec, train, val, autocast, workers, progress)
-        saver = _Saver(clip, folder.path, save_lora_only)
+        inputs = prepare_inputs(
+            clip,
+            train,
+            val,
+            batch_size=spec.batch_size,
+            accum_freq=spec.accum_freq,
+            seed=spec.seed,
+            augment=spec.augment,
+            autocast=autocast,
+            workers=workers,
+            progress=progress,
+            image_features=image_features,
+        )
+        saver = Saver(clip, folder.path, save_lora_only)
 
         def epoch_end(epoch: int) -> Mapping[str, float] | None:
             metrics = None
             if val is not None and _due(epoch, val_frequency, spec.epochs):
                 metrics = evaluate_retrieval(
-                    clip, val, workers=workers, autocast=autocast, image_features=val_features
+                    clip, val, workers=workers, autocast=autocast, image_features=inputs.val_images
                 )
                 log.info("epoch %d: %s", epoch, headline(metrics))
             if _due(epoch, save_frequency, spec.epochs):
                 saver.save_epoch(epoch, metrics or {})
             return metrics
 
-        torch.manual_seed(spec.seed)
         loop = Loop(
             clip=clip,
-            feed=feed,
-            images=towers[0],
-            texts=towers[1],
+            feed=inputs.feed,
+            images=inputs.images,
+            texts=inputs.texts,
             optimizer=make_optimizer(clip.model, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps),
-            schedule=_schedule(spec, feed.steps),
+            schedule=_schedule(spec, inputs.feed.steps),
             epochs=spec.epochs,
-            accum_freq=spec.accum_freq,
             grad_clip_norm=spec.grad_clip_norm,
             checkpoint_steps=checkpoint_steps,
             settings=settings,
             epoch_end=epoch_end,
             progress=progress,
         )
-        history = loop.run(folder, resume)
-        clip.eval()
+        torch.manual_seed(spec.seed)
+        try:
+            loop.run(folder, resume)
+        finally:
+            clip.eval()
+        history = folder.history()
         saved = saver.save_final(spec.epochs, history[-1] if history else {})
         result = FitResult(
-            folder.path, saved, size_on_disk(saved), trainable, time.perf_counter() - started, history
+            folder=folder.path,
+            saved=saved,
+            bytes=size_on_disk(saved),
+            trainable=count_parameters(clip).trainable,
+            seconds=time.perf_counter() - started,
+            history=history,
         )
-        write_json(folder.path / "results.json", {**_plain(asdict(result))})
+        write_json(folder.path / "results.json", _plain(asdict(result)))
+        log.info(
+            "saved %s (%.2f MB, %s trained weights, %.0f s)",
+            saved,
+            result.bytes / 1e6,
+            f"{result.trainable:,}",
+            result.seconds,
+        )
     return result
-
-
-def lock_unless_adapted(clip: Clip, spec: TrainSpec) -> None:
-    """Full fine-tuning: everything trains but what the lock flags freeze."""
-    clip.model.requires_grad_(True)
-    if spec.lock_image:
-        lock_tower(clip, "vision", spec.lock_image_unlocked_groups)
-    if spec.lock_text:
-        lock_tower(clip, "text", spec.lock_text_unlocked_layers)
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -163,52 +176,26 @@ def headline(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names if name in metrics)
 
 
-def _prepare(
-    clip: Clip,
-    spec: TrainSpec,
-    train: Pairs,
-    val: Pairs | None,
-    autocast: bool,
-    workers: int,
-    progress: bool,
-) -> tuple[Feed, tuple[Tower, Tower], Tensor | None]:
-    """The feed, both towers, and validation image features where they are constant."""
-    live_images, live_texts = trains(clip, "vision"), trains(clip, "text")
-    if not live_images and not live_texts:
-        raise ConfigError("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
-    transform: Transform | None = None
-    if live_images:
-        transform = clip.preprocess_train if spec.augment and clip.preprocess_train else clip.preprocess
-    feed = Feed(train, spec.batch_size * spec.accum_freq, spec.seed, transform, workers)
-    texts: Tower
-    if live_texts:
-        texts = LiveText(clip, feed.captions, autocast)
-    else:
-        texts = FixedFeatures(encode_captions(clip, feed.captions, autocast=autocast))
-    if live_images:
-        return feed, (LiveImages(clip, autocast), texts), None
-    log.info("the image tower is frozen: each image is encoded once")
-    images = _encode_once(clip, train, "training images", autocast, workers, progress)
-    val_features = None
-    if val is not None:
-        val_features = _encode_once(clip, val, "validation images", autocast, workers, progress)
-    return feed, (FixedFeatures(images), texts), val_features
+def _choose_trainable(clip: Clip, spec: TrainSpec) -> None:
+    """The adapter if there is one; else everything but what the lock flags freeze."""
+    if lora_state(clip) is None:
+        clip.model.requires_grad_(True)
+        if spec.lock_image:
+            lock_tower(clip, "vision", spec.lock_image_unlocked_groups)
+        if spec.lock_text:
+            lock_tower(clip, "text", spec.lock_text_unlocked_layers)
+    if clip.logit_scale.requires_grad:
+        # A step moves the temperature by less than two neighbouring bf16 numbers are apart.
+        clip.logit_scale.data = clip.logit_scale.data.float()
+    if spec.grad_checkpointing:
+        clip.family.set_grad_checkpointing(clip.model, True)
 
 
-def _encode_once(clip: Clip, pairs: Pairs, what: str, autocast: bool, workers: int, progress: bool) -> Tensor:
-    with tqdm(desc=what, total=len(pairs), unit="image", disable=not progress) as bar:
-
-        def advance(images: int) -> None:
-            bar.update(images)
-
-        return encode_images(clip, pairs.images, workers=workers, autocast=autocast, progress=advance)
-
-
-def _schedule(spec: TrainSpec, steps_per_epoch: int) -> Any:
+def _schedule(spec: TrainSpec, steps_per_epoch: int) -> Schedule:
     total = steps_per_epoch * spec.epochs
     warmup = min(spec.warmup, total // 10)
     if warmup < spec.warmup:
-        log.info("warmup: %d steps, a tenth of this run's %d, instead of %d", warmup, total, spec.warmup)
+        log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, spec.warmup)
     cooldown = (spec.epochs_cooldown or 0) * steps_per_epoch
     if spec.lr_scheduler == "const-cooldown" and not 0 < cooldown <= total:
         raise ConfigError(f"--lr-scheduler const-cooldown needs --epochs-cooldown from 1 to {spec.epochs}")
@@ -222,12 +209,12 @@ def _resume_settings(clip: Clip, spec: TrainSpec, train: Pairs, autocast: bool) 
     state = lora_state(clip)
     digest = hashlib.sha256()
     for image, caption in train.rows():
-        digest.update(f"{image}\t{caption}\n".encode())
+        digest.update(f"{image}\t{train.images[image].name}\t{caption}\n".encode(errors="surrogatepass"))
     return {
         **spec.model_dump(),
         "autocast": autocast,
         "base": clip.fingerprint,
-        "lora": _plain(asdict(state.settings)) if state is not None else None,
+        "lora": asdict(state.settings) if state is not None else None,
         "data": digest.hexdigest()[:16],
     }
 
@@ -238,40 +225,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _due(epoch: int, frequency: int, epochs: int) -> bool:
     return epoch == epochs or (frequency > 0 and epoch % frequency == 0)
-
-
-@dataclass(frozen=True)
-class _Saver:
-    """Writes what a run keeps: adapters, or the fine-tuned model."""
-
-    clip: Clip
-    folder: Path
-    lora_only: bool
-
-    def save_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        target = self.folder / "checkpoints" / f"epoch_{epoch}"
-        state = lora_state(self.clip)
-        if state is None:
-            save_model(self.clip, target, epoch)
-            return
-        save_adapter(self.clip, target, metrics)
-        if not self.lora_only:
-            self._save_with_base(target.with_name(f"epoch_{epoch}.pt"), epoch)
-
-    def save_final(self, epochs: int, metrics: Mapping[str, float]) -> Path:
-        if lora_state(self.clip) is not None:
-            return save_adapter(self.clip, self.folder / "adapter", metrics)
-        target = self.folder / "checkpoints" / f"epoch_{epochs}"
-        return target if target.is_dir() else target.with_name(f"epoch_{epochs}.pt")
-
-    def _save_with_base(self, path: Path, epoch: int) -> None:
-        state = lora_state(self.clip)
-        assert state is not None
-        whole = {
-            "epoch": epoch,
-            "name": self.folder.name,
-            "state_dict": self.clip.model.state_dict(),
-            "lora_config": {**asdict(self.clip.source), **asdict(state.settings)},
-        }
-        with atomic_path(path) as temporary:
-            torch.save(whole, temporary)

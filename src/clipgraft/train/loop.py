@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,23 +18,17 @@ from tqdm import tqdm
 from clipgraft.errors import TrainingError
 from clipgraft.lora.inject import lora_state, verify_gradients
 from clipgraft.models.clip import Clip
-from clipgraft.train.accumulate import Encode, contrastive_backward
+from clipgraft.train.accumulate import Features, contrastive_backward
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from clipgraft.train.feed import Batch, Feed
+from clipgraft.train.feed import Feed, MicroBatch
 from clipgraft.train.objective import contrastive_loss
 from clipgraft.train.optim import Schedule, clamp_logit_scale, set_lr
 from clipgraft.train.run_folder import RunFolder
+from clipgraft.train.stop import Interrupted, stop_requests
 from clipgraft.train.towers import Tower
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and has saved itself
-    """The run was stopped by a signal and can be resumed."""
-
-    def __init__(self, position: Position) -> None:
-        super().__init__(f"stopped after epoch {position.epoch}, step {position.step_in_epoch}")
-        self.position = position
+log = logging.getLogger("clipgraft")
 
 
 @dataclass
@@ -41,11 +36,12 @@ class Loop:
     """One run: everything the loop reads, as plain values.
 
     Attributes:
-        images, texts: what each tower gives for a batch.
+        images, texts: what each tower gives for a micro-batch.
         schedule: learning rate by step.
-        accum_freq: micro-batches of a step.
+        checkpoint_steps: steps between checkpoints besides those of every epoch; 0 for none.
         settings: what a checkpoint must agree with to be resumed.
         epoch_end: called with the number of finished epochs; returns metrics to report, or None.
+        progress: show a bar, if the output is a terminal.
     """
 
     clip: Clip
@@ -55,74 +51,79 @@ class Loop:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     epochs: int
-    accum_freq: int = 1
     grad_clip_norm: float | None = None
     checkpoint_steps: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     epoch_end: EpochEnd = lambda epoch: None
     progress: bool = True
 
-    def run(self, folder: RunFolder, resume: bool = False) -> list[dict[str, float]]:
-        """Train to the last epoch.
-
-        Returns:
-            The metrics of every epoch that was evaluated in this call, with its number under `epoch`.
+    def run(self, folder: RunFolder, resume: bool = False) -> None:
+        """Train to the last epoch; events, checkpoints and what `epoch_end` saves are in `folder`.
 
         Raises:
             TrainingError: the loss is not finite, or gradients are where they must not be.
             CheckpointError: a checkpoint to resume from does not fit.
             Interrupted: after a first SIGINT or SIGTERM; the checkpoint is written.
         """
+        position = self._start(folder, resume)
+        with stop_requests() as stop:
+            for epoch in range(position.epoch, self.epochs):
+                position = self._epoch(folder, epoch, position, stop)
+                with self._ended_by(stop, position):
+                    metrics = self.epoch_end(epoch + 1)
+                if metrics is not None:
+                    folder.event("val", position.step, {"epoch": epoch + 1, **metrics})
+                if stop.is_set() and position.epoch < self.epochs:
+                    raise self._interrupted(position)
+
+    def _start(self, folder: RunFolder, resume: bool) -> Position:
         position = Position()
         if resume and folder.latest.exists():
             position = load_checkpoint(folder.latest, self.clip.model, self.optimizer, self.settings)
-            folder.rewind(position.step)
-        history: list[dict[str, float]] = []
-        with _stop_requests() as stop:
-            for epoch in range(position.epoch, self.epochs):
-                position = self._epoch(folder, epoch, position, stop)
-                metrics = self.epoch_end(epoch + 1)
-                if metrics is not None:
-                    folder.event("val", position.step, metrics)
-                    history.append({"epoch": epoch + 1, **metrics})
-                self._checkpoint(folder, position)
-        return history
+            log.info("resuming after step %d of %d", position.step, self.feed.steps * self.epochs)
+        elif resume:
+            log.info("%s has no checkpoint yet: starting at the first step", folder.path)
+        folder.start(position)
+        return position
 
     def _epoch(self, folder: RunFolder, epoch: int, position: Position, stop: threading.Event) -> Position:
         self.clip.train()
+        losses: list[float] = []
         start = position.step_in_epoch
-        bar = tqdm(
-            desc=f"epoch {epoch + 1}/{self.epochs}",
-            total=self.feed.steps,
-            initial=start,
-            unit="step",
-            disable=not self.progress,
-        )
-        with bar, contextlib.closing(self.feed.batches(epoch, start)) as batches:
-            for number, batch in enumerate(batches, start=start + 1):
+        batches = self.feed.batches(epoch, start)
+        with contextlib.closing(batches), self._bar(epoch, start) as bar:
+            started = time.perf_counter()
+            for number, batch in enumerate(_until(stop, batches), start=start + 1):
                 values = self._step(batch, position.step)
                 position = Position(epoch, number, position.step + 1)
+                values["pairs_per_second"] = _pairs(batch) / (time.perf_counter() - started)
                 folder.event("train", position.step, values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{values['pairs_per_second']:.0f}")
-                bar.update()
-                if stop.is_set():
+                losses.append(values["loss"])
+                _advance(bar, values)
+                if number < self.feed.steps and self._checkpoint_is_due(position.step):
                     self._checkpoint(folder, position)
-                    raise Interrupted(position)
-                if self.checkpoint_steps and position.step % self.checkpoint_steps == 0:
-                    self._checkpoint(folder, position)
+                started = time.perf_counter()
+        # Before the evaluation: it may be long, and a run that goes on from here repeats it.
+        self._checkpoint(folder, position)
+        if stop.is_set():
+            raise self._interrupted(position)
+        if losses:
+            log.info("epoch %d of %d: mean loss %.4f", epoch + 1, self.epochs, sum(losses) / len(losses))
         return Position(epoch + 1, 0, position.step)
 
-    def _step(self, batch: Batch, step: int) -> dict[str, float]:
-        started = time.perf_counter()
+    def _step(self, batch: Sequence[MicroBatch], step: int) -> dict[str, float]:
         lr = self.schedule(step)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = contrastive_backward(self._micro_batches(batch), self._loss(batch)).item()
-        if not torch.isfinite(torch.tensor(loss)):
+        try:
+            loss = contrastive_backward([self._encode(part) for part in batch], self._loss(batch)).item()
+        except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
-                f"the loss is {loss} at step {step + 1}: likely the learning rate ({lr:g}) is too high or "
-                "the images hold broken values; lower --lr, add --grad-clip-norm 1, or use --precision fp32"
-            )
+                f"out of GPU memory at step {step + 1}: halve --batch-size and double --accum-freq, "
+                "which changes nothing else, or add --grad-checkpointing"
+            ) from error
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step + 1}: likely {_cause(step, lr)}")
         if step == 0 and lora_state(self.clip) is not None:
             verify_gradients(self.clip)
         if self.grad_clip_norm is not None:
@@ -130,53 +131,75 @@ class Loop:
             torch.nn.utils.clip_grad_norm_(trainable, self.grad_clip_norm)
         self.optimizer.step()
         clamp_logit_scale(self.clip.logit_scale)
-        seconds = time.perf_counter() - started
-        return {
-            "loss": loss,
-            "lr": lr,
-            "logit_scale": self.clip.logit_scale.exp().item(),
-            "pairs_per_second": len(batch.image_ids) / seconds,
-        }
+        return {"loss": loss, "lr": lr, "logit_scale": self.clip.logit_scale.exp().item()}
 
-    def _micro_batches(self, batch: Batch) -> list[Encode]:
-        def encode(part: Batch) -> Encode:
-            return lambda: (
-                self.images(part.image_ids, part.pixels).to(self.clip.device),
-                self.texts(part.caption_ids, part.pixels).to(self.clip.device),
-            )
-
-        return [encode(part) for part in batch.split(self.accum_freq)]
-
-    def _loss(self, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+    def _encode(self, part: MicroBatch) -> Callable[[], Features]:
         device = self.clip.device
-        image_ids, caption_ids = batch.image_ids.to(device), batch.caption_ids.to(device)
+        return lambda: (self.images(part).to(device), self.texts(part).to(device))
+
+    def _loss(self, batch: Sequence[MicroBatch]) -> Callable[[Tensor, Tensor], Tensor]:
+        device = self.clip.device
+        image_ids = torch.cat([part.image_ids for part in batch]).to(device)
+        caption_ids = torch.cat([part.caption_ids for part in batch]).to(device)
         return lambda images, texts: contrastive_loss(
             images, texts, self.clip.logit_scale, image_ids, caption_ids
         )
 
+    def _checkpoint_is_due(self, step: int) -> bool:
+        return self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0
+
     def _checkpoint(self, folder: RunFolder, position: Position) -> None:
         save_checkpoint(folder.latest, self.clip.model, self.optimizer, position, self.settings)
 
+    def _interrupted(self, position: Position) -> Interrupted:
+        return Interrupted(f"stopped and saved after step {position.step} of {self.feed.steps * self.epochs}")
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM asks the loop to stop after the running step; the second one kills."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+    @contextlib.contextmanager
+    def _ended_by(self, stop: threading.Event, position: Position) -> Iterator[None]:
+        """An evaluation whose loader the request to stop has ended is no error."""
+        try:
+            yield
+        except RuntimeError:
+            if not stop.is_set():
+                raise
+            raise self._interrupted(position) from None
 
-    def request(kind: int, _: object) -> None:
-        stop.set()
-        for number in kinds:
-            signal.signal(number, before[number])
+    def _bar(self, epoch: int, start: int) -> tqdm[Any]:
+        return tqdm(
+            desc=f"epoch {epoch + 1}/{self.epochs}",
+            total=self.feed.steps,
+            initial=start,
+            unit="step",
+            disable=None if self.progress else True,
+        )
 
-    for kind in kinds:
-        signal.signal(kind, request)
-    try:
-        yield stop
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+
+def _cause(step: int, lr: float) -> str:
+    """Why a loss is not finite: before the first update it cannot be the learning rate."""
+    if step == 0:
+        return "the base or an image holds broken values; check --pretrained, or use --precision fp32"
+    return f"the learning rate ({lr:g}) is too high; lower --lr, raise --warmup, or add --grad-clip-norm 1"
+
+
+def _advance(bar: tqdm[Any], values: Mapping[str, float]) -> None:
+    shown = {"loss": f"{values['loss']:.3f}", "images/s": f"{values['pairs_per_second']:.0f}"}
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
+def _pairs(batch: Sequence[MicroBatch]) -> int:
+    return sum(len(part.image_ids) for part in batch)
+
+
+def _until(stop: threading.Event, batches: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
+    """The batches, up to a request to stop; a loader that the same signal has ended is no error."""
+    while not stop.is_set():
+        try:
+            batch = next(batches, None)
+        except RuntimeError:
+            if not stop.is_set():
+                raise
+            return
+        if batch is None:
+            return
+        yield batch

@@ -2,63 +2,118 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from clipgraft.errors import ConfigError
-from clipgraft.files import write_text
-from clipgraft.train.checkpoint import LATEST
+from clipgraft.errors import CheckpointError, ConfigError
+from clipgraft.files import sweep_partial, write_text
+from clipgraft.train.checkpoint import LATEST, Position
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 log = logging.getLogger("clipgraft")
+EVENTS = "events.jsonl"
+
+
+def refuse_used(path: Path, resume: bool) -> None:
+    """Keep a new run out of the folder of another one that has taken a step.
+
+    Raises:
+        ConfigError: with both ways out.
+    """
+    if not resume and (path / EVENTS).exists():
+        raise ConfigError(
+            f"run {path} exists already: add --resume latest to continue it, or choose another --name"
+        )
+
+
+@contextlib.contextmanager
+def early_lines() -> Iterator[None]:
+    """Keep what is logged before the run folder exists; its out.log begins with it."""
+    buffer = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    log.addHandler(buffer)
+    try:
+        yield
+    finally:
+        log.removeHandler(buffer)
+        buffer.close()
 
 
 class RunFolder:
     """Writes what a run reports; one instance a run, closed at its end."""
 
     def __init__(self, path: Path, params: Mapping[str, Any], resume: bool) -> None:
+        refuse_used(path, resume)
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.latest = self.checkpoints / LATEST
-        if not resume and (path / "params.txt").exists():
-            raise ConfigError(
-                f"run {path} exists already: add --resume latest to continue it, or choose another --name"
-            )
+        self._events = path / EVENTS
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--logs: cannot make {self.checkpoints}: {error.strerror}") from error
+        sweep_partial(self.checkpoints)
         write_text(path / "params.txt", "".join(f"{key}: {value}\n" for key, value in sorted(params.items())))
-        self._handler = logging.FileHandler(path / "out.log", encoding="utf-8")
+        self._handler = logging.FileHandler(path / "out.log", encoding="utf-8", errors="backslashreplace")
         self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        for buffer in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+            buffer.setTarget(self._handler)
+            buffer.flush()
+            log.removeHandler(buffer)
         log.addHandler(self._handler)
+        self._level = log.level
+        log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
         self._board: SummaryWriter | None = None
 
-    def rewind(self, step: int) -> None:
-        """Forget events after `step`: a resumed run writes them again."""
-        events = self.path / "events.jsonl"
-        if events.exists():
-            lines = [line for line in events.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(events, "".join(f"{line}\n" for line in kept))
+    def start(self, position: Position) -> None:
+        """Open the events to go on from `position`; what a killed run wrote after it is forgotten."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        kept = [event for event in self._read_events() if not _is_after(event, position)]
+        write_text(self._events, "".join(f"{json.dumps(event)}\n" for event in kept))
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=position.step + 1)
 
     def event(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Append one line to events.jsonl and the same numbers to TensorBoard."""
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as events:
+        """Append one line to events.jsonl and the same numbers to TensorBoard; `start` comes first."""
+        with self._events.open("a", encoding="utf-8") as events:
             events.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self._board is None:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        assert self._board is not None
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    def history(self) -> list[dict[str, float]]:
+        """Metrics of every evaluated epoch of the run, those before a resume included."""
+        return [
+            {name: value for name, value in event.items() if name not in ("kind", "step")}
+            for event in self._read_events()
+            if event["kind"] == "val"
+        ]
+
+    def _read_events(self) -> list[dict[str, Any]]:
+        if not self._events.exists():
+            return []
+        lines = self._events.read_text(encoding="utf-8", errors="replace").split("\n")
+        # What follows the last line break is empty, or a line that a kill cut short.
+        return [self._read_event(number, line) for number, line in enumerate(lines[:-1], start=1)]
+
+    def _read_event(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
+            raise CheckpointError(f"{self._events}, line {number} is damaged: delete that line, then resume")
+        return event
+
     def close(self) -> None:
+        log.setLevel(self._level)
         log.removeHandler(self._handler)
         self._handler.close()
         if self._board is not None:
@@ -67,5 +122,17 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            reason = f"{kind.__name__}: {error}"
+            self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None))
         self.close()
+
+
+def _is_after(event: Mapping[str, Any], position: Position) -> bool:
+    """Whether a run at `position` writes the event (again). Epochs are evaluated after their last step."""
+    if event["step"] == position.step and event["kind"] == "val":
+        return position.step_in_epoch > 0
+    return bool(event["step"] > position.step)

@@ -13,24 +13,37 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clipgraft.lora.inject import lora_state
 from clipgraft.models.clip import Clip
+from clipgraft.models.sites import Tower as TowerName
+from clipgraft.train.feed import MicroBatch
 
 
 class Tower(Protocol):
-    """Features of a part of a batch."""
+    """Features of a micro-batch."""
 
-    def __call__(self, ids: Tensor, pixels: Tensor | None) -> Tensor:
-        """(n,) image or caption ids and, where images are loaded, their (n, 3, H, W) pixels -> (n, D)."""
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """n pairs -> (n, D), any norm."""
 
 
 @dataclass(frozen=True)
-class FixedFeatures:
-    """Features of a frozen tower, (number of ids, D)."""
+class FixedImages:
+    """Features of a frozen image tower, (images, D)."""
 
     features: Tensor
 
-    def __call__(self, ids: Tensor, pixels: Tensor | None) -> Tensor:
-        return self.features[ids]
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        return self.features[batch.image_ids]
+
+
+@dataclass(frozen=True)
+class FixedTexts:
+    """Features of a frozen text tower, (distinct captions, D)."""
+
+    features: Tensor
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        return self.features[batch.caption_ids]
 
 
 @dataclass(frozen=True)
@@ -40,13 +53,13 @@ class LiveImages:
     clip: Clip
     autocast: bool
 
-    def __call__(self, ids: Tensor, pixels: Tensor | None) -> Tensor:
-        assert pixels is not None
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        assert batch.pixels is not None
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.clip.encode_image(pixels)
+            return self.clip.encode_image(batch.pixels)
 
 
-class LiveText:
+class LiveTexts:
     """The text tower on captions that were tokenized once; each batch is cut at its longest caption."""
 
     def __init__(self, clip: Clip, captions: Sequence[str], autocast: bool) -> None:
@@ -54,13 +67,16 @@ class LiveText:
         self.autocast = autocast
         self.tokens = clip.tokenize(captions)
 
-    def __call__(self, ids: Tensor, pixels: Tensor | None) -> Tensor:
-        tokens = self.tokens[ids.cpu()]
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        tokens = self.tokens[batch.caption_ids]
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.autocast):
             return self.clip.encode_text(tokens)
 
 
-def trains(clip: Clip, tower: str) -> bool:
+def trains(clip: Clip, tower: TowerName) -> bool:
     """Whether any weight of a tower has a gradient to compute."""
-    groups = clip.family.tower_groups(clip.model, "text" if tower == "text" else "vision")
+    state = lora_state(clip)
+    if state is not None:
+        return any(site.tower == tower for site in state.layers)
+    groups = clip.family.tower_groups(clip.model, tower)
     return any(parameter.requires_grad for group in groups for parameter in group)

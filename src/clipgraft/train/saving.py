@@ -1,0 +1,51 @@
+"""What a run keeps: an adapter or the fine-tuned model of an epoch, and the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from clipgraft.adapters.native import save_adapter
+from clipgraft.files import atomic_path
+from clipgraft.lora.inject import lora_state, require_lora
+from clipgraft.models.clip import Clip
+from clipgraft.models.save import save_model
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes into a run folder; `lora_only` leaves out the whole model beside each adapter."""
+
+    clip: Clip
+    folder: Path
+    lora_only: bool
+
+    def save_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """`checkpoints/epoch_N`: the adapter and, unless `lora_only`, `epoch_N.pt`; or the whole model."""
+        target = self.folder / "checkpoints" / f"epoch_{epoch}"
+        if lora_state(self.clip) is None:
+            save_model(self.clip, target, epoch)
+            return
+        save_adapter(self.clip, target, metrics)
+        if not self.lora_only:
+            self._save_with_base(target.with_name(f"epoch_{epoch}.pt"), epoch)
+
+    def save_final(self, epochs: int, metrics: Mapping[str, float]) -> Path:
+        """`adapter/`, or where `save_epoch` put the model of the last epoch."""
+        if lora_state(self.clip) is not None:
+            return save_adapter(self.clip, self.folder / "adapter", metrics)
+        target = self.folder / "checkpoints" / f"epoch_{epochs}"
+        return target if target.is_dir() else target.with_name(f"epoch_{epochs}.pt")
+
+    def _save_with_base(self, path: Path, epoch: int) -> None:
+        whole = {
+            "epoch": epoch,
+            "name": self.folder.name,
+            "state_dict": self.clip.model.state_dict(),
+            "lora_config": {**asdict(self.clip.source), **asdict(require_lora(self.clip).settings)},
+        }
+        with atomic_path(path) as temporary:
+            torch.save(whole, temporary)

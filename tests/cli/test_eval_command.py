@@ -1,0 +1,125 @@
+"""`clipgraft eval`: a base, and an adapter beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clipgraft as cg
+from clipgraft.cli.eval import measure
+from clipgraft.cli.eval import table as print_table
+from clipgraft.models.load import load
+
+
+@pytest.fixture
+def adapter(tiny_config: Path, tmp_path: Path) -> Path:
+    """An adapter on the tiny base that changes what the text tower says."""
+    clip = load(str(tiny_config), "none")
+    cg.apply_lora(clip, r=2, targets="text.*.*")
+    for name, parameter in clip.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return cg.save_adapter(clip, tmp_path / "bộ chuyển")
+
+
+def test_a_base_alone(cli: Any, base: list[str], table: Path) -> None:
+    """What the untouched base can do is the first number to know."""
+    outcome = cli("eval", *base, "--val-data", table, "--workers", 0)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "image_to_text_R@1" in outcome.out
+    assert "adapter" not in outcome.out
+
+
+def test_an_adapter_beside_its_base(
+    cli: Any, base: list[str], table: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The table must show the base without, and the adapter with, the update."""
+    out = tmp_path / "out" / "metrics.json"
+    words = ["--val-data", table, "--workers", 0, "--adapter", adapter, "--out", out]
+    assert cli("eval", *base, *words).code == 0
+    found = json.loads(out.read_text())
+    pairs, _ = cg.read_pairs(table)
+    clip = load(base[1], "none")
+    assert found["base"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
+    cg.load_adapter(clip, adapter)
+    assert found["adapter"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
+    assert found["base"] != found["adapter"]
+
+
+def test_an_adapter_brings_its_base(cli: Any, table: Path, adapter: Path) -> None:
+    """`--model ADAPTER` needs to know nothing else."""
+    outcome = cli("eval", "--model", adapter, "--val-data", table, "--workers", 0)
+    assert outcome.code == 0
+    assert "base   adapter" in outcome.out
+
+
+def test_images_are_encoded_again_only_if_their_tower_is_adapted(tiny_config: Path, table: Path) -> None:
+    """A vision adapter would be measured with the base's images, or a text adapter cost twice the time."""
+    pairs, _ = cg.read_pairs(table)
+    for targets, times in (("text-attention", 1), ("vision-attention", 2)):
+        clip = load(str(tiny_config), "none")
+        cg.apply_lora(clip, r=2, targets=targets)
+        for name, parameter in clip.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        seen: list[int] = []
+        clip.model.visual.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        found = measure(clip, pairs, 5, 0, False)
+        assert sum(seen) == times * len(pairs)
+        assert found["adapter"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
+
+
+def test_an_adapter_for_another_base_is_refused(
+    cli: Any, hf_folder: Path, base: list[str], table: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Numbers of an adapter on the wrong base would be believed."""
+    data = ["--val-data", table, "--workers", 0, "--adapter", adapter]
+    other = cli("eval", "--model", hf_folder, *data)
+    assert other.code == 2
+    assert other.err.count("\n") == 1
+    model = load(base[1], "none")
+    with torch.no_grad():
+        model.model.ln_final.bias.add_(1)
+    torch.save(model.model.state_dict(), tmp_path / "other.pt")
+    shifted = ["--model", base[1], "--pretrained", tmp_path / "other.pt"]
+    refused = cli("eval", *shifted, *data)
+    assert refused.code == 2
+    assert "fingerprint" in refused.err
+    assert "--force" in refused.err
+    assert cli("eval", *shifted, *data, "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--val-data is missing"),
+        (["--val-data", "nowhere"], "--val-data nowhere: there is no such file or folder"),
+        (["--val-data", ".", "--adapter", "nowhere"], "no adapter at nowhere: there is no such folder"),
+        (["--val-data", ".", "--lora-r", "4"], "--lora-r: there is no such flag"),
+    ],
+)
+def test_bad_input(words: list[str], told: str, cli: Any, base: list[str]) -> None:
+    """Whatever is wrong, the user reads one line and a script sees 2."""
+    outcome = cli("eval", *base, *words)
+    assert outcome.code == 2
+    assert told in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_the_table_is_in_percent_and_aligned() -> None:
+    """People read recalls in percent and ranks as they are."""
+    names = [
+        f"{way}_{name}"
+        for way in ("image_to_text", "text_to_image")
+        for name in ("R@1", "R@5", "R@10", "mean_rank", "median_rank")
+    ]
+    shown = print_table(
+        {"base": dict.fromkeys(names, 0.5), "adapter": dict.fromkeys(names, 1.0)}
+    ).splitlines()
+    assert len({len(line) for line in shown}) == 1
+    assert shown[1].split() == ["image_to_text_R@1", "50.0", "100.0"]
+    assert shown[4].split() == ["image_to_text_mean_rank", "0.5", "1.0"]

@@ -1,0 +1,141 @@
+"""The door of the command line: verbs, help, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import clipgraft as cg
+from clipgraft.cli import eval as eval_command
+from clipgraft.cli.main import VERBS, main
+
+
+def test_help_lists_every_command(cli: Any) -> None:
+    """A newcomer types `clipgraft --help` first."""
+    outcome = cli("--help")
+    assert outcome.code == 0
+    assert all(f"\n  {verb}" in outcome.out for verb in VERBS)
+
+
+def test_no_arguments_is_bad_usage(cli: Any) -> None:
+    """A script with an empty variable must not look like a success."""
+    assert cli().code == 2
+
+
+def test_version(cli: Any) -> None:
+    """Bug reports start with it."""
+    assert cli("--version").out == f"clipgraft {cg.__version__}\n"
+
+
+def test_unknown_commands_name_the_nearest(cli: Any) -> None:
+    """A typo should cost one look, not a page of help."""
+    outcome = cli("trian")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(
+        "clipgraft: there is no command 'trian' (did you mean train?); commands are train"
+    )
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_has_help(verb: str, cli: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """`clipgraft VERB --help` is where flags are looked up."""
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: clipgraft {verb} [--flags]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_imports_nothing_large(words: list[str]) -> None:
+    """Help that loads torch takes seconds to appear."""
+    code = (
+        "import sys\nfrom clipgraft.cli import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        "large = {'torch', 'numpy', 'open_clip', 'transformers', 'PIL', 'tensorboard'}\n"
+        f"large |= {{'pydantic', 'yaml'}} if {words!r} == ['--help'] else set()\n"
+        "sys.exit(repr(large & set(sys.modules)) if large & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def run(argv: object) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (cg.DataError("the table is empty; add rows"), 2, "clipgraft: the table is empty; add rows\n"),
+        (cg.ConfigError("one\ntwo"), 2, "clipgraft: one\nclipgraft: two\n"),
+        (cg.TrainingError("the loss is nan"), 1, "clipgraft: the loss is nan\n"),
+        (KeyboardInterrupt(), 1, "clipgraft: interrupted\n"),
+        (KeyboardInterrupt("saved; go on"), 1, "clipgraft: saved; go on\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/out.json"),
+            1,
+            "clipgraft: /out.json: No space left on device\n",
+        ),
+        (ConnectionError("the hub\nis away"), 1, "clipgraft: the hub is away\n"),
+    ],
+)
+def test_errors_are_lines_and_codes(
+    error: BaseException, code: int, told: str, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripts look at the code (2 bad input, 1 failure), people at the line; nobody at a traceback."""
+    monkeypatch.setattr(eval_command, "run", raising(error))
+    outcome = cli("eval")
+    assert (outcome.code, outcome.err) == (code, told)
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug that is hidden behind one line cannot be reported."""
+    monkeypatch.setattr(eval_command, "run", raising(ZeroDivisionError("bug")))
+    with pytest.raises(ZeroDivisionError):
+        main(["eval"])
+
+
+def test_logging_is_left_as_it_was(cli: Any) -> None:
+    """Calling `main` from Python would change the caller's own logging."""
+    log = logging.getLogger("clipgraft")
+    before = (log.level, log.propagate, list(log.handlers))
+    cli("--version")
+    assert (log.level, log.propagate, list(log.handlers)) == before
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """`clipgraft train --help | head -1` would end in a complaint."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "clipgraft", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_utf8_whatever_the_locale() -> None:
+    """A Vietnamese path in a message would crash under LANG=C or in a Windows console."""
+    done = subprocess.run(
+        [sys.executable, "-m", "clipgraft", "eval", "--val-data", "ảnh.csv"],
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--val-data ảnh.csv: there is no such file" in done.stderr.decode()

@@ -1,0 +1,77 @@
+"""Specs: one declaration of every flag, frozen and complete."""
+
+from __future__ import annotations
+
+import inspect
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from pydantic import ValidationError
+
+import clipgraft as cg
+from clipgraft import config
+from clipgraft.config import LoraSpec, RunSpec, Spec, TrainSpec, build_specs, flag
+
+SPECS = [
+    kind
+    for kind in vars(config).values()
+    if inspect.isclass(kind) and issubclass(kind, Spec) and kind is not Spec
+]
+
+
+@pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
+def test_every_flag_is_explained(kind: type[Spec]) -> None:
+    """`--help` would list a flag without a word on it."""
+    assert all(info.description for info in kind.model_fields.values())
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
+def test_defaults_are_valid(kind: type[Spec]) -> None:
+    """A default that its own check refuses fails for whoever writes it out."""
+    assert kind(**kind().model_dump()) == kind()
+
+
+def test_a_field_goes_to_every_spec_that_has_it() -> None:
+    """`--seed` would reach the order of batches but not what else is seeded."""
+    train, demo = build_specs([TrainSpec, config.DemoSpec], {"seed": 3, "epochs": 2})
+    assert (train.seed, demo.seed, train.epochs, demo.epochs) == (3, 3, 2, 2)  # type: ignore[attr-defined]
+
+
+def test_specs_do_not_change() -> None:
+    """What a run records must be what it ran with."""
+    with pytest.raises(ValidationError):
+        LoraSpec().lora_r = 4  # type: ignore[misc]
+
+
+def test_faults_of_several_specs_come_together() -> None:
+    """Each spec that is checked alone costs the user another run."""
+    with pytest.raises(cg.ConfigError) as caught:
+        build_specs([LoraSpec, TrainSpec, RunSpec], {"lora_r": 0, "lr": 0, "resume": "x", "nmae": "y"})
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "--nmae",
+        "--lora-r",
+        "--lr",
+        "--resume",
+    ]
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12), st.one_of(st.none(), st.text(max_size=8), st.integers(), st.floats())
+    )
+)
+def test_any_settings_give_specs_or_lines(values: dict[str, object]) -> None:
+    """A YAML file can hold anything; the user must never meet pydantic."""
+    told = "--"
+    try:
+        build_specs([TrainSpec], values)
+    except cg.ConfigError as error:
+        told = str(error)
+    assert all(line.startswith("--") for line in told.splitlines())
+
+
+def test_flag_spelling() -> None:
+    """Messages must name flags as they are typed."""
+    assert flag("lock_image_unlocked_groups") == "--lock-image-unlocked-groups"

@@ -1,0 +1,72 @@
+"""Imports run one way through the house: a reader can follow the data, and a part can be used alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import clipgraft
+
+SOURCE = Path(clipgraft.__file__).parent
+LAYERS = (
+    ("errors", "files"),
+    ("config",),
+    ("models",),
+    ("lora",),
+    ("adapters",),
+    ("data",),
+    ("evaluate", "search"),
+    ("train", "serve", "profile"),
+    ("report",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The package itself names its public members lazily, and __main__ is the command line's door.
+DOORS = {"__init__", "__main__"}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[1] for name in modules if name.startswith("clipgraft.")}
+
+
+def test_imports_run_one_way() -> None:
+    """A cycle or a back edge makes `import clipgraft` slow or impossible, and the parts inseparable."""
+    wrong = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        part = part_of(path)
+        if part in DOORS or part == "assets":
+            continue
+        back = [other for other in imported_parts(path) - {part} if LEVEL[other] >= LEVEL[part]]
+        wrong += [f"{path.relative_to(SOURCE)} imports {other}" for other in back]
+    assert wrong == []
+
+
+def test_every_part_has_a_level() -> None:
+    """A new folder that no rule covers would be free to import anything."""
+    parts = {part_of(path) for path in SOURCE.rglob("*.py")} - DOORS - {"assets"}
+    assert parts <= set(LEVEL)
+
+
+def test_config_stops_at_the_door() -> None:
+    """A spec deeper inside than fit and the command line ties the library to the command line's flags."""
+    users = {part_of(path) for path in SOURCE.rglob("*.py") if "config" in imported_parts(path)}
+    assert users <= {"train", "cli"}
+    inside = [path.name for path in (SOURCE / "train").glob("*.py") if "config" in imported_parts(path)]
+    assert inside == ["fit.py"]
+
+
+def test_files_fit_in_one_sitting() -> None:
+    """Files over 400 lines stop being read, and faults in them stop being found."""
+    long = {
+        str(p.relative_to(SOURCE)): n
+        for p in SOURCE.rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert long == {}

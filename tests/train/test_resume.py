@@ -1,0 +1,247 @@
+"""An interrupted run that goes on ends with the same bits as one that was never interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clipgraft as cg
+from clipgraft.models.clip import Clip
+from clipgraft.train import checkpoint, loop
+from clipgraft.train.run_folder import RunFolder
+from clipgraft.train.saving import Saver
+
+MakeClip = Callable[[], Clip]
+Train = Callable[..., None]
+STEPS, EPOCHS = 6, 2
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing in the library catches it."""
+
+
+@pytest.fixture
+def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
+    """Two epochs of six steps of a text adapter with dropout, a checkpoint every four steps."""
+
+    def run(out: Path, resume: bool = False, **changes: Any) -> None:
+        clip = make_clip()
+        torch.manual_seed(0)
+        targets = changes.pop("targets", "text-attention")
+        cg.apply_lora(clip, r=2, dropout=0.3, targets=targets, train_logit_scale=True)
+        options: dict[str, Any] = {
+            "batch_size": 4,
+            "epochs": EPOCHS,
+            "lr": 1e-2,
+            "checkpoint_steps": 4,
+            **changes,
+        }
+        cg.fit(clip, pairs, pairs, out=out, resume=resume, workers=0, progress=False, **options)
+
+    return run
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """What was reported, but for the time it took."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """Everything of a run that must be the same: adapters by their bytes, the checkpoint by its values."""
+    files = {str(file.relative_to(run)): file for file in sorted(run.rglob("*")) if file.is_file()}
+    found: dict[str, Any] = {
+        name: file.read_bytes() for name, file in files.items() if file.suffix in (".safetensors", ".json")
+    }
+    found.pop("results.json")
+    found["latest"] = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
+    found["files"] = sorted(name for name in files if "tensorboard" not in name)
+    found["history"] = json.loads((run / "results.json").read_text())["history"]
+    return found
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    if isinstance(left, torch.Tensor):
+        return [] if torch.equal(left, right) else [path]
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return [f"{path}: {left.keys() ^ right.keys()}"]
+        return [found for key in left for found in differences(left[key], right[key], f"{path}/{key}")]
+    if isinstance(left, list | tuple):
+        pairs = zip(left, right, strict=True)
+        return [
+            found for number, pair in enumerate(pairs) for found in differences(*pair, f"{path}/{number}")
+        ]
+    return [] if left == right else [path]
+
+
+def assert_same_run(resumed: Path, whole: Path) -> None:
+    assert differences(kept(resumed), kept(whole)) == []
+    assert events(resumed) == events(whole)
+    assert len(events(whole)) == STEPS * EPOCHS + EPOCHS
+
+
+@contextlib.contextmanager
+def death(where: object, name: str, call: int, *, before: bool) -> Iterator[None]:
+    """The process dies before or after the given call (from 1) of a function."""
+    real, count = getattr(where, name), [0]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if before and count[0] == call:
+            raise Killed
+        result = real(*args, **kwargs)
+        if count[0] == call:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, dying)
+        try:
+            yield
+        except Killed:
+            return
+    pytest.fail(f"{name} was not called {call} times")
+
+
+# Events: 6 steps, validation, 6 steps, validation. Checkpoints: after steps 4, 6, 8 and 12.
+MOMENTS = {
+    "before the first checkpoint": (RunFolder, "event", 2, False),
+    "between two checkpoints": (RunFolder, "event", 6, False),
+    "after validation, before it is recorded": (RunFolder, "event", 7, True),
+    "after validation is recorded": (RunFolder, "event", 7, False),
+    "in the second epoch, before its first checkpoint": (RunFolder, "event", 8, False),
+    "before an epoch's adapter is saved": (Saver, "save_epoch", 1, True),
+    "right after an epoch's checkpoint": (loop, "save_checkpoint", 2, False),
+    "instead of a checkpoint": (loop, "save_checkpoint", 3, True),
+    "while a checkpoint is written": (checkpoint.torch, "save", 3, False),
+    "right after the last checkpoint": (loop, "save_checkpoint", 4, False),
+    "before the final adapter": (Saver, "save_final", 1, True),
+    "after the final adapter": (Saver, "save_final", 1, False),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the one run that is never interrupted is kept for all tests of this file."""
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture
+def whole(whole_runs: Path, train: Train) -> Path:
+    """The run that was left alone."""
+    if not (whole_runs / "results.json").exists():
+        train(whole_runs)
+    return whole_runs
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_death_at_any_moment_changes_nothing(moment: str, train: Train, whole: Path, tmp_path: Path) -> None:
+    """A preempted machine would give another adapter, or events twice, than a run left alone."""
+    where, name, call, before = MOMENTS[moment]
+    with death(where, name, call, before=before):
+        train(tmp_path / "killed")
+    train(tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "killed", whole)
+
+
+def test_two_deaths_in_one_run(train: Train, whole: Path, tmp_path: Path) -> None:
+    """A machine that is preempted again and again must still come to the same end."""
+    for resume, call in ((False, 5), (True, 3)):
+        with death(RunFolder, "event", call, before=False):
+            train(tmp_path / "killed", resume=resume)
+    train(tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "killed", whole)
+
+
+def test_image_tower_with_crops_dropout_and_accumulation(train: Train, tmp_path: Path) -> None:
+    """Random crops, dropout in both passes and the place inside the epoch must all be replayed."""
+    options = {"targets": "vision-attention,text.*.fc1", "augment": True, "accum_freq": 2, "batch_size": 2}
+    train(tmp_path / "whole", **options)
+    with death(RunFolder, "event", 9, before=False):
+        train(tmp_path / "killed", **options)
+    train(tmp_path / "killed", resume=True, **options)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
+    """A job that is restarted once too often must not train on, or lose its metrics."""
+    train(tmp_path / "run")
+    before = kept(tmp_path / "run")
+    train(tmp_path / "run", resume=True)
+    assert differences(kept(tmp_path / "run"), before) == []
+
+
+def test_a_used_folder_is_refused(train: Train, tmp_path: Path) -> None:
+    """Two runs in one folder would mix their events and overwrite each other's adapters."""
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(
+        cg.ConfigError, match=r"exists already: add --resume latest .* or choose another --name"
+    ):
+        train(tmp_path / "run", epochs=1)
+
+
+def test_other_settings_are_refused_by_name(train: Train, tmp_path: Path) -> None:
+    """A resumed run with a typo in its learning rate would be neither the old run nor a new one."""
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(cg.CheckpointError, match=r"lr \(was 0.01, now 0.02\)"):
+        train(tmp_path / "run", resume=True, epochs=1, lr=0.02)
+
+
+def test_events_cut_short_by_a_kill_are_dropped(train: Train, tmp_path: Path) -> None:
+    """A half-written last line would make the run impossible to resume."""
+    train(tmp_path / "run")
+    with (tmp_path / "run" / "events.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    train(tmp_path / "run", resume=True)
+    assert len(events(tmp_path / "run")) == STEPS * EPOCHS + EPOCHS
+
+
+def test_a_damaged_event_is_named(train: Train, tmp_path: Path) -> None:
+    """Garbage from a power cut should cost one line, not the run."""
+    train(tmp_path / "run", epochs=1)
+    with (tmp_path / "run" / "events.jsonl").open("a") as file:
+        file.write("\0\0\0\n")
+    with pytest.raises(cg.CheckpointError, match=r"events\.jsonl, line 8 is damaged: delete that line"):
+        train(tmp_path / "run", resume=True, epochs=1)
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_from_the_command_line(tmp_path: Path, pictures: Path, tiny_config: Path) -> None:
+    """The real thing: a process killed at a random step, and a second process that goes on."""
+    step = random.randrange(5, STEPS * EPOCHS)
+    print(f"killed after step {step}")  # shown if the test fails
+    script = (
+        "import os, sys\nfrom clipgraft.cli import main\nfrom clipgraft.train.run_folder import RunFolder\n"
+        "report = RunFolder.event\n"
+        "def event(self, kind, step, values):\n"
+        "    report(self, kind, step, values)\n"
+        f"    if step == {step} and sys.argv[-1] == 'killed': os.kill(os.getpid(), 9)\n"
+        "RunFolder.event = event\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = (
+        f"--model {tiny_config} --pretrained none --use-lora --lora-r 2 --batch-size 4 --epochs 2 --lr 1e-2"
+    )
+    command = [sys.executable, "-c", script, "train", "--train-data", str(pictures), "--logs", str(tmp_path)]
+    command += [*flags.split(), "--checkpoint-steps", "4", "--save-lora-only", "--val-data", str(pictures)]
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*more: str) -> int:
+        return subprocess.run([*command, *more], capture_output=True, env=env, check=False).returncode
+
+    assert run("--name", "killed") == -signal.SIGKILL
+    assert run("--resume", "latest", "--name=killed") == 0
+    assert run("--name", "whole") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")

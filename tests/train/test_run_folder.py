@@ -1,0 +1,133 @@
+"""The run folder: its log, its events, and what is in the way of a new run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+import clipgraft as cg
+from clipgraft.train.checkpoint import Position
+from clipgraft.train.run_folder import RunFolder, early_lines, refuse_used
+
+log = logging.getLogger("clipgraft")
+
+
+def open_run(path: Path, resume: bool = False) -> RunFolder:
+    return RunFolder(path, {"lr": 1e-3, "name": "thử"}, resume)
+
+
+def test_out_log_begins_with_what_came_before_the_folder(tmp_path: Path) -> None:
+    """What was read from the user's table is printed before the run folder exists; out.log must have it."""
+    log.setLevel(logging.INFO)
+    try:
+        with early_lines():
+            log.info("12 images")
+            with open_run(tmp_path / "run"):
+                log.info("epoch 1")
+        log.info("after the run")
+    finally:
+        log.setLevel(logging.NOTSET)
+    lines = (tmp_path / "run" / "out.log").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[-1] for line in lines] == ["12 images", "epoch 1"]
+
+
+def test_early_lines_without_a_run_leave_nothing(tmp_path: Path) -> None:
+    """A command that fails before its run must not hold memory or handlers."""
+    handlers = list(log.handlers)
+    with early_lines():
+        log.warning("lost")
+    assert log.handlers == handlers
+
+
+def test_a_failure_is_the_last_line_of_out_log(tmp_path: Path) -> None:
+    """Next morning, out.log is where one looks for why the run ended."""
+
+    def fail() -> None:
+        with open_run(tmp_path / "run"):
+            raise cg.TrainingError("the loss is nan at step 3")
+
+    with pytest.raises(cg.TrainingError):
+        fail()
+    last = (tmp_path / "run" / "out.log").read_text(encoding="utf-8").splitlines()[-1]
+    assert last.endswith("| ERROR | TrainingError: the loss is nan at step 3")
+    assert not any(isinstance(handler, logging.FileHandler) for handler in log.handlers)
+
+
+def test_logging_level_is_given_back(tmp_path: Path) -> None:
+    """`fit` in a program with its own logging must not turn on lines for the rest of it."""
+    before = log.level
+    with open_run(tmp_path / "run"):
+        assert log.isEnabledFor(logging.INFO)
+    assert log.level == before
+
+
+def test_events_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    """Steps that are trained again would be reported twice, and plotted as a zigzag."""
+    with open_run(tmp_path / "run") as run:
+        run.start(Position())
+        for step in (1, 2, 3):
+            run.event("train", step, {"loss": float(step)})
+        run.event("val", 3, {"epoch": 1, "R@1": 0.5})
+        run.event("train", 4, {"loss": 4.0})
+    for position, kept in (
+        (Position(0, 3, 3), 3),  # after the last step, before its evaluation counts
+        (Position(0, 2, 2), 2),
+        (Position(0, 0, 0), 0),
+    ):
+        with open_run(tmp_path / "run", resume=True) as run:
+            run.start(position)
+            assert len((tmp_path / "run" / "events.jsonl").read_text().splitlines()) == kept
+            assert run.history() == []
+
+
+def test_an_evaluated_epoch_is_kept(tmp_path: Path) -> None:
+    """The history of a resumed run must hold the epochs before it."""
+    with open_run(tmp_path / "run") as run:
+        run.start(Position())
+        run.event("train", 1, {"loss": 1.0})
+        run.event("val", 1, {"epoch": 1, "R@1": 0.5})
+    with open_run(tmp_path / "run", resume=True) as run:
+        run.start(Position(1, 0, 1))
+        assert run.history() == [{"epoch": 1, "R@1": 0.5}]
+
+
+def test_only_a_run_that_took_a_step_is_in_the_way(tmp_path: Path) -> None:
+    """A run that failed on a typo must not take its name with it."""
+    with open_run(tmp_path / "run"):
+        pass
+    refuse_used(tmp_path / "run", resume=False)
+    with open_run(tmp_path / "run") as run:
+        run.start(Position())
+    with pytest.raises(cg.ConfigError, match="exists already"):
+        refuse_used(tmp_path / "run", resume=False)
+    refuse_used(tmp_path / "run", resume=True)
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+    """Every kill in the middle of a write would leave a checkpoint's worth of rubbish."""
+    with open_run(tmp_path / "run") as run:
+        leftover = run.checkpoints / ".latest.pt.abc.partial.pt"
+        leftover.touch()
+        run.latest.touch()
+    with open_run(tmp_path / "run", resume=True) as run:
+        assert list(run.checkpoints.iterdir()) == [run.latest]
+
+
+def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path: Path) -> None:
+    """`--logs` on a file would end in a traceback."""
+    (tmp_path / "file").touch()
+    with pytest.raises(cg.ConfigError, match=r"--logs: cannot make .*file/run/checkpoints: Not a directory"):
+        open_run(tmp_path / "file" / "run")
+
+
+def test_parameters_with_names_that_are_no_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data folder unpacked from an old archive must not stop the run."""
+    monkeypatch.setattr(log, "propagate", False)  # pytest cannot hand such a line on between processes
+    name = os.fsdecode(b"\xe9")
+    with RunFolder(tmp_path / "run", {"train_data": name}, False):
+        log.warning("reading %s", name)
+    assert (tmp_path / "run" / "params.txt").read_text() == "train_data: \\udce9\n"
+    assert "reading \\udce9" in (tmp_path / "run" / "out.log").read_text()
