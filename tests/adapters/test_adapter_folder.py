@@ -228,17 +228,17 @@ def test_a_killed_save(
     folder = tmp_path / "adapter"
     if not fresh:
         cg.save_adapter(old, folder, metrics={"is": "old"})
-    left, replace = renames, os.replace
+    left, replace = renames, Path.replace
 
-    def dying_replace(source: object, target: object) -> None:
+    def dying_replace(source: Path, target: Path) -> Path:
         nonlocal left
         if left == 0:
             raise Killed
         left -= 1
-        replace(source, target)
+        return replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying_replace)
+        patch.setattr(Path, "replace", dying_replace)
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         try:
             cg.save_adapter(new, folder, metrics={"is": "new"})
