@@ -20,6 +20,18 @@ settings.register_profile("clipgraft", deadline=None)
 settings.load_profile("clipgraft")
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the feature cache of whoever runs it, or of another test."""
+    monkeypatch.setenv("CLIPGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention kernels tie for speed, so that no test depends on what else the machine is doing."""
+    monkeypatch.setattr("clipgraft.engine.kernels._seconds", lambda run: (run() and 1.0) or 1.0)
+
+
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip JSON model config of `tiny_openclip`'s shape. Read only."""

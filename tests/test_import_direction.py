@@ -13,6 +13,7 @@ LAYERS = (
     ("config",),
     ("models",),
     ("lora",),
+    ("engine",),
     ("adapters",),
     ("data",),
     ("evaluate", "search"),

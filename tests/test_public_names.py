@@ -39,7 +39,14 @@ def test_dir_lists_public_names() -> None:
 
 def test_import_is_light() -> None:
     """`import clipgraft` in a script would cost seconds before anything is asked of it."""
-    heavy = ("torch", "numpy", "transformers", "open_clip", "pydantic")
+    heavy = ("torch", "numpy", "transformers", "open_clip", "pydantic", "PIL", "yaml", "tqdm", "asyncio")
     code = f"import sys, clipgraft; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_import_loads_none_of_the_rest() -> None:
+    """`import clipgraft` would grow slower with every module that is added."""
+    code = "import sys, clipgraft; print([m for m in sys.modules if m.startswith('clipgraft.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -91,6 +91,12 @@ class DataSpec(Spec):
     max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
     strict: bool = Field(False, description="stop at the first unreadable row")
     workers: int = Field(2, ge=0, description="processes or threads that decode images")
+    feature_cache: UserPath | None = Field(
+        None,
+        description="folder where features of a frozen image tower are kept for later runs, or 'none' "
+        "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
+    )
+    cache_gb: float = Field(20.0, gt=0, description="most that folder may grow to; what was used last stays")
 
 
 class LoraSpec(Spec):
@@ -142,7 +148,10 @@ class TrainSpec(Spec):
     lock_image_unlocked_groups: int = Field(0, ge=0, description="groups at its end to leave trainable")
     lock_text: bool = Field(False, description="freeze the text tower")
     lock_text_unlocked_layers: int = Field(0, ge=0, description="layers at its end to leave trainable")
-    augment: bool = Field(False, description="random crops where the image tower trains")
+    augment: bool = Field(False, description="random crops of the training images")
+    cache_views: int | None = Field(
+        None, ge=1, description="with --augment and a frozen image tower: encode this many crops of each once"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, dropout and crops")
 
 

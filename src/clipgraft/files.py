@@ -14,6 +14,19 @@ from typing import Any
 _PARTIAL = ".partial"
 
 
+def cache_folder() -> Path:
+    """`$CLIPGRAFT_CACHE`, else `$XDG_CACHE_HOME/clipgraft`, else `~/.cache/clipgraft`."""
+    if own := os.environ.get("CLIPGRAFT_CACHE"):
+        return Path(own)
+    # Unlike Path.expanduser, this raises nothing for an account without a home folder, as in some containers.
+    shared, home = os.environ.get("XDG_CACHE_HOME", ""), Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
+    if Path(shared).is_absolute():
+        home = Path(shared)
+    elif not home.is_absolute():
+        home = Path(tempfile.gettempdir())
+    return home / "clipgraft"
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success it is synced to disk and takes its name.

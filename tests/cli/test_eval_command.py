@@ -12,6 +12,7 @@ import torch
 import clipgraft as cg
 from clipgraft.cli.eval import measure
 from clipgraft.cli.eval import table as print_table
+from clipgraft.data import features
 from clipgraft.models.load import load
 
 
@@ -57,7 +58,9 @@ def test_an_adapter_brings_its_base(cli: Any, table: Path, adapter: Path) -> Non
     assert "base   adapter" in outcome.out
 
 
-def test_images_are_encoded_again_only_if_their_tower_is_adapted(tiny_config: Path, table: Path) -> None:
+def test_images_are_encoded_again_only_if_their_tower_is_adapted(
+    tiny_config: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A vision adapter would be measured with the base's images, or a text adapter cost twice the time."""
     pairs, _ = cg.read_pairs(table)
     for targets, times in (("text-attention", 1), ("vision-attention", 2)):
@@ -67,9 +70,17 @@ def test_images_are_encoded_again_only_if_their_tower_is_adapted(tiny_config: Pa
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
         seen: list[int] = []
-        clip.model.visual.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
-        found = measure(clip, pairs, 5, 0, False)
-        assert sum(seen) == times * len(pairs)
+        with monkeypatch.context() as patch:
+            real = features.image_batches
+            patch.setattr(
+                features,
+                "image_batches",
+                lambda paths, *args, seen=seen, real=real, **options: (
+                    seen.append(len(paths)) or real(paths, *args, **options)
+                ),
+            )
+            found = measure(clip, pairs, 5, 0, False)
+        assert seen == times * [len(pairs)]
         assert found["adapter"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
 
 
@@ -123,3 +134,33 @@ def test_the_table_is_in_percent_and_aligned() -> None:
     assert len({len(line) for line in shown}) == 1
     assert shown[1].split() == ["image_to_text_R@1", "50.0", "100.0"]
     assert shown[4].split() == ["image_to_text_mean_rank", "0.5", "1.0"]
+
+
+def test_a_run_and_its_evaluation_share_the_image_features(
+    cli: Any, train: Any, base: list[str], table: Path, tmp_path: Path
+) -> None:
+    """Every command on the same images would pay for the image tower again."""
+    cache = ["--feature-cache", tmp_path / "kho ảnh"]
+    trained = train("--use-lora", "--name", "run", *cache)
+    assert "training images: 12 images, 0 from the cache, 12 encoded" in trained.out
+    assert list((tmp_path / "kho ảnh").glob("*/*.npy"))
+    adapter = tmp_path / "logs" / "run" / "adapter"
+    words = ["--val-data", table, "--workers", 0, "--adapter", adapter]
+    said = "image features: 12 images, 12 from the cache, 0 encoded\n"
+    first = cli("eval", *base, *words, *cache).out
+    assert said in first
+    assert cli("eval", *base, *words, "--feature-cache", "none").out == first.replace(said, "")
+
+
+def test_the_cache_lies_where_the_environment_says(
+    cli: Any, base: list[str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines with a small home folder move the cache by $CLIPGRAFT_CACHE; `none` must write nowhere."""
+    monkeypatch.setenv("CLIPGRAFT_CACHE", str(tmp_path / "there"))
+    words = ["--val-data", table, "--workers", 0]
+    assert cli("eval", *base, *words, "--feature-cache", "none").code == 0
+    assert not (tmp_path / "there").exists()
+    assert cli("eval", *base, *words, "--cache-gb", "1e-6").code == 0
+    assert not (tmp_path / "there").exists(), "more than a kilobyte"
+    assert cli("eval", *base, *words).code == 0
+    assert list((tmp_path / "there" / "features").glob("*/*.npy"))

@@ -225,6 +225,7 @@ def test_missing_data_is_named(cli: Any) -> None:
         ),
         (["--lock-image", "--lock-text"], "nothing to train: both towers are frozen"),
         (["--lr-scheduler", "const-cooldown"], "const-cooldown needs --epochs-cooldown from 1 to 1"),
+        (["--use-lora", "--cache-views", "2"], "--cache-views given without --augment: add --augment"),
         (["--csv-img-key", "picture"], "picture"),
         (["--precision", "fp16"], "--precision: got 'fp16'"),
     ],

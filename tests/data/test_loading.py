@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def test_image_batches_are_complete_and_in_order(images: list[Path], workers: in
 def test_no_images_no_batches() -> None:
     """An empty folder would end in a traceback."""
     assert list(image_batches([], PLAIN, batch_size=4)) == []
+
+
+def test_the_next_batch_is_decoded_meanwhile(images: list[Path]) -> None:
+    """Without workers the model would stand still while images are decoded, and the other way round."""
+    seen: list[int] = []
+    second = threading.Event()
+
+    def noting(image: Image.Image) -> Tensor:
+        seen.append(round(PLAIN(image)[0, 0, 0].item() * 255 / 20))
+        if seen[-1] == 3:
+            second.set()
+        return PLAIN(image)
+
+    batches = image_batches(images, noting, batch_size=2, workers=0)
+    assert next(batches)[0].tolist() == [0, 1]
+    assert second.wait(timeout=60)
+    batches.close()
+    assert 9 not in seen
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
 def test_stopping_early_ends_the_workers(images: list[Path]) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.data.features import encode_images
+from clipgraft.engine.encoder import Encoder
+from clipgraft.engine.kernels import Attention
 from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import contrastive_backward
 from clipgraft.train.feed import Feed, MicroBatch
@@ -69,7 +71,7 @@ def test_accumulation_equals_one_big_batch(make_clip: MakeClip, pairs: cg.Pairs)
         clip.model.double()
         clip.logit_scale.data = clip.logit_scale.data.double()
         feed, batch = first_batch(clip, pairs, batch_size, accum_freq)
-        towers = LiveImages(clip, False), LiveTexts(clip, feed.captions, False)
+        towers = LiveImages(Encoder(clip)), LiveTexts(Encoder(clip), feed.captions)
         loss = contrastive_backward(encoders(*towers, batch), loss_of(clip, batch))
         found.append((loss, gradients(clip)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
@@ -81,11 +83,12 @@ def test_two_passes_equal_one_graph_over_all_micro_batches(
     make_clip: MakeClip, pairs: cg.Pairs, dropout: float, autocast: bool
 ) -> None:
     """With dropout the second pass must see the masks of the first, or gradients are of another loss."""
-    found = []
+    found, kernels = [], Attention()
     for together in (True, False):
         clip = grafted(make_clip, dropout)
+        encoder = Encoder(clip, autocast, kernels)
         feed, batch = first_batch(clip, pairs, 6, 4)
-        parts = encoders(LiveImages(clip, autocast), LiveTexts(clip, feed.captions, autocast), batch)
+        parts = encoders(LiveImages(encoder), LiveTexts(encoder, feed.captions), batch)
         torch.manual_seed(3)
         if together:
             features = [encode() for encode in parts]
@@ -107,27 +110,27 @@ def test_a_cached_image_tower_changes_nothing(make_clip: MakeClip, pairs: cg.Pai
     for cached in (True, False):
         clip = grafted(make_clip, 0.0, "text.*.*").eval()
         feed, batch = first_batch(clip, pairs, 12, 1)
-        images: Tower = LiveImages(clip, False)
+        images: Tower = LiveImages(Encoder(clip))
         if cached:
             images = FixedImages(encode_images(clip, pairs.images, workers=0))
-        parts = encoders(images, LiveTexts(clip, feed.captions, False), batch)
+        parts = encoders(images, LiveTexts(Encoder(clip), feed.captions), batch)
         found.append((contrastive_backward(parts, loss_of(clip, batch)), gradients(clip)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
     assert_same(found[0][1], found[1][1], 1e-5)
 
 
-def test_text_is_cut_at_the_longest_caption_of_the_batch(clip: Clip, pairs: cg.Pairs) -> None:
-    """Short captions would cost as much as 77 tokens, or cutting would change the features."""
+def test_no_padding_is_computed(clip: Clip, pairs: cg.Pairs) -> None:
+    """Short captions would cost as much as 77 tokens, or leaving padding out would change the features."""
     feed, (batch,) = first_batch(clip, pairs, 6, 1)
-    lengths: list[int] = []
+    computed: list[int] = []
     hook = clip.model.token_embedding.register_forward_pre_hook(
-        lambda _, args: lengths.append(args[0].shape[1])
+        lambda _, args: computed.append(args[0].numel())
     )
     with torch.no_grad():
-        short = LiveTexts(clip, feed.captions, False)(batch)
+        short = LiveTexts(Encoder(clip), feed.captions)(batch)
         hook.remove()
         whole = clip.model.encode_text(clip.tokenize([feed.captions[i] for i in batch.caption_ids.tolist()]))
-    longest = max(clip.count_tokens([feed.captions[i] for i in batch.caption_ids.tolist()]))
-    assert lengths == [longest]
-    assert longest < 77
+    words = sum(clip.count_tokens([feed.captions[i] for i in batch.caption_ids.tolist()]))
+    # The start token, which all captions share, is computed once.
+    assert sum(computed) <= words - len(batch.caption_ids) + 1
     torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-5)

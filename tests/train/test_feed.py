@@ -82,3 +82,18 @@ def test_too_few_pairs_say_what_would_fit(
     """An epoch without a step would train nothing, and silently."""
     with pytest.raises(cg.DataError, match=f"24 captions do not fill one batch .*{told}"):
         Feed(pairs, batch_size, accum_freq, 0, None, 0)
+
+
+def test_turns_go_through_all_views(pairs: cg.Pairs) -> None:
+    """A cached view would never be trained on, or all captions of an image would see one crop an epoch."""
+    feed = Feed(pairs, 4, 2, 0, None, 0)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for epoch in range(3):
+        of_image: dict[int, list[int]] = {}
+        for batch in feed.batches(epoch, 0):
+            for part in batch:
+                for image, caption, turn in zip(part.image_ids, part.caption_ids, part.turns, strict=True):
+                    seen.setdefault((int(image), int(caption)), []).append(int(turn))
+                    of_image.setdefault(int(image), []).append(int(turn))
+        assert all(sorted(turns) == [epoch, epoch + 1] for turns in of_image.values())
+    assert all(turns in ([0, 1, 2], [1, 2, 3]) for turns in seen.values())

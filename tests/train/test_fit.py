@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import clipgraft as cg
+from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.train.fit import FitResult
@@ -125,11 +126,19 @@ def test_a_locked_tower_does_not_move(lock: str, clip: Clip, pairs: cg.Pairs, tm
     assert towers == {lock == "text"}
 
 
-def test_a_frozen_tower_is_encoded_once(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
+def test_a_frozen_tower_is_encoded_once(
+    clip: Clip, pairs: cg.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A frozen ViT would run again in every epoch: most of the training time for nothing."""
     cg.apply_lora(clip, r=2)
     seen: list[int] = []
-    clip.model.visual.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    encode = Encoder.encode_image
+
+    def counted(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Encoder, "encode_image", counted)
     fit(clip, pairs, tmp_path / "run", epochs=3)
     assert sum(seen) == 2 * len(pairs), "training and validation images, once each"
 
@@ -176,7 +185,7 @@ def test_out_of_memory_says_what_to_change(
     def full(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr(clip.model, "encode_image", full)
+    monkeypatch.setattr(Encoder, "encode_image", full)
     with pytest.raises(cg.TrainingError, match="halve --batch-size and double --accum-freq"):
         fit(clip, pairs, tmp_path / "run")
 
@@ -254,7 +263,7 @@ def test_validation_images_are_encoded_anew_when_their_tower_trains(clip: Clip, 
         "accum_freq": 1,
         "seed": 0,
         "augment": False,
-        "autocast": False,
+        "encoder": Encoder(clip),
         "workers": 0,
         "progress": False,
     }

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import clipgraft as cg
+from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder
@@ -173,6 +175,27 @@ def test_image_tower_with_crops_dropout_and_accumulation(train: Train, tmp_path:
         train(tmp_path / "killed", **options)
     train(tmp_path / "killed", resume=True, **options)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cache_views", [None, 2])
+def test_a_frozen_image_tower_with_crops(cache_views: int | None, train: Train, tmp_path: Path) -> None:
+    """The second epoch of a resumed run would see other crops, or views, than that of a run left alone."""
+    options = {"augment": True, "cache_views": cache_views, "cache": FeatureCache(tmp_path / "features")}
+    train(tmp_path / "whole", **options)
+    with death(RunFolder, "event", 9, before=False):
+        train(tmp_path / "killed", **options)
+    train(tmp_path / "killed", resume=True, **options)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_cache_that_was_deleted_meanwhile(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Whoever makes room on a disk would have to start the run again."""
+    cache = FeatureCache(tmp_path / "features")
+    with death(RunFolder, "event", 5, before=False):
+        train(tmp_path / "killed", cache=cache)
+    shutil.rmtree(cache.folder)
+    train(tmp_path / "killed", resume=True, cache=cache)
+    assert_same_run(tmp_path / "killed", whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from clipgraft.adapters.open import load
 from clipgraft.config import DataSpec, ModelSpec
+from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
 from clipgraft.errors import ConfigError
@@ -46,6 +47,13 @@ def pick_device(name: str) -> torch.device:
         seen = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
         raise ConfigError(f"--device {name}: torch sees {seen} here; use --device auto")
     return device
+
+
+def open_cache(spec: DataSpec) -> FeatureCache | None:
+    """The feature cache that the flags name; None for `--feature-cache none`."""
+    if str(spec.feature_cache) == "none":
+        return None
+    return FeatureCache(spec.feature_cache or default_folder(), max_bytes=spec.cache_gb * 1e9)
 
 
 def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:

@@ -13,6 +13,7 @@ from clipgraft.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clipgraft.data.feature_cache import FeatureCache
     from clipgraft.data.pairs import Pairs
     from clipgraft.models.clip import Clip
 
@@ -40,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     if not data.val_data.exists():
         raise ConfigError(f"--val-data {data.val_data}: there is no such file or folder; check the path")
     from clipgraft.adapters.native import load_adapter
-    from clipgraft.cli.common import load_model, read_table
+    from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.files import write_json
 
     clip = load_model(model_spec)
@@ -48,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
         load_adapter(clip, spec.adapter, force=spec.force)
     pairs = read_table(clip, data.val_data, data, "validation data")
     autocast = model_spec.precision == "amp_bf16"
-    columns = measure(clip, pairs, spec.batch_size, data.workers, autocast)
+    columns = measure(clip, pairs, spec.batch_size, data.workers, autocast, open_cache(data))
     print(table(columns))
     if spec.out is not None:
         write_json(spec.out, columns)
@@ -56,13 +57,23 @@ def run(argv: Sequence[str]) -> None:
 
 
 def measure(
-    clip: Clip, pairs: Pairs, batch_size: int, workers: int, autocast: bool
+    clip: Clip,
+    pairs: Pairs,
+    batch_size: int,
+    workers: int,
+    autocast: bool,
+    cache: FeatureCache | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics of the base and, where the model carries one, of its adapter."""
     from clipgraft.evaluate.retrieval import evaluate_retrieval
     from clipgraft.lora.inject import lora_disabled, lora_state
 
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "autocast": autocast}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "autocast": autocast,
+        "cache": cache,
+    }
     state = lora_state(clip)
     if state is None:
         return {

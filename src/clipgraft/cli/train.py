@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
 
 def train_model(specs: Sequence[Any], folder: Path) -> None:
     """Load what the specs name, and train it into `folder`."""
-    from clipgraft.cli.common import load_model, read_table
+    from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.train.fit import fit
 
     model_spec, data, lora, train, where = specs
@@ -63,6 +63,7 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
         checkpoint_steps=where.checkpoint_steps,
         autocast=model_spec.precision == "amp_bf16",
         workers=data.workers,
+        cache=open_cache(data),
         params={name: value for spec in specs for name, value in spec.model_dump().items()},
         **train.model_dump(),
     )
@@ -75,6 +76,8 @@ def check_together(data: DataSpec, lora: LoraSpec, train: TrainSpec, where: RunS
         ConfigError: naming the flags.
     """
     faults = [*_data_faults(data), *_lora_faults(lora, where), *_lock_faults(lora, train)]
+    if train.cache_views is not None and not train.augment:
+        faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
         faults.append("--resume latest needs --name: the name of the run to continue")
     if faults:

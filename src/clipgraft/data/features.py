@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.data.loading import image_batches
+from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.feature_key import UnknownError, image_key, vision_lora_acts
+from clipgraft.data.loading import Transform, image_batches
+from clipgraft.data.stored_rows import StoredRows, computed_rows
+from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
 
+log = logging.getLogger("clipgraft")
 Progress = Callable[[int], None]
 
 
@@ -23,35 +30,106 @@ def encode_images(
     batch_size: int = 64,
     workers: int = 2,
     autocast: bool = False,
+    encoder: Encoder | None = None,
     progress: Progress | None = None,
+    cache: FeatureCache | None = None,
+    transform: Transform | None = None,
+    label: str = "image features",
 ) -> Tensor:
     """Unit-norm fp32 features of image files, (N, D) on the CPU, in the order of `paths`.
 
     The model runs in eval mode and is left in the mode it was in. `progress` is told how many images each
-    batch added.
+    batch added. With a `cache`, only images it does not hold are encoded, unless LoRA acts on the image
+    tower; `label` names them where it says so. `transform` takes the place of the model's own preprocessing.
 
     Raises:
         DataError: there is no image, or one that cannot be used.
         ModelError: the model came without preprocessing.
     """
+
+    encoder = encoder or Encoder(clip, autocast)
+
+    def forward(pixels: Tensor) -> Tensor:
+        return F.normalize(encoder.encode_image(pixels), dim=-1)
+
+    if cache is not None and vision_lora_acts(clip):
+        log.info("%s: features are not cached, the image tower carries LoRA", label)
+        cache = None
+    return image_rows(
+        clip,
+        paths,
+        forward,
+        batch_size=batch_size,
+        workers=workers,
+        autocast=encoder.autocast,
+        progress=progress,
+        cache=cache,
+        transform=transform,
+        label=label,
+    ).tensor()
+
+
+def image_rows(
+    clip: Clip,
+    paths: Sequence[Path],
+    forward: Callable[[Tensor], Tensor],
+    *,
+    stored: str = "image features",
+    dtype: torch.dtype = torch.float32,
+    item_shape: tuple[int, ...] | None = None,
+    batch_size: int = 64,
+    workers: int = 2,
+    autocast: bool = False,
+    progress: Progress | None = None,
+    cache: FeatureCache | None = None,
+    transform: Transform | None = None,
+    shortest: int | None = None,
+    label: str = "image features",
+) -> StoredRows:
+    """What a frozen part of the image tower gives for image files, (N, *item), one row each, in order.
+
+    `forward` maps pixels (n, 3, H, W) to (n, *item) and runs in eval mode without gradients. With a `cache`,
+    `stored` must name what it computes, and no adapter may act on the way; rows stay on disk until they are
+    asked for. `dtype` is what rows are kept in. The other arguments are those of `encode_images`, of
+    `image_batches` (`shortest`) and of `FeatureCache.get_or_compute` (`item_shape`).
+    """
     if not paths:
         raise DataError("there is no image to encode; give at least one")
-    transform = clip.require_preprocess()
-    features: list[Tensor] = []
-    with evaluating(clip), torch.inference_mode(), _autocast(clip, autocast):
-        for indices, pixels in image_batches(paths, transform, batch_size=batch_size, workers=workers):
-            features.append(clip.encode_image(pixels, normalize=True).float().cpu())
-            if progress is not None:
-                progress(len(indices))
-    return torch.cat(features).clone()
+    steps = transform or clip.require_preprocess()
+
+    def compute(missing: Sequence[Path], add: Callable[[Tensor], None]) -> None:
+        with evaluating(clip), torch.inference_mode():
+            for indices, pixels in image_batches(
+                missing, steps, batch_size=batch_size, workers=workers, shortest=shortest
+            ):
+                add(forward(pixels))
+                if progress is not None:
+                    progress(len(indices))
+
+    if cache is not None:
+        try:
+            key = image_key(clip, steps, stored=stored, dtype=dtype, autocast=autocast, shortest=shortest)
+        except UnknownError as reason:
+            log.info("%s: features are not cached, the preprocessing holds %s", label, reason)
+        else:
+            return cache.get_or_compute(
+                key, paths, compute, label=label, item_shape=item_shape, progress=progress
+            )
+    return computed_rows(paths, compute, dtype)
 
 
 def encode_captions(
-    clip: Clip, captions: Sequence[str], *, batch_size: int = 256, autocast: bool = False
+    clip: Clip,
+    captions: Sequence[str],
+    *,
+    batch_size: int = 256,
+    autocast: bool = False,
+    encoder: Encoder | None = None,
 ) -> Tensor:
     """Unit-norm fp32 features of captions, (N, D) on the CPU, in order.
 
-    Equal captions are encoded once and the rest in order of length, so that little padding is computed.
+    Equal captions are encoded once and the rest in order of length. `encoder` takes the place of a new one
+    with `autocast`.
 
     Raises:
         DataError: there is no caption.
@@ -64,10 +142,11 @@ def encode_captions(
     tokens = clip.tokenize(distinct)
     ends = clip.family.text_ends(clip.model, tokens.to(clip.device))
     order = torch.arange(len(distinct)) if ends is None else ends.cpu().argsort(stable=True)
+    encoder = encoder or Encoder(clip, autocast)
     encoded: Tensor | None = None
-    with evaluating(clip), torch.inference_mode(), _autocast(clip, autocast):
+    with evaluating(clip), torch.inference_mode():
         for rows in torch.split(order, batch_size):
-            part = clip.encode_text(tokens[rows], normalize=True).float().cpu()
+            part = F.normalize(encoder.encode_text(tokens[rows]), dim=-1).cpu()
             if encoded is None:
                 encoded = torch.empty(len(distinct), part.shape[1])
             encoded[rows] = part
@@ -85,7 +164,3 @@ def evaluating(clip: Clip) -> Iterator[Clip]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _autocast(clip: Clip, enabled: bool) -> torch.autocast:
-    return torch.autocast(clip.device.type, torch.bfloat16, enabled=enabled)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -20,10 +22,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clipgraft.data.images import ImageError, open_image
 from clipgraft.data.pairs import Pairs
+from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]
 Indices = npt.NDArray[np.int64]
+
+_AHEAD = 2  # batches made before they are asked for, as by each worker process
 
 _Key = TypeVar("_Key")
 _Made = TypeVar("_Made")
@@ -78,13 +83,39 @@ def image_batches(
     """Go over all images once, in order: yields (int64 indices (B,), images (B, 3, H, W)); the last may be
     smaller.
 
-    `workers` processes decode ahead (0: none, decode here). They end when the iteration ends or is closed.
+    The next batches are decoded while the caller works on this one: by `workers` processes, or with 0 by one
+    thread. They end when the iteration ends or is closed. A `FastPreprocess` says itself how small a JPEG may
+    be decoded, and its 8-bit pixels are normalised here; else `shortest` is handed to `open_image`.
     Raises ImageError, with the path, at an image that cannot be used.
     """
     batches = [
         range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)
     ]
-    return _in_workers(ImageDataset(images, transform, shortest=shortest).batch, batches, workers)
+    if isinstance(transform, FastPreprocess):
+        return _finished(transform, image_pixels(images, transform, batches, workers, shortest))
+    make = ImageDataset(images, transform, shortest=shortest).batch
+    return _in_workers(make, batches, workers) if workers else _in_thread(make, batches)
+
+
+def image_pixels(
+    images: Sequence[str | Path],
+    transform: FastPreprocess,
+    batches: Iterable[Sequence[int]],
+    workers: int = 0,
+    shortest: int | None = None,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """The given batches of images as (int64 indices (B,), uint8 (B, 3, H, W)), for `transform.finish`."""
+    decode_at = transform.shortest if shortest is None else shortest
+    make = ImageDataset(images, transform.pixels, shortest=decode_at).batch
+    return _in_workers(make, batches, workers) if workers else _in_thread(make, batches)
+
+
+def _finished(
+    transform: FastPreprocess, batches: Generator[tuple[Tensor, Tensor], None, None]
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    with closing(batches):
+        for ids, pixels in batches:
+            yield ids, transform.finish(pixels)
 
 
 def epoch_batches(
@@ -146,7 +177,7 @@ class PairBatches:
         image_ids = [self._rows[row][0] for row in ids]
         images = []
         for row, image in zip(ids, image_ids, strict=True):
-            with _seeded(self._seed, epoch, row):
+            with seeded(self._seed, epoch, row):
                 images.append(self._dataset[image][1])
         captions = [self._rows[row][1] for row in ids]
         return PairBatch(default_collate(images), captions, torch.tensor(image_ids), torch.tensor(ids))
@@ -195,6 +226,22 @@ def _in_workers(
             shut_down()
 
 
+def _in_thread(make: Callable[[_Key], _Made], keys: Iterable[_Key]) -> Generator[_Made, None, None]:
+    """Yield `make(key)` for each key in order, made one ahead by a thread; `make` draws no random numbers."""
+    waiting: deque[Future[_Made]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        try:
+            for key in keys:
+                waiting.append(pool.submit(make, key))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def _start(loader: DataLoader[_Made]) -> Iterator[_Made]:
     with warnings.catch_warnings():
         # Python 3.12 warns of any fork beside threads. The workers decode and resize; they take none of
@@ -213,7 +260,7 @@ def _usable_cores() -> int:
 
 
 @contextmanager
-def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
+def seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
     """Start every global CPU random generator from (seed, epoch, row); afterwards put all back as it was."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence([seed, epoch, row]).generate_state(3)

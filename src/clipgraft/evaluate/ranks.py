@@ -5,17 +5,18 @@ A tie therefore counts against the model: a model that maps everything to one ve
 last, where sorting would hand out ranks by position in the table.
 
 A matrix product may give the same two vectors scores that differ in the last bit, depending on where in
-the matrix they stand. So the product (float64) only decides the pairs whose difference is larger than its
-rounding error can be. The few that are closer are scored again, pair by pair, in an order of additions that
-depends on nothing but the two vectors, and the true item's score comes from that same arithmetic. Ranks are
-thus a function of the vectors alone: not of row order, block size, device or thread count.
+the matrix they stand. So a product only decides the pairs whose difference is larger than its error can be,
+and the few that are closer are scored again, pair by pair, as `scores.Exact` does; the true item's score
+comes from that same arithmetic. Ranks are thus a function of the vectors alone: not of row order, block size,
+device or thread count, nor of the number type of the product.
 
-The bound is the classic one for a dot product of length D in any order of summation (Higham, *Accuracy and
-Stability of Numerical Algorithms*, 2nd ed., eq. 3.5): |error| <= D·u / (1 - D·u) · |x|·|y| with u = 2^-53.
+That leaves the type free. Each block is multiplied in the fastest type the machine has (bfloat16, then
+float32, then float64), and again in the next one only if too many of its pairs were too close to call.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipgraft.errors import ConfigError, DataError, TrainingError
+from clipgraft.errors import ConfigError, DataError
+from clipgraft.evaluate.scores import Exact, Products, Vectors, identities, measured, usable_types
 
 BLOCK_BYTES = 16 * 2**20
 """Default size of one block of float64 scores: small enough to stay near the processor's cache."""
+
+_FEW = 1 / 64  # share of a block's pairs up to which scoring them one by one costs less than a finer product
+_PATIENCE = 2  # blocks by which a type's failures may lead its successes before it is given up
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,6 @@ class RetrievalRanks:
 
     image_to_text: Tensor
     text_to_image: Tensor
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One modality: its vectors, and for each of them as a query the score that rivals must reach."""
-
-    rows: Tensor  # (n, D), as given
-    identity: Tensor  # int64 (n,): equal vectors share a number
-    best: Tensor  # float64 (n,): score of the best true item; -inf where there is none
-    best_identity: Tensor  # int64 (n,): that item's identity on the other side
-    slack: Tensor  # float64 (n,): the matrix product is off by less than this
-    rivals: Tensor  # int64 (n,): items counted so far that score >= best, true ones included
 
 
 def retrieval_ranks(
@@ -68,9 +61,9 @@ def retrieval_ranks(
         text_features: floating (M, D), on any device; work happens where the images are (on the CPU if that
             device has no float64).
         image_of_text: integer (M,), each caption's image; images may have several captions, or none.
-        block_bytes: bytes of one block of scores. Working memory is a small multiple of it, plus two
-            copies of the larger feature matrix while equal rows are found; it does not grow with N·M. The
-            result does not depend on it.
+        block_bytes: bytes of one block of float64 scores. Working memory is a small multiple of it plus a few
+            numbers a row; it does not grow with N·M, nor with the width of the features. The result does not
+            depend on it.
 
     Raises:
         DataError: shapes, types or indices that do not fit together.
@@ -82,17 +75,10 @@ def retrieval_ranks(
     images = _checked_features(image_features, "image")
     texts = _checked_features(text_features, "text").to(images.device)
     owner = _checked_owner(image_of_text, images, texts).to(images.device)
-
-    image_side, text_side, best_captions = _sides(images, texts, owner, block_bytes)
-    for t, i in _blocks(len(texts), len(images), block_bytes):
-        scores = texts[t].double() @ images[i].double().T
-        _count_rivals(scores, text_side, t, image_side, i, block_bytes)
-        _count_rivals(scores.T, image_side, i, text_side, t, block_bytes)
-    # `rivals` holds the true items too: one image for a caption, and for an image its best captions.
-    return RetrievalRanks(
-        image_to_text=(image_side.rivals - best_captions + 1) * (best_captions > 0),
-        text_to_image=text_side.rivals,
-    )
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return _ranks(
+            measured(texts, "text", block_bytes), measured(images, "image", block_bytes), owner, block_bytes
+        )
 
 
 def _checked_features(features: Tensor, kind: str) -> Tensor:
@@ -127,51 +113,113 @@ def _checked_owner(image_of_text: Tensor, images: Tensor, texts: Tensor) -> Tens
     return owner
 
 
-def _sides(images: Tensor, texts: Tensor, owner: Tensor, block_bytes: int) -> tuple[_Side, _Side, Tensor]:
-    """Both modalities as queries, and int64 (N,): how many captions of each image tie as its best."""
-    image_norm = _row_norms(images, "image", block_bytes)
-    text_norm = _row_norms(texts, "text", block_bytes)
-    image_id, text_id = _identities(images), _identities(texts)
-    own = _pair_scores(texts, images, torch.arange(len(texts), device=owner.device), owner, block_bytes)
-
+def _ranks(texts: Vectors, images: Vectors, owner: Tensor, block_bytes: int) -> RetrievalRanks:
+    own = Exact(texts, images, block_bytes).pairs(torch.arange(len(texts), device=owner.device), owner)
     best = torch.full((len(images),), -math.inf, dtype=torch.float64, device=owner.device)
     best.scatter_reduce_(0, owner, own, "amax")
-    is_best = own == best[owner]
+    is_best = (own == best[owner]).nonzero().squeeze(1)
     best_captions = torch.bincount(owner[is_best], minlength=len(images))
-    best_text_id = torch.full_like(best_captions, -1)
-    best_text_id[owner[is_best]] = text_id[is_best]
+    best_caption = torch.full_like(best_captions, -1)
+    best_caption[owner[is_best]] = is_best
+    best[best_captions == 0] = math.inf  # nothing reaches it, so an image without captions costs no time
 
-    # Twice the bound of the module's docstring: room for the pairwise sums and the rounding of best ± slack.
-    unit = (images.shape[1] + 16) * torch.finfo(torch.float64).eps
-    image_slack = unit * image_norm * text_norm.max()
-    text_slack = unit * text_norm * image_norm.max()
-    image_side = _Side(images, image_id, best, best_text_id, image_slack, torch.zeros_like(image_id))
-    text_side = _Side(texts, text_id, own, image_id[owner], text_slack, torch.zeros_like(text_id))
-    return image_side, text_side, best_captions
-
-
-def _row_norms(features: Tensor, kind: str, block_bytes: int) -> Tensor:
-    """float64 (n,) Euclidean norms.
-
-    Raises:
-        TrainingError: a row is not finite; comparisons with NaN are all false and would look like rank 1.
-    """
-    parts = _parts(len(features), features.shape[1], block_bytes)
-    norms: Tensor = torch.cat([torch.linalg.vector_norm(features[part].double(), dim=1) for part in parts])
-    broken = (~norms.isfinite()).nonzero()
-    if len(broken):
-        raise TrainingError(
-            f"{kind} features hold NaN or infinity in {len(broken)} of {len(features)} rows (first: row "
-            f"{int(broken[0])}): the model diverged or overflowed; lower the learning rate or use fp32/bf16."
-        )
-    return norms
+    of_texts = _Queries(texts, images, own, owner, block_bytes)
+    of_images = _Queries(images, texts, best, best_caption, block_bytes)
+    products = {kind: Products(texts, images, kind, block_bytes) for kind in usable_types(images.rows.device)}
+    ladder = _Ladder(products)
+    for t, i in _blocks(len(texts), len(images), block_bytes):
+        ladder.count(of_texts, t, of_images, i)
+    # `rivals` holds the true items too: one image for a caption, and for an image its best captions.
+    return RetrievalRanks(
+        image_to_text=(of_images.rivals - best_captions + 1) * (best_captions > 0),
+        text_to_image=of_texts.rivals,
+    )
 
 
-def _identities(features: Tensor) -> Tensor:
-    """int64 (n,): the same number for equal vectors, different numbers for different ones."""
-    comparable = features if features.dtype == torch.float64 else features.float()
-    numbers: Tensor = torch.unique(comparable, dim=0, return_inverse=True)[1]
-    return numbers
+class _Ladder:
+    """Counts each block with the coarsest product that settles it, and gives up types that rarely do."""
+
+    def __init__(self, products: dict[torch.dtype, Products]) -> None:
+        self._products = products
+        self._failures = dict.fromkeys(products, 0)
+
+    def count(self, of_texts: _Queries, t: slice, of_images: _Queries, i: slice) -> None:
+        """Add one block to the rivals of its texts (rows) and images (columns)."""
+        texts_open = images_open = True
+        for kind, product in list(self._products.items()):
+            scores, last = product.block(t, i), kind == torch.float64
+            if texts_open:
+                texts_open = not of_texts.count(scores, t, i, product.left_slack, last)
+            if images_open:
+                images_open = not of_images.count(scores.T, i, t, product.right_slack, last)
+            if not (texts_open or images_open):
+                self._failures[kind] -= 1
+                return
+            self._failures[kind] += 1
+            if self._failures[kind] > _PATIENCE:
+                del self._products[kind]
+
+
+class _Queries:
+    """One modality as queries: the score its rivals must reach, and how many did so far."""
+
+    def __init__(
+        self, rows: Vectors, gallery: Vectors, best: Tensor, best_row: Tensor, block_bytes: int
+    ) -> None:
+        self.best = best  # float64 (n,): score of the best true item
+        self.rivals = torch.zeros_like(best_row)  # items counted so far that score >= best, true ones too
+        self._best_row = best_row  # int64 (n,): that item's row in the gallery
+        self._gallery = gallery.rows
+        self._exact = Exact(rows, gallery, block_bytes)
+        self._block_bytes = block_bytes
+
+    def count(self, scores: Tensor, q: slice, g: slice, slack: Tensor, last: bool) -> bool:
+        """Count the rivals among gallery[g] of queries[q] from their (q, g) scores.
+
+        Returns False, with nothing counted, when too many scores are too close to call; never if `last`.
+        """
+        low = (self.best[q] - slack[q]).to(scores.dtype)
+        high = (self.best[q] + slack[q]).to(scores.dtype)
+        active = (scores.amax(1) >= low).nonzero().squeeze(1)
+        if not len(active):
+            return True
+        if 2 * len(active) <= len(scores):
+            scores, low, high = scores[active], low[active], high[active]
+        else:
+            active = torch.arange(len(scores), device=scores.device)
+        surely, perhaps = scores > high[:, None], scores >= low[:, None]
+        sure = surely.sum(1, dtype=torch.int32)
+        unsettled = (perhaps.sum(1, dtype=torch.int32) != sure).nonzero().squeeze(1)
+        query, item = active + q.start, g.start
+        if len(unsettled):
+            close = perhaps[unsettled] ^ surely[unsettled]
+            if not self._settle(close, query[unsettled], item, last):
+                return False
+        self.rivals[query] += sure
+        return True
+
+    def _settle(self, close: Tensor, query: Tensor, first_item: int, last: bool) -> bool:
+        """Count the rivals among the close pairs, bool (rows, items); rows are `query`."""
+        number = int(close.sum())
+        if not last and number > max(_FEW * close.numel(), len(close)):
+            return False
+        if last and number > _FEW * close.numel():
+            same = self._same(query, slice(first_item, first_item + close.shape[1])) & close
+            self.rivals[query] += same.sum(1)
+            close = close & ~same
+        row, column = close.nonzero(as_tuple=True)
+        rival = query[row]
+        reaches = self._exact.pairs(rival, column + first_item) >= self.best[rival]
+        self.rivals.index_add_(0, rival, reaches.long())
+        return True
+
+    def _same(self, query: Tensor, items: slice) -> Tensor:
+        """bool (rows, items): the item is a copy of the query's best true item, and so scores the same."""
+        return self._identity[self._best_row[query]][:, None] == self._identity[items][None, :]
+
+    @functools.cached_property
+    def _identity(self) -> Tensor:
+        return identities(self._gallery, self._block_bytes)
 
 
 def _blocks(rows: int, columns: int, block_bytes: int) -> Iterator[tuple[slice, slice]]:
@@ -182,50 +230,3 @@ def _blocks(rows: int, columns: int, block_bytes: int) -> Iterator[tuple[slice, 
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
-
-
-def _count_rivals(
-    scores: Tensor, queries: _Side, q: slice, gallery: _Side, g: slice, block_bytes: int
-) -> None:
-    """Add to `queries.rivals[q]` the items of `gallery[g]` that reach each query's best true score."""
-    low = (queries.best[q] - queries.slack[q])[:, None]
-    high = (queries.best[q] + queries.slack[q])[:, None]
-    surely = (scores > high).sum(1, dtype=torch.int32)
-    perhaps = (scores >= low).sum(1, dtype=torch.int32)
-    queries.rivals[q] += surely
-    unsettled = (perhaps != surely).nonzero().squeeze(1)
-    if not len(unsettled):
-        return
-    close = scores[unsettled]
-    row, column = ((close >= low[unsettled]) & (close <= high[unsettled])).nonzero(as_tuple=True)
-    query, item = unsettled[row] + q.start, column + g.start
-    reaches = gallery.identity[item] == queries.best_identity[query]
-    other = (~reaches).nonzero().squeeze(1)
-    pair = _pair_scores(queries.rows, gallery.rows, query[other], item[other], block_bytes)
-    reaches[other] = pair >= queries.best[query[other]]
-    queries.rivals.index_add_(0, query, reaches.long())
-
-
-def _pair_scores(
-    left: Tensor, right: Tensor, left_row: Tensor, right_row: Tensor, block_bytes: int
-) -> Tensor:
-    """float64 (p,): dot products of chosen pairs; the same two vectors always give the same bits."""
-    scores = torch.empty(len(left_row), dtype=torch.float64, device=left.device)
-    for part in _parts(len(left_row), left.shape[1], block_bytes):
-        scores[part] = _fixed_sum(left[left_row[part]].double() * right[right_row[part]].double())
-    return scores
-
-
-def _parts(count: int, width: int, block_bytes: int) -> Iterator[slice]:
-    """Slices of `count` rows whose float64 copy of `width` columns stays within `block_bytes`."""
-    step = max(1, block_bytes // (8 * width))
-    return (slice(start, start + step) for start in range(0, count, step))
-
-
-def _fixed_sum(terms: Tensor) -> Tensor:
-    """Sum (p, D) over D by folding halves: elementwise additions leave the order to nobody else."""
-    while terms.shape[1] > 1:
-        half = terms.shape[1] // 2
-        folded = terms[:, :half] + terms[:, half : 2 * half]
-        terms = torch.cat([folded, terms[:, 2 * half :]], dim=1) if terms.shape[1] % 2 else folded
-    return terms[:, 0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import Progress, encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
+from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.metrics import retrieval_metrics
 from clipgraft.models.clip import ClipLike, as_clip
 
@@ -18,8 +20,10 @@ def evaluate_retrieval(
     batch_size: int = 64,
     workers: int = 2,
     autocast: bool = False,
+    encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     progress: Progress | None = None,
+    cache: FeatureCache | None = None,
 ) -> dict[str, float]:
     """Recall and rank both ways over all images and captions of `pairs`.
 
@@ -29,8 +33,10 @@ def evaluate_retrieval(
         batch_size: images encoded at once.
         workers: processes that decode images.
         autocast: compute features in bf16 where it is safe.
+        encoder: takes the place of a new one with `autocast`.
         image_features: (N, D) features of `pairs.images`, where they are known already.
         progress: told how many images each batch added.
+        cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
 
     Returns:
         Metrics under the names of `clipgraft.evaluate.metrics`.
@@ -38,9 +44,16 @@ def evaluate_retrieval(
     clip = as_clip(model)
     if image_features is None:
         image_features = encode_images(
-            clip, pairs.images, batch_size=batch_size, workers=workers, autocast=autocast, progress=progress
+            clip,
+            pairs.images,
+            batch_size=batch_size,
+            workers=workers,
+            autocast=autocast,
+            encoder=encoder,
+            progress=progress,
+            cache=cache,
         )
     captions = [caption for group in pairs.captions for caption in group]
     owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
-    text_features = encode_captions(clip, captions, autocast=autocast)
+    text_features = encode_captions(clip, captions, autocast=autocast, encoder=encoder)
     return retrieval_metrics(image_features, text_features, owner)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from clipgraft.models.anatomy import TextTower, VisionTower
 from clipgraft.models.sites import Site, SiteRef, Tower
 
 
@@ -37,6 +38,12 @@ class Family(Protocol):
 
         Where it is not None, tokens after the largest position change nothing and may be cut.
         """
+
+    def text_tower(self, model: nn.Module) -> TextTower | None:
+        """The parts of a plain causal text tower; None where its forward differs in anything."""
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        """The parts of a plain vision transformer; None where its forward differs in anything."""
 
     def context_length(self, model: nn.Module) -> int:
         """Longest token sequence the text tower takes."""

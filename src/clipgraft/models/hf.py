@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError
+from clipgraft.models import hf_anatomy
+from clipgraft.models.anatomy import TextTower, VisionTower
 from clipgraft.models.family import first_position, is_lora, parameters_of, site_weight, submodule
 from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower, block_number
 
@@ -77,6 +79,12 @@ class HfFamily:
         eos = int(model.text_model.eos_token_id)  # type: ignore[union-attr, arg-type]
         # transformers keeps CLIP's original rule, the largest id, for configurations that say 2.
         return tokens.argmax(dim=-1) if eos == 2 else first_position(tokens.eq(eos))
+
+    def text_tower(self, model: nn.Module) -> TextTower | None:
+        return hf_anatomy.text_tower(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        return hf_anatomy.vision_tower(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
 
     def context_length(self, model: nn.Module) -> int:
         return int(model.config.text_config.max_position_embeddings)  # type: ignore[union-attr, arg-type]

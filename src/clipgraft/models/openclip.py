@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from clipgraft.models import openclip_anatomy
+from clipgraft.models.anatomy import TextTower, VisionTower
 from clipgraft.models.family import base_parameter, first_position, is_lora, parameters_of, site_weight
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site, SiteRef, Tower
@@ -44,6 +46,12 @@ class OpenClipFamily:
         if not _is_causal(text) or pool not in ("argmax", "eos"):
             return None
         return tokens.argmax(dim=-1) if pool == "argmax" else first_position(tokens.eq(eos))
+
+    def text_tower(self, model: nn.Module) -> TextTower | None:
+        return openclip_anatomy.text_tower(_text_tower(model)) if _is_causal(_text_tower(model)) else None
+
+    def vision_tower(self, model: nn.Module) -> VisionTower | None:
+        return openclip_anatomy.vision_tower(_module(model.visual))
 
     def context_length(self, model: nn.Module) -> int:
         return int(getattr(model, "context_length", None) or _text_tower(model).context_length)  # type: ignore[arg-type]

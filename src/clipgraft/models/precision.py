@@ -18,6 +18,14 @@ def bf16_is_fast(device: torch.device) -> bool:
     return _matmul_seconds(device, torch.float32) > _WORTH_IT * _matmul_seconds(device, torch.bfloat16)
 
 
+def use_autocast(choice: bool | None, device: torch.device) -> bool:
+    """Whether to compute features in bf16: as chosen, or with None ("auto") where the device is fast at it.
+
+    For encoding and evaluation, where bf16 autocast keeps features within cosine 0.999 of float32's.
+    """
+    return bf16_is_fast(device) if choice is None else choice
+
+
 def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """The best of a few (512, 512) products, the first of which warms up."""
     matrix = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)

@@ -17,11 +17,16 @@ from clipgraft.errors import DataError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is in memory at once: (n,) ids, and (n, 3, H, W) pixels or None."""
+    """What is in memory at once: (n,) ids, (n, 3, H, W) pixels or None, and (n,) turns.
+
+    A row's turn is the epoch plus its caption's place among those of its image: over the epochs each caption
+    meets every turn, and within one epoch the captions of an image are at different ones.
+    """
 
     image_ids: Tensor
     caption_ids: Tensor
     pixels: Tensor | None
+    turns: Tensor
 
 
 class Feed:
@@ -52,6 +57,7 @@ class Feed:
             raise DataError(_too_few(len(rows), batch_size, accum_freq))
         self._image_of_row = torch.tensor([image for image, _ in rows])
         self._caption_of_row = torch.tensor([position[caption] for _, caption in rows])
+        self._place_of_row = torch.tensor([place for texts in pairs.captions for place in range(len(texts))])
         self._batch_size = batch_size
         self._accum_freq = accum_freq
         self._seed = seed
@@ -68,13 +74,16 @@ class Feed:
     def _micro_batches(self, epoch: int, start: int) -> Generator[MicroBatch, None, None]:
         if self._loader is not None:
             with contextlib.closing(self._loader.batches(epoch, start)) as loaded:
-                for pixels, _, image_ids, row_ids in loaded:
-                    yield MicroBatch(image_ids, self._caption_of_row[row_ids], pixels)
+                for pixels, _, _, row_ids in loaded:
+                    yield self._micro_batch(epoch, row_ids, pixels)
             return
         # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
         for rows in epoch_batches(len(self._image_of_row), self._batch_size, self._seed, epoch)[start:]:
-            ids = torch.from_numpy(rows)
-            yield MicroBatch(self._image_of_row[ids], self._caption_of_row[ids], None)
+            yield self._micro_batch(epoch, torch.from_numpy(rows), None)
+
+    def _micro_batch(self, epoch: int, rows: Tensor, pixels: Tensor | None) -> MicroBatch:
+        turns = self._place_of_row[rows] + epoch
+        return MicroBatch(self._image_of_row[rows], self._caption_of_row[rows], pixels, turns)
 
 
 def _too_few(rows: int, batch_size: int, accum_freq: int) -> str:

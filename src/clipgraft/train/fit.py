@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from clipgraft.config import TrainSpec, build_specs
+from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.pairs import Pairs
+from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.files import write_json
@@ -67,6 +69,7 @@ def fit(
     workers: int = 2,
     progress: bool = True,
     image_features: Tensor | None = None,
+    cache: FeatureCache | None = None,
     params: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FitResult:
@@ -89,6 +92,7 @@ def fit(
         progress: show bars where the output is a terminal.
         image_features: (N, D) unit-norm features of `train.images`, where they are known already; used if the
             image tower is frozen.
+        cache: where features of a frozen image tower are looked up and kept for other runs.
         params: what else params.txt is to record.
         **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
 
@@ -104,6 +108,7 @@ def fit(
     _choose_trainable(clip, spec)
     settings = _resume_settings(clip, spec, train, autocast)
     with RunFolder(Path(out), {**settings, **(params or {})}, resume) as folder:
+        encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
         inputs = prepare_inputs(
             clip,
             train,
@@ -112,10 +117,12 @@ def fit(
             accum_freq=spec.accum_freq,
             seed=spec.seed,
             augment=spec.augment,
-            autocast=autocast,
+            encoder=encoder,
             workers=workers,
             progress=progress,
             image_features=image_features,
+            cache=cache,
+            cache_views=spec.cache_views,
         )
         saver = Saver(clip, folder.path, save_lora_only)
 
@@ -123,7 +130,7 @@ def fit(
             metrics = None
             if val is not None and _due(epoch, val_frequency, spec.epochs):
                 metrics = evaluate_retrieval(
-                    clip, val, workers=workers, autocast=autocast, image_features=inputs.val_images
+                    clip, val, workers=workers, encoder=encoder, image_features=inputs.val_images
                 )
                 log.info("epoch %d: %s", epoch, headline(metrics))
             if _due(epoch, save_frequency, spec.epochs):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.loading import Transform
 from clipgraft.data.pairs import Pairs
+from clipgraft.data.views import SeededView
+from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
+from clipgraft.train.augmented import FrozenImages, ViewedImages
 from clipgraft.train.feed import Feed
 from clipgraft.train.towers import FixedImages, FixedTexts, LiveImages, LiveTexts, Tower, trains
 
 log = logging.getLogger("clipgraft")
+_NOT_CACHED = (
+    "the image tower is frozen, but --augment crops every image anew: features are not cached, images are "
+    "decoded and encoded at every step; --cache-views K encodes K crops of each once, which is much faster"
+)
 
 
 @dataclass(frozen=True)
@@ -38,41 +49,82 @@ def prepare_inputs(
     accum_freq: int,
     seed: int,
     augment: bool,
-    autocast: bool,
+    encoder: Encoder,
     workers: int,
     progress: bool,
     image_features: Tensor | None = None,
+    cache: FeatureCache | None = None,
+    cache_views: int | None = None,
 ) -> Inputs:
     """Decide for each tower whether it is a constant, and encode once what is.
 
-    `image_features`, (N, D) unit-norm, spares encoding `train.images` where the image tower is frozen.
+    `image_features`, (N, D) unit-norm, spares encoding `train.images` where the image tower is frozen. Other
+    features of a frozen image tower are looked up in `cache`, and kept there. With `augment` a frozen image
+    tower is no constant, unless `cache_views` says how many views of each image stand for all.
 
     Raises:
-        ConfigError: nothing trains, or there is no augmentation to train with.
+        ConfigError: nothing trains, there is no augmentation to train with, or what is given does not go with
+            it.
         DataError: fewer pairs than one batch, or an image that turns out unreadable.
         ModelError: the model came without tokenizer or preprocessing.
     """
     live_images, live_texts = trains(clip, "vision"), trains(clip, "text")
     if not live_images and not live_texts:
         raise ConfigError("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
-    transform = _transform(clip, augment) if live_images else None
+    _check_views(live_images, augment, cache_views, image_features)
+    decoded = live_images or (augment and cache_views is None)
+    transform = _transform(clip, augment) if decoded else None
     feed = Feed(train, batch_size, accum_freq, seed, transform, workers)
     texts: Tower
     if live_texts:
-        texts = LiveTexts(clip, feed.captions, autocast)
+        texts = LiveTexts(encoder, feed.captions)
     else:
         log.info("the text tower is frozen: each caption is encoded once")
-        texts = FixedTexts(encode_captions(clip, feed.captions, autocast=autocast))
+        texts = FixedTexts(encode_captions(clip, feed.captions, encoder=encoder))
     if live_images:
-        return Inputs(feed, LiveImages(clip, autocast), texts, None)
-    log.info("the image tower is frozen: each image is encoded once")
-    images = image_features
-    if images is None:
-        images = _encode_once(clip, train, "training images", autocast, workers, progress)
-    val_images = None
-    if val is not None:
-        val_images = _encode_once(clip, val, "validation images", autocast, workers, progress)
-    return Inputs(feed, FixedImages(images), texts, val_images)
+        return Inputs(feed, LiveImages(encoder), texts, None)
+
+    encode = partial(_encode_once, clip, encoder=encoder, workers=workers, progress=progress, cache=cache)
+    if augment:
+        images = _augmented_images(clip, train, encode, cache_views, seed, encoder)
+    else:
+        log.info("the image tower is frozen: each image is encoded once")
+        images = FixedImages(encode(train, "training images") if image_features is None else image_features)
+    return Inputs(feed, images, texts, None if val is None else encode(val, "validation images"))
+
+
+def _augmented_images(
+    clip: Clip,
+    train: Pairs,
+    encode: Callable[..., Tensor],
+    cache_views: int | None,
+    seed: int,
+    encoder: Encoder,
+) -> Tower:
+    """A frozen image tower on random crops."""
+    if cache_views is None:
+        log.info("%s", _NOT_CACHED)
+        return FrozenImages(LiveImages(encoder))
+    log.info("the image tower is frozen: %d augmented views of each image are encoded once", cache_views)
+    transform = _transform(clip, augment=True)
+    parts = [
+        encode(train, f"training images, view {view + 1}", transform=SeededView(transform, seed, view))
+        for view in range(cache_views)
+    ]
+    return ViewedImages(torch.stack(parts))
+
+
+def _check_views(
+    live_images: bool, augment: bool, cache_views: int | None, image_features: Tensor | None
+) -> None:
+    if cache_views is not None and not augment:
+        raise ConfigError("--cache-views given without --augment: add augment, or drop cache_views")
+    if cache_views is not None and live_images:
+        raise ConfigError(
+            "--cache-views keeps features of a frozen image tower, but this run trains it: drop --cache-views"
+        )
+    if augment and image_features is not None and not live_images:
+        raise ConfigError("image_features are of images without --augment: give one of the two")
 
 
 def _transform(clip: Clip, augment: bool) -> Transform:
@@ -81,10 +133,29 @@ def _transform(clip: Clip, augment: bool) -> Transform:
     return clip.preprocess_train if augment and clip.preprocess_train else clip.require_preprocess()
 
 
-def _encode_once(clip: Clip, pairs: Pairs, what: str, autocast: bool, workers: int, progress: bool) -> Tensor:
+def _encode_once(
+    clip: Clip,
+    pairs: Pairs,
+    what: str,
+    *,
+    encoder: Encoder,
+    workers: int,
+    progress: bool,
+    cache: FeatureCache | None,
+    transform: Transform | None = None,
+) -> Tensor:
     with tqdm(desc=what, total=len(pairs), unit="image", disable=None if progress else True) as bar:
 
         def advance(images: int) -> None:
             bar.update(images)
 
-        return encode_images(clip, pairs.images, workers=workers, autocast=autocast, progress=advance)
+        return encode_images(
+            clip,
+            pairs.images,
+            workers=workers,
+            encoder=encoder,
+            progress=advance,
+            cache=cache,
+            transform=transform,
+            label=what,
+        )

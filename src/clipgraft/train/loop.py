@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoin
 from clipgraft.train.feed import Feed, MicroBatch
 from clipgraft.train.objective import contrastive_loss
 from clipgraft.train.optim import Schedule, clamp_logit_scale, set_lr
+from clipgraft.train.readings import Readings, not_finite
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.stop import Interrupted, stop_requests
 from clipgraft.train.towers import Tower
@@ -88,50 +88,50 @@ class Loop:
 
     def _epoch(self, folder: RunFolder, epoch: int, position: Position, stop: threading.Event) -> Position:
         self.clip.train()
-        losses: list[float] = []
         start = position.step_in_epoch
         batches = self.feed.batches(epoch, start)
         with contextlib.closing(batches), self._bar(epoch, start) as bar:
-            started = time.perf_counter()
+            readings = Readings(folder, bar, self.clip.device)
             for number, batch in enumerate(_until(stop, batches), start=start + 1):
-                values = self._step(batch, position.step)
                 position = Position(epoch, number, position.step + 1)
-                values["pairs_per_second"] = _pairs(batch) / (time.perf_counter() - started)
-                folder.event("train", position.step, values)
-                losses.append(values["loss"])
-                _advance(bar, values)
+                lr, loss = self._step(batch, position.step)
+                readings.add(position.step, lr, _pairs(batch), loss, self.clip.logit_scale)
                 if number < self.feed.steps and self._checkpoint_is_due(position.step):
+                    readings.read()
                     self._checkpoint(folder, position)
-                started = time.perf_counter()
+            readings.read()
         # Before the evaluation: it may be long, and a run that goes on from here repeats it.
         self._checkpoint(folder, position)
         if stop.is_set():
             raise self._interrupted(position)
-        if losses:
-            log.info("epoch %d of %d: mean loss %.4f", epoch + 1, self.epochs, sum(losses) / len(losses))
+        if readings.losses:
+            mean = sum(readings.losses) / len(readings.losses)
+            log.info("epoch %d of %d: mean loss %.4f", epoch + 1, self.epochs, mean)
         return Position(epoch + 1, 0, position.step)
 
-    def _step(self, batch: Sequence[MicroBatch], step: int) -> dict[str, float]:
-        lr = self.schedule(step)
+    def _step(self, batch: Sequence[MicroBatch], number: int) -> tuple[float, Tensor]:
+        """Take step `number`, counted from 1; its learning rate, and the loss before it."""
+        lr = self.schedule(number - 1)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            loss = contrastive_backward([self._encode(part) for part in batch], self._loss(batch)).item()
+            loss = contrastive_backward([self._encode(part) for part in batch], self._loss(batch))
         except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
-                f"out of GPU memory at step {step + 1}: halve --batch-size and double --accum-freq, "
+                f"out of GPU memory at step {number}: halve --batch-size and double --accum-freq, "
                 "which changes nothing else, or add --grad-checkpointing"
             ) from error
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step + 1}: likely {_cause(step, lr)}")
-        if step == 0 and lora_state(self.clip) is not None:
+        if self.clip.device.type == "cpu" and not math.isfinite(loss):
+            # Before the update, so that what a library user holds is not spoilt; elsewhere reading it costs.
+            raise not_finite(number, lr, float(loss))
+        if number == 1 and lora_state(self.clip) is not None:
             verify_gradients(self.clip)
         if self.grad_clip_norm is not None:
             trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(trainable, self.grad_clip_norm)
         self.optimizer.step()
         clamp_logit_scale(self.clip.logit_scale)
-        return {"loss": loss, "lr": lr, "logit_scale": self.clip.logit_scale.exp().item()}
+        return lr, loss
 
     def _encode(self, part: MicroBatch) -> Callable[[], Features]:
         device = self.clip.device
@@ -172,19 +172,6 @@ class Loop:
             unit="step",
             disable=None if self.progress else True,
         )
-
-
-def _cause(step: int, lr: float) -> str:
-    """Why a loss is not finite: before the first update it cannot be the learning rate."""
-    if step == 0:
-        return "the base or an image holds broken values; check --pretrained, or use --precision fp32"
-    return f"the learning rate ({lr:g}) is too high; lower --lr, raise --warmup, or add --grad-clip-norm 1"
-
-
-def _advance(bar: tqdm[Any], values: Mapping[str, float]) -> None:
-    shown = {"loss": f"{values['loss']:.3f}", "images/s": f"{values['pairs_per_second']:.0f}"}
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
 
 
 def _pairs(batch: Sequence[MicroBatch]) -> int:

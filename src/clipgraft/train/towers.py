@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.inject import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower as TowerName
@@ -50,27 +50,22 @@ class FixedTexts:
 class LiveImages:
     """The image tower on the pixels of the batch."""
 
-    clip: Clip
-    autocast: bool
+    encoder: Encoder
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         assert batch.pixels is not None
-        with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.clip.encode_image(batch.pixels)
+        return self.encoder.encode_image(batch.pixels)
 
 
 class LiveTexts:
-    """The text tower on captions that were tokenized once; each batch is cut at its longest caption."""
+    """The text tower on captions that were tokenized once."""
 
-    def __init__(self, clip: Clip, captions: Sequence[str], autocast: bool) -> None:
-        self.clip = clip
-        self.autocast = autocast
-        self.tokens = clip.tokenize(captions)
+    def __init__(self, encoder: Encoder, captions: Sequence[str]) -> None:
+        self.encoder = encoder
+        self.tokens = encoder.clip.tokenize(captions)
 
     def __call__(self, batch: MicroBatch) -> Tensor:
-        tokens = self.tokens[batch.caption_ids]
-        with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.clip.encode_text(tokens)
+        return self.encoder.encode_text(self.tokens[batch.caption_ids])
 
 
 def trains(clip: Clip, tower: TowerName) -> bool:

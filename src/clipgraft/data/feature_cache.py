@@ -1,0 +1,276 @@
+"""Features of a frozen tower on disk: computed once, shared by every run that meets the same base and images.
+
+One folder an entry, named by what its values depend on besides the image (`FeatureKey`), in it shards
+(`cache_shards`). An image is found by its file's identity, so a file that changed is computed again and a
+table that grew costs its new images alone. Readers and writers need no lock: files appear whole, under names
+of their own, and are never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipgraft.data.cache_room import ENTRY, Room, format_bytes
+from clipgraft.data.cache_shards import (
+    Shard,
+    ShardError,
+    list_shards,
+    mark_used,
+    open_rows,
+    read_shard,
+    remove_shard,
+    write_shard,
+)
+from clipgraft.data.file_identity import ID_BYTES, file_ids
+from clipgraft.data.stored_rows import Array, Compute, StoredRows, to_array
+from clipgraft.files import cache_folder, write_json
+
+log = logging.getLogger("clipgraft")
+FORMAT = 1
+_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """What stored values depend on besides the image file.
+
+    Attributes:
+        tower: fingerprint of the image tower.
+        preprocessing: every step from the decoded image to the tower's input, with its parameters.
+        stored: what is kept of an image, "image features" or "input of vision block 9".
+        precision: what it was computed in.
+        dtype: what it is kept in, a torch dtype's name.
+        shortest: the smallest side that a JPEG could be decoded at.
+    """
+
+    tower: str
+    preprocessing: str
+    stored: str
+    precision: str
+    dtype: str = "float32"
+    shortest: int | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def default_folder() -> Path:
+    """`features` in the folder that caches share."""
+    return cache_folder() / "features"
+
+
+@dataclass
+class _Found:
+    """The shards that hold wanted images, and where each image lies: id -> (shard, row)."""
+
+    shards: list[Shard] = field(default_factory=list)
+    arrays: list[Array] = field(default_factory=list)
+    place: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
+
+    @property
+    def used(self) -> set[Path]:
+        """The index files of the shards."""
+        return {shard.index for shard in self.shards}
+
+
+class FeatureCache:
+    """A folder of features, bounded in size; safe to share between threads and processes.
+
+    Nothing that is wrong with the folder stops a run: what cannot be read is computed, what cannot be written
+    is kept in memory, and one line says so.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: float = 20e9,
+        shard_bytes: int = 64 << 20,
+        shard_seconds: float = 30.0,
+    ) -> None:
+        """`max_bytes` bounds the folder. A killed build loses at most `shard_bytes`, or `shard_seconds`."""
+        self.folder = folder
+        self.room = Room(folder, int(max_bytes))
+        self.shard_bytes = shard_bytes
+        self.shard_seconds = shard_seconds
+
+    def get_or_compute(
+        self,
+        key: FeatureKey,
+        paths: Sequence[Path],
+        compute: Compute,
+        *,
+        label: str = "image features",
+        item_shape: tuple[int, ...] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> StoredRows:
+        """One row for each path, in order; only images that the cache does not hold are computed.
+
+        Args:
+            key: what the values depend on besides the image.
+            paths: image files, at least one.
+            compute: called at most once, with the images that are missing, each once.
+            label: begins the line that says how many images were known.
+            item_shape: of one row, where it is known: the size is then checked before anything is computed,
+                else after the first batch.
+            progress: told how many images were known.
+        """
+        ids = file_ids(paths)
+        found = self._find(key, set(ids), check=True)
+        _say_damage(found.damage, self.folder / key.digest)
+        missing = {name: path for name, path in zip(ids, paths, strict=True) if name not in found.place}
+        known = sum(name in found.place for name in ids)
+        if progress is not None and known:
+            progress(known)
+        if missing:
+            build = _Build(self, key, list(missing), label, found)
+            build.run(list(missing.values()), compute, item_shape)
+        counts = f"{known:,} from the cache, {len(missing):,} encoded"
+        log.info("%s: %s images, %s", label, f"{len(ids):,}", counts)
+        places = np.array([found.place[name] for name in ids], np.int64)
+        return StoredRows(found.arrays, places[:, 0], places[:, 1], key.torch_dtype)
+
+    def shortage(self, key: FeatureKey, paths: Sequence[Path], row_bytes: int) -> str | None:
+        """Why values of these images would not be written, in one line with what to do; None if they would.
+
+        For callers that can do better than to keep all of them in memory. Nothing is evicted yet.
+        """
+        ids = set(file_ids(paths))
+        found = self._find(key, ids, check=False)
+        needed = (len(ids) - len(found.place)) * (row_bytes + ID_BYTES)
+        return self.room.shortage(needed, found.used)
+
+    def _find(self, key: FeatureKey, wanted: set[bytes], *, check: bool) -> _Found:
+        """What the entry holds of `wanted`; with `check` arrays are verified and opened, damage dropped."""
+        found = _Found()
+        for kept in list_shards(self.folder / key.digest):
+            try:
+                shard = read_shard(kept.index)
+                rows = {
+                    name: row
+                    for row, name in enumerate(shard.ids)
+                    if name in wanted and name not in found.place
+                }
+                if rows and check:
+                    found.arrays.append(open_rows(shard))
+                    mark_used(shard)
+            except ShardError as damage:
+                if check:
+                    found.damage.append(str(damage))
+                    remove_shard(kept.index)
+                continue
+            except OSError:  # evicted at this moment, or not ours to read
+                continue
+            if rows:
+                found.place.update({name: (len(found.shards), row) for name, row in rows.items()})
+                found.shards.append(shard)
+        return found
+
+
+class _Build:
+    """One computation of missing rows, written shard by shard where there is room, else kept in memory."""
+
+    def __init__(
+        self, cache: FeatureCache, key: FeatureKey, ids: list[bytes], label: str, found: _Found
+    ) -> None:
+        self.cache, self.key, self.ids, self.label, self.found = cache, key, ids, label, found
+        self.folder = cache.folder / key.digest
+        self.writing: bool | None = None
+        self.pending: list[Array] = []
+        self.done = 0
+        self.since = time.monotonic()
+
+    def run(self, paths: Sequence[Path], compute: Compute, item_shape: tuple[int, ...] | None) -> None:
+        """Compute, write and extend `found`; rows that are done when `compute` fails are kept as well."""
+        if item_shape is not None:
+            self._decide(int(np.prod(item_shape)) * self.key.torch_dtype.itemsize)
+        try:
+            compute(paths, self._add)
+        finally:
+            if self.pending:
+                self._flush()
+            if self.writing:  # another process may have written beside this one
+                self.cache.room.make(0, self.found.used)
+        if self.done != len(self.ids):
+            raise RuntimeError(f"{self.done} rows were computed for {len(self.ids)} images")
+
+    def _add(self, rows: Tensor) -> None:
+        array = to_array(rows, self.key.torch_dtype)
+        if self.writing is None:
+            self._decide(array[0].nbytes)
+        if not self.pending:
+            self.since = time.monotonic()
+        self.pending.append(array)
+        full = sum(part.nbytes for part in self.pending) >= self.cache.shard_bytes
+        if full or time.monotonic() - self.since >= self.cache.shard_seconds:
+            self._flush()
+
+    def _decide(self, row_bytes: int) -> None:
+        """Whether all missing rows will fit, before any of them is written."""
+        needed = len(self.ids) * (row_bytes + ID_BYTES)
+        shortage = self.cache.room.make(needed, self.found.used)
+        self.writing = shortage is None
+        if shortage is not None:
+            log.warning("%s: features are kept in memory only: %s", self.label, shortage)
+            return
+        where, images = self.cache.folder, f"{len(self.ids):,}"
+        log.info("%s: %s images to encode, %s to keep in %s", self.label, images, format_bytes(needed), where)
+
+    def _flush(self) -> None:
+        rows = self.pending[0] if len(self.pending) == 1 else np.concatenate(self.pending)
+        self.pending.clear()
+        ids = self.ids[self.done : self.done + len(rows)]
+        if self.writing:
+            try:
+                rows = self._write(ids, rows)
+            except OSError as error:
+                self._give_up(error)
+        part = len(self.found.arrays)
+        self.found.arrays.append(rows)
+        self.found.place.update({name: (part, row) for row, name in enumerate(ids)})
+        self.done += len(rows)
+
+    def _write(self, ids: list[bytes], rows: Array) -> Array:
+        """The rows as they lie on disk. Raises OSError."""
+        if not (self.folder / ENTRY).exists():  # the first shard, or the entry was evicted meanwhile
+            write_json(self.folder / ENTRY, asdict(self.key))
+        shard, mapped = write_shard(self.folder, ids, rows, self.key.dtype)
+        self.found.shards.append(shard)
+        return mapped
+
+    def _give_up(self, error: OSError) -> None:
+        self.writing = False
+        log.warning(
+            "%s: features are kept in memory only: the feature cache %s cannot be written (%s); "
+            "give --feature-cache another folder, or 'none'",
+            self.label,
+            self.cache.folder,
+            error.strerror or error,
+        )
+
+
+def _say_damage(damage: Sequence[str], folder: Path) -> None:
+    if damage:
+        reasons = "; ".join(dict.fromkeys(damage))
+        what = "a damaged shard was" if len(damage) == 1 else f"{len(damage)} damaged shards were"
+        log.warning("feature cache %s: %s dropped (%s); its images are encoded again", folder, what, reasons)

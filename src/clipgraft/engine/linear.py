@@ -1,0 +1,112 @@
+"""A linear map with the low-rank updates of all its parts, as one operation.
+
+    y = x·Wᵀ + b + (m ⊙ x)·Aᵀ·Bᵀ
+
+A stacks the A of every updated part (q, k and v share one product) and B is their block-diagonal, scale
+included; m is the dropout mask, shared by the parts. A frozen W has no gradient and no copy of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgraft.engine.dropout import masked, random_mask
+from clipgraft.engine.products import Frozen
+from clipgraft.lora.layers import LoraLayer
+
+
+@dataclass(frozen=True)
+class Update:
+    """A low-rank update and the outputs that it changes."""
+
+    layer: LoraLayer
+    rows: slice
+
+
+def frozen_linear(x: Tensor, frozen: Frozen, updates: list[Update]) -> Tensor:
+    """(N, in) -> (N, out) through a frozen map, in the type of `x`."""
+    mask, slots, factors = _low_rank(x, updates)
+    y: Tensor = _FrozenLinear.apply(x, frozen, mask, slots, *factors)
+    return y
+
+
+def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
+    """The same through a map whose weights may train, in steps that autograd differentiates."""
+    y = F.linear(x, weight, bias)
+    if updates:
+        mask, slots, factors = _low_rank(x, updates)
+        a, b = _stack(factors, slots, weight.shape[0], x.dtype)
+        y = y + F.linear(F.linear(x if mask is None else masked(x, mask), a), b)
+    return y
+
+
+_Slot = tuple[slice, int, float]
+"""Rows of the output, rank, and scale of one update."""
+
+
+def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[_Slot], list[Tensor]]:
+    """The dropout mask, and A and B of every update."""
+    mask, kept = None, 1.0
+    if updates and updates[0].layer.dropout and updates[0].layer.training:
+        mask, kept = random_mask(x, updates[0].layer.dropout)
+    slots = [(update.rows, update.layer.r, update.layer.scaling / kept) for update in updates]
+    factors = [f.flatten(1) for update in updates for f in (update.layer.lora_A, update.layer.lora_B)]
+    return mask, slots, factors
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The operation above; gradients go to x and to the factors alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: Frozen, mask: Tensor | None, slots: list[_Slot], *factors: Tensor
+    ) -> Tensor:
+        ctx.frozen, ctx.slots = frozen, slots
+        y = frozen.forward(x)
+        if factors:
+            a, b = _stack(list(factors), slots, frozen.shape[0], x.dtype)
+            # Only the dropped input is needed again.
+            dropped = x if mask is None else masked(x, mask)
+            low = F.linear(dropped, a)
+            ctx.save_for_backward(dropped, mask, low, a, b)
+            y.addmm_(low, b.T)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad_x = ctx.frozen.backward(grad) if ctx.needs_input_grad[0] else None
+        if not ctx.slots:
+            return grad_x, None, None, None
+        dropped, mask, low, a, b = ctx.saved_tensors
+        grad_low = grad @ b
+        if grad_x is not None and mask is None:
+            grad_x.addmm_(grad_low, a)
+        elif grad_x is not None:
+            grad_x += masked(grad_low @ a, mask)
+        return grad_x, None, None, None, *_factor_grads(ctx.slots, grad_low.T @ dropped, grad.T @ low)
+
+
+def _factor_grads(slots: list[_Slot], grad_a: Tensor, grad_b: Tensor) -> list[Tensor]:
+    """Gradients of each A and B out of those of the stacked ones, in at least fp32."""
+    wide = torch.promote_types(grad_a.dtype, torch.float32)
+    grads, column = [], 0
+    for rows, r, scale in slots:
+        columns = slice(column, column + r)
+        grads += [grad_a[columns].to(wide), grad_b[rows, columns].to(wide) * scale]
+        column += r
+    return grads
+
+
+def _stack(factors: list[Tensor], slots: list[_Slot], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A of (Σr, in), and the block-diagonal B of (out, Σr) with the scales in it."""
+    a = torch.cat(factors[0::2]).to(dtype)
+    columns = [
+        F.pad(factor * scale, (0, 0, rows.start, out - rows.stop))
+        for factor, (rows, _, scale) in zip(factors[1::2], slots, strict=True)
+    ]
+    return a, torch.cat(columns, dim=1).to(dtype)

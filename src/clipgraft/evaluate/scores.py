@@ -1,0 +1,184 @@
+"""Dot products of two sets of vectors: many at once with a known error, or single ones, always the same bits.
+
+`Products` multiplies blocks in bfloat16, float32 or float64 and says by how much a score may be off; `Exact`
+scores chosen pairs in float64 in an order of additions that depends on nothing but the two vectors.
+
+The bound. A row x is first rounded to the number type of the product, x' = x + d, and |d| is measured, not
+estimated. Then x'·y' is off from x·y by at most |dx|·|y| + |x'|·|dy| (Cauchy-Schwarz), and the sum of D
+products in *any* order by D·u / (1 - D·u) · |x'|·|y'| (Higham, *Accuracy and Stability of Numerical
+Algorithms*, 2nd ed., eq. 3.5), where u is half an epsilon of the type that sums: float64's own, and float32's
+for float32 and for bfloat16, which oneDNN and PyTorch's own kernels sum in float32. A block in bfloat16 is
+rounded once more when it is stored. That needs no room in the bound: rounding keeps order, so whoever rounds
+the threshold as well loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipgraft.errors import TrainingError
+from clipgraft.models.precision import bf16_is_fast
+
+_PLAIN = 4  # rows up to 2^4 long, or down to 2^-4, are used unscaled
+_CACHE_BYTES = 2**20
+_SPARE = 8  # more roundings than the few scalar ones of bounds and thresholds
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One modality: rows as given (n, D), a power of two that brings the longest near 1, and norms."""
+
+    rows: Tensor
+    scale: float
+    norm: Tensor  # float64 (n,), of the scaled rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Scaled rows in another type; scaling by a power of two changes no digit."""
+        rows = self.rows[which]
+        wide = rows if rows.dtype == torch.float64 else rows.to(torch.promote_types(dtype, torch.float32))
+        return (wide if self.scale == 1 else wide * self.scale).to(dtype)
+
+
+def measured(rows: Tensor, kind: str, block_bytes: int) -> Vectors:
+    """Floating (n, D) rows with their norms.
+
+    Raises:
+        TrainingError: a row is not finite; comparisons with NaN are all false and would look like rank 1.
+    """
+    parts = list(parts_of(len(rows), rows.shape[1], block_bytes))
+    norm = torch.cat([torch.linalg.vector_norm(rows[part].double(), dim=1) for part in parts])
+    broken = (~norm.isfinite()).nonzero()
+    if len(broken):
+        raise TrainingError(
+            f"{kind} features hold NaN or infinity in {len(broken)} of {len(rows)} rows (first: row "
+            f"{int(broken[0])}): the model diverged or overflowed; lower the learning rate or use fp32/bf16."
+        )
+    exponent = math.frexp(float(norm.max()))[1]
+    scale = 1.0 if abs(exponent) <= _PLAIN else 2.0 ** -max(-1000, min(1000, exponent))
+    return Vectors(rows, scale, norm * scale)
+
+
+class Products:
+    """Blocks of scores left @ right.T in one number type.
+
+    Attributes:
+        left_slack: float64 (n,), a score of each left row is off by less than this, whatever the right row.
+        right_slack: float64 (m,), the same of each right row.
+    """
+
+    def __init__(self, left: Vectors, right: Vectors, dtype: torch.dtype, block_bytes: int) -> None:
+        self.dtype = dtype
+        self._left, self._right = left, right
+        left_off = _rounding(left, dtype, block_bytes)
+        right_off = _rounding(right, dtype, block_bytes)
+        self.left_slack = _slack(left, left_off, right, right_off, dtype)
+        self.right_slack = _slack(right, right_off, left, left_off, dtype)
+
+    def block(self, left: slice, right: slice) -> Tensor:
+        """(a, b) scores of some left with some right rows."""
+        return self._left.take(left, self.dtype) @ self._right.take(right, self.dtype).T
+
+
+def usable_types(device: torch.device) -> list[torch.dtype]:
+    """The number types worth a try, the fastest and coarsest first; float64 always ends the list.
+
+    bfloat16 only on processors: graphics cards may sum it in bfloat16. float32 only where it is not
+    secretly less, which several settings of PyTorch ask for.
+    """
+    types = [torch.bfloat16] if device.type == "cpu" and bf16_is_fast(device) else []
+    if _float32_is_whole(device):
+        types.append(torch.float32)
+    return [*types, torch.float64]
+
+
+class Exact:
+    """Scores of chosen pairs, in float64: the same two vectors always give the same bits."""
+
+    def __init__(self, left: Vectors, right: Vectors, block_bytes: int) -> None:
+        self._left, self._right, self._block_bytes = left, right, block_bytes
+
+    def pairs(self, left_row: Tensor, right_row: Tensor) -> Tensor:
+        """float64 (p,): left[left_row[k]] · right[right_row[k]]."""
+        scores = torch.empty(len(left_row), dtype=torch.float64, device=left_row.device)
+        for part in parts_of(len(left_row), self._left.rows.shape[1], self._block_bytes):
+            terms = self._left.take(left_row[part], torch.float64)
+            terms *= self._right.take(right_row[part], torch.float64)
+            scores[part] = _fixed_sum(terms)
+        return scores
+
+
+def identities(rows: Tensor, block_bytes: int) -> Tensor:
+    """int64 (n,): rows that share a number are equal. Most equal rows do share one; that is not promised.
+
+    Rows are sorted by a hash of their bits, and each is compared with the one before it.
+    """
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    weights = weights.to(rows.device) | 1
+    parts = parts_of(len(rows), rows.shape[1], block_bytes)
+    hashes = torch.cat([(rows[part].contiguous().view(bits).long() * weights).sum(1) for part in parts])
+    order = hashes.argsort()
+    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    for part in parts_of(len(rows) - 1, rows.shape[1], block_bytes):
+        new[1:][part] = (rows[order[:-1][part]] != rows[order[1:][part]]).any(1)
+    numbers = torch.empty_like(order)
+    numbers[order] = new.cumsum(0)
+    return numbers
+
+
+def parts_of(count: int, width: int, block_bytes: int) -> Iterator[slice]:
+    """Slices of `count` rows whose float64 copy of `width` columns stays within `block_bytes` and a cache."""
+    step = max(1, min(block_bytes, _CACHE_BYTES) // (8 * width))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _rounding(vectors: Vectors, dtype: torch.dtype, block_bytes: int) -> Tensor:
+    """float64 (n,): the length of what each row loses when it is rounded to `dtype`."""
+    if torch.promote_types(vectors.rows.dtype, dtype) == dtype:
+        return torch.zeros_like(vectors.norm)
+    lost = []
+    for part in parts_of(len(vectors), vectors.rows.shape[1], block_bytes):
+        whole = vectors.take(part, torch.float64)
+        lost.append(torch.linalg.vector_norm(whole - vectors.take(part, dtype).double(), dim=1))
+    return torch.cat(lost)
+
+
+def _slack(
+    query: Vectors, query_off: Tensor, other: Vectors, other_off: Tensor, dtype: torch.dtype
+) -> Tensor:
+    columns = query.rows.shape[1]
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    units = (columns + _SPARE) * torch.finfo(sums).eps / 2
+    relative = units / (1 - units) if units < 0.5 else math.inf
+    longest, worst = other.norm.max(), other_off.max()
+    rounded = query.norm + query_off
+    vanished = 4 * columns * 2**_PLAIN * torch.finfo(sums).tiny  # products too small for the type
+    slack = query_off * longest + rounded * worst + relative * rounded * (longest + worst) + vanished
+    widened: Tensor = slack * (1 + 1e-9)
+    return widened
+
+
+def _float32_is_whole(device: torch.device) -> bool:
+    """Whether a float32 product keeps all 24 bits of its factors: TF32 has 11, bfloat16 8, two of them 16."""
+    probe, one = torch.zeros(2, 64, 64, device=device)
+    probe[:, 0], one[:, 0] = 1 + 2.0**-11 + 2.0**-23, 1
+    wanted = probe[0, 0]
+    return bool((probe @ one.T == wanted).all() and (one @ probe.T == wanted).all())
+
+
+def _fixed_sum(terms: Tensor) -> Tensor:
+    """Sum (p, D) over D, in place, by folding halves: elementwise additions leave the order to nobody."""
+    width = terms.shape[1]
+    while width > 1:
+        half = width // 2
+        terms[:, :half] += terms[:, width - half : width]
+        width -= half
+    return terms[:, 0]

@@ -1,0 +1,71 @@
+"""Which number type features are computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipgraft.models import precision
+from clipgraft.models.clip import as_clip
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Each test measures anew, and leaves nothing of it behind."""
+    precision.bf16_is_fast.cache_clear()
+    yield
+    precision.bf16_is_fast.cache_clear()
+
+
+def take(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[torch.dtype]:
+    """Stub the measurement; returns the list of types that were measured."""
+    measured: list[torch.dtype] = []
+
+    def seconds(_: torch.device, dtype: torch.dtype) -> float:
+        measured.append(dtype)
+        return {torch.float32: fp32, torch.bfloat16: bf16}[dtype]
+
+    monkeypatch.setattr(precision, "_matmul_seconds", seconds)
+    return measured
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "fast"), [(6.0, 1.0, True), (1.0, 1.0, False), (1.0, 30.0, False)])
+def test_auto_follows_the_measurement(
+    fp32: float, bf16: float, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding on a processor without bf16 units would be thirty times slower, or miss a fast one."""
+    take(monkeypatch, fp32, bf16)
+    assert precision.use_autocast(None, CPU) is fast
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_a_choice_is_not_measured(choice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--precision fp32` would still compute in bf16."""
+    measured = take(monkeypatch, 1.0, 1.0)
+    assert precision.use_autocast(choice, CPU) is choice
+    assert measured == []
+
+
+def test_a_device_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls of one run could disagree, and its features would not compare."""
+    measured = take(monkeypatch, 6.0, 1.0)
+    assert [precision.use_autocast(None, CPU) for _ in range(3)] == [True] * 3
+    assert len(measured) == 2
+
+
+def test_bf16_features_stay_close(tiny_openclip: nn.Module) -> None:
+    """Evaluation that chooses bf16 by itself would report another model's numbers."""
+    clip = as_clip(tiny_openclip)
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = clip.encode_image(pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = clip.encode_image(pixels).float()
+    assert not torch.equal(exact, rounded)
+    assert F.cosine_similarity(exact, rounded).min() >= 0.999
