@@ -38,6 +38,11 @@ def _words(value: Any) -> Any:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
+def _precision(value: Any) -> Any:
+    """open_clip's other names; its `amp` is float16 on GPUs, of which bf16 is the sturdier relative."""
+    return "amp_bf16" if value in ("amp", "amp_bfloat16") else value
+
+
 def _path(value: Any) -> Any:
     """An unset shell variable gives "", which as a path would mean the current folder."""
     if value == "":
@@ -48,6 +53,7 @@ def _path(value: Any) -> Any:
 RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
 AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
+Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -70,9 +76,16 @@ class ModelSpec(Spec):
         None, description="open_clip tag, local checkpoint, or 'none' for random weights"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["fp32", "amp_bf16", "bf16"] = Field(
-        "fp32", description="amp_bf16 computes in bf16 where it is safe; bf16 also stores the base so"
+    precision: Precision = Field(
+        "auto",
+        description="amp_bf16 computes in bf16 where it is safe, auto does if that is faster here; bf16 also "
+        "stores the base so",
     )
+
+    @property
+    def autocast(self) -> bool | None:
+        """Whether to compute in bf16 on a base that is stored in fp32; None leaves it to a measurement."""
+        return None if self.precision == "auto" else self.precision == "amp_bf16"
 
 
 class DataSpec(Spec):
@@ -95,6 +108,9 @@ class DataSpec(Spec):
         None,
         description="folder where features of a frozen image tower are kept for later runs, or 'none' "
         "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
+    )
+    exact_preprocess: bool = Field(
+        False, description="preprocess images with the base's own transform, to the last grey level"
     )
     cache_gb: float = Field(20.0, gt=0, description="most that folder may grow to; what was used last stays")
 
@@ -148,6 +164,10 @@ class TrainSpec(Spec):
     lock_image_unlocked_groups: int = Field(0, ge=0, description="groups at its end to leave trainable")
     lock_text: bool = Field(False, description="freeze the text tower")
     lock_text_unlocked_layers: int = Field(0, ge=0, description="layers at its end to leave trainable")
+    negatives: Literal["batch", "gallery"] | None = Field(
+        None,
+        description="contrast with the batch, or with all features of a frozen tower (default: if it is one)",
+    )
     augment: bool = Field(False, description="random crops of the training images")
     cache_views: int | None = Field(
         None, ge=1, description="with --augment and a frozen image tower: encode this many crops of each once"

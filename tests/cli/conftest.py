@@ -54,8 +54,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(tiny_config: Path) -> list[str]:
-    """Flags of a tiny open_clip base with fixed random weights."""
-    return ["--model", str(tiny_config), "--pretrained", "none"]
+    """Flags of a tiny open_clip base with fixed random weights, the same bits on every machine."""
+    return ["--model", str(tiny_config), "--pretrained", "none", "--precision", "fp32"]
 
 
 @pytest.fixture

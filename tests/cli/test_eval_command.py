@@ -13,6 +13,7 @@ import clipgraft as cg
 from clipgraft.cli.eval import measure
 from clipgraft.cli.eval import table as print_table
 from clipgraft.data import features
+from clipgraft.models import precision
 from clipgraft.models.load import load
 
 
@@ -79,7 +80,7 @@ def test_images_are_encoded_again_only_if_their_tower_is_adapted(
                     seen.append(len(paths)) or real(paths, *args, **options)
                 ),
             )
-            found = measure(clip, pairs, 5, 0, False)
+            found = measure(clip, pairs, batch_size=5, workers=0)
         assert seen == times * [len(pairs)]
         assert found["adapter"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
 
@@ -159,8 +160,38 @@ def test_the_cache_lies_where_the_environment_says(
     monkeypatch.setenv("CLIPGRAFT_CACHE", str(tmp_path / "there"))
     words = ["--val-data", table, "--workers", 0]
     assert cli("eval", *base, *words, "--feature-cache", "none").code == 0
-    assert not (tmp_path / "there").exists()
+    assert not (tmp_path / "there" / "features").exists()
     assert cli("eval", *base, *words, "--cache-gb", "1e-6").code == 0
-    assert not (tmp_path / "there").exists(), "more than a kilobyte"
+    assert not (tmp_path / "there" / "features").exists(), "more than a kilobyte"
     assert cli("eval", *base, *words).code == 0
     assert list((tmp_path / "there" / "features").glob("*/*.npy"))
+
+
+def test_exact_preprocessing_is_asked_for(
+    cli: Any, train: Any, base: list[str], table: Path, tmp_path: Path
+) -> None:
+    """Who compares with another tool's features to the last digit needs the base's own transform."""
+    cache = ["--feature-cache", tmp_path / "features"]
+    words = [*base, "--val-data", table, "--workers", 0, *cache]
+    known = "12 from the cache, 0 encoded"
+    assert known not in cli("eval", *words).out
+    assert known not in cli("eval", *words, "--exact-preprocess").out
+    assert known in cli("eval", *words, "--exact-preprocess").out
+    assert known in train("--use-lora", "--exact-preprocess", *cache).out
+
+
+@pytest.mark.parametrize(("fp32", "chosen"), [(4.2, "bf16"), (1.0, "fp32")])
+def test_precision_is_measured_unless_it_is_chosen(
+    fp32: float,
+    chosen: str,
+    cli: Any,
+    base: list[str],
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Evaluation would be several times slower than it could be, and nobody would know."""
+    monkeypatch.setattr(precision, "bf16_speed", lambda device: fp32)
+    words = ["--val-data", table, "--workers", 0]
+    assert f"computing in {chosen}" in cli("eval", *base, *words, "--precision", "auto").out
+    assert f"computing in {chosen}" in cli("eval", *base[:-2], *words).out
+    assert "computing in" not in cli("eval", *base, *words).out

@@ -80,6 +80,7 @@ SWITCHES = (
     "--use-lora",
     "--save-lora-only",
     "--augment",
+    "--exact-preprocess",
 )
 
 
@@ -99,6 +100,24 @@ def test_switches_switch(flag: str) -> None:
     assert values()[name] is False
     assert values(flag)[name] is True
     assert values(flag, flag.replace("--", "--no-"))[name] is False
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("auto", None),
+        ("fp32", False),
+        ("bf16", False),
+        ("amp", True),
+        ("amp_bfloat16", True),
+        ("amp_bf16", True),
+    ],
+)
+def test_precision_in_open_clips_words(given: str, wanted: bool | None) -> None:
+    """A command copied from open_clip would stop at its `--precision amp`."""
+    (spec,) = parse("eval", "", [ModelSpec], ["--precision", given])
+    assert spec.autocast is wanted
+    assert spec.precision == ("amp_bf16" if wanted else given)
 
 
 def test_defaults_are_open_clips() -> None:
@@ -126,7 +145,10 @@ def test_defaults_are_open_clips() -> None:
         (["--lr=inf"], "--lr: got 'inf', allowed is a finite number"),
         (["--batch-size", "1"], "--batch-size: got '1', allowed is greater than or equal to 2"),
         (["--epochs", "1.5"], "--epochs: got '1.5', allowed is a valid integer"),
-        (["--precision", "fp16"], "--precision: got 'fp16', allowed is one of 'fp32', 'amp_bf16' or 'bf16'"),
+        (
+            ["--precision", "fp16"],
+            "--precision: got 'fp16', allowed is one of 'auto', 'fp32', 'amp_bf16' or 'bf16'",
+        ),
         (["--resume", "epoch_3.pt"], "--resume: got 'epoch_3.pt', allowed is one of 'latest'"),
         (["--lora-dropout", "1"], "--lora-dropout: got '1', allowed is less than 1"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -18,9 +19,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Each test measures anew, and leaves nothing of it behind."""
-    precision.bf16_is_fast.cache_clear()
+    precision.bf16_speed.cache_clear()
     yield
-    precision.bf16_is_fast.cache_clear()
+    precision.bf16_speed.cache_clear()
 
 
 def take(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[torch.dtype]:
@@ -59,6 +60,37 @@ def test_a_device_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(measured) == 2
 
 
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "told"),
+    [
+        (
+            4.2,
+            1.0,
+            "computing in bf16: this CPU multiplies it 4.2 times as fast as fp32; "
+            "--precision fp32 for full precision",
+        ),
+        (
+            1.0,
+            2.0,
+            "computing in fp32: this CPU multiplies bf16 only 0.5 times as fast; "
+            "--precision amp_bf16 to do so all the same",
+        ),
+    ],
+)
+def test_what_was_measured_is_told(
+    fp32: float,
+    bf16: float,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Results would differ from another machine's, and nothing would say why."""
+    caplog.set_level(logging.INFO, "clipgraft")
+    take(monkeypatch, fp32, bf16)
+    precision.use_autocast(None, CPU)
+    assert caplog.messages == [told]
+
+
 def test_bf16_features_stay_close(tiny_openclip: nn.Module) -> None:
     """Evaluation that chooses bf16 by itself would report another model's numbers."""
     clip = as_clip(tiny_openclip)
@@ -69,3 +101,18 @@ def test_bf16_features_stay_close(tiny_openclip: nn.Module) -> None:
             rounded = clip.encode_image(pixels).float()
     assert not torch.equal(exact, rounded)
     assert F.cosine_similarity(exact, rounded).min() >= 0.999
+
+
+def test_features_are_normalised_in_full_precision(tiny_openclip: nn.Module) -> None:
+    """Unit-norm features that are 0.4 % too long or short make cosines that are wrong in the third digit."""
+    clip = as_clip(tiny_openclip)
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = clip.encode_image(pixels, normalize=True), clip.encode_text(torch.ones(4, 77).long(), True)
+    with torch.no_grad():
+        clip.to(torch.bfloat16)
+        found += (clip.encode_image(pixels, normalize=True),)
+        assert clip.encode_image(pixels).dtype == torch.bfloat16
+    for features in found:
+        assert features.dtype == torch.float32
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)), rtol=0, atol=1e-6)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clipgraft as cg
 from clipgraft.data import features
@@ -123,9 +125,38 @@ def test_a_preprocessing_that_cannot_be_named_is_used_without_the_cache(
     caplog.set_level(logging.INFO, "clipgraft")
     steps = clip.require_preprocess()
     found = encode_images(clip, pairs.images, workers=0, cache=cache, transform=lambda image: steps(image))
-    assert torch.equal(found, encode_images(clip, pairs.images, workers=0))
+    assert torch.equal(found, encode_images(clip, pairs.images, workers=0, exact_preprocess=True))
     assert "features are not cached, the preprocessing holds" in caplog.messages[0]
     assert not cache.folder.exists()
+
+
+def test_both_preprocessings_have_an_entry_of_their_own(
+    clip: Clip, tmp_path: Path, cache: FeatureCache
+) -> None:
+    """`--exact-preprocess` would be given what the fast preprocessing made, or the other way round."""
+    path = tmp_path / "photo.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=90)
+    alone = {exact: encode_images(clip, [path], workers=0, exact_preprocess=exact) for exact in (False, True)}
+    assert not torch.equal(alone[False], alone[True])
+    for exact in (False, True, False, True):
+        found = encode_images(clip, [path], workers=0, cache=cache, exact_preprocess=exact)
+        assert torch.equal(found, alone[exact])
+    assert len(list(cache.folder.glob("*/*.npy"))) == 2
+
+
+def test_runs_preprocess_as_they_are_told(
+    make_clip: MakeClip, pairs: cg.Pairs, cache: FeatureCache, tmp_path: Path, seen: list[int]
+) -> None:
+    """`--exact-preprocess` would reach training but not evaluation, or neither."""
+    fit(text_adapter(make_clip()), pairs, tmp_path / "fast", cache=cache)
+    assert sum(seen) == len(pairs)
+    fit(text_adapter(make_clip()), pairs, tmp_path / "exact", cache=cache, exact_preprocess=True)
+    assert sum(seen) == 2 * len(pairs)
+    assert "exact_preprocess: True\n" in (tmp_path / "exact" / "params.txt").read_text()
+    for exact in (False, True):
+        cg.evaluate_retrieval(make_clip(), pairs, workers=0, cache=cache, exact_preprocess=exact)
+    assert sum(seen) == 2 * len(pairs)
 
 
 def test_activations_are_stored_beside_features(
@@ -149,5 +180,5 @@ def test_activations_are_stored_beside_features(
 
     with torch.no_grad():
         alone = forward(torch.stack([steps(open_image(pairs.images[index])) for index in ids.tolist()]))
-    torch.testing.assert_close(again[ids], alone.bfloat16(), rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(again[ids], alone.bfloat16(), rtol=2e-2, atol=2e-2)
     assert torch.equal(encode_images(clip, pairs.images, workers=0, cache=cache), before)

@@ -14,13 +14,15 @@ from clipgraft.data.images import open_image
 from clipgraft.models.clip import Clip
 
 
-def test_images_in_order_and_unit_norm(clip: Clip, pairs: cg.Pairs) -> None:
+# The fast preprocessing may be a grey level of 255 off where it decodes at full size.
+@pytest.mark.parametrize(("exact", "tolerance"), [(True, 1e-6), (False, 1e-3)])
+def test_images_in_order_and_unit_norm(clip: Clip, pairs: cg.Pairs, exact: bool, tolerance: float) -> None:
     """A training image would get the features of another."""
     assert clip.preprocess is not None
-    found = encode_images(clip, pairs.images, batch_size=5, workers=0)
+    found = encode_images(clip, pairs.images, batch_size=5, workers=0, exact_preprocess=exact)
     with torch.no_grad():
         each = [clip.encode_image(clip.preprocess(open_image(path))[None]) for path in pairs.images]
-    torch.testing.assert_close(found, F.normalize(torch.cat(each), dim=-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, F.normalize(torch.cat(each), dim=-1), rtol=1e-5, atol=tolerance)
     assert (found.dtype, found.device.type) == (torch.float32, "cpu")
 
 

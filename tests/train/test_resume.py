@@ -19,6 +19,7 @@ import torch
 
 import clipgraft as cg
 from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.models import precision
 from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder
@@ -188,6 +189,48 @@ def test_a_frozen_image_tower_with_crops(cache_views: int | None, train: Train, 
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_an_image_adapter_on_stored_activations(train: Train, tmp_path: Path) -> None:
+    """A resumed run would go on with other activations, or without dropout on them."""
+    cache = FeatureCache(tmp_path / "features")
+    options = {"targets": "vision.1.*,text.*.fc1", "cache": cache}
+    train(tmp_path / "whole", **options)
+    assert list(cache.folder.glob("*/*.npy"))
+    with death(RunFolder, "event", 9, before=False):
+        train(tmp_path / "killed", **options)
+    shutil.rmtree(cache.folder)
+    train(tmp_path / "killed", resume=True, **options)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_resumed_run_keeps_its_precision(
+    fast: bool, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement that came out the other way would make a run impossible to resume, or change its bits."""
+    measured = [4.0, 1.0] if fast else [1.0, 4.0]
+    monkeypatch.setattr(precision, "bf16_speed", lambda device: measured[0])
+    train(tmp_path / "whole", autocast=None)
+    with death(RunFolder, "event", 9, before=False):
+        train(tmp_path / "killed", autocast=None)
+    measured.pop(0)
+    train(tmp_path / "killed", resume=True, autocast=None)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert f"autocast: {fast}\n" in (tmp_path / "killed" / "params.txt").read_text()
+    with pytest.raises(cg.CheckpointError, match=f"autocast \\(was {fast}, now {not fast}\\)"):
+        train(tmp_path / "killed", resume=True, autocast=not fast)
+
+
+def test_a_run_without_a_checkpoint_measures_its_precision(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed in its first steps is resumed before there is anything to go by."""
+    monkeypatch.setattr(precision, "bf16_speed", lambda device: 4.0)
+    with death(RunFolder, "event", 2, before=False):
+        train(tmp_path / "killed", autocast=None)
+    train(tmp_path / "killed", resume=True, autocast=None)
+    assert "autocast: True\n" in (tmp_path / "killed" / "params.txt").read_text()
+
+
 def test_a_cache_that_was_deleted_meanwhile(train: Train, whole: Path, tmp_path: Path) -> None:
     """Whoever makes room on a disk would have to start the run again."""
     cache = FeatureCache(tmp_path / "features")
@@ -254,7 +297,8 @@ def test_sigkill_and_resume_from_the_command_line(tmp_path: Path, pictures: Path
         "RunFolder.event = event\nsys.exit(main(sys.argv[1:]))\n"
     )
     flags = (
-        f"--model {tiny_config} --pretrained none --use-lora --lora-r 2 --batch-size 4 --epochs 2 --lr 1e-2"
+        f"--model {tiny_config} --pretrained none --precision fp32 --use-lora --lora-r 2 --batch-size 4 "
+        "--epochs 2 --lr 1e-2"
     )
     command = [sys.executable, "-c", script, "train", "--train-data", str(pictures), "--logs", str(tmp_path)]
     command += [*flags.split(), "--checkpoint-steps", "4", "--save-lora-only", "--val-data", str(pictures)]

@@ -52,13 +52,17 @@ class Row:
 
 @dataclass(frozen=True)
 class World:
-    """The demo's data: training pairs in the new language, test pairs in it and in English."""
+    """The demo's data: training pairs in the new language, test pairs in it and in English.
+
+    `autocast` is what everything is computed in.
+    """
 
     train: Pairs
     test: Pairs
     test_english: Pairs
     train_images: Tensor
     test_images: Tensor
+    autocast: bool
 
 
 def run(argv: Sequence[str]) -> None:
@@ -113,7 +117,7 @@ def make_world(spec: DemoSpec, base: Clip) -> World:
     from clipgraft.data.emoji import write_scenes
     from clipgraft.data.features import encode_images
     from clipgraft.data.pairs import read_pairs
-    from clipgraft.models.precision import bf16_is_fast
+    from clipgraft.models.precision import bf16_is_fast, what_auto_chooses
 
     log.info("making %d training and %d test scenes in %s", spec.train_scenes, spec.test_scenes, spec.out)
     data = spec.out / "data"
@@ -123,18 +127,17 @@ def make_world(spec: DemoSpec, base: Clip) -> World:
         read_pairs(path, verify="header")[0]
         for path in (tables[spec.language], tests[spec.language], tests["en"])
     )
+    autocast = bf16_is_fast(base.device)
+    log.info("%s", what_auto_chooses(base.device))
     log.info("the image tower is frozen: each image is encoded once")
-    return World(
-        train_pairs,
-        test,
-        english,
-        *(encode_images(base, p.images, autocast=bf16_is_fast(base.device)) for p in (train_pairs, test)),
+    train_images, test_images = (
+        encode_images(base, p.images, autocast=autocast) for p in (train_pairs, test)
     )
+    return World(train_pairs, test, english, train_images, test_images, autocast)
 
 
 def train(clip: Clip, world: World, spec: DemoSpec, out: Path, lr: float, **options: Any) -> FitResult:
     """One training run with the demo's settings."""
-    from clipgraft.models.precision import bf16_is_fast
     from clipgraft.train.fit import fit
 
     return fit(
@@ -144,7 +147,7 @@ def train(clip: Clip, world: World, spec: DemoSpec, out: Path, lr: float, **opti
         epochs=spec.epochs,
         lr=lr,
         seed=spec.seed,
-        autocast=bf16_is_fast(clip.device),
+        autocast=world.autocast,
         image_features=world.train_images,
         **_COMMON,
         **options,
@@ -154,10 +157,9 @@ def train(clip: Clip, world: World, spec: DemoSpec, out: Path, lr: float, **opti
 def measure(name: str, clip: Clip, world: World, result: FitResult | None) -> Row:
     """Retrieval in the new language and in English."""
     from clipgraft.evaluate.retrieval import evaluate_retrieval
-    from clipgraft.models.precision import bf16_is_fast
 
     new, english = (
-        evaluate_retrieval(clip, pairs, image_features=world.test_images, autocast=bf16_is_fast(clip.device))
+        evaluate_retrieval(clip, pairs, image_features=world.test_images, autocast=world.autocast)
         for pairs in (world.test, world.test_english)
     )
     row = Row(

@@ -13,7 +13,6 @@ from clipgraft.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipgraft.data.feature_cache import FeatureCache
     from clipgraft.data.pairs import Pairs
     from clipgraft.models.clip import Clip
 
@@ -43,37 +42,35 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.adapters.native import load_adapter
     from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.files import write_json
+    from clipgraft.models.precision import use_autocast
 
     clip = load_model(model_spec)
     if spec.adapter is not None:
         load_adapter(clip, spec.adapter, force=spec.force)
     pairs = read_table(clip, data.val_data, data, "validation data")
-    autocast = model_spec.precision == "amp_bf16"
-    columns = measure(clip, pairs, spec.batch_size, data.workers, autocast, open_cache(data))
+    columns = measure(
+        clip,
+        pairs,
+        batch_size=spec.batch_size,
+        workers=data.workers,
+        autocast=use_autocast(model_spec.autocast, clip.device),
+        cache=open_cache(data),
+        exact_preprocess=data.exact_preprocess,
+    )
     print(table(columns))
     if spec.out is not None:
         write_json(spec.out, columns)
         log.info("wrote %s", spec.out)
 
 
-def measure(
-    clip: Clip,
-    pairs: Pairs,
-    batch_size: int,
-    workers: int,
-    autocast: bool,
-    cache: FeatureCache | None = None,
-) -> dict[str, dict[str, float]]:
-    """Metrics of the base and, where the model carries one, of its adapter."""
+def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, dict[str, float]]:
+    """Metrics of the base and, where the model carries one, of its adapter.
+
+    `options` are what `encode_images` and `evaluate_retrieval` both take.
+    """
     from clipgraft.evaluate.retrieval import evaluate_retrieval
     from clipgraft.lora.inject import lora_disabled, lora_state
 
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "workers": workers,
-        "autocast": autocast,
-        "cache": cache,
-    }
     state = lora_state(clip)
     if state is None:
         return {

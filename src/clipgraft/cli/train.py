@@ -61,9 +61,10 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
         val_frequency=where.val_frequency,
         save_lora_only=where.save_lora_only,
         checkpoint_steps=where.checkpoint_steps,
-        autocast=model_spec.precision == "amp_bf16",
+        autocast=model_spec.autocast,
         workers=data.workers,
         cache=open_cache(data),
+        exact_preprocess=data.exact_preprocess,
         params={name: value for spec in specs for name, value in spec.model_dump().items()},
         **train.model_dump(),
     )

@@ -14,10 +14,12 @@ from torch import Tensor
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.feature_key import UnknownError, image_key, vision_lora_acts
 from clipgraft.data.loading import Transform, image_batches
+from clipgraft.data.preprocessing import fast_preprocess
 from clipgraft.data.stored_rows import StoredRows, computed_rows
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
+from clipgraft.models.precision import use_autocast
 
 log = logging.getLogger("clipgraft")
 Progress = Callable[[int], None]
@@ -29,25 +31,30 @@ def encode_images(
     *,
     batch_size: int = 64,
     workers: int = 2,
-    autocast: bool = False,
+    autocast: bool | None = False,
     encoder: Encoder | None = None,
     progress: Progress | None = None,
     cache: FeatureCache | None = None,
     transform: Transform | None = None,
+    exact_preprocess: bool = False,
     label: str = "image features",
 ) -> Tensor:
     """Unit-norm fp32 features of image files, (N, D) on the CPU, in the order of `paths`.
 
     The model runs in eval mode and is left in the mode it was in. `progress` is told how many images each
     batch added. With a `cache`, only images it does not hold are encoded, unless LoRA acts on the image
-    tower; `label` names them where it says so. `transform` takes the place of the model's own preprocessing.
+    tower; `label` names them where it says so. `autocast` computes in bf16, with None where the device is
+    fast at it; `encoder` takes the place of a new one with it.
+
+    `transform` takes the place of the model's own preprocessing. Either runs in its faster form where
+    `clipgraft.data.preprocessing` has one, which states how close that is; not with `exact_preprocess`.
 
     Raises:
         DataError: there is no image, or one that cannot be used.
         ModelError: the model came without preprocessing.
     """
 
-    encoder = encoder or Encoder(clip, autocast)
+    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
 
     def forward(pixels: Tensor) -> Tensor:
         return F.normalize(encoder.encode_image(pixels), dim=-1)
@@ -65,8 +72,15 @@ def encode_images(
         progress=progress,
         cache=cache,
         transform=transform,
+        exact_preprocess=exact_preprocess,
         label=label,
     ).tensor()
+
+
+def image_steps(clip: Clip, transform: Transform | None = None, exact_preprocess: bool = False) -> Transform:
+    """The deterministic preprocessing of `transform` or the model, in its faster form where there is one."""
+    steps = transform or clip.require_preprocess()
+    return steps if exact_preprocess else fast_preprocess(steps) or steps
 
 
 def image_rows(
@@ -83,6 +97,7 @@ def image_rows(
     progress: Progress | None = None,
     cache: FeatureCache | None = None,
     transform: Transform | None = None,
+    exact_preprocess: bool = False,
     shortest: int | None = None,
     label: str = "image features",
 ) -> StoredRows:
@@ -95,7 +110,7 @@ def image_rows(
     """
     if not paths:
         raise DataError("there is no image to encode; give at least one")
-    steps = transform or clip.require_preprocess()
+    steps = image_steps(clip, transform, exact_preprocess)
 
     def compute(missing: Sequence[Path], add: Callable[[Tensor], None]) -> None:
         with evaluating(clip), torch.inference_mode():
@@ -123,13 +138,13 @@ def encode_captions(
     captions: Sequence[str],
     *,
     batch_size: int = 256,
-    autocast: bool = False,
+    autocast: bool | None = False,
     encoder: Encoder | None = None,
 ) -> Tensor:
     """Unit-norm fp32 features of captions, (N, D) on the CPU, in order.
 
-    Equal captions are encoded once and the rest in order of length. `encoder` takes the place of a new one
-    with `autocast`.
+    Equal captions are encoded once and the rest in order of length. `autocast` and `encoder` are as in
+    `encode_images`.
 
     Raises:
         DataError: there is no caption.
@@ -142,7 +157,7 @@ def encode_captions(
     tokens = clip.tokenize(distinct)
     ends = clip.family.text_ends(clip.model, tokens.to(clip.device))
     order = torch.arange(len(distinct)) if ends is None else ends.cpu().argsort(stable=True)
-    encoder = encoder or Encoder(clip, autocast)
+    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     encoded: Tensor | None = None
     with evaluating(clip), torch.inference_mode():
         for rows in torch.split(order, batch_size):

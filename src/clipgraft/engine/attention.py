@@ -74,6 +74,7 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         packed = ctx.packed
         summed = grad.index_select(0, packed.places)
+        summed[packed.count :] = 0
         # bf16 would lose most of what the 64th caption adds to the start token's gradient.
         total = _at_least_fp32(summed.index_select(0, packed.shared))
         total.index_add_(0, packed.slots, grad.index_select(0, packed.repeats).to(total.dtype))

@@ -11,6 +11,7 @@ from clipgraft.engine.packing import Packed, pack
 from clipgraft.engine.weights import Weights
 from clipgraft.lora.inject import lora_state
 from clipgraft.models.clip import Clip
+from clipgraft.models.sites import Tower
 
 
 class Encoder:
@@ -65,8 +66,42 @@ class Encoder:
         if self._vision is None:
             with self._stock():
                 return self._wide(self.clip.encode_image(pixels))
-        pixels = pixels.to(self.clip.device, non_blocking=True)
-        return towers.run_vision(self._vision, pixels, self._run())
+        return towers.run_vision(self._vision, self._moved(pixels), self._run())
+
+    @property
+    def vision_blocks(self) -> int:
+        """How many blocks of the image tower can run apart from the rest; 0 where it runs its own forward."""
+        return 0 if self._vision is None else len(self._vision.blocks)
+
+    @property
+    def vision_shape(self) -> tuple[int, int]:
+        """(1 + patches, dim) of what goes from one block of the image tower to the next."""
+        assert self._vision is not None
+        length, dim = self._vision.positions().shape
+        return length, dim
+
+    def encode_to_block(self, pixels: Tensor, block: int) -> Tensor:
+        """(B, 3, H, W) preprocessed pixels -> (B, 1 + patches, dim) input of a block, at least fp32."""
+        assert self._vision is not None
+        run = self._run()
+        x = towers.embed_patches(self._vision, pixels.to(self.clip.device, non_blocking=True), run)
+        return towers.run_to_block(self._vision, x, run, block)
+
+    def encode_from_block(self, x: Tensor, block: int) -> Tensor:
+        """(B, 1 + patches, dim) input of a block, of any float type -> (B, D) features, not normalised."""
+        assert self._vision is not None
+        run = self._run()
+        x = x.to(self.clip.device, run.residual, non_blocking=True)
+        return towers.run_from_patches(self._vision, x, run, block)
+
+    def forget(self, tower: Tower) -> None:
+        """Free the prepared weights of a tower that will not be needed soon."""
+        self._weights.forget(tower)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the model's device; a copy to a GPU is queued, not waited for."""
+        to_gpu = self.clip.device.type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if to_gpu else tensor).to(self.clip.device, non_blocking=True)
 
     def _stock_text(self, tokens: Tensor) -> Tensor:
         with self._stock():

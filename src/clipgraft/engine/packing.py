@@ -18,6 +18,10 @@ from torch import Tensor
 _SAME_GROUP = 0.5
 """Captions at least this long, as a share of the longest of a group, join the group."""
 
+_NODES, _ROWS, _WIDTH = 64, 8, 8
+"""What numbers of nodes, rows and cells in a row are rounded up to: CPU kernels are compiled for each new
+shape, which would take time and memory at every step of a run whose batches are all of different size."""
+
 _Ints = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 
@@ -27,8 +31,8 @@ class Group:
     """Captions of similar length.
 
     Attributes:
-        rows: how many.
-        width: of the longest; the group has rows · width cells.
+        rows: how many, those that only fill up included.
+        width: at least the length of the longest; the group has rows · width cells.
         lengths: (rows,) of each.
     """
 
@@ -42,18 +46,20 @@ class Packed:
     """A batch of captions as N nodes, and as M cells of U distinct captions.
 
     Attributes:
+        count: how many nodes there are; those after them only fill up, and no caption reads them.
         tokens, positions: (N,) of every node.
         groups: the distinct captions, the longest first.
         cells: (M,) the node of every cell, group by group and row by row; those after a caption's end hold
             any node.
-        places: (N,) for every node the one cell that computes it.
+        places: (N,) for every node the one cell that computes it; any for those that fill up.
         repeats: (R,) the cells whose node another cell computes.
         shared: (S,) the nodes of those cells, each once.
         slots: (R,) which of `shared` each of `repeats` holds.
-        pooled: (U,) the node of every distinct caption's pooled token.
+        pooled: (U,) the node of every distinct caption's pooled token, in the order of the groups' rows.
         row_of: (B,) the distinct caption of every caption of the batch.
     """
 
+    count: int
     tokens: Tensor
     positions: Tensor
     groups: tuple[Group, ...]
@@ -75,8 +81,8 @@ class Packed:
             return pinned.to(device, non_blocking=True)
 
         groups = tuple(Group(group.rows, group.width, move(group.lengths)) for group in self.groups)
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "groups"}
-        return Packed(groups=groups, **moved)
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)[3:]}
+        return Packed(self.count, move(self.tokens), move(self.positions), groups=groups, **moved)
 
 
 def pack(tokens: Tensor, ends: Tensor) -> Packed:
@@ -89,32 +95,77 @@ def pack(tokens: Tensor, ends: Tensor) -> Packed:
     nodes, new = _nodes(ids)
     node_tokens, node_positions = ids[new], np.nonzero(new)[1]
     by_length = np.argsort(-lengths, kind="stable")
-    nodes, new, lengths = nodes[by_length], new[by_length], lengths[by_length]
-    groups = _spans(lengths)
+    grids = _Grids(nodes[by_length], new[by_length], lengths[by_length])
+    parts = [_fill_up(grids, rows) for rows in _spans(grids.lengths)]
     cells, computes, exists = (
-        np.concatenate([grid[rows, : lengths[rows.start]].reshape(-1) for rows in groups])
-        for grid in (nodes, new, columns < lengths[:, None])
+        np.concatenate([getattr(part, name).reshape(-1) for part in parts])
+        for name in ("nodes", "new", "exists")
     )
-    places = np.empty(len(node_tokens), dtype=np.int64)
+    count = len(node_tokens)
+    places = np.zeros(_round_up(count, _NODES), dtype=np.int64)
     places[cells[computes]] = np.flatnonzero(computes)
     repeats = np.flatnonzero(exists & ~computes)
     shared, slots = np.unique(cells[repeats], return_inverse=True)
-
-    def tensor(array: _Ints) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))
-
     return Packed(
-        tokens=tensor(node_tokens),
-        positions=tensor(node_positions),
-        groups=tuple(Group(r.stop - r.start, int(lengths[r.start]), tensor(lengths[r])) for r in groups),
-        cells=tensor(cells),
-        places=tensor(places),
-        repeats=tensor(repeats),
-        shared=tensor(shared),
-        slots=tensor(slots),
-        pooled=tensor(nodes[np.arange(len(nodes)), lengths - 1]),
-        row_of=tensor(np.argsort(by_length)[row_of]),
+        count=count,
+        tokens=_tensor(_resized(node_tokens, len(places))),
+        positions=_tensor(_resized(node_positions, len(places))),
+        groups=tuple(
+            Group(part.nodes.shape[0], part.nodes.shape[1], _tensor(part.lengths)) for part in parts
+        ),
+        cells=_tensor(cells),
+        places=_tensor(places),
+        repeats=_tensor(repeats),
+        shared=_tensor(shared),
+        slots=_tensor(slots),
+        pooled=_tensor(np.concatenate([p.nodes[np.arange(len(p.nodes)), p.lengths - 1] for p in parts])),
+        row_of=_tensor(_rows_in(parts)[np.argsort(by_length)][row_of]),
     )
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """Distinct captions as rows of cells: their nodes, whether they compute them, and the rows' lengths."""
+
+    nodes: _Ints
+    new: _Bools
+    lengths: _Ints
+    real: int = 0
+
+    @property
+    def exists(self) -> _Bools:
+        """Cells that hold a token."""
+        within: _Bools = np.arange(self.nodes.shape[1]) < self.lengths[:, None]
+        return within & (np.arange(len(self.nodes)) < self.real)[:, None]
+
+
+def _fill_up(grids: _Grids, rows: slice) -> _Grids:
+    """The rows of a group in a grid of rounded size; what fills it up holds the first node."""
+    real, width = rows.stop - rows.start, int(grids.lengths[rows.start])
+    shape = (_round_up(real, _ROWS), _round_up(width, _WIDTH))
+    nodes, new = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+    nodes[:real, :width], new[:real, :width] = grids.nodes[rows, :width], grids.new[rows, :width]
+    lengths = np.ones(shape[0], dtype=np.int64)
+    lengths[:real] = grids.lengths[rows]
+    return _Grids(nodes, new, lengths, real)
+
+
+def _rows_in(parts: list[_Grids]) -> _Ints:
+    """Where each real row is among all rows."""
+    starts = np.cumsum([0, *(len(part.nodes) for part in parts)])
+    return np.concatenate([start + np.arange(part.real) for start, part in zip(starts, parts, strict=False)])
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _resized(array: _Ints, size: int) -> _Ints:
+    return np.pad(array, (0, size - len(array)))
+
+
+def _tensor(array: _Ints) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _distinct(ids: _Ints) -> tuple[_Ints, _Ints]:

@@ -3,52 +3,48 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Frozen:
-    """A frozen (out, in) weight.
+    """A frozen (out, in) weight W with its bias.
 
-    `packed` and `packed_t` hold W and Wᵀ in the blocked layout of oneDNN, where that is supported: torch
-    brings a plain weight into it at every product, which costs a fifth of the product for a caption batch.
+    Where that is supported, W and Wᵀ are kept in the blocked layout of oneDNN: torch brings a plain weight
+    into it at every product, which costs a fifth of the product for a batch of captions. Wᵀ is packed when it
+    is first needed, which in inference is never.
 
     Attributes:
-        weight: plain; None where the packed ones stand for it.
-        bias: (out,) or None.
+        shape: (out, in).
+        packs: whether the blocked layout is used.
     """
 
-    shape: tuple[int, int]
-    weight: Tensor | None
-    bias: Tensor | None
-    packed: Tensor | None = None
-    packed_t: Tensor | None = None
+    def __init__(self, weight: Callable[[], Tensor], bias: Tensor | None) -> None:
+        """`weight` makes W in the compute type, whenever it is called."""
+        plain = weight()
+        self.shape: tuple[int, int] = (plain.shape[0], plain.shape[1])
+        self.packs = plain.device.type == "cpu" and plain.dtype == torch.bfloat16 and packing_works()
+        self._make = weight
+        self._bias = bias
+        self._weight = _packed(plain) if self.packs else plain
+        self._transposed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x·Wᵀ + b, (N, in) -> (N, out)."""
-        if self.packed is not None:
-            return _packed_product(x, self.packed, self.bias)
-        assert self.weight is not None
-        return F.linear(x, self.weight, self.bias)
+        if self.packs:
+            return _packed_product(x, self._weight, self._bias)
+        return F.linear(x, self._weight, self._bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """g·W, (N, out) -> (N, in)."""
-        if self.packed_t is not None:
-            return _packed_product(grad, self.packed_t, None)
-        assert self.weight is not None
-        return grad @ self.weight
-
-
-def freeze(weight: Tensor, bias: Tensor | None) -> Frozen:
-    """Prepare a weight for repeated products in its own type."""
-    out, inner = weight.shape
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works():
-        return Frozen((out, inner), None, bias, _packed(weight), _packed(weight.T.contiguous()))
-    return Frozen((out, inner), weight, bias)
+        if not self.packs:
+            return grad @ self._weight
+        if self._transposed is None:
+            self._transposed = _packed(self._make().T)
+        return _packed_product(grad, self._transposed, None)
 
 
 @functools.cache

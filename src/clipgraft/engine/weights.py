@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeAlias, TypeVar
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from clipgraft.engine.products import Frozen, freeze
+from clipgraft.engine.products import Frozen
 from clipgraft.models.anatomy import Linear, Part
-
-_Made = TypeVar("_Made", Tensor, Frozen)
-_State: TypeAlias = Hashable
+from clipgraft.models.sites import Site, Tower
 
 
 class Weights:
@@ -20,15 +17,21 @@ class Weights:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._kept: dict[Hashable, tuple[_State, Tensor | Frozen]] = {}
+        self._kept: dict[tuple[Site, ...], tuple[Hashable, Frozen]] = {}
 
     def frozen(self, linear: Linear) -> Frozen | None:
-        """A map with no trained weight, ready to be multiplied by; None if one of its parts trains."""
+        """A map without gradients, ready to be multiplied by; None if one of its parts is to get one."""
         sources = [t for part in linear for t in (part.weight, part.bias) if t is not None]
-        if any(tensor.requires_grad for tensor in sources):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
             return None
+        # An optimiser or load_state_dict writes in place, and a move to another device replaces the storage.
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
         key = tuple(part.site for part in linear)
-        return self._keep(key, sources, lambda: freeze(*self.stacked(linear)))
+        known = self._kept.get(key)
+        if known is None or known[0] != state:
+            known = (state, self._prepare(linear))
+            self._kept[key] = known
+        return known[1]
 
     def stacked(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
         """The (out, in) weight and (out,) bias of a map, its parts stacked by rows; differentiable."""
@@ -37,15 +40,19 @@ class Weights:
             return weight, None
         return weight, _stack(linear, [part.bias for part in linear]).to(self.dtype)
 
-    def _keep(self, key: Hashable, sources: list[Tensor], make: Callable[[], _Made]) -> _Made:
-        # An optimiser or load_state_dict writes in place, and a move to another device replaces the storage.
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
-        known = self._kept.get(key)
-        if known is None or known[0] != state:
+    def forget(self, tower: Tower) -> None:
+        """Free what was made of a tower's weights; they are prepared anew when they are needed again."""
+        self._kept = {key: kept for key, kept in self._kept.items() if key[0].tower != tower}
+
+    def _prepare(self, linear: Linear) -> Frozen:
+        def weight() -> Tensor:
+            # Not inference tensors, even in inference mode: training may use them later.
             with torch.inference_mode(False), torch.no_grad():
-                known = (state, make())
-            self._kept[key] = known
-        return known[1]  # type: ignore[return-value]
+                return self.stacked(linear)[0].detach()
+
+        with torch.inference_mode(False), torch.no_grad():
+            bias = self.stacked(linear)[1]
+            return Frozen(weight, None if bias is None else bias.detach())
 
 
 def out_rows(part: Part) -> int:

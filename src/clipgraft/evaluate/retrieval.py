@@ -11,6 +11,7 @@ from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.metrics import retrieval_metrics
 from clipgraft.models.clip import ClipLike, as_clip
+from clipgraft.models.precision import use_autocast
 
 
 def evaluate_retrieval(
@@ -19,11 +20,12 @@ def evaluate_retrieval(
     *,
     batch_size: int = 64,
     workers: int = 2,
-    autocast: bool = False,
+    autocast: bool | None = False,
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     progress: Progress | None = None,
     cache: FeatureCache | None = None,
+    exact_preprocess: bool = False,
 ) -> dict[str, float]:
     """Recall and rank both ways over all images and captions of `pairs`.
 
@@ -32,28 +34,30 @@ def evaluate_retrieval(
         pairs: images with one or many captions each.
         batch_size: images encoded at once.
         workers: processes that decode images.
-        autocast: compute features in bf16 where it is safe.
+        autocast: compute features in bf16 where it is safe; None where the device is also fast at it.
         encoder: takes the place of a new one with `autocast`.
         image_features: (N, D) features of `pairs.images`, where they are known already.
         progress: told how many images each batch added.
         cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
+        exact_preprocess: preprocess images with the model's own transform, to the last grey level.
 
     Returns:
         Metrics under the names of `clipgraft.evaluate.metrics`.
     """
     clip = as_clip(model)
+    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     if image_features is None:
         image_features = encode_images(
             clip,
             pairs.images,
             batch_size=batch_size,
             workers=workers,
-            autocast=autocast,
             encoder=encoder,
             progress=progress,
             cache=cache,
+            exact_preprocess=exact_preprocess,
         )
     captions = [caption for group in pairs.captions for caption in group]
     owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
-    text_features = encode_captions(clip, captions, autocast=autocast, encoder=encoder)
+    text_features = encode_captions(clip, captions, encoder=encoder)
     return retrieval_metrics(image_features, text_features, owner)

@@ -37,6 +37,7 @@ class Feed:
 
     Attributes:
         captions: every distinct caption; `caption_ids` index it, so equal captions have equal ids.
+        image_of_row, caption_of_row: (rows,) ids of every pair.
         steps: batches in an epoch; a last incomplete one is left out, as in open_clip.
     """
 
@@ -55,8 +56,8 @@ class Feed:
         self.steps = len(rows) // (batch_size * accum_freq)
         if self.steps == 0:
             raise DataError(_too_few(len(rows), batch_size, accum_freq))
-        self._image_of_row = torch.tensor([image for image, _ in rows])
-        self._caption_of_row = torch.tensor([position[caption] for _, caption in rows])
+        self.image_of_row = torch.tensor([image for image, _ in rows])
+        self.caption_of_row = torch.tensor([position[caption] for _, caption in rows])
         self._place_of_row = torch.tensor([place for texts in pairs.captions for place in range(len(texts))])
         self._batch_size = batch_size
         self._accum_freq = accum_freq
@@ -78,12 +79,12 @@ class Feed:
                     yield self._micro_batch(epoch, row_ids, pixels)
             return
         # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
-        for rows in epoch_batches(len(self._image_of_row), self._batch_size, self._seed, epoch)[start:]:
+        for rows in epoch_batches(len(self.image_of_row), self._batch_size, self._seed, epoch)[start:]:
             yield self._micro_batch(epoch, torch.from_numpy(rows), None)
 
     def _micro_batch(self, epoch: int, rows: Tensor, pixels: Tensor | None) -> MicroBatch:
         turns = self._place_of_row[rows] + epoch
-        return MicroBatch(self._image_of_row[rows], self._caption_of_row[rows], pixels, turns)
+        return MicroBatch(self.image_of_row[rows], self.caption_of_row[rows], pixels, turns)
 
 
 def _too_few(rows: int, batch_size: int, accum_freq: int) -> str:

@@ -22,13 +22,17 @@ from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.files import write_json
 from clipgraft.lora.inject import count_parameters, lora_state
 from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.precision import use_autocast
 from clipgraft.models.save import size_on_disk
+from clipgraft.train.checkpoint import recorded_settings
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.locking import lock_tower
 from clipgraft.train.loop import Loop
+from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.optim import Schedule, make_optimizer, make_schedule
-from clipgraft.train.run_folder import RunFolder
+from clipgraft.train.run_folder import RunFolder, latest_checkpoint
 from clipgraft.train.saving import Saver
+from clipgraft.train.towers import trains
 
 log = logging.getLogger("clipgraft")
 
@@ -65,11 +69,12 @@ def fit(
     val_frequency: int = 1,
     save_lora_only: bool = True,
     checkpoint_steps: int = 0,
-    autocast: bool = False,
+    autocast: bool | None = False,
     workers: int = 2,
     progress: bool = True,
     image_features: Tensor | None = None,
     cache: FeatureCache | None = None,
+    exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FitResult:
@@ -87,12 +92,15 @@ def fit(
         val_frequency: evaluate every so many epochs; 0 only after the last.
         save_lora_only: save the adapter without also saving the whole model with it.
         checkpoint_steps: checkpoint every so many steps besides every epoch; 0 for epochs only.
-        autocast: compute in bf16 where it is safe.
+        autocast: compute in bf16 where it is safe; with None where the device is also fast at it, or as the
+            run did that is resumed.
         workers: processes that decode images.
         progress: show bars where the output is a terminal.
         image_features: (N, D) unit-norm features of `train.images`, where they are known already; used if the
             image tower is frozen.
         cache: where features of a frozen image tower are looked up and kept for other runs.
+        exact_preprocess: preprocess images with the model's own transform, to the last grey level, also where
+            what a frozen tower gives for them is computed once (`clipgraft.data.preprocessing`).
         params: what else params.txt is to record.
         **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
 
@@ -106,7 +114,8 @@ def fit(
     clip = as_clip(model)
     (spec,) = build_specs([TrainSpec], options)
     _choose_trainable(clip, spec)
-    settings = _resume_settings(clip, spec, train, autocast)
+    autocast = _autocast(autocast, clip, Path(out), resume)
+    settings = _resume_settings(clip, spec, train, autocast, exact_preprocess)
     with RunFolder(Path(out), {**settings, **(params or {})}, resume) as folder:
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
         inputs = prepare_inputs(
@@ -123,14 +132,22 @@ def fit(
             image_features=image_features,
             cache=cache,
             cache_views=spec.cache_views,
+            exact_preprocess=exact_preprocess,
         )
+        if not trains(clip, "vision"):
+            encoder.forget("vision")
         saver = Saver(clip, folder.path, save_lora_only)
 
         def epoch_end(epoch: int) -> Mapping[str, float] | None:
             metrics = None
             if val is not None and _due(epoch, val_frequency, spec.epochs):
                 metrics = evaluate_retrieval(
-                    clip, val, workers=workers, encoder=encoder, image_features=inputs.val_images
+                    clip,
+                    val,
+                    workers=workers,
+                    encoder=encoder,
+                    image_features=None if inputs.val_images is None else inputs.val_images(),
+                    exact_preprocess=exact_preprocess,
                 )
                 log.info("epoch %d: %s", epoch, headline(metrics))
             if _due(epoch, save_frequency, spec.epochs):
@@ -145,6 +162,7 @@ def fit(
             optimizer=make_optimizer(clip.model, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps),
             schedule=_schedule(spec, inputs.feed.steps),
             epochs=spec.epochs,
+            gallery=choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives),
             grad_clip_norm=spec.grad_clip_norm,
             checkpoint_steps=checkpoint_steps,
             settings=settings,
@@ -211,7 +229,20 @@ def _schedule(spec: TrainSpec, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _resume_settings(clip: Clip, spec: TrainSpec, train: Pairs, autocast: bool) -> dict[str, Any]:
+def _autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) -> bool:
+    """As chosen; else as a resumed run did so far, whatever a measurement says today; else measured."""
+    latest = latest_checkpoint(out)
+    if choice is None and resume and latest.exists():
+        recorded = recorded_settings(latest).get("autocast")
+        if isinstance(recorded, bool):
+            log.info("computing in %s, as this run did before", "bf16" if recorded else "fp32")
+            return recorded
+    return use_autocast(choice, clip.device)
+
+
+def _resume_settings(
+    clip: Clip, spec: TrainSpec, train: Pairs, autocast: bool, exact_preprocess: bool
+) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that goes on from it."""
     state = lora_state(clip)
     digest = hashlib.sha256()
@@ -220,6 +251,7 @@ def _resume_settings(clip: Clip, spec: TrainSpec, train: Pairs, autocast: bool) 
     return {
         **spec.model_dump(),
         "autocast": autocast,
+        "exact_preprocess": exact_preprocess,
         "base": clip.fingerprint,
         "lora": asdict(state.settings) if state is not None else None,
         "data": digest.hexdigest()[:16],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from clipgraft.data.views import SeededView
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
+from clipgraft.train.activations import Activations, plan_activations
 from clipgraft.train.augmented import FrozenImages, ViewedImages
 from clipgraft.train.feed import Feed
 from clipgraft.train.towers import FixedImages, FixedTexts, LiveImages, LiveTexts, Tower, trains
@@ -32,12 +34,15 @@ _NOT_CACHED = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """Batches, both towers, and the features of the validation images where they are constant."""
+    """Batches, both towers, and the features of the validation images.
+
+    `val_images` gives them as they are at the moment, (N, D) unit-norm; None if files must be encoded anew.
+    """
 
     feed: Feed
     images: Tower
     texts: Tower
-    val_images: Tensor | None
+    val_images: Callable[[], Tensor] | None
 
 
 def prepare_inputs(
@@ -55,12 +60,15 @@ def prepare_inputs(
     image_features: Tensor | None = None,
     cache: FeatureCache | None = None,
     cache_views: int | None = None,
+    exact_preprocess: bool = False,
 ) -> Inputs:
-    """Decide for each tower whether it is a constant, and encode once what is.
+    """Decide for each tower whether it is a constant, or begins with one, and compute once what is.
 
     `image_features`, (N, D) unit-norm, spares encoding `train.images` where the image tower is frozen. Other
     features of a frozen image tower are looked up in `cache`, and kept there. With `augment` a frozen image
-    tower is no constant, unless `cache_views` says how many views of each image stand for all.
+    tower is no constant, unless `cache_views` says how many views of each image stand for all. Pixels of what
+    is computed once come from the faster preprocessing, unless `exact_preprocess`; those of a tower that runs
+    at every step never do.
 
     Raises:
         ConfigError: nothing trains, there is no augmentation to train with, or what is given does not go with
@@ -72,25 +80,55 @@ def prepare_inputs(
     if not live_images and not live_texts:
         raise ConfigError("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
     _check_views(live_images, augment, cache_views, image_features)
-    decoded = live_images or (augment and cache_views is None)
+    lower = None
+    if live_images and not augment:
+        files = [*train.images, *(val.images if val else ())]
+        lower = plan_activations(encoder, files, cache=cache, exact_preprocess=exact_preprocess)
+    decoded = (live_images and lower is None) or (augment and cache_views is None)
     transform = _transform(clip, augment) if decoded else None
     feed = Feed(train, batch_size, accum_freq, seed, transform, workers)
-    texts: Tower
-    if live_texts:
-        texts = LiveTexts(encoder, feed.captions)
-    else:
-        log.info("the text tower is frozen: each caption is encoded once")
-        texts = FixedTexts(encode_captions(clip, feed.captions, encoder=encoder))
+    texts = _texts(encoder, feed, live_texts)
+    if lower is not None:
+        return _partly_fixed(feed, lower, texts, len(train), workers, progress)
     if live_images:
         return Inputs(feed, LiveImages(encoder), texts, None)
 
-    encode = partial(_encode_once, clip, encoder=encoder, workers=workers, progress=progress, cache=cache)
+    encode = partial(
+        _encode_once,
+        clip,
+        encoder=encoder,
+        workers=workers,
+        progress=progress,
+        cache=cache,
+        exact_preprocess=exact_preprocess,
+    )
     if augment:
         images = _augmented_images(clip, train, encode, cache_views, seed, encoder)
     else:
         log.info("the image tower is frozen: each image is encoded once")
         images = FixedImages(encode(train, "training images") if image_features is None else image_features)
-    return Inputs(feed, images, texts, None if val is None else encode(val, "validation images"))
+    if val is None:
+        return Inputs(feed, images, texts, None)
+    features = encode(val, "validation images")
+    return Inputs(feed, images, texts, lambda: features)
+
+
+def _texts(encoder: Encoder, feed: Feed, live: bool) -> Tower:
+    if live:
+        return LiveTexts(encoder, feed.captions)
+    log.info("the text tower is frozen: each caption is encoded once")
+    return FixedTexts(encode_captions(encoder.clip, feed.captions, encoder=encoder))
+
+
+def _partly_fixed(
+    feed: Feed, lower: Activations, texts: Tower, train: int, workers: int, progress: bool
+) -> Inputs:
+    """The first `train` of the images are trained on, the others are for validation."""
+    total = len(lower.images)
+    with _bar(lower.stored, total, progress) as advance:
+        images = lower.compute(workers, advance)
+    val = partial(images.features, torch.arange(train, total)) if total > train else None
+    return Inputs(feed, images, texts, val)
 
 
 def _augmented_images(
@@ -142,13 +180,10 @@ def _encode_once(
     workers: int,
     progress: bool,
     cache: FeatureCache | None,
+    exact_preprocess: bool,
     transform: Transform | None = None,
 ) -> Tensor:
-    with tqdm(desc=what, total=len(pairs), unit="image", disable=None if progress else True) as bar:
-
-        def advance(images: int) -> None:
-            bar.update(images)
-
+    with _bar(what, len(pairs), progress) as advance:
         return encode_images(
             clip,
             pairs.images,
@@ -157,5 +192,17 @@ def _encode_once(
             progress=advance,
             cache=cache,
             transform=transform,
+            exact_preprocess=exact_preprocess,
             label=what,
         )
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
+    """Gives what is told how many more images are done."""
+    with tqdm(desc=what, total=total, unit="image", disable=None if progress else True) as bar:
+
+        def advance(images: int) -> None:
+            bar.update(images)
+
+        yield advance

@@ -20,7 +20,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import Features, contrastive_backward
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from clipgraft.train.feed import Feed, MicroBatch
-from clipgraft.train.objective import contrastive_loss
+from clipgraft.train.negatives import Gallery, pair_loss
 from clipgraft.train.optim import Schedule, clamp_logit_scale, set_lr
 from clipgraft.train.readings import Readings, not_finite
 from clipgraft.train.run_folder import RunFolder
@@ -38,6 +38,7 @@ class Loop:
     Attributes:
         images, texts: what each tower gives for a micro-batch.
         schedule: learning rate by step.
+        gallery: what the trained tower is contrasted with besides the batch.
         checkpoint_steps: steps between checkpoints besides those of every epoch; 0 for none.
         settings: what a checkpoint must agree with to be resumed.
         epoch_end: called with the number of finished epochs; returns metrics to report, or None.
@@ -51,6 +52,7 @@ class Loop:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     epochs: int
+    gallery: Gallery | None = None
     grad_clip_norm: float | None = None
     checkpoint_steps: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -138,11 +140,10 @@ class Loop:
         return lambda: (self.images(part).to(device), self.texts(part).to(device))
 
     def _loss(self, batch: Sequence[MicroBatch]) -> Callable[[Tensor, Tensor], Tensor]:
-        device = self.clip.device
-        image_ids = torch.cat([part.image_ids for part in batch]).to(device)
-        caption_ids = torch.cat([part.caption_ids for part in batch]).to(device)
-        return lambda images, texts: contrastive_loss(
-            images, texts, self.clip.logit_scale, image_ids, caption_ids
+        image_ids = torch.cat([part.image_ids for part in batch])
+        caption_ids = torch.cat([part.caption_ids for part in batch])
+        return lambda images, texts: pair_loss(
+            images, texts, self.clip.logit_scale, image_ids, caption_ids, self.gallery
         )
 
     def _checkpoint_is_due(self, step: int) -> bool:

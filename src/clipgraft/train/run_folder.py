@@ -34,6 +34,11 @@ def refuse_used(path: Path, resume: bool) -> None:
         )
 
 
+def latest_checkpoint(path: Path) -> Path:
+    """Where the run in `path` keeps the checkpoint that it goes on from."""
+    return path / "checkpoints" / LATEST
+
+
 @contextlib.contextmanager
 def early_lines() -> Iterator[None]:
     """Keep what is logged before the run folder exists; its out.log begins with it."""
@@ -53,7 +58,7 @@ class RunFolder:
         refuse_used(path, resume)
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.latest = self.checkpoints / LATEST
+        self.latest = latest_checkpoint(path)
         self._events = path / EVENTS
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)

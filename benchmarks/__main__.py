@@ -1,0 +1,100 @@
+"""`python -m benchmarks`: measure, and write the page, the numbers and the pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.cases import CASES
+from benchmarks.data import about_data
+from benchmarks.environment import describe, usable_cores
+from benchmarks.measure import Contestant, measure, run_contestant
+from benchmarks.report import page
+from benchmarks.settings import FULL, QUICK, RESULTS, WORK, Settings
+
+_NUMBERS, _PAGE, _LENGTHS = "results.json", "README.md", "captions.png"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if a contestant failed, else 0."""
+    arguments = _parse(argv)
+    if arguments.render is not None:
+        found = json.loads((arguments.render / _NUMBERS).read_text(encoding="utf-8"))
+        write(arguments.render, found)
+        return 0
+    settings = QUICK if arguments.quick else FULL
+    out = arguments.out or (WORK / "quick" if arguments.quick else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    found = run(settings, arguments.only, arguments.threads, out)
+    print((out / _PAGE).read_text(encoding="utf-8"))
+    print(f"{time.perf_counter() - started:.0f} s; page, numbers and pictures are in {out}")
+    return 1 if found["failures"] else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="clipgraft beside its peers.")
+    parser.add_argument("--quick", action="store_true", help="small sizes, one round, under five minutes")
+    parser.add_argument(
+        "--only", nargs="+", choices=[case.name for case in CASES], metavar="CASE", help="of %(choices)s"
+    )
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="for every contestant")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument(
+        "--render", type=Path, metavar="FOLDER", help="make the page of earlier numbers again"
+    )
+    return parser.parse_args(argv)
+
+
+def run(settings: Settings, only: Sequence[str] | None, threads: int, out: Path) -> dict[str, Any]:
+    """Measure the cases; what is known so far is on disk after each."""
+    environment = {**describe(), "threads": threads}
+    _tell("preparing data and base")
+    options = {"photos": str(settings.data), "images": settings.images, "seed": settings.seed}
+    run_contestant(Contestant("preparation", "prepare:prepare", options), threads)
+    found: dict[str, Any] = {
+        "environment": environment,
+        "settings": settings.as_dict(),
+        "data": about_data(settings.data),
+        "failures": [],
+        "cases": {},
+    }
+    for case in CASES:
+        contestants = case.contestants(settings)
+        if not contestants or (only and case.name not in only):
+            continue
+        _tell(case.name)
+        runs, failures = measure(contestants, settings, threads, _tell)
+        found["cases"][case.name] = runs
+        found["failures"] += failures
+        (out / _NUMBERS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(out, found)
+    return found
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """The page and the pictures of the numbers in `found`."""
+    settings = Settings(**found["settings"])
+    chapters = [
+        case.report(settings, found["cases"][case.name]) for case in CASES if case.name in found["cases"]
+    ]
+    for chapter in chapters:
+        for bars in chapter.plots:
+            plots.draw(out, bars)
+    plots.draw_lengths(out / _LENGTHS, found["data"]["captions"])
+    text = page(chapters, found["environment"], found["settings"], found["failures"])
+    (out / _PAGE).write_text(text, encoding="utf-8")
+
+
+def _tell(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""A folder of JPEGs to features."""
+
+from __future__ import annotations
+
+from benchmarks.measure import Contestant, Runs, Values, best_and_median, peak
+from benchmarks.report import Bars, Chapter, Goal, Table, at_least, megabytes, short
+from benchmarks.settings import Settings
+
+OURS, OURS_FP32 = "clipgraft, bf16", "clipgraft, fp32"
+GUIDE, GUIDE_BF16 = "guide's loop, default", "guide's loop, bf16 autocast"
+SENTENCE, SENTENCE_BF16 = "sentence-transformers, default", "sentence-transformers, bf16, batches of 64"
+_COSINE = 0.999
+_IN_QUICK = (GUIDE, OURS, SENTENCE)
+
+
+def contestants(settings: Settings) -> list[Contestant]:
+    """The guide's loop runs first: its fp32 features are what the others are compared with."""
+    images = [str(settings.data / "images" / f"{i:05d}.jpg") for i in range(settings.encode_images)]
+    options: Values = {"images": images}
+    listed: list[tuple[str, str, Values]] = [
+        (GUIDE, "guide:encode", {"reference": True}),
+        (OURS, "ours:encode", {"autocast": True}),
+        (OURS_FP32, "ours:encode", {}),
+        (SENTENCE, "sentence:encode", {}),
+        (SENTENCE_BF16, "sentence:encode", {"bf16": True, "batch_size": 64}),
+        (GUIDE_BF16, "guide:encode", {"autocast": True}),
+    ]
+    return [
+        Contestant(name, f"contestants.{function}", {**options, **more})
+        for name, function, more in listed
+        if name in _IN_QUICK or not settings.quick
+    ]
+
+
+def report(settings: Settings, runs: Runs) -> Chapter:
+    speed = {name: max(v["images_per_second"] for v in values) for name, values in runs.items()}
+    base = speed.get(GUIDE)
+    rows = []
+    for name, values in runs.items():
+        slow = best_and_median([v["images_per_second"] for v in values])[1]
+        cosine = f"{min(v['cosine'] for v in values):.5f}"
+        ratio = f"{short(speed[name] / base)}x" if base else ""
+        rows.append((name, f"{short(speed[name])} ({short(slow)})", ratio, cosine, megabytes(peak(values))))
+    columns = ("contestant", "images/s", "of the guide's", "least cosine", "peak MB")
+    return Chapter(
+        "Encoding a folder of JPEGs",
+        f"{settings.encode_images:,} JPEGs of 500x375, from file to unit-norm features. The cosine is the "
+        "least of all images with the fp32 features of the guide's loop.",
+        (Table(columns, tuple(rows)),),
+        goals(runs, speed),
+        (Bars("encode.png", "Encoding JPEGs", "images/s", speed),),
+    )
+
+
+def goals(runs: Runs, speed: dict[str, float]) -> tuple[Goal, ...]:
+    ours = speed.get(OURS)
+    found = [
+        at_least(f"encoding: {peer}", wanted, ours / speed[peer] if ours and peer in speed else None)
+        for peer, wanted in ((GUIDE, 4.0), (SENTENCE, 1.0), (SENTENCE_BF16, 1.0))
+    ]
+    if OURS in runs:
+        cosine = min(v["cosine"] for v in runs[OURS])
+        found.append(
+            Goal("encoding: cosine to fp32 features", f">= {_COSINE}", f"{cosine:.5f}", cosine >= _COSINE)
+        )
+    return tuple(found)

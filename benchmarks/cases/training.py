@@ -1,0 +1,146 @@
+"""From the seconds of steps and epochs to comparable training times."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.measure import Runs, Values, best_and_median, peak
+from benchmarks.report import Table, megabytes, seconds, short
+from benchmarks.settings import Settings
+
+
+@dataclass(frozen=True)
+class Times:
+    """(best, median) seconds of a contestant.
+
+    Attributes:
+        first: the first epoch from cold: what is encoded once is encoded in it.
+        later: an epoch after that.
+        run: `Settings.epochs` epochs from cold to the saved result.
+    """
+
+    first: tuple[float, float]
+    later: tuple[float, float]
+    run: tuple[float, float]
+
+
+def times(runs: Sequence[Values], settings: Settings) -> Times:
+    """Times of a contestant, over its repeats."""
+    each = [_times_of(values, settings) for values in runs]
+    first, later, run = (best_and_median(column) for column in zip(*each, strict=True))
+    return Times(first, later, run)
+
+
+def _times_of(values: Values, settings: Settings) -> tuple[float, float, float]:
+    """First epoch, later epoch, run; what was not run is scaled."""
+    if "epoch_seconds" not in values:
+        epoch = statistics.median(values["step_seconds"]) * settings.steps_per_epoch
+        return epoch, epoch, epoch * settings.epochs
+    first, *rest = values["epoch_seconds"]
+    later = statistics.median(rest)
+    around = values["run_seconds"] - sum(values["epoch_seconds"])
+    if len(rest) + 1 == settings.epochs:
+        return first, later, values["run_seconds"]
+    return first, later, first + later * (settings.epochs - 1) + around
+
+
+def training_table(runs: Runs, settings: Settings, reference: str) -> Table:
+    """Every contestant's times, their ratio to `reference`, its memory, and a loss to compare."""
+    found = {name: times(values, settings) for name, values in runs.items()}
+    base = found.get(reference)
+    step = _steps_of_all(runs)
+    columns = (
+        "contestant",
+        "first epoch, s",
+        "later epoch, s",
+        f"{settings.epochs} epochs from cold, s",
+        "ratio of these",
+        "ratio of later epochs",
+        "peak MB",
+        "with loading",
+        f"loss at step {step}",
+    )
+    rows = [
+        (
+            name,
+            seconds(*mine.first),
+            seconds(*mine.later),
+            seconds(*mine.run),
+            _ratio(mine.run, base.run if base else None),
+            _ratio(mine.later, base.later if base else None),
+            megabytes(peak(runs[name])),
+            megabytes(peak(runs[name], "peak_with_loading_bytes")),
+            f"{runs[name][0]['losses'][step - 1]:.4f}",
+        )
+        for name, mine in found.items()
+    ]
+    return Table(columns, tuple(rows))
+
+
+def step_table(runs: Runs, reference: str) -> Table:
+    """Every contestant's seconds a step, their ratio to `reference`, its memory, and a loss to compare."""
+    found = {name: step_seconds(values) for name, values in runs.items()}
+    step = _steps_of_all(runs)
+    columns = ("contestant", "step, s", "ratio", "peak MB", "with loading", f"loss at step {step}")
+    rows = [
+        (
+            name,
+            seconds(*mine),
+            _ratio(mine, found.get(reference)),
+            megabytes(peak(runs[name])),
+            megabytes(peak(runs[name], "peak_with_loading_bytes")),
+            f"{runs[name][0]['losses'][step - 1]:.4f}",
+        )
+        for name, mine in found.items()
+    ]
+    return Table(columns, tuple(rows))
+
+
+def step_seconds(runs: Sequence[Values]) -> tuple[float, float]:
+    """(best, median) over the repeats, of each repeat's median step."""
+    return best_and_median([statistics.median(values["step_seconds"]) for values in runs])
+
+
+def step_ratio(runs: Runs, ours: str, peer: str) -> float | None:
+    """How many times longer a step of the peer takes."""
+    if ours not in runs or peer not in runs:
+        return None
+    return step_seconds(runs[peer])[0] / step_seconds(runs[ours])[0]
+
+
+def _steps_of_all(runs: Runs) -> int:
+    """How many steps every contestant has taken."""
+    return min(len(values["losses"]) for repeats in runs.values() for values in repeats)
+
+
+def _ratio(mine: tuple[float, float], base: tuple[float, float] | None) -> str:
+    return f"{short(mine[0] / base[0])}x" if base else ""
+
+
+def run_ratio(runs: Runs, settings: Settings, ours: str, peer: str) -> float | None:
+    """How many times longer the peer's run takes."""
+    if ours not in runs or peer not in runs:
+        return None
+    return times(runs[peer], settings).run[0] / times(runs[ours], settings).run[0]
+
+
+def later_ratio(runs: Runs, settings: Settings, ours: str, peer: str) -> float | None:
+    """The same for an epoch after the first."""
+    if ours not in runs or peer not in runs:
+        return None
+    return times(runs[peer], settings).later[0] / times(runs[ours], settings).later[0]
+
+
+def memory_ratio(runs: Runs, ours: str, peer: str) -> float | None:
+    """Our peak memory as a share of the peer's."""
+    if ours not in runs or peer not in runs:
+        return None
+    return peak(runs[ours]) / peak(runs[peer])
+
+
+def fastest(runs: Runs, settings: Settings, names: Sequence[str]) -> str | None:
+    """Which of a peer's settings takes the shortest run."""
+    there = [name for name in names if name in runs]
+    return min(there, key=lambda name: times(runs[name], settings).run[0], default=None)

@@ -1,0 +1,1 @@
+"""Each function here is one contestant's work, run in a process of its own; it returns plain values."""

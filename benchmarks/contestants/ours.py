@@ -1,0 +1,131 @@
+"""clipgraft, through its public names only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import clipgraft as cg
+from benchmarks.child import reset_peak
+from benchmarks.prepare import LORA, OPENCLIP_BASE
+
+_EPOCH_END = re.compile(r"epoch (\d+) of \d+: mean loss")
+
+
+class _EpochClock(logging.Handler):
+    """Notes when the run's own log says that an epoch has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _EPOCH_END.match(record.getMessage()):
+            self.times.append(time.perf_counter())
+
+
+@contextmanager
+def _epoch_clock() -> Iterator[_EpochClock]:
+    clock, log = _EpochClock(), logging.getLogger("clipgraft")
+    log.addHandler(clock)
+    try:
+        yield clock
+    finally:
+        log.removeHandler(clock)
+
+
+def load(precision: str = "fp32") -> cg.Clip:
+    """The random ViT-B-32 that all contestants share."""
+    return cg.load("ViT-B-32", pretrained=OPENCLIP_BASE, precision=precision)
+
+
+def timed_fit(clip: cg.Clip, pairs: cg.Pairs, **options: Any) -> dict[str, Any]:
+    """`fit` in a new folder: the seconds of every epoch, the first from cold, and the loss of every step."""
+    reset_peak()
+    with tempfile.TemporaryDirectory() as folder, _epoch_clock() as clock:
+        started = time.perf_counter()
+        result = cg.fit(clip, pairs, out=Path(folder) / "run", progress=False, save_frequency=0, **options)
+        total = time.perf_counter() - started
+        lines = (Path(folder) / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    starts = [started, *clock.times]
+    trained = [event for event in events if event["kind"] == "train"]
+    return {
+        "epoch_seconds": [end - start for start, end in zip(starts, clock.times, strict=False)],
+        "run_seconds": total,
+        "losses": [event["loss"] for event in trained],
+        "pairs_per_second": [event["pairs_per_second"] for event in trained],
+        "trained": result.trainable,
+    }
+
+
+def train(
+    table: str,
+    *,
+    targets: str,
+    batch_size: int,
+    epochs: int,
+    autocast: bool = False,
+    precision: str = "fp32",
+    dropout: float = 0.1,
+    rows: int | None = None,
+    fit: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`apply_lora` and `fit` on the photographs; what `fit` does not name is at its default."""
+    import torch
+
+    clip = load(precision)
+    torch.manual_seed(0)
+    cg.apply_lora(clip, **LORA, dropout=dropout, targets=targets)
+    pairs, _ = cg.read_pairs(table, verify="header")
+    if rows is not None:
+        pairs = cg.Pairs(pairs.images[:rows], pairs.captions[:rows])
+    return timed_fit(
+        clip,
+        pairs,
+        batch_size=batch_size,
+        epochs=epochs,
+        autocast=autocast,
+        lr_scheduler="const",
+        warmup=0,
+        **(fit or {}),
+    )
+
+
+def train_steps(*, batch_size: int, warmup: int, steps: int, **options: Any) -> dict[str, Any]:
+    """As many steps as a peer takes, waiting for data included; `options` are those of `train`."""
+    values = train(batch_size=batch_size, epochs=1, rows=batch_size * (warmup + steps), **options)
+    seconds = [batch_size / speed for speed in values["pairs_per_second"]]
+    return {
+        "step_seconds": seconds[warmup:],
+        **{name: values[name] for name in ("losses", "trained", "pairs_per_second")},
+    }
+
+
+def encode(images: list[str], autocast: bool = False) -> dict[str, Any]:
+    """`encode_images` over a list of files."""
+    from benchmarks.contestants.encoding import timed_encoding
+    from clipgraft.data.features import encode_images
+
+    clip = load()
+    return timed_encoding(
+        lambda paths: encode_images(clip, [Path(path) for path in paths], autocast=autocast), images
+    )
+
+
+def retrieval(rows: int, images: int, captions_an_image: int, seed: int) -> dict[str, Any]:
+    """`retrieval_metrics` on made-up features."""
+    from benchmarks.contestants.retrieval import made_up_features
+
+    features = made_up_features(rows, images, captions_an_image, seed)
+    reset_peak()
+    started = time.perf_counter()
+    metrics = cg.retrieval_metrics(*features)
+    return {"seconds": time.perf_counter() - started, "metrics": metrics}

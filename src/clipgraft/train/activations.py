@@ -1,0 +1,139 @@
+"""The frozen blocks below an image adapter: run once for every image, if there is room for what they give."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from clipgraft.data.cache_room import format_bytes
+from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.feature_key import UnknownError, image_key
+from clipgraft.data.features import image_rows, image_steps
+from clipgraft.data.memory import available_memory
+from clipgraft.engine.encoder import Encoder
+from clipgraft.lora.inject import lora_state
+from clipgraft.models.clip import Clip
+from clipgraft.models.family import is_lora
+from clipgraft.train.towers import PartlyFixedImages
+
+log = logging.getLogger("clipgraft")
+_SHARE = 4
+"""At most 1/4 of the memory that is free is filled: rows are there twice while they are put together."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The input of one image block for many images, not computed yet.
+
+    Attributes:
+        block: the first one that training changes.
+        cache: where rows are kept; None for memory.
+    """
+
+    encoder: Encoder
+    images: Sequence[Path]
+    block: int
+    exact_preprocess: bool
+    cache: FeatureCache | None = None
+
+    @property
+    def stored(self) -> str:
+        """What a row is."""
+        return f"input of vision block {self.block}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows are kept in: bf16 where the blocks compute in it, which halves what is read at a step."""
+        return torch.bfloat16 if self.encoder.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.encoder.vision_shape) * self.dtype.itemsize
+
+    def compute(self, workers: int, progress: Callable[[int], None]) -> PartlyFixedImages:
+        """Run the frozen blocks on every image that the cache does not hold."""
+        rows = image_rows(
+            self.encoder.clip,
+            self.images,
+            partial(self.encoder.encode_to_block, block=self.block),
+            stored=self.stored,
+            dtype=self.dtype,
+            item_shape=self.encoder.vision_shape,
+            workers=workers,
+            autocast=self.encoder.autocast,
+            progress=progress,
+            cache=self.cache,
+            exact_preprocess=self.exact_preprocess,
+            label=self.stored,
+        )
+        return PartlyFixedImages(self.encoder, rows, self.block)
+
+    def cache_shortage(self, cache: FeatureCache) -> str | None:
+        """Why the cache would not keep all rows; None if it would."""
+        steps = image_steps(self.encoder.clip, exact_preprocess=self.exact_preprocess)
+        try:
+            key = image_key(
+                self.encoder.clip,
+                steps,
+                stored=self.stored,
+                dtype=self.dtype,
+                autocast=self.encoder.autocast,
+            )
+        except UnknownError as reason:
+            return f"the feature cache cannot name a preprocessing that holds {reason}"
+        return cache.shortage(key, self.images, self.row_bytes)
+
+
+def plan_activations(
+    encoder: Encoder, images: Sequence[Path], *, cache: FeatureCache | None, exact_preprocess: bool
+) -> Activations | None:
+    """What to compute once before training the image tower; None if all of it must run at every step.
+
+    Rows go to `cache` if it has room for them, else to memory if a quarter of what is free will do. One line
+    says which, and how much it is.
+    """
+    blocks = encoder.vision_blocks
+    block = first_trained_block(encoder.clip, blocks)
+    if not 0 < block < blocks:
+        return None
+    plan = Activations(encoder, images, block, exact_preprocess)
+    total = len(images) * plan.row_bytes
+    below = f"the image tower is frozen below block {block} of {blocks}"
+    size = f"{len(images):,} images x {plan.row_bytes / 1e3:,.1f} kB = {format_bytes(total)}"
+    shortage = "there is no feature cache" if cache is None else plan.cache_shortage(cache)
+    if shortage is None:
+        log.info("%s: the input of that block is computed once, %s in the feature cache", below, size)
+        return Activations(encoder, images, block, exact_preprocess, cache)
+    free = available_memory() or 0
+    if _SHARE * total <= free:
+        log.info("%s: the input of that block is computed once, %s in memory (%s)", below, size, shortage)
+        return plan
+    log.info(
+        "%s, but all of it runs at every step: the input of that block would be %s, more than a quarter of "
+        "the %s of memory that is free, and %s",
+        below,
+        size,
+        format_bytes(free),
+        shortage,
+    )
+    return None
+
+
+def first_trained_block(clip: Clip, blocks: int) -> int:
+    """Number of the lowest image block whose input no training changes, nor anything above it needs.
+
+    The last block for a projection alone; 0 if patches, positions or any base weight train.
+    """
+    state = lora_state(clip)
+    trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
+    if state is None or any(not is_lora(name) and p is not clip.logit_scale for name, p in trained.items()):
+        return 0
+    sites = [site for site in state.layers if site.tower == "vision"]
+    above = blocks - 1
+    return min((above if site.role == "proj" else site.block or 0 for site in sites), default=0)
