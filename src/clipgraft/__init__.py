@@ -20,6 +20,7 @@ _PUBLIC = {
     "clipgraft.adapters.native": ("load_adapter", "lora_state_dict", "read_adapter", "save_adapter"),
     "clipgraft.adapters.open": ("Clip", "load"),
     "clipgraft.data.emoji": ("EmojiScenes", "write_scenes"),
+    "clipgraft.data.feature_cache": ("FeatureCache",),
     "clipgraft.data.pairs": ("Pairs", "read_pairs"),
     "clipgraft.errors": (
         "AdapterError",
@@ -98,6 +99,9 @@ if TYPE_CHECKING:
     )
     from clipgraft.data.emoji import (
         write_scenes as write_scenes,
+    )
+    from clipgraft.data.feature_cache import (
+        FeatureCache as FeatureCache,
     )
     from clipgraft.data.pairs import (
         Pairs as Pairs,

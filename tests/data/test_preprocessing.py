@@ -74,7 +74,7 @@ def test_every_size_is_the_transforms_own(transform: Any, width: int, height: in
     assert fast is not None
     image = photo(width, height)
     off = levels(fast(image), transform(image), fast.std)
-    assert off.max() < 1.01
+    assert off.max() < 2.01
     assert off.mean() < 0.5
 
 

@@ -6,12 +6,12 @@ a transform and gives another one of the same settings that
 
 - lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, if that is still `DECODE_FACTOR` times what it is
   shrunk to (libjpeg scales while it decodes, and skips most of the work);
-- resizes with PyTorch's 8-bit antialiased kernel, which follows Pillow's to the last grey level or the one
-  next to it;
+- resizes with PyTorch's 8-bit antialiased kernel, which follows Pillow's to within two grey levels,
+  mostly to the same one;
 - hands over 8-bit pixels, a quarter of the bytes, which are normalised a batch at a time.
 
 Tolerance, against the transform it came from, in grey levels of 255: an image that is not decoded at reduced
-size differs by at most 1 (photos by 0.005 on average). One that is differs by less than 1 on average, and the
+size differs by at most 2 (photos by 0.005 on average). One that is differs by less than 1 on average, and the
 features of ViT-B-32 and of the embedded default keep a cosine of 0.9999 or more.
 """
 

@@ -141,10 +141,8 @@ class Run:
 
     def blocks(self, x: Tensor, blocks: tuple[Block, ...], heads: int, layout: Layout) -> Tensor:
         """The (N, dim) residual through all blocks -> (B, dim) at the pooled nodes."""
-        *whole, last = blocks
-        for block in whole:
-            x = self._maybe_again(self._block, x, block, heads, layout)
-        return self._maybe_again(self._last_block, x, last, heads, layout)
+        x = self.some_blocks(x, blocks[:-1], heads, layout)
+        return self._maybe_again(self._last_block, x, blocks[-1], heads, layout)
 
     def some_blocks(self, x: Tensor, blocks: tuple[Block, ...], heads: int, layout: Layout) -> Tensor:
         """The (N, dim) residual through blocks that are not the last -> (N, dim)."""
