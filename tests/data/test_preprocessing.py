@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor
 
 from clipgraft.data.images import open_image
 from clipgraft.data.loading import image_batches
-from clipgraft.data.preprocessing import DECODE_FACTOR, decode_size, fast_preprocess
+from clipgraft.data.preprocessing import DECODE_FACTOR, fast_preprocess
 from clipgraft.models.from_hf import HfPreprocess
 
 
@@ -92,8 +92,10 @@ def test_reduced_decoding_stays_within_the_tolerance(transform: Any, size: tuple
 
 def test_the_decode_size_follows_the_resize() -> None:
     """A model of 336 pixels would get pictures decoded for one of 224."""
-    assert decode_size(openclip(336)) == decode_size(hf(336)) == DECODE_FACTOR * 336
-    assert decode_size(lambda image: image) is None
+    for transform in (openclip(336), hf(336)):
+        fast = fast_preprocess(transform)
+        assert fast is not None
+        assert fast.shortest == DECODE_FACTOR * 336
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,6 @@ def fast_preprocess(transform: object) -> FastPreprocess | None:
     return None if padded else found
 
 
-def decode_size(transform: object) -> int | None:
-    """The smallest side that a JPEG may be decoded at before `transform`, or None where that is not known."""
-    fast = fast_preprocess(transform)
-    return None if fast is None else fast.shortest
-
-
 def _of_compose(transform: object) -> FastPreprocess | None:
     """Of a torchvision Compose with exactly open_clip's steps."""
     steps = {type(step).__name__: step for step in getattr(transform, "transforms", ())}

@@ -84,14 +84,14 @@ class Encoder:
         """(B, 3, H, W) preprocessed pixels -> (B, 1 + patches, dim) input of a block, at least fp32."""
         assert self._vision is not None
         run = self._run()
-        x = towers.embed_patches(self._vision, pixels.to(self.clip.device, non_blocking=True), run)
+        x = towers.embed_patches(self._vision, self._moved(pixels), run)
         return towers.run_to_block(self._vision, x, run, block)
 
     def encode_from_block(self, x: Tensor, block: int) -> Tensor:
         """(B, 1 + patches, dim) input of a block, of any float type -> (B, D) features, not normalised."""
         assert self._vision is not None
         run = self._run()
-        x = x.to(self.clip.device, run.residual, non_blocking=True)
+        x = self._moved(x).to(run.residual)
         return towers.run_from_patches(self._vision, x, run, block)
 
     def forget(self, tower: Tower) -> None:
