@@ -14,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 
 TEXT_ROLES = ("token_embedding", "position_embedding", "q", "k", "v", "out", "fc1", "fc2", "proj")
 VISION_ROLES = ("patch_embedding", "position_embedding", "q", "k", "v", "out", "fc1", "fc2", "proj")

@@ -17,7 +17,8 @@ _PUBLIC = {
         "load_lora_adapters",
         "save_lora_adapters",
     ),
-    "clipgraft.adapters.native": ("load_adapter", "lora_state_dict", "read_adapter", "save_adapter"),
+    "clipgraft.adapters.loading": ("load_adapter",),
+    "clipgraft.adapters.native": ("lora_state_dict", "read_adapter", "save_adapter"),
     "clipgraft.adapters.open": ("Clip", "load"),
     "clipgraft.data.emoji": ("EmojiScenes", "write_scenes"),
     "clipgraft.data.feature_cache": ("FeatureCache",),
@@ -34,15 +35,12 @@ _PUBLIC = {
     ),
     "clipgraft.evaluate.metrics": ("retrieval_metrics",),
     "clipgraft.evaluate.retrieval": ("evaluate_retrieval",),
-    "clipgraft.lora.inject": (
-        "apply_lora",
-        "count_parameters",
-        "disable_lora",
-        "enable_lora",
-        "lora_disabled",
-        "remove_lora",
-        "verify_gradients",
-    ),
+    "clipgraft.lora.combine": ("Combination", "combine_adapters"),
+    "clipgraft.lora.counting": ("count_parameters", "verify_gradients"),
+    "clipgraft.lora.inject": ("apply_lora", "remove_lora"),
+    "clipgraft.lora.merge": ("merge_lora", "unmerge_lora"),
+    "clipgraft.lora.starts": ("start_from_data",),
+    "clipgraft.lora.switch": ("disable_lora", "enable_lora", "lora_disabled", "set_adapter"),
     "clipgraft.models.sites": ("Site",),
     "clipgraft.train.fit": ("FitResult", "fit"),
 }
@@ -64,102 +62,44 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.guide import (
-        apply_lora_to_text_encoder as apply_lora_to_text_encoder,
-    )
-    from clipgraft.adapters.guide import (
-        get_lora_state_dict as get_lora_state_dict,
-    )
-    from clipgraft.adapters.guide import (
-        load_lora_adapters as load_lora_adapters,
-    )
-    from clipgraft.adapters.guide import (
-        save_lora_adapters as save_lora_adapters,
-    )
-    from clipgraft.adapters.native import (
-        load_adapter as load_adapter,
-    )
-    from clipgraft.adapters.native import (
-        lora_state_dict as lora_state_dict,
-    )
-    from clipgraft.adapters.native import (
-        read_adapter as read_adapter,
-    )
-    from clipgraft.adapters.native import (
-        save_adapter as save_adapter,
-    )
-    from clipgraft.adapters.open import (
-        Clip as Clip,
-    )
-    from clipgraft.adapters.open import (
-        load as load,
-    )
-    from clipgraft.data.emoji import (
-        EmojiScenes as EmojiScenes,
-    )
-    from clipgraft.data.emoji import (
-        write_scenes as write_scenes,
-    )
-    from clipgraft.data.feature_cache import (
-        FeatureCache as FeatureCache,
-    )
-    from clipgraft.data.pairs import (
-        Pairs as Pairs,
-    )
-    from clipgraft.data.pairs import (
-        read_pairs as read_pairs,
-    )
-    from clipgraft.errors import (
-        AdapterError as AdapterError,
-    )
-    from clipgraft.errors import (
-        CheckpointError as CheckpointError,
-    )
-    from clipgraft.errors import (
-        ClipgraftError as ClipgraftError,
-    )
-    from clipgraft.errors import (
-        ConfigError as ConfigError,
-    )
-    from clipgraft.errors import (
-        DataError as DataError,
-    )
-    from clipgraft.errors import (
-        ModelError as ModelError,
-    )
-    from clipgraft.errors import (
-        TargetError as TargetError,
-    )
-    from clipgraft.errors import (
-        TrainingError as TrainingError,
-    )
+    from clipgraft.adapters.guide import apply_lora_to_text_encoder as apply_lora_to_text_encoder
+    from clipgraft.adapters.guide import get_lora_state_dict as get_lora_state_dict
+    from clipgraft.adapters.guide import load_lora_adapters as load_lora_adapters
+    from clipgraft.adapters.guide import save_lora_adapters as save_lora_adapters
+    from clipgraft.adapters.loading import load_adapter as load_adapter
+    from clipgraft.adapters.native import lora_state_dict as lora_state_dict
+    from clipgraft.adapters.native import read_adapter as read_adapter
+    from clipgraft.adapters.native import save_adapter as save_adapter
+    from clipgraft.adapters.open import Clip as Clip
+    from clipgraft.adapters.open import load as load
+    from clipgraft.data.emoji import EmojiScenes as EmojiScenes
+    from clipgraft.data.emoji import write_scenes as write_scenes
+    from clipgraft.data.feature_cache import FeatureCache as FeatureCache
+    from clipgraft.data.pairs import Pairs as Pairs
+    from clipgraft.data.pairs import read_pairs as read_pairs
+    from clipgraft.errors import AdapterError as AdapterError
+    from clipgraft.errors import CheckpointError as CheckpointError
+    from clipgraft.errors import ClipgraftError as ClipgraftError
+    from clipgraft.errors import ConfigError as ConfigError
+    from clipgraft.errors import DataError as DataError
+    from clipgraft.errors import ModelError as ModelError
+    from clipgraft.errors import TargetError as TargetError
+    from clipgraft.errors import TrainingError as TrainingError
     from clipgraft.evaluate.metrics import retrieval_metrics as retrieval_metrics
     from clipgraft.evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
-    from clipgraft.lora.inject import (
-        apply_lora as apply_lora,
-    )
-    from clipgraft.lora.inject import (
-        count_parameters as count_parameters,
-    )
-    from clipgraft.lora.inject import (
-        disable_lora as disable_lora,
-    )
-    from clipgraft.lora.inject import (
-        enable_lora as enable_lora,
-    )
-    from clipgraft.lora.inject import (
-        lora_disabled as lora_disabled,
-    )
-    from clipgraft.lora.inject import (
-        remove_lora as remove_lora,
-    )
-    from clipgraft.lora.inject import (
-        verify_gradients as verify_gradients,
-    )
+    from clipgraft.lora.combine import Combination as Combination
+    from clipgraft.lora.combine import combine_adapters as combine_adapters
+    from clipgraft.lora.counting import count_parameters as count_parameters
+    from clipgraft.lora.counting import verify_gradients as verify_gradients
+    from clipgraft.lora.inject import apply_lora as apply_lora
+    from clipgraft.lora.inject import remove_lora as remove_lora
+    from clipgraft.lora.merge import merge_lora as merge_lora
+    from clipgraft.lora.merge import unmerge_lora as unmerge_lora
+    from clipgraft.lora.starts import start_from_data as start_from_data
+    from clipgraft.lora.switch import disable_lora as disable_lora
+    from clipgraft.lora.switch import enable_lora as enable_lora
+    from clipgraft.lora.switch import lora_disabled as lora_disabled
+    from clipgraft.lora.switch import set_adapter as set_adapter
     from clipgraft.models.sites import Site as Site
-    from clipgraft.train.fit import (
-        FitResult as FitResult,
-    )
-    from clipgraft.train.fit import (
-        fit as fit,
-    )
+    from clipgraft.train.fit import FitResult as FitResult
+    from clipgraft.train.fit import fit as fit

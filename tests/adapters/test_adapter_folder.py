@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit import features, inputs, largest, randomise_lora
 
@@ -57,7 +57,7 @@ def test_round_trip(layout: str, request: pytest.FixtureRequest, tmp_path: Path)
     other = copy.deepcopy(base)
     adapter = cg.load_adapter(other, folder)
     assert equal_adapters(model, other)
-    settings_of = require_lora(other).settings
+    settings_of = require_lora(other).chosen().settings
     assert (settings_of.r, settings_of.alpha, settings_of.dropout, settings_of.use_rslora) == (
         4,
         6,

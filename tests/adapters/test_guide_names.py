@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from explicit import features, inputs, largest, randomise_lora
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.engine.encoder import Encoder
 from clipgraft.engine.kernels import Attention
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit import (
     CONTEXT_END,

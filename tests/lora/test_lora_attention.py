@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from explicit import explicit_model, features, inputs, largest, randomise_lora
 from tinies import TINY_OPENCLIP, randomise
 
@@ -66,8 +66,8 @@ def test_every_call_of_multihead_attention(
         assert torch.allclose(got[1], wanted[1], atol=2e-6)
     if grad:
         (got[0] ** 2).mean().backward()
-        assert ours.lora_q.lora_A.grad.any()
-        assert ours.lora_out.lora_B.grad.any()
+        assert ours.lora_q.current.lora_A.grad.any()
+        assert ours.lora_out.current.lora_B.grad.any()
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -85,17 +85,18 @@ def test_cross_attention_and_single_sequences(tiny_openclip: nn.Module, grad: bo
 def test_attention_without_biases(grad: bool) -> None:
     """A base whose attention has no biases cannot be adapted."""
     from clipgraft.lora.attention import graft_attention
-    from clipgraft.lora.layers import LoraLayer
+    from clipgraft.lora.layers import LoraLayer, Slot
     from clipgraft.models.sites import Site, SiteRef
 
     stock = nn.MultiheadAttention(16, 2, bias=False, batch_first=True).eval()
     ours, explicit = copy.deepcopy(stock), copy.deepcopy(stock)
     graft_attention(ours)
     ref = SiteRef(Site("text", 0, "k"), "", "in_proj_weight", "fused", (16, 16), slice(16, 32))
-    ours.lora_k = LoraLayer(ref, 2, 3.0)
-    ours.lora_k.lora_B.data.normal_()
+    layer, ours.lora_k = LoraLayer(ref, 2, 3.0), Slot()
+    ours.lora_k["default"], ours.lora_k.acting = layer, "default"
+    layer.lora_B.data.normal_()
     with torch.no_grad():
-        explicit.in_proj_weight[16:32] += 1.5 * ours.lora_k.lora_B @ ours.lora_k.lora_A
+        explicit.in_proj_weight[16:32] += 1.5 * layer.lora_B @ layer.lora_A
     x = torch.randn(2, 5, 16)
     with torch.set_grad_enabled(grad):
         got, wanted = (module(x, x, x, need_weights=False)[0] for module in (ours, explicit))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit import explicit_model, features, inputs, largest, loss_of, randomise_lora
 from tinies import TINY_OPENCLIP
@@ -125,8 +125,9 @@ def test_removal_restores_names_order_and_training(model: nn.Module) -> None:
     assert list(model.state_dict()) == names
     assert [type(module) for module in model.modules()] == kinds
     assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == parameters
+    kept = {"_clipgraft_fingerprint", "_clipgraft_gate"}
     assert not any(
-        "clipgraft" in key for module in model.modules() for key in vars(module) if "fing" not in key
+        "clipgraft" in key for module in model.modules() for key in vars(module) if key not in kept
     )
     with pytest.raises(cg.AdapterError, match="carries no LoRA"):
         cg.remove_lora(model)
@@ -168,16 +169,16 @@ def test_lora_disabled_restores(model: nn.Module) -> None:
     randomise_lora(model)
     pixels, ids = inputs(model)
     on = features(model, pixels, ids)
-    layers = list(require_lora(model).layers.values())
-    layers[0].enabled = False
     with pytest.raises(ZeroDivisionError), cg.lora_disabled(model):
         raise ZeroDivisionError
     with cg.lora_disabled(model):
         off = features(model, pixels, ids)
     assert largest(on, off) > 0.01
-    assert [layer.enabled for layer in layers] == [False] + [True] * (len(layers) - 1)
-    cg.enable_lora(model)
     assert same(features(model, pixels, ids), on)
+    cg.disable_lora(model)
+    with cg.lora_disabled(model):
+        pass
+    assert same(features(model, pixels, ids), off)
 
 
 @layouts

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from clipgraft.lora.targets import TARGET_SETS, guide_targets, override_values, select_sites
 from clipgraft.models.clip import as_clip
 from clipgraft.models.sites import Site

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from explicit import features, inputs, loss_of
 
 
@@ -25,7 +25,7 @@ def backward(model: nn.Module) -> None:
         ),
         (lambda model: model.requires_grad_(True), "weights of the base are not frozen"),
         (
-            lambda model: setattr(layer_of(model, "text.1.v"), "enabled", False),
+            lambda model: setattr(require_lora(model).slots["text.1.v"], "acting", None),
             "2 trainable weights got no gradient.*enable_lora",
         ),
         (lambda model: layer_of(model, "text.1.k").requires_grad_(False), "got no gradient"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from explicit import ROLES, features, largest, randomise_lora, target, weight_name
 
 # PEFT 0.21 reads an attribute that transformers 5.23 is about to rename.
@@ -180,18 +180,9 @@ def test_stock_peft_adapters_open_here(
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
-    "DoRA": (
-        peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
-        "uses use_dora, which clipgraft does not",
-    ),
-    "trained biases": (peft.LoraConfig(target_modules=["q_proj"], bias="all"), "uses bias='all'"),
-    "trained modules": (
-        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["text_projection"]),
-        "uses modules_to_save",
-    ),
-    "PiSSA": (
-        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
-        "init_lora_weights='pissa'",
+    "PiSSA by a random decomposition": (
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4"),
+        "init_lora_weights='pissa_niter_4'",
     ),
     "OLoRA": (
         peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"),

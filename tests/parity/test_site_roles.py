@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit import (
     ROLES,

@@ -15,7 +15,7 @@ import clipgraft as cg
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_images
 from clipgraft.engine.encoder import Encoder
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.train import activations

@@ -67,13 +67,13 @@ def write_folder(
         ) from error
 
 
-def read_folder(path: Path) -> Contents:
-    """Read an adapter folder, or that of a run which holds one.
+def read_folder(path: Path, name: str | None = None) -> Contents:
+    """Read an adapter folder, or that of a run which holds one; `name` picks one of several in subfolders.
 
     Raises:
         AdapterError: no adapter there, or its files are damaged or do not belong together.
     """
-    folder = find_folder(path)
+    folder = find_folder(path, name)
     weights = folder / WEIGHTS_FILE
     try:
         tensors, digest = load_file(weights), _digest(weights)
@@ -97,13 +97,26 @@ def read_folder(path: Path) -> Contents:
     return Contents(folder, tensors, _read_json(folder / CONFIG_FILE), None)
 
 
-def find_folder(path: Path) -> Path:
-    """The adapter folder at a path, which may be one of its files or a run folder; raises AdapterError."""
+def find_folder(path: Path, name: str | None = None) -> Path:
+    """The adapter folder at a path, which may be one of its files, a run folder, or one of named adapters.
+
+    PEFT saves an adapter that is not named `default` in a subfolder of that name.
+
+    Raises:
+        AdapterError: there is none, or several and none of that name.
+    """
     if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE, NATIVE_FILE):
         path = path.parent
     for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+        if _holds_adapter(folder):
             return folder
+    named = sorted(folder for folder in path.glob("*/") if _holds_adapter(folder))
+    chosen = [folder for folder in named if folder.name == name]
+    if chosen or len(named) == 1:
+        return (chosen or named)[0]
+    if named:
+        listed = ", ".join(folder.name for folder in named[:8])
+        raise AdapterError(f"{path} holds several adapters, {listed}: give the folder of one, {named[0]}")
     if not path.exists():
         raise AdapterError(f"no adapter at {path}: there is no such folder; check the path")
     raise AdapterError(
@@ -118,6 +131,10 @@ def is_adapter(path: str | Path) -> bool:
     except AdapterError:
         return False
     return True
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
 
 
 def _current(record: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clipgraft.adapters.native import AdapterFile, load_adapter, lora_state_dict, save_adapter
-from clipgraft.lora.inject import (
-    apply_lora,
-    count_parameters,
-    disable_lora,
-    enable_lora,
-    require_lora,
-    verify_gradients,
-)
+from clipgraft.adapters.loading import load_adapter
+from clipgraft.adapters.native import AdapterFile, lora_state_dict, save_adapter
+from clipgraft.lora.counting import count_parameters, verify_gradients
+from clipgraft.lora.inject import apply_lora
+from clipgraft.lora.merge import merge_lora, unmerge_lora
+from clipgraft.lora.state import require_lora
+from clipgraft.lora.switch import disable_lora, enable_lora
 from clipgraft.lora.targets import guide_targets
 from clipgraft.models.clip import Clip, ClipLike
 
@@ -53,6 +51,8 @@ CLIP_METHODS = (
     apply_lora_to_text_encoder,
     enable_lora,
     disable_lora,
+    merge_lora,
+    unmerge_lora,
     count_parameters,
     verify_gradients,
     get_lora_state_dict,

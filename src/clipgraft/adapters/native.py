@@ -8,6 +8,7 @@ spec, the base and its fingerprint, the temperature and the metrics, so that loa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,34 +18,34 @@ import torch
 from torch import Tensor
 
 from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, write_folder
-from clipgraft.adapters.peft_layout import config_json, missing_sites, read_tensors, tensor_names
+from clipgraft.adapters.peft_config import config_json, site_alphas, site_ranks
+from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors
 from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.inject import (
-    LoraSettings,
-    adapter_logit_scale,
-    attach,
-    check_settings,
-    lora_state,
-    remove_lora,
-    require_lora,
-)
+from clipgraft.lora.state import Adapter, LoraSettings, check_settings, require_lora, require_unmerged
+from clipgraft.lora.switch import adapter_logit_scale
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
+from clipgraft.models.family import site_bias, site_weight
+from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A read adapter folder.
+    """An adapter apart from any model.
 
     Attributes:
-        path: the folder.
-        weights: A and B by site, in the shapes of `SiteRef.lora_shapes`.
+        path: where it was read.
+        weights: A and B by site, fp32, in the shapes of `SiteRef.lora_shapes`.
         settings: what made them; ranks and alphas per site are exact.
         config: `adapter_config.json`, as PEFT reads it.
         base: `name`, `pretrained` and `family` of the base; empty where a foreign file does not say.
         fingerprint: of the base, None for foreign files.
         logit_scale: the trained log temperature, None if it is not part of the adapter.
         metrics: what was measured when it was saved.
+        magnitudes: (out,) of DoRA, by site.
+        biases: whole biases, (out,), by the path of their module in `transformers.CLIPModel`.
+        offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
+        full: whole weights, (out, in), by site: what PEFT calls modules to save.
     """
 
     path: Path
@@ -55,46 +56,165 @@ class AdapterFile:
     fingerprint: str | None = None
     logit_scale: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    magnitudes: dict[Site, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    offsets: dict[Site, Tensor] = field(default_factory=dict)
+    full: dict[Site, Tensor] = field(default_factory=dict)
+
+    @property
+    def scales(self) -> dict[Site, float]:
+        """The s of W + s·B·A by site: α/r, or α/√r."""
+        alphas = site_alphas(self.settings, self.weights)
+        root = self.settings.use_rslora
+        ranks = {site: a.shape[0] for site, (a, _) in self.weights.items()}
+        return {site: alphas[site] / (math.sqrt(r) if root else r) for site, r in ranks.items()}
+
+    def require_plain(self, form: str) -> None:
+        """Refuse to leave something out; raises AdapterError naming what a format cannot hold."""
+        parts: dict[str, object] = {
+            "DoRA magnitudes": self.magnitudes,
+            "biases": self.biases or self.offsets,
+            "whole weights": self.full,
+        }
+        held = [name for name, values in parts.items() if values]
+        if self.logit_scale is not None:
+            held.append("a trained logit_scale")
+        if held:
+            raise AdapterError(
+                f"{self.path} has {' and '.join(held)}, which {form} cannot hold: "
+                "write an adapter folder instead"
+            )
 
 
-def lora_state_dict(model: ClipLike) -> dict[str, Tensor]:
-    """The adapter's weights by site name: `text.0.q.lora_A`, …; detached, on the model's device."""
-    layers = require_lora(model).layers
-    pairs = {f"{site}.lora_A": layer.lora_A.detach() for site, layer in layers.items()}
-    return pairs | {f"{site}.lora_B": layer.lora_B.detach() for site, layer in layers.items()}
+def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
+    """An adapter's weights by site name: `text.0.q.lora_A`, …; detached, on the model's device.
+
+    Of the active adapter, or of the one that is named; with magnitudes and biases where it has them.
+    """
+    state = require_lora(model)
+    adapter = state.chosen() if name is None else state.named(name)
+    modules = {**{str(site): layer for site, layer in adapter.layers.items()}, **adapter.norms}
+    return {
+        f"{place}.{part}": tensor.detach()
+        for place, module in modules.items()
+        for part, tensor in module.state_dict().items()
+        if tensor.numel()
+    }
 
 
-def save_adapter(model: ClipLike, path: str | Path, metrics: Mapping[str, Any] | None = None) -> Path:
-    """Write the model's adapter as a folder.
+def save_adapter(
+    model: ClipLike, path: str | Path, metrics: Mapping[str, Any] | None = None, *, name: str | None = None
+) -> Path:
+    """Write an adapter of a model as a folder.
 
     Args:
         model: a `Clip` or raw model that carries LoRA.
         path: the folder; made if needed. An older adapter in it stays readable until the new one is whole.
         metrics: numbers to keep with it.
+        name: which adapter, by default the active one.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: the model carries no LoRA, or the folder cannot be written.
+        AdapterError: the model carries no such adapter, or the folder cannot be written.
     """
-    clip, folder = as_clip(model), Path(path)
-    state, source = require_lora(clip), _findable(clip)
-    tensors: dict[str, Tensor] = {}
-    for site, layer in state.layers.items():
-        for name, tensor in zip(tensor_names(site), (layer.lora_A, layer.lora_B), strict=True):
-            tensors[name] = tensor.detach().to("cpu", torch.float32).contiguous()
-    ranks = {site: layer.r for site, layer in state.layers.items()}
-    alphas = {site: float(layer.alpha) for site, layer in state.layers.items()}
+    clip = as_clip(model)
+    state = require_lora(clip)
+    adapter = state.chosen() if name is None else state.named(name)
+    scale = adapter_logit_scale(clip, name)
+    return write_adapter(describe(clip, adapter, Path(path), scale, dict(metrics or {})), Path(path))
+
+
+def describe(
+    clip: Clip, adapter: Adapter, path: Path, logit_scale: float | None, metrics: dict[str, Any]
+) -> AdapterFile:
+    """An adapter on a model as it is written to files: PiSSA as the update of rank 2r that it is."""
+    if adapter.norms or any(not layer.is_plain for layer in adapter.layers.values()):
+        require_unmerged(clip, "save an adapter with DoRA or biases")
+    refs, source = clip.site_refs, _findable(clip)
+    layers = {site: layer for site, layer in adapter.layers.items() if layer.r}
+    factors = {site: layer.factors() for site, layer in layers.items()}
+    weights = {site: (_plain(a), _plain(b)) for site, (a, b) in factors.items()}
+    magnitudes: dict[Site, Tensor] = {}
+    if adapter.settings.use_dora:
+        for site, layer in layers.items():
+            weight = site_weight(clip.model, refs[site])
+            own = layer.lora_magnitude
+            magnitudes[site] = _plain(layer.norm(weight) if own is None else own)
+    biases: dict[str, Tensor] = {}
+    for site, layer in adapter.layers.items():
+        bias = site_bias(clip.model, refs[site])
+        if layer.lora_bias is not None and bias is not None:
+            biases[site_path(site)] = _plain(bias.float() + layer.lora_bias)
+    norms = clip.family.norms(clip.model)
+    biases |= {p: _plain(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
+    return AdapterFile(
+        path,
+        weights,
+        _exact(adapter.settings, weights, {site: layer.scaling for site, layer in layers.items()}),
+        base={**asdict(source), "family": clip.family.name},
+        fingerprint=clip.fingerprint,
+        logit_scale=logit_scale,
+        metrics=metrics,
+        magnitudes=magnitudes,
+        biases=biases,
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
+
+
+def _exact(
+    settings: LoraSettings, weights: Mapping[Site, tuple[Tensor, Tensor]], scales: Mapping[Site, float]
+) -> LoraSettings:
+    """The settings with ranks and alphas as the weights have them, the most frequent ones as the default."""
+    ranks = {site: a.shape[0] for site, (a, _) in weights.items()}
+    root = settings.use_rslora
+    alphas = {site: scales[site] * (math.sqrt(r) if root else r) for site, r in ranks.items()}
+    r, alpha = _usual(settings.r, ranks), _usual(settings.alpha, alphas)
+    return replace(
+        settings,
+        r=r,
+        alpha=alpha,
+        init="default",
+        rank_pattern={str(site): n for site, n in ranks.items() if n != r},
+        alpha_pattern={
+            str(site): a for site, a in alphas.items() if not math.isclose(a, alpha, rel_tol=1e-12)
+        },
+    )
+
+
+def _usual(asked: Any, found: Mapping[Site, Any]) -> Any:
+    """What was asked for, if any site has it; else what most sites have."""
+    near = [value for value in found.values() if math.isclose(value, asked, rel_tol=1e-12)]
+    return asked if near or not found else Counter(found.values()).most_common(1)[0][0]
+
+
+def write_adapter(adapter: AdapterFile, path: Path) -> Path:
+    """Write an adapter that is apart from any model as a folder; returns it.
+
+    Raises:
+        AdapterError: it has parts that only its base tells the meaning of, or the folder cannot be written.
+    """
+    if adapter.full or adapter.offsets:
+        raise AdapterError(
+            f"{adapter.path} has whole weights or biases of B, which need the base: give it, e.g. --model"
+        )
+    settings = adapter.settings
+    tensors = Tensors(dict(adapter.weights), dict(adapter.magnitudes), biases=dict(adapter.biases))
+    ranks, alphas = site_ranks(settings, adapter.weights), site_alphas(settings, adapter.weights)
+    base = {"name": "", "pretrained": "", "family": "", **adapter.base}
     record = {
-        "base": {**asdict(source), "family": clip.family.name, "fingerprint": clip.fingerprint},
-        "sites": [str(site) for site in state.layers],
-        "settings": asdict(state.settings),
-        "logit_scale": adapter_logit_scale(clip),
-        "metrics": dict(metrics or {}),
+        "base": {**base, "fingerprint": adapter.fingerprint},
+        "sites": [str(site) for site in adapter.weights],
+        "settings": asdict(settings),
+        "logit_scale": adapter.logit_scale,
+        "metrics": adapter.metrics,
     }
-    write_folder(folder, tensors, config_json(state.settings, ranks, alphas, source.name), record)
-    return folder
+    write_folder(path, name_tensors(tensors), config_json(settings, ranks, alphas, base["name"]), record)
+    return path
 
 
 def _findable(clip: Clip) -> Source:
@@ -112,25 +232,37 @@ def _findable(clip: Clip) -> Source:
     return Source(name, pretrained)
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
+def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
     """Read an adapter folder (or the folder of a run that holds one) without touching any model.
+
+    `name` picks one where the folder holds several in subfolders, as PEFT saves named adapters.
 
     Raises:
         AdapterError: no adapter there, or it is truncated, mixed from two saves, or foreign.
     """
-    contents = read_folder(Path(path))
-    weights, settings = read_tensors(contents.tensors, contents.config, contents.folder)
+    contents = read_folder(Path(path), name)
+    tensors, settings = read_tensors(contents.tensors, contents.config, contents.folder)
     try:
         check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())
     except ConfigError as error:
         raise AdapterError(f"{contents.folder}: {error}: save the adapter again") from error
-    adapter = AdapterFile(contents.folder, weights, settings, contents.config)
+    adapter = AdapterFile(
+        contents.folder,
+        tensors.weights,
+        settings,
+        contents.config,
+        magnitudes=tensors.magnitudes,
+        biases=tensors.biases,
+        offsets=tensors.offsets,
+        full=tensors.full,
+    )
     return adapter if contents.record is None else _with_record(adapter, contents, contents.record)
 
 
 def _with_record(adapter: AdapterFile, contents: Contents, record: Mapping[str, Any]) -> AdapterFile:
     try:
         base, recorded, scale = record["base"], record["settings"], record["logit_scale"]
+        fingerprint = base["fingerprint"]
         return replace(
             adapter,
             settings=replace(
@@ -139,7 +271,7 @@ def _with_record(adapter: AdapterFile, contents: Contents, record: Mapping[str, 
                 train_logit_scale=bool(recorded["train_logit_scale"]),
             ),
             base={key: str(base[key]) for key in ("name", "pretrained", "family")},
-            fingerprint=str(base["fingerprint"]),
+            fingerprint=None if fingerprint is None else str(fingerprint),
             logit_scale=None if scale is None else _finite(scale),
             metrics=dict(record["metrics"]),
         )
@@ -154,62 +286,3 @@ def _finite(value: float) -> float:
     if not math.isfinite(float(value)):
         raise ValueError(f"logit_scale is {value}")
     return float(value)
-
-
-def load_adapter(model: ClipLike, path: str | Path, *, force: bool = False) -> AdapterFile:
-    """Attach a saved adapter to its base, replacing what the model carries.
-
-    Args:
-        model: a `Clip`, or a raw model of either family.
-        path: the adapter folder.
-        force: load although the base is another one.
-
-    Raises:
-        AdapterError: the file cannot be read, or was made for another base or another architecture. The model
-            is as it was.
-    """
-    clip, adapter = as_clip(model), read_adapter(path)
-    _check_sites(clip, adapter)
-    _check_base(clip, adapter, force)
-    if lora_state(clip) is not None:
-        remove_lora(clip)
-    exact = replace(adapter.settings, targets=",".join(map(str, adapter.weights)))
-    layers = attach(clip, exact)
-    for site, (a, b) in adapter.weights.items():
-        layers[site].lora_A.data.copy_(a)
-        layers[site].lora_B.data.copy_(b)
-    require_lora(clip).settings = adapter.settings
-    if adapter.logit_scale is not None:
-        clip.logit_scale.data.fill_(adapter.logit_scale)
-    return adapter
-
-
-def _check_sites(clip: Clip, adapter: AdapterFile) -> None:
-    refs = clip.site_refs
-    for site, (a, b) in adapter.weights.items():
-        if site not in refs:
-            raise AdapterError(
-                f"{adapter.path}: this model has no site {site}; load the base it was made for"
-            )
-        wanted = refs[site].lora_shapes(a.shape[0])
-        if (tuple(a.shape), tuple(b.shape)) != wanted:
-            raise AdapterError(
-                f"{adapter.path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where this model needs "
-                f"{wanted[0]}, {wanted[1]}; load the base it was made for"
-            )
-    missing = missing_sites(adapter.config, adapter.weights, refs)
-    if missing:
-        raise AdapterError(
-            f"{adapter.path} lacks {len(missing)} of its target sites, {', '.join(map(str, missing[:3]))}: "
-            "it is incomplete, or was made for a smaller base; copy it again, or load its own base"
-        )
-
-
-def _check_base(clip: Clip, adapter: AdapterFile, force: bool) -> None:
-    if force or adapter.fingerprint is None or adapter.fingerprint == clip.fingerprint:
-        return
-    name = " / ".join(part for part in (adapter.base["name"], adapter.base["pretrained"]) if part)
-    raise AdapterError(
-        f"{adapter.path} was made for base {name or 'unnamed'} with fingerprint {adapter.fingerprint}, but "
-        f"this model's is {clip.fingerprint}: load that base, or pass --force (force=True) all the same"
-    )

@@ -8,7 +8,9 @@ import torch
 
 from clipgraft.adapters import guide as _guide  # noqa: F401 - gives Clip the guide's methods
 from clipgraft.adapters.folder import is_adapter
-from clipgraft.adapters.native import load_adapter, read_adapter
+from clipgraft.adapters.loading import load_adapter
+from clipgraft.adapters.native import read_adapter
+from clipgraft.engine import rows as _rows  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError, ModelError
 from clipgraft.models.clip import Clip as Clip
 from clipgraft.models.load import load as load_base

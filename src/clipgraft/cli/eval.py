@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         raise ConfigError("--val-data is missing: a table of images and captions, or a folder of both")
     if not data.val_data.exists():
         raise ConfigError(f"--val-data {data.val_data}: there is no such file or folder; check the path")
-    from clipgraft.adapters.native import load_adapter
+    from clipgraft.adapters.loading import load_adapter
     from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.files import write_json
     from clipgraft.models.precision import use_autocast
@@ -69,7 +69,8 @@ def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, dict[str, flo
     `options` are what `encode_images` and `evaluate_retrieval` both take.
     """
     from clipgraft.evaluate.retrieval import evaluate_retrieval
-    from clipgraft.lora.inject import lora_disabled, lora_state
+    from clipgraft.lora.state import lora_state
+    from clipgraft.lora.switch import lora_disabled
 
     state = lora_state(clip)
     if state is None:

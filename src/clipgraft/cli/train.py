@@ -146,7 +146,8 @@ def graft(clip: Clip, lora: LoraSpec, seed: int) -> None:
     """
     import torch
 
-    from clipgraft.lora.inject import apply_lora, lora_state
+    from clipgraft.lora.inject import apply_lora
+    from clipgraft.lora.state import lora_state
     from clipgraft.lora.targets import guide_targets
 
     if lora_state(clip) is not None:
@@ -176,7 +177,8 @@ def announce(clip: Clip, pairs: Pairs, train: TrainSpec) -> None:
     """One line on what is about to train."""
     import torch
 
-    from clipgraft.lora.inject import count_parameters, lora_state
+    from clipgraft.lora.counting import count_parameters
+    from clipgraft.lora.state import lora_state
 
     count = count_parameters(clip)
     if lora_state(clip) is not None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from clipgraft.data.feature_cache import FeatureKey
 from clipgraft.data.loading import Transform
-from clipgraft.lora.inject import lora_state
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.parameters import AdaptedProjection
+from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 
 _DIGITS = 32

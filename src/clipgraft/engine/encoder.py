@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from clipgraft.engine import towers
+from clipgraft.engine.acting import Acting, Mix, Share
 from clipgraft.engine.kernels import Attention
 from clipgraft.engine.packing import Packed, pack
 from clipgraft.engine.weights import Weights
-from clipgraft.lora.inject import lora_state
+from clipgraft.lora.state import Adapter, lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower
 
@@ -33,14 +37,19 @@ class Encoder:
         autocast: bool = False,
         attention: Attention | None = None,
         grad_checkpointing: bool = False,
+        pack: bool = True,
     ) -> None:
-        """`attention` brings kernels that were chosen before; `grad_checkpointing` recomputes blocks."""
+        """`attention` brings kernels that were chosen before; `grad_checkpointing` recomputes blocks.
+
+        Without `pack` no weight is kept in a second layout, for speed, beside the model's own.
+        """
         self.clip = clip
         self.dtype = torch.bfloat16 if autocast else clip.dtype
         self.attention = Attention() if attention is None else attention
         self.autocast = autocast
         self._checkpointing = grad_checkpointing
-        self._weights = Weights(self.dtype)
+        self._weights = Weights(self.dtype, pack)
+        self._norms = clip.family.norms(clip.model)
         self._text = clip.family.text_tower(clip.model)
         self._vision = clip.family.vision_tower(clip.model)
 
@@ -77,7 +86,7 @@ class Encoder:
     def vision_shape(self) -> tuple[int, int]:
         """(1 + patches, dim) of what goes from one block of the image tower to the next."""
         assert self._vision is not None
-        length, dim = self._vision.positions().shape
+        length, dim = self._vision.positions.weight.shape
         return length, dim
 
     def encode_to_block(self, pixels: Tensor, block: int) -> Tensor:
@@ -116,7 +125,51 @@ class Encoder:
 
     def _run(self) -> towers.Run:
         state = lora_state(self.clip)
-        layers = {} if state is None else state.layers
-        updates = {site: layer for site, layer in layers.items() if layer.enabled}
+        acting = Acting.of(None if state is None else state.acting, self._norms)
         kernel = self.attention.kernel(trains=self.clip.model.training)
-        return towers.Run(self._weights, updates, kernel, self._checkpointing)
+        return towers.Run(self._weights, acting, kernel, self._checkpointing)
+
+    def encode_rows(
+        self, tower: Tower, inputs: Tensor, groups: Sequence[tuple[Adapter | None, Tensor]]
+    ) -> Tensor:
+        """Rows of several adapters in one batch, without gradients and dropout.
+
+        Args:
+            tower: `text` or `vision`; it must be a plain one (`is_plain`).
+            inputs: (B, L) token ids or (B, 3, H, W) pixels.
+            groups: each adapter, None for the base, with the numbers of its rows; together all rows, once.
+
+        Returns:
+            (B, D) features, not normalised.
+        """
+        order = torch.cat([rows for _, rows in groups])
+        actings = [Acting.of(adapter, self._norms) for adapter, _ in groups]
+        counts = [len(rows) for _, rows in groups]
+        with torch.no_grad():
+            ordered = inputs[order.to(inputs.device)]
+            features = (self._mixed_text if tower == "text" else self._mixed_images)(ordered, actings, counts)
+            return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
+
+    def is_plain(self, tower: Tower) -> bool:
+        """Whether a tower is computed here, and not by its own forward."""
+        return (self._text if tower == "text" else self._vision) is not None
+
+    def _mixed_text(self, tokens: Tensor, actings: list[Acting], counts: list[int]) -> Tensor:
+        ends = self.clip.family.text_ends(self.clip.model, tokens)
+        assert self._text is not None
+        assert ends is not None
+        kinds = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        packed = pack(tokens.cpu(), ends.cpu(), kinds).to(self.clip.device)
+        shares = [Share(*parts) for parts in zip(actings, *packed.shares, strict=True)]
+        return towers.run_text(self._text, packed, self._mixed_run(shares))
+
+    def _mixed_images(self, pixels: Tensor, actings: list[Acting], counts: list[int]) -> Tensor:
+        assert self._vision is not None
+        stops = list(itertools.accumulate(counts))
+        rows = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+        shares = [Share(acting, own, own) for acting, own in zip(actings, rows, strict=True)]
+        return towers.run_vision(self._vision, self._moved(pixels), self._mixed_run(shares))
+
+    def _mixed_run(self, shares: list[Share]) -> towers.Run:
+        kernel = self.attention.kernel(trains=False)
+        return towers.Run(self._weights, Acting(), kernel, mix=Mix(tuple(shares)))

@@ -3,7 +3,8 @@
     y = x·Wᵀ + b + (m ⊙ x)·Aᵀ·Bᵀ
 
 A stacks the A of every updated part (q, k and v share one product) and B is their block-diagonal, scale
-included; m is the dropout mask, shared by the parts. A frozen W has no gradient and no copy of x.
+included; m is the dropout mask, shared by the parts. A frozen W has no gradient and no copy of x. What DoRA
+and trained biases make of y is said by one factor and one addend for each output.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch import Tensor
 from clipgraft.engine.dropout import masked, random_mask
 from clipgraft.engine.products import Frozen
 from clipgraft.lora.layers import LoraLayer
+from clipgraft.models.anatomy import Part
 
 
 @dataclass(frozen=True)
 class Update:
-    """A low-rank update and the outputs that it changes."""
+    """A low-rank update, the part of the base that it changes, and the outputs of that."""
 
     layer: LoraLayer
+    part: Part
     rows: slice
 
 
@@ -32,31 +35,71 @@ def frozen_linear(x: Tensor, frozen: Frozen, updates: list[Update]) -> Tensor:
     """(N, in) -> (N, out) through a frozen map, in the type of `x`."""
     mask, slots, factors = _low_rank(x, updates)
     y: Tensor = _FrozenLinear.apply(x, frozen, mask, slots, *factors)
-    return y
+    return rescale(y, updates)
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
     """The same through a map whose weights may train, in steps that autograd differentiates."""
     y = F.linear(x, weight, bias)
-    if updates:
-        mask, slots, factors = _low_rank(x, updates)
-        a, b = _stack(factors, slots, weight.shape[0], x.dtype)
+    mask, slots, factors = _low_rank(x, updates)
+    if slots:
+        a, b = stack(factors, slots, weight.shape[0], x.dtype)
         y = y + F.linear(F.linear(x if mask is None else masked(x, mask), a), b)
-    return y
+    return rescale(y, updates)
 
 
-_Slot = tuple[slice, int, float]
+def rescale(y: Tensor, updates: list[Update]) -> Tensor:
+    """(N, out) with DoRA's factors on all but the bias, and what trained biases add."""
+    if all(update.layer.is_plain for update in updates):
+        return y
+    factors, addends = [], []
+    start = 0
+    for update in updates:
+        factor, addend = _rescaling(update)
+        width = update.rows.stop - update.rows.start
+        before = update.rows.start - start
+        factors += [torch.ones(before, device=y.device), factor.expand(width)]
+        addends += [torch.zeros(before, device=y.device), addend.expand(width)]
+        start = update.rows.stop
+    left = y.shape[1] - start
+    factors.append(torch.ones(left, device=y.device))
+    addends.append(torch.zeros(left, device=y.device))
+    return torch.addcmul(torch.cat(addends).to(y.dtype), y, torch.cat(factors).to(y.dtype))
+
+
+def _rescaling(update: Update) -> tuple[Tensor, Tensor]:
+    """One factor and one addend for each output, or for all, fp32."""
+    layer, offset = update.layer, update.part.offset
+    factor = addend = torch.zeros(1, device=layer.lora_A.device)
+    if layer.lora_magnitude is None:
+        factor = factor + 1
+    else:
+        factor = layer.scale(update.part.matrix)
+        if offset is not None:
+            addend = offset.float() * (1 - factor)
+    return factor, addend if layer.lora_bias is None else addend + layer.lora_bias
+
+
+Slot = tuple[slice, int, float]
 """Rows of the output, rank, and scale of one update."""
 
 
-def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[_Slot], list[Tensor]]:
+def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[Slot], list[Tensor]]:
     """The dropout mask, and A and B of every update."""
-    mask, kept = None, 1.0
-    if updates and updates[0].layer.dropout and updates[0].layer.training:
-        mask, kept = random_mask(x, updates[0].layer.dropout)
-    slots = [(update.rows, update.layer.r, update.layer.scaling / kept) for update in updates]
-    factors = [f.flatten(1) for update in updates for f in (update.layer.lora_A, update.layer.lora_B)]
-    return mask, slots, factors
+    slots, factors = low_rank_factors(updates)
+    if not slots or not updates[0].layer.dropout or not updates[0].layer.training:
+        return None, slots, factors
+    mask, kept = random_mask(x, updates[0].layer.dropout)
+    return mask, [(rows, r, scale / kept) for rows, r, scale in slots], factors
+
+
+def low_rank_factors(updates: list[Update]) -> tuple[list[Slot], list[Tensor]]:
+    """A and B of every update that has some, (r, in) and (out, r) each, and where they act."""
+    ranked = [update for update in updates if update.layer.r]
+    factors = [f.flatten(1) for update in ranked for f in update.layer.factors()]
+    ranks = [a.shape[0] for a in factors[0::2]]
+    slots = [(update.rows, r, update.layer.scaling) for update, r in zip(ranked, ranks, strict=True)]
+    return slots, factors
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -64,12 +107,12 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: Frozen, mask: Tensor | None, slots: list[_Slot], *factors: Tensor
+        ctx: Any, x: Tensor, frozen: Frozen, mask: Tensor | None, slots: list[Slot], *factors: Tensor
     ) -> Tensor:
         ctx.frozen, ctx.slots = frozen, slots
         y = frozen.forward(x)
         if factors:
-            a, b = _stack(list(factors), slots, frozen.shape[0], x.dtype)
+            a, b = stack(list(factors), slots, frozen.shape[0], x.dtype)
             # Only the dropped input is needed again.
             dropped = x if mask is None else masked(x, mask)
             low = F.linear(dropped, a)
@@ -91,7 +134,7 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, None, None, None, *_factor_grads(ctx.slots, grad_low.T @ dropped, grad.T @ low)
 
 
-def _factor_grads(slots: list[_Slot], grad_a: Tensor, grad_b: Tensor) -> list[Tensor]:
+def _factor_grads(slots: list[Slot], grad_a: Tensor, grad_b: Tensor) -> list[Tensor]:
     """Gradients of each A and B out of those of the stacked ones, in at least fp32."""
     wide = torch.promote_types(grad_a.dtype, torch.float32)
     grads, column = [], 0
@@ -102,7 +145,7 @@ def _factor_grads(slots: list[_Slot], grad_a: Tensor, grad_b: Tensor) -> list[Te
     return grads
 
 
-def _stack(factors: list[Tensor], slots: list[_Slot], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def stack(factors: list[Tensor], slots: list[Slot], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A of (Σr, in), and the block-diagonal B of (out, Σr) with the scales in it."""
     a = torch.cat(factors[0::2]).to(dtype)
     columns = [

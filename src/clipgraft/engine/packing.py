@@ -57,6 +57,7 @@ class Packed:
         slots: (R,) which of `shared` each of `repeats` holds.
         pooled: (U,) the node of every distinct caption's pooled token, in the order of the groups' rows.
         row_of: (B,) the distinct caption of every caption of the batch.
+        shares: for every kind of caption its nodes, and which of `pooled` are its own; kinds share no nodes.
     """
 
     count: int
@@ -70,6 +71,7 @@ class Packed:
     slots: Tensor
     pooled: Tensor
     row_of: Tensor
+    shares: tuple[tuple[slice, ...], tuple[Tensor, ...]] = ((), ())
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device; copies to a GPU are queued, not waited for."""
@@ -81,18 +83,25 @@ class Packed:
             return pinned.to(device, non_blocking=True)
 
         groups = tuple(Group(group.rows, group.width, move(group.lengths)) for group in self.groups)
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)[3:]}
-        return Packed(self.count, move(self.tokens), move(self.positions), groups=groups, **moved)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: move(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+        shares = (self.shares[0], tuple(move(rows) for rows in self.shares[1]))
+        return Packed(self.count, groups=groups, shares=shares, **moved)
 
 
-def pack(tokens: Tensor, ends: Tensor) -> Packed:
-    """(B, L) token ids that are pooled at positions `ends`, (B,); all on the CPU."""
+def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None) -> Packed:
+    """(B, L) token ids that are pooled at positions `ends`, (B,); all on the CPU.
+
+    Captions of different `kinds`, (B,) numbers from 0 up in an order that never falls, share nothing.
+    """
     lengths = ends.numpy() + 1
     columns = np.arange(lengths.max())
     ids = np.where(columns < lengths[:, None], tokens.numpy()[:, : len(columns)], -1)
-    ids, row_of = _distinct(ids)
+    kind = np.zeros(len(ids), dtype=np.int64) if kinds is None else kinds.numpy()
+    ids, row_of = _distinct(np.column_stack([kind, ids]))
+    kind, ids = ids[:, 0], ids[:, 1:]
     lengths = (ids >= 0).sum(axis=1)
-    nodes, new = _nodes(ids)
+    nodes, new = _nodes(ids, kind)
     node_tokens, node_positions = ids[new], np.nonzero(new)[1]
     by_length = np.argsort(-lengths, kind="stable")
     grids = _Grids(nodes[by_length], new[by_length], lengths[by_length])
@@ -120,7 +129,16 @@ def pack(tokens: Tensor, ends: Tensor) -> Packed:
         slots=_tensor(slots),
         pooled=_tensor(np.concatenate([p.nodes[np.arange(len(p.nodes)), p.lengths - 1] for p in parts])),
         row_of=_tensor(_rows_in(parts)[np.argsort(by_length)][row_of]),
+        shares=((), ()) if kinds is None else _shares(kind, new, _rows_in(parts)[np.argsort(by_length)]),
     )
+
+
+def _shares(kind: _Ints, new: _Bools, places: _Ints) -> tuple[tuple[slice, ...], tuple[Tensor, ...]]:
+    """Rows come kind by kind, and so do the nodes they bring; their pooled nodes lie at `places`."""
+    stops = np.cumsum([new[kind == number].sum() for number in range(int(kind.max()) + 1)])
+    starts = np.concatenate([[0], stops[:-1]])
+    nodes = tuple(slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
+    return nodes, tuple(_tensor(places[kind == number]) for number in range(len(nodes)))
 
 
 @dataclass(frozen=True)
@@ -179,10 +197,11 @@ def _distinct(ids: _Ints) -> tuple[_Ints, _Ints]:
     return ordered[first], row_of
 
 
-def _nodes(ids: _Ints) -> tuple[_Ints, _Bools]:
+def _nodes(ids: _Ints, kind: _Ints) -> tuple[_Ints, _Bools]:
     """The node of every cell of lexically ordered rows, and whether the cell is the first to hold it."""
     differs = np.ones(ids.shape, dtype=bool)
     differs[1:] = np.logical_or.accumulate(ids[1:] != ids[:-1], axis=1)
+    differs[1:] |= (kind[1:] != kind[:-1])[:, None]
     new = differs & (ids >= 0)
     numbers = np.cumsum(new).reshape(new.shape) - 1
     # Rows that share a prefix are neighbours: an old cell's node is that of the last new cell above it.

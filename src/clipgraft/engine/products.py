@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,39 +11,47 @@ from torch import Tensor
 
 
 class Frozen:
-    """A frozen (out, in) weight W with its bias.
+    """A frozen (out, in) weight W with its bias, in one piece or in several, one below the other.
 
-    Where that is supported, W and Wᵀ are kept in the blocked layout of oneDNN: torch brings a plain weight
-    into it at every product, which costs a fifth of the product for a batch of captions. Wᵀ is packed when it
-    is first needed, which in inference is never.
+    Where that is asked for and supported, W and Wᵀ are kept in the blocked layout of oneDNN: torch brings a
+    plain weight into it at every product, which costs a fifth of the product for a batch of captions. Wᵀ is
+    packed when it is first needed, which in inference is never.
 
     Attributes:
         shape: (out, in).
         packs: whether the blocked layout is used.
     """
 
-    def __init__(self, weight: Callable[[], Tensor], bias: Tensor | None) -> None:
-        """`weight` makes W in the compute type, whenever it is called."""
-        plain = weight()
-        self.shape: tuple[int, int] = (plain.shape[0], plain.shape[1])
-        self.packs = plain.device.type == "cpu" and plain.dtype == torch.bfloat16 and packing_works()
-        self._make = weight
-        self._bias = bias
-        self._weight = _packed(plain) if self.packs else plain
+    def __init__(
+        self, weights: Callable[[], list[Tensor]], biases: Sequence[Tensor | None], pack: bool = True
+    ) -> None:
+        """`weights` makes the pieces of W in the compute type, whenever it is called."""
+        pieces = weights()
+        first = pieces[0]
+        self.shape: tuple[int, int] = (sum(piece.shape[0] for piece in pieces), first.shape[1])
+        self.packs = pack and first.device.type == "cpu" and first.dtype == torch.bfloat16 and packing_works()
+        self._make = weights
+        self._pieces = [_packed(torch.cat(pieces))] if self.packs else pieces
+        self._biases = [_joined(biases)] if self.packs else list(biases)
         self._transposed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x·Wᵀ + b, (N, in) -> (N, out)."""
         if self.packs:
-            return _packed_product(x, self._weight, self._bias)
-        return F.linear(x, self._weight, self._bias)
+            return _packed_product(x, self._pieces[0], self._biases[0])
+        parts = [F.linear(x, w, b) for w, b in zip(self._pieces, self._biases, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def backward(self, grad: Tensor) -> Tensor:
         """g·W, (N, out) -> (N, in)."""
         if not self.packs:
-            return grad @ self._weight
+            columns = torch.split(grad, [piece.shape[0] for piece in self._pieces], dim=1)
+            total: Tensor = columns[0] @ self._pieces[0]
+            for column, piece in zip(columns[1:], self._pieces[1:], strict=True):
+                total.addmm_(column, piece)
+            return total
         if self._transposed is None:
-            self._transposed = _packed(self._make().T)
+            self._transposed = _packed(torch.cat(self._make()).T)
         return _packed_product(grad, self._transposed, None)
 
 
@@ -59,6 +67,11 @@ def packing_works() -> bool:
         return torch.equal(_packed_product(x, _packed(weight), bias), F.linear(x, weight, bias))
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+def _joined(biases: Sequence[Tensor | None]) -> Tensor | None:
+    given = [bias for bias in biases if bias is not None]
+    return torch.cat(given) if given else None
 
 
 def _packed(weight: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipgraft.engine.acting import Acting, Mix
 from clipgraft.engine.activation import activate
 from clipgraft.engine.attention import (
     Attend,
@@ -20,12 +21,10 @@ from clipgraft.engine.attention import (
     look_up,
     split_heads,
 )
-from clipgraft.engine.linear import Update, frozen_linear, trained_linear
+from clipgraft.engine.linear import frozen_linear, trained_linear
 from clipgraft.engine.packing import Group, Packed
-from clipgraft.engine.weights import Weights, out_rows
-from clipgraft.lora.layers import LoraLayer
-from clipgraft.models.anatomy import Block, Linear, TextTower, VisionTower
-from clipgraft.models.sites import Site
+from clipgraft.engine.weights import Weights
+from clipgraft.models.anatomy import Block, Linear, Part, TextTower, VisionTower
 
 
 class Layout(Protocol):
@@ -106,38 +105,80 @@ class Run:
 
     Attributes:
         weights: base weights in the compute type.
-        updates: enabled low-rank updates by site.
+        acting: the adapter of all rows; without effect where there is a `mix`.
         kernel: of attention.
         checkpointing: keep only the input of each block, and compute the block again for its gradient.
+        mix: adapters that act on some rows each, without gradients; None for one adapter, or none, on all.
     """
 
     weights: Weights
-    updates: Mapping[Site, LoraLayer]
+    acting: Acting
     kernel: Attend
     checkpointing: bool = False
+    mix: Mix | None = None
+
+    def times(self, length: int) -> Run:
+        """For rows that are to be `length` nodes each."""
+        return self if self.mix is None else replace(self, mix=self.mix.times(length))
 
     @property
     def residual(self) -> torch.dtype:
         """Type of the residual stream: at least fp32."""
         return torch.promote_types(self.weights.dtype, torch.float32)
 
-    def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """(N, in) of the compute type -> (N, out) of it."""
-        updates, start = [], 0
-        for part in linear:
-            stop = start + out_rows(part)
-            if part.site in self.updates:
-                updates.append(Update(self.updates[part.site], slice(start, stop)))
-            start = stop
+    def linear(self, x: Tensor, linear: Linear, pooled: bool = False) -> Tensor:
+        """(N, in) of the compute type -> (N, out) of it; `pooled` says that rows are pooled nodes."""
         frozen = self.weights.frozen(linear)
+        if self.mix is not None:
+            assert frozen is not None
+            return self.mix.linear(frozen.forward(x), x, linear, pooled)
+        updates = self.acting.updates(linear)
         if frozen is not None:
             return frozen_linear(x, frozen, updates)
         return trained_linear(x, *self.weights.stacked(linear), updates)
 
-    def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def norm(self, x: Tensor, norm: nn.LayerNorm, pooled: bool = False) -> Tensor:
         """Layer norm of the fp32 residual, in the compute type."""
-        normed = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), _to(norm.bias, x), norm.eps)
-        return normed.to(self.weights.dtype)
+        return self.wide_norm(x, norm, pooled).to(self.weights.dtype)
+
+    def wide_norm(self, x: Tensor, norm: nn.LayerNorm, pooled: bool = False) -> Tensor:
+        """The same in the type of x."""
+        bias = None if norm.bias is None else norm.bias.to(x.dtype)
+        if self.mix is None and bias is not None and norm in self.acting.norms:
+            bias = bias + self.acting.norms[norm].to(x.dtype)
+        normed = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
+        return normed if self.mix is None else self.mix.norm(normed, norm, pooled)
+
+    def embed(self, tokens: Tensor, part: Part) -> Tensor:
+        """(N,) ids -> (N, dim) out of a table, in its own type."""
+        x = F.embedding(tokens, part.weight)
+        if self.mix is not None:
+            return self.mix.embed(x, tokens, part)
+        layer = self.acting.layers.get(part.site)
+        return x if layer is None else layer.adapt(x, tokens, part.weight, None)
+
+    def positions(self, indices: Tensor, part: Part) -> Tensor:
+        """(N,) positions -> (N, dim) out of a small table, in its own type."""
+        if self.mix is not None:
+            return self.mix.positions(part.weight.index_select(0, indices), indices, part)
+        layer = self.acting.layers.get(part.site)
+        return (part.weight if layer is None else layer.folded(part.weight)).index_select(0, indices)
+
+    def finish(self, pooled: Tensor, norm: nn.LayerNorm, proj: Linear | None) -> Tensor:
+        """(B, dim) residual at the pooled nodes -> (B, D) features of its type.
+
+        In the weights' own type: they see one node a row.
+        """
+        own = norm.weight.dtype
+        normed = self.wide_norm(pooled.to(own), norm, pooled=True)
+        if proj is None:
+            return normed.to(pooled.dtype)
+        (part,) = proj
+        if self.mix is not None:
+            features = self.mix.linear(F.linear(normed, part.matrix, part.bias), normed, proj, pooled=True)
+        else:
+            features = trained_linear(normed, part.matrix, part.bias, self.acting.updates(proj))
+        return features.to(pooled.dtype)
 
     def blocks(self, x: Tensor, blocks: tuple[Block, ...], heads: int, layout: Layout) -> Tensor:
         """The (N, dim) residual through all blocks -> (B, dim) at the pooled nodes."""
@@ -164,25 +205,21 @@ class Run:
         """Nothing reads the other nodes any more: they give keys and values, and no more."""
         normed = self.norm(x, block.norm1)
         kv = self.linear(normed, block.qkv[1:])
-        q = self.linear(normed.index_select(0, layout.pooled), block.qkv[:1])
+        q = self.linear(normed.index_select(0, layout.pooled), block.qkv[:1], pooled=True)
         context = layout.attend_pooled(q, kv, heads, self.kernel)
-        x = x.index_select(0, layout.pooled) + self.linear(context, block.out)
-        return self._mlp(x, block)
+        x = x.index_select(0, layout.pooled) + self.linear(context, block.out, pooled=True)
+        return self._mlp(x, block, pooled=True)
 
-    def _mlp(self, x: Tensor, block: Block) -> Tensor:
-        hidden = activate(self.linear(self.norm(x, block.norm2), block.fc1), block.act)
-        return x + self.linear(hidden, block.fc2)
-
-
-def _to(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
+    def _mlp(self, x: Tensor, block: Block, pooled: bool = False) -> Tensor:
+        hidden = activate(self.linear(self.norm(x, block.norm2, pooled), block.fc1, pooled), block.act)
+        return x + self.linear(hidden, block.fc2, pooled)
 
 
 def run_text(tower: TextTower, packed: Packed, run: Run) -> Tensor:
     """Packed captions -> (B, D) fp32 features, in the order they were packed in."""
-    x = tower.embed(packed.tokens, packed.positions).to(run.residual)
-    pooled = run.blocks(x, tower.blocks, tower.heads, Captions(packed))
-    return _finish(tower, pooled).index_select(0, packed.row_of)
+    x = run.embed(packed.tokens, tower.tokens) + run.positions(packed.positions, tower.positions)
+    pooled = run.blocks(x.to(run.residual), tower.blocks, tower.heads, Captions(packed))
+    return run.finish(pooled, tower.norm, tower.proj).index_select(0, packed.row_of)
 
 
 def run_vision(tower: VisionTower, pixels: Tensor, run: Run) -> Tensor:
@@ -197,18 +234,28 @@ def embed_patches(tower: VisionTower, pixels: Tensor, run: Run) -> Tensor:
     rows, down, across = len(pixels), pixels.shape[2] // height, pixels.shape[3] // width
     tiles = pixels[:, :, : down * height, : across * width].to(run.weights.dtype)
     tiles = tiles.view(rows, -1, down, height, across, width).permute(0, 2, 4, 1, 3, 5)
-    patches = run.linear(tiles.reshape(rows * down * across, -1), tower.patch).to(run.residual)
-    first = tower.class_embedding().to(run.residual).expand(rows, 1, -1)
-    x = torch.cat([first, patches.view(rows, down * across, -1)], dim=1) + tower.positions()
-    norm = tower.norm_pre
-    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), _to(norm.bias, x), norm.eps)
+    tiles = tiles.reshape(rows * down * across, -1)
+    patches = run.times(down * across).linear(tiles, tower.patch).to(run.residual)
+    first = tower.class_embedding.to(run.residual).expand(rows, 1, -1)
+    x = torch.cat([first, patches.view(rows, down * across, -1)], dim=1)
+    x = x + _vision_positions(tower, rows, run)
+    return run.times(x.shape[1]).wide_norm(x.flatten(0, 1), tower.norm_pre).view(x.shape)
+
+
+def _vision_positions(tower: VisionTower, rows: int, run: Run) -> Tensor:
+    """(1 + patches, dim), or (rows, 1 + patches, dim) where rows differ."""
+    length = tower.positions.weight.shape[0]
+    indices = torch.arange(length, device=tower.positions.weight.device)
+    if run.mix is None:
+        return run.positions(indices, tower.positions)
+    return run.times(length).positions(indices.repeat(rows), tower.positions).view(rows, length, -1)
 
 
 def run_from_patches(tower: VisionTower, x: Tensor, run: Run, first: int = 0) -> Tensor:
     """(B, L, dim) input of block number `first` -> (B, D) fp32 features."""
-    layout = _images(x)
-    pooled = run.blocks(x.flatten(0, 1), tower.blocks[first:], tower.heads, layout)
-    return _finish(tower, pooled)
+    run = run.times(x.shape[1])
+    pooled = run.blocks(x.flatten(0, 1), tower.blocks[first:], tower.heads, _images(x))
+    return run.finish(pooled, tower.norm, tower.proj)
 
 
 def run_to_block(tower: VisionTower, x: Tensor, run: Run, stop: int) -> Tensor:
@@ -218,8 +265,3 @@ def run_to_block(tower: VisionTower, x: Tensor, run: Run, stop: int) -> Tensor:
 
 def _images(x: Tensor) -> Images:
     return Images(x.shape[0], x.shape[1], x.device)
-
-
-def _finish(tower: TextTower | VisionTower, pooled: Tensor) -> Tensor:
-    """The final norm and projection in the weights' own type: they see one node a row."""
-    return tower.finish(pooled.to(tower.blocks[-1].norm2.weight.dtype)).to(pooled.dtype)

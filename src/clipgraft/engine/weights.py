@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from clipgraft.engine.products import Frozen
-from clipgraft.models.anatomy import Linear, Part
+from clipgraft.models.anatomy import Linear
 from clipgraft.models.sites import Site, Tower
 
 
 class Weights:
-    """Looks weights up in one compute type, and keeps what it made of frozen ones."""
+    """Looks weights up in one compute type, and keeps what it made of frozen ones.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Of weights that are stored in that type already nothing is copied, unless `pack` lets them be brought into
+    a faster layout.
+    """
+
+    def __init__(self, dtype: torch.dtype, pack: bool = True) -> None:
         self.dtype = dtype
+        self._pack = pack
         self._kept: dict[tuple[Site, ...], tuple[Hashable, Frozen]] = {}
 
     def frozen(self, linear: Linear) -> Frozen | None:
@@ -35,34 +40,35 @@ class Weights:
 
     def stacked(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
         """The (out, in) weight and (out,) bias of a map, its parts stacked by rows; differentiable."""
-        weight = _stack(linear, [part.weight for part in linear]).flatten(1).to(self.dtype)
-        if linear[0].bias is None:
-            return weight, None
-        return weight, _stack(linear, [part.bias for part in linear]).to(self.dtype)
+        pieces, biases = self._pieces(linear)
+        given = [bias for bias in biases if bias is not None]
+        return _joined(pieces), _joined(given) if given else None
 
     def forget(self, tower: Tower) -> None:
         """Free what was made of a tower's weights; they are prepared anew when they are needed again."""
         self._kept = {key: kept for key, kept in self._kept.items() if key[0].tower != tower}
 
     def _prepare(self, linear: Linear) -> Frozen:
-        def weight() -> Tensor:
-            # Not inference tensors, even in inference mode: training may use them later.
+        # Not inference tensors, even in inference mode: training may use them later.
+        def detached() -> tuple[list[Tensor], list[Tensor | None]]:
             with torch.inference_mode(False), torch.no_grad():
-                return self.stacked(linear)[0].detach()
+                pieces, biases = self._pieces(linear)
+                return [p.detach() for p in pieces], [None if b is None else b.detach() for b in biases]
 
-        with torch.inference_mode(False), torch.no_grad():
-            bias = self.stacked(linear)[1]
-            return Frozen(weight, None if bias is None else bias.detach())
+        return Frozen(lambda: detached()[0], detached()[1], self._pack)
+
+    def _pieces(self, linear: Linear) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The weights and biases of a map in the compute type; fused neighbours are one piece."""
+        first, last = linear[0], linear[-1]
+        if first.rows is not None and last.rows is not None:
+            rows = slice(first.rows.start, last.rows.stop)
+            bias = None if first.bias is None else first.bias[rows]
+            sources = [(first.weight[rows], bias)]
+        else:
+            sources = [(part.matrix.flatten(1), part.bias) for part in linear]
+        weights = [weight.to(self.dtype) for weight, _ in sources]
+        return weights, [None if bias is None else bias.to(self.dtype) for _, bias in sources]
 
 
-def out_rows(part: Part) -> int:
-    """How many outputs a part has."""
-    return part.weight.shape[0] if part.rows is None else part.rows.stop - part.rows.start
-
-
-def _stack(linear: Linear, tensors: list[Tensor | None]) -> Tensor:
-    given = [tensor for tensor in tensors if tensor is not None]
-    first, last = linear[0].rows, linear[-1].rows
-    if first is not None and last is not None:
-        return given[0][first.start : last.stop]
-    return given[0] if len(given) == 1 else torch.cat(given)
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.layers import LoraLayer, Slot
 
 FUSED_ROLES = ("q", "k", "v", "out")
 _QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -55,9 +55,10 @@ def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
 
 
 def active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
-    """The enabled updates of an attention module by role."""
-    layers = {role: getattr(attention, f"lora_{role}", None) for role in FUSED_ROLES}
-    return {role: layer for role, layer in layers.items() if isinstance(layer, LoraLayer) and layer.enabled}
+    """The updates of an attention module that act, by role."""
+    slots = {role: getattr(attention, f"lora_{role}", None) for role in FUSED_ROLES}
+    layers = {role: slot.current for role, slot in slots.items() if isinstance(slot, Slot)}
+    return {role: layer for role, layer in layers.items() if layer is not None}
 
 
 def multihead_forward(
@@ -75,7 +76,7 @@ def multihead_forward(
 
     (N, L, dim) for batch_first modules, else (L, N, dim); the mask is (L, L) or (N·heads, L, L), additive
     or boolean, as there. Cross-attention and calls with `need_weights`, `key_padding_mask` or `is_causal`
-    run the stock forward on W + ΔW: exact too, but without dropout on the adapter path.
+    run the stock forward on W': exact too, but without dropout on the adapter path.
     """
     lora = active_lora(attention)
     arguments = (
@@ -105,16 +106,17 @@ def _self_attention(
     heads, head_dim = attention.num_heads, dim // attention.num_heads
     projected = _project_in(attention, x)
     parts = projected.view(length, batch, 3, dim).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
-    q, k, v = _add_lora(lora, (x, x, x), (parts[0], parts[1], parts[2]))
+    q, k, v = _adapt(attention, lora, (x, x, x), (parts[0], parts[1], parts[2]))
     q, k, v = (t.view(length, batch * heads, head_dim).transpose(0, 1) for t in (q, k, v))
     q, k, v = (t.view(batch, heads, length, head_dim) for t in (q, k, v))
     dropout = attention.dropout if attention.training else 0.0
     mask = _additive_mask(attn_mask, q, batch, heads)
     context = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     context = context.permute(2, 0, 1, 3).contiguous().view(length * batch, dim)
-    out = F.linear(context, attention.out_proj.weight, attention.out_proj.bias)
+    weight, bias = attention.out_proj.weight, attention.out_proj.bias
+    out = F.linear(context, weight, bias)
     if "out" in lora:
-        out = out + lora["out"](context).to(out.dtype)
+        out = lora["out"].adapt(out, context, weight, bias)
     out = out.view(length, batch, dim)
     return out.transpose(0, 1) if attention.batch_first else out
 
@@ -147,7 +149,7 @@ def fused_forward(
     inputs = (x, x if k_x is None else k_x, x if v_x is None else v_x)
     parts = _project_separately(attention, inputs, fused=k_x is None and v_x is None)
     heads = int(attention.num_heads)  # type: ignore[arg-type]
-    q, k, v = _add_lora(lora, inputs, parts)
+    q, k, v = _adapt(attention, lora, inputs, parts)
     q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
     # As SDPA does, 4.x reads True as "attend"; 3.x, as MultiheadAttention does, as "hide".
     if attn_mask is not None and attn_mask.dtype == torch.bool and hasattr(attention, "use_sdpa"):
@@ -157,9 +159,11 @@ def fused_forward(
     if head_scale is not None:
         context = context * head_scale
     context = attention.ln_inner(context.transpose(1, 2).flatten(2))  # type: ignore[operator]
-    out: Tensor = attention.out_proj(context)  # type: ignore[operator]
+    projection = attention.out_proj
+    assert isinstance(projection, nn.Linear)
+    out: Tensor = projection(context)
     if "out" in lora:
-        out = out + lora["out"](context).to(out.dtype)
+        out = lora["out"].adapt(out, context, projection.weight, projection.bias)
     dropped: Tensor = attention.out_drop(out)  # type: ignore[operator]
     return dropped
 
@@ -196,10 +200,14 @@ def _open_clip_attention(
     return context
 
 
-def _add_lora(lora: dict[str, LoraLayer], inputs: _QKV, parts: _QKV) -> _QKV:
+def _adapt(attention: nn.Module, lora: dict[str, LoraLayer], inputs: _QKV, parts: _QKV) -> _QKV:
+    """q, k and v with their updates."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    assert isinstance(weight, Tensor)
+    biases = bias.chunk(3) if isinstance(bias, Tensor) else (None, None, None)
     q, k, v = (
-        part + lora[role](x).to(part.dtype) if role in lora else part
-        for role, x, part in zip("qkv", inputs, parts, strict=True)
+        lora[role].adapt(part, x, rows, offset) if role in lora else part
+        for role, x, part, rows, offset in zip("qkv", inputs, parts, weight.chunk(3), biases, strict=True)
     )
     return q, k, v
 
@@ -215,7 +223,7 @@ def _additive_mask(mask: Tensor | None, q: Tensor, batch: int, heads: int) -> Te
 
 
 def _stock_rounds_alike(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]) -> bool:
-    """Whether the stock forward on W + ΔW is the exact way: it alone reaches torch's fused kernel.
+    """Whether the stock forward on W' is the exact way: it alone reaches torch's fused kernel.
 
     That kernel runs in eval mode without gradients and rounds unlike the slow path. Updates that are not
     zero are folded into fp32 weights only: bf16 would round much of a small update away.
@@ -228,7 +236,7 @@ def _stock_rounds_alike(attention: nn.MultiheadAttention, lora: dict[str, LoraLa
         return False
     if attention.in_proj_weight.dtype == torch.float32:
         return True
-    return not any(bool(layer.lora_B.any()) for layer in lora.values())
+    return all(layer.is_zero for layer in lora.values())
 
 
 def _with_folded_weights(
@@ -236,7 +244,7 @@ def _with_folded_weights(
     lora: dict[str, LoraLayer],
     arguments: tuple[object, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """The stock forward on W + ΔW made for this call alone; nothing is written back."""
+    """The stock forward on W' made for this call alone; nothing is written back."""
     stock = type(attention).forward
     relabel = _rounds_as_trainable(attention) and not torch.is_grad_enabled()
     if not lora and not relabel:
@@ -247,11 +255,11 @@ def _with_folded_weights(
             weight = _folded_in_proj(attention, lora).detach().requires_grad_()
     else:
         weight = _folded_in_proj(attention, lora)
-    folded = _copy_with(attention, in_proj_weight=weight)
+    folded = _copy_with(attention, in_proj_weight=weight, in_proj_bias=_folded_bias(attention, lora))
     if "out" in lora:
-        out_proj = attention.out_proj.weight
-        delta = lora["out"].delta_weight().to(out_proj.dtype)
-        projection = _copy_with(attention.out_proj, weight=out_proj + delta)
+        layer, out = lora["out"], attention.out_proj
+        bias = _moved_bias(out.bias, layer)
+        projection = _copy_with(out, weight=layer.folded(out.weight), bias=bias)
         folded.__dict__["_modules"] = {**attention._modules, "out_proj": projection}
     return stock(folded, *arguments)  # type: ignore[arg-type]
 
@@ -261,14 +269,25 @@ def _folded_in_proj(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]
     if not any(role in lora for role in "qkv"):
         return weight
     parts = zip("qkv", torch.split(weight, attention.embed_dim), strict=True)
-    rows = [p + lora[role].delta_weight().to(p.dtype) if role in lora else p for role, p in parts]
-    return torch.cat(rows)
+    return torch.cat([lora[role].folded(p) if role in lora else p for role, p in parts])
+
+
+def _folded_bias(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]) -> Tensor | None:
+    bias = attention.in_proj_bias
+    if bias is None or all(role not in lora or lora[role].lora_bias is None for role in "qkv"):
+        return bias
+    parts = zip("qkv", bias.chunk(3), strict=True)
+    return torch.cat([p if role not in lora else _moved_bias(p, lora[role]) for role, p in parts])
+
+
+def _moved_bias(bias: Tensor, layer: LoraLayer) -> Tensor:
+    return bias if layer.lora_bias is None else bias + layer.lora_bias.to(bias.dtype)
 
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def _copy_with(module: _M, **weights: Tensor) -> _M:
+def _copy_with(module: _M, **weights: Tensor | None) -> _M:
     """A shallow copy that shares everything with `module` but the named weights."""
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = {**module._parameters, **weights}

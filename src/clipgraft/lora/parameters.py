@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.layers import Slot
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
@@ -20,17 +20,17 @@ class AdaptedProjection(nn.Module):
     can be on the adapter path, which no replacement of the weight could do.
     """
 
-    def __init__(self, weight: nn.Parameter, layer: LoraLayer, position: int) -> None:
+    def __init__(self, weight: nn.Parameter, slot: Slot, position: int) -> None:
         """`position` is the Parameter's place among those of its host."""
         super().__init__()
         self.weight = weight
-        self.lora = layer
+        self.lora = slot
         self.position = position
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        out = x @ self.weight
-        return out + self.lora(x).to(out.dtype) if self.lora.enabled else out
+        out, layer = x @ self.weight, self.lora.current
+        return out if layer is None else layer.adapt(out, x, self.weight.T, None)
 
     @property
     def shape(self) -> torch.Size:
@@ -49,24 +49,25 @@ class AdaptedProjection(nn.Module):
 
 
 class AdaptedTable(nn.Module):
-    """Parametrisation of a raw (rows, dim) position table: W + ΔW, dropout not defined on positions."""
+    """Parametrisation of a raw (rows, dim) position table: W', dropout not defined on positions."""
 
-    def __init__(self, layer: LoraLayer, position: int) -> None:
+    def __init__(self, slot: Slot, position: int) -> None:
         """`position` is the table's place among the Parameters of its host."""
         super().__init__()
-        self.lora = layer
+        self.lora = slot
         self.position = position
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.lora.delta_weight().to(weight.dtype) if self.lora.enabled else weight
+        layer = self.lora.current
+        return weight if layer is None else layer.folded(weight)
 
 
-def graft_projection(host: nn.Module, name: str, layer: LoraLayer) -> None:
+def graft_projection(host: nn.Module, name: str, slot: Slot) -> None:
     """Put an `AdaptedProjection` where the Parameter `name` of `host` is."""
     position = list(host._parameters).index(name)
     weight = host._parameters.pop(name)
     assert weight is not None
-    setattr(host, name, AdaptedProjection(weight, layer, position))
+    setattr(host, name, AdaptedProjection(weight, slot, position))
 
 
 def ungraft_projection(host: nn.Module, name: str) -> None:
@@ -77,10 +78,10 @@ def ungraft_projection(host: nn.Module, name: str) -> None:
     _move_to(host, name, adapted.position)
 
 
-def graft_table(host: nn.Module, name: str, layer: LoraLayer) -> None:
-    """Let `host` read W + ΔW where it reads the Parameter `name`."""
+def graft_table(host: nn.Module, name: str, slot: Slot) -> None:
+    """Let `host` read W' where it reads the Parameter `name`."""
     position = list(host._parameters).index(name)
-    parametrize.register_parametrization(host, name, AdaptedTable(layer, position))
+    parametrize.register_parametrization(host, name, AdaptedTable(slot, position))
 
 
 def ungraft_table(host: nn.Module, name: str) -> None:

@@ -9,7 +9,6 @@ it gives None, and the model's own forward runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -23,16 +22,31 @@ class Part:
     """One site's share of a linear map.
 
     Attributes:
-        weight: (out, in), or larger if it is fused with others; (out, in, h, w) for a patch convolution.
+        weight: (out, in), or larger if it is fused with others; (out, in, h, w) for a patch convolution;
+            (rows, dim) for a table.
         bias: (out,) or None, fused like the weight.
         rows: the rows of a fused weight and bias that are this part; None for all.
         site: what an adapter calls it.
+        transposed: whether the weight is (in, out) instead.
     """
 
     weight: Tensor
     bias: Tensor | None
     rows: slice | None
     site: Site
+    transposed: bool = False
+
+    @property
+    def matrix(self) -> Tensor:
+        """This part's share of the weight in the shape its site has (`SiteRef.shape`), as a view."""
+        if self.rows is not None:
+            return self.weight[self.rows]
+        return self.weight.T if self.transposed else self.weight
+
+    @property
+    def offset(self) -> Tensor | None:
+        """This part's share of the bias."""
+        return self.bias if self.bias is None or self.rows is None else self.bias[self.rows]
 
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -58,16 +72,20 @@ class TextTower:
     """A causal text tower that is pooled at one token.
 
     Attributes:
-        embed: (N,) token ids and their (N,) positions -> (N, dim).
+        tokens: the (vocabulary, dim) table.
+        positions: the (context, dim) table.
         blocks: from input to output.
         heads: of every block.
-        finish: (B, dim) residual at the pooled token -> (B, D) features.
+        norm: of the residual at the pooled token.
+        proj: from there to the features; None if the norm gives them.
     """
 
-    embed: Callable[[Tensor, Tensor], Tensor]
+    tokens: Part
+    positions: Part
     blocks: tuple[Block, ...]
     heads: int
-    finish: Callable[[Tensor], Tensor]
+    norm: nn.LayerNorm
+    proj: Linear | None
 
 
 @dataclass(frozen=True)
@@ -77,20 +95,21 @@ class VisionTower:
     Attributes:
         patch: the patch convolution; its stride is `patch_size`, without padding.
         patch_size: (height, width) in pixels.
-        class_embedding: () -> (dim,).
-        positions: () -> (1 + patches, dim).
+        class_embedding: (dim,).
+        positions: the (1 + patches, dim) table.
         norm_pre: norm before the first block.
-        blocks, heads, finish: as in `TextTower`.
+        blocks, heads, norm, proj: as in `TextTower`.
     """
 
     patch: Linear
     patch_size: tuple[int, int]
-    class_embedding: Callable[[], Tensor]
-    positions: Callable[[], Tensor]
+    class_embedding: Tensor
+    positions: Part
     norm_pre: nn.LayerNorm
     blocks: tuple[Block, ...]
     heads: int
-    finish: Callable[[Tensor], Tensor]
+    norm: nn.LayerNorm
+    proj: Linear | None
 
 
 def activation_of(module: object) -> Activation | None:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.models.family import Family, is_lora
+from clipgraft.models.gate import gate_of
 from clipgraft.models.hf import HfFamily
 from clipgraft.models.openclip import OpenClipFamily
-from clipgraft.models.sites import Site, SiteRef
+from clipgraft.models.sites import Site, SiteRef, Tower
 
 Preprocess: TypeAlias = Callable[[Image], Tensor]
+Names: TypeAlias = str | Sequence[str | None]
+RowsEncoder: TypeAlias = Callable[["Clip", Tower, Tensor, Names], Tensor]
 FAMILIES: tuple[Family, ...] = (HfFamily(), OpenClipFamily())
 _FINGERPRINT = "_clipgraft_fingerprint"
 _NOT_IDENTITY = ("logit_scale", "logit_bias")
@@ -149,23 +152,45 @@ class Clip:
             )
         return self.tokenizer
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, images: Tensor, normalize: bool = False, adapters: Names | None = None) -> Tensor:
         """(N, 3, H, W) preprocessed pixels -> (N, D) features, unit-norm if `normalize`.
 
-        Normalised features are at least fp32: in bf16 a norm is off by up to 0.4 %.
+        Args:
+            images: the pixels.
+            normalize: divide by the norm. Normalised features are at least fp32: in bf16 a norm is off by up
+                to 0.4 %.
+            adapters: which adapter each row runs with: N names of loaded ones, None for the base; or one name
+                for all. Without gradients then. By default the active adapter runs.
+
+        Raises:
+            AdapterError: no adapter of that name, or not one name a row.
         """
-        features = self.family.encode_image(self.model, images.to(self.device, self.dtype))
+        pixels = images.to(self.device, self.dtype)
+        if adapters is not None:
+            features = _rows_encoder()(self, "vision", pixels, adapters)
+        else:
+            with gate_of(self.model).shared():
+                features = self.family.encode_image(self.model, pixels)
         return _unit(features) if normalize else features
 
-    def encode_text(self, texts: Tensor | str | Sequence[str], normalize: bool = False) -> Tensor:
+    def encode_text(
+        self,
+        texts: Tensor | str | Sequence[str],
+        normalize: bool = False,
+        adapters: Names | None = None,
+    ) -> Tensor:
         """Strings or (N, L) token ids -> (N, D) features, unit-norm if `normalize`.
 
         Tokens that the pooled token cannot see are cut before the tower runs, which changes nothing but
-        the time. Normalised features are at least fp32, as those of images.
+        the time. Arguments, errors and types otherwise as for images.
         """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         tokens = self.cut_tokens(tokens.to(self.device))
-        features = self.family.encode_text(self.model, tokens)
+        if adapters is not None:
+            features = _rows_encoder()(self, "text", tokens, adapters)
+        else:
+            with gate_of(self.model).shared():
+                features = self.family.encode_text(self.model, tokens)
         return _unit(features) if normalize else features
 
     def cut_tokens(self, tokens: Tensor) -> Tensor:
@@ -184,6 +209,20 @@ class Clip:
     def to(self, *args: Any, **kwargs: Any) -> Clip:
         self.model.to(*args, **kwargs)
         return self
+
+
+_registered: list[RowsEncoder] = []
+
+
+def register_rows_encoder(encoder: RowsEncoder) -> None:
+    """Tell how rows of several adapters are encoded; `clipgraft.engine.rows`, which stands above, does so."""
+    _registered[:] = [encoder]
+
+
+def _rows_encoder() -> RowsEncoder:
+    if not _registered:
+        raise ModelError("adapters=... needs adapters: load one with clipgraft.load_adapter first")
+    return _registered[0]
 
 
 def _unit(features: Tensor) -> Tensor:

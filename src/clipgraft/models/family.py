@@ -60,6 +60,9 @@ class Family(Protocol):
     def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
 
+    def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
+        """The layer norms of both towers by their path in `transformers.CLIPModel`."""
+
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Base weights under `transformers.CLIPModel` names, (out, in) oriented, adapters left out."""
 
@@ -75,6 +78,18 @@ def site_weight(model: nn.Module, ref: SiteRef) -> Tensor:
     if ref.rows is not None:
         return weight[ref.rows]
     return weight.T if ref.kind == "projection" else weight
+
+
+def site_bias(model: nn.Module, ref: SiteRef) -> Tensor | None:
+    """The base's bias at a site, (out,), as a view; None where it has none."""
+    if ref.kind in ("embedding", "table", "projection"):
+        return None
+    *path, leaf = ref.parameter.split(".")
+    name = "in_proj_bias" if leaf == "in_proj_weight" else "bias"
+    bias = getattr(submodule(model, ".".join(filter(None, [ref.module, *path]))), name, None)
+    if not isinstance(bias, Tensor):
+        return None
+    return bias if ref.rows is None else bias[ref.rows]
 
 
 def base_parameter(owner: nn.Module, name: str) -> Tensor:

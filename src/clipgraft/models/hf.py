@@ -116,6 +116,9 @@ class HfFamily:
         else:
             getattr(model, f"{kind}_checkpointing_disable")()
 
+    def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
+        return {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         refs = self.site_refs(model)
         for site, ref in refs.items():

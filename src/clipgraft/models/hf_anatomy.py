@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from clipgraft.models.anatomy import Block, Part, TextTower, VisionTower, activation_of, linear_part
 from clipgraft.models.sites import Site, Tower
 
@@ -16,43 +14,39 @@ def text_tower(model: Any) -> TextTower | None:
     blocks = _blocks("text", text)
     if blocks is None:
         return None
+    proj = linear_part(model.text_projection, Site("text", None, "proj"))
+    if proj is None:
+        return None
     embeddings = text.embeddings
-
-    def embed(ids: Tensor, positions: Tensor) -> Tensor:
-        tokens: Tensor = embeddings.token_embedding(ids)
-        table: Tensor = embeddings.position_embedding(positions)
-        return tokens + table
-
-    def finish(pooled: Tensor) -> Tensor:
-        features: Tensor = model.text_projection(text.final_layer_norm(pooled))
-        return features
-
-    return TextTower(embed, *blocks, finish)
+    return TextTower(
+        Part(embeddings.token_embedding.weight, None, None, Site("text", None, "token_embedding")),
+        Part(embeddings.position_embedding.weight, None, None, Site("text", None, "position_embedding")),
+        *blocks,
+        text.final_layer_norm,
+        (proj,),
+    )
 
 
 def vision_tower(model: Any) -> VisionTower | None:
     """The parts of the vision tower of a model whose type is `clip`."""
     vision = model.vision_model
     blocks = _blocks("vision", vision)
-    if blocks is None:
+    proj = linear_part(model.visual_projection, Site("vision", None, "proj"))
+    if blocks is None or proj is None:
         return None
     embeddings = vision.embeddings
-    conv = embeddings.patch_embedding
+    conv, table = embeddings.patch_embedding, embeddings.position_embedding.weight
     height, width = conv.kernel_size
-
-    def finish(pooled: Tensor) -> Tensor:
-        features: Tensor = model.visual_projection(vision.post_layernorm(pooled))
-        return features
-
     return VisionTower(
         patch=(Part(conv.weight, conv.bias, None, Site("vision", None, "patch_embedding")),),
         patch_size=(height, width),
-        class_embedding=lambda: embeddings.class_embedding,
-        positions=lambda: embeddings.position_embedding(embeddings.position_ids[0]),
+        class_embedding=embeddings.class_embedding,
+        positions=Part(table, None, None, Site("vision", None, "position_embedding")),
         norm_pre=vision.pre_layrnorm,
         blocks=blocks[0],
         heads=blocks[1],
-        finish=finish,
+        norm=vision.post_layernorm,
+        proj=(proj,),
     )
 
 

@@ -87,6 +87,15 @@ class OpenClipFamily:
     def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
         model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
+    def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
+        named = model.named_modules()
+        # With a trailing dot, as the renames of modules have one.
+        return {
+            _canonical_name(f"{name}.").rstrip("."): module
+            for name, module in named
+            if isinstance(module, nn.LayerNorm)
+        }
+
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         refs = self.site_refs(model)
         for site, ref in refs.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from clipgraft.models.anatomy import Block, Part, TextTower, VisionTower, activation_of, linear_part
+from clipgraft.models.family import base_parameter
 from clipgraft.models.sites import Site, Tower
 
 
@@ -15,21 +16,13 @@ def text_tower(text: Any) -> TextTower | None:
     blocks = _blocks("text", text)
     if blocks is None or not isinstance(getattr(text, "ln_final", None), nn.LayerNorm):
         return None
-
-    def embed(ids: Tensor, positions: Tensor) -> Tensor:
-        embedded: Tensor = text.token_embedding(ids) + text.positional_embedding[positions]
-        return embedded
-
-    def finish(pooled: Tensor) -> Tensor:
-        normed: Tensor = text.ln_final(pooled)
-        projection = text.text_projection
-        if projection is None:
-            return normed
-        # A raw Parameter multiplies from the right, and so does the adapted one that stands for it.
-        features: Tensor = projection(normed) if isinstance(projection, nn.Linear) else normed @ projection
-        return features
-
-    return TextTower(embed, *blocks, finish)
+    return TextTower(
+        Part(text.token_embedding.weight, None, None, Site("text", None, "token_embedding")),
+        _table(text, Site("text", None, "position_embedding")),
+        *blocks,
+        text.ln_final,
+        _projection(text, "text_projection", Site("text", None, "proj")),
+    )
 
 
 def vision_tower(visual: Any) -> VisionTower | None:
@@ -39,22 +32,31 @@ def vision_tower(visual: Any) -> VisionTower | None:
         return None
     conv = visual.conv1
     height, width = conv.kernel_size
-
-    def finish(pooled: Tensor) -> Tensor:
-        normed: Tensor = visual.ln_post(pooled)
-        features: Tensor = normed if visual.proj is None else normed @ visual.proj
-        return features
-
     return VisionTower(
         patch=(Part(conv.weight, conv.bias, None, Site("vision", None, "patch_embedding")),),
         patch_size=(height, width),
-        class_embedding=lambda: visual.class_embedding,
-        positions=lambda: visual.positional_embedding,
+        class_embedding=visual.class_embedding,
+        positions=_table(visual, Site("vision", None, "position_embedding")),
         norm_pre=visual.ln_pre,
         blocks=blocks[0],
         heads=blocks[1],
-        finish=finish,
+        norm=visual.ln_post,
+        proj=_projection(visual, "proj", Site("vision", None, "proj")),
     )
+
+
+def _table(owner: Any, site: Site) -> Part:
+    return Part(base_parameter(owner, "positional_embedding"), None, None, site)
+
+
+def _projection(owner: Any, name: str, site: Site) -> tuple[Part, ...] | None:
+    """A raw (in, out) Parameter, which multiplies from the right, or a Linear."""
+    projection = getattr(owner, name)
+    if projection is None:
+        return None
+    if isinstance(projection, nn.Linear):
+        return (Part(projection.weight, projection.bias, None, site),)
+    return (Part(base_parameter(owner, name), None, None, site, transposed=True),)
 
 
 def _is_plain_vit(visual: Any) -> bool:

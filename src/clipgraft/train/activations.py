@@ -17,7 +17,7 @@ from clipgraft.data.feature_key import UnknownError, image_key
 from clipgraft.data.features import image_rows, image_steps
 from clipgraft.data.memory import available_memory
 from clipgraft.engine.encoder import Encoder
-from clipgraft.lora.inject import lora_state
+from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import is_lora
 from clipgraft.train.towers import PartlyFixedImages

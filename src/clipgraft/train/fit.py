@@ -20,7 +20,8 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.files import write_json
-from clipgraft.lora.inject import count_parameters, lora_state
+from clipgraft.lora.counting import count_parameters
+from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
 from clipgraft.models.save import size_on_disk
@@ -253,7 +254,7 @@ def _resume_settings(
         "autocast": autocast,
         "exact_preprocess": exact_preprocess,
         "base": clip.fingerprint,
-        "lora": asdict(state.settings) if state is not None else None,
+        "lora": asdict(state.chosen().settings) if state is not None else None,
         "data": digest.hexdigest()[:16],
     }
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipgraft.errors import TrainingError
-from clipgraft.lora.inject import lora_state, verify_gradients
+from clipgraft.lora.counting import verify_gradients
+from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import Features, contrastive_backward
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint

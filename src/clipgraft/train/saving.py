@@ -10,7 +10,7 @@ import torch
 
 from clipgraft.adapters.native import save_adapter
 from clipgraft.files import atomic_path
-from clipgraft.lora.inject import lora_state, require_lora
+from clipgraft.lora.state import lora_state, require_lora
 from clipgraft.models.clip import Clip
 from clipgraft.models.save import save_model
 
@@ -45,7 +45,7 @@ class Saver:
             "epoch": epoch,
             "name": self.folder.name,
             "state_dict": self.clip.model.state_dict(),
-            "lora_config": {**asdict(self.clip.source), **asdict(require_lora(self.clip).settings)},
+            "lora_config": {**asdict(self.clip.source), **asdict(require_lora(self.clip).chosen().settings)},
         }
         with atomic_path(path) as temporary:
             torch.save(whole, temporary)

@@ -18,7 +18,7 @@ from torch import Tensor
 from clipgraft.data.features import evaluating
 from clipgraft.data.stored_rows import StoredRows
 from clipgraft.engine.encoder import Encoder
-from clipgraft.lora.inject import lora_state
+from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower as TowerName
 from clipgraft.train.feed import MicroBatch

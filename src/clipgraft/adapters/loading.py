@@ -1,0 +1,240 @@
+"""From an adapter file to a model that carries it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipgraft.adapters.native import AdapterFile, read_adapter
+from clipgraft.adapters.peft_config import missing_sites, some
+from clipgraft.errors import AdapterError
+from clipgraft.lora.inject import attach, remove_lora
+from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.starts import start_on_base
+from clipgraft.lora.state import (
+    DEFAULT,
+    Adapter,
+    LoraSettings,
+    check_name,
+    lora_state,
+    require_unmerged,
+)
+from clipgraft.lora.switch import set_adapter
+from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.family import site_bias, site_weight
+from clipgraft.models.hf import path_site, site_path
+from clipgraft.models.sites import Site, SiteRef
+
+
+def load_adapter(
+    model: ClipLike, path: str | Path, name: str = DEFAULT, *, activate: bool = True, force: bool = False
+) -> AdapterFile:
+    """Attach a saved adapter to its base, replacing the one of that name that the model carries.
+
+    Others stay. It may be done while other threads encode with `Clip.encode_image` and `Clip.encode_text`.
+
+    Args:
+        model: a `Clip`, or a raw model of either family.
+        path: the adapter folder.
+        name: what it is called on this model; also which one to take of a folder that holds several.
+        activate: let it act from now on. Otherwise the active adapter stays what it is.
+        force: load although the base is another one.
+
+    Raises:
+        AdapterError: the file cannot be read, or was made for another base or another architecture. The model
+            is as it was.
+    """
+    clip = as_clip(model)
+    check_name(name)
+    require_unmerged(clip, "load an adapter")
+    adapter = read_adapter(path, name)
+    put_on(clip, adapter, name, activate=activate, force=force)
+    return adapter
+
+
+def put_on(
+    clip: Clip, file: AdapterFile, name: str, *, activate: bool = True, force: bool = False
+) -> Adapter:
+    """Attach an adapter that was read, under a name; raises AdapterError as `load_adapter` does."""
+    file = in_terms_of(clip, file)
+    _check_base(clip, file, force)
+    state = lora_state(clip)
+    was_active = state is not None and state.active == name
+    if state is not None and name in state.adapters:
+        remove_lora(clip, name)
+    exact = replace(file.settings, targets=",".join(map(str, file.weights)))
+    adapter = attach(clip, exact, name, activate=False)
+    _fill(clip, adapter, file)
+    adapter.settings = file.settings
+    if activate or was_active:
+        set_adapter(clip, name)
+    return adapter
+
+
+def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
+    """The same adapter with whole weights, biases of B and PiSSA told by what this base has.
+
+    A whole weight W' is the update of full rank W + 1·(W' - W)·I; what PiSSA took off the base stands beside
+    A and B, which makes the rank 2r.
+
+    Raises:
+        AdapterError: the base lacks a site or bias, its shapes are others, or the file is incomplete for it.
+    """
+    refs = clip.site_refs
+    _check_sites(clip, file, refs)
+    weights, settings, biases = dict(file.weights), file.settings, dict(file.biases)
+    for site, whole in file.full.items():
+        change = whole.float() - site_weight(clip.model, refs[site]).detach().cpu().float()
+        weights[site] = (a, b) = _full_rank(change.flatten(1))
+        if refs[site].kind == "conv":
+            weights[site] = (a.view(-1, *change.shape[1:]), b[:, :, None, None])
+        r = a.shape[0]
+        settings = replace(
+            settings,
+            rank_pattern={**settings.rank_pattern, str(site): r},
+            alpha_pattern={
+                **settings.alpha_pattern,
+                str(site): math.sqrt(r) if settings.use_rslora else float(r),
+            },
+        )
+    if file.config.get("init_lora_weights") == "pissa":
+        settings, weights = _with_starts(clip, file, settings, weights)
+    scales = file.scales
+    for site, offset in file.offsets.items():
+        bias = site_bias(clip.model, refs[site])
+        if bias is None:
+            raise AdapterError(f"{file.path}: {site} has no bias on this base, but the adapter moves one")
+        biases[site_path(site)] = bias.detach().cpu().float() + scales[site] * offset
+    return replace(file, weights=weights, settings=settings, biases=biases, offsets={}, full={})
+
+
+def _with_starts(
+    clip: Clip, file: AdapterFile, settings: LoraSettings, weights: dict[Site, tuple[Tensor, Tensor]]
+) -> tuple[LoraSettings, dict[Site, tuple[Tensor, Tensor]]]:
+    """PEFT's PiSSA: s·(B·A - B₀·A₀) beside a base that is as it was."""
+    refs, scales = clip.site_refs, file.scales
+    ranks, alphas, both = {}, {}, dict(weights)
+    for site, (a, b) in file.weights.items():
+        layer = LoraLayer(refs[site], a.shape[0], scales[site] * a.shape[0])
+        start_on_base(layer, site_weight(clip.model, refs[site]).cpu())
+        assert layer.lora_start_A is not None
+        assert layer.lora_start_B is not None
+        both[site] = (torch.cat([a, layer.lora_start_A]), torch.cat([b, -layer.lora_start_B], dim=1))
+        ranks[str(site)] = r = 2 * a.shape[0]
+        alphas[str(site)] = scales[site] * (math.sqrt(r) if settings.use_rslora else r)
+    patterns = ({**settings.rank_pattern, **ranks}, {**settings.alpha_pattern, **alphas})
+    return replace(settings, rank_pattern=patterns[0], alpha_pattern=patterns[1]), both
+
+
+def _full_rank(change: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) as B·A with an identity for the smaller side."""
+    out, inner = change.shape
+    return (torch.eye(inner), change) if inner <= out else (change, torch.eye(out))
+
+
+def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
+    """Copy a file's weights into the modules of an adapter that does not act yet."""
+    refs, norms = clip.site_refs, clip.family.norms(clip.model)
+    with torch.no_grad():
+        for site, (a, b) in file.weights.items():
+            layer = adapter.layers[site]
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+            if layer.lora_magnitude is not None and site in file.magnitudes:
+                layer.lora_magnitude.copy_(file.magnitudes[site])
+            else:
+                layer.reset_magnitude(site_weight(clip.model, refs[site]))
+        for path, whole in file.biases.items():
+            place = None if path in adapter.norms else path_site(path)
+            own = adapter.norms[path].lora_bias if place is None else adapter.layers[place].lora_bias
+            base = norms[path].bias if place is None else site_bias(clip.model, refs[place])
+            assert own is not None
+            assert base is not None
+            own.copy_(whole.to(base.device).float() - base.float())
+    if file.logit_scale is not None and adapter.logit_scale is not None:
+        adapter.logit_scale.fill_(file.logit_scale)
+
+
+def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> None:
+    for site, (a, b) in file.weights.items():
+        ref = _required(refs, site, file)
+        wanted = ref.lora_shapes(a.shape[0])
+        if (tuple(a.shape), tuple(b.shape)) != wanted:
+            raise AdapterError(
+                f"{file.path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where this model needs "
+                f"{wanted[0]}, {wanted[1]}; load the base it was made for"
+            )
+    shapes: list[tuple[Site, Tensor, tuple[int, ...]]] = [
+        (site, tensor, (_outputs(_required(refs, site, file)),))
+        for site, tensor in (*file.magnitudes.items(), *file.offsets.items())
+    ]
+    shapes += [(site, tensor, _required(refs, site, file).shape) for site, tensor in file.full.items()]
+    for site, tensor, shape in shapes:
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(
+                f"{file.path}: {site} has {tuple(tensor.shape)} where this model needs {shape}; load the "
+                "base it was made for"
+            )
+    missing = missing_sites(file.config, (*file.weights, *file.full), refs)
+    if missing:
+        raise AdapterError(
+            f"{file.path} lacks {len(missing)} of its target sites, {some(missing)}: "
+            "it is incomplete, or was made for a smaller base; copy it again, or load its own base"
+        )
+    if file.settings.bias != "none" and not file.offsets:
+        _check_biases(clip, file, refs)
+
+
+def _required(refs: dict[Site, SiteRef], site: Site, file: AdapterFile) -> SiteRef:
+    if site not in refs:
+        raise AdapterError(f"{file.path}: this model has no site {site}; load the base it was made for")
+    return refs[site]
+
+
+def _outputs(ref: SiteRef) -> int:
+    return ref.shape[1] if ref.kind in ("embedding", "table") else ref.shape[0]
+
+
+def _check_biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> None:
+    """All biases that the configuration announces are there, and no others."""
+    wanted = dict(_biases(clip, file, refs))
+    lacking, surplus = set(wanted) - set(file.biases), set(file.biases) - set(wanted)
+    if lacking:
+        raise AdapterError(f"{file.path} lacks the biases of {some(sorted(lacking))}: save it again")
+    if surplus:
+        raise AdapterError(
+            f"{file.path} has biases that this model has not, or that bias={file.settings.bias!r} does not "
+            f"announce: {some(sorted(surplus))}; load the base it was made for"
+        )
+    for path, bias in file.biases.items():
+        if bias.shape != wanted[path].shape:
+            raise AdapterError(
+                f"{file.path}: the bias of {path} is {tuple(bias.shape)} where this model needs "
+                f"{tuple(wanted[path].shape)}; load the base it was made for"
+            )
+
+
+def _biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> Iterator[tuple[str, Tensor]]:
+    everywhere = file.settings.bias == "all"
+    for site, ref in refs.items():
+        bias = site_bias(clip.model, ref)
+        if bias is not None and (everywhere or site in file.weights):
+            yield site_path(site), bias
+    for path, norm in clip.family.norms(clip.model).items():
+        if everywhere and norm.bias is not None:
+            yield path, norm.bias
+
+
+def _check_base(clip: Clip, file: AdapterFile, force: bool) -> None:
+    if force or file.fingerprint is None or file.fingerprint == clip.fingerprint:
+        return
+    name = " / ".join(part for part in (file.base["name"], file.base["pretrained"]) if part)
+    raise AdapterError(
+        f"{file.path} was made for base {name or 'unnamed'} with fingerprint {file.fingerprint}, but "
+        f"this model's is {clip.fingerprint}: load that base, or pass --force (force=True) all the same"
+    )

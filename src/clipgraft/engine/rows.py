@@ -1,0 +1,136 @@
+"""Rows of several adapters in one batch: what `Clip.encode_image(x, adapters=[...])` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from clipgraft.engine.encoder import Encoder
+from clipgraft.errors import AdapterError
+from clipgraft.lora.state import Adapter, LoraState, lora_state, require_unmerged
+from clipgraft.lora.switch import choose
+from clipgraft.models.clip import Clip, Names, register_rows_encoder
+from clipgraft.models.gate import gate_of
+from clipgraft.models.sites import Tower
+
+_KEPT = "_clipgraft_rows"
+_Groups = list[tuple[str | None, Tensor]]
+
+
+def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tensor:
+    """(B, …) inputs of a tower -> (B, D) features, each row with its own adapter, without gradients.
+
+    Computes nothing twice and copies no base weight: what the base makes of the rows is computed for all at
+    once. A tower that is not the plain transformer of CLIP runs its own forward, adapter by adapter.
+
+    Args:
+        clip: the model; adapters may be loaded and unloaded meanwhile.
+        tower: `text` or `vision`.
+        inputs: token ids or pixels, on the model's device.
+        names: one name for all rows, or one a row; None is the base.
+
+    Raises:
+        AdapterError: no adapter of that name, not one name a row, or adapters are merged into the base.
+    """
+    if len(inputs) == 0:
+        raise AdapterError("an empty batch has no rows to encode: pass one row at least")
+    with gate_of(clip.model).shared():
+        require_unmerged(clip, "choose adapters by row")
+        state = lora_state(clip)
+        groups = _groups(names, len(inputs))
+        adapters = _adapters(state, groups)
+        encoder = _encoder(clip)
+        if encoder.is_plain(tower) and (tower == "vision" or _pools_early(clip, inputs)):
+            parts = [(adapter, rows) for adapter, (_, rows) in zip(adapters, groups, strict=True)]
+            with torch.autocast(clip.device.type, enabled=False):
+                return encoder.encode_rows(tower, inputs, parts).to(clip.dtype)
+    with gate_of(clip.model).alone():
+        return _one_by_one(clip, tower, inputs, groups)
+
+
+def _groups(names: Names, count: int) -> _Groups:
+    """Each name with the numbers of its rows."""
+    listed: Sequence[str | None] = [names] * count if isinstance(names, str) else list(names)
+    if len(listed) != count:
+        raise AdapterError(
+            f"adapters=... has {len(listed)} names for {count} rows: give one a row, or one for all"
+        )
+    rows: dict[str | None, list[int]] = {}
+    for row, name in enumerate(listed):
+        rows.setdefault(name, []).append(row)
+    return [(name, torch.tensor(numbers)) for name, numbers in rows.items()]
+
+
+def _adapters(state: LoraState | None, groups: _Groups) -> list[Adapter | None]:
+    """What the names mean at this moment; unloading does not take it away from who is encoding."""
+    if state is None:
+        named = [name for name, _ in groups if name is not None]
+        if named:
+            raise AdapterError(f"no adapter {named[0]!r} on this model: load it with load_adapter first")
+        return [None] * len(groups)
+    return [None if name is None else state.named(name) for name, _ in groups]
+
+
+def _pools_early(clip: Clip, tokens: Tensor) -> bool:
+    return clip.family.text_ends(clip.model, tokens) is not None
+
+
+class _Kept:
+    """An encoder kept on its model, which copies and pickles of the model do without."""
+
+    def __init__(self) -> None:
+        self.encoder: Encoder | None = None
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def _encoder(clip: Clip) -> Encoder:
+    """The encoder of a model, made anew when the model has been moved, or autocast asks for another type."""
+    kept: _Kept = clip.model.__dict__.setdefault(_KEPT, _Kept())
+    encoder, autocast = kept.encoder, torch.is_autocast_enabled(clip.device.type)
+    if encoder is None or encoder.dtype != (torch.bfloat16 if autocast else clip.dtype):
+        encoder = kept.encoder = Encoder(clip, autocast, pack=False)
+    return encoder
+
+
+def _one_by_one(clip: Clip, tower: Tower, inputs: Tensor, groups: _Groups) -> Tensor:
+    """The model's own forward for each adapter, who is alone with the model meanwhile."""
+    state = lora_state(clip)
+    encode = clip.family.encode_text if tower == "text" else clip.family.encode_image
+    features: Tensor | None = None
+    with _as_it_was(clip, state), torch.no_grad():
+        for name, rows in groups:
+            if state is not None:
+                if name is not None:
+                    state.named(name)
+                state.enabled = True
+                choose(clip, state, name)
+            own = encode(clip.model, inputs[rows.to(inputs.device)])
+            if features is None:
+                features = own.new_empty(len(inputs), *own.shape[1:])
+            features[rows.to(own.device)] = own
+    assert features is not None
+    return features
+
+
+@contextmanager
+def _as_it_was(clip: Clip, state: LoraState | None) -> Iterator[None]:
+    """Give the model its adapter and its mode back."""
+    if state is None:
+        yield
+        return
+    active, enabled, training = state.active, state.enabled, clip.model.training
+    clip.model.eval()
+    try:
+        yield
+    finally:
+        clip.model.train(training)
+        state.enabled = enabled
+        choose(clip, state, active)
+
+
+register_rows_encoder(encode_rows)

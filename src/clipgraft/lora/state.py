@@ -1,0 +1,194 @@
+"""What a model carries: named adapters, of which at most one acts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
+from clipgraft.models.clip import Clip, ClipLike
+from clipgraft.models.sites import Site, Tower
+
+STATE = "_clipgraft_lora"
+DEFAULT = "default"
+Bias = Literal["none", "lora_only", "all"]
+Start = Literal["default", "pissa", "eva"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What `apply_lora` was asked for, as adapter files record it."""
+
+    r: int = 16
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: str = "text-attention"
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    train_logit_scale: bool = False
+    use_dora: bool = False
+    bias: Bias = "none"
+    init: Start = "default"
+
+
+@dataclass
+class Adapter:
+    """One adapter on a model.
+
+    Attributes:
+        settings: what was asked for.
+        layers: its updates by site.
+        norms: what it adds to the biases of layer norms, by their path in `transformers.CLIPModel`.
+        logit_scale: its log temperature while it does not act; None while it does, or if it has none.
+    """
+
+    settings: LoraSettings
+    layers: dict[Site, LoraLayer] = field(default_factory=dict)
+    norms: dict[str, BiasLayer] = field(default_factory=dict)
+    logit_scale: Tensor | None = None
+
+    def modules(self) -> Iterator[LoraLayer | BiasLayer]:
+        """All that holds its weights."""
+        yield from self.layers.values()
+        yield from self.norms.values()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights, those of no element left out."""
+        return (p for module in self.modules() for p in module.parameters() if p.numel())
+
+    def touches(self, tower: Tower) -> bool:
+        """Whether it changes what a tower computes."""
+        return any(site.tower == tower for site in self.layers) or any(
+            path.startswith(f"{tower}_model.") for path in self.norms
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was folded into the base's weights, and the bits that were there before, by parameter name."""
+
+    weights: Mapping[str, float]
+    originals: Mapping[str, Tensor]
+
+
+@dataclass
+class LoraState:
+    """The adapters attached to a model, kept on the model itself.
+
+    Attributes:
+        trainable: names of the base weights that wanted gradients before.
+        base_scale: the base's log temperature.
+        adapters: by name; replaced, never changed, so that who iterates is not disturbed.
+        active: the name of the chosen adapter.
+        enabled: whether it acts.
+        scale_moved: whether the model's temperature is another than the base's.
+        merged: set while updates are folded into the base's weights, and none acts beside them.
+        slots: the place of each site and norm that has one, by `str(site)` or the norm's path.
+        hooks: what `remove_lora` takes off, by the same names.
+    """
+
+    trainable: frozenset[str]
+    base_scale: Tensor
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    active: str | None = None
+    enabled: bool = True
+    scale_moved: bool = False
+    merged: Merged | None = None
+    slots: dict[str, Slot] = field(default_factory=dict)
+    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The chosen adapter, whether it acts or not."""
+        return None if self.active is None else self.adapters.get(self.active)
+
+    @property
+    def acting(self) -> Adapter | None:
+        """The adapter that changes what the model computes; None while it is disabled or merged."""
+        return self.adapter if self.enabled and self.merged is None else None
+
+    @property
+    def layers(self) -> dict[Site, LoraLayer]:
+        """The updates of the chosen adapter by site."""
+        return {} if self.adapter is None else self.adapter.layers
+
+    def chosen(self) -> Adapter:
+        """The chosen adapter; raises AdapterError if none is."""
+        if self.adapter is None:
+            raise AdapterError(f"no adapter is active: call set_adapter with one of {self.listed()}")
+        return self.adapter
+
+    def named(self, name: str) -> Adapter:
+        """An adapter by name; raises AdapterError that lists the names there are."""
+        if name not in self.adapters:
+            raise AdapterError(f"no adapter {name!r} on this model: loaded are {self.listed()}")
+        return self.adapters[name]
+
+    def listed(self) -> str:
+        """The names for a message."""
+        return ", ".join(map(repr, self.adapters)) or "none"
+
+
+def lora_state(model: ClipLike) -> LoraState | None:
+    """The adapters a model carries, or None."""
+    state = getattr(model.model if isinstance(model, Clip) else model, STATE, None)
+    return state if isinstance(state, LoraState) else None
+
+
+def require_lora(model: ClipLike) -> LoraState:
+    """The adapters a model carries; raises AdapterError if it carries none."""
+    state = lora_state(model)
+    if state is None:
+        raise AdapterError("this model carries no LoRA: call apply_lora or load_adapter first")
+    return state
+
+
+def require_unmerged(model: ClipLike, to: str) -> None:
+    """Refuse what makes no sense on folded weights; `to` says what was attempted."""
+    state = lora_state(model)
+    if state is not None and state.merged is not None:
+        names = ", ".join(map(repr, state.merged.weights))
+        raise AdapterError(
+            f"cannot {to} while {names} {'is' if len(state.merged.weights) == 1 else 'are'} merged into the "
+            "base: call unmerge_lora first"
+        )
+
+
+def check_name(name: str) -> str:
+    """Refuse adapter names that module paths and folders cannot hold; raises AdapterError."""
+    if _NAME.fullmatch(name) is None:
+        raise AdapterError(
+            f"adapter name {name!r}: write letters, digits, '_', '-' and '+', the first a letter or digit"
+        )
+    return name
+
+
+def check_settings(settings: LoraSettings, ranks: Iterable[int], alphas: Iterable[float]) -> None:
+    """Raise ConfigError, with all faults at once, if a rank, alpha or dropout is out of range."""
+    faults = [f"r must be a whole number from 1 up, got {r}" for r in (settings.r, *ranks) if not _is_rank(r)]
+    faults += [
+        f"alpha must be a positive number, got {alpha:g}"
+        for alpha in (settings.alpha, *alphas)
+        if not 0 < alpha < math.inf
+    ]
+    if not 0 <= settings.dropout < 1:
+        faults.append(f"dropout must be in [0, 1), got {settings.dropout:g}")
+    for name, allowed in (("bias", Bias), ("init", Start)):
+        if getattr(settings, name) not in allowed.__args__:  # type: ignore[attr-defined]
+            choices = ", ".join(allowed.__args__)  # type: ignore[attr-defined]
+            faults.append(f"{name} must be one of {choices}, got {getattr(settings, name)!r}")
+    if faults:
+        raise ConfigError("LoRA: " + "; ".join(dict.fromkeys(faults)))
+
+
+def _is_rank(r: object) -> bool:
+    return isinstance(r, int) and not isinstance(r, bool) and r >= 1

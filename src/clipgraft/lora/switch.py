@@ -1,0 +1,113 @@
+"""Which adapter acts: choosing one by name, disabling and enabling."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from clipgraft.lora.state import LoraState, require_lora, require_unmerged
+from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.gate import gate_of
+
+
+def set_adapter(model: ClipLike, name: str | None) -> None:
+    """Let the adapter of that name act, and it alone; None lets the base run.
+
+    Its weights, and its temperature if it has one, are what trains from now on.
+
+    Raises:
+        AdapterError: the model carries no such adapter, or some are merged into it.
+    """
+    clip = as_clip(model)
+    state = require_lora(clip)
+    if name is not None:
+        state.named(name)
+    require_unmerged(clip, "change the adapter")
+    with gate_of(clip.model).alone():
+        state.enabled = True
+        choose(clip, state, name)
+
+
+def enable_lora(model: ClipLike) -> None:
+    """Let the active adapter act again."""
+    _set_enabled(model, True)
+
+
+def disable_lora(model: ClipLike) -> None:
+    """Make the model behave as its base, to the bit, its temperature too; the updates stay attached."""
+    _set_enabled(model, False)
+
+
+@contextlib.contextmanager
+def lora_disabled(model: ClipLike) -> Iterator[None]:
+    """`with lora_disabled(model): ...` runs the base; what acted before acts after."""
+    before = require_lora(model).enabled
+    _set_enabled(model, False)
+    try:
+        yield
+    finally:
+        _set_enabled(model, before)
+
+
+def adapter_logit_scale(model: ClipLike, name: str | None = None) -> float | None:
+    """The log temperature of an adapter, by default of the active one, whether it acts or not.
+
+    None if it trains none.
+    """
+    state = require_lora(model)
+    adapter = state.chosen() if name is None else state.named(name)
+    if not adapter.settings.train_logit_scale:
+        return None
+    return float(as_clip(model).logit_scale.detach() if adapter.logit_scale is None else adapter.logit_scale)
+
+
+def _set_enabled(model: ClipLike, enabled: bool) -> None:
+    clip = as_clip(model)
+    state = require_lora(clip)
+    if state.enabled == enabled:
+        return
+    require_unmerged(clip, "enable an adapter" if enabled else "disable it")
+    with gate_of(clip.model).alone():
+        state.enabled = enabled
+        choose(clip, state, state.active)
+
+
+def choose(clip: Clip, state: LoraState, name: str | None) -> None:
+    """Bring the model into line with its state and a new choice; to be called by who is alone with it."""
+    _put_scale_aside(clip, state)
+    state.active = name
+    acting, chosen = state.acting, state.adapter
+    for slot in state.slots.values():
+        slot.acting = None if acting is None else name
+    for adapter in state.adapters.values():
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(adapter is chosen and state.merged is None)
+    _show_scale(clip, state)
+
+
+def _put_scale_aside(clip: Clip, state: LoraState) -> None:
+    """The base's temperature again; the adapter whose temperature it was keeps that."""
+    scale = clip.logit_scale
+    for adapter in state.adapters.values():
+        if adapter.settings.train_logit_scale and adapter.logit_scale is None:
+            adapter.logit_scale = scale.data
+    if state.scale_moved:
+        scale.data = state.base_scale.clone().to(scale.device)
+        state.scale_moved = False
+
+
+def _show_scale(clip: Clip, state: LoraState) -> None:
+    """The temperature of the adapter that acts, or of what is merged."""
+    scale, acting = clip.logit_scale, state.acting
+    shown = None if acting is None else acting.logit_scale
+    scale.requires_grad_(shown is not None)
+    if acting is not None and shown is not None:
+        scale.data, acting.logit_scale, state.scale_moved = shown.to(scale.device), None, True
+    elif state.merged is not None:
+        moved = {name: state.adapters[name].logit_scale for name in state.merged.weights}
+        shifts = [
+            state.merged.weights[n] * (own - state.base_scale) for n, own in moved.items() if own is not None
+        ]
+        if shifts:
+            scale.data = (state.base_scale + sum(shifts)).to(scale.device)
+            state.scale_moved = True
