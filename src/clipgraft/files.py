@@ -42,13 +42,33 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        _sync_file(temporary)
         temporary.chmod(0o644)
         temporary.replace(target)
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; on success its files are synced and it takes the name of `target`.
+
+    Folders above `target` are made, and an older folder `target` is replaced as a whole. After an exception
+    nothing is left behind and an older one is untouched; after a kill what is left is for `sweep_partial`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync_file(path)
+        temporary.chmod(0o755)
+        _replace_folder(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sweep_partial(folder: Path) -> None:
@@ -58,6 +78,27 @@ def sweep_partial(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Give a folder the name of another, which is removed; no system call can do both at once."""
+    if not target.exists():
+        new.rename(target)
+        return
+    # Not named as a leftover: after a kill between the renames it is all there is.
+    older = new.with_name(new.name.replace(_PARTIAL, ".older"))
+    target.rename(older)
+    try:
+        new.rename(target)
+    except BaseException:
+        older.rename(target)
+        raise
+    shutil.rmtree(older)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -222,14 +222,21 @@ def _add_bias(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output if layer is None else output + layer.lora_bias.to(output.dtype)
 
 
-def remove_lora(model: ClipLike, name: str | None = None) -> None:
+def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool = False) -> None:
     """Take an adapter off again, or all: without any, the model is the untouched base, and trains as before.
 
     What is merged into the base is unmerged first, if that is to go. If the active adapter goes and others
     stay, none is active.
 
+    Args:
+        model: a `Clip` or raw model that carries adapters.
+        name: which one; by default all.
+        keep_merged: when all go, leave what is merged in the weights for good: the model is another base
+            then, and needs clipgraft no more.
+
     Raises:
-        AdapterError: the model carries no adapter, none of that name, or others of it are merged.
+        AdapterError: the model carries no adapter, none of that name, others of it are merged, or there is
+            nothing merged to be kept.
     """
     clip = as_clip(model)
     state = require_lora(clip)
@@ -238,7 +245,12 @@ def remove_lora(model: ClipLike, name: str | None = None) -> None:
         state.named(name)
     if gone != set(state.adapters):
         require_unmerged(clip, f"remove {name!r}")
+    if keep_merged and (name is not None or state.merged is None):
+        raise AdapterError("keep_merged leaves merged weights when all adapters go: call merge_lora first")
     with gate_of(clip.model).alone():
+        scale = clip.logit_scale.data
+        if keep_merged:
+            state.merged = None
         restore(clip, state)
         choose(clip, state, None if state.active in gone else state.active)
         for slot in state.slots.values():
@@ -247,6 +259,8 @@ def remove_lora(model: ClipLike, name: str | None = None) -> None:
         state.adapters = {kept: adapter for kept, adapter in state.adapters.items() if kept not in gone}
         if not state.adapters:
             _ungraft_all(clip, state)
+        if keep_merged:
+            clip.logit_scale.data = scale
 
 
 def _ungraft_all(clip: Clip, state: LoraState) -> None:

@@ -121,6 +121,7 @@ def activation_of(module: object) -> Activation | None:
         "QuickGELU": "quick_gelu",
         "QuickGELUActivation": "quick_gelu",
         "GELUActivation": "gelu",
+        "GELUTanh": "gelu_tanh",
     }
     return names.get(type(module).__name__)
 

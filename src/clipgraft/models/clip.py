@@ -195,7 +195,7 @@ class Clip:
 
     def cut_tokens(self, tokens: Tensor) -> Tensor:
         """(N, L) ids without the columns that no row's pooled token can see, where the family allows it."""
-        ends = self.family.text_ends(self.model, tokens)
+        ends = self.family.text_ends(self.model, tokens) if len(tokens) else None
         return tokens if ends is None else tokens[:, : int(ends.max()) + 1]
 
     def eval(self) -> Clip:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from clipgraft.models.anatomy import TextTower, VisionTower
 from clipgraft.models.sites import Site, SiteRef, Tower
 
+LARGEST_ID = -1
+"""A text tower that is pooled at its largest id, as CLIP's own is, rather than at one certain id."""
+
 
 class Family(Protocol):
     """A model family: pure functions of the model, without state of its own."""
@@ -39,11 +42,17 @@ class Family(Protocol):
         Where it is not None, tokens after the largest position change nothing and may be cut.
         """
 
+    def pooled_id(self, model: nn.Module) -> int | None:
+        """The id whose first position is pooled, `LARGEST_ID` for the largest one; None for other ways."""
+
     def text_tower(self, model: nn.Module) -> TextTower | None:
         """The parts of a plain causal text tower; None where its forward differs in anything."""
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         """The parts of a plain vision transformer; None where its forward differs in anything."""
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """(height, width) in pixels that the vision tower takes."""
 
     def context_length(self, model: nn.Module) -> int:
         """Longest token sequence the text tower takes."""
@@ -109,6 +118,11 @@ def base_parameter(owner: nn.Module, name: str) -> Tensor:
 def is_lora(name: str) -> bool:
     """Whether a parameter name belongs to an adapter rather than to the base."""
     return ".lora_" in f".{name}"
+
+
+def pooled_positions(tokens: Tensor, pooled_id: int) -> Tensor:
+    """(N, L) ids and what `Family.pooled_id` says -> (N,) positions that are pooled."""
+    return tokens.argmax(dim=-1) if pooled_id == LARGEST_ID else first_position(tokens.eq(pooled_id))
 
 
 def first_position(matches: Tensor) -> Tensor:

@@ -112,6 +112,31 @@ def load_config(path: Path, pretrained: str, seed: int) -> Clip:
     return _clip(model, inner, eval_transform, train_transform, Source(str(path), pretrained))
 
 
+def model_config(name: str) -> dict[str, Any]:
+    """The `model_cfg` of a base that one of the loaders above loaded under this name.
+
+    Raises:
+        ModelError: there is none, or not any more.
+    """
+    import open_clip
+
+    path = Path(name)
+    config: dict[str, Any] | None = None
+    if path.suffix == ".json":
+        config = _read_config(path)["model_cfg"]
+    elif name:
+        local = f"local-dir:{path}" if path.is_dir() else name.replace("/", "-")
+        try:
+            config = open_clip.get_model_config(name if name.startswith(_HUB) else local)
+        except Exception as error:
+            raise config_failure(name, error) from error
+    if config is None:
+        raise ModelError(
+            f"'{name}' has no known open_clip configuration: write a checkpoint (.pt), which needs none"
+        )
+    return config
+
+
 def _check_name(name: str, model_name: str, pretrained: str) -> None:
     """Refuse what open_clip would refuse, before it builds anything, with the nearest names."""
     import open_clip

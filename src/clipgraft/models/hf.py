@@ -9,9 +9,18 @@ from torch import Tensor, nn
 from clipgraft.errors import AdapterError
 from clipgraft.models import hf_anatomy
 from clipgraft.models.anatomy import TextTower, VisionTower
-from clipgraft.models.family import first_position, is_lora, parameters_of, site_weight, submodule
+from clipgraft.models.family import (
+    LARGEST_ID,
+    is_lora,
+    parameters_of,
+    pooled_positions,
+    site_weight,
+    submodule,
+)
 from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower, block_number
 
+LARGEST_ID_AS_EOS = 2
+"""transformers keeps CLIP's original rule, the largest id, for configurations whose eos_token_id is 2."""
 _TOWER_MODULE: dict[Tower, str] = {"text": "text_model", "vision": "vision_model"}
 _BLOCK_MODULE = {
     "q": "self_attn.q_proj",
@@ -74,17 +83,25 @@ class HfFamily:
         return _features(model.get_text_features(input_ids=tokens))  # type: ignore[operator]
 
     def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
+        pooled = self.pooled_id(model)
+        return None if pooled is None else pooled_positions(tokens, pooled)
+
+    def pooled_id(self, model: nn.Module) -> int | None:
         if model.config.model_type != "clip":  # type: ignore[union-attr]
             return None
         eos = int(model.text_model.eos_token_id)  # type: ignore[union-attr, arg-type]
-        # transformers keeps CLIP's original rule, the largest id, for configurations that say 2.
-        return tokens.argmax(dim=-1) if eos == 2 else first_position(tokens.eq(eos))
+        return LARGEST_ID if eos == LARGEST_ID_AS_EOS else eos
 
     def text_tower(self, model: nn.Module) -> TextTower | None:
         return hf_anatomy.text_tower(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         return hf_anatomy.vision_tower(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        size = model.config.vision_config.image_size  # type: ignore[union-attr]
+        height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
+        return int(height), int(width)
 
     def context_length(self, model: nn.Module) -> int:
         return int(model.config.text_config.max_position_embeddings)  # type: ignore[union-attr, arg-type]

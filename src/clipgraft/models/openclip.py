@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from clipgraft.models import openclip_anatomy
 from clipgraft.models.anatomy import TextTower, VisionTower
-from clipgraft.models.family import base_parameter, first_position, is_lora, parameters_of, site_weight
+from clipgraft.models.family import (
+    LARGEST_ID,
+    base_parameter,
+    is_lora,
+    parameters_of,
+    pooled_positions,
+    site_weight,
+)
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site, SiteRef, Tower
 
@@ -41,17 +48,25 @@ class OpenClipFamily:
         return features
 
     def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
-        text = _text_tower(model)
-        pool, eos = _pooling(text)
-        if not _is_causal(text) or pool not in ("argmax", "eos"):
+        pooled = self.pooled_id(model)
+        if pooled is None or not _is_causal(_text_tower(model)):
             return None
-        return tokens.argmax(dim=-1) if pool == "argmax" else first_position(tokens.eq(eos))
+        return pooled_positions(tokens, pooled)
+
+    def pooled_id(self, model: nn.Module) -> int | None:
+        pool, eos = _pooling(_text_tower(model))
+        return {"argmax": LARGEST_ID, "eos": eos}.get(pool or "")
 
     def text_tower(self, model: nn.Module) -> TextTower | None:
         return openclip_anatomy.text_tower(_text_tower(model)) if _is_causal(_text_tower(model)) else None
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
         return openclip_anatomy.vision_tower(_module(model.visual))
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        size = model.visual.image_size  # type: ignore[union-attr]
+        height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
+        return int(height), int(width)
 
     def context_length(self, model: nn.Module) -> int:
         return int(getattr(model, "context_length", None) or _text_tower(model).context_length)  # type: ignore[arg-type]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from clipgraft.files import atomic_path
+from clipgraft.files import atomic_folder, atomic_path
 from clipgraft.models.clip import Clip
 from clipgraft.models.from_hf import HfPreprocess
 from clipgraft.models.quiet import quiet
@@ -22,21 +22,31 @@ def save_model(clip: Clip, path: Path, epoch: int) -> Path:
     """
     if clip.family.name == "open_clip":
         target = path.with_name(f"{path.name}.pt")
-        state = {"epoch": epoch, "name": clip.source.name, "state_dict": clip.model.state_dict()}
-        with atomic_path(target) as temporary:
-            torch.save(state, temporary)
+        save_checkpoint(clip, target, epoch)
         return target
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with quiet():
-        clip.model.save_pretrained(temporary)  # type: ignore[operator]
-    if isinstance(clip.tokenizer, HfTokenizer):
-        clip.tokenizer.inner.save_pretrained(temporary)
-    if isinstance(clip.preprocess, HfPreprocess):
-        clip.preprocess.processor.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with atomic_folder(path) as folder:
+        save_transformers_files(clip, folder)
     return path
+
+
+def save_checkpoint(clip: Clip, target: Path, epoch: int) -> None:
+    """The state dict in one file: `.safetensors`, or with epoch and name as open_clip's training writes."""
+    state = clip.model.state_dict()
+    with atomic_path(target) as temporary:
+        if target.suffix == ".safetensors":
+            save_file({name: weight.contiguous() for name, weight in state.items()}, temporary)
+        else:
+            torch.save({"epoch": epoch, "name": clip.source.name, "state_dict": state}, temporary)
+
+
+def save_transformers_files(clip: Clip, folder: Path) -> None:
+    """A transformers model with its tokenizer and image processor, as far as it has them."""
+    with quiet():
+        clip.model.save_pretrained(folder)  # type: ignore[operator]
+    if isinstance(clip.tokenizer, HfTokenizer):
+        clip.tokenizer.inner.save_pretrained(folder)
+    if isinstance(clip.preprocess, HfPreprocess):
+        clip.preprocess.processor.save_pretrained(folder)
 
 
 def size_on_disk(path: Path) -> int:

@@ -29,7 +29,8 @@ class OpenClipTokenizer:
         if not texts:
             return []
         clean = getattr(self.inner, "clean_fn", str)
-        return [len(ids) for ids in self.inner.tokenizer([clean(text) for text in texts])["input_ids"]]
+        cleaned = [clean(text) for text in texts]
+        return [len(ids) for ids in self.inner.tokenizer(cleaned, verbose=False)["input_ids"]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""A model as something that stands alone: for open_clip, for transformers, or for ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal, get_args
+
+from clipgraft.errors import ModelError
+from clipgraft.files import atomic_folder, write_json
+from clipgraft.models.clip import Clip
+from clipgraft.models.from_openclip import CONFIG_FILE
+from clipgraft.models.onnx_graphs import DESCRIPTION, require_onnx, write_onnx
+from clipgraft.models.openclip_config import config_of
+from clipgraft.models.save import save_checkpoint, save_transformers_files
+from clipgraft.models.tokenizers import OpenClipTokenizer
+from clipgraft.models.twins import require_bare, to_open_clip, to_transformers
+
+Form = Literal["open_clip", "transformers", "onnx"]
+Progress = Callable[[str], None]
+
+_FILE_SUFFIXES = (".pt", ".safetensors")
+_WEIGHTS_FILE = "open_clip_model.safetensors"
+_MARKERS: dict[Form, str] = {
+    "open_clip": CONFIG_FILE,
+    "transformers": "config.json",
+    "onnx": DESCRIPTION,
+}
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_FILES: dict[Form, tuple[str, ...]] = {
+    "open_clip": (_WEIGHTS_FILE,),
+    "transformers": ("model*.safetensors*", "*processor_config.json", "generation_config.json"),
+    "onnx": ("*.onnx", "*.onnx.data"),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_model` made.
+
+    Attributes:
+        paths: the files, in order.
+        differences: for ONNX, of each file from PyTorch: the largest difference over the largest feature.
+    """
+
+    paths: tuple[Path, ...]
+    differences: dict[str, float] = field(default_factory=dict)
+
+
+def write_model(clip: Clip, out: Path, form: Form, progress: Progress | None = None) -> Written:
+    """Write a model without adapters, in the given form; merged weights go out as they are.
+
+    - `open_clip`: where `out` ends in .pt or .safetensors, a checkpoint that `open_clip.create_model(name,
+      pretrained=out)` opens; otherwise a folder for `local-dir:` with configuration and tokenizer.
+    - `transformers`: a folder for `CLIPModel`, `AutoTokenizer` and `AutoImageProcessor`.
+    - `onnx`: a folder with `text.onnx`, `vision.onnx`, a description and the tokenizer (`onnx_graphs.py`).
+
+    A model of the other family is converted first. Everything is whole or not there at all; an earlier
+    export to the same place is replaced.
+
+    Args:
+        progress: is called with a line of text for each step that takes seconds.
+
+    Raises:
+        ModelError: the model carries an adapter or cannot take this form; `out` is a folder that holds other
+            things, or what the model was loaded from.
+    """
+    if form not in get_args(Form):
+        raise ModelError(f"form '{form}' is unknown: use one of {', '.join(get_args(Form))}")
+    tell = progress or _silent
+    require_bare(clip)
+    _check_place(clip, out, form)
+    if form == "onnx":
+        require_onnx()
+        with atomic_folder(out) as folder:
+            differences = write_onnx(clip, folder, tell)
+        return Written(_files(out), differences)
+    if form == "transformers":
+        with atomic_folder(out) as folder:
+            _write_transformers(clip, folder, tell)
+        return Written(_files(out))
+    if out.suffix in _FILE_SUFFIXES:
+        save_checkpoint(_as_open_clip(clip, tell), out, epoch=0)
+        return Written((out,))
+    with atomic_folder(out) as folder:
+        _write_open_clip(_as_open_clip(clip, tell), folder)
+    return Written(_files(out))
+
+
+def _write_transformers(clip: Clip, folder: Path, tell: Progress) -> None:
+    if clip.family.name != "transformers":
+        tell("converting to transformers")
+    twin = to_transformers(clip)
+    _require_inputs(twin)
+    save_transformers_files(twin, folder)
+
+
+def _as_open_clip(clip: Clip, tell: Progress) -> Clip:
+    if clip.family.name != "open_clip":
+        tell("converting to open_clip")
+    return to_open_clip(clip)
+
+
+def _write_open_clip(clip: Clip, folder: Path) -> None:
+    _require_inputs(clip)
+    preprocess = dict(clip.model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+    preprocess.pop("size", None)  # open_clip takes it from the model
+    write_json(folder / CONFIG_FILE, {"model_cfg": config_of(clip), "preprocess_cfg": preprocess})
+    save_checkpoint(clip, folder / _WEIGHTS_FILE, epoch=0)
+    tokenizer = clip.tokenizer
+    if isinstance(tokenizer, OpenClipTokenizer) and hasattr(tokenizer.inner, "save_pretrained"):
+        tokenizer.inner.save_pretrained(folder)
+
+
+def _require_inputs(clip: Clip) -> None:
+    """Raise ModelError for a model without tokenizer or preprocessing, which nothing could use."""
+    clip.tokenize("")
+    clip.require_preprocess()
+
+
+def _check_place(clip: Clip, out: Path, form: Form) -> None:
+    """Refuse to replace anything but an earlier export of this form."""
+    source = {clip.source.name.removeprefix("hf:"), clip.source.pretrained} - {"", "emoji"}
+    if out.exists() and any(Path(name).exists() and out.samefile(name) for name in source):
+        raise ModelError(f"{out} is what the model was loaded from: choose another place")
+    is_file = form == "open_clip" and out.suffix in _FILE_SUFFIXES
+    if out.is_file() and not is_file:
+        raise ModelError(f"{out} is a file: the {form} form is a folder; choose another name")
+    if not out.is_dir():
+        return
+    if is_file:
+        raise ModelError(f"{out} is a folder: a checkpoint is a file; choose another name")
+    names = sorted(path.name for path in out.iterdir())
+    known = (_MARKERS[form], *_FILES[form], *_TOKENIZER_FILES)
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in known)]
+    if names and (foreign or _MARKERS[form] not in names):
+        raise ModelError(
+            f"{out} holds {(foreign or names)[0]}, which is no part of a {form} model: choose a new folder"
+        )
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
+def _silent(line: str) -> None:
+    """Progress that nobody asked for."""

@@ -1,0 +1,243 @@
+"""Tokenizers and preprocessing carried from one library to the other."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from clipgraft.errors import ModelError
+from clipgraft.models.clip import Clip, Tokenizer
+from clipgraft.models.companions import find_preprocess, find_tokenizer
+from clipgraft.models.from_hf import HfPreprocess
+from clipgraft.models.quiet import quiet
+from clipgraft.models.tokenizers import HfTokenizer, OpenClipTokenizer
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a model's images are prepared.
+
+    Attributes:
+        size: (height, width) in pixels.
+        mean: of each channel, of 0..1.
+        std: of each channel, of 0..1.
+        interpolation: `bicubic` or `bilinear`.
+        resize_mode: open_clip's word: `shortest` (then the middle is cut out), `squash` or `longest`.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+
+
+def image_settings(clip: Clip) -> ImageSettings | None:
+    """What a model's preprocessing does; None for a model that comes without.
+
+    Raises:
+        ModelError: a transformers processor that does something else.
+    """
+    if clip.family.name == "open_clip":
+        return _recorded_settings(getattr(clip.model.visual, "preprocess_cfg", None))
+    preprocess = clip.preprocess or find_preprocess(clip)
+    return _processor_settings(preprocess.processor) if isinstance(preprocess, HfPreprocess) else None
+
+
+def image_processor(settings: ImageSettings) -> Any:
+    """The `transformers.CLIPImageProcessor` of the same settings; raises ModelError where there is none.
+
+    Its pixels differ from those of open_clip's transform: it resizes with PyTorch's 8-bit kernel instead of
+    Pillow's (at most two grey levels, mostly none), and rounds an odd margin of the cut down.
+    """
+    from transformers import CLIPImageProcessor
+
+    height, width = settings.size
+    common = {
+        "resample": next(code for code, name in _RESAMPLE.items() if name == settings.interpolation),
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "crop_size": {"height": height, "width": width},
+    }
+    if settings.resize_mode == "squash":
+        return CLIPImageProcessor(size={"height": height, "width": width}, do_center_crop=False, **common)
+    if settings.resize_mode == "shortest" and height == width:
+        return CLIPImageProcessor(size={"shortest_edge": height}, **common)
+    raise ModelError(
+        f"images resized to {height}x{width} in mode '{settings.resize_mode}' have no CLIPImageProcessor: "
+        "keep the model in the open_clip form"
+    )
+
+
+def preprocess_config(settings: ImageSettings) -> dict[str, Any]:
+    """The same settings as open_clip's `PreprocessCfg` takes them."""
+    height, width = settings.size
+    return {
+        "size": height if height == width else [height, width],
+        "mean": list(settings.mean),
+        "std": list(settings.std),
+        "interpolation": settings.interpolation,
+        "resize_mode": settings.resize_mode,
+    }
+
+
+def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
+    """A model's tokenizer as one of transformers; None for a model that comes without.
+
+    open_clip repairs texts with ftfy first (HTML entities, curly quotes, ligatures, broken encodings) and
+    transformers does not; all other texts get the same ids.
+
+    Raises:
+        ModelError: a tokenizer that does more than transformers can.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    tokenizer = clip.tokenizer or find_tokenizer(clip)
+    if tokenizer is None or isinstance(tokenizer, HfTokenizer):
+        return tokenizer
+    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else tokenizer
+    if isinstance(inner, SimpleTokenizer) and _is_usual(inner):
+        return HfTokenizer(_bpe_tokenizer(inner, clip.context_length), clip.context_length)
+    if isinstance(inner, HFTokenizer) and _is_bare(inner):
+        return HfTokenizer(inner.tokenizer, clip.context_length)
+    raise ModelError(
+        f"{type(inner).__name__} with its settings has no counterpart in transformers: "
+        "keep the model in the open_clip form"
+    )
+
+
+def to_openclip_tokenizer(clip: Clip) -> OpenClipTokenizer | None:
+    """A transformers model's tokenizer as one of open_clip; None for a model that comes without.
+
+    CLIP's own becomes `SimpleTokenizer`, any other is wrapped in `HFTokenizer`, which also repairs texts.
+
+    Raises:
+        ModelError: clip's tokenizer is not one of transformers.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    tokenizer = clip.tokenizer or find_tokenizer(clip)
+    if tokenizer is None:
+        return None
+    if not isinstance(tokenizer, HfTokenizer):
+        raise ModelError(
+            f"a {type(tokenizer).__name__} cannot be used by open_clip: load the model with clipgraft.load"
+        )
+    length = clip.context_length
+    if _is_clips_own(tokenizer.inner):
+        return OpenClipTokenizer(SimpleTokenizer(context_length=length), length)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        tokenizer.inner.save_pretrained(folder)
+        return OpenClipTokenizer(HFTokenizer(folder, context_length=length), length)
+
+
+def tokenizer_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What open_clip's `text_cfg` says of a tokenizer whose files lie beside it; {} for `SimpleTokenizer`."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else None
+    if isinstance(inner, HFTokenizer):
+        kwargs: dict[str, Any] = {"clean": _cleaning(inner)}
+        if inner.strip_sep_token:
+            kwargs["strip_sep_token"] = True
+        mode = {"tokenizer_mode": inner.tokenizer_mode} if inner.tokenizer_mode else {}
+        # open_clip looks in the folder of the configuration, whatever name is given here.
+        return {"hf_tokenizer_name": ".", "tokenizer_kwargs": kwargs, **mode}
+    if isinstance(inner, SimpleTokenizer) and _cleaning(inner) != "lower":
+        return {"tokenizer_kwargs": {"clean": _cleaning(inner)}}
+    return {}
+
+
+def hf_tokenizer_files(clip: Clip) -> Any:
+    """The transformers tokenizer to put beside an export, even if texts need `cleaning_of` first; or None."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    inner = getattr(clip.tokenizer, "inner", None)
+    if isinstance(inner, SimpleTokenizer):
+        return _bpe_tokenizer(inner, clip.context_length)
+    return inner if isinstance(clip.tokenizer, HfTokenizer) else getattr(inner, "tokenizer", None)
+
+
+def cleaning_of(tokenizer: Tokenizer | None) -> str | None:
+    """open_clip's name for what it does to texts before it splits them: `lower`, `whitespace`, …"""
+    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else None
+    return _cleaning(inner) or None if hasattr(inner, "clean_fn") else None
+
+
+def _recorded_settings(recorded: Any) -> ImageSettings | None:
+    if recorded is None:
+        return None
+    size = recorded["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    interpolation = "bilinear" if recorded["interpolation"] == "bilinear" else "bicubic"
+    mean, std = tuple(recorded["mean"]), tuple(recorded["std"])
+    return ImageSettings((height, width), mean, std, interpolation, recorded["resize_mode"])
+
+
+def _processor_settings(processor: Any) -> ImageSettings:
+    says = processor.to_dict()
+    known = {name: int(value) for name, value in dict(says["size"]).items() if value is not None}
+    crop = says.get("crop_size") if says.get("do_center_crop") else None
+    cut = (int(crop["height"]), int(crop["width"])) if crop else None
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    scaled = all(says.get(step) for step in steps) and abs(says["rescale_factor"] * 255 - 1) < 1e-6
+    interpolation = _RESAMPLE.get(int(says["resample"]))
+    if scaled and not says.get("do_pad") and interpolation:
+        rest = (tuple(says["image_mean"]), tuple(says["image_std"]), interpolation)
+        edge = known.get("shortest_edge")
+        if set(known) == {"shortest_edge"} and edge and cut == (edge, edge):
+            return ImageSettings((edge, edge), *rest, "shortest")
+        target = (known.get("height", 0), known.get("width", 0))
+        if set(known) == {"height", "width"} and cut in (None, target):
+            return ImageSettings(target, *rest, "squash")
+    raise ModelError(
+        f"{type(processor).__name__} with size {known} and crop {cut} prepares images in a way that "
+        "open_clip has no setting for: keep the model in the transformers form"
+    )
+
+
+def _cleaning(inner: Any) -> str:
+    from open_clip.tokenizer import get_clean_fn
+
+    names = ("lower", "whitespace", "canonicalize")
+    return next((name for name in names if get_clean_fn(name) is inner.clean_fn), "")
+
+
+def _is_usual(inner: Any) -> bool:
+    """Whether a `SimpleTokenizer` has its default settings."""
+    return _cleaning(inner) == "lower" and inner.reduction_fn is None and len(inner.all_special_ids) == 2
+
+
+def _is_bare(inner: Any) -> bool:
+    """Whether an `HFTokenizer` gives the ids of the transformers tokenizer inside it."""
+    return _cleaning(inner) == "whitespace" and not inner.strip_sep_token and not inner.tokenizer_mode
+
+
+def _vocabulary(inner: Any) -> dict[str, int]:
+    """A `SimpleTokenizer`'s pieces, its start and end tokens under the names transformers gives them."""
+    renamed = {"<start_of_text>": _START, "<end_of_text>": _END}
+    return {renamed.get(piece, piece): index for piece, index in inner.encoder.items()}
+
+
+def _bpe_tokenizer(inner: Any, length: int) -> Any:
+    from transformers import CLIPTokenizer
+
+    merges = sorted(inner.bpe_ranks, key=inner.bpe_ranks.__getitem__)
+    return CLIPTokenizer(vocab=_vocabulary(inner), merges=merges, model_max_length=length)
+
+
+@functools.cache
+def _standard_vocabulary() -> dict[str, int]:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return _vocabulary(SimpleTokenizer())
+
+
+def _is_clips_own(inner: Any) -> bool:
+    """Whether a tokenizer is CLIP's, which lowers case, with CLIP's vocabulary."""
+    return "CLIPTokenizer" in type(inner).__name__ and inner.get_vocab() == _standard_vocabulary()

@@ -1,0 +1,214 @@
+"""Rows of several adapters in one batch against each row alone, by the model's own forward."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clipgraft as cg
+from clipgraft.adapters.open import Clip
+from clipgraft.lora.state import require_lora
+from clipgraft.models.clip import as_clip
+from explicit import custom_text, inputs
+from tinies import TINY_OPENCLIP, in_every_layout, randomise
+
+LAYOUTS = ("CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel", "not causal")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+VARIANTS = {
+    "attention": {"targets": "attention", "r": 3, "dropout": 0.3},
+    "everything": {"targets": "all", "r": 2, "use_rslora": True},
+    "dora": {"targets": "all", "r": 4, "use_dora": True},
+    "biases": {"targets": "text.0.*,vision.1.q", "r": 2, "bias": "all"},
+    "pissa": {"targets": "mlp,projection", "r": 2, "init": "pissa"},
+    "text": {"targets": "text.1.q+fc1", "r": 5},
+}
+
+
+def randomise_active(model: nn.Module, seed: int) -> None:
+    """Random values for all that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+def add(model: nn.Module, name: str, seed: int = 0) -> None:
+    cg.apply_lora(model, **VARIANTS[name], name=name)
+    randomise_active(model, seed)
+
+
+@pytest.fixture
+def clip(layout: str, tiny_openclip: nn.Module, tiny_openclip_4x: nn.Module) -> Clip:
+    if layout == "not causal":
+        return as_clip(randomise(custom_text(TINY_OPENCLIP, no_causal_mask=True)).eval())
+    return as_clip(in_every_layout(tiny_openclip, tiny_openclip_4x)[layout])
+
+
+def alone(clip: Clip, rows: Tensor, names: Sequence[str | None], tower: str) -> Tensor:
+    """Each row by itself, with its adapter made the active one, by the model's own forward."""
+    encode = clip.encode_text if tower == "text" else clip.encode_image
+    features = []
+    with torch.no_grad():
+        for row, name in zip(rows, names, strict=True):
+            cg.set_adapter(clip, name)
+            features.append(encode(row[None])[0])
+    return torch.stack(features)
+
+
+def mixed(clip: Clip, rows: Tensor, names: object, tower: str) -> Tensor:
+    return (clip.encode_text if tower == "text" else clip.encode_image)(rows, adapters=names)
+
+
+def close(got: Tensor, wanted: Tensor, bound: float = 1e-5) -> bool:
+    return (got - wanted).abs().max().item() <= bound * max(1.0, wanted.abs().max().item())
+
+
+@layouts
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_mixed_rows_equal_single_runs(clip: Clip, tower: str) -> None:
+    """A row of a mixed batch gets the features of another row's adapter, or of none."""
+    for seed, name in enumerate(VARIANTS):
+        add(clip.model, name, seed)
+    cg.set_adapter(clip, "text")
+    names = [None, *VARIANTS, "dora", None, "attention", "biases"]
+    pixels, ids = inputs(clip.model, batch=len(names))
+    rows = ids if tower == "text" else pixels
+    rows[-1] = rows[1]  # the same input for two adapters
+    got = mixed(clip, rows, names, tower)
+    assert require_lora(clip).active == "text"
+    assert not got.requires_grad
+    wanted = alone(clip, rows, names, tower)
+    assert close(got, wanted)
+    assert not close(got[1:2], got[-1:], 0.01)
+    for name in (None, "dora"):
+        assert close(
+            mixed(clip, rows, [name] * len(rows), tower), alone(clip, rows, [name] * len(rows), tower)
+        )
+    assert torch.equal(mixed(clip, rows, "dora", tower), mixed(clip, rows, ["dora"] * len(rows), tower))
+
+
+@layouts
+def test_training_mode_and_autocast_are_left_as_they_are(clip: Clip) -> None:
+    """Encoding for a search index while a run trains switches dropout off, or mixes types under autocast."""
+    add(clip.model, "attention")
+    pixels, ids = inputs(clip.model)
+    wanted = alone(clip, ids, ["attention"] * 3, "text")
+    clip.train()
+    assert close(clip.encode_text(ids, adapters="attention"), wanted)
+    assert clip.model.training
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = clip.encode_text(ids, adapters=["attention", None, "attention"])
+    assert torch.nn.functional.cosine_similarity(rough[0].float(), wanted[0], dim=0) > 0.99
+    assert clip.encode_image(pixels, normalize=True, adapters="attention").norm(dim=1).allclose(torch.ones(3))
+
+
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel"])
+def test_bf16_bases(clip: Clip) -> None:
+    """On a base stored in bf16, mixed rows fail, or are further off than bf16 itself."""
+    add(clip.model, "everything")
+    clip.model.to(torch.bfloat16)
+    names = ["everything", None, "everything"]
+    _, ids = inputs(clip.model)
+    got, wanted = mixed(clip, ids, names, "text"), alone(clip, ids, names, "text")
+    assert got.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(got.float(), wanted.float(), dim=1).min() > 0.99
+
+
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel", "not causal"])
+def test_what_is_refused(clip: Clip) -> None:
+    """A misspelt name runs the base, and a short list of names shifts all rows."""
+    _, ids = inputs(clip.model)
+    with pytest.raises(cg.AdapterError, match=r"no adapter 'vi' on this model: load it"):
+        clip.encode_text(ids, adapters="vi")
+    assert close(clip.encode_text(ids, adapters=[None] * 3), clip.encode_text(ids))
+    add(clip.model, "text")
+    with pytest.raises(cg.AdapterError, match=r"no adapter 'vi' on this model: loaded are 'text'"):
+        clip.encode_text(ids, adapters=["vi", None, "text"])
+    with pytest.raises(cg.AdapterError, match="2 names for 3 rows"):
+        clip.encode_text(ids, adapters=["text", None])
+    with pytest.raises(cg.AdapterError, match="an empty batch"):
+        clip.encode_text(ids[:0], adapters=[])
+    cg.merge_lora(clip)
+    with pytest.raises(cg.AdapterError, match="'text' is merged"):
+        clip.encode_text(ids, adapters="text")
+
+
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel"])
+def test_a_copied_or_moved_model_encodes_its_own_weights(clip: Clip) -> None:
+    """A deep copy, or a model whose weights were loaded anew, answers with the features of before."""
+    add(clip.model, "everything")
+    _, ids = inputs(clip.model)
+    before = clip.encode_text(ids, adapters="everything")
+    twin = as_clip(copy.deepcopy(clip.model))
+    with torch.no_grad():
+        for parameter in twin.model.parameters():
+            parameter.mul_(1.1)
+    assert close(clip.encode_text(ids, adapters="everything"), before)
+    wanted = alone(twin, ids, ["everything"] * 3, "text")
+    assert not close(wanted, before, 0.01)
+    assert close(twin.encode_text(ids, adapters="everything"), wanted)
+
+
+def test_no_second_base(tiny_openclip: nn.Module, tiny_hf: nn.Module) -> None:
+    """Serving adapters takes the memory of the base twice."""
+    for model in (tiny_openclip, tiny_hf):
+        clip = as_clip(model)
+        add(model, "attention")
+        storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        _, ids = inputs(model)
+        clip.encode_text(ids, adapters="attention")
+        encoder = vars(model)["_clipgraft_rows"].encoder
+        kept = [piece for _, frozen in encoder._weights._kept.values() for piece in frozen._pieces]
+        assert kept
+        assert {piece.untyped_storage().data_ptr() for piece in kept} <= storages
+
+
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel", "not causal"])
+def test_adapters_come_and_go_while_others_encode(
+    clip: Clip, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Loading or unloading an adapter makes a request in another thread fail, or answer wrongly."""
+    folders = {}
+    for seed, name in enumerate(("attention", "everything", "dora", "biases")):
+        add(clip.model, name, seed)
+        folders[name] = cg.save_adapter(clip, tmp_path_factory.mktemp(name), name=name)
+    pixels, ids = inputs(clip.model)
+    names = ["attention", None, "attention"]
+    texts, images = alone(clip, ids, names, "text"), alone(clip, pixels, names, "vision")
+    cg.remove_lora(clip)
+    cg.load_adapter(clip, folders["attention"], "attention")
+    active = clip.encode_text(ids)
+    faults: list[object] = []
+    done = threading.Event()
+
+    def encode() -> None:
+        try:
+            while not done.is_set():
+                if not close(clip.encode_text(ids, adapters=names), texts):
+                    faults.append("text")
+                if not close(clip.encode_image(pixels, adapters=names), images):
+                    faults.append("image")
+                if not close(clip.encode_text(ids), active):
+                    faults.append("active")
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=encode) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        for name in ("everything", "dora", "biases"):
+            cg.load_adapter(clip, folders[name], name, activate=False)
+        for name in ("everything", "dora", "biases"):
+            cg.remove_lora(clip, name)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert list(require_lora(clip).adapters) == ["attention"]
