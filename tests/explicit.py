@@ -183,3 +183,23 @@ def loss_of(outputs: tuple[Tensor, Tensor]) -> Tensor:
     """A scalar in which every feature has a weight of its own."""
     weights = (torch.linspace(-1, 1, t.numel()).reshape(t.shape) for t in outputs)
     return sum((t.float() * w).mean() for t, w in zip(outputs, weights, strict=True))
+
+
+def randomise_active(model: nn.Module, seed: int = 0) -> None:
+    """Move everything that trains, whatever its kind, by random amounts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+def run(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Features of a few fixed inputs."""
+    with torch.no_grad():
+        return features(model, *inputs(model))
+
+
+def bound(wanted: tuple[Tensor, ...], share: float = 1e-5) -> float:
+    """What `largest` may be: a share of the largest feature, or of 1."""
+    return share * max(1.0, *(t.abs().max().item() for t in wanted))

@@ -14,7 +14,7 @@ import clipgraft as cg
 from clipgraft.adapters.open import Clip
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import custom_text, inputs
+from explicit import custom_text, inputs, randomise_active
 from tinies import TINY_OPENCLIP, in_every_layout, randomise
 
 LAYOUTS = ("CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel", "not causal")
@@ -27,15 +27,6 @@ VARIANTS = {
     "pissa": {"targets": "mlp,projection", "r": 2, "init": "pissa"},
     "text": {"targets": "text.1.q+fc1", "r": 5},
 }
-
-
-def randomise_active(model: nn.Module, seed: int) -> None:
-    """Random values for all that trains."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
 def add(model: nn.Module, name: str, seed: int = 0) -> None:

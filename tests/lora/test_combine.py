@@ -1,0 +1,145 @@
+"""Weighted sums of adapters."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import clipgraft as cg
+from clipgraft.lora.combine import cut
+from clipgraft.lora.state import require_lora
+from clipgraft.models.clip import as_clip
+from explicit import (
+    bound,
+    explicit_model,
+    features,
+    inputs,
+    largest,
+    randomise_active,
+    randomise_lora,
+    run,
+)
+
+layouts = pytest.mark.parametrize("layout", ["CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel"])
+
+
+@layouts
+def test_a_sum_is_the_explicit_sum(model: nn.Module) -> None:
+    """Two adapters combined are not W + w₁·ΔW₁ + w₂·ΔW₂."""
+    base = copy.deepcopy(model)
+    cg.apply_lora(model, r=3, alpha=2, targets="all", name="one")
+    one = randomise_lora(model, seed=1)
+    cg.apply_lora(
+        model, r=2, alpha=5, targets="attention,vision.patch_embedding", use_rslora=True, name="two"
+    )
+    two = randomise_lora(model, seed=2)
+    made = cg.combine_adapters(model, {"one": 0.7, "two": -1.5}, "sum")
+    explicit = explicit_model(base, {site: (a, b, 0.7 * s) for site, (a, b, s) in one.items()})
+    explicit = explicit_model(explicit, {site: (a, b, -1.5 * s) for site, (a, b, s) in two.items()})
+    wanted = run(explicit)
+    assert largest(run(model), wanted) <= bound(wanted)
+    assert (made.error, set(made.ranks.values())) == (0.0, {3, 5})
+    assert require_lora(model).active == "sum"
+    cg.merge_lora(model, {"one": 0.7, "two": -1.5})
+    assert largest(run(model), wanted) <= bound(wanted)
+
+
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel"])
+def test_dora_and_biases_and_the_temperature_are_summed_too(model: nn.Module) -> None:
+    """A sum with a DoRA adapter leaves its magnitudes out."""
+    cg.apply_lora(model, r=3, targets="all", use_dora=True, name="dora")
+    randomise_active(model, 1)
+    cg.apply_lora(model, r=2, targets="text.*.fc1", bias="all", train_logit_scale=True, name="bias")
+    randomise_active(model, 2)
+    scale = as_clip(model).logit_scale.item()
+    cg.set_adapter(model, None)
+    base = as_clip(model).logit_scale.item()
+    cg.merge_lora(model, {"dora": 0.5, "bias": 2.0})
+    wanted = run(model)
+    cg.unmerge_lora(model)
+    cg.combine_adapters(model, {"dora": 0.5, "bias": 2.0}, "sum")
+    assert largest(run(model), wanted) <= bound(wanted)
+    assert math.isclose(as_clip(model).logit_scale.item(), base + 2 * (scale - base), rel_tol=1e-6)
+    cg.set_adapter(model, "bias")
+    assert as_clip(model).logit_scale.item() == scale
+
+
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel"])
+def test_the_error_of_a_cut_is_what_is_lost(model: nn.Module) -> None:
+    """The printed error of a smaller rank is not that of the adapter one gets."""
+    for name in ("one", "two"):
+        cg.apply_lora(model, r=4, targets="all", name=name)
+        randomise_lora(model, seed=len(name))
+    cg.combine_adapters(model, {"one": 1.0, "two": 1.0}, "exact", activate=False)
+    made = cg.combine_adapters(model, {"one": 1.0, "two": 1.0}, "small", rank=3)
+    adapters = require_lora(model).adapters
+    lost = total = 0.0
+    for site, layer in adapters["exact"].layers.items():
+        exact, small = layer.delta_weight(), adapters["small"].layers[site].delta_weight()
+        lost, total = lost + (exact - small).square().sum().item(), total + exact.square().sum().item()
+        share = ((exact - small).norm() / exact.norm()).item()
+        assert math.isclose(made.errors[site], share, rel_tol=1e-3, abs_tol=1e-6), site
+    assert math.isclose(made.error, math.sqrt(lost / total), rel_tol=1e-3)
+    assert set(made.ranks.values()) == {3}
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+def test_a_cut_is_the_nearest_of_its_rank(out: int, inner: int, many: int, few: int, seed: int) -> None:
+    """A combination that is cut down is further from the sum than it has to be."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((many, inner), (out, many))
+    )
+    small_a, small_b = cut(a, b, few)
+    assert small_a.shape[0] == small_b.shape[1] <= max(few, min(many, few))
+    values = torch.linalg.svdvals(b @ a)
+    best = values[few:].square().sum().sqrt()
+    assert torch.isclose((b @ a - small_b @ small_a).norm(), best, atol=1e-6 * (1 + values[0]))
+
+
+def test_what_is_refused(tiny_openclip: nn.Module) -> None:
+    """A misspelt name or a weight that is no number makes a broken adapter."""
+    cg.apply_lora(tiny_openclip, name="vi")
+    for weights, name, options, error, message in (
+        ({"en": 1.0}, "sum", {}, cg.AdapterError, "no adapter 'en' on this model: loaded are 'vi'"),
+        ({"vi": 1.0}, "vi", {}, cg.AdapterError, "the name 'vi' is taken"),
+        ({"vi": 1.0}, "a/b", {}, cg.AdapterError, "adapter name 'a/b'"),
+        ({}, "sum", {}, cg.ConfigError, "no adapter is given"),
+        ({"vi": math.nan}, "sum", {"rank": 0}, cg.ConfigError, "weight of 'vi' is nan; rank is 0"),
+    ):
+        with pytest.raises(error, match=message):
+            cg.combine_adapters(tiny_openclip, weights, name, **options)
+    assert list(require_lora(tiny_openclip).adapters) == ["vi"]
+
+
+def test_named_adapters_are_switched(tiny_hf: nn.Module) -> None:
+    """Setting an adapter leaves another one acting beside it, or its weights training."""
+    outputs: dict[str | None, tuple[Tensor, Tensor]] = {None: run(tiny_hf)}
+    for seed, name in enumerate(("vi", "med")):
+        cg.apply_lora(tiny_hf, targets="all", name=name)
+        randomise_lora(tiny_hf, seed=seed)
+        outputs[name] = run(tiny_hf)
+    assert largest(outputs["vi"], outputs["med"]) > 0.01
+    for name in ("vi", None, "med", "vi"):
+        cg.set_adapter(tiny_hf, name)
+        assert largest(run(tiny_hf), outputs[name]) == 0
+        trained = {n.rsplit(".", 2)[1] for n, p in tiny_hf.named_parameters() if p.requires_grad}
+        assert trained == ({name} if name else set())
+    pixels, ids = inputs(tiny_hf)
+    cg.set_adapter(tiny_hf, "med")
+    sum(t.sum() for t in features(tiny_hf, pixels, ids)).backward()
+    assert cg.verify_gradients(tiny_hf) == sum(1 for p in tiny_hf.parameters() if p.requires_grad)
+    with pytest.raises(cg.AdapterError, match="no adapter 'fr' on this model: loaded are 'vi', 'med'"):
+        cg.set_adapter(tiny_hf, "fr")
+    cg.remove_lora(tiny_hf, "med")
+    assert largest(run(tiny_hf), outputs[None]) == 0
+    with pytest.raises(cg.AdapterError, match="no adapter is active: call set_adapter with one of 'vi'"):
+        cg.lora_state_dict(tiny_hf)
+    cg.remove_lora(tiny_hf, "vi")
+    assert not any("lora" in name for name, _ in tiny_hf.named_parameters())
