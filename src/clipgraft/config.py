@@ -43,6 +43,12 @@ def _precision(value: Any) -> Any:
     return "amp_bf16" if value in ("amp", "amp_bfloat16") else value
 
 
+def _rank(value: Any) -> Any:
+    if value == "auto" or (str(value).isdecimal() and int(value) >= 1):
+        return value
+    raise ValueError("a whole number from 1 up, or auto")
+
+
 def _path(value: Any) -> Any:
     """An unset shell variable gives "", which as a path would mean the current folder."""
     if value == "":
@@ -54,6 +60,7 @@ RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(
 AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
 Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
+Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -121,7 +128,7 @@ class LoraSpec(Spec):
     use_lora: bool = Field(
         False, description="train a LoRA adapter; without it the model itself is fine-tuned"
     )
-    lora_r: int = Field(16, ge=1, description="rank")
+    lora_r: Rank = Field(16, description="rank, or 'auto' to choose one by the number of training pairs")
     lora_alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
     lora_targets: str | None = Field(
@@ -131,6 +138,13 @@ class LoraSpec(Spec):
         None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
     )
     lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
+    lora_dora: bool = Field(False, description="DoRA: train a magnitude of each output beside the direction")
+    lora_bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="biases to train too: of the adapted sites, or all"
+    )
+    lora_init: Literal["default", "pissa", "eva"] = Field(
+        "default", description="start on random directions, on the base's principal ones, or on the data's"
+    )
     lora_rank_pattern: RankPattern = Field(
         {}, description="other ranks for some sites: text.0.*=4,text.11.*=32"
     )
@@ -157,6 +171,9 @@ class TrainSpec(Spec):
     )
     lr_cooldown_end: float = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
     lr_cooldown_power: float = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
+    lora_plus_ratio: float = Field(
+        1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of --lr"
+    )
     grad_clip_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm")
     accum_freq: int = Field(1, ge=1, description="micro-batches of --batch-size a step, with the loss of all")
     grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")

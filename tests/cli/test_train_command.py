@@ -378,3 +378,37 @@ def test_the_model_is_what_open_clip_builds(base: list[str], tiny_config: Path) 
     """`--pretrained none` must be the same weights in every run, or no adapter would fit."""
     models: list[nn.Module] = [load(str(tiny_config), "none").model for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_lora_options_reach_the_adapter(train: Any, table: Path, tmp_path: Path) -> None:
+    """A flag of the adapter is accepted and ignored."""
+    outcome = train(
+        *("--use-lora", "--lora-r", "auto", "--lora-dora", "--lora-bias", "lora_only", "--lora-init", "eva"),
+        *("--lora-plus-ratio", 4, "--name", "all"),
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "--lora-r auto: r=8 for retrieval with 24 pairs (fewer than 10,000)" in outcome.out
+    assert "DoRA r=8 on 8 sites (text-attention)" in outcome.out
+    assert "LoRA starts on the principal directions of 24 pairs at 8 sites" in outcome.out
+    adapter = cg.read_adapter(tmp_path / "logs" / "all")
+    assert (adapter.settings.r, adapter.settings.use_dora, adapter.settings.bias) == (8, True, "lora_only")
+    assert len(adapter.magnitudes) == len(adapter.biases) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use-lora", "--lora-r", "0"], "--lora-r: got '0', allowed is a whole number from 1 up"),
+        (
+            ["--use-lora", "--lora-r", "big"],
+            "--lora-r: got 'big', allowed is a whole number from 1 up, or auto",
+        ),
+        (["--use-lora", "--lora-bias", "yes"], "--lora-bias: got 'yes', allowed is one of"),
+        (["--lora-plus-ratio", "4"], "--lora-plus-ratio given without --use-lora"),
+    ],
+)
+def test_wrong_lora_options(train: Any, words: list[str], message: str) -> None:
+    """A mistyped option ends in a traceback, or in a run that does something else."""
+    outcome = train(*words)
+    assert outcome.code == 2
+    assert message in outcome.err

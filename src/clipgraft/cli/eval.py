@@ -80,7 +80,7 @@ def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, dict[str, flo
     with lora_disabled(clip):
         images = _images(clip, pairs, **options)
         base = evaluate_retrieval(clip, pairs, image_features=images, **options)
-    if any(site.tower == "vision" for site in state.layers):
+    if state.chosen().touches("vision"):
         images = _images(clip, pairs, **options)
     return {"base": base, "adapter": evaluate_retrieval(clip, pairs, image_features=images, **options)}
 

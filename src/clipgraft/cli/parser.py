@@ -64,6 +64,8 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
 def _metavar(info: FieldInfo) -> str:
     kinds = _flatten(info.annotation)
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices and int in kinds:
+        return f"N|{'|'.join(choices)}"
     if choices:
         return "{" + ",".join(choices) + "}"
     for kind, label in ((int, "N"), (float, "X"), (Path, "PATH"), (tuple, "A,B"), (dict, "SITES=N,…")):

@@ -49,7 +49,7 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
     train_pairs = read_table(clip, data.train_data, data, "training data")
     val_pairs = read_table(clip, data.val_data, data, "validation data") if data.val_data else None
     if lora.use_lora:
-        graft(clip, lora, train.seed)
+        graft(clip, lora, train.seed, sum(len(captions) for captions in train_pairs.captions))
     announce(clip, train_pairs, train)
     fit(
         clip,
@@ -76,7 +76,7 @@ def check_together(data: DataSpec, lora: LoraSpec, train: TrainSpec, where: RunS
     Raises:
         ConfigError: naming the flags.
     """
-    faults = [*_data_faults(data), *_lora_faults(lora, where), *_lock_faults(lora, train)]
+    faults = [*_data_faults(data), *_lora_faults(lora, train, where), *_lock_faults(lora, train)]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
@@ -95,9 +95,10 @@ def _data_faults(data: DataSpec) -> list[str]:
     return faults
 
 
-def _lora_faults(lora: LoraSpec, where: RunSpec) -> list[str]:
+def _lora_faults(lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
     faults = []
     given = sorted(name for name in lora.model_fields_set if name != "use_lora")
+    given += [name for name in ("lora_plus_ratio",) if name in train.model_fields_set]
     if given and not lora.use_lora:
         faults.append(
             f"{', '.join(map(flag, given))} given without --use-lora: add --use-lora to train an adapter"
@@ -138,8 +139,8 @@ def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
     return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr:g}-b_{train.batch_size}"
 
 
-def graft(clip: Clip, lora: LoraSpec, seed: int) -> None:
-    """Attach the adapter that the flags describe.
+def graft(clip: Clip, lora: LoraSpec, seed: int, pairs: int) -> None:
+    """Attach the adapter that the flags describe, for a number of pairs to train on.
 
     Raises:
         ConfigError: the base brought an adapter of its own.
@@ -147,6 +148,7 @@ def graft(clip: Clip, lora: LoraSpec, seed: int) -> None:
     import torch
 
     from clipgraft.lora.inject import apply_lora
+    from clipgraft.lora.rank import auto_rank
     from clipgraft.lora.state import lora_state
     from clipgraft.lora.targets import guide_targets
 
@@ -158,19 +160,27 @@ def graft(clip: Clip, lora: LoraSpec, seed: int) -> None:
     targets = lora.lora_targets or "text-attention"
     if lora.lora_target_modules is not None:
         targets = guide_targets(lora.lora_target_modules)
+    rank = lora.lora_r
+    if rank == "auto":
+        rank, reason = auto_rank(pairs, "retrieval")
+        log.info("--lora-r auto: %s", reason)
     torch.manual_seed(seed)
     sites = apply_lora(
         clip,
-        r=lora.lora_r,
+        r=rank,
         alpha=lora.lora_alpha,
         dropout=lora.lora_dropout,
         targets=targets,
         use_rslora=lora.lora_rslora,
+        use_dora=lora.lora_dora,
+        bias=lora.lora_bias,
+        init=lora.lora_init,
         rank_pattern=lora.lora_rank_pattern,
         alpha_pattern=lora.lora_alpha_pattern,
         train_logit_scale=lora.lora_train_logit_scale,
     )
-    log.info("LoRA r=%d on %d sites (%s)", lora.lora_r, sites, targets)
+    kind = "DoRA" if lora.lora_dora else "LoRA"
+    log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
 
 
 def announce(clip: Clip, pairs: Pairs, train: TrainSpec) -> None:

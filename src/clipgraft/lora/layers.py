@@ -64,6 +64,9 @@ class LoraLayer(nn.Module):
         self.register_buffer("lora_start_B", None)
         if r:
             self.reset_parameters()
+        else:
+            self.lora_A.requires_grad_(False)
+            self.lora_B.requires_grad_(False)
 
     def reset_parameters(self) -> None:
         """A Kaiming, B zero; the other way round for embeddings. Either way ΔW starts at exactly zero.

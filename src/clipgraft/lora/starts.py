@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError
 from clipgraft.lora.layers import LoraLayer
-from clipgraft.lora.state import require_lora, require_unmerged
+from clipgraft.lora.state import Adapter, require_lora, require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
 
 
@@ -68,10 +68,8 @@ def start_from_data(model: ClipLike, run: Callable[[], object]) -> int:
     clip = as_clip(model)
     require_unmerged(clip, "start an adapter from data")
     adapter = require_lora(clip).chosen()
-    layers = [
-        layer for layer in adapter.layers.values() if layer.r and layer.kind not in ("embedding", "table")
-    ]
-    if any(bool(layer.lora_B.any()) for layer in layers):
+    layers = _readers(adapter)
+    if not is_new(adapter):
         raise AdapterError("this adapter has been trained already: start_from_data is for new ones")
     moments: dict[LoraLayer, Tensor] = {}
     training = clip.model.training
@@ -89,6 +87,17 @@ def start_from_data(model: ClipLike, run: Callable[[], object]) -> int:
         with torch.no_grad():
             layer.lora_A.zero_().flatten(1)[: len(directions)] = directions.to(layer.lora_A.dtype)
     return len(moments)
+
+
+def is_new(adapter: Adapter) -> bool:
+    """Whether an adapter's B are still zero, embeddings aside."""
+    return not any(bool(layer.lora_B.any()) for layer in _readers(adapter))
+
+
+def _readers(adapter: Adapter) -> list[LoraLayer]:
+    """The updates that read vectors, not ids."""
+    kinds = ("linear", "fused", "conv", "projection")
+    return [layer for layer in adapter.layers.values() if layer.r and layer.kind in kinds]
 
 
 @contextmanager

@@ -134,6 +134,8 @@ def first_trained_block(clip: Clip, blocks: int) -> int:
     trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
     if state is None or any(not is_lora(name) and p is not clip.logit_scale for name, p in trained.items()):
         return 0
+    if any(path.startswith("vision_model.") for path in state.chosen().norms):
+        return 0
     sites = [site for site in state.layers if site.tower == "vision"]
     above = blocks - 1
     return min((above if site.role == "proj" else site.block or 0 for site in sites), default=0)

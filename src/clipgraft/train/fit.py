@@ -21,7 +21,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.files import write_json
 from clipgraft.lora.counting import count_parameters
-from clipgraft.lora.state import lora_state
+from clipgraft.lora.state import lora_state, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
 from clipgraft.models.save import size_on_disk
@@ -33,6 +33,7 @@ from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.optim import Schedule, make_optimizer, make_schedule
 from clipgraft.train.run_folder import RunFolder, latest_checkpoint
 from clipgraft.train.saving import Saver
+from clipgraft.train.starting import start_adapter
 from clipgraft.train.towers import trains
 
 log = logging.getLogger("clipgraft")
@@ -106,6 +107,7 @@ def fit(
         **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
+        AdapterError: adapters are merged into the base, or none is active.
         ConfigError: options out of range, nothing to train, or `out` holds another run.
         DataError: fewer pairs than one batch, or an image that turns out unreadable.
         TrainingError: the loss is not finite, or gradients are where they must not be.
@@ -113,11 +115,13 @@ def fit(
     """
     started = time.perf_counter()
     clip = as_clip(model)
+    require_unmerged(clip, "train")
     (spec,) = build_specs([TrainSpec], options)
     _choose_trainable(clip, spec)
     autocast = _autocast(autocast, clip, Path(out), resume)
     settings = _resume_settings(clip, spec, train, autocast, exact_preprocess)
     with RunFolder(Path(out), {**settings, **(params or {})}, resume) as folder:
+        start_adapter(clip, train, spec.seed)
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
         inputs = prepare_inputs(
             clip,
@@ -160,7 +164,9 @@ def fit(
             feed=inputs.feed,
             images=inputs.images,
             texts=inputs.texts,
-            optimizer=make_optimizer(clip.model, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps),
+            optimizer=make_optimizer(
+                clip.model, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps, spec.lora_plus_ratio
+            ),
             schedule=_schedule(spec, inputs.feed.steps),
             epochs=spec.epochs,
             gallery=choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives),

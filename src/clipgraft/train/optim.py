@@ -3,31 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from clipgraft.lora.state import lora_state
+
 Schedule: TypeAlias = Callable[[int], float]
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices decay; biases, norms and scales (anything below two dimensions) do not."""
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    faster: Collection[nn.Parameter] = (),
+    ratio: float = 1.0,
+) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay; biases, norms and scales (anything below two dimensions) do not.
+
+    Matrices that are to learn `faster`, `ratio` times as fast as the others, are a group of their own.
+    """
+    fast = set(map(id, faster))
     decayed: list[nn.Parameter] = []
+    boosted: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for _, parameter in named:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            matrices = boosted if id(parameter) in fast else decayed
+            (matrices if parameter.ndim >= 2 else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": boosted, "weight_decay": weight_decay, "lr_ratio": ratio},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    lora_plus_ratio: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable weights of a model."""
-    groups = parameter_groups(model.named_parameters(), weight_decay)
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable weights of a model.
+
+    `lora_plus_ratio` is the λ of LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the factor of each update that
+    starts at zero, B for all but embeddings, learns λ times as fast.
+    """
+    state = lora_state(model)
+    layers = [] if state is None or lora_plus_ratio == 1 else list(state.layers.values())
+    faster = [layer.starts_at_zero for layer in layers]
+    groups = parameter_groups(model.named_parameters(), weight_decay, faster, lora_plus_ratio)
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
@@ -62,9 +92,9 @@ def make_schedule(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the same learning rate."""
+    """Give every group the learning rate, or its own multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def clamp_logit_scale(logit_scale: nn.Parameter) -> None:

@@ -101,6 +101,6 @@ def trains(clip: Clip, tower: TowerName) -> bool:
     """Whether any weight of a tower has a gradient to compute."""
     state = lora_state(clip)
     if state is not None:
-        return any(site.tower == tower for site in state.layers)
+        return state.adapter is not None and state.adapter.touches(tower)
     groups = clip.family.tower_groups(clip.model, tower)
     return any(parameter.requires_grad for group in groups for parameter in group)
