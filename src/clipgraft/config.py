@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -62,6 +63,11 @@ UserPath = Annotated[Path, BeforeValidator(_path)]
 Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
 Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+@dataclass(frozen=True)
+class Positional:
+    """Marks a field that is given by its place on the command line instead of by a flag."""
 
 
 class Spec(BaseModel):
@@ -226,12 +232,44 @@ class DemoSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
 
 
+class ConvertSpec(Spec):
+    """What to convert, and into which format."""
+
+    src: Annotated[UserPath, Positional()] = Field(
+        description="adapter to read: a folder, or a .pt file of the guide or of CLIP-LoRA"
+    )
+    out: Annotated[UserPath, Positional()] = Field(description="where to write; must not exist yet")
+    to: Literal["peft", "guide", "guide-full", "clip-lora"] = Field(
+        description="peft: a folder that PEFT and clipgraft open; guide: a .pt of the LoRA weights; "
+        "guide-full: one with the base's too; clip-lora: a .pt of MaxZanella/CLIP-LoRA"
+    )
+    model: str | None = Field(
+        None, min_length=1, description="base of an adapter that does not name its own, as for training"
+    )
+    pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of --model")
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None,
+        description="updates of attention's out_proj that PEFT made on open_clip: as it computed them "
+        "(twice, or not at all), or once",
+    )
+    text_layers: int | None = Field(
+        None, ge=1, description="text blocks of the base, where a CLIP-LoRA file leaves it open"
+    )
+    vision_layers: int | None = Field(None, ge=1, description="the same for vision blocks")
+
+
 S = TypeVar("S", bound=Spec)
 
 
 def flag(field: str) -> str:
     """`lora_r` -> `--lora-r`."""
     return f"--{field.replace('_', '-')}"
+
+
+def positional_fields(kind: type[Spec]) -> list[str]:
+    """The fields of a spec that are given by place, in their order."""
+    fields = kind.model_fields.items()
+    return [name for name, info in fields if any(isinstance(mark, Positional) for mark in info.metadata)]
 
 
 def build_specs(
@@ -252,7 +290,7 @@ def build_specs(
         try:
             specs.append(kind(**{name: values[name] for name in kind.model_fields if name in values}))
         except ValidationError as error:
-            faults.extend(_fault(item) for item in error.errors())
+            faults.extend(_fault(kind, item) for item in error.errors())
     if faults:
         raise ConfigError("\n".join(faults))
     return specs
@@ -266,13 +304,20 @@ def _unknown(given: str, known: Sequence[str]) -> str:
     return f"{shown}: there is no such flag{hint}"
 
 
-def _fault(item: Any) -> str:
+def _fault(kind: type[Spec], item: Any) -> str:
     where, message = item["loc"], item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    name = str(where[0])
+    label = name.upper() if name in positional_fields(kind) else flag(name)
+    if item["type"] == "missing":
+        choices = get_args(kind.model_fields[name].annotation)
+        return f"{label} is missing: " + (
+            f"one of {', '.join(map(repr, choices))}" if choices else f"{kind.model_fields[name].description}"
+        )
     message = message.replace("String should have", "text with")
     if item["type"] == "literal_error":
         message = f"one of {item['ctx']['expected']}"
     key = f" at '{where[1]}'" if len(where) > 1 else ""
-    return f"{flag(str(where[0]))}: got {item['input']!r}{key}, allowed is {message}"
+    return f"{label}: got {item['input']!r}{key}, allowed is {message}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

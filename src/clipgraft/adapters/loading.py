@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipgraft.adapters.native import AdapterFile, read_adapter
-from clipgraft.adapters.peft_config import missing_sites, some
+from clipgraft.adapters.checkpoint import some
+from clipgraft.adapters.formats import read_any
+from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.peft_config import missing_sites
+from clipgraft.adapters.peft_openclip import OutProj
 from clipgraft.errors import AdapterError
 from clipgraft.lora.inject import attach, remove_lora
 from clipgraft.lora.layers import LoraLayer
@@ -32,7 +35,13 @@ from clipgraft.models.sites import Site, SiteRef
 
 
 def load_adapter(
-    model: ClipLike, path: str | Path, name: str = DEFAULT, *, activate: bool = True, force: bool = False
+    model: ClipLike,
+    path: str | Path,
+    name: str = DEFAULT,
+    *,
+    activate: bool = True,
+    force: bool = False,
+    peft_out_proj: OutProj | None = None,
 ) -> AdapterFile:
     """Attach a saved adapter to its base, replacing the one of that name that the model carries.
 
@@ -40,10 +49,12 @@ def load_adapter(
 
     Args:
         model: a `Clip`, or a raw model of either family.
-        path: the adapter folder.
+        path: an adapter folder of clipgraft or PEFT, or a `.pt` file of the guide or of CLIP-LoRA.
         name: what it is called on this model; also which one to take of a folder that holds several.
         activate: let it act from now on. Otherwise the active adapter stays what it is.
         force: load although the base is another one.
+        peft_out_proj: for adapters that PEFT made on an open_clip model: take updates of attention's out_proj
+            `as-run`, which is twice, or `as-meant` (`clipgraft.adapters.peft_openclip`).
 
     Raises:
         AdapterError: the file cannot be read, or was made for another base or another architecture. The model
@@ -52,7 +63,14 @@ def load_adapter(
     clip = as_clip(model)
     check_name(name)
     require_unmerged(clip, "load an adapter")
-    adapter = read_adapter(path, name)
+    layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
+    adapter = read_any(
+        path,
+        name,
+        peft_out_proj=peft_out_proj,
+        text_layers=layers.get("text"),
+        vision_layers=layers.get("vision"),
+    )
     put_on(clip, adapter, name, activate=activate, force=force)
     return adapter
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, write_folder
-from clipgraft.adapters.peft_config import config_json, site_alphas, site_ranks
+from clipgraft.adapters.peft_config import config_json
 from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors
+from clipgraft.adapters.uniform import site_scales
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.state import Adapter, LoraSettings, check_settings, require_lora, require_unmerged
 from clipgraft.lora.switch import adapter_logit_scale
@@ -64,10 +65,12 @@ class AdapterFile:
     @property
     def scales(self) -> dict[Site, float]:
         """The s of W + s·B·A by site: α/r, or α/√r."""
-        alphas = site_alphas(self.settings, self.weights)
-        root = self.settings.use_rslora
-        ranks = {site: a.shape[0] for site, (a, _) in self.weights.items()}
-        return {site: alphas[site] / (math.sqrt(r) if root else r) for site, r in ranks.items()}
+        return site_scales(self.weights, self.settings)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether only the base tells what the update is: whole weights, biases of B, and PEFT's PiSSA."""
+        return bool(self.full or self.offsets or self.config.get("init_lora_weights") == "pissa")
 
     def require_plain(self, form: str) -> None:
         """Refuse to leave something out; raises AdapterError naming what a format cannot hold."""
@@ -77,8 +80,6 @@ class AdapterFile:
             "whole weights": self.full,
         }
         held = [name for name, values in parts.items() if values]
-        if self.logit_scale is not None:
-            held.append("a trained logit_scale")
         if held:
             raise AdapterError(
                 f"{self.path} has {' and '.join(held)}, which {form} cannot hold: "
@@ -198,13 +199,13 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
     Raises:
         AdapterError: it has parts that only its base tells the meaning of, or the folder cannot be written.
     """
-    if adapter.full or adapter.offsets:
+    if adapter.needs_base:
         raise AdapterError(
-            f"{adapter.path} has whole weights or biases of B, which need the base: give it, e.g. --model"
+            f"{adapter.path} has whole weights, biases of B or PiSSA, which the base is needed for: name it "
+            "with --model, or load the adapter on it and save that"
         )
     settings = adapter.settings
     tensors = Tensors(dict(adapter.weights), dict(adapter.magnitudes), biases=dict(adapter.biases))
-    ranks, alphas = site_ranks(settings, adapter.weights), site_alphas(settings, adapter.weights)
     base = {"name": "", "pretrained": "", "family": "", **adapter.base}
     record = {
         "base": {**base, "fingerprint": adapter.fingerprint},
@@ -213,7 +214,7 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
         "logit_scale": adapter.logit_scale,
         "metrics": adapter.metrics,
     }
-    write_folder(path, name_tensors(tensors), config_json(settings, ranks, alphas, base["name"]), record)
+    write_folder(path, name_tensors(tensors), config_json(settings, adapter.weights, base["name"]), record)
     return path
 
 
@@ -240,7 +241,11 @@ def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
     Raises:
         AdapterError: no adapter there, or it is truncated, mixed from two saves, or foreign.
     """
-    contents = read_folder(Path(path), name)
+    return as_adapter(read_folder(Path(path), name))
+
+
+def as_adapter(contents: Contents) -> AdapterFile:
+    """`read_adapter` of a folder that has been read."""
     tensors, settings = read_tensors(contents.tensors, contents.config, contents.folder)
     try:
         check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())

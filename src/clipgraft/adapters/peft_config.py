@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
+from clipgraft.adapters.checkpoint import number, rank, shown
 from clipgraft.errors import AdapterError
 from clipgraft.lora.state import LoraSettings
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
 
-_DEFAULT_R = _DEFAULT_ALPHA = 8  # PEFT's, for configurations that do not say
+_DEFAULT = 8  # PEFT's r and alpha, for configurations that do not say
 # What makes an adapter compute something else than this package does.
 _UNSUPPORTED = (
     "use_qalora",
@@ -27,16 +27,21 @@ _UNSUPPORTED = (
     "arrow_config",
     "kasa_config",
     "monteclora_config",
+    "velora_config",
 )
+# What adapters of transformers.CLIPModel may use, and others may not.
+_NOT_PLAIN = ("use_dora", "lora_bias", "modules_to_save")
 # Initialisations that take the initial B·A off the base, so that A and B alone do not tell the update; of
 # these only plain PiSSA can be computed again.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def config_json(
-    settings: LoraSettings, ranks: Mapping[Site, int], alphas: Mapping[Site, float], base_name: str
-) -> dict[str, Any]:
-    """`adapter_config.json`: what stock PEFT needs to rebuild these very layers."""
+def config_json(settings: LoraSettings, sites: Iterable[Site], base_name: str) -> dict[str, Any]:
+    """`adapter_config.json`: what stock PEFT needs to rebuild these very layers.
+
+    The patterns of the settings are by `str(site)`.
+    """
+    known = list(sites)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -50,10 +55,14 @@ def config_json(
         "bias": settings.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": [site_path(site) for site in ranks],
-        "rank_pattern": {_exactly(site): r for site, r in ranks.items() if r != settings.r},
-        "alpha_pattern": {_exactly(site): a for site, a in alphas.items() if a != settings.alpha},
+        "target_modules": [site_path(site) for site in known],
+        "rank_pattern": _by_path(settings.rank_pattern, known),
+        "alpha_pattern": _by_path(settings.alpha_pattern, known),
     }
+
+
+def _by_path(pattern: Mapping[str, Any], sites: Iterable[Site]) -> dict[str, Any]:
+    return {_exactly(site): pattern[str(site)] for site in sites if str(site) in pattern}
 
 
 def _exactly(site: Site) -> str:
@@ -81,42 +90,60 @@ def missing_sites(config: Mapping[str, Any], present: Iterable[Site], sites: Ite
     ]
 
 
-def check_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse what computes otherwise than A, B and this package's options tell; raises AdapterError."""
+def check_config(config: Mapping[str, Any], folder: Path, *, plain: bool = False) -> None:
+    """Refuse what computes otherwise than A, B and this package's options tell; raises AdapterError.
+
+    With `plain` only W + s·B·A is taken.
+    """
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder} is of PEFT type {config.get('peft_type')!r}: clipgraft reads 'LORA'")
-    used = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get("bias") not in (None, "none", "lora_only", "all"):
-        used.append(f"bias={config['bias']!r}")
+        raise AdapterError(
+            f"{folder} is of PEFT type {shown(config.get('peft_type'))}: clipgraft reads 'LORA'"
+        )
+    used = [key for key in (*_UNSUPPORTED, *(_NOT_PLAIN if plain else ())) if config.get(key)]
+    if config.get("bias") not in (None, "none") and (plain or config["bias"] not in ("lora_only", "all")):
+        used.append(f"bias={shown(config['bias'])}")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE) and start != "pissa":
-        used.append(f"init_lora_weights={start!r}")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE) and (plain or start != "pissa"):
+        used.append(f"init_lora_weights={shown(start)}")
     if used:
         raise AdapterError(
             f"{folder} uses {', '.join(used)}, which clipgraft does not read: make it plain LoRA with PEFT"
         )
 
 
-def site_ranks(settings: LoraSettings, sites: Iterable[Site]) -> dict[Site, int]:
-    """Ranks of sites whose settings are exact: with patterns by `str(site)`."""
-    return {site: settings.rank_pattern.get(str(site), settings.r) for site in sites}
+class Rules:
+    """Rank and alpha of every module by a configuration's own rules.
 
+    Attributes:
+        r: default rank.
+        alpha: default alpha.
+        dropout: probability on the adapter path.
+        use_rslora: α/√r instead of α/r.
+    """
 
-def site_alphas(settings: LoraSettings, sites: Iterable[Site]) -> dict[Site, float]:
-    """Alphas of sites, likewise."""
-    return {site: float(settings.alpha_pattern.get(str(site), settings.alpha)) for site in sites}
+    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Raises AdapterError for values that are no numbers, and for patterns that are none."""
+        filled = {"r": _DEFAULT, "lora_alpha": _DEFAULT, "lora_dropout": 0.0}
+        filled |= {key: value for key, value in config.items() if value is not None}
+        self.r = rank(filled, folder)
+        self.alpha = number(filled, "lora_alpha", folder)
+        self.dropout = number(filled, "lora_dropout", folder)
+        self.use_rslora = bool(config.get("use_rslora"))
+        self._ranks = _pattern(config, "rank_pattern", folder)
+        self._alphas = _pattern(config, "alpha_pattern", folder)
+
+    def of(self, module: str) -> tuple[float, float]:
+        """Rank and alpha of a module path without PEFT's prefix."""
+        return _first(self._ranks, module, self.r), _first(self._alphas, module, self.alpha)
 
 
 def read_settings(
     weights: Mapping[Site, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path
 ) -> LoraSettings:
     """The settings that scale A and B; raises AdapterError if they do not fit them."""
-    default_r = int(_number(config, "r", _DEFAULT_R, folder))
-    default_alpha = _number(config, "lora_alpha", _DEFAULT_ALPHA, folder)
-    alpha_pattern = _pattern(config, "alpha_pattern", folder)
-    alphas = {site: _by_pattern(site, alpha_pattern, default_alpha) for site in weights}
-    rank_pattern = _pattern(config, "rank_pattern", folder)
-    ranks = {site: int(_by_pattern(site, rank_pattern, default_r)) for site in weights}
+    rules = Rules(config, folder)
+    ranks = {site: int(rules.of(site_path(site))[0]) for site in weights}
+    alphas = {site: rules.of(site_path(site))[1] for site in weights}
     for site, (a, b) in weights.items():
         if a.ndim < 2 or b.ndim < 2 or not a.shape[0] == b.shape[1] == ranks[site]:
             raise AdapterError(
@@ -124,52 +151,33 @@ def read_settings(
                 f"rank {ranks[site]}: the files are of two adapters; copy them together again"
             )
     return LoraSettings(
-        r=default_r,
-        alpha=default_alpha,
-        dropout=_number(config, "lora_dropout", 0.0, folder),
+        r=rules.r,
+        alpha=rules.alpha,
+        dropout=rules.dropout,
         targets=",".join(map(str, weights)),
-        use_rslora=bool(config.get("use_rslora")),
-        rank_pattern={str(site): r for site, r in ranks.items() if r != default_r},
-        alpha_pattern={str(site): a for site, a in alphas.items() if a != default_alpha},
+        use_rslora=rules.use_rslora,
+        rank_pattern={str(site): r for site, r in ranks.items() if r != rules.r},
+        alpha_pattern={str(site): a for site, a in alphas.items() if a != rules.alpha},
         use_dora=bool(config.get("use_dora")),
         bias="lora_only" if config.get("lora_bias") else config.get("bias") or "none",
     )
 
 
-def _number(config: Mapping[str, Any], key: str, default: float, folder: Path) -> float:
-    value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise AdapterError(f"{folder}: {key!r} is {value!r} where a number belongs: save the adapter again")
-    return value
-
-
-def _pattern(config: Mapping[str, Any], key: str, folder: Path) -> dict[str, float]:
+def _pattern(config: Mapping[str, Any], key: str, folder: Path) -> list[tuple[re.Pattern[str], float]]:
     """A rank or alpha pattern whose keys are regular expressions and whose values are numbers."""
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
         raise AdapterError(f"{folder}: {key} is no JSON object: save the adapter again")
+    rules: list[tuple[re.Pattern[str], float]] = []
     for expression in pattern:
         try:
-            re.compile(expression)
+            compiled = re.compile(rf"(.*\.)?({expression})$")
         except re.error as error:
             raise AdapterError(f"{folder}: {key} key {expression!r} is no pattern: {error}") from error
-    return {name: _number(pattern, name, 0, folder) for name in pattern}
+        rules.append((compiled, number(pattern, expression, folder)))
+    return rules
 
 
-_N = TypeVar("_N", int, float)
-
-
-def _by_pattern(site: Site, pattern: Mapping[str, _N], default: _N) -> _N:
+def _first(rules: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
     """PEFT's own rule: the first pattern key that matches the end of the module path."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", site_path(site)):
-            return value
-    return default
-
-
-def some(names: Iterable[object], most: int = 8) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return next((value for expression, value in rules if expression.match(module)), default)

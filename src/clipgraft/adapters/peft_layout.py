@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.adapters.peft_config import check_config, read_settings, some
+from clipgraft.adapters.checkpoint import some
+from clipgraft.adapters.peft_config import check_config, read_settings
 from clipgraft.errors import AdapterError
 from clipgraft.lora.state import LoraSettings
 from clipgraft.models.hf import path_site, site_path

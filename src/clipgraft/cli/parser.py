@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
-from clipgraft.config import Spec, build_specs, flag, read_yaml
+from clipgraft.config import Spec, build_specs, flag, positional_fields, read_yaml
 from clipgraft.errors import ConfigError
 
 
@@ -28,21 +28,34 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
         ConfigError: every unknown flag and unusable value, one line each.
     """
     prog = f"clipgraft {verb}"
-    parser = _Parser(prog, usage=f"{prog} [--flags]", description=summary, allow_abbrev=False)
+    places = [name for kind in kinds for name in positional_fields(kind)]
+    usage = " ".join([f"{prog} [--flags]", *map(str.upper, places)])
+    parser = _Parser(prog, usage=usage, description=summary, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="YAML", help="read flags from a file; flags given win")
     for kind in kinds:
         group = parser.add_argument_group((kind.__doc__ or "").split(";")[0].rstrip(".\n").lower())
         for name, info in kind.model_fields.items():
-            _add(group, name, info)
+            if name in places:
+                _show(group, name, info)
+            else:
+                _add(group, name, info)
     known, unknown = parser.parse_known_args(list(argv))
-    values = vars(known)
+    words = [argument for argument in unknown if not _looks_like_a_flag(argument)]
+    values = {**dict(zip(places, words, strict=False)), **vars(known)}
     config = values.pop("config")
     merged: dict[str, Any] = {} if config is None else read_yaml(config)
     merged.update(values)
     flags = [argument.partition("=")[0] for argument in unknown if _looks_like_a_flag(argument)]
-    if unknown and not flags:
-        raise ConfigError(f"'{unknown[0]}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
+    if len(words) > len(places) and not flags:
+        extra = words[len(places)]
+        raise ConfigError(f"'{extra}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
     return build_specs(list(kinds), merged, unknown_flags=flags)
+
+
+def _show(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
+    """List a positional in the help alone: argparse would look for it before the first flag only."""
+    action = group.add_argument(name, nargs="?", metavar=name.upper(), help=info.description)
+    action.nargs = action.default = argparse.SUPPRESS
 
 
 def _looks_like_a_flag(argument: str) -> bool:
@@ -50,7 +63,7 @@ def _looks_like_a_flag(argument: str) -> bool:
 
 
 def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
-    plain = info.default is None or info.default is False or info.default == {}
+    plain = info.is_required() or info.default is None or info.default is False or info.default == {}
     default = "" if plain else f" (default: {info.default})"
     text = f"{info.description or ''}{default}".replace("%", "%%")
     if info.annotation is bool:

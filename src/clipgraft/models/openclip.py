@@ -21,7 +21,34 @@ from clipgraft.models.family import (
     site_weight,
 )
 from clipgraft.models.hf import site_path
-from clipgraft.models.sites import Site, SiteRef, Tower
+from clipgraft.models.sites import Site, SiteRef, Tower, block_number
+
+_BLOCK_ROLES = {"attn.out_proj": "out", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}
+_TEXT_ROLES = {
+    "token_embedding": "token_embedding",
+    "positional_embedding": "position_embedding",
+    "text_projection": "proj",
+}
+_VISION_ROLES = {"conv1": "patch_embedding", "positional_embedding": "position_embedding", "proj": "proj"}
+
+
+def split_path(path: str) -> tuple[Tower, int | None, str]:
+    """`visual.transformer.resblocks.3.mlp.c_fc` -> ("vision", 3, "mlp.c_fc"); the block of others is None."""
+    tower: Tower = "vision" if path.startswith("visual.") else "text"
+    inner = path.removeprefix("visual." if tower == "vision" else "text.")
+    number, _, rest = inner.removeprefix("transformer.resblocks.").partition(".")
+    block = block_number(number) if inner.startswith("transformer.resblocks.") else None
+    return (tower, None, inner) if block is None else (tower, block, rest)
+
+
+def path_site(path: str) -> Site | None:
+    """The site at a module path or raw Parameter of `CLIP` or `CustomTextCLIP`; None if it is not just one.
+
+    `attn` is three sites, q, k and v, and so has none of its own.
+    """
+    tower, block, inner = split_path(path)
+    roles = _BLOCK_ROLES if block is not None else _TEXT_ROLES if tower == "text" else _VISION_ROLES
+    return Site(tower, block, roles[inner]) if inner in roles else None
 
 
 class OpenClipFamily:

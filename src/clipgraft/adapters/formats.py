@@ -1,0 +1,169 @@
+"""Every adapter format by one door: what a path holds, read as an `AdapterFile`, and written as another."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from clipgraft.adapters.checkpoint import read_checkpoint
+from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
+from clipgraft.adapters.folder import CONFIG_FILE, NATIVE_FILE, WEIGHTS_FILE, read_folder
+from clipgraft.adapters.guide_checkpoint import guide_adapter, write_guide, write_guide_full
+from clipgraft.adapters.native import AdapterFile, as_adapter, write_adapter
+from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
+from clipgraft.errors import AdapterError
+
+Format = Literal["folder", "peft-openclip", "guide", "guide-full", "clip-lora"]
+Form = Literal["peft", "guide", "guide-full", "clip-lora"]
+
+
+def detect(path: str | Path) -> Format:
+    """What kind of adapter a path holds.
+
+    Returns:
+        `folder`, an adapter folder of clipgraft or of PEFT on transformers; `peft-openclip`, one of PEFT on
+        an open_clip model; `guide` and `guide-full`, the guide's `.pt` files; `clip-lora`, one of
+        MaxZanella/CLIP-LoRA.
+
+    Raises:
+        AdapterError: nothing is there, or it is none of these.
+    """
+    path = Path(path)
+    if _is_folder(path):
+        contents = read_folder(path)
+        return "peft-openclip" if is_peft_openclip(contents.tensors, contents.config) else "folder"
+    return _detect_file(read_checkpoint(path), path)
+
+
+def read_any(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    peft_out_proj: OutProj | None = None,
+    text_layers: int | None = None,
+    vision_layers: int | None = None,
+) -> AdapterFile:
+    """Read an adapter of any format that `detect` knows.
+
+    Args:
+        path: the folder or file.
+        name: which one, of a folder that holds several in subfolders.
+        peft_out_proj: see `read_peft_openclip`.
+        text_layers: see `read_clip_lora`.
+        vision_layers: see `read_clip_lora`.
+
+    Raises:
+        AdapterError: it cannot be read, or what the file leaves open has to be said.
+    """
+    path = Path(path)
+    if _is_folder(path):
+        return _read_folder(path, name, peft_out_proj)
+    data = read_checkpoint(path)
+    if _detect_file(data, path) == "clip-lora":
+        return clip_lora_adapter(data, path, text_layers, vision_layers)
+    return guide_adapter(data, path)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() or path.name in (WEIGHTS_FILE, CONFIG_FILE, NATIVE_FILE)
+
+
+def _read_folder(path: Path, name: str | None, peft_out_proj: OutProj | None) -> AdapterFile:
+    contents = read_folder(path, name)
+    if not is_peft_openclip(contents.tensors, contents.config):
+        return as_adapter(contents)
+    weights, settings = read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
+    base = {"name": "", "pretrained": "", "family": "open_clip"}
+    return AdapterFile(contents.folder, weights, settings, base=base)
+
+
+def _detect_file(data: Mapping[str, Any], path: Path) -> Format:
+    if "lora_state_dict" in data:
+        return "guide"
+    if "weights" in data and "metadata" in data:
+        return "clip-lora"
+    if "state_dict" in data:
+        return "guide-full"
+    raise AdapterError(
+        f"{path} is no adapter that clipgraft reads: those of the guide hold lora_state_dict or state_dict, "
+        "those of CLIP-LoRA weights and metadata; check the path"
+    )
+
+
+def check_free(out: str | Path, form: Form) -> None:
+    """Make sure that writing to `out` destroys nothing.
+
+    Raises:
+        AdapterError: something is there already.
+    """
+    out = Path(out)
+    if out.is_dir() and form != "peft":
+        raise AdapterError(f"{out} is a folder: name the .pt file to write")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise AdapterError(
+            f"{out} exists already and is left as it is: choose another path, or remove it first"
+        )
+
+
+def write_any(
+    adapter: AdapterFile,
+    out: str | Path,
+    form: Form,
+    *,
+    base_state_dict: Mapping[str, Tensor] | None = None,
+    text_layers: int | None = None,
+    vision_layers: int | None = None,
+    epoch: int = 0,
+) -> Path:
+    """Write an adapter in another format, whole or not at all, where nothing is yet.
+
+    Args:
+        adapter: what to write.
+        out: a folder for `peft`, else a `.pt` file.
+        form: the format.
+        base_state_dict: weights of the open_clip base, for `guide-full`.
+        text_layers: see `write_clip_lora`.
+        vision_layers: see `write_clip_lora`.
+        epoch: what the guide's files say they were saved after.
+
+    Raises:
+        AdapterError: `out` is taken, the format cannot hold the adapter, or writing fails.
+    """
+    out = Path(out)
+    check_free(out, form)
+    if form == "peft":
+        return _write_folder(adapter, out)
+    if form == "guide":
+        return write_guide(adapter, out, epoch)
+    if form == "clip-lora":
+        return write_clip_lora(adapter, out, text_layers, vision_layers)
+    if base_state_dict is None:
+        raise AdapterError("guide-full holds the base's weights: pass base_state_dict")
+    return write_guide_full(adapter, base_state_dict, out, epoch)
+
+
+def _write_folder(adapter: AdapterFile, out: Path) -> Path:
+    """An adapter folder that appears under its name only when all its files are there."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise AdapterError(f"cannot write {out}: {error.strerror}; choose another folder") from error
+    try:
+        write_adapter(adapter, temporary)
+        temporary.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise AdapterError(f"cannot write {out}: {error.strerror}; choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out

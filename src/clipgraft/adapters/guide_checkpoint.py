@@ -1,0 +1,234 @@
+"""The guide's two `.pt` layouts, LoRA alone and LoRA with the base, read and written.
+
+Both hold `lora_config` (model, pretrained, r, alpha, dropout, target_modules); the first has the weights in
+`lora_state_dict`, the second among all of the model's in `state_dict`. The guide adapts q, k, v and out of
+the text tower, at one rank r and one scale α/r; `uniform` says how other ranks and scales are expressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgraft.adapters.checkpoint import (
+    as_weight,
+    mapping,
+    number,
+    paired,
+    rank,
+    read_checkpoint,
+    save_checkpoint,
+    some,
+    text,
+)
+from clipgraft.adapters.extras import KEY, extras, with_extras
+from clipgraft.adapters.lora_names import bare_name, guide_name, lora_site
+from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.uniform import Weights, plain, uniform
+from clipgraft.errors import AdapterError, ConfigError, TargetError
+from clipgraft.lora.state import LoraSettings, check_settings
+from clipgraft.lora.targets import override_values
+from clipgraft.models.family import is_lora
+from clipgraft.models.sites import ATTENTION_ROLES, BLOCK_ROLES, EMBEDDING_ROLES, TOWERS, Site
+
+_LORA, _FULL, _CONFIG = "lora_state_dict", "state_dict", "lora_config"
+
+
+def read_guide(path: str | Path) -> AdapterFile:
+    """Read a checkpoint of the guide, or the `.pt` that clipgraft writes beside an adapter.
+
+    Raises:
+        AdapterError: the file cannot be opened without running code, is damaged, or holds no LoRA.
+    """
+    return guide_adapter(read_checkpoint(Path(path)), Path(path))
+
+
+def guide_adapter(data: Mapping[str, Any], path: Path) -> AdapterFile:
+    """`read_guide` of a file that is open already."""
+    alone = _LORA in data
+    state = {bare_name(name): v for name, v in mapping(data, _LORA if alone else _FULL, path).items()}
+    weights = _weights(state, path, alone)
+    if _CONFIG not in data:
+        raise AdapterError(
+            f"{path} has LoRA weights and no {_CONFIG!r}: their alpha, and so their effect, is unknown; "
+            f"add {_CONFIG} with model, pretrained, r, alpha, dropout and target_modules"
+        )
+    config = mapping(data, _CONFIG, path)
+    family = "transformers" if any(name.startswith("text_model.") for name in state) else "open_clip"
+    base = {
+        "name": text(config, "model") or text(config, "name"),
+        "pretrained": text(config, "pretrained"),
+        "family": family,
+    }
+    adapter = AdapterFile(path, weights, _settings(weights, config, state, path), base=base)
+    if KEY in data:
+        return with_extras(adapter, data)
+    # The guide's runs train the temperature with the rest; clipgraft's say whether they did.
+    trained = config.get("train_logit_scale", True)
+    scale = _temperature(state) if trained else None
+    settings = replace(adapter.settings, train_logit_scale=scale is not None)
+    return replace(adapter, settings=settings, logit_scale=scale)
+
+
+def _weights(state: Mapping[str, Any], path: Path, alone: bool) -> Weights:
+    halves: dict[Site, dict[str, Tensor]] = {}
+    surplus: list[str] = []
+    for name, value in state.items():
+        found = lora_site(name)
+        if found is not None:
+            site, part = found
+            ndim = 4 if site.role == "patch_embedding" else 2
+            halves.setdefault(site, {})[part] = as_weight(value, name, path, ndim)
+        elif alone or is_lora(name):
+            surplus.append(repr(name))
+    if surplus:
+        raise AdapterError(
+            f"{path} holds {len(surplus)} weights that belong to no site of a CLIP model: {some(surplus)}; "
+            "drop them, or make the adapter with the guide's names"
+        )
+    pairs = paired(halves, path)
+    return dict(sorted(pairs.items(), key=lambda item: item[0].order))
+
+
+def _temperature(state: Mapping[str, Any]) -> float | None:
+    value = state.get("logit_scale")
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        return None
+    return float(value) if torch.isfinite(value).all() else None
+
+
+def _settings(
+    weights: Weights, config: Mapping[str, Any], state: Mapping[str, Any], path: Path
+) -> LoraSettings:
+    r, alpha = rank(config, path), number(config, "alpha", path)
+    sites = _all_sites(weights, state)
+    try:
+        ranks = override_values(sites, list(weights), _pattern(config, "rank_pattern", path))
+        alphas = override_values(sites, list(weights), _pattern(config, "alpha_pattern", path))
+        settings = LoraSettings(
+            r=r,
+            alpha=alpha,
+            dropout=number(config, "dropout", path, 0.0),
+            targets=text(config, "targets") or ",".join(map(str, weights)),
+            use_rslora=config.get("use_rslora") is True,
+            rank_pattern={str(site): int(value) for site, value in ranks.items() if value != r},
+            alpha_pattern={str(site): value for site, value in alphas.items() if value != alpha},
+        )
+        check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())
+    except (ConfigError, TargetError) as error:
+        raise AdapterError(f"{path}: {error}: save the adapter again") from error
+    for site, (a, b) in weights.items():
+        if a.shape[0] != settings.rank_pattern.get(str(site), r):
+            raise AdapterError(
+                f"{path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where {_CONFIG} says rank "
+                f"{settings.rank_pattern.get(str(site), r)}: they are of two adapters; save it again"
+            )
+    return settings
+
+
+def _pattern(config: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:
+    pattern = mapping(config, key, path) if key in config else {}
+    return {term: number(pattern, term, path) for term in pattern}
+
+
+def _all_sites(weights: Weights, state: Mapping[str, Any]) -> list[Site]:
+    """Every site of the model a checkpoint was made of, for patterns that count blocks from the end."""
+    found = {site for site in map(_site_of, state) if site is not None} | {*weights}
+    blocks = {(site.tower, site.block) for site in found if site.block is not None}
+    sites = {Site(tower, block, role) for tower, block in blocks for role in BLOCK_ROLES}
+    sites |= found | {Site(tower, None, role) for tower in TOWERS for role in (*EMBEDDING_ROLES, "proj")}
+    return sorted(sites, key=lambda site: site.order)
+
+
+def _site_of(name: str) -> Site | None:
+    """The site of a LoRA weight, or of a base weight that shows how deep a tower is."""
+    found = lora_site(name) or lora_site(f"{name.removesuffix('.weight')}.lora.lora_A")
+    return None if found is None else found[0]
+
+
+def write_guide(adapter: AdapterFile, path: str | Path, epoch: int = 0) -> Path:
+    """Write LoRA alone, as the guide's `--save-lora-only` does.
+
+    Args:
+        adapter: q, k, v and out of the text tower, any ranks and scales.
+        path: the `.pt` file.
+        epoch: what the file says it was saved after.
+
+    Raises:
+        AdapterError: the adapter has sites or lacks a base name that the format needs, or the file cannot
+            be written.
+    """
+    state, config = _lora(adapter)
+    save_checkpoint({"epoch": epoch, _LORA: state, _CONFIG: config, KEY: extras(adapter)}, Path(path))
+    return Path(path)
+
+
+def write_guide_full(
+    adapter: AdapterFile, base_state_dict: Mapping[str, Tensor], path: str | Path, epoch: int = 0
+) -> Path:
+    """Write LoRA among all weights of its base, an open_clip `CLIP`.
+
+    Args:
+        adapter: as for `write_guide`; its temperature replaces the base's, if it has one.
+        base_state_dict: `state_dict()` of the base without adapters.
+        path: the `.pt` file.
+        epoch: what the file says it was saved after.
+
+    Raises:
+        AdapterError: as `write_guide`, or the base is none that the adapter fits.
+    """
+    lora, config = _lora(adapter)
+    _check_base(adapter, base_state_dict)
+    state = {name: weight.detach().cpu() for name, weight in base_state_dict.items()} | lora
+    if adapter.logit_scale is not None:
+        state["logit_scale"] = torch.full_like(state["logit_scale"], adapter.logit_scale)
+    save_checkpoint({"epoch": epoch, _FULL: state, _CONFIG: config, KEY: extras(adapter)}, Path(path))
+    return Path(path)
+
+
+def _lora(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    adapter.require_plain("a checkpoint of the guide")
+    foreign = [
+        str(site) for site in adapter.weights if site.tower != "text" or site.role not in ATTENTION_ROLES
+    ]
+    if foreign:
+        raise AdapterError(
+            f"{adapter.path}: a checkpoint of the guide holds q, k, v and out of the text tower, and not "
+            f"{some(foreign)}; write another format, or train on --lora-targets text-attention"
+        )
+    if not adapter.base.get("name"):
+        raise AdapterError(
+            f"{adapter.path} does not name its base, which a checkpoint of the guide must: "
+            "pass --model and --pretrained"
+        )
+    update = uniform(adapter.weights, adapter.settings)
+    state: dict[str, Tensor] = {}
+    for site, (a, b) in update.weights.items():
+        state[guide_name(site, "A")], state[guide_name(site, "B")] = a, b
+    roles = {site.role for site in adapter.weights}
+    config = {
+        "model": adapter.base["name"],
+        "pretrained": adapter.base.get("pretrained", ""),
+        "r": update.r,
+        "alpha": plain(update.scale * update.r),
+        "dropout": adapter.settings.dropout,
+        "target_modules": ["in_proj"] * bool(roles - {"out"}) + ["out_proj"] * ("out" in roles),
+    }
+    return state, config
+
+
+def _check_base(adapter: AdapterFile, base: Mapping[str, Tensor]) -> None:
+    if any(is_lora(name) for name in base):
+        raise AdapterError("the base carries LoRA itself: call remove_lora(model) before writing it")
+    for site, (a, b) in adapter.weights.items():
+        weight = base.get(f"transformer.resblocks.{site.block}.attn.in_proj_weight")
+        if weight is None or weight.shape[1] != a.shape[1] or weight.shape[1] != b.shape[0]:
+            raise AdapterError(
+                f"{adapter.path}: the base has no {site} of width {a.shape[1]}, or is no open_clip CLIP: "
+                "pass the open_clip model that it was made for with --model and --pretrained"
+            )
