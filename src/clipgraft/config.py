@@ -217,6 +217,9 @@ class EvalSpec(Spec):
 
     adapter: UserPath | None = Field(None, description="adapter folder to evaluate beside its base")
     force: bool = Field(False, description="use an adapter that was made for another base")
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="see `clipgraft convert --help`"
+    )
     batch_size: int = Field(64, ge=1, description="images or captions encoded at once")
     out: UserPath | None = Field(None, description="write the metrics to this JSON file")
 
@@ -230,6 +233,34 @@ class DemoSpec(Spec):
     epochs: int = Field(1, ge=1, description="passes over the captions, five an image")
     language: str = Field("vi", description="language of the captions to adapt to")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
+
+
+class MergeSpec(Spec):
+    """What to merge, and into what."""
+
+    adapters: Annotated[Words, Positional()] = Field(
+        min_length=1, description="adapter to merge into its base, or several joined by commas"
+    )
+    out: Annotated[UserPath, Positional()] = Field(
+        description="where to write: a folder, or for open_clip also a .pt or .safetensors file"
+    )
+    to: Literal["auto", "open_clip", "transformers", "onnx", "adapter"] = Field(
+        "auto",
+        description="open_clip, transformers, onnx: a model that stands alone; adapter: the sum of "
+        "several as one; auto: the base's own library",
+    )
+    weights: Annotated[tuple[float, ...] | None, BeforeValidator(_words)] = Field(
+        None, description="how much of each adapter, in their order (default: 1 each)"
+    )
+    rank: int | None = Field(None, ge=1, description="with --to adapter: cut the sum down to this rank")
+    model: str | None = Field(
+        None, min_length=1, description="base of adapters that do not name their own, as for training"
+    )
+    pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of --model")
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="see `clipgraft convert --help`"
+    )
+    force: bool = Field(False, description="use adapters that were made for another base")
 
 
 class ConvertSpec(Spec):
@@ -309,7 +340,7 @@ def _fault(kind: type[Spec], item: Any) -> str:
     name = str(where[0])
     label = name.upper() if name in positional_fields(kind) else flag(name)
     if item["type"] == "missing":
-        choices = get_args(kind.model_fields[name].annotation)
+        choices = [c for c in get_args(kind.model_fields[name].annotation) if isinstance(c, str)]
         return f"{label} is missing: " + (
             f"one of {', '.join(map(repr, choices))}" if choices else f"{kind.model_fields[name].description}"
         )

@@ -63,6 +63,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)  # safetensors makes files that their owner alone may read
                 _sync_file(path)
         temporary.chmod(0o755)
         _replace_folder(temporary, target)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.open import load
 from clipgraft.config import DataSpec, ModelSpec
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
-from clipgraft.errors import ConfigError
+from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.models.clip import Clip
+from clipgraft.models.load import load as load_base
 
 log = logging.getLogger("clipgraft")
 
@@ -25,6 +28,31 @@ def load_model(spec: ModelSpec) -> Clip:
     precision = "bf16" if spec.precision == "bf16" else "fp32"
     clip = load(spec.model, spec.pretrained, device=pick_device(spec.device), precision=precision)
     log.info("base %s on %s, fingerprint %s", _title(clip), clip.device, clip.fingerprint)
+    return clip
+
+
+def with_base(adapter: AdapterFile, model: str, pretrained: str | None) -> AdapterFile:
+    """An adapter with its base named by `--model` and `--pretrained`."""
+    return replace(adapter, base={**adapter.base, "name": model, "pretrained": pretrained or ""})
+
+
+def base_of(adapter: AdapterFile, force: bool = False) -> Clip:
+    """The base that an adapter names, in fp32 on the CPU.
+
+    Raises:
+        AdapterError: it names none, or what it names is another base and that is not `force`d.
+    """
+    name = adapter.base.get("name")
+    if not name:
+        raise AdapterError(
+            f"{adapter.path} does not name its base, whose weights are needed: pass --model and --pretrained"
+        )
+    clip = load_base(name, adapter.base.get("pretrained") or None)
+    if not force and adapter.fingerprint not in (None, clip.fingerprint):
+        raise AdapterError(
+            f"{adapter.path} was made for a base with fingerprint {adapter.fingerprint}, but {name} has "
+            f"{clip.fingerprint}: pass --model and --pretrained of its own base"
+        )
     return clip
 
 

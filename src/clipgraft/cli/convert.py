@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.parser import parse
 from clipgraft.config import ConvertSpec
-from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from clipgraft.adapters.native import AdapterFile
 
 log = logging.getLogger("clipgraft")
@@ -26,6 +23,8 @@ def run(argv: Sequence[str]) -> None:
     if spec.pretrained is not None and spec.model is None:
         raise ConfigError(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     from clipgraft.adapters.formats import check_free, detect, read_any, write_any
+    from clipgraft.adapters.loading import in_terms_of
+    from clipgraft.cli.common import base_of, with_base
     from clipgraft.models.save import size_on_disk
 
     check_free(spec.out, spec.to)
@@ -37,13 +36,16 @@ def run(argv: Sequence[str]) -> None:
     )
     log.info("read %s", describe(adapter, detect(spec.src)))
     if spec.model is not None:
-        base = {**adapter.base, "name": spec.model, "pretrained": spec.pretrained or ""}
-        adapter = replace(adapter, base=base)
+        adapter = with_base(adapter, spec.model, spec.pretrained)
+    base_state = None
+    if adapter.needs_base or spec.to == "guide-full":
+        clip = base_of(adapter)
+        adapter, base_state = in_terms_of(clip, adapter), clip.model.state_dict()
     written = write_any(
         adapter,
         spec.out,
         spec.to,
-        base_state_dict=_base_weights(adapter) if spec.to == "guide-full" else None,
+        base_state_dict=base_state,
         text_layers=spec.text_layers,
         vision_layers=spec.vision_layers,
     )
@@ -57,10 +59,8 @@ def run(argv: Sequence[str]) -> None:
 
 def describe(adapter: AdapterFile, kind: str) -> str:
     """Format, number of sites, ranks, scales and base in one line."""
-    from clipgraft.adapters.uniform import site_scales
-
     ranks = sorted({a.shape[0] for a, _ in adapter.weights.values()})
-    scales = sorted(set(site_scales(adapter.weights, adapter.settings).values()))
+    scales = sorted(set(adapter.scales.values()))
     base = " / ".join(part for key in ("name", "pretrained") if (part := adapter.base.get(key)))
     return (
         f"{kind}: {adapter.path}, {len(adapter.weights)} sites, rank {_span(ranks)}, scale {_span(scales)}, "
@@ -70,22 +70,3 @@ def describe(adapter: AdapterFile, kind: str) -> str:
 
 def _span(values: Sequence[float]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
-
-
-def _base_weights(adapter: AdapterFile) -> dict[str, Tensor]:
-    """The weights of the base that an adapter names."""
-    from clipgraft.models.load import load
-
-    name = adapter.base.get("name")
-    if not name:
-        raise AdapterError(
-            f"{adapter.path} does not name its base, whose weights guide-full holds: "
-            "pass --model and --pretrained"
-        )
-    clip = load(name, adapter.base.get("pretrained") or None)
-    if adapter.fingerprint is not None and adapter.fingerprint != clip.fingerprint:
-        raise AdapterError(
-            f"{adapter.path} was made for a base with fingerprint {adapter.fingerprint}, but {name} has "
-            f"{clip.fingerprint}: pass --model and --pretrained of its own base"
-        )
-    return clip.model.state_dict()

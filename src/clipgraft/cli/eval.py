@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
 
     clip = load_model(model_spec)
     if spec.adapter is not None:
-        load_adapter(clip, spec.adapter, force=spec.force)
+        load_adapter(clip, spec.adapter, force=spec.force, peft_out_proj=spec.peft_out_proj)
     pairs = read_table(clip, data.val_data, data, "validation data")
     columns = measure(
         clip,

@@ -1,0 +1,98 @@
+"""`clipgraft merge`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import MergeSpec
+from clipgraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.adapters.native import AdapterFile
+    from clipgraft.models.clip import Clip
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = "Fold adapters into their base, and write a model that stands alone; or their sum as one adapter."
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, merge, write, and print what was written."""
+    (spec,) = parse("merge", _SUMMARY, [MergeSpec], argv)
+    weights = _weights(spec)
+    from clipgraft.adapters.formats import check_free, read_any
+    from clipgraft.adapters.loading import put_on
+    from clipgraft.cli.common import base_of, with_base
+
+    if spec.to == "adapter":
+        check_free(spec.out, "peft")
+    files = [read_any(path, peft_out_proj=spec.peft_out_proj) for path in spec.adapters]
+    if spec.model is not None:
+        files = [with_base(file, spec.model, spec.pretrained) for file in files]
+    clip = base_of(files[0], spec.force)
+    log.info("base %s, fingerprint %s", clip.source.name, clip.fingerprint)
+    amounts: dict[str, float] = {}
+    for file, weight in zip(files, weights, strict=True):
+        name = _name(file, amounts)
+        put_on(clip, file, name, force=spec.force)
+        amounts[name] = weight
+        log.info("%s: %s, %d sites, weight %g", name, file.path, len(file.weights), weight)
+    if spec.to == "adapter":
+        _write_sum(clip, amounts, spec.out, spec.rank)
+    else:
+        _write_model(clip, amounts, spec.out, clip.family.name if spec.to == "auto" else spec.to)
+
+
+def _weights(spec: MergeSpec) -> tuple[float, ...]:
+    """One for each adapter; raises ConfigError for flags that do not go together."""
+    faults = []
+    given = 1 if spec.weights is None else len(spec.weights)
+    if spec.weights is not None and given != len(spec.adapters):
+        faults.append(f"--weights: {given} numbers for {len(spec.adapters)} adapters: give one each")
+    if spec.rank is not None and spec.to != "adapter":
+        faults.append("--rank belongs to --to adapter: a merged model has no rank")
+    if spec.pretrained is not None and spec.model is None:
+        faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return spec.weights or (1.0,) * len(spec.adapters)
+
+
+def _name(file: AdapterFile, taken: Mapping[str, float]) -> str:
+    """A name for an adapter on the model, after its folder."""
+    parts = [part for part in (file.path.parent.name, file.path.stem) if part not in ("", "adapter")]
+    stem = re.sub(r"[^A-Za-z0-9_+-]", "-", parts[-1] if parts else "adapter").lstrip("_+-") or "adapter"
+    return next(n for i in range(len(taken) + 1) if (n := f"{stem}-{i + 1}" if i else stem) not in taken)
+
+
+def _write_sum(clip: Clip, amounts: Mapping[str, float], out: Path, rank: int | None) -> None:
+    from clipgraft.adapters.native import save_adapter
+    from clipgraft.lora.combine import combine_adapters
+
+    made = combine_adapters(clip, amounts, "+".join([*amounts, "sum"]), rank=rank)
+    ranks = sorted(set(made.ranks.values()))
+    log.info("the sum has rank %s", ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
+    if rank is not None:
+        log.info("cut to rank %d: %.2f %% of the sum is lost (Frobenius norm)", rank, 100 * made.error)
+    _report(save_adapter(clip, out), "adapter")
+
+
+def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any) -> None:
+    from clipgraft.lora.inject import remove_lora
+    from clipgraft.lora.merge import merge_lora
+    from clipgraft.models.export import write_model
+
+    merge_lora(clip, amounts)
+    remove_lora(clip, keep_merged=True)
+    write_model(clip, out, form, progress=lambda line: log.info("%s", line))
+    _report(out, form)
+
+
+def _report(path: Path, form: str) -> None:
+    from clipgraft.models.save import size_on_disk
+
+    log.info("wrote %s: %s (%.1f MB)", form, path, size_on_disk(path) / 1e6)
