@@ -18,7 +18,10 @@ SPECS = [
     for kind in vars(config).values()
     if inspect.isclass(kind) and issubclass(kind, Spec) and kind is not Spec
 ]
-REQUIRED: dict[type[Spec], dict[str, str]] = {config.ConvertSpec: {"src": "a", "out": "b", "to": "peft"}}
+REQUIRED: dict[type[Spec], dict[str, str]] = {
+    config.ConvertSpec: {"src": "a", "out": "b", "to": "peft"},
+    config.MergeSpec: {"adapters": "a", "out": "b"},
+}
 
 
 @pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)

@@ -110,7 +110,10 @@ def test_an_adapter_for_another_base_is_refused(
     [
         ([], "--val-data is missing"),
         (["--val-data", "nowhere"], "--val-data nowhere: there is no such file or folder"),
-        (["--val-data", ".", "--adapter", "nowhere"], "no adapter at nowhere: there is no such folder"),
+        (
+            ["--val-data", ".", "--adapter", "nowhere"],
+            "no adapter at nowhere: there is no such file or folder",
+        ),
         (["--val-data", ".", "--lora-r", "4"], "--lora-r: there is no such flag"),
     ],
 )

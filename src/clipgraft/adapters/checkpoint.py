@@ -23,7 +23,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         AdapterError: no such file, damaged, no dictionary, or it holds more than tensors and plain values.
     """
     if not path.is_file():
-        what = "that is a folder, not a file" if path.exists() else "there is no such file"
+        what = "that is a folder, not a file" if path.exists() else "there is no such file or folder"
         raise AdapterError(f"no adapter at {path}: {what}; check the path")
     try:
         _check_archive(path)
