@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +144,25 @@ def test_named_adapters_are_switched(tiny_hf: nn.Module) -> None:
         cg.lora_state_dict(tiny_hf)
     cg.remove_lora(tiny_hf, "vi")
     assert not any("lora" in name for name, _ in tiny_hf.named_parameters())
+
+
+def test_loading_again_replaces_at_once(tiny_hf: nn.Module, tmp_path: Path) -> None:
+    """Loading a newer version of an adapter leaves the older one acting, or switches another one off."""
+    for seed, name in enumerate(("vi", "med")):
+        cg.apply_lora(tiny_hf, r=2 + seed, targets="attention", name=name, train_logit_scale=True)
+        randomise_active(tiny_hf, seed)
+        cg.save_adapter(tiny_hf, tmp_path / name)
+    med, scale = run(tiny_hf), as_clip(tiny_hf).logit_scale.item()
+    cg.set_adapter(tiny_hf, "vi")
+    vi, other_scale = run(tiny_hf), as_clip(tiny_hf).logit_scale.item()
+    cg.load_adapter(tiny_hf, tmp_path / "med", name="vi", activate=False)  # the active one is replaced
+    assert require_lora(tiny_hf).active == "vi"
+    assert largest(run(tiny_hf), med) == 0
+    assert as_clip(tiny_hf).logit_scale.item() == scale != other_scale
+    cg.load_adapter(tiny_hf, tmp_path / "vi", name="med", activate=False)
+    assert largest(run(tiny_hf), med) == 0
+    cg.disable_lora(tiny_hf)
+    cg.load_adapter(tiny_hf, tmp_path / "vi", name="third")
+    assert require_lora(tiny_hf).active == "third"
+    assert largest(run(tiny_hf), vi) == 0
+    assert as_clip(tiny_hf).logit_scale.item() == other_scale

@@ -16,7 +16,7 @@ from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.peft_config import missing_sites
 from clipgraft.adapters.peft_openclip import OutProj
 from clipgraft.errors import AdapterError
-from clipgraft.lora.inject import attach, remove_lora
+from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.starts import start_on_base
 from clipgraft.lora.state import (
@@ -24,10 +24,8 @@ from clipgraft.lora.state import (
     Adapter,
     LoraSettings,
     check_name,
-    lora_state,
     require_unmerged,
 )
-from clipgraft.lora.switch import set_adapter
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.hf import path_site, site_path
@@ -81,17 +79,15 @@ def put_on(
     """Attach an adapter that was read, under a name; raises AdapterError as `load_adapter` does."""
     file = in_terms_of(clip, file)
     _check_base(clip, file, force)
-    state = lora_state(clip)
-    was_active = state is not None and state.active == name
-    if state is not None and name in state.adapters:
-        remove_lora(clip, name)
     exact = replace(file.settings, targets=",".join(map(str, file.weights)))
-    adapter = attach(clip, exact, name, activate=False)
-    _fill(clip, adapter, file)
-    adapter.settings = file.settings
-    if activate or was_active:
-        set_adapter(clip, name)
-    return adapter
+    return attach(
+        clip,
+        exact,
+        name,
+        activate=activate,
+        fill=lambda adapter: _fill(clip, adapter, file),
+        replace=True,
+    )
 
 
 def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
@@ -156,7 +152,8 @@ def _full_rank(change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
-    """Copy a file's weights into the modules of an adapter that does not act yet."""
+    """Give a new adapter a file's weights and settings."""
+    adapter.settings = file.settings
     refs, norms = clip.site_refs, clip.family.norms(clip.model)
     with torch.no_grad():
         for site, (a, b) in file.weights.items():
@@ -174,8 +171,8 @@ def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
             assert own is not None
             assert base is not None
             own.copy_(whole.to(base.device).float() - base.float())
-    if file.logit_scale is not None and adapter.logit_scale is not None:
-        adapter.logit_scale.fill_(file.logit_scale)
+    if file.logit_scale is not None:
+        adapter.logit_scale = torch.full_like(clip.logit_scale.detach(), file.logit_scale)
 
 
 def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,23 +101,40 @@ def apply_lora(
     return sum(layer.r > 0 for layer in adapter.layers.values())
 
 
-def attach(clip: Clip, settings: LoraSettings, name: str = DEFAULT, *, activate: bool = True) -> Adapter:
-    """`apply_lora` from settings; returns the new adapter, the active one if that is asked for."""
+def attach(
+    clip: Clip,
+    settings: LoraSettings,
+    name: str = DEFAULT,
+    *,
+    activate: bool = True,
+    fill: Callable[[Adapter], None] | None = None,
+    replace: bool = False,
+) -> Adapter:
+    """`apply_lora` from settings; returns the new adapter.
+
+    It is the active one if that is asked for, or if it takes the place of the one that was. `fill` gives it
+    its weights before anybody sees it; `replace` lets it take the place of an older one of that name at once.
+    """
     check_name(name)
     require_unmerged(clip, "add an adapter")
     state = lora_state(clip)
-    if state is not None and name in state.adapters:
+    if state is not None and name in state.adapters and not replace:
         raise AdapterError(
             f"this model already carries LoRA named {name!r}: call remove_lora(model) before applying it "
             "again, or give another name"
         )
     adapter = _build(clip, settings)
+    if fill is not None:
+        fill(adapter)
     with gate_of(clip.model).alone():
         if state is None:
             _ = clip.fingerprint  # taken while the weights are certainly the base's
             state = _freeze(clip)
+        active = name if activate else state.active
+        _take_off(clip, state, {name})
         _hang(clip, state, name, adapter)
-        choose(clip, state, name if activate else state.active)
+        state.enabled = state.enabled or activate
+        choose(clip, state, active)
     return adapter
 
 
@@ -185,7 +202,7 @@ def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
             state.slots[path] = norms[path].lora = Slot()
             state.hooks[path] = norms[path].register_forward_hook(_add_bias)
         state.slots[path][name] = bias
-    if adapter.settings.train_logit_scale:
+    if adapter.settings.train_logit_scale and adapter.logit_scale is None:
         adapter.logit_scale = state.base_scale.clone()
     state.adapters = {**state.adapters, name: adapter}
 
@@ -252,15 +269,22 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
         if keep_merged:
             state.merged = None
         restore(clip, state)
-        choose(clip, state, None if state.active in gone else state.active)
-        for slot in state.slots.values():
-            for removed in gone & set(slot):
-                del slot[removed]
-        state.adapters = {kept: adapter for kept, adapter in state.adapters.items() if kept not in gone}
+        choose(clip, state, state.active)
+        _take_off(clip, state, gone)
         if not state.adapters:
             _ungraft_all(clip, state)
         if keep_merged:
             clip.logit_scale.data = scale
+
+
+def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:
+    """Empty the slots of some adapters, if the model carries them."""
+    if state.active in names:
+        choose(clip, state, None)
+    for slot in state.slots.values():
+        for name in names & set(slot):
+            del slot[name]
+    state.adapters = {kept: adapter for kept, adapter in state.adapters.items() if kept not in names}
 
 
 def _ungraft_all(clip: Clip, state: LoraState) -> None:
