@@ -18,15 +18,14 @@ from clipgraft.errors import TrainingError
 from clipgraft.lora.counting import verify_gradients
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
-from clipgraft.train.accumulate import Features, contrastive_backward
+from clipgraft.train.accumulate import contrastive_backward
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from clipgraft.train.feed import Feed, MicroBatch
-from clipgraft.train.negatives import Gallery, pair_loss
+from clipgraft.train.objectives import Objective
 from clipgraft.train.optim import Schedule, clamp_logit_scale, set_lr
 from clipgraft.train.readings import Readings, not_finite
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.stop import Interrupted, stop_requests
-from clipgraft.train.towers import Tower
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
 log = logging.getLogger("clipgraft")
@@ -37,9 +36,8 @@ class Loop:
     """One run: everything the loop reads, as plain values.
 
     Attributes:
-        images, texts: what each tower gives for a micro-batch.
+        objective: what a step minimises.
         schedule: learning rate by step.
-        gallery: what the trained tower is contrasted with besides the batch.
         checkpoint_steps: steps between checkpoints besides those of every epoch; 0 for none.
         settings: what a checkpoint must agree with to be resumed.
         epoch_end: called with the number of finished epochs; returns metrics to report, or None.
@@ -48,12 +46,10 @@ class Loop:
 
     clip: Clip
     feed: Feed
-    images: Tower
-    texts: Tower
+    objective: Objective
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     epochs: int
-    gallery: Gallery | None = None
     grad_clip_norm: float | None = None
     checkpoint_steps: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +114,7 @@ class Loop:
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            loss = contrastive_backward([self._encode(part) for part in batch], self._loss(batch))
+            loss = contrastive_backward(self.objective.parts(batch), self.objective.loss(batch))
         except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of GPU memory at step {number}: halve --batch-size and double --accum-freq, "
@@ -135,17 +131,6 @@ class Loop:
         self.optimizer.step()
         clamp_logit_scale(self.clip.logit_scale)
         return lr, loss
-
-    def _encode(self, part: MicroBatch) -> Callable[[], Features]:
-        device = self.clip.device
-        return lambda: (self.images(part).to(device), self.texts(part).to(device))
-
-    def _loss(self, batch: Sequence[MicroBatch]) -> Callable[[Tensor, Tensor], Tensor]:
-        image_ids = torch.cat([part.image_ids for part in batch])
-        caption_ids = torch.cat([part.caption_ids for part in batch])
-        return lambda images, texts: pair_loss(
-            images, texts, self.clip.logit_scale, image_ids, caption_ids, self.gallery
-        )
 
     def _checkpoint_is_due(self, step: int) -> bool:
         return self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0

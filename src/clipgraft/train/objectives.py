@@ -1,0 +1,133 @@
+"""What a step minimises: how a batch becomes features, and the loss of those of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clipgraft.models.clip import Clip
+from clipgraft.train.accumulate import Encode, Features, Loss
+from clipgraft.train.classes import class_loss, class_prototypes
+from clipgraft.train.feed import MicroBatch
+from clipgraft.train.negatives import Gallery, pair_loss
+from clipgraft.train.towers import Tower
+
+
+class Objective(Protocol):
+    """A loss over the features of all micro-batches of a step (`accumulate.contrastive_backward`)."""
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        """Functions that each give (image, text) features of a part of the batch."""
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        """The scalar loss of the image and text features of all parts."""
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Images and captions that belong together, told from all others.
+
+    Attributes:
+        images, texts: what each tower gives for a micro-batch.
+        gallery: what the trained tower is contrasted with besides the batch.
+    """
+
+    clip: Clip
+    images: Tower
+    texts: Tower
+    gallery: Gallery | None = None
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        return [self._encode(part) for part in batch]
+
+    def _encode(self, part: MicroBatch) -> Encode:
+        device = self.clip.device
+        return lambda: (self.images(part).to(device), self.texts(part).to(device))
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        image_ids = torch.cat([part.image_ids for part in batch])
+        caption_ids = torch.cat([part.caption_ids for part in batch])
+        return lambda images, texts: pair_loss(
+            images, texts, self.clip.logit_scale, image_ids, caption_ids, self.gallery
+        )
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Images told apart by class: cross-entropy over the classes' prompts.
+
+    Prompts are encoded once a step, as a part of their own, and not at all if their features are fixed.
+
+    Attributes:
+        images: what the image tower gives for a micro-batch.
+        prompts: () -> (P, D) features of all prompts, any norm.
+        class_of_prompt: (P,) the class of every prompt, sorted.
+        class_of_caption: (captions,) the class that a caption id stands for.
+        weights: (C,) of the classes in the loss, or None.
+    """
+
+    clip: Clip
+    images: Tower
+    prompts: Callable[[], Tensor]
+    class_of_prompt: Tensor
+    class_of_caption: Tensor
+    weights: Tensor | None = None
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        return [self._encode_prompts, *(self._encode(part) for part in batch)]
+
+    def _encode_prompts(self) -> Features:
+        texts = self.prompts().to(self.clip.device)
+        return texts.new_empty(0, texts.shape[1]), texts
+
+    def _encode(self, part: MicroBatch) -> Encode:
+        def encode() -> Features:
+            images = self.images(part).to(self.clip.device)
+            return images, images.new_empty(0, images.shape[1])
+
+        return encode
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
+
+        def loss(images: Tensor, texts: Tensor) -> Tensor:
+            prototypes = class_prototypes(texts, self.class_of_prompt.to(texts.device))
+            scale = self.clip.logit_scale.float().exp()
+            return class_loss(images, prototypes, scale, labels, self.weights)
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Headed:
+    """Images told apart by a classifier on their features (`classes.Head`); texts play no part."""
+
+    clip: Clip
+    images: Tower
+    head: nn.Module
+    class_of_caption: Tensor
+    weights: Tensor | None = None
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        return [self._encode(part) for part in batch]
+
+    def _encode(self, part: MicroBatch) -> Encode:
+        def encode() -> Features:
+            images = self.images(part).to(self.clip.device)
+            return images, images.new_empty(0, images.shape[1])
+
+        return encode
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
+
+        def loss(images: Tensor, texts: Tensor) -> Tensor:
+            weights = None if self.weights is None else self.weights.to(images.device)
+            logits: Tensor = self.head(images)
+            return nn.functional.cross_entropy(logits, labels.to(images.device), weight=weights)
+
+        return loss
