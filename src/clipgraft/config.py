@@ -128,6 +128,25 @@ class DataSpec(Spec):
     cache_gb: float = Field(20.0, gt=0, description="most that folder may grow to; what was used last stays")
 
 
+class ClassSpec(Spec):
+    """Telling classes apart."""
+
+    task: Literal["retrieval", "classification"] = Field(
+        "retrieval", description="match images with their captions, or tell classes apart"
+    )
+    csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
+    prompts: UserPath | None = Field(None, description="YAML of class: prompt, or class: [prompts]")
+    templates: str = Field(
+        "photo", description="for classes without prompts: photo, ensemble, or a text with {} in it"
+    )
+    val_size: float | None = Field(None, gt=0, lt=1, description="share of each class to hold out")
+    shots: int | None = Field(None, ge=1, description="train on this many images of each class")
+    head: Literal["prompts", "linear", "cosine"] = Field(
+        "prompts", description="what tells classes apart: their prompts, or a classifier that starts there"
+    )
+    class_weights: bool = Field(False, description="weigh classes in the loss by how rare they are")
+
+
 class LoraSpec(Spec):
     """The adapter."""
 

@@ -15,6 +15,7 @@ from clipgraft.adapters.formats import read_any
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.peft_config import missing_sites
 from clipgraft.adapters.peft_openclip import OutProj
+from clipgraft.engine import rows as _rows  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer

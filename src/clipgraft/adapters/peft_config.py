@@ -15,6 +15,7 @@ from clipgraft.lora.state import LoraSettings
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
 
+_CLIP_MODULE = "transformers.models.clip.modeling_clip"  # where AutoPeftModel looks for the base's class
 _DEFAULT = 8  # PEFT's r and alpha, for configurations that do not say
 # What makes an adapter compute something else than this package does.
 _UNSUPPORTED = (
@@ -45,6 +46,7 @@ def config_json(settings: LoraSettings, sites: Iterable[Site], base_name: str) -
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": {"base_model_class": "CLIPModel", "parent_library": _CLIP_MODULE},
         "base_model_name_or_path": base_name.removeprefix("hf:") or None,
         "inference_mode": True,
         "r": settings.r,

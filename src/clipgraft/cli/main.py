@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from clipgraft.errors import ClipgraftError
 
@@ -81,6 +82,15 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Prints lines, and ends the command like `print` does when nobody reads them any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
 @contextlib.contextmanager
 def _plain_output() -> Iterator[None]:
     """The library's own log lines go to the terminal as they are; UTF-8 whatever the locale says."""
@@ -88,7 +98,7 @@ def _plain_output() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     log = logging.getLogger("clipgraft")
-    level, propagate, handler = log.level, log.propagate, logging.StreamHandler(sys.stdout)
+    level, propagate, handler = log.level, log.propagate, _Lines(sys.stdout)
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(handler)

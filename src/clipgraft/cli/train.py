@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
-from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec, flag
+from clipgraft.config import ClassSpec, DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec, flag
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clipgraft.data.pairs import Pairs
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
@@ -23,10 +22,10 @@ _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images
 
 def run(argv: Sequence[str]) -> None:
     """Parse, train, and say how to go on with a run that is interrupted."""
-    kinds: list[type[Spec]] = [ModelSpec, DataSpec, LoraSpec, TrainSpec, RunSpec]
+    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassSpec, LoraSpec, TrainSpec, RunSpec]
     specs = parse("train", _SUMMARY, kinds, argv)
-    model_spec, data, lora, train, where = specs
-    check_together(data, lora, train, where)
+    model_spec, data, classes, lora, train, where = specs
+    check_together(data, classes, lora, train, where)
     folder = where.logs / (where.name or default_name(model_spec, lora, train))
     from clipgraft.train.run_folder import early_lines, refuse_used
     from clipgraft.train.stop import Interrupted
@@ -34,7 +33,12 @@ def run(argv: Sequence[str]) -> None:
     refuse_used(folder, where.resume is not None)
     try:
         with early_lines():
-            train_model(specs, folder)
+            if classes.task == "classification":
+                from clipgraft.cli.classify import train_classifier
+
+                train_classifier(specs, folder)
+            else:
+                train_model(specs, folder)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; go on with: {continuation(argv, where.name or folder.name)}") from None
 
@@ -42,15 +46,17 @@ def run(argv: Sequence[str]) -> None:
 def train_model(specs: Sequence[Any], folder: Path) -> None:
     """Load what the specs name, and train it into `folder`."""
     from clipgraft.cli.common import load_model, open_cache, read_table
+    from clipgraft.lora.rank import auto_rank
     from clipgraft.train.fit import fit
 
-    model_spec, data, lora, train, where = specs
+    model_spec, data, _, lora, train, where = specs
     clip = load_model(model_spec)
     train_pairs = read_table(clip, data.train_data, data, "training data")
     val_pairs = read_table(clip, data.val_data, data, "validation data") if data.val_data else None
+    pairs = sum(len(captions) for captions in train_pairs.captions)
     if lora.use_lora:
-        graft(clip, lora, train.seed, sum(len(captions) for captions in train_pairs.captions))
-    announce(clip, train_pairs, train)
+        graft(clip, lora, train.seed, lambda: auto_rank(pairs, "retrieval"))
+    announce(clip, pairs, train)
     fit(
         clip,
         train_pairs,
@@ -70,19 +76,35 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
     )
 
 
-def check_together(data: DataSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec) -> None:
+def check_together(
+    data: DataSpec, classes: ClassSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec
+) -> None:
     """What each spec alone cannot see; all faults at once, and before anything slow.
 
     Raises:
         ConfigError: naming the flags.
     """
-    faults = [*_data_faults(data), *_lora_faults(lora, train, where), *_lock_faults(lora, train)]
+    faults = [*_data_faults(data), *class_faults(classes, data)]
+    faults += [*_lora_faults(lora, train, where), *_lock_faults(lora, train)]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
         faults.append("--resume latest needs --name: the name of the run to continue")
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def class_faults(classes: ClassSpec, data: DataSpec) -> list[str]:
+    """Flags of classification that do not go together."""
+    faults = []
+    given = sorted(name for name in classes.model_fields_set if name != "task")
+    if given and classes.task == "retrieval":
+        faults.append(f"{', '.join(map(flag, given))} given without --task classification: add it")
+    if classes.val_size is not None and data.val_data is not None:
+        faults.append("--val-size and --val-data both say what to evaluate on: give one of them")
+    if classes.prompts is not None and not classes.prompts.exists():
+        faults.append(f"--prompts {classes.prompts}: there is no such file; check the path")
+    return faults
 
 
 def _data_faults(data: DataSpec) -> list[str]:
@@ -139,8 +161,8 @@ def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
     return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr:g}-b_{train.batch_size}"
 
 
-def graft(clip: Clip, lora: LoraSpec, seed: int, pairs: int) -> None:
-    """Attach the adapter that the flags describe, for a number of pairs to train on.
+def graft(clip: Clip, lora: LoraSpec, seed: int, choose_rank: Callable[[], tuple[int, str]]) -> None:
+    """Attach the adapter that the flags describe; for `--lora-r auto` with the rank that is chosen, and why.
 
     Raises:
         ConfigError: the base brought an adapter of its own.
@@ -148,7 +170,6 @@ def graft(clip: Clip, lora: LoraSpec, seed: int, pairs: int) -> None:
     import torch
 
     from clipgraft.lora.inject import apply_lora
-    from clipgraft.lora.rank import auto_rank
     from clipgraft.lora.state import lora_state
     from clipgraft.lora.targets import guide_targets
 
@@ -162,7 +183,7 @@ def graft(clip: Clip, lora: LoraSpec, seed: int, pairs: int) -> None:
         targets = guide_targets(lora.lora_target_modules)
     rank = lora.lora_r
     if rank == "auto":
-        rank, reason = auto_rank(pairs, "retrieval")
+        rank, reason = choose_rank()
         log.info("--lora-r auto: %s", reason)
     torch.manual_seed(seed)
     sites = apply_lora(
@@ -183,7 +204,7 @@ def graft(clip: Clip, lora: LoraSpec, seed: int, pairs: int) -> None:
     log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
 
 
-def announce(clip: Clip, pairs: Pairs, train: TrainSpec) -> None:
+def announce(clip: Clip, rows: int, train: TrainSpec) -> None:
     """One line on what is about to train."""
     import torch
 
@@ -196,5 +217,4 @@ def announce(clip: Clip, pairs: Pairs, train: TrainSpec) -> None:
         log.info("training %s of %s weights (%.2f %%)", f"{count.trainable:,}", f"{count.total:,}", share)
     elif clip.dtype == torch.bfloat16:
         log.info("--precision bf16 rounds small updates of the model away; --precision amp_bf16 keeps them")
-    rows = sum(len(captions) for captions in pairs.captions)
     log.info("%d pairs, batches of %d, %d epochs", rows, train.batch_size * train.accum_freq, train.epochs)

@@ -43,6 +43,13 @@ def read_delimited(path: Path, keys: Keys, separator: str | None = None) -> Tabl
     return Table(path, path.parent, kind, "line", partial(_rows, path, header), header.notes)
 
 
+def header_readings(path: Path, separator: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Separator -> the column names of a header line split by it: the one given, or each usual one."""
+    separators = USUAL_SEPARATORS if separator is None else (_one_character(separator),)
+    first = _first_line(path)
+    return {character: _names(path, first, character) for character in separators}
+
+
 def read_tokens(path: Path) -> Table:
     """Open a Flickr8k.token.txt: no header, no quoting, `name.jpg#0<TAB>caption` on each line."""
     return Table(path, path.parent, "Flickr token file", "line", partial(_token_rows, path))
@@ -135,16 +142,20 @@ def _broken(error: csv.Error, lines: list[str]) -> str:
 def _read_header(path: Path, first: str, keys: Keys, separators: tuple[str, ...]) -> _Header:
     best: tuple[str, ...] = ()
     for separator in separators:
-        try:
-            names = tuple(name.strip() for name in next(csv.reader([first], delimiter=separator)))
-        except csv.Error as error:
-            raise DataError(f"{path}: the header line cannot be read ({error}); rewrite it") from error
+        names = _names(path, first, separator)
         columns = find_columns(names, keys)
         if columns is not None:
             guess = (f'--csv-separator "{separator}"',) if separator != separators[0] else ()
             return _Header(names, columns, separator, guess_notes(columns.guessed + guess))
         best = max(best, names, key=len)
     raise missing_columns(path, best, keys)
+
+
+def _names(path: Path, first: str, separator: str) -> tuple[str, ...]:
+    try:
+        return tuple(name.strip() for name in next(csv.reader([first], delimiter=separator)))
+    except csv.Error as error:
+        raise DataError(f"{path}: the header line cannot be read ({error}); rewrite it") from error
 
 
 def _first_line(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +48,19 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def make_row(number: int, image: object, captions: object) -> Row | BadRow:
-    """Check the two cells of one row. `captions` is a string, None, or a list of strings."""
+def make_row(number: int, image: object, captions: object, *, numbers: bool = False) -> Row | BadRow:
+    """Check the two cells of one row. `captions` is a string, None, or a list of strings.
+
+    With `numbers` a number is taken for the text it is written as: class labels often are numbers.
+    """
     if image is not None and not isinstance(image, str):
         return BadRow(number, "", f"the image is {_kind(image)}, not a path")
     path = (image or "").strip()
     if not path:
         return BadRow(number, "", "no image path")
     cells = captions if isinstance(captions, list | tuple) else [captions]
+    if numbers:
+        cells = [_number_as_text(cell) for cell in cells]
     texts = []
     for cell in cells:
         if cell is not None and not isinstance(cell, str):
@@ -111,6 +117,13 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _number_as_text(cell: object) -> object:
+    # A table with one empty cell turns a column of whole numbers into floats, and the empty one into NaN.
+    if isinstance(cell, float) and (math.isnan(cell) or cell.is_integer()):
+        return None if math.isnan(cell) else str(int(cell))
+    return str(cell) if isinstance(cell, int | float) else cell
 
 
 def _kind(value: object) -> str:

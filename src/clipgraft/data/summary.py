@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -46,7 +47,7 @@ class DataReport:
 
 
 class BadRows:
-    """Counts the rows that cannot be used, keeps the first few, and stops when there are too many."""
+    """Counts the rows that cannot be used, by reason, keeps the first few, and stops at too many."""
 
     def __init__(self, source: Path, unit: str, *, strict: bool, limit: int | None) -> None:
         if limit is not None and limit < 0:
@@ -57,15 +58,17 @@ class BadRows:
         self._limit = limit
         self.count = 0
         self.first: list[BadRow] = []
+        self.reasons: Counter[str] = Counter()
 
     def add(self, row: BadRow) -> None:
         """Count one more. Raises DataError under `strict`, or when there are more than the limit."""
         self.count += 1
+        self.reasons[row.reason] += 1
         if len(self.first) < _KEPT and not self._told(row):
             self.first.append(row)
         if self._strict:
             how = "correct the row, or leave out --strict to skip such rows"
-            raise DataError(f"{self._source}: {_describe(row, self._unit)}; {how}")
+            raise DataError(f"{self._source}: {describe_row(row, self._unit)}; {how}")
         if self._limit is not None and self.count > self._limit:
             raise DataError(
                 f"{self._source}: more than {self._limit:,} rows cannot be used ({self.examples()}); "
@@ -79,7 +82,7 @@ class BadRows:
 
     def examples(self) -> str:
         """The first few, on one line."""
-        return "; ".join(_describe(row, self._unit) for row in self.first[:_SHOWN])
+        return "; ".join(describe_row(row, self._unit) for row in self.first[:_SHOWN])
 
 
 def count_long_captions(
@@ -104,16 +107,21 @@ def with_long_captions(report: DataReport, long_captions: int, context_length: i
 def format_report(report: DataReport) -> str:
     """The report as aligned text, one line a fact; a line that tells of a problem says what to do."""
     lines = [f"{report.source} ({report.kind})", *(f"  note: {note}" for note in report.notes)]
-    facts = _facts(report)
-    name_width = max(len(name) for name, _, _ in facts)
-    count_width = max(len(f"{count:,}") for _, count, _ in facts)
-    for name, count, remark in facts:
-        lines.append(f"  {name:<{name_width}}  {count:>{count_width},}  {remark}".rstrip())
+    lines += fact_lines(_facts(report))
     if report.first_bad:
         more = ", the first of each image" if report.bad_rows > len(report.first_bad) else ""
         lines.append(f"  skipped rows{more}:")
-        lines += [f"    {_describe(row, report.unit)}" for row in report.first_bad]
+        lines += [f"    {describe_row(row, report.unit)}" for row in report.first_bad]
     return "\n".join(lines)
+
+
+def fact_lines(facts: Sequence[tuple[str, int, str]]) -> list[str]:
+    """(name, count, remark) as indented lines with names and counts in columns."""
+    name_width = max(len(name) for name, _, _ in facts)
+    count_width = max(len(f"{count:,}") for _, count, _ in facts)
+    return [
+        f"  {name:<{name_width}}  {count:>{count_width},}  {remark}".rstrip() for name, count, remark in facts
+    ]
 
 
 def _facts(report: DataReport) -> list[tuple[str, int, str]]:
@@ -158,5 +166,6 @@ def _duplicates_advice(report: DataReport) -> str:
     return f"same file under several names ({same}): give all their captions to one"
 
 
-def _describe(row: BadRow, unit: str) -> str:
+def describe_row(row: BadRow, unit: str) -> str:
+    """`line 7: a.jpg not found in data`: where, which image, why."""
     return " ".join(part for part in (f"{unit} {row.number}:", row.image, row.reason) if part)

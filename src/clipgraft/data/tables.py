@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.data.columns import Columns, Keys, find_columns, guess_notes, missing_columns
-from clipgraft.data.delimited import is_token_file, read_delimited, read_tokens
+from clipgraft.data.delimited import header_readings, is_token_file, read_delimited, read_tokens
 from clipgraft.data.folders import find_captions_file, image_root, read_sidecars
 from clipgraft.data.rows import BadRow, Rows, Table, make_row, text_lines
 from clipgraft.errors import ConfigError, DataError
@@ -40,12 +40,13 @@ def read_table(
     image_key: str | None = None,
     caption_key: str | None = None,
     separator: str | None = None,
+    numbers: bool = False,
 ) -> Table:
     """Open `source` and find its columns. The rows themselves are read when `Table.rows` is iterated.
 
     `image_key`, `caption_key` and `separator` are taken as given; where they are None, open_clip's defaults
     ("filepath", "title", tab) are tried first, then the usual names and separators, and `Table.notes` says
-    which.
+    which. With `numbers`, numbers in the caption column are text.
 
     Raises DataError when the source is missing, empty, of an unknown kind, or lacks a column; ConfigError for
     an unknown `dataset_type` or a separator of more than one character.
@@ -54,7 +55,22 @@ def read_table(
     kind = _kind(source, dataset_type)
     if kind == "folder":
         return _read_folder(source, keys, separator)
-    return _read_file(source, kind, keys, separator)
+    return _read_file(source, kind, keys, separator, numbers)
+
+
+def read_headers(
+    source: Path, dataset_type: str = "auto", separator: str | None = None
+) -> dict[str | None, tuple[str, ...]]:
+    """The column names of a file, before any is chosen: separator -> names as that separator splits them.
+
+    JSON Lines and Parquet have one entry, under None. Raises as `read_table`.
+    """
+    kind = _kind(source, dataset_type)
+    if kind == "jsonl":
+        return {None: tuple(_jsonl_names(source))}
+    if kind == "parquet":
+        return {None: tuple(_parquet_names(source))}
+    return dict(header_readings(source, separator).items())
 
 
 def _kind(source: Path, dataset_type: str) -> str:
@@ -88,11 +104,11 @@ def _nearest(source: Path) -> str:
     return f'; did you mean "{near[0]}"?' if near else "; check the path"
 
 
-def _read_file(source: Path, kind: str, keys: Keys, separator: str | None) -> Table:
+def _read_file(source: Path, kind: str, keys: Keys, separator: str | None, numbers: bool = False) -> Table:
     if kind == "jsonl":
-        return _read_jsonl(source, keys)
+        return _read_jsonl(source, keys, numbers)
     if kind == "parquet":
-        return _read_parquet(source, keys)
+        return _read_parquet(source, keys, numbers)
     if separator is None and keys == Keys() and is_token_file(source):
         return read_tokens(source)
     return read_delimited(source, keys, separator)
@@ -108,7 +124,7 @@ def _read_folder(source: Path, keys: Keys, separator: str | None) -> Table:
     return replace(table, folder=folder, kind=f"folder, {table.kind}", notes=notes)
 
 
-def _read_jsonl(source: Path, keys: Keys) -> Table:
+def _jsonl_names(source: Path) -> list[str]:
     with closing(_json_objects(source)) as objects:
         head = [value for _, value in islice(objects, _HEAD)]
     found = [value for value in head if isinstance(value, dict)]
@@ -117,7 +133,11 @@ def _read_jsonl(source: Path, keys: Keys) -> Table:
         raise DataError(
             f'{source}: {wrong}; each line must be like {{"filepath": "a.jpg", "title": "a dog"}}'
         )
-    names = list(dict.fromkeys(name for value in found for name in value))
+    return list(dict.fromkeys(name for value in found for name in value))
+
+
+def _read_jsonl(source: Path, keys: Keys, numbers: bool) -> Table:
+    names = _jsonl_names(source)
     columns = find_columns(names, keys)
     if columns is None:
         raise missing_columns(source, names, keys)
@@ -126,18 +146,19 @@ def _read_jsonl(source: Path, keys: Keys) -> Table:
         source.parent,
         "jsonl",
         "line",
-        partial(_jsonl_rows, source, columns),
+        partial(_jsonl_rows, source, columns, numbers),
         guess_notes(columns.guessed),
     )
 
 
-def _jsonl_rows(source: Path, columns: Columns) -> Rows:
+def _jsonl_rows(source: Path, columns: Columns, numbers: bool) -> Rows:
     with closing(_json_objects(source)) as objects:
         for number, value in objects:
             if isinstance(value, str):
                 yield BadRow(number, "", value)
             else:
-                yield make_row(number, value.get(columns.image), value.get(columns.caption))
+                image, captions = value.get(columns.image), value.get(columns.caption)
+                yield make_row(number, image, captions, numbers=numbers)
 
 
 def _json_objects(source: Path) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
@@ -159,7 +180,7 @@ def _json_objects(source: Path) -> Generator[tuple[int, dict[str, Any] | str], N
                 )
 
 
-def _read_parquet(source: Path, keys: Keys) -> Table:
+def _parquet_names(source: Path) -> list[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -168,11 +189,15 @@ def _read_parquet(source: Path, keys: Keys) -> Table:
             f"{source}: reading Parquet needs pyarrow: pip install 'clipgraft[parquet]'"
         ) from error
     try:
-        names = pyarrow.parquet.read_schema(source).names
+        return list(pyarrow.parquet.read_schema(source).names)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{source}: is not a whole Parquet file ({_one_line(error)}); write it again"
         ) from error
+
+
+def _read_parquet(source: Path, keys: Keys, numbers: bool) -> Table:
+    names = _parquet_names(source)
     columns = find_columns(names, keys)
     if columns is None:
         raise missing_columns(source, names, keys)
@@ -181,12 +206,12 @@ def _read_parquet(source: Path, keys: Keys) -> Table:
         source.parent,
         "parquet",
         "row",
-        partial(_parquet_rows, source, columns),
+        partial(_parquet_rows, source, columns, numbers),
         guess_notes(columns.guessed),
     )
 
 
-def _parquet_rows(source: Path, columns: Columns) -> Rows:
+def _parquet_rows(source: Path, columns: Columns, numbers: bool) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -197,7 +222,7 @@ def _parquet_rows(source: Path, columns: Columns) -> Rows:
                 cells = batch.to_pydict()
                 for image, captions in zip(cells[columns.image], cells[columns.caption], strict=True):
                     number += 1
-                    yield make_row(number, image, captions)
+                    yield make_row(number, image, captions, numbers=numbers)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"{source}: damaged after row {number} ({_one_line(error)}); write it again"

@@ -1,26 +1,23 @@
-"""Telling classes apart: prototypes out of prompts, the loss over them, and heads without prompts."""
+"""Telling classes apart: the loss over class features, and heads that need no prompts."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipgraft.errors import CheckpointError
+from clipgraft.files import atomic_path, write_json
+
 HeadKind = Literal["linear", "cosine"]
-
-
-def class_prototypes(prompts: Tensor, class_of_prompt: Tensor) -> Tensor:
-    """(P, D) features of prompts, any norm, and the (P,) class of each -> (C, D) unit-norm class features.
-
-    A class is the mean of its prompts' unit-norm features, normalised again (Radford et al. 2021,
-    arXiv:2103.00020, section 3.1.4). Every class 0 … C - 1 has a prompt.
-    """
-    unit = F.normalize(prompts.float(), dim=-1)
-    classes = int(class_of_prompt.max()) + 1
-    sums = unit.new_zeros(classes, unit.shape[1]).index_add(0, class_of_prompt, unit)
-    return F.normalize(sums, dim=-1)
+HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
 
 
 def class_loss(
@@ -68,3 +65,32 @@ class Head(nn.Module):
         weight = self.weight if self.kind == "linear" else F.normalize(self.weight, dim=-1)
         logits = F.linear(F.normalize(images.float(), dim=-1), weight) * self.scale
         return logits if self.bias is None else logits + self.bias
+
+
+def save_head(head: Head, classes: Sequence[str], folder: Path) -> None:
+    """Write `head.safetensors` and `classes.json`, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    with atomic_path(folder / HEAD_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / CLASSES_FILE, {"kind": head.kind, "classes": list(classes)})
+
+
+def load_head(folder: Path) -> tuple[Head, tuple[str, ...]]:
+    """A saved head and the names of its classes.
+
+    Raises:
+        CheckpointError: there is none, or its files are damaged or do not belong together.
+    """
+    try:
+        record = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / HEAD_FILE)
+        head = Head(record["kind"], tensors["weight"], float(tensors["scale"]))
+        head.load_state_dict(tensors)
+        classes = tuple(str(name) for name in record["classes"])
+        if len(classes) != len(head.weight):
+            raise ValueError(f"{len(classes)} classes for {len(head.weight)} rows")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no head to read in {folder} ({type(error).__name__}): train one with --head linear or cosine"
+        ) from error
+    return head, classes

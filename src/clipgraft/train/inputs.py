@@ -61,6 +61,7 @@ def prepare_inputs(
     cache: FeatureCache | None = None,
     cache_views: int | None = None,
     exact_preprocess: bool = False,
+    may_be_frozen: bool = False,
 ) -> Inputs:
     """Decide for each tower whether it is a constant, or begins with one, and compute once what is.
 
@@ -68,7 +69,7 @@ def prepare_inputs(
     features of a frozen image tower are looked up in `cache`, and kept there. With `augment` a frozen image
     tower is no constant, unless `cache_views` says how many views of each image stand for all. Pixels of what
     is computed once come from the faster preprocessing, unless `exact_preprocess`; those of a tower that runs
-    at every step never do.
+    at every step never do. `may_be_frozen` says that something else than the model trains, too.
 
     Raises:
         ConfigError: nothing trains, there is no augmentation to train with, or what is given does not go with
@@ -77,7 +78,7 @@ def prepare_inputs(
         ModelError: the model came without tokenizer or preprocessing.
     """
     live_images, live_texts = trains(clip, "vision"), trains(clip, "text")
-    if not live_images and not live_texts:
+    if not live_images and not live_texts and not may_be_frozen:
         raise ConfigError("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
     _check_views(live_images, augment, cache_views, image_features)
     lower = None

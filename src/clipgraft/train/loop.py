@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipgraft.errors import TrainingError
@@ -36,6 +36,7 @@ class Loop:
     """One run: everything the loop reads, as plain values.
 
     Attributes:
+        trained: what holds all that trains: the model, or the model and more.
         objective: what a step minimises.
         schedule: learning rate by step.
         checkpoint_steps: steps between checkpoints besides those of every epoch; 0 for none.
@@ -45,6 +46,7 @@ class Loop:
     """
 
     clip: Clip
+    trained: nn.Module
     feed: Feed
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -78,7 +80,7 @@ class Loop:
     def _start(self, folder: RunFolder, resume: bool) -> Position:
         position = Position()
         if resume and folder.latest.exists():
-            position = load_checkpoint(folder.latest, self.clip.model, self.optimizer, self.settings)
+            position = load_checkpoint(folder.latest, self.trained, self.optimizer, self.settings)
             log.info("resuming after step %d of %d", position.step, self.feed.steps * self.epochs)
         elif resume:
             log.info("%s has no checkpoint yet: starting at the first step", folder.path)
@@ -86,7 +88,7 @@ class Loop:
         return position
 
     def _epoch(self, folder: RunFolder, epoch: int, position: Position, stop: threading.Event) -> Position:
-        self.clip.train()
+        self.trained.train()
         start = position.step_in_epoch
         batches = self.feed.batches(epoch, start)
         with contextlib.closing(batches), self._bar(epoch, start) as bar:
@@ -136,7 +138,7 @@ class Loop:
         return self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0
 
     def _checkpoint(self, folder: RunFolder, position: Position) -> None:
-        save_checkpoint(folder.latest, self.clip.model, self.optimizer, position, self.settings)
+        save_checkpoint(folder.latest, self.trained, self.optimizer, position, self.settings)
 
     def _interrupted(self, position: Position) -> Interrupted:
         return Interrupted(f"stopped and saved after step {position.step} of {self.feed.steps * self.epochs}")

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipgraft.evaluate.classify import pool_prompts
 from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import Encode, Features, Loss
-from clipgraft.train.classes import class_loss, class_prototypes
+from clipgraft.train.classes import class_loss
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.negatives import Gallery, pair_loss
 from clipgraft.train.towers import Tower
@@ -64,8 +66,8 @@ class Prompted:
 
     Attributes:
         images: what the image tower gives for a micro-batch.
-        prompts: () -> (P, D) features of all prompts, any norm.
-        class_of_prompt: (P,) the class of every prompt, sorted.
+        prompts: () -> (P, D) features of all prompts, class by class, any norm.
+        counts: how many prompts each class has.
         class_of_caption: (captions,) the class that a caption id stands for.
         weights: (C,) of the classes in the loss, or None.
     """
@@ -73,7 +75,7 @@ class Prompted:
     clip: Clip
     images: Tower
     prompts: Callable[[], Tensor]
-    class_of_prompt: Tensor
+    counts: Sequence[int]
     class_of_caption: Tensor
     weights: Tensor | None = None
 
@@ -95,7 +97,7 @@ class Prompted:
         labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
 
         def loss(images: Tensor, texts: Tensor) -> Tensor:
-            prototypes = class_prototypes(texts, self.class_of_prompt.to(texts.device))
+            prototypes = pool_prompts(F.normalize(texts.float(), dim=-1), self.counts)
             scale = self.clip.logit_scale.float().exp()
             return class_loss(images, prototypes, scale, labels, self.weights)
 
@@ -128,6 +130,6 @@ class Headed:
         def loss(images: Tensor, texts: Tensor) -> Tensor:
             weights = None if self.weights is None else self.weights.to(images.device)
             logits: Tensor = self.head(images)
-            return nn.functional.cross_entropy(logits, labels.to(images.device), weight=weights)
+            return F.cross_entropy(logits, labels.to(images.device), weight=weights)
 
         return loss

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from clipgraft.lora.state import lora_state
+from clipgraft.lora.layers import LoraLayer
 
 Schedule: TypeAlias = Callable[[int], float]
 
@@ -54,8 +54,7 @@ def make_optimizer(
     `lora_plus_ratio` is the λ of LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the factor of each update that
     starts at zero, B for all but embeddings, learns λ times as fast.
     """
-    state = lora_state(model)
-    layers = [] if state is None or lora_plus_ratio == 1 else list(state.layers.values())
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if lora_plus_ratio != 1 else []
     faster = [layer.starts_at_zero for layer in layers]
     groups = parameter_groups(model.named_parameters(), weight_decay, faster, lora_plus_ratio)
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
@@ -63,12 +64,14 @@ class Task:
         objective: what a step minimises.
         evaluate: metrics of the model as it is; None if there is nothing to evaluate on.
         headline: the numbers of them that people look at first, in words.
+        head: what trains besides the model, or None.
     """
 
     feed: Feed
     objective: Objective
     evaluate: Callable[[], dict[str, float]] | None
     headline: Callable[[Mapping[str, float]], str]
+    head: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,14 @@ def run_task(
         if not trains(clip, "vision"):
             encoder.forget("vision")
         saver = Saver(clip, folder.path, keeping.save_lora_only)
+        trained = clip.model if task.head is None else nn.ModuleDict({"model": clip.model, "head": task.head})
         loop = Loop(
             clip=clip,
+            trained=trained,
             feed=task.feed,
             objective=task.objective,
             optimizer=make_optimizer(
-                clip.model, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps, spec.lora_plus_ratio
+                trained, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps, spec.lora_plus_ratio
             ),
             schedule=_schedule(spec, task.feed.steps),
             epochs=spec.epochs,

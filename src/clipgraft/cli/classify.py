@@ -1,0 +1,144 @@
+"""Classification behind `clipgraft train` and `clipgraft eval`: what is read, and what is printed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clipgraft.cli.common import load_model, open_cache
+from clipgraft.cli.eval import side_by_side
+from clipgraft.cli.train import announce, graft
+from clipgraft.config import ClassSpec, DataSpec
+from clipgraft.data.labels import Labelled, class_weights, few_shot, match_classes, split_labelled
+from clipgraft.data.labels_read import read_labelled
+from clipgraft.data.labels_report import format_label_report
+from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
+from clipgraft.evaluate.classify import ClassificationResult, evaluate_classification
+from clipgraft.lora.rank import auto_rank
+from clipgraft.models.clip import Clip
+
+log = logging.getLogger("clipgraft")
+_SHOWN = ("acc1", "acc5", "mean_per_class_recall", "ece", "loss")
+
+
+@dataclass(frozen=True)
+class ClassData:
+    """Images to train and to evaluate on, and the prompts of their classes."""
+
+    train: Labelled
+    val: Labelled | None
+    prompts: tuple[tuple[str, ...], ...]
+
+
+def read_class_data(data: DataSpec, classes: ClassSpec, seed: int) -> ClassData:
+    """Read and check labelled images, with what is held out and what prompts say, and print the summary."""
+    assert data.train_data is not None
+    train = read_images(data.train_data, data, classes, "training images")
+    val = None
+    if data.val_data is not None:
+        val = match_classes(read_images(data.val_data, data, classes, "validation images"), train.classes)
+    elif classes.val_size is not None:
+        train, val = split_labelled(train, classes.val_size, seed)
+        log.info("%d images to train on, %d held out", len(train), len(val))
+    if classes.shots is not None:
+        train = few_shot(train, classes.shots, seed)
+        log.info("%d images to train on: %d shots a class", len(train), classes.shots)
+    return ClassData(train, val, prompts_of(train.classes, classes))
+
+
+def read_images(path: Path, data: DataSpec, classes: ClassSpec, what: str) -> Labelled:
+    """One set of labelled images, with its summary."""
+    with tqdm(desc=f"checking {what}", unit="image", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        images, report = read_labelled(
+            path,
+            image_key=data.csv_img_key,
+            label_key=classes.csv_label_key,
+            separator=data.csv_separator,
+            strict=data.strict,
+            max_bad_rows=data.max_bad_rows,
+            workers=data.workers,
+            progress=progress,
+        )
+    log.info("%s", format_label_report(report))
+    return images
+
+
+def prompts_of(names: Sequence[str], classes: ClassSpec) -> tuple[tuple[str, ...], ...]:
+    """The prompts of each class, from the YAML and the templates."""
+    given = None if classes.prompts is None else read_prompts(classes.prompts)
+    return class_prompts(names, given, find_templates(classes.templates))
+
+
+def train_classifier(specs: Sequence[Any], folder: Path) -> None:
+    """Load what the specs name, and train it into `folder` to tell classes apart."""
+    from clipgraft.train.fit_classes import fit_classifier
+
+    model_spec, data, classes, lora, train, where = specs
+    clip = load_model(model_spec)
+    read = read_class_data(data, classes, train.seed)
+    if lora.use_lora:
+        graft(clip, lora, train.seed, lambda: auto_rank(len(read.train), "classification"))
+    announce(clip, len(read.train), train)
+    fit_classifier(
+        clip,
+        read.train,
+        read.val,
+        prompts=read.prompts,
+        out=folder,
+        head=classes.head,
+        weights=class_weights(read.train) if classes.class_weights else None,
+        resume=where.resume is not None,
+        save_frequency=where.save_frequency,
+        val_frequency=where.val_frequency,
+        save_lora_only=where.save_lora_only,
+        checkpoint_steps=where.checkpoint_steps,
+        autocast=model_spec.autocast,
+        workers=data.workers,
+        cache=open_cache(data),
+        exact_preprocess=data.exact_preprocess,
+        params={name: value for spec in specs for name, value in spec.model_dump().items()},
+        **train.model_dump(),
+    )
+
+
+def measure_classes(
+    clip: Clip, data: DataSpec, classes: ClassSpec, **options: Any
+) -> dict[str, ClassificationResult]:
+    """Results of the base and, where the model carries one, of its adapter.
+
+    `options` are what `encode_images` and `evaluate_classification` both take.
+    """
+    assert data.val_data is not None
+    images = read_images(data.val_data, data, classes, "images")
+    prompts = prompts_of(images.classes, classes)
+    return side_by_side(
+        clip,
+        images.images,
+        lambda features: evaluate_classification(clip, images, prompts, image_features=features, **options),
+        **options,
+    )
+
+
+def class_table(columns: dict[str, ClassificationResult]) -> str:
+    """Metrics as aligned rows, one column a model, and recall of each class below; in percent."""
+    width = max([24, *(len(row.name) for result in columns.values() for row in result.per_class)])
+    lines = [f"{'':<{width}}" + "".join(f"{name:>10}" for name in columns)]
+    for metric in _SHOWN:
+        factor = 1 if metric == "loss" else 100
+        values = (factor * result.metrics[metric] for result in columns.values())
+        lines.append(f"{metric:<{width}}" + "".join(f"{value:>10.2f}" for value in values))
+    lines.append("recall of")
+    for rows in zip(*(result.per_class for result in columns.values()), strict=True):
+        recalls = (f"{100 * row.recall:>10.1f}" if row.recall is not None else f"{'-':>10}" for row in rows)
+        lines.append(f"{rows[0].name:<{width}}" + "".join(recalls) + f"   of {rows[0].count}")
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""From class names to the sentences that a text encoder turns into a classifier."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipgraft.data.labels import near_misses
+from clipgraft.errors import ConfigError, DataError
+
+log = logging.getLogger("clipgraft")
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "photo": DEFAULT_TEMPLATES,
+    # The seven of OpenAI's "Prompt Engineering for ImageNet" notebook that did as well as all eighty.
+    "ensemble": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+}
+
+
+def class_words(name: str) -> str:
+    """A class name as words: `fire_engine` reads "fire engine"."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def find_templates(chosen: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates of a named set ("photo", "ensemble"), or those given: one, or several.
+
+    Raises:
+        ConfigError: a template has no `{}` for the class name, and is not the name of a set.
+    """
+    if isinstance(chosen, str):
+        return TEMPLATE_SETS.get(chosen) or _checked([chosen])
+    return _checked(chosen)
+
+
+def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
+    """Prompts of classes from a YAML file that maps each class to a prompt, or to a list of them.
+
+    Everything is read as text: a class may be called `no`, `1` or `null` without quotes.
+
+    Raises:
+        DataError: the file is missing, is no such YAML, names a class twice, or leaves one without a prompt.
+    """
+    loaded = _read_yaml(path)
+    if not isinstance(loaded, dict) or not loaded:
+        raise DataError(f"{path}: must map each class to its prompts, like `cat: a photo of a cat`")
+    return {name: _texts(path, name, value) for name, value in loaded.items()}
+
+
+def class_prompts(
+    classes: Sequence[str],
+    prompts: Mapping[str, Sequence[str]] | None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+) -> tuple[tuple[str, ...], ...]:
+    """The prompts of each class, in the order of `classes`.
+
+    A class takes its own `prompts`, found by its name, or by its words in any case: `Fire engine` is
+    `fire_engine`. A class without any takes `templates`, with its words for `{}`, which is also filled in
+    prompts; one log line counts those.
+
+    Raises:
+        ConfigError: a template has no `{}`.
+        DataError: prompts that name no class, or name one twice; a class with an empty list.
+    """
+    templates = _checked(templates)
+    own = _by_class(classes, prompts or {})
+    without = [name for name in classes if name not in own]
+    if prompts and without:
+        shown = ", ".join(without[:10]) + (", ..." if len(without) > 10 else "")
+        log.info(
+            "%d of %d classes have no prompt and take the templates: %s", len(without), len(classes), shown
+        )
+    return tuple(
+        tuple(text.replace("{}", class_words(name)) for text in own.get(name, templates)) for name in classes
+    )
+
+
+def _by_class(classes: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    exact = set(classes)
+    by_words = {class_words(name).casefold(): name for name in reversed(classes)}
+    own: dict[str, Sequence[str]] = {}
+    unknown = []
+    for written, texts in prompts.items():
+        name = written if written in exact else by_words.get(class_words(written).casefold())
+        if name is None:
+            unknown.append(written)
+            continue
+        if name in own:
+            raise DataError(f"prompts: class '{name}' is named twice, once as '{written}'; keep one of them")
+        if isinstance(texts, str) or not texts:
+            raise DataError(f"prompts: class '{name}' must have a list of one or more prompts")
+        own[name] = texts
+    if unknown:
+        count = f"{len(unknown)} name" + (" is no class" if len(unknown) == 1 else "s are no classes")
+        advice = f"the classes are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+        raise DataError(f"prompts: {count} of the data: {near_misses(unknown, classes)}; {advice}")
+    return own
+
+
+def _checked(templates: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(templates, str):
+        templates = (templates,)
+    if not templates:
+        raise ConfigError('templates: none given; give one or more, such as "a photo of a {}."')
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong:
+        sets = ", ".join(TEMPLATE_SETS)
+        raise ConfigError(
+            f'template "{wrong[0]}" has no {{}} for the class name; add it, or use a set: {sets}'
+        )
+    return tuple(templates)
+
+
+def _texts(path: Path, name: Any, value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if not isinstance(name, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise DataError(f"{path}: class '{name}' must have a prompt, or a list of prompts, and nothing else")
+    return tuple(text.strip() for text in texts)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        """Scalars stay text, and a key given twice is a fault."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise DataError(f"{path}: class '{twice[0]}' is there twice; put its prompts into one list")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is not YAML: {' '.join(str(error).split())}; correct it") from error

@@ -1,0 +1,220 @@
+"""Classification by prompts: features to logits, and logits to numbers.
+
+`acc1`, `acc5` and `mean_per_class_recall` are those of CLIP_benchmark. Ties count against the model, as in
+`clipgraft.evaluate.metrics`: one that gives all classes the same logit is always wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.features import Progress, encode_captions, encode_images
+from clipgraft.data.labels import Labelled
+from clipgraft.engine.encoder import Encoder
+from clipgraft.errors import DataError, TrainingError
+from clipgraft.models.clip import ClipLike, as_clip
+from clipgraft.models.precision import use_autocast
+
+CALIBRATION_BINS = 15
+_ROWS = 4096  # rows whose float64 copy is made at once
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class: `recall` is None where it has no image, `precision` where it is never predicted."""
+
+    name: str
+    count: int
+    recall: float | None
+    precision: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationResult:
+    """What a classifier got right.
+
+    Attributes:
+        metrics: `acc1`, `acc5`, `mean_per_class_recall`, `loss`, `ece`.
+        per_class: one row a class, in the order of the classes.
+        confusion: int64 (C, C): how many images of the row's class were taken for the column's.
+    """
+
+    metrics: dict[str, float]
+    per_class: tuple[ClassRow, ...]
+    confusion: Tensor
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> ClassificationResult:
+    """Accuracy, loss and calibration of a classifier.
+
+    `acc5` counts the first min(5, C) classes. `mean_per_class_recall` averages over the classes that have an
+    image. `loss` is the mean cross-entropy. `ece` is the expected calibration error of the softmax over 15
+    bins of equal width (Guo et al. 2017, *On Calibration of Modern Neural Networks*, eq. 3), bins open below.
+
+    Args:
+        logits: floating (N, C), temperature included.
+        labels: integer (N,), indices into `classes`.
+        classes: C names.
+
+    Raises:
+        DataError: there is no image, or the shapes or labels do not fit.
+        TrainingError: a logit is NaN or infinite.
+    """
+    _check(logits, labels, classes)
+    logits, labels = logits.detach().cpu(), labels.detach().cpu().long()
+    parts = [
+        _judge(*part) for part in zip(torch.split(logits, _ROWS), torch.split(labels, _ROWS), strict=True)
+    ]
+    rank, predicted, loss, confidence = (torch.cat(values) for values in zip(*parts, strict=True))
+    size = len(classes)
+    confusion = torch.bincount(labels * size + predicted, minlength=size * size).view(size, size)
+    rows = _per_class(confusion, classes)
+    recalls = [row.recall for row in rows if row.recall is not None]
+    correct = (rank == 1).double()
+    metrics = {
+        "acc1": float(correct.mean()),
+        "acc5": float((rank <= min(5, size)).double().mean()),
+        "mean_per_class_recall": sum(recalls) / len(recalls),
+        "loss": float(loss.mean()),
+        "ece": _calibration_error(confidence, correct),
+    }
+    return ClassificationResult(metrics, rows, confusion)
+
+
+def pool_prompts(features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Unit-norm prompt features (P, D), class after class -> unit-norm class features (C, D).
+
+    The mean of each class's prompts, normalised again (Radford et al. 2021, *Learning Transferable Visual
+    Models From Natural Language Supervision*, section 3.1.4). `counts` says how many prompts each class has.
+    Gradients flow.
+    """
+    means = torch.stack([part.mean(0) for part in torch.split(features, list(counts))])
+    return F.normalize(means, dim=-1)
+
+
+def class_features(
+    model: Encoder | ClipLike, prompts: Sequence[Sequence[str]], *, batch_size: int = 256
+) -> Tensor:
+    """Unit-norm fp32 features of classes, (C, D) on the CPU, without gradients.
+
+    Args:
+        model: a `Clip`, a raw model, or the `Encoder` to use.
+        prompts: one or more of each class.
+        batch_size: prompts encoded at once.
+
+    Raises:
+        DataError: a class without a prompt.
+    """
+    empty = [index for index, texts in enumerate(prompts) if not texts]
+    if empty or not prompts:
+        raise DataError(f"class {empty[0] if empty else 0} has no prompt; give each class at least one")
+    encoder = model if isinstance(model, Encoder) else Encoder(as_clip(model))
+    texts = [text for group in prompts for text in group]
+    features = encode_captions(encoder.clip, texts, batch_size=batch_size, encoder=encoder)
+    return pool_prompts(features, [len(group) for group in prompts])
+
+
+def evaluate_classification(
+    model: ClipLike,
+    data: Labelled,
+    prompts: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
+    autocast: bool | None = False,
+    encoder: Encoder | None = None,
+    image_features: Tensor | None = None,
+    progress: Progress | None = None,
+    cache: FeatureCache | None = None,
+    exact_preprocess: bool = False,
+) -> ClassificationResult:
+    """Classify the images of `data` by the prompts of each class: zero-shot, or with the model's adapter.
+
+    Logits are cosines times the model's own temperature.
+
+    Args:
+        model: a `Clip` or a raw model.
+        data: images and labels.
+        prompts: of each of `data.classes`, as `clipgraft.data.prompts.class_prompts` makes them.
+        batch_size: images encoded at once.
+        workers: processes that decode images.
+        autocast: compute features in bf16 where it is safe; None where the device is also fast at it.
+        encoder: takes the place of a new one with `autocast`.
+        image_features: unit-norm (N, D) features of `data.images`, where they are known already.
+        progress: told how many images each batch added.
+        cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
+        exact_preprocess: preprocess images with the model's own transform, to the last grey level.
+
+    Raises:
+        DataError: prompts and classes differ in number, or an image cannot be used.
+    """
+    if len(prompts) != len(data.classes):
+        raise DataError(f"prompts of {len(prompts)} classes for {len(data.classes)} classes; give all theirs")
+    clip = as_clip(model)
+    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
+    if image_features is None:
+        image_features = encode_images(
+            clip,
+            data.images,
+            batch_size=batch_size,
+            workers=workers,
+            encoder=encoder,
+            progress=progress,
+            cache=cache,
+            exact_preprocess=exact_preprocess,
+        )
+    scale = clip.logit_scale.detach().float().exp().cpu()
+    logits = scale * image_features.float().cpu() @ class_features(encoder, prompts).T
+    return classification_metrics(logits, torch.tensor(data.labels), data.classes)
+
+
+def _check(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] != len(classes):
+        shapes = f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}, {len(classes)} classes"
+        raise DataError(f"{shapes} do not fit: pass (N, C) logits, (N,) labels and C names")
+    if not len(labels) or not classes:
+        raise DataError("no image to average over: pass at least one row and one class")
+    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+        raise DataError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, outside 0..{len(classes) - 1}"
+        )
+    broken = (~logits.isfinite()).any(1).nonzero()
+    if len(broken):
+        raise TrainingError(
+            f"logits hold NaN or infinity in {len(broken)} of {len(logits)} rows (first: row "
+            f"{int(broken[0])}): the model diverged or overflowed; lower the learning rate or use fp32/bf16."
+        )
+
+
+def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For (n, C) logits, (n,) each: rank of the true class, predicted class, cross-entropy, confidence."""
+    logits, columns = logits.double(), labels[:, None]
+    own = logits.gather(1, columns)
+    others = logits.scatter(1, columns, -torch.inf)
+    rank = 1 + (others >= own).sum(1)
+    predicted = torch.where(rank == 1, labels, others.argmax(1))
+    probabilities = logits.log_softmax(1)
+    loss = -probabilities.gather(1, columns)[:, 0]
+    return rank, predicted, loss, probabilities.max(1).values.exp()
+
+
+def _per_class(confusion: Tensor, classes: Sequence[str]) -> tuple[ClassRow, ...]:
+    right, shown = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    guessed = confusion.sum(0).tolist()
+    return tuple(
+        ClassRow(name, count, hits / count if count else None, hits / times if times else None)
+        for name, hits, count, times in zip(classes, right, shown, guessed, strict=True)
+    )
+
+
+def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)[1:-1]
+    bins = torch.bucketize(confidence, edges)
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence)
+    return float(gap.abs().sum()) / len(confidence)
