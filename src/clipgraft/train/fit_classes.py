@@ -17,7 +17,7 @@ from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.labels import Labelled
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
-from clipgraft.errors import DataError
+from clipgraft.errors import ConfigError, DataError
 from clipgraft.evaluate.classify import class_features, classification_metrics, evaluate_classification
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
@@ -79,7 +79,8 @@ def fit_classifier(
 
     Raises:
         AdapterError: adapters are merged into the base, or none is active.
-        ConfigError: options out of range, nothing to train, or `out` holds another run.
+        ConfigError: options out of range, nothing to train, a text tower that trains beside a head, or `out`
+            holds another run.
         DataError: fewer images than one batch, a class without prompt, or other classes in `val`.
         TrainingError: the loss is not finite, or gradients are where they must not be.
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
@@ -89,6 +90,11 @@ def fit_classifier(
     (spec,) = build_specs([TrainSpec], options)
     _check(train, val, prompts)
     choose_trainable(clip, spec)
+    if head != "prompts" and trains(clip, "text"):
+        raise ConfigError(
+            f"--head {head} reads no texts, but the text tower is to train: adapt image sites alone "
+            "(--lora-targets vision-attention), add --lock-text, or use --head prompts"
+        )
     autocast = choose_autocast(autocast, clip, out, resume)
     made: list[Head] = []
 
