@@ -39,6 +39,13 @@ def _words(value: Any) -> Any:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
+def _expressions(value: Any) -> Any:
+    """`linear,attention`, or `text.*.q,v;vision.*` where an expression has commas of its own."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
+
+
 def _precision(value: Any) -> Any:
     """open_clip's other names; its `amp` is float16 on GPUs, of which bf16 is the sturdier relative."""
     return "amp_bf16" if value in ("amp", "amp_bfloat16") else value
@@ -147,21 +154,11 @@ class ClassSpec(Spec):
     class_weights: bool = Field(False, description="weigh classes in the loss by how rare they are")
 
 
-class LoraSpec(Spec):
-    """The adapter."""
+class AdapterSpec(Spec):
+    """The adapter, whatever its size."""
 
-    use_lora: bool = Field(
-        False, description="train a LoRA adapter; without it the model itself is fine-tuned"
-    )
-    lora_r: Rank = Field(16, description="rank, or 'auto' to choose one by the number of training pairs")
     lora_alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
-    lora_targets: str | None = Field(
-        None, description="target set or sites, e.g. text-attention or text.*.q,v"
-    )
-    lora_target_modules: Words | None = Field(
-        None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
-    )
     lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
     lora_dora: bool = Field(False, description="DoRA: train a magnitude of each output beside the direction")
     lora_bias: Literal["none", "lora_only", "all"] = Field(
@@ -175,6 +172,42 @@ class LoraSpec(Spec):
     )
     lora_alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
     lora_train_logit_scale: bool = Field(False, description="train the temperature with the adapter")
+
+
+class LoraSpec(AdapterSpec):
+    """The adapter."""
+
+    use_lora: bool = Field(
+        False, description="train a LoRA adapter; without it the model itself is fine-tuned"
+    )
+    lora_r: Rank = Field(16, description="rank, or 'auto' to choose one by the number of training pairs")
+    lora_targets: str | None = Field(
+        None, description="target set or sites, e.g. text-attention or text.*.q,v"
+    )
+    lora_target_modules: Words | None = Field(
+        None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
+    )
+
+
+class SweepSpec(AdapterSpec):
+    """The grid, and the adapters in it."""
+
+    targets: Annotated[tuple[str, ...], BeforeValidator(_expressions)] = Field(
+        ("text-attention",),
+        min_length=1,
+        description="target sets, joined by commas, or by semicolons if one of them has commas itself",
+    )
+    lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_words)] = Field(
+        (16,), min_length=1, description="ranks, joined by commas"
+    )
+    seeds: int = Field(1, ge=1, description="runs of each cell, with seeds from --seed on")
+    base: bool = Field(True, description="a row for the untouched base")
+    full: bool = Field(True, description="rows for full fine-tuning of what the adapters' towers are")
+    full_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of full fine-tuning (default: --lr)"
+    )
+    logs: UserPath = Field(Path("logs"), description="folder of all runs")
+    name: str = Field("sweep", min_length=1, description="of this sweep; the same name continues it")
 
 
 class TrainSpec(Spec):

@@ -15,6 +15,7 @@ from clipgraft.errors import ClipgraftError
 VERBS = {
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
     "eval": "measure retrieval of a base, or of an adapter beside its base",
+    "sweep": "train a grid of target sets, ranks and seeds beside the base and full fine-tuning",
     "merge": "fold adapters into their base: a model for open_clip, transformers or ONNX Runtime",
     "convert": "rewrite an adapter in another format: PEFT, the guide's .pt files, CLIP-LoRA",
     "demo": "adapt the embedded default to Vietnamese captions and show what it bought",

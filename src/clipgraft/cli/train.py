@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
-from clipgraft.config import ClassSpec, DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec, flag
+from clipgraft.config import (
+    AdapterSpec,
+    ClassSpec,
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    RunSpec,
+    Spec,
+    TrainSpec,
+    flag,
+)
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -167,9 +177,6 @@ def graft(clip: Clip, lora: LoraSpec, seed: int, choose_rank: Callable[[], tuple
     Raises:
         ConfigError: the base brought an adapter of its own.
     """
-    import torch
-
-    from clipgraft.lora.inject import apply_lora
     from clipgraft.lora.state import lora_state
     from clipgraft.lora.targets import guide_targets
 
@@ -185,6 +192,15 @@ def graft(clip: Clip, lora: LoraSpec, seed: int, choose_rank: Callable[[], tuple
     if rank == "auto":
         rank, reason = choose_rank()
         log.info("--lora-r auto: %s", reason)
+    attach_adapter(clip, lora, targets, rank, seed)
+
+
+def attach_adapter(clip: Clip, lora: AdapterSpec, targets: str, rank: int, seed: int) -> None:
+    """Attach an adapter of a rank to a target set, with all other options as they are given."""
+    import torch
+
+    from clipgraft.lora.inject import apply_lora
+
     torch.manual_seed(seed)
     sites = apply_lora(
         clip,

@@ -1,0 +1,192 @@
+"""`clipgraft sweep`."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgraft.cli.parser import parse
+from clipgraft.cli.train import attach_adapter, class_faults
+from clipgraft.config import ClassSpec, DataSpec, ModelSpec, Spec, SweepSpec, TrainSpec
+from clipgraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.models.clip import Clip
+    from clipgraft.train.grid import Cell, CellResult, Row
+    from clipgraft.train.run import FitResult
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
+_RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
+_CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the cells of a grid share: the data, how a model is trained on them, and how it is measured."""
+
+    fit: Callable[..., FitResult]
+    evaluate: Callable[[Clip], dict[str, float]]
+    metrics: tuple[str, ...]
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, run the cells that are not finished, and write the table."""
+    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassSpec, SweepSpec, TrainSpec]
+    specs = parse("sweep", _SUMMARY, kinds, argv)
+    model_spec, data, classes, sweep, train = specs
+    _check(data, classes, sweep)
+    from clipgraft.cli.common import load_model
+    from clipgraft.lora.targets import select_sites
+    from clipgraft.train.grid import grid, read_cell, write_cell
+
+    clip = load_model(model_spec)
+    towers = {site.tower for term in sweep.targets for site in select_sites(clip.sites, term)}
+    work = _work(clip, specs)
+    folder = sweep.logs / sweep.name
+    settings = _settings(specs, clip)
+    cells = grid(
+        sweep.targets, sweep.lora_r, range(train.seed, train.seed + sweep.seeds), sweep.base, sweep.full
+    )
+    results: list[CellResult] = []
+    for number, cell in enumerate(cells, start=1):
+        place = folder / "cells" / cell.name
+        result = read_cell(place, settings)
+        if result is None:
+            log.info("cell %d of %d: %s", number, len(cells), cell.name)
+            result = _run_cell(clip, cell, place, specs, work, towers)
+            write_cell(place, result, settings)
+        else:
+            log.info("cell %d of %d: %s is finished already", number, len(cells), cell.name)
+        results.append(result)
+    _write(folder, results, work.metrics)
+
+
+def _check(data: DataSpec, classes: ClassSpec, sweep: SweepSpec) -> None:
+    """What each spec alone cannot see, before anything slow; raises ConfigError with all faults."""
+    faults = class_faults(classes, data)
+    if data.train_data is None:
+        faults.append("--train-data is missing: a table of images and captions, or a folder of both")
+    if data.val_data is None and not (classes.task == "classification" and classes.val_size):
+        faults.append("--val-data is missing: the table measures every cell on it")
+    for name, path in (("--train-data", data.train_data), ("--val-data", data.val_data)):
+        if path is not None and not path.exists():
+            faults.append(f"{name} {path}: there is no such file or folder; check the path")
+    if len(set(sweep.targets)) < len(sweep.targets) or len(set(sweep.lora_r)) < len(sweep.lora_r):
+        faults.append("--targets and --lora-r must not name the same thing twice")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
+    """What cells of one table must share; which of them there are may grow."""
+    grown = ("targets", "lora_r", "seeds", "seed", "base", "full", "logs", "name", "workers", "cache_gb")
+    values = {name: value for spec in specs for name, value in spec.model_dump(mode="json").items()}
+    return {"fingerprint": clip.fingerprint, **{n: v for n, v in values.items() if n not in grown}}
+
+
+def _work(clip: Clip, specs: Sequence[Any]) -> Work:
+    """Read the data once."""
+    from clipgraft.cli.common import open_cache
+    from clipgraft.models.precision import use_autocast
+
+    model_spec, data, classes, _, train = specs
+    autocast = use_autocast(model_spec.autocast, clip.device)
+    shared: dict[str, Any] = {
+        "autocast": autocast,
+        "workers": data.workers,
+        "cache": open_cache(data),
+        "exact_preprocess": data.exact_preprocess,
+    }
+    keeping: dict[str, Any] = {"save_frequency": 0, "val_frequency": 0, "save_lora_only": True}
+    if classes.task == "classification":
+        from clipgraft.cli.classify import read_class_data
+        from clipgraft.data.labels import class_weights
+        from clipgraft.evaluate.classify import evaluate_classification
+        from clipgraft.train.fit_classes import fit_classifier
+
+        read = read_class_data(data, classes, train.seed)
+        assert read.val is not None
+        val, weights = read.val, class_weights(read.train) if classes.class_weights else None
+
+        def fit_classes(model: Clip, **options: Any) -> FitResult:
+            more: dict[str, Any] = {"prompts": read.prompts, "head": classes.head, "weights": weights}
+            return fit_classifier(model, read.train, val, **more, **shared, **keeping, **options)
+
+        return Work(
+            fit_classes,
+            lambda model: evaluate_classification(model, val, read.prompts, **shared).metrics,
+            _CLASSIFICATION,
+        )
+    from clipgraft.cli.common import read_table
+    from clipgraft.evaluate.retrieval import evaluate_retrieval
+    from clipgraft.train.fit import fit
+
+    pairs = read_table(clip, data.train_data, data, "training data")
+    held_out = read_table(clip, data.val_data, data, "validation data")
+    return Work(
+        lambda model, **options: fit(model, pairs, held_out, **shared, **keeping, **options),
+        lambda model: evaluate_retrieval(model, held_out, **shared),
+        _RETRIEVAL,
+    )
+
+
+def _run_cell(
+    clip: Clip, cell: Cell, place: Path, specs: Sequence[Any], work: Work, towers: Set[str]
+) -> CellResult:
+    """Run one cell, or go on with it; the base is as it was afterwards."""
+    from clipgraft.cli.common import load_model
+    from clipgraft.lora.inject import remove_lora
+    from clipgraft.train.grid import CellResult
+    from clipgraft.train.peak import peak_memory
+    from clipgraft.train.run_folder import latest_checkpoint
+
+    if cell.kind == "base":
+        return CellResult(cell, work.evaluate(clip))
+    model_spec, _, _, sweep, train = specs
+    options = {**train.model_dump(), "seed": cell.seed}
+    if cell.kind == "full":
+        clip = load_model(model_spec)
+        locks = {"lock_image": "vision" not in towers, "lock_text": "text" not in towers}
+        options |= {**locks, "lr": sweep.full_lr or train.lr}
+    else:
+        attach_adapter(clip, sweep, cell.targets, cell.r, cell.seed)
+    folder = place / "run"
+    with peak_memory() as peak:
+        done = work.fit(clip, out=folder, resume=latest_checkpoint(folder).exists(), **options)
+        high = peak()
+    if cell.kind == "lora":
+        remove_lora(clip)
+    metrics = {name: float(value) for name, value in done.history[-1].items() if name != "epoch"}
+    return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)
+
+
+def _write(folder: Path, results: Sequence[CellResult], metrics: tuple[str, ...]) -> None:
+    """Print the table, and write it as text, CSV and JSON."""
+    from clipgraft.files import write_json, write_text
+    from clipgraft.train.grid import aligned, markdown, rows_of, table
+
+    rows = rows_of(results)
+    lines = table(rows, metrics)
+    print(f"\n{aligned(lines)}\n")
+    write_text(folder / "table.md", markdown(lines))
+    write_json(folder / "table.json", {"metrics": list(metrics), "rows": [asdict(row) for row in rows]})
+    _write_csv(folder / "table.csv", rows, metrics)
+    log.info("wrote %s, table.csv and table.json", folder / "table.md")
+
+
+def _write_csv(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:
+    from clipgraft.files import atomic_path
+
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        fixed = ("kind", "targets", "r", "seeds", "trained", "bytes", "seconds", "peak_mb")
+        writer.writerow([*fixed, *(f"{m}{part}" for m in metrics for part in ("", " deviation"))])
+        for row in rows:
+            values: Mapping[str, Any] = asdict(row)
+            numbers = [v for m in metrics for v in (row.mean[m], row.deviation[m])]
+            writer.writerow([*(values[name] for name in fixed), *numbers])

@@ -1,0 +1,187 @@
+"""A grid of runs: which cells it has, what each left behind, and the table of them all."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clipgraft.errors import CheckpointError
+from clipgraft.files import write_json
+
+CELL_FILE = "cell.json"
+Kind = Literal["base", "lora", "full"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: an adapter on a target set at a rank, full fine-tuning, or the base as it is."""
+
+    kind: Kind
+    targets: str = ""
+    r: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """A folder's name, different for every cell of a grid."""
+        if self.kind == "base":
+            return "base"
+        stem = "full" if self.kind == "full" else f"{re.sub(r'[^A-Za-z0-9.+-]', '_', self.targets)}-r{self.r}"
+        return f"{stem}-seed{self.seed}"
+
+    @property
+    def row(self) -> tuple[Kind, str, int]:
+        """What cells of one row of the table share: all but the seed."""
+        return self.kind, self.targets, self.r
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a finished cell left.
+
+    Attributes:
+        cell: which it is.
+        metrics: after the last epoch.
+        trained: number of trained weights.
+        bytes: of what was saved.
+        seconds: of the run, evaluation included.
+        peak_mb: largest resident memory of the process during the run; None where it is not known.
+    """
+
+    cell: Cell
+    metrics: dict[str, float]
+    trained: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    peak_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells that differ in their seed alone: means and, of metrics, sample deviations."""
+
+    kind: Kind
+    targets: str
+    r: int
+    seeds: int
+    mean: dict[str, float]
+    deviation: dict[str, float]
+    trained: int
+    bytes: float
+    seconds: float
+    peak_mb: float | None
+
+
+def grid(
+    targets: Sequence[str], ranks: Sequence[int], seeds: Sequence[int], base: bool, full: bool
+) -> list[Cell]:
+    """Every cell, in the order of the table."""
+    cells = [Cell("base")] if base else []
+    cells += [Cell("full", seed=seed) for seed in seeds] if full else []
+    return cells + [Cell("lora", t, r, seed) for t in targets for r in ranks for seed in seeds]
+
+
+def read_cell(folder: Path, settings: Mapping[str, Any]) -> CellResult | None:
+    """A cell that has been finished; None if it has not.
+
+    Raises:
+        CheckpointError: it is of a sweep with other settings, or its record is damaged.
+    """
+    path = folder / CELL_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
+        result = CellResult(Cell(**record["result"].pop("cell")), **record["result"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}): remove it to run the cell again"
+        ) from error
+    if changed:
+        raise CheckpointError(
+            f"{folder} was run with another {', '.join(sorted(changed)[:4])}: use the same settings, or a "
+            "new --name"
+        )
+    return result
+
+
+def write_cell(folder: Path, result: CellResult, settings: Mapping[str, Any]) -> None:
+    """Record a finished cell; from here on it is never run again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CELL_FILE, {"settings": dict(settings), "result": asdict(result)})
+
+
+def rows_of(results: Sequence[CellResult]) -> list[Row]:
+    """The table: cells of equal row gathered, in the order they first appear."""
+    gathered: dict[tuple[Kind, str, int], list[CellResult]] = {}
+    for result in results:
+        gathered.setdefault(result.cell.row, []).append(result)
+    return [_row(*key, cells) for key, cells in gathered.items()]
+
+
+def _row(kind: Kind, targets: str, r: int, cells: Sequence[CellResult]) -> Row:
+    names = cells[0].metrics
+    values = {name: [cell.metrics[name] for cell in cells] for name in names}
+    peaks = [cell.peak_mb for cell in cells if cell.peak_mb is not None]
+    return Row(
+        kind=kind,
+        targets=targets,
+        r=r,
+        seeds=len(cells),
+        mean={name: statistics.fmean(numbers) for name, numbers in values.items()},
+        deviation={name: statistics.stdev(n) if len(n) > 1 else 0.0 for name, n in values.items()},
+        trained=cells[0].trained,
+        bytes=statistics.fmean(cell.bytes for cell in cells),
+        seconds=statistics.fmean(cell.seconds for cell in cells),
+        peak_mb=max(peaks) if peaks else None,
+    )
+
+
+def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+    """Header and rows as text: names, ranks, costs, and each metric in percent as mean ± deviation."""
+    lines = [["model", "r", "trained", "MB", "seconds", "peak MB", *metrics]]
+    for row in rows:
+        name = {"base": "base", "full": "full fine-tuning", "lora": row.targets}[row.kind]
+        trains = row.kind != "base"
+        lines.append(
+            [
+                name,
+                str(row.r) if row.kind == "lora" else "",
+                f"{row.trained:,}",
+                f"{row.bytes / 1e6:.2f}" if trains else "",
+                f"{row.seconds:.0f}" if trains else "",
+                f"{row.peak_mb:,.0f}" if row.peak_mb is not None else "",
+                *(_percent(row, metric) for metric in metrics),
+            ]
+        )
+    return lines
+
+
+def _percent(row: Row, metric: str) -> str:
+    mean = f"{100 * row.mean[metric]:.1f}"
+    return f"{mean} ± {100 * row.deviation[metric]:.1f}" if row.seeds > 1 else mean
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns side by side: the first to the left, numbers to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table."""
+    header, *body = lines
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body)) + "\n"
