@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgraft.engine.linear import Update, low_rank_factors, rescale
+from clipgraft.engine.linear import Update, rescale
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter
 from clipgraft.models.anatomy import Linear, Part
@@ -32,13 +33,12 @@ class Acting:
 
     def updates(self, linear: Linear) -> list[Update]:
         """What acts on a map, with the outputs that each part has in it."""
-        updates, start = [], 0
-        for part in linear:
-            stop = start + part.matrix.shape[0]
-            if part.site in self.layers:
-                updates.append(Update(self.layers[part.site], part, slice(start, stop)))
-            start = stop
-        return updates
+        return self.among(_outputs(linear))
+
+    def among(self, parts: Sequence[tuple[Part, slice]]) -> list[Update]:
+        """What acts on parts of a map, each with its outputs."""
+        layers = self.layers
+        return [Update(layers[part.site], part, outputs) for part, outputs in parts if part.site in layers]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Mix:
 
     def linear(self, y: Tensor, x: Tensor, linear: Linear, pooled: bool) -> Tensor:
         """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
+        parts = _outputs(linear)
         for share in self.shares:
-            updates = share.acting.updates(linear)
+            updates = share.acting.among(parts)
             if updates:
                 _adapt(y, x, updates, share.pooled if pooled else share.nodes)
         return y
@@ -102,19 +103,33 @@ class Mix:
         return y
 
 
+def _outputs(linear: Linear) -> list[tuple[Part, slice]]:
+    """The parts of a map, each with the outputs that are its own."""
+    stops = list(itertools.accumulate(part.matrix.shape[0] for part in linear))
+    return [(part, slice(start, stop)) for part, start, stop in zip(linear, [0, *stops], stops, strict=False)]
+
+
 def _adapt(y: Tensor, x: Tensor, updates: list[Update], rows: slice | Tensor) -> None:
-    """Let updates act on some rows of y, in place."""
+    """Let updates act on some rows of y, in place.
+
+    With dozens of adapters the products are so small that every call beside them counts.
+    """
     ours = y[rows]
-    inputs = x[rows]
-    slots, factors = low_rank_factors(updates)
-    if factors:
-        a = torch.cat(factors[0::2]) if len(factors) > 2 else factors[0]
-        low = F.linear(inputs, a.to(x.dtype))
-        column = 0
-        for (outputs, r, scale), b in zip(slots, factors[1::2], strict=True):
-            part = ours[:, outputs]
-            part.addmm_(low[:, column : column + r], b.to(y.dtype).T, alpha=scale)
-            column += r
-    ours = rescale(ours, updates)
-    if isinstance(rows, Tensor) or not all(update.layer.is_plain for update in updates):
+    ranked = [(update, *update.layer.factors()) for update in updates if update.layer.r]
+    if ranked:
+        stacked = torch.cat([a for _, a, _ in ranked]) if len(ranked) > 1 else ranked[0][1]
+        low, column = F.linear(x[rows], _matrix(stacked, x.dtype)), 0
+        for update, a, b in ranked:
+            own = low[:, column : column + a.shape[0]]
+            ours[:, update.rows].addmm_(own, _matrix(b, y.dtype).T, alpha=update.layer.scaling)
+            column += a.shape[0]
+    if not all(update.layer.is_plain for update in updates):
+        y[rows] = rescale(ours, updates)
+    elif isinstance(rows, Tensor):
         y[rows] = ours
+
+
+def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B of a convolution as of a map, in a type."""
+    matrix = factor if factor.ndim == 2 else factor.flatten(1)
+    return matrix if matrix.dtype == dtype else matrix.to(dtype)
