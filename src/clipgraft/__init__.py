@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "clipgraft.adapters.formats": (
+        "read_any",
+        "write_any",
+    ),
     "clipgraft.adapters.guide": (
         "apply_lora_to_text_encoder",
         "get_lora_state_dict",
@@ -18,11 +22,34 @@ _PUBLIC = {
         "save_lora_adapters",
     ),
     "clipgraft.adapters.loading": ("load_adapter",),
-    "clipgraft.adapters.native": ("lora_state_dict", "read_adapter", "save_adapter"),
-    "clipgraft.adapters.open": ("Clip", "load"),
-    "clipgraft.data.emoji": ("EmojiScenes", "write_scenes"),
+    "clipgraft.adapters.native": (
+        "lora_state_dict",
+        "read_adapter",
+        "save_adapter",
+    ),
+    "clipgraft.adapters.open": (
+        "Clip",
+        "load",
+    ),
+    "clipgraft.data.emoji": (
+        "EmojiScenes",
+        "write_scenes",
+    ),
     "clipgraft.data.feature_cache": ("FeatureCache",),
-    "clipgraft.data.pairs": ("Pairs", "read_pairs"),
+    "clipgraft.data.labels": (
+        "Labelled",
+        "few_shot",
+        "split_labelled",
+    ),
+    "clipgraft.data.labels_read": ("read_labelled",),
+    "clipgraft.data.pairs": (
+        "Pairs",
+        "read_pairs",
+    ),
+    "clipgraft.data.prompts": (
+        "class_prompts",
+        "read_prompts",
+    ),
     "clipgraft.errors": (
         "AdapterError",
         "CheckpointError",
@@ -33,16 +60,41 @@ _PUBLIC = {
         "TargetError",
         "TrainingError",
     ),
+    "clipgraft.evaluate.classify": (
+        "classification_metrics",
+        "evaluate_classification",
+    ),
     "clipgraft.evaluate.metrics": ("retrieval_metrics",),
     "clipgraft.evaluate.retrieval": ("evaluate_retrieval",),
-    "clipgraft.lora.combine": ("Combination", "combine_adapters"),
-    "clipgraft.lora.counting": ("count_parameters", "verify_gradients"),
-    "clipgraft.lora.inject": ("apply_lora", "remove_lora"),
-    "clipgraft.lora.merge": ("merge_lora", "unmerge_lora"),
+    "clipgraft.lora.combine": (
+        "Combination",
+        "combine_adapters",
+    ),
+    "clipgraft.lora.counting": (
+        "count_parameters",
+        "verify_gradients",
+    ),
+    "clipgraft.lora.inject": (
+        "apply_lora",
+        "remove_lora",
+    ),
+    "clipgraft.lora.merge": (
+        "merge_lora",
+        "unmerge_lora",
+    ),
     "clipgraft.lora.starts": ("start_from_data",),
-    "clipgraft.lora.switch": ("disable_lora", "enable_lora", "lora_disabled", "set_adapter"),
+    "clipgraft.lora.switch": (
+        "disable_lora",
+        "enable_lora",
+        "lora_disabled",
+        "set_adapter",
+    ),
     "clipgraft.models.sites": ("Site",),
-    "clipgraft.train.fit": ("FitResult", "fit"),
+    "clipgraft.train.fit": (
+        "FitResult",
+        "fit",
+    ),
+    "clipgraft.train.fit_classes": ("fit_classifier",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -62,6 +114,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from clipgraft.adapters.formats import read_any as read_any
+    from clipgraft.adapters.formats import write_any as write_any
     from clipgraft.adapters.guide import apply_lora_to_text_encoder as apply_lora_to_text_encoder
     from clipgraft.adapters.guide import get_lora_state_dict as get_lora_state_dict
     from clipgraft.adapters.guide import load_lora_adapters as load_lora_adapters
@@ -75,8 +129,14 @@ if TYPE_CHECKING:
     from clipgraft.data.emoji import EmojiScenes as EmojiScenes
     from clipgraft.data.emoji import write_scenes as write_scenes
     from clipgraft.data.feature_cache import FeatureCache as FeatureCache
+    from clipgraft.data.labels import Labelled as Labelled
+    from clipgraft.data.labels import few_shot as few_shot
+    from clipgraft.data.labels import split_labelled as split_labelled
+    from clipgraft.data.labels_read import read_labelled as read_labelled
     from clipgraft.data.pairs import Pairs as Pairs
     from clipgraft.data.pairs import read_pairs as read_pairs
+    from clipgraft.data.prompts import class_prompts as class_prompts
+    from clipgraft.data.prompts import read_prompts as read_prompts
     from clipgraft.errors import AdapterError as AdapterError
     from clipgraft.errors import CheckpointError as CheckpointError
     from clipgraft.errors import ClipgraftError as ClipgraftError
@@ -85,6 +145,8 @@ if TYPE_CHECKING:
     from clipgraft.errors import ModelError as ModelError
     from clipgraft.errors import TargetError as TargetError
     from clipgraft.errors import TrainingError as TrainingError
+    from clipgraft.evaluate.classify import classification_metrics as classification_metrics
+    from clipgraft.evaluate.classify import evaluate_classification as evaluate_classification
     from clipgraft.evaluate.metrics import retrieval_metrics as retrieval_metrics
     from clipgraft.evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
     from clipgraft.lora.combine import Combination as Combination
@@ -103,3 +165,4 @@ if TYPE_CHECKING:
     from clipgraft.models.sites import Site as Site
     from clipgraft.train.fit import FitResult as FitResult
     from clipgraft.train.fit import fit as fit
+    from clipgraft.train.fit_classes import fit_classifier as fit_classifier

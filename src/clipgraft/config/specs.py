@@ -1,89 +1,25 @@
-"""Specs: every flag of the command line, declared once, typed, and checked all at once.
-
-A field is a flag: `lora_r` is `--lora-r` and the key `lora_r` or `lora-r` of a YAML file. Names and defaults
-are open_clip's and the guide's where they have one. Specs are frozen and stop at their folder's door: the
-library's functions take plain arguments.
-"""
+"""Every flag of the command line, declared once."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
-from clipgraft.errors import ConfigError
-
-
-def _pairs(value: Any) -> Any:
-    """`text.0.*=4,vision.*=8` -> {"text.0.*": "4", "vision.*": "8"}; mappings pass."""
-    if not isinstance(value, str):
-        return value
-    items = [item.split("=") for item in value.split(",") if item.strip()]
-    if any(len(item) != 2 for item in items):
-        raise ValueError("write SITES=NUMBER pairs, e.g. text.0.*=4,text.11.*=32")
-    return {key.strip(): number.strip() for key, number in items}
-
-
-def _separator(value: Any) -> Any:
-    """A shell passes backslash-t as two characters."""
-    return "\t" if value in ("\\t", "tab") else value
-
-
-def _words(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
-def _expressions(value: Any) -> Any:
-    """`linear,attention`, or `text.*.q,v;vision.*` where an expression has commas of its own."""
-    if not isinstance(value, str):
-        return value
-    return tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
-
-
-def _precision(value: Any) -> Any:
-    """open_clip's other names; its `amp` is float16 on GPUs, of which bf16 is the sturdier relative."""
-    return "amp_bf16" if value in ("amp", "amp_bfloat16") else value
-
-
-def _rank(value: Any) -> Any:
-    if value == "auto" or (str(value).isdecimal() and int(value) >= 1):
-        return value
-    raise ValueError("a whole number from 1 up, or auto")
-
-
-def _path(value: Any) -> Any:
-    """An unset shell variable gives "", which as a path would mean the current folder."""
-    if value == "":
-        raise ValueError("a path")
-    return Path(value).expanduser() if isinstance(value, str) else value
-
-
-RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
-AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
-UserPath = Annotated[Path, BeforeValidator(_path)]
-Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
-Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
-
-
-@dataclass(frozen=True)
-class Positional:
-    """Marks a field that is given by its place on the command line instead of by a flag."""
-
-
-class Spec(BaseModel):
-    """Base of every spec: frozen, and no unknown fields."""
-
-    # YAML reads `name: 2024` as a number; NaN and infinity pass every other check.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
-    )
+from clipgraft.config.fields import (
+    AlphaPattern,
+    Positional,
+    Precision,
+    Rank,
+    RankPattern,
+    Spec,
+    UserPath,
+    Words,
+    expressions,
+    separator,
+    words,
+)
 
 
 class ModelSpec(Spec):
@@ -118,7 +54,7 @@ class DataSpec(Spec):
     )
     csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
     csv_caption_key: str | None = Field(None, description="column of captions (default: title, or guessed)")
-    csv_separator: Annotated[str | None, BeforeValidator(_separator)] = Field(
+    csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
         None, min_length=1, description="column separator (default: tab, or guessed)"
     )
     max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
@@ -192,12 +128,12 @@ class LoraSpec(AdapterSpec):
 class SweepSpec(AdapterSpec):
     """The grid, and the adapters in it."""
 
-    targets: Annotated[tuple[str, ...], BeforeValidator(_expressions)] = Field(
+    targets: Annotated[tuple[str, ...], BeforeValidator(expressions)] = Field(
         ("text-attention",),
         min_length=1,
         description="target sets, joined by commas, or by semicolons if one of them has commas itself",
     )
-    lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_words)] = Field(
+    lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(words)] = Field(
         (16,), min_length=1, description="ranks, joined by commas"
     )
     seeds: int = Field(1, ge=1, description="runs of each cell, with seeds from --seed on")
@@ -301,7 +237,7 @@ class MergeSpec(Spec):
         description="open_clip, transformers, onnx: a model that stands alone; adapter: the sum of "
         "several as one; auto: the base's own library",
     )
-    weights: Annotated[tuple[float, ...] | None, BeforeValidator(_words)] = Field(
+    weights: Annotated[tuple[float, ...] | None, BeforeValidator(words)] = Field(
         None, description="how much of each adapter, in their order (default: 1 each)"
     )
     rank: int | None = Field(None, ge=1, description="with --to adapter: cut the sum down to this rank")
@@ -339,86 +275,3 @@ class ConvertSpec(Spec):
         None, ge=1, description="text blocks of the base, where a CLIP-LoRA file leaves it open"
     )
     vision_layers: int | None = Field(None, ge=1, description="the same for vision blocks")
-
-
-S = TypeVar("S", bound=Spec)
-
-
-def flag(field: str) -> str:
-    """`lora_r` -> `--lora-r`."""
-    return f"--{field.replace('_', '-')}"
-
-
-def positional_fields(kind: type[Spec]) -> list[str]:
-    """The fields of a spec that are given by place, in their order."""
-    fields = kind.model_fields.items()
-    return [name for name, info in fields if any(isinstance(mark, Positional) for mark in info.metadata)]
-
-
-def build_specs(
-    kinds: Sequence[type[S]], values: Mapping[str, Any], unknown_flags: Sequence[str] = ()
-) -> list[S]:
-    """Specs from flat values, each field going to the specs that have it.
-
-    `unknown_flags`, as they were typed, are reported with the other faults.
-
-    Raises:
-        ConfigError: every fault of every spec, one line each: the flag, what was given, what is allowed.
-    """
-    known = [name for kind in kinds for name in kind.model_fields]
-    strange = [*unknown_flags, *(flag(name) for name in values if name not in known)]
-    faults = [_unknown(given, known) for given in strange]
-    specs: list[S] = []
-    for kind in kinds:
-        try:
-            specs.append(kind(**{name: values[name] for name in kind.model_fields if name in values}))
-        except ValidationError as error:
-            faults.extend(_fault(kind, item) for item in error.errors())
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return specs
-
-
-def _unknown(given: str, known: Sequence[str]) -> str:
-    name = given.lstrip("-").replace("-", "_").lower()
-    close = [name] if name in known else difflib.get_close_matches(name, known, n=2)
-    hint = f" (did you mean {' or '.join(map(flag, close))}?)" if close else ""
-    shown = given if given.isprintable() else repr(given)[1:-1]
-    return f"{shown}: there is no such flag{hint}"
-
-
-def _fault(kind: type[Spec], item: Any) -> str:
-    where, message = item["loc"], item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    name = str(where[0])
-    label = name.upper() if name in positional_fields(kind) else flag(name)
-    if item["type"] == "missing":
-        choices = [c for c in get_args(kind.model_fields[name].annotation) if isinstance(c, str)]
-        return f"{label} is missing: " + (
-            f"one of {', '.join(map(repr, choices))}" if choices else f"{kind.model_fields[name].description}"
-        )
-    message = message.replace("String should have", "text with")
-    if item["type"] == "literal_error":
-        message = f"one of {item['ctx']['expected']}"
-    key = f" at '{where[1]}'" if len(where) > 1 else ""
-    return f"{label}: got {item['input']!r}{key}, allowed is {message}"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Flat settings of a `--config` file, keys in flag or field spelling.
-
-    Raises:
-        ConfigError: no such file, no YAML, or not a flat mapping.
-    """
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--config {path}: write one 'flag: value' a line")
-    return {str(key).removeprefix("--").replace("-", "_"): value for key, value in loaded.items()}

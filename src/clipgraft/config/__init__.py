@@ -1,0 +1,46 @@
+"""Specs: every flag of the command line, declared once, typed, and checked all at once.
+
+A field is a flag: `lora_r` is `--lora-r` and the key `lora_r` or `lora-r` of a YAML file. Names and defaults
+are open_clip's and the guide's where they have one. Specs are frozen and stop at their folder's door: the
+library's functions take plain arguments.
+"""
+
+from __future__ import annotations
+
+from clipgraft.config.build import build_specs, flag, positional_fields, read_yaml
+from clipgraft.config.fields import Positional, Spec
+from clipgraft.config.specs import (
+    AdapterSpec,
+    ClassSpec,
+    ConvertSpec,
+    DataSpec,
+    DemoSpec,
+    EvalSpec,
+    LoraSpec,
+    MergeSpec,
+    ModelSpec,
+    RunSpec,
+    SweepSpec,
+    TrainSpec,
+)
+
+__all__ = [
+    "AdapterSpec",
+    "ClassSpec",
+    "ConvertSpec",
+    "DataSpec",
+    "DemoSpec",
+    "EvalSpec",
+    "LoraSpec",
+    "MergeSpec",
+    "ModelSpec",
+    "Positional",
+    "RunSpec",
+    "Spec",
+    "SweepSpec",
+    "TrainSpec",
+    "build_specs",
+    "flag",
+    "positional_fields",
+    "read_yaml",
+]

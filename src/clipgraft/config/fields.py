@@ -1,0 +1,78 @@
+"""What flags are made of: the base of every spec, and types that read what a shell passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _pairs(value: Any) -> Any:
+    """`text.0.*=4,vision.*=8` -> {"text.0.*": "4", "vision.*": "8"}; mappings pass."""
+    if not isinstance(value, str):
+        return value
+    items = [item.split("=") for item in value.split(",") if item.strip()]
+    if any(len(item) != 2 for item in items):
+        raise ValueError("write SITES=NUMBER pairs, e.g. text.0.*=4,text.11.*=32")
+    return {key.strip(): number.strip() for key, number in items}
+
+
+def separator(value: Any) -> Any:
+    """A shell passes backslash-t as two characters."""
+    return "\t" if value in ("\\t", "tab") else value
+
+
+def words(value: Any) -> Any:
+    """`a,b` -> ("a", "b"); anything but text passes."""
+    if not isinstance(value, str):
+        return value
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def expressions(value: Any) -> Any:
+    """`linear,attention`, or `text.*.q,v;vision.*` where an expression has commas of its own."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
+
+
+def _precision(value: Any) -> Any:
+    """open_clip's other names; its `amp` is float16 on GPUs, of which bf16 is the sturdier relative."""
+    return "amp_bf16" if value in ("amp", "amp_bfloat16") else value
+
+
+def _rank(value: Any) -> Any:
+    if value == "auto" or (str(value).isdecimal() and int(value) >= 1):
+        return value
+    raise ValueError("a whole number from 1 up, or auto")
+
+
+def _path(value: Any) -> Any:
+    """An unset shell variable gives "", which as a path would mean the current folder."""
+    if value == "":
+        raise ValueError("a path")
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
+AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
+UserPath = Annotated[Path, BeforeValidator(_path)]
+Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
+Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
+Words = Annotated[tuple[str, ...], BeforeValidator(words)]
+
+
+@dataclass(frozen=True)
+class Positional:
+    """Marks a field that is given by its place on the command line instead of by a flag."""
+
+
+class Spec(BaseModel):
+    """Base of every spec: frozen, and no unknown fields."""
+
+    # YAML reads `name: 2024` as a number; NaN and infinity pass every other check.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
+    )

@@ -1,0 +1,117 @@
+"""`clipgraft sweep`: a grid of runs, its table, and going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipgraft.data.emoji_classes import write_classes
+
+
+@pytest.fixture
+def sweep(cli: Any, base: list[str], table: Path, tmp_path: Path) -> Any:
+    """`clipgraft sweep` on the tiny base and a dozen pictures."""
+
+    def run(*words: object) -> Any:
+        data = ["--train-data", table, "--val-data", table, "--workers", 0, "--logs", tmp_path / "logs"]
+        training = ["--batch-size", 8, "--epochs", 1, "--lr", "1e-3"]
+        return cli("sweep", *base, *data, *training, *words)
+
+    return run
+
+
+def test_the_grid_in_one_table(sweep: Any, tmp_path: Path) -> None:
+    """A row is missing, a mean is of other cells, or the table says other sizes than the adapters have."""
+    outcome = sweep("--targets", "text-attention,vision.1.*", "--lora-r", "1,2", "--seeds", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    folder = tmp_path / "logs" / "sweep"
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    names = [(row["kind"], row["targets"], row["r"], row["seeds"]) for row in rows]
+    assert names == [
+        ("base", "", 0, 1),
+        ("full", "", 0, 2),
+        *(("lora", targets, r, 2) for targets in ("text-attention", "vision.1.*") for r in (1, 2)),
+    ]
+    cells = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("cells/*/cell.json")}
+    assert len(cells) == 1 + 2 + 8
+    for row in rows[2:]:
+        stem = f"{row['targets'].replace('*', '_')}-r{row['r']}"
+        own = [cells[f"{stem}-seed{seed}"]["result"] for seed in (0, 1)]
+        for name in ("image_to_text_R@1", "text_to_image_R@5"):
+            values = [result["metrics"][name] for result in own]
+            assert row["mean"][name] == pytest.approx(sum(values) / 2)
+            assert row["deviation"][name] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert row["trained"] == own[0]["trained"]
+    by_rank = {(row["targets"], row["r"]): row["trained"] for row in rows}
+    assert by_rank["text-attention", 2] == 2 * by_rank["text-attention", 1]
+    lines = outcome.out.splitlines()
+    assert any(line.startswith("full fine-tuning") and "±" in line for line in lines)
+    assert (folder / "table.md").read_text().count("\n") == 2 + len(rows)
+    assert (folder / "table.csv").read_text().count("\n") == 1 + len(rows)
+
+
+def test_finished_cells_are_never_run_again(sweep: Any, tmp_path: Path) -> None:
+    """A sweep that is started again repeats hours of work, or loses a cell that was under way."""
+    grid = ["--targets", "text-attention", "--lora-r", "1", "--no-full"]
+    assert sweep(*grid).code == 0
+    cells = tmp_path / "logs" / "sweep" / "cells"
+    before = {path: path.stat().st_mtime_ns for path in cells.glob("*/cell.json")}
+    outcome = sweep("--targets", "text-attention,vision.0.q", "--lora-r", "1", "--no-full")
+    assert outcome.code == 0
+    assert "cell 2 of 3: text-attention-r1-seed0 is finished already" in outcome.out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(cells.glob("*/cell.json"))) == 3
+    (cells / "vision.0.q-r1-seed0" / "cell.json").unlink()  # as after a kill between run and record
+    assert sweep("--targets", "text-attention,vision.0.q", "--lora-r", "1", "--no-full").code == 0
+    outcome = sweep(*grid, "--lr", "1e-2")
+    assert outcome.code == 2
+    assert "was run with another lr: use the same settings, or a new --name" in outcome.err
+    (cells / "base" / "cell.json").write_text("{")
+    assert "cell.json is damaged" in sweep(*grid).err
+
+
+def test_the_base_is_the_same_for_every_cell(sweep: Any, tmp_path: Path) -> None:
+    """A cell starts from what another left behind, so that the order of a sweep changes its numbers."""
+    assert (
+        sweep("--targets", "text-attention,attention", "--lora-r", "2", "--no-full", "--name", "a").code == 0
+    )
+    assert sweep("--targets", "attention", "--lora-r", "2", "--no-base", "--no-full", "--name", "b").code == 0
+    found = [
+        json.loads((tmp_path / "logs" / name / "cells" / "attention-r2-seed0" / "cell.json").read_text())
+        for name in ("a", "b")
+    ]
+    assert found[0]["result"]["metrics"] == found[1]["result"]["metrics"]
+
+
+def test_classification(cli: Any, base: list[str], tmp_path: Path) -> None:
+    """The table of target sets of a classifier cannot be made."""
+    folder = write_classes(tmp_path / "classes", "train", 4)
+    outcome = cli(
+        *("sweep", *base, "--task", "classification", "--train-data", folder, "--val-size", "0.25"),
+        *("--targets", "vision.1.*", "--lora-r", "2", "--no-full", "--batch-size", 25, "--epochs", 1),
+        *("--workers", 0, "--logs", tmp_path / "logs"),
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    header = next(line for line in outcome.out.splitlines() if line.startswith("model"))
+    assert header.split()[-3:] == ["acc1", "acc5", "mean_per_class_recall"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--targets", "nonsense"], "'nonsense' matches no site"),
+        (["--lora-r", "4,0"], "--lora-r: got '0' at"),
+        (["--lora-r", "4,4"], "must not name the same thing twice"),
+        (["--seeds", "0"], "--seeds: got '0'"),
+        (["--head", "linear"], "--head given without --task classification"),
+    ],
+)
+def test_bad_grids(sweep: Any, words: list[str], message: str, tmp_path: Path) -> None:
+    """A typing error costs the cells before it, or ends in a traceback."""
+    outcome = sweep(*words)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not (tmp_path / "logs").exists()
