@@ -144,6 +144,7 @@ def test_what_is_refused(adapters: dict[str, Path], base: list[str], cli: Any, t
         ([tmp_path / "nothing", tmp_path / "out"], "no adapter at"),
         ([f"{vi},{vi}", tmp_path / "out", "--weights", "1"], "--weights: 1 numbers for 2 adapters"),
         ([vi, tmp_path / "out", "--weights", "much"], "--weights: got 'much'"),
+        ([vi, tmp_path / "m.onnx"], "ONNX is two files, one a tower: name a folder, with --to onnx"),
         ([vi, tmp_path / "out", "--rank", "2"], "--rank belongs to --to adapter"),
         ([vi, tmp_path / "out", "--pretrained", "x"], "belongs to a --model"),
         ([vi, tmp_path / "out", "--to", "tflite"], "--to: got 'tflite', allowed is one of"),

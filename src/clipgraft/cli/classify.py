@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from clipgraft.cli.common import load_model, open_cache
+from clipgraft.cli.common import checking, fit_options, load_model
 from clipgraft.cli.eval import side_by_side
 from clipgraft.cli.train import announce, graft
 from clipgraft.config import ClassSpec, DataSpec
@@ -53,12 +51,7 @@ def read_class_data(data: DataSpec, classes: ClassSpec, seed: int) -> ClassData:
 
 def read_images(path: Path, data: DataSpec, classes: ClassSpec, what: str) -> Labelled:
     """One set of labelled images, with its summary."""
-    with tqdm(desc=f"checking {what}", unit="image", leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with checking(what) as progress:
         images, report = read_labelled(
             path,
             image_key=data.csv_img_key,
@@ -83,7 +76,7 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
     """Load what the specs name, and train it into `folder` to tell classes apart."""
     from clipgraft.train.fit_classes import fit_classifier
 
-    model_spec, data, classes, lora, train, where = specs
+    model_spec, data, classes, lora, train, _ = specs
     clip = load_model(model_spec)
     read = read_class_data(data, classes, train.seed)
     if lora.use_lora:
@@ -97,17 +90,7 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
         out=folder,
         head=classes.head,
         weights=class_weights(read.train) if classes.class_weights else None,
-        resume=where.resume is not None,
-        save_frequency=where.save_frequency,
-        val_frequency=where.val_frequency,
-        save_lora_only=where.save_lora_only,
-        checkpoint_steps=where.checkpoint_steps,
-        autocast=model_spec.autocast,
-        workers=data.workers,
-        cache=open_cache(data),
-        exact_preprocess=data.exact_preprocess,
-        params={name: value for spec in specs for name, value in spec.model_dump().items()},
-        **train.model_dump(),
+        **fit_options(specs),
     )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.open import load
-from clipgraft.config import DataSpec, ModelSpec
+from clipgraft.config import DataSpec, ModelSpec, RunSpec, TrainSpec
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
@@ -84,14 +87,40 @@ def open_cache(spec: DataSpec) -> FeatureCache | None:
     return FeatureCache(spec.feature_cache or default_folder(), max_bytes=spec.cache_gb * 1e9)
 
 
-def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:
-    """Read and check pairs, and print the summary of them."""
+@contextlib.contextmanager
+def checking(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for images that are being checked; gives what is told how many are done, of how many."""
     with tqdm(desc=f"checking {what}", unit="image", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
+        yield progress
+
+
+def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
+    """What every kind of training takes from the flags: of saving, precision, loading and optimising."""
+    of = {type(spec): spec for spec in specs}
+    model, data, train, where = of[ModelSpec], of[DataSpec], of[TrainSpec], of[RunSpec]
+    return {
+        "resume": where.resume is not None,
+        "save_frequency": where.save_frequency,
+        "val_frequency": where.val_frequency,
+        "save_lora_only": where.save_lora_only,
+        "checkpoint_steps": where.checkpoint_steps,
+        "autocast": model.autocast,
+        "workers": data.workers,
+        "cache": open_cache(data),
+        "exact_preprocess": data.exact_preprocess,
+        "params": {name: value for spec in specs for name, value in spec.model_dump().items()},
+        **train.model_dump(),
+    }
+
+
+def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:
+    """Read and check pairs, and print the summary of them."""
+    with checking(what) as progress:
         pairs, report = read_pairs(
             path,
             dataset_type=spec.dataset_type,

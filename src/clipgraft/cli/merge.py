@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
     if spec.to == "adapter":
         _write_sum(clip, amounts, spec.out, spec.rank)
     else:
-        _write_model(clip, amounts, spec.out, clip.family.name if spec.to == "auto" else spec.to)
+        _write_model(clip, amounts, spec.out, _form(spec, clip))
 
 
 def _weights(spec: MergeSpec) -> tuple[float, ...]:
@@ -55,11 +55,20 @@ def _weights(spec: MergeSpec) -> tuple[float, ...]:
         faults.append(f"--weights: {given} numbers for {len(spec.adapters)} adapters: give one each")
     if spec.rank is not None and spec.to != "adapter":
         faults.append("--rank belongs to --to adapter: a merged model has no rank")
+    if spec.out.suffix == ".onnx":
+        faults.append(f"{spec.out}: ONNX is two files, one a tower: name a folder, with --to onnx")
     if spec.pretrained is not None and spec.model is None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
         raise ConfigError("\n".join(faults))
     return spec.weights or (1.0,) * len(spec.adapters)
+
+
+def _form(spec: MergeSpec, clip: Clip) -> str:
+    """What to write: as asked for, else what the name says, else a model of the base's own library."""
+    if spec.to != "auto":
+        return spec.to
+    return "open_clip" if spec.out.suffix in (".pt", ".safetensors") else clip.family.name
 
 
 def _name(file: AdapterFile, taken: Mapping[str, float]) -> str:

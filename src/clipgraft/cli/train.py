@@ -55,11 +55,11 @@ def run(argv: Sequence[str]) -> None:
 
 def train_model(specs: Sequence[Any], folder: Path) -> None:
     """Load what the specs name, and train it into `folder`."""
-    from clipgraft.cli.common import load_model, open_cache, read_table
+    from clipgraft.cli.common import fit_options, load_model, read_table
     from clipgraft.lora.rank import auto_rank
     from clipgraft.train.fit import fit
 
-    model_spec, data, _, lora, train, where = specs
+    model_spec, data, _, lora, train, _ = specs
     clip = load_model(model_spec)
     train_pairs = read_table(clip, data.train_data, data, "training data")
     val_pairs = read_table(clip, data.val_data, data, "validation data") if data.val_data else None
@@ -72,17 +72,7 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
         train_pairs,
         val_pairs,
         out=folder,
-        resume=where.resume is not None,
-        save_frequency=where.save_frequency,
-        val_frequency=where.val_frequency,
-        save_lora_only=where.save_lora_only,
-        checkpoint_steps=where.checkpoint_steps,
-        autocast=model_spec.autocast,
-        workers=data.workers,
-        cache=open_cache(data),
-        exact_preprocess=data.exact_preprocess,
-        params={name: value for spec in specs for name, value in spec.model_dump().items()},
-        **train.model_dump(),
+        **fit_options(specs),
     )
 
 
