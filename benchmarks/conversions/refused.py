@@ -35,7 +35,6 @@ def attempts() -> dict[str, Callable[[World], str]]:
         "a second adapter with biases on one model": _two_with_biases,
         "biases under `with model.disable_adapter()`": _disabled_biases,
         "DoRA by transformers' own `CLIPModel.load_adapter`": _dora_by_transformers,
-        "`AutoPeftModel.from_pretrained`": _auto,
         "rows of two adapters through `get_image_features(adapter_names=…)`": _mixed_rows,
         "a `.pt` of the guide": lambda world: _file(world, "guide"),
         "a `.pt` of CLIP-LoRA": lambda world: _file(world, "clip-lora"),
@@ -136,10 +135,6 @@ def _dora_by_transformers(world: World) -> str:
         "loads, without the magnitudes (it reports them as missing): features of an adapter that PEFT itself "
         f"made are {gap:.0e} away from PEFT's"
     )
-
-
-def _auto(world: World) -> str:
-    return _told(lambda: peft.AutoPeftModel.from_pretrained(str(_folder(world))))
 
 
 def _mixed_rows(world: World) -> str:

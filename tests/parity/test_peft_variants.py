@@ -166,3 +166,12 @@ def test_missing_and_surplus_keys_are_listed(
         cg.load_adapter(tiny_hf, tmp_path)
     with pytest.raises(cg.AdapterError, match="carries no LoRA"):
         require_lora(tiny_hf)
+
+
+def test_auto_peft_finds_base_and_class(hf_folder: Path, tmp_path: Path) -> None:
+    """`AutoPeftModel` refuses an adapter of ours although it names a base that transformers finds."""
+    clip = cg.load(f"hf:{hf_folder}")
+    cg.apply_lora(clip, targets="attention")
+    randomise_adapter(clip.model)
+    opened = peft.AutoPeftModel.from_pretrained(cg.save_adapter(clip, tmp_path)).eval()
+    assert close(outputs(opened), outputs(clip.model))
