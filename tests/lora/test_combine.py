@@ -166,3 +166,20 @@ def test_loading_again_replaces_at_once(tiny_hf: nn.Module, tmp_path: Path) -> N
     assert require_lora(tiny_hf).active == "third"
     assert largest(run(tiny_hf), vi) == 0
     assert as_clip(tiny_hf).logit_scale.item() == other_scale
+
+
+@pytest.mark.parametrize("name", ["half", "train", "training", "to", "acting", "forward", "1", "vi-2+en"])
+def test_any_name_will_do(name: str, tiny_openclip: nn.Module) -> None:
+    """An adapter with an everyday name cannot be loaded, or breaks `model.half()` and `model.train()`."""
+    base = run(tiny_openclip)
+    cg.apply_lora(tiny_openclip, targets="all", name=name)
+    randomise_lora(tiny_openclip)
+    adapted = run(tiny_openclip)
+    assert largest(adapted, base) > 0.01
+    tiny_openclip.train()
+    twin = copy.deepcopy(tiny_openclip).eval()
+    twin.load_state_dict(tiny_openclip.state_dict())
+    assert largest(run(twin), adapted) == 0
+    assert all(p.dtype == torch.float16 for p in twin.half().parameters())
+    cg.remove_lora(tiny_openclip.eval(), name)
+    assert largest(run(tiny_openclip), base) == 0

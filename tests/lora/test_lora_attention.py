@@ -94,7 +94,8 @@ def test_attention_without_biases(grad: bool) -> None:
     graft_attention(ours)
     ref = SiteRef(Site("text", 0, "k"), "", "in_proj_weight", "fused", (16, 16), slice(16, 32))
     layer, ours.lora_k = LoraLayer(ref, 2, 3.0), Slot()
-    ours.lora_k["default"], ours.lora_k.acting = layer, "default"
+    ours.lora_k.put("default", layer)
+    ours.lora_k.acting = "default"
     layer.lora_B.data.normal_()
     with torch.no_grad():
         explicit.in_proj_weight[16:32] += 1.5 * layer.lora_B @ layer.lora_A

@@ -196,12 +196,12 @@ def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
     for site, layer in adapter.layers.items():
         if str(site) not in state.slots:
             _graft(clip.model, refs[site], state)
-        state.slots[str(site)][name] = layer.train(clip.model.training)
+        state.slots[str(site)].put(name, layer.train(clip.model.training))
     for path, bias in adapter.norms.items():
         if path not in state.slots:
             state.slots[path] = norms[path].lora = Slot()
             state.hooks[path] = norms[path].register_forward_hook(_add_bias)
-        state.slots[path][name] = bias
+        state.slots[path].put(name, bias)
     if adapter.settings.train_logit_scale and adapter.logit_scale is None:
         adapter.logit_scale = state.base_scale.clone()
     state.adapters = {**state.adapters, name: adapter}
@@ -282,8 +282,8 @@ def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:
     if state.active in names:
         choose(clip, state, None)
     for slot in state.slots.values():
-        for name in names & set(slot):
-            del slot[name]
+        for name in names:
+            slot.drop(name)
     state.adapters = {kept: adapter for kept, adapter in state.adapters.items() if kept not in names}
 
 

@@ -203,7 +203,7 @@ class BiasLayer(nn.Module):
         self.lora_bias = nn.Parameter(torch.zeros(dim))
 
 
-class Slot(nn.ModuleDict):
+class Slot(nn.Module):
     """The updates of one place by adapter name, of which at most one acts.
 
     Attributes:
@@ -211,6 +211,14 @@ class Slot(nn.ModuleDict):
     """
 
     acting: str | None = None
+
+    def put(self, name: str, layer: nn.Module) -> None:
+        """Hang an adapter's update here."""
+        self.add_module(_key(name), layer)
+
+    def drop(self, name: str) -> None:
+        """Take an adapter's update off, if there is one."""
+        self._modules.pop(_key(name), None)
 
     @property
     def current(self) -> LoraLayer | None:
@@ -225,4 +233,12 @@ class Slot(nn.ModuleDict):
         return layer if isinstance(layer, BiasLayer) else None
 
     def _acting_layer(self) -> nn.Module | None:
-        return None if self.acting is None else self._modules.get(self.acting)
+        return None if self.acting is None else self._modules.get(_key(self.acting))
+
+
+_TAKEN = frozenset(dir(Slot()))
+
+
+def _key(name: str) -> str:
+    """What a module calls an adapter: an adapter named `half` must not hide a module's own method."""
+    return f"@{name}" if name in _TAKEN else name
