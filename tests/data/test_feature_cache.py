@@ -224,11 +224,16 @@ def test_what_killed_writers_left_is_removed_in_time(cache: FeatureCache, files:
 
 def test_two_writers_at_once(tmp_path: Path, files: list[Path]) -> None:
     """Two runs that start together would break each other's cache."""
-    meet = threading.Barrier(2)
+    meet = threading.Barrier(2, timeout=60)  # a writer that fails must not keep the other one waiting
     results: list[tuple[Tensor, list[str]]] = []
 
+    class Meeting(Encoder):
+        def __call__(self, paths: Sequence[Path], add: Callable[[Tensor], None]) -> None:
+            meet.wait()  # both have looked what is there before either writes
+            super().__call__(paths, add)
+
     def build() -> None:
-        encoder = Encoder(after_batch=meet.wait)
+        encoder = Meeting(after_batch=meet.wait)
         cache = FeatureCache(tmp_path / "cache", shard_bytes=2 * ROW_BYTES)
         results.append(ask(cache, files, KEY, encoder))
 

@@ -140,7 +140,7 @@ class Kept:
 def list_shards(folder: Path) -> Iterator[Kept]:
     """The shards of one entry; what killed writers left there is removed on the way."""
     try:
-        files = {entry.name: entry.stat() for entry in os.scandir(folder) if entry.is_file()}
+        files = _files(folder)
     except OSError:
         return
     for name, status in files.items():
@@ -153,6 +153,18 @@ def list_shards(folder: Path) -> Iterator[Kept]:
             data = files.get(stem + DATA)
             size = status.st_size + (data.st_size if data else 0)
             yield Kept(status.st_mtime_ns, size, folder / name)
+
+
+def _files(folder: Path) -> dict[str, os.stat_result]:
+    """What lies in a folder that others write to; raises OSError."""
+    files = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Between the listing and the look at it, another process may have renamed or removed it.
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    files[entry.name] = entry.stat()
+    return files
 
 
 def _map(path: Path) -> Array:
