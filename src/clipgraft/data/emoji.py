@@ -97,7 +97,7 @@ def write_scenes(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names = [f"images/{split}_{i:05d}.png" for i in range(size)]
     for i, name in enumerate(names):
-        _write_image(scenes.image(i), folder / name)
+        write_image(scenes.image(i), folder / name)
     tables = {}
     for language in languages:
         rows = [(name, caption) for i, name in enumerate(names) for caption in scenes.captions(i, language)]
@@ -106,7 +106,8 @@ def write_scenes(
     return tables
 
 
-def _write_image(image: Image.Image, path: Path) -> None:
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG whole, unless the file is there already and shows the same."""
     if _same(path, image):
         return
     part = path.with_suffix(".part")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from clipgraft.data.emoji import write_image
 from clipgraft.data.emoji_art import load_art
 from clipgraft.data.emoji_scene import COLOURS, PATTERNS, SPLITS, Group, Scene, Stream, paint
 from clipgraft.errors import DataError
@@ -69,7 +70,7 @@ def write_classes(folder: Path, split: str, per_class: int, seed: int = 0) -> Pa
         if others:
             raise DataError(f"{place}: holds other pictures ({min(others).name}); write to an empty folder")
         for index, path in enumerate(files):
-            _write(draw_class(name, split, index, seed), path)
+            write_image(draw_class(name, split, index, seed), path)
     return root
 
 
@@ -91,22 +92,3 @@ def class_scene(name: str, split: str, key: str) -> Scene:
     pattern = PATTERNS[stream.below(len(PATTERNS))]
     styles = [i for i, style in enumerate(art.styles) if (style == TEST_STYLE) == (split == "test")]
     return Scene(groups, layout, colour, pattern, styles[stream.below(len(styles))])
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    if _shows(path, image):
-        return
-    part = path.with_suffix(".part")
-    image.save(part, format="PNG", compress_level=1)
-    part.replace(path)
-
-
-def _shows(path: Path, image: Image.Image) -> bool:
-    # A file cut short by a kill, or left by another seed, must not be taken for the wanted picture.
-    if not path.is_file():
-        return False
-    try:
-        with Image.open(path) as found:
-            return found.size == image.size and found.convert("RGB").tobytes() == image.tobytes()
-    except (OSError, SyntaxError):
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -80,18 +81,11 @@ class Prompted:
     weights: Tensor | None = None
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
-        return [self._encode_prompts, *(self._encode(part) for part in batch)]
+        return [self._encode_prompts, *_images_alone(self.clip, self.images, batch)]
 
     def _encode_prompts(self) -> Features:
         texts = self.prompts().to(self.clip.device)
         return texts.new_empty(0, texts.shape[1]), texts
-
-    def _encode(self, part: MicroBatch) -> Encode:
-        def encode() -> Features:
-            images = self.images(part).to(self.clip.device)
-            return images, images.new_empty(0, images.shape[1])
-
-        return encode
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:
         labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
@@ -115,14 +109,7 @@ class Headed:
     weights: Tensor | None = None
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
-        return [self._encode(part) for part in batch]
-
-    def _encode(self, part: MicroBatch) -> Encode:
-        def encode() -> Features:
-            images = self.images(part).to(self.clip.device)
-            return images, images.new_empty(0, images.shape[1])
-
-        return encode
+        return _images_alone(self.clip, self.images, batch)
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:
         labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
@@ -133,3 +120,13 @@ class Headed:
             return F.cross_entropy(logits, labels.to(images.device), weight=weights)
 
         return loss
+
+
+def _images_alone(clip: Clip, images: Tower, batch: Sequence[MicroBatch]) -> list[Encode]:
+    """Parts that bring no texts."""
+
+    def encode(part: MicroBatch) -> Features:
+        features = images(part).to(clip.device)
+        return features, features.new_empty(0, features.shape[1])
+
+    return [partial(encode, part) for part in batch]
