@@ -94,7 +94,7 @@ def test_what_is_told_and_kept(train: Any, table: Path, tmp_path: Path) -> None:
         "fingerprint",
         "images                   12",
         "LoRA r=2 on 8 sites (text-attention)",
-        "24 pairs, batches of 8, 1 epochs",
+        "24 pairs, batches of 8, 1 epoch",
         "the image tower is frozen",
         "epoch 1 of 1: mean loss",
         "epoch 1: image_to_text_R@1",

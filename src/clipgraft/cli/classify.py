@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from clipgraft.cli.common import checking, fit_options, load_model
 from clipgraft.cli.eval import side_by_side
 from clipgraft.cli.train import announce, graft
-from clipgraft.config import ClassSpec, DataSpec
+from clipgraft.config import ClassSpec, ClassTrainSpec, DataSpec
 from clipgraft.data.labels import Labelled, class_weights, few_shot, match_classes, split_labelled
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.labels_report import format_label_report
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
-from clipgraft.evaluate.classify import ClassificationResult, evaluate_classification
+from clipgraft.errors import CheckpointError
+from clipgraft.evaluate.classify import (
+    ClassificationResult,
+    classification_metrics,
+    evaluate_classification,
+)
 from clipgraft.lora.rank import auto_rank
 from clipgraft.models.clip import Clip
+from clipgraft.train.classes import Head, load_head
 
 log = logging.getLogger("clipgraft")
 _SHOWN = ("acc1", "acc5", "mean_per_class_recall", "ece", "loss")
@@ -33,7 +42,7 @@ class ClassData:
     prompts: tuple[tuple[str, ...], ...]
 
 
-def read_class_data(data: DataSpec, classes: ClassSpec, seed: int) -> ClassData:
+def read_class_data(data: DataSpec, classes: ClassTrainSpec, seed: int) -> ClassData:
     """Read and check labelled images, with what is held out and what prompts say, and print the summary."""
     assert data.train_data is not None
     train = read_images(data.train_data, data, classes, "training images")
@@ -81,7 +90,7 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
     read = read_class_data(data, classes, train.seed)
     if lora.use_lora:
         graft(clip, lora, train.seed, lambda: auto_rank(len(read.train), "classification"))
-    announce(clip, len(read.train), train)
+    announce(clip, len(read.train), "images", train)
     fit_classifier(
         clip,
         read.train,
@@ -95,21 +104,42 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
 
 
 def measure_classes(
-    clip: Clip, data: DataSpec, classes: ClassSpec, **options: Any
+    clip: Clip, data: DataSpec, classes: ClassSpec, classifier: Path | None = None, **options: Any
 ) -> dict[str, ClassificationResult]:
-    """Results of the base and, where the model carries one, of its adapter.
+    """Results of the base's prompts, where the model carries one of its adapter's, and of a saved classifier.
 
     `options` are what `encode_images` and `evaluate_classification` both take.
+
+    Raises:
+        CheckpointError: no classifier in that folder, or one for features of another size.
+        DataError: images that cannot be used, or of classes that the classifier does not know.
     """
     assert data.val_data is not None
+    head = None if classifier is None else load_head(classifier)
     images = read_images(data.val_data, data, classes, "images")
+    if head is not None:
+        images = match_classes(images, head[1])
     prompts = prompts_of(images.classes, classes)
-    return side_by_side(
-        clip,
-        images.images,
-        lambda features: evaluate_classification(clip, images, prompts, image_features=features, **options),
-        **options,
-    )
+    latest: list[Tensor] = []
+
+    def judge(features: Tensor) -> ClassificationResult:
+        latest[:] = [features]
+        return evaluate_classification(clip, images, prompts, image_features=features, **options)
+
+    results = side_by_side(clip, images.images, judge, **options)
+    if head is not None:
+        results[head[0].kind] = _judge_head(head[0], latest[0], images, classifier)
+    return results
+
+
+def _judge_head(head: Head, features: Tensor, images: Labelled, folder: Path | None) -> ClassificationResult:
+    if features.shape[1] != head.weight.shape[1]:
+        raise CheckpointError(
+            f"--classifier {folder} takes features of {head.weight.shape[1]} numbers, the model gives "
+            f"{features.shape[1]}: give the --model and --adapter that it was trained with"
+        )
+    with torch.no_grad():
+        return classification_metrics(head(features.cpu()), torch.tensor(images.labels), images.classes)
 
 
 def class_table(columns: dict[str, ClassificationResult]) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Measure retrieval on images with captions: a base, or an adapter beside its base."
+_SUMMARY = "Measure retrieval or classification: a base, or an adapter beside its base."
 _SHOWN = (
     "image_to_text_R@1",
     "image_to_text_R@5",
@@ -43,6 +43,8 @@ def run(argv: Sequence[str]) -> None:
     if not data.val_data.exists():
         raise ConfigError(f"--val-data {data.val_data}: there is no such file or folder; check the path")
     faults = class_faults(classes, data)
+    if spec.classifier is not None and classes.task == "retrieval":
+        faults.append("--classifier given without --task classification: add it")
     if faults:
         raise ConfigError("\n".join(faults))
     from clipgraft.adapters.loading import load_adapter
@@ -63,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
     if classes.task == "classification":
         from clipgraft.cli.classify import class_table, measure_classes
 
-        results = measure_classes(clip, data, classes, **options)
+        results = measure_classes(clip, data, classes, spec.classifier, **options)
         columns = {name: result.metrics for name, result in results.items()}
         print(class_table(results))
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import attach_adapter, class_faults
-from clipgraft.config import ClassSpec, DataSpec, ModelSpec, Spec, SweepSpec, TrainSpec
+from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, Spec, SweepSpec, TrainSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Work:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, run the cells that are not finished, and write the table."""
-    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassSpec, SweepSpec, TrainSpec]
+    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, SweepSpec, TrainSpec]
     specs = parse("sweep", _SUMMARY, kinds, argv)
     model_spec, data, classes, sweep, train = specs
     _check(data, classes, sweep)
@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
     _write(folder, results, work.metrics)
 
 
-def _check(data: DataSpec, classes: ClassSpec, sweep: SweepSpec) -> None:
+def _check(data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec) -> None:
     """What each spec alone cannot see, before anything slow; raises ConfigError with all faults."""
     faults = class_faults(classes, data)
     if data.train_data is None:

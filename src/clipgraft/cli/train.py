@@ -13,6 +13,7 @@ from clipgraft.cli.parser import parse
 from clipgraft.config import (
     AdapterSpec,
     ClassSpec,
+    ClassTrainSpec,
     DataSpec,
     LoraSpec,
     ModelSpec,
@@ -32,7 +33,7 @@ _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images
 
 def run(argv: Sequence[str]) -> None:
     """Parse, train, and say how to go on with a run that is interrupted."""
-    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassSpec, LoraSpec, TrainSpec, RunSpec]
+    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
     specs = parse("train", _SUMMARY, kinds, argv)
     model_spec, data, classes, lora, train, where = specs
     check_together(data, classes, lora, train, where)
@@ -66,7 +67,7 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
     pairs = sum(len(captions) for captions in train_pairs.captions)
     if lora.use_lora:
         graft(clip, lora, train.seed, lambda: auto_rank(pairs, "retrieval"))
-    announce(clip, pairs, train)
+    announce(clip, pairs, "pairs", train)
     fit(
         clip,
         train_pairs,
@@ -77,7 +78,7 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
 
 
 def check_together(
-    data: DataSpec, classes: ClassSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec
+    data: DataSpec, classes: ClassTrainSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec
 ) -> None:
     """What each spec alone cannot see; all faults at once, and before anything slow.
 
@@ -100,7 +101,7 @@ def class_faults(classes: ClassSpec, data: DataSpec) -> list[str]:
     given = sorted(name for name in classes.model_fields_set if name != "task")
     if given and classes.task == "retrieval":
         faults.append(f"{', '.join(map(flag, given))} given without --task classification: add it")
-    if classes.val_size is not None and data.val_data is not None:
+    if isinstance(classes, ClassTrainSpec) and classes.val_size is not None and data.val_data is not None:
         faults.append("--val-size and --val-data both say what to evaluate on: give one of them")
     if classes.prompts is not None and not classes.prompts.exists():
         faults.append(f"--prompts {classes.prompts}: there is no such file; check the path")
@@ -210,8 +211,8 @@ def attach_adapter(clip: Clip, lora: AdapterSpec, targets: str, rank: int, seed:
     log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
 
 
-def announce(clip: Clip, rows: int, train: TrainSpec) -> None:
-    """One line on what is about to train."""
+def announce(clip: Clip, rows: int, unit: str, train: TrainSpec) -> None:
+    """One line on what is about to train; `unit` is what the rows are: pairs, or images."""
     import torch
 
     from clipgraft.lora.counting import count_parameters
@@ -223,4 +224,5 @@ def announce(clip: Clip, rows: int, train: TrainSpec) -> None:
         log.info("training %s of %s weights (%.2f %%)", f"{count.trainable:,}", f"{count.total:,}", share)
     elif clip.dtype == torch.bfloat16:
         log.info("--precision bf16 rounds small updates of the model away; --precision amp_bf16 keeps them")
-    log.info("%d pairs, batches of %d, %d epochs", rows, train.batch_size * train.accum_freq, train.epochs)
+    batch, epochs = train.batch_size * train.accum_freq, train.epochs
+    log.info("%d %s, batches of %d, %d epoch%s", rows, unit, batch, epochs, "s" if epochs > 1 else "")

@@ -12,6 +12,7 @@ from clipgraft.config.fields import Positional, Spec
 from clipgraft.config.specs import (
     AdapterSpec,
     ClassSpec,
+    ClassTrainSpec,
     ConvertSpec,
     DataSpec,
     DemoSpec,
@@ -27,6 +28,7 @@ from clipgraft.config.specs import (
 __all__ = [
     "AdapterSpec",
     "ClassSpec",
+    "ClassTrainSpec",
     "ConvertSpec",
     "DataSpec",
     "DemoSpec",

@@ -82,6 +82,11 @@ class ClassSpec(Spec):
     templates: str = Field(
         "photo", description="for classes without prompts: photo, ensemble, or a text with {} in it"
     )
+
+
+class ClassTrainSpec(ClassSpec):
+    """Training to tell classes apart."""
+
     val_size: float | None = Field(None, gt=0, lt=1, description="share of each class to hold out")
     shots: int | None = Field(None, ge=1, description="train on this many images of each class")
     head: Literal["prompts", "linear", "cosine"] = Field(
@@ -209,6 +214,9 @@ class EvalSpec(Spec):
         None, description="see `clipgraft convert --help`"
     )
     batch_size: int = Field(64, ge=1, description="images or captions encoded at once")
+    classifier: UserPath | None = Field(
+        None, description="head/ folder of a run with --head linear or cosine, to measure too"
+    )
     out: UserPath | None = Field(None, description="write the metrics to this JSON file")
 
 
