@@ -92,11 +92,36 @@ def test_classification(cli: Any, base: list[str], tmp_path: Path) -> None:
     outcome = cli(
         *("sweep", *base, "--task", "classification", "--train-data", folder, "--val-size", "0.25"),
         *("--targets", "vision.1.*", "--lora-r", "2", "--no-full", "--batch-size", 25, "--epochs", 1),
-        *("--workers", 0, "--logs", tmp_path / "logs"),
+        *("--workers", 0, "--logs", tmp_path / "logs", "--test-data", folder),
     )
     assert (outcome.code, outcome.err) == (0, "")
     header = next(line for line in outcome.out.splitlines() if line.startswith("model"))
-    assert header.split()[-3:] == ["acc1", "acc5", "mean_per_class_recall"]
+    assert header.split()[-4:] == ["acc1", "acc5", "mean_per_class_recall", "test_acc1"]
+
+
+def test_what_is_forgotten_is_a_column(
+    sweep: Any, cli: Any, base: list[str], table: Path, tmp_path: Path
+) -> None:
+    """The table says of other data what is true of the validation data, or of the base."""
+    rows = table.read_text().splitlines()
+    other = table.with_name("other.csv")
+    other.write_text("\n".join(rows[:9]) + "\n")
+    outcome = sweep(
+        "--targets", "text-attention", "--lora-r", "4", "--no-full", "--lr", "0.05", "--test-data", other
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    folder = tmp_path / "logs" / "sweep"
+    adapter = folder / "cells" / "text-attention-r4-seed0" / "run" / "adapter"
+    metrics = tmp_path / "metrics.json"
+    data = ["--val-data", other, "--workers", 0, "--adapter", adapter, "--out", metrics]
+    assert cli("eval", *base, *data).code == 0
+    measured = json.loads(metrics.read_text())
+    for row, column in zip(
+        json.loads((folder / "table.json").read_text())["rows"], ("base", "adapter"), strict=True
+    ):
+        for name in ("image_to_text_R@1", "text_to_image_mean_rank"):
+            assert row["mean"][f"test_{name}"] == pytest.approx(measured[column][name])
+    assert measured["base"] != measured["adapter"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +132,11 @@ def test_classification(cli: Any, base: list[str], tmp_path: Path) -> None:
         (["--lora-r", "4,4"], "must not name the same thing twice"),
         (["--seeds", "0"], "--seeds: got '0'"),
         (["--head", "linear"], "--head given without --task classification"),
+        (["--test-data", "nowhere.csv"], "--test-data nowhere.csv: there is no such file or folder"),
+        (
+            ["--task", "classification", "--head", "linear", "--test-data", "."],
+            "--test-data is measured by prompts, not by --head linear",
+        ),
     ],
 )
 def test_bad_grids(sweep: Any, words: list[str], message: str, tmp_path: Path) -> None:

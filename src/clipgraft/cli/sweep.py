@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +15,23 @@ from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, Spec, SweepSpe
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clipgraft.cli.sweep_work import Work
     from clipgraft.models.clip import Clip
     from clipgraft.train.grid import Cell, CellResult, Row
-    from clipgraft.train.run import FitResult
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
+
+if TYPE_CHECKING:
+    from clipgraft.cli.sweep_work import Work
+    from clipgraft.models.clip import Clip
+    from clipgraft.train.grid import Cell, CellResult, Row
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
 _RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
 _CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the cells of a grid share: the data, how a model is trained on them, and how it is measured."""
-
-    fit: Callable[..., FitResult]
-    evaluate: Callable[[Clip], dict[str, float]]
-    metrics: tuple[str, ...]
+_TEST = {_RETRIEVAL: ("image_to_text_R@1", "text_to_image_R@1"), _CLASSIFICATION: ("acc1",)}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -41,12 +41,13 @@ def run(argv: Sequence[str]) -> None:
     model_spec, data, classes, sweep, train = specs
     _check(data, classes, sweep)
     from clipgraft.cli.common import load_model
+    from clipgraft.cli.sweep_work import prepare_work
     from clipgraft.lora.targets import select_sites
     from clipgraft.train.grid import grid, read_cell, write_cell
 
     clip = load_model(model_spec)
     towers = {site.tower for term in sweep.targets for site in select_sites(clip.sites, term)}
-    work = _work(clip, specs)
+    work = prepare_work(clip, specs)
     folder = sweep.logs / sweep.name
     settings = _settings(specs, clip)
     cells = grid(
@@ -63,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
         else:
             log.info("cell %d of %d: %s is finished already", number, len(cells), cell.name)
         results.append(result)
-    _write(folder, results, work.metrics)
+    _write(folder, results, work.shown)
 
 
 def _check(data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec) -> None:
@@ -73,9 +74,15 @@ def _check(data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec) -> None:
         faults.append("--train-data is missing: a table of images and captions, or a folder of both")
     if data.val_data is None and not (classes.task == "classification" and classes.val_size):
         faults.append("--val-data is missing: the table measures every cell on it")
-    for name, path in (("--train-data", data.train_data), ("--val-data", data.val_data)):
+    given = {"--train-data": data.train_data, "--val-data": data.val_data, "--test-data": sweep.test_data}
+    for name, path in given.items():
         if path is not None and not path.exists():
             faults.append(f"{name} {path}: there is no such file or folder; check the path")
+    if sweep.test_data is not None and classes.head != "prompts":
+        faults.append(
+            f"--test-data is measured by prompts, not by --head {classes.head}: drop it, and measure a "
+            "cell's head/ with `clipgraft eval --classifier`"
+        )
     if len(set(sweep.targets)) < len(sweep.targets) or len(set(sweep.lora_r)) < len(sweep.lora_r):
         faults.append("--targets and --lora-r must not name the same thing twice")
     if faults:
@@ -89,52 +96,6 @@ def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
     return {"fingerprint": clip.fingerprint, **{n: v for n, v in values.items() if n not in grown}}
 
 
-def _work(clip: Clip, specs: Sequence[Any]) -> Work:
-    """Read the data once."""
-    from clipgraft.cli.common import open_cache
-    from clipgraft.models.precision import use_autocast
-
-    model_spec, data, classes, _, train = specs
-    autocast = use_autocast(model_spec.autocast, clip.device)
-    shared: dict[str, Any] = {
-        "autocast": autocast,
-        "workers": data.workers,
-        "cache": open_cache(data),
-        "exact_preprocess": data.exact_preprocess,
-    }
-    keeping: dict[str, Any] = {"save_frequency": 0, "val_frequency": 0, "save_lora_only": True}
-    if classes.task == "classification":
-        from clipgraft.cli.classify import read_class_data
-        from clipgraft.data.labels import class_weights
-        from clipgraft.evaluate.classify import evaluate_classification
-        from clipgraft.train.fit_classes import fit_classifier
-
-        read = read_class_data(data, classes, train.seed)
-        assert read.val is not None
-        val, weights = read.val, class_weights(read.train) if classes.class_weights else None
-
-        def fit_classes(model: Clip, **options: Any) -> FitResult:
-            more: dict[str, Any] = {"prompts": read.prompts, "head": classes.head, "weights": weights}
-            return fit_classifier(model, read.train, val, **more, **shared, **keeping, **options)
-
-        return Work(
-            fit_classes,
-            lambda model: evaluate_classification(model, val, read.prompts, **shared).metrics,
-            _CLASSIFICATION,
-        )
-    from clipgraft.cli.common import read_table
-    from clipgraft.evaluate.retrieval import evaluate_retrieval
-    from clipgraft.train.fit import fit
-
-    pairs = read_table(clip, data.train_data, data, "training data")
-    held_out = read_table(clip, data.val_data, data, "validation data")
-    return Work(
-        lambda model, **options: fit(model, pairs, held_out, **shared, **keeping, **options),
-        lambda model: evaluate_retrieval(model, held_out, **shared),
-        _RETRIEVAL,
-    )
-
-
 def _run_cell(
     clip: Clip, cell: Cell, place: Path, specs: Sequence[Any], work: Work, towers: Set[str]
 ) -> CellResult:
@@ -146,7 +107,7 @@ def _run_cell(
     from clipgraft.train.run_folder import latest_checkpoint
 
     if cell.kind == "base":
-        return CellResult(cell, work.evaluate(clip))
+        return CellResult(cell, work.validate(clip) | work.tested(clip))
     model_spec, _, _, sweep, train = specs
     options = {**train.model_dump(), "seed": cell.seed}
     if cell.kind == "full":
@@ -159,9 +120,10 @@ def _run_cell(
     with peak_memory() as peak:
         done = work.fit(clip, out=folder, resume=latest_checkpoint(folder).exists(), **options)
         high = peak()
+    metrics = {name: float(value) for name, value in done.history[-1].items() if name != "epoch"}
+    metrics |= work.tested(clip)
     if cell.kind == "lora":
         remove_lora(clip)
-    metrics = {name: float(value) for name, value in done.history[-1].items() if name != "epoch"}
     return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)
 
 

@@ -147,6 +147,9 @@ class SweepSpec(AdapterSpec):
     full_lr: float | None = Field(
         None, gt=0, description="peak learning rate of full fine-tuning (default: --lr)"
     )
+    test_data: UserPath | None = Field(
+        None, description="more data to measure every cell on at its end: what it may forget, say"
+    )
     logs: UserPath = Field(Path("logs"), description="folder of all runs")
     name: str = Field("sweep", min_length=1, description="of this sweep; the same name continues it")
 

@@ -1,0 +1,109 @@
+"""What the cells of a sweep share: the data, read once, and how a model is trained and measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from clipgraft.cli.classify import read_class_data, read_images
+from clipgraft.cli.common import open_cache, read_table
+from clipgraft.config import ClassTrainSpec, DataSpec, TrainSpec
+from clipgraft.data.labels import Labelled, class_weights, match_classes
+from clipgraft.data.pairs import Pairs
+from clipgraft.evaluate.classify import evaluate_classification
+from clipgraft.evaluate.retrieval import evaluate_retrieval
+from clipgraft.models.clip import Clip
+from clipgraft.models.precision import use_autocast
+from clipgraft.train.fit import fit
+from clipgraft.train.fit_classes import fit_classifier
+from clipgraft.train.run import FitResult
+
+Measure: TypeAlias = Callable[[Clip], dict[str, float]]
+_RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
+_RETRIEVAL_TEST = ("test_image_to_text_R@1", "test_text_to_image_R@1")
+_CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall")
+_CLASSIFICATION_TEST = ("test_acc1",)
+_KEEPING: dict[str, Any] = {"save_frequency": 0, "val_frequency": 0, "save_lora_only": True}
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a model is trained and measured.
+
+    Attributes:
+        fit: trains a model on the training data, and measures it on the validation data.
+        validate: measures a model on the validation data.
+        test: the same on the test data, if there are some.
+        shown: names of the metrics in the table; those of the test data begin with `test_`.
+    """
+
+    fit: Callable[..., FitResult]
+    validate: Measure
+    test: Measure | None
+    shown: tuple[str, ...]
+
+    def tested(self, clip: Clip) -> dict[str, float]:
+        """Metrics on the test data, named so; none without such data."""
+        return {f"test_{name}": value for name, value in self.test(clip).items()} if self.test else {}
+
+
+def prepare_work(clip: Clip, specs: Sequence[Any]) -> Work:
+    """Read and check the data of a sweep, from its model, data, class, sweep and train specs.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    model_spec, data, classes, sweep, train = specs
+    shared: dict[str, Any] = {
+        "autocast": use_autocast(model_spec.autocast, clip.device),
+        "workers": data.workers,
+        "cache": open_cache(data),
+        "exact_preprocess": data.exact_preprocess,
+    }
+    if classes.task == "classification":
+        return _classification(data, classes, sweep.test_data, train, shared)
+    tables = {
+        "training data": data.train_data,
+        "validation data": data.val_data,
+        "test data": sweep.test_data,
+    }
+    pairs = {what: read_table(clip, path, data, what) for what, path in tables.items() if path is not None}
+    return _retrieval(pairs["training data"], pairs["validation data"], pairs.get("test data"), shared)
+
+
+def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, shared: dict[str, Any]) -> Work:
+    def on(pairs: Pairs) -> Measure:
+        return lambda model: evaluate_retrieval(model, pairs, **shared)
+
+    def train_on_pairs(model: Clip, **options: Any) -> FitResult:
+        return fit(model, train, val, **shared, **_KEEPING, **options)
+
+    if test is None:
+        return Work(train_on_pairs, on(val), None, _RETRIEVAL)
+    return Work(train_on_pairs, on(val), on(test), _RETRIEVAL + _RETRIEVAL_TEST)
+
+
+def _classification(
+    data: DataSpec, classes: ClassTrainSpec, test: Path | None, train: TrainSpec, shared: dict[str, Any]
+) -> Work:
+    read = read_class_data(data, classes, train.seed)
+    val = read.val
+    assert val is not None
+    options_of_all: dict[str, Any] = {
+        "prompts": read.prompts,
+        "head": classes.head,
+        "weights": class_weights(read.train) if classes.class_weights else None,
+    }
+
+    def on(images: Labelled) -> Measure:
+        return lambda model: evaluate_classification(model, images, read.prompts, **shared).metrics
+
+    def train_on_images(model: Clip, **options: Any) -> FitResult:
+        return fit_classifier(model, read.train, val, **options_of_all, **shared, **_KEEPING, **options)
+
+    if test is None:
+        return Work(train_on_images, on(val), None, _CLASSIFICATION)
+    images = match_classes(read_images(test, data, classes, "test images"), read.train.classes)
+    return Work(train_on_images, on(val), on(images), _CLASSIFICATION + _CLASSIFICATION_TEST)
