@@ -176,3 +176,19 @@ def test_a_class_too_small_to_hold_out(classify: Callable[..., Any], pictures: P
     outcome = classify(pictures, "--use-lora", "--val-size", "0.3")
     assert (outcome.code, outcome.err) == (0, "")
     assert "grey" in outcome.out
+
+
+def test_a_run_hands_over_its_results(classify: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+    """A finished run lacks its result.json, or the one of a run without validation data invents a metric."""
+    outcome = classify(pictures, "--use-lora", "--val-size", "0.3")
+    assert (outcome.code, outcome.err) == (0, "")
+    folder = tmp_path / "logs" / "run"
+    result = json.loads((folder / "results" / "result.json").read_text())
+    last = json.loads((folder / "results.json").read_text())["history"][-1]
+    del last["epoch"]
+    assert result["test_result"] == [last]
+    assert {path.name for path in (folder / "results").iterdir()} == {
+        "result.json",
+        "structure.txt",
+        "summary.txt",
+    }

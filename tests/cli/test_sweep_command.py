@@ -37,6 +37,9 @@ def test_the_grid_in_one_table(sweep: Any, tmp_path: Path) -> None:
     ]
     cells = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("cells/*/cell.json")}
     assert len(cells) == 1 + 2 + 8
+    for name, cell in cells.items():
+        handed = json.loads((folder / "cells" / name / "results" / "result.json").read_text())
+        assert handed["test_result"] == [cell["result"]["metrics"]]
     for row in rows[2:]:
         stem = f"{row['targets'].replace('*', '_')}-r{row['r']}"
         own = [cells[f"{stem}-seed{seed}"]["result"] for seed in (0, 1)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.cli.common import checking, fit_options, load_model
+from clipgraft.cli.common import checking, fit_options, hand_over, load_model
 from clipgraft.cli.eval import side_by_side
 from clipgraft.cli.train import announce, graft
 from clipgraft.config import ClassSpec, ClassTrainSpec, DataSpec
@@ -91,7 +91,7 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
     if lora.use_lora:
         graft(clip, lora, train.seed, lambda: auto_rank(len(read.train), "classification"))
     announce(clip, len(read.train), "images", train)
-    fit_classifier(
+    done = fit_classifier(
         clip,
         read.train,
         read.val,
@@ -101,6 +101,7 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
         weights=class_weights(read.train) if classes.class_weights else None,
         **fit_options(specs),
     )
+    hand_over(clip, folder, done.history[-1] if done.history else None)
 
 
 def measure_classes(

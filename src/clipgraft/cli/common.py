@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from clipgraft.config import DataSpec, ModelSpec, RunSpec, TrainSpec
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
-from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.errors import AdapterError, ConfigError, ModelError
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load as load_base
+from clipgraft.report.results import RESULTS, write_results
 
 log = logging.getLogger("clipgraft")
 
@@ -116,6 +117,18 @@ def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
         "params": {name: value for spec in specs for name, value in spec.model_dump().items()},
         **train.model_dump(),
     }
+
+
+def hand_over(clip: Clip, run: Path, metrics: Mapping[str, float] | None) -> None:
+    """Write `results/` of a run: result.json, summary.txt and structure.txt.
+
+    A model that cannot be profiled costs a warning, not the run.
+    """
+    numbers = {name: value for name, value in (metrics or {}).items() if name != "epoch"}
+    try:
+        write_results(clip, run / RESULTS, numbers or None)
+    except ModelError as error:
+        log.warning("%s is left out: %s", run / RESULTS, error)
 
 
 def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:

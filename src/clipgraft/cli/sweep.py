@@ -100,14 +100,16 @@ def _run_cell(
     clip: Clip, cell: Cell, place: Path, specs: Sequence[Any], work: Work, towers: Set[str]
 ) -> CellResult:
     """Run one cell, or go on with it; the base is as it was afterwards."""
-    from clipgraft.cli.common import load_model
+    from clipgraft.cli.common import hand_over, load_model
     from clipgraft.lora.inject import remove_lora
+    from clipgraft.models.peak import peak_memory
     from clipgraft.train.grid import CellResult
-    from clipgraft.train.peak import peak_memory
     from clipgraft.train.run_folder import latest_checkpoint
 
     if cell.kind == "base":
-        return CellResult(cell, work.validate(clip) | work.tested(clip))
+        metrics = work.validate(clip) | work.tested(clip)
+        hand_over(clip, place, metrics)
+        return CellResult(cell, metrics)
     model_spec, _, _, sweep, train = specs
     options = {**train.model_dump(), "seed": cell.seed}
     if cell.kind == "full":
@@ -122,6 +124,7 @@ def _run_cell(
         high = peak()
     metrics = {name: float(value) for name, value in done.history[-1].items() if name != "epoch"}
     metrics |= work.tested(clip)
+    hand_over(clip, place, metrics)
     if cell.kind == "lora":
         remove_lora(clip)
     return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)

@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
 
 def train_model(specs: Sequence[Any], folder: Path) -> None:
     """Load what the specs name, and train it into `folder`."""
-    from clipgraft.cli.common import fit_options, load_model, read_table
+    from clipgraft.cli.common import fit_options, hand_over, load_model, read_table
     from clipgraft.lora.rank import auto_rank
     from clipgraft.train.fit import fit
 
@@ -68,13 +68,14 @@ def train_model(specs: Sequence[Any], folder: Path) -> None:
     if lora.use_lora:
         graft(clip, lora, train.seed, lambda: auto_rank(pairs, "retrieval"))
     announce(clip, pairs, "pairs", train)
-    fit(
+    done = fit(
         clip,
         train_pairs,
         val_pairs,
         out=folder,
         **fit_options(specs),
     )
+    hand_over(clip, folder, done.history[-1] if done.history else None)
 
 
 def check_together(

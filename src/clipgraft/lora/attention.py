@@ -50,7 +50,8 @@ def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
     which rounds differently, even where no gradient is taken. What autocast makes of a weight without
     gradients counts as frozen.
     """
-    cast = torch.is_autocast_enabled(attention.in_proj_weight.device.type)
+    device = attention.in_proj_weight.device
+    cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return _was_trainable(attention) and (torch.is_grad_enabled() or not cast)
 
 

@@ -102,7 +102,7 @@ class Clip:
         in fp32 and in bf16 is the same base. Adapters and the temperature are left out. Takes about a
         second for 600 MB, and is kept until a weight is changed in place (by an optimiser or
         `load_state_dict`). A model that carries LoRA keeps the one of the base it was attached to, merged or
-        not.
+        not. On the meta device, where there are no weights, their names and shapes are all that counts.
         """
         known, version = getattr(self.model, _FINGERPRINT, ("", -1))
         named = list(self.model.named_parameters())
@@ -116,8 +116,10 @@ class Clip:
         digest = hashlib.sha256()
         weights = {n: w for n, w in self.family.canonical_weights(self.model) if n not in _NOT_IDENTITY}
         for name in sorted(weights):
+            digest.update(f"{name}{tuple(weights[name].shape)}".encode())
+            if weights[name].is_meta:
+                continue
             weight = weights[name].detach().cpu()
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
             exact = weight.to(torch.bfloat16).view(torch.int16) if weight.is_floating_point() else weight
             digest.update(memoryview(exact.contiguous().numpy()).cast("B"))
         return digest.hexdigest()[:16]

@@ -24,7 +24,7 @@ def load_hf(path: str, name: str) -> Clip:
     """
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedConfig
 
-    _check_path(path)
+    check_path(path)
     with hub_access(needed=not Path(path).is_dir()) as offline:
         try:
             config, _ = PreTrainedConfig.get_config_dict(path)
@@ -43,7 +43,7 @@ def load_hf(path: str, name: str) -> Clip:
     return Clip(model, family, tokenizer, HfPreprocess(processor), None, Source(name))
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
     """Refuse what is neither a folder with a model in it nor written like a hub id."""
     if not path:
         raise ModelError("'hf:' names no model: write hf:owner/name, or hf: and a local folder")

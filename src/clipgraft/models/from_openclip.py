@@ -28,7 +28,7 @@ from clipgraft.models.tokenizers import OpenClipTokenizer
 CONFIG_FILE = "open_clip_config.json"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 RANDOM_WEIGHTS = "none"
-_HUB = "hf-hub:"
+HUB = "hf-hub:"
 
 
 def load_name(name: str, pretrained: str, seed: int) -> Clip:
@@ -40,11 +40,11 @@ def load_name(name: str, pretrained: str, seed: int) -> Clip:
     import open_clip
 
     # open_clip's tokenizer look-up does not know the spelling ViT-B/32, which its model look-up takes.
-    model_name = name if name.startswith(_HUB) else name.replace("/", "-")
-    if not name.startswith(_HUB):
+    model_name = name if name.startswith(HUB) else name.replace("/", "-")
+    if not name.startswith(HUB):
         _check_name(name, model_name, pretrained)
     is_file, random = Path(pretrained).is_file(), pretrained == RANDOM_WEIGHTS
-    with hub_access(not (is_file or random) or _borrows(open_clip.get_model_config(model_name))) as offline:
+    with hub_access(not (is_file or random) or borrows(open_clip.get_model_config(model_name))) as offline:
         try:
             with _seeded(seed, random):
                 model, train_transform, eval_transform = open_clip.create_model_and_transforms(
@@ -71,7 +71,7 @@ def load_folder(folder: Path, name: str) -> Clip:
 
     local = f"local-dir:{folder}"
     try:
-        with hub_access(_borrows(open_clip.get_model_config(local), tokenizer=False)):
+        with hub_access(borrows(open_clip.get_model_config(local), tokenizer=False)):
             model, train_transform, eval_transform = open_clip.create_model_and_transforms(
                 local, require_pretrained=True
             )
@@ -93,7 +93,7 @@ def load_config(path: Path, pretrained: str, seed: int) -> Clip:
     random = pretrained == RANDOM_WEIGHTS
     if not random:
         _check_checkpoint(path, pretrained)
-    with hub_access(_borrows(config["model_cfg"])), tempfile.TemporaryDirectory() as folder:
+    with hub_access(borrows(config["model_cfg"])), tempfile.TemporaryDirectory() as folder:
         # A folder rather than open_clip's registry: a config named ViT-B-32.json must not become ViT-B-32.
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         try:
@@ -127,7 +127,7 @@ def model_config(name: str) -> dict[str, Any]:
     elif name:
         local = f"local-dir:{path}" if path.is_dir() else name.replace("/", "-")
         try:
-            config = open_clip.get_model_config(name if name.startswith(_HUB) else local)
+            config = open_clip.get_model_config(name if name.startswith(HUB) else local)
         except Exception as error:
             raise config_failure(name, error) from error
     if config is None:
@@ -137,17 +137,24 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _check_name(name: str, model_name: str, pretrained: str) -> None:
-    """Refuse what open_clip would refuse, before it builds anything, with the nearest names."""
+def check_known(name: str) -> None:
+    """Raise ModelError, with the nearest names, for a name that is not open_clip's."""
     import open_clip
 
     models = open_clip.list_models()
-    if model_name not in models:
+    if name.replace("/", "-") not in models:
         near = nearest(name, [*models, "emoji", *(f"hf:{hub_id}" for hub_id in KNOWN_HUB_IDS)])
         raise ModelError(
             f"no model '{name}': it is no open_clip name, local folder or JSON config{near}; "
             "transformers models are written hf:owner/name"
         )
+
+
+def _check_name(name: str, model_name: str, pretrained: str) -> None:
+    """Refuse what open_clip would refuse, before it builds anything, with the nearest names."""
+    import open_clip
+
+    check_known(name)
     if pretrained == RANDOM_WEIGHTS or Path(pretrained).is_file():
         return
     tags = open_clip.list_pretrained_tags_by_model(model_name)
@@ -198,7 +205,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {"model_cfg": model, "preprocess_cfg": whole.get("preprocess_cfg", {})}
 
 
-def _borrows(config: Mapping[str, Any] | None, tokenizer: bool = True) -> bool:
+def borrows(config: Mapping[str, Any] | None, tokenizer: bool = True) -> bool:
     """Whether a model's text tower, or its tokenizer, is one of transformers and comes from the hub."""
     text = (config or {}).get("text_cfg", {})
     return bool(text.get("hf_model_name") or (tokenizer and text.get("hf_tokenizer_name")))

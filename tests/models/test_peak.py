@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from clipgraft.train.peak import peak_memory
+from clipgraft.models.peak import peak_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the mark")

@@ -1,0 +1,203 @@
+"""Models without their weights: built on torch's meta device from a name or a configuration alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from clipgraft.errors import ModelError
+from clipgraft.models.clip import Clip, Source, family_of
+from clipgraft.models.failures import hf_failure, one_line
+from clipgraft.models.from_hf import check_path
+from clipgraft.models.from_openclip import (
+    CHECKPOINT_SUFFIXES,
+    CONFIG_FILE,
+    HUB,
+    borrows,
+    check_known,
+    model_config,
+)
+from clipgraft.models.hub import hub_access
+from clipgraft.models.load import EMOJI_BASE
+from clipgraft.models.quiet import quiet
+
+Overrides = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The configuration of a model.
+
+    Attributes:
+        name: what it was asked for by.
+        library: whose it is.
+        values: as in the library's own JSON, every setting written out for transformers.
+    """
+
+    name: str
+    library: Literal["transformers", "open_clip"]
+    values: dict[str, Any]
+
+
+def clip_on_meta(name: str | Path, overrides: Overrides | None = None) -> Clip:
+    """A model on the meta device: its structure without weights, tokenizer and preprocessing.
+
+    Args:
+        name: what `load` takes, without the weights: `emoji`, an open_clip name (`ViT-B-32`) or JSON model
+            config, `hf:` and a hub id or folder, `hf-hub:` and a hub id, a local folder of either library;
+            or a transformers `config.json`.
+        overrides: other values for settings of the configuration, `{"text_config.num_hidden_layers": 3}`
+            in transformers, `{"text_cfg.layers": 3}` in open_clip.
+
+    Raises:
+        ModelError: there is no such model or setting, or no model can be built from it.
+    """
+    return build_on_meta(read_model_config(name, overrides))
+
+
+def read_model_config(name: str | Path, overrides: Overrides | None = None) -> ModelConfig:
+    """The configuration of a model; arguments and errors as for `clip_on_meta`."""
+    given = str(name)
+    path = str(EMOJI_BASE) if given == "emoji" else given.removeprefix("hf:")
+    if given.startswith("hf:"):
+        check_path(path)
+    if given.startswith("hf:") or given == "emoji" or _is_hf(Path(path)):
+        found = _read_hf(path, given)
+    else:
+        found = ModelConfig(given, "open_clip", _openclip_values(given))
+    return _overridden(found, overrides or {})
+
+
+def build_on_meta(config: ModelConfig) -> Clip:
+    """A model of this configuration on the meta device; raises ModelError if there is none."""
+    build = _build_hf if config.library == "transformers" else _build_openclip
+    try:
+        with quiet(), torch.device("meta"):
+            model = build(config.values)
+    except Exception as error:
+        raise ModelError(
+            f"{config.name}: no model can be built from its configuration: {one_line(error)}; correct it"
+        ) from error
+    return Clip(model, family_of(model), source=Source(config.name)).eval()
+
+
+def _is_hf(path: Path) -> bool:
+    """Whether a folder or JSON file is of transformers."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / CONFIG_FILE).is_file()
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(value, dict) and ("model_type" in value or "text_config" in value)
+
+
+def _read_hf(path: str, name: str) -> ModelConfig:
+    from transformers import PreTrainedConfig
+
+    local = Path(path).exists()
+    with quiet(), hub_access(needed=not local) as offline:
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(path)
+            return ModelConfig(name, "transformers", _hf_config(values).to_dict())
+        except Exception as error:
+            if local:
+                raise ModelError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
+            raise hf_failure(path, error, offline) from error
+
+
+def _hf_config(values: Mapping[str, Any]) -> Any:
+    """A transformers configuration object; without a `model_type` it is CLIP's."""
+    from transformers import AutoConfig
+
+    settings = {key: value for key, value in values.items() if key != "model_type"}
+    return AutoConfig.for_model(values.get("model_type", "clip"), **settings)
+
+
+def _build_hf(values: Mapping[str, Any]) -> nn.Module:
+    from transformers import AutoModel
+
+    model = AutoModel.from_config(_hf_config(values))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _build_openclip(values: Mapping[str, Any]) -> nn.Module:
+    import open_clip
+
+    with hub_access(borrows(values)), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps({"model_cfg": values, "preprocess_cfg": {}}))
+        model = open_clip.create_model(
+            f"local-dir:{folder}", device="meta", load_weights=False, pretrained_text=False
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _openclip_values(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        raise ModelError(
+            f"'{name}' is a checkpoint and does not say which architecture it is for: give the model's name"
+        )
+    if not (path.suffix == ".json" or path.is_dir() or name.startswith(HUB)):
+        check_known(name)
+    return model_config(name)
+
+
+def _overridden(config: ModelConfig, overrides: Overrides) -> ModelConfig:
+    """The configuration with other values; raises ModelError for settings that it has not."""
+    values = copy.deepcopy(config.values)
+    known = _settings(config)
+    for key, value in overrides.items():
+        if key not in known:
+            raise ModelError(f"{config.name} has no setting '{key}'{_near(key, known)}")
+        *path, leaf = key.split(".")
+        inner = values
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[leaf] = value
+    return dataclasses.replace(config, values=values)
+
+
+def _near(key: str, known: Mapping[str, object]) -> str:
+    """Settings that may have been meant: with the same letters, or of the same part."""
+    part, _, leaf = key.rpartition(".")
+    parts = sorted({name.rpartition(".")[0] for name in known})
+    part = next(iter(difflib.get_close_matches(part, parts, n=1)), part)
+    beside = [name for name in known if name.rpartition(".")[0] == part] or list(known)
+    leaves = {name.rpartition(".")[2]: name for name in beside}
+    close = [name for other, name in leaves.items() if leaf and leaf in other]
+    close += [leaves[other] for other in difflib.get_close_matches(leaf, leaves, n=3)]
+    if close:
+        return f" (did you mean {' or '.join(dict.fromkeys(close[:3]))}?)"
+    return f"; there are {', '.join(beside[:12])}{', …' if len(beside) > 12 else ''}"
+
+
+def _settings(config: ModelConfig) -> dict[str, object]:
+    """Every setting by its dotted name; open_clip's JSON leaves most of them out."""
+    known: dict[str, object] = {}
+    if config.library == "open_clip":
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+        parts = {"text_cfg": CLIPTextCfg, "vision_cfg": CLIPVisionCfg}
+        known = {
+            f"{part}.{field.name}": None for part, cls in parts.items() for field in dataclasses.fields(cls)
+        }
+        known |= dict.fromkeys(("embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias"))
+    for key, value in config.values.items():
+        inner = value if isinstance(value, dict) else {}
+        known |= {f"{key}.{name}": setting for name, setting in inner.items()} or {key: value}
+    return known

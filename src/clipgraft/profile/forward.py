@@ -1,0 +1,249 @@
+"""What a CLIP model costs to run: both towers, every site, and an adapter beside the base."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipgraft.errors import ModelError
+from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.state import lora_state
+from clipgraft.lora.switch import disable_lora
+from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.failures import one_line
+from clipgraft.models.family import base_parameter, is_lora, submodule
+from clipgraft.models.sites import Site, SiteRef, Tower
+from clipgraft.profile.meta import on_meta
+from clipgraft.profile.trace import LayerCost, Product, Trace, join, trace
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """One site.
+
+    Attributes:
+        site: the site.
+        parameters: of its weight, without bias.
+        macs: multiply-adds of the product with its weight; of a fused one, its share. Tables have none.
+        adapter_parameters: of the update that acts there.
+        adapter_macs: of that update's own products.
+    """
+
+    site: Site
+    parameters: int
+    macs: int
+    adapter_parameters: int = 0
+    adapter_macs: int = 0
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """One tower.
+
+    Attributes:
+        tower: which.
+        input_shape: (N, 3, H, W) or (N, L).
+        parameters: of the base's weights that the tower reads, the projection included.
+        macs, flops: of the base alone (`clipgraft.profile.ops`).
+        attention_macs: of those, products of activations with each other.
+        adapter_parameters, adapter_macs, adapter_flops: what the adapter that acts adds.
+        sites: in the order of the data flow.
+        trace: the tower as it is, adapter included.
+    """
+
+    tower: Tower
+    input_shape: tuple[int, ...]
+    parameters: int
+    macs: int
+    flops: int
+    attention_macs: int
+    adapter_parameters: int
+    adapter_macs: int
+    adapter_flops: int
+    sites: tuple[SiteCost, ...]
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class ClipProfile:
+    """A CLIP model on a batch of images and one of texts.
+
+    Attributes:
+        name: what it was loaded by, or its class.
+        batch: images, and texts.
+        image_size: (height, width) in pixels.
+        text_tokens: length of the texts.
+        parameters: of the model, its adapter and temperature included.
+        text, vision: the towers.
+        trace: both together.
+    """
+
+    name: str
+    batch: int
+    image_size: tuple[int, int]
+    text_tokens: int
+    parameters: int
+    text: TowerCost
+    vision: TowerCost
+    trace: Trace
+
+    @property
+    def towers(self) -> tuple[TowerCost, TowerCost]:
+        return self.text, self.vision
+
+    @property
+    def layers(self) -> tuple[LayerCost, ...]:
+        """Every module, with what both towers made it do."""
+        return self.trace.layers
+
+    @property
+    def macs(self) -> int:
+        """Of both towers, adapter included."""
+        return self.trace.total.macs
+
+    @property
+    def flops(self) -> int:
+        """Of both towers, adapter included."""
+        return self.trace.total.flops
+
+
+def profile_clip(
+    model: ClipLike,
+    *,
+    batch: int = 1,
+    text_tokens: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> ClipProfile:
+    """What a forward pass of both towers costs. Nothing is computed and no weight is read.
+
+    Args:
+        model: a `Clip` or raw model, on any device; `clip_on_meta` makes one without weights.
+        batch: images, and texts.
+        text_tokens: length of the texts; by default the context length.
+        image_size: pixels, of a square or (height, width); by default what the model was made for.
+
+    Raises:
+        ModelError: the model takes no such texts or images.
+    """
+    clip = as_clip(model)
+    inputs = inputs_of(clip, batch, text_tokens, image_size)
+    text, vision = (_tower_cost(clip, tower, inputs.of(tower)) for tower in inputs.towers)
+    return ClipProfile(
+        name=clip.source.name or type(clip.model).__name__,
+        batch=batch,
+        image_size=inputs.image_size,
+        text_tokens=inputs.tokens.shape[1],
+        parameters=sum(p.numel() for p in clip.model.parameters()),
+        text=text,
+        vision=vision,
+        trace=join(text.trace, vision.trace),
+    )
+
+
+@dataclass(frozen=True)
+class ClipInputs:
+    """Inputs of both towers on the meta device: (N, L) token ids and (N, 3, H, W) pixels."""
+
+    tokens: Tensor
+    images: Tensor
+    towers: tuple[Tower, ...] = ("text", "vision")
+
+    def of(self, tower: Tower) -> Tensor:
+        return self.tokens if tower == "text" else self.images
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.images.shape[2:]
+        return height, width
+
+
+def inputs_of(
+    clip: Clip, batch: int, text_tokens: int | None, image_size: int | tuple[int, int] | None
+) -> ClipInputs:
+    """Inputs of the sizes asked for, or of the model's own; raises ModelError for texts too long for it."""
+    size = clip.family.image_size(clip.model) if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    length = clip.context_length if text_tokens is None else text_tokens
+    if not 1 <= length <= clip.context_length:
+        raise ModelError(f"texts of {length} tokens: this model takes 1 to {clip.context_length}")
+    return ClipInputs(
+        tokens=torch.empty(batch, length, dtype=torch.int64, device="meta"),
+        images=torch.empty(batch, 3, height, width, dtype=clip.dtype, device="meta"),
+    )
+
+
+def trace_tower(clip: Clip, tower: Tower, inputs: Tensor) -> Trace:
+    """One tower on (N, L) token ids or (N, 3, H, W) pixels; raises ModelError if it does not take them."""
+    run: Any = clip.family.encode_text if tower == "text" else clip.family.encode_image
+    try:
+        return trace(clip.model, inputs, call=run)
+    except Exception as error:
+        what = "x".join(map(str, inputs.shape))
+        raise ModelError(
+            f"the {tower} tower does not take an input of {what}: {one_line(error)}; keep to its own size, "
+            "or set another one in the model's configuration"
+        ) from error
+
+
+def _tower_cost(clip: Clip, tower: Tower, inputs: Tensor) -> TowerCost:
+    whole = trace_tower(clip, tower, inputs)
+    base = whole
+    if any(is_lora(name) for name in whole.weights):
+        bare = Clip(on_meta(clip.model), clip.family)
+        disable_lora(bare)
+        base = trace_tower(bare, tower, inputs)
+    sizes = {name: p.numel() for name, p in clip.model.named_parameters()}
+    return TowerCost(
+        tower=tower,
+        input_shape=tuple(inputs.shape),
+        parameters=sum(sizes[name] for name in base.weights),
+        macs=base.total.macs,
+        flops=base.total.flops,
+        attention_macs=sum(product.macs for product in base.products if product.weight is None),
+        adapter_parameters=sum(sizes[name] for name in whole.weights if is_lora(name)),
+        adapter_macs=whole.total.macs - base.total.macs,
+        adapter_flops=whole.total.flops - base.total.flops,
+        sites=tuple(_site_costs(clip, tower, base, whole)),
+        trace=whole,
+    )
+
+
+def _site_costs(clip: Clip, tower: Tower, base: Trace, whole: Trace) -> Iterable[SiteCost]:
+    names = {id(p): name for name, p in clip.model.named_parameters()}
+    by_weight: Counter[str | None] = Counter()
+    for product in base.products:
+        by_weight[product.weight] += product.macs
+    updates = _updates(clip)
+    for site, ref in clip.site_refs.items():
+        if site.tower != tower:
+            continue
+        weight = base_parameter(submodule(clip.model, ref.module), ref.parameter)
+        layer = updates.get(site)
+        acts = layer is not None and any(names[id(p)] in whole.weights for p in layer.parameters())
+        yield SiteCost(
+            site=site,
+            parameters=_size(ref),
+            macs=by_weight[names[id(weight)]] * _size(ref) // weight.numel(),
+            adapter_parameters=sum(p.numel() for p in layer.parameters()) if layer and acts else 0,
+            adapter_macs=_update_macs(clip.model, layer, whole.products) if layer and acts else 0,
+        )
+
+
+def _updates(clip: Clip) -> dict[Site, LoraLayer]:
+    state = lora_state(clip)
+    return {} if state is None or state.acting is None else dict(state.acting.layers)
+
+
+def _update_macs(model: nn.Module, layer: LoraLayer, products: Iterable[Product]) -> int:
+    """Products that an update's own forward ran, or that read its factors from elsewhere."""
+    path = next(name for name, module in model.named_modules() if module is layer)
+    return sum(p.macs for p in products if p.module == path or (p.weight or "").startswith(f"{path}."))
+
+
+def _size(ref: SiteRef) -> int:
+    return torch.Size(ref.shape).numel()
