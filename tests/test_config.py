@@ -20,7 +20,9 @@ SPECS = [
 ]
 REQUIRED: dict[type[Spec], dict[str, str]] = {
     config.ConvertSpec: {"src": "a", "out": "b", "to": "peft"},
+    config.InspectSpec: {"model": "a"},
     config.MergeSpec: {"adapters": "a", "out": "b"},
+    config.ProfileSpec: {"model": "a"},
 }
 
 

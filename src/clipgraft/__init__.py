@@ -90,6 +90,12 @@ _PUBLIC = {
         "set_adapter",
     ),
     "clipgraft.models.sites": ("Site",),
+    "clipgraft.models.unloaded": ("clip_on_meta",),
+    "clipgraft.profile.forward": ("profile_clip",),
+    "clipgraft.profile.inspection": ("inspect_model",),
+    "clipgraft.profile.layers": ("layer_table",),
+    "clipgraft.profile.targets": ("target_costs",),
+    "clipgraft.profile.training": ("training_costs",),
     "clipgraft.train.fit": (
         "FitResult",
         "fit",
@@ -163,6 +169,12 @@ if TYPE_CHECKING:
     from clipgraft.lora.switch import lora_disabled as lora_disabled
     from clipgraft.lora.switch import set_adapter as set_adapter
     from clipgraft.models.sites import Site as Site
+    from clipgraft.models.unloaded import clip_on_meta as clip_on_meta
+    from clipgraft.profile.forward import profile_clip as profile_clip
+    from clipgraft.profile.inspection import inspect_model as inspect_model
+    from clipgraft.profile.layers import layer_table as layer_table
+    from clipgraft.profile.targets import target_costs as target_costs
+    from clipgraft.profile.training import training_costs as training_costs
     from clipgraft.train.fit import FitResult as FitResult
     from clipgraft.train.fit import fit as fit
     from clipgraft.train.fit_classes import fit_classifier as fit_classifier

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.models.unloaded import clip_on_meta, read_model_config
+from clipgraft.models.unloaded import build_model, clip_on_meta, read_model_config
 from tinies import TINY_OPENCLIP
 
 
@@ -69,6 +69,21 @@ def test_overrides(hf_folder: Path, tiny_config: Path) -> None:
         str(site): ref.shape for site, ref in clip_on_meta(tiny_config, {"embed_dim": 8}).site_refs.items()
     }
     assert refs["text.proj"] == (8, 32)
+
+
+def test_tags_decide_on_the_activation() -> None:
+    """The structure of OpenAI's own models shows another activation than they have."""
+    for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False), (None, False)):
+        text = repr(clip_on_meta("ViT-B-32", {"text_cfg.layers": 1, "vision_cfg.layers": 1}, tag).model)
+        assert ("QuickGELU" in text) == quick
+
+
+def test_random_weights_on_a_real_device(hf_folder: Path, tiny_config: Path) -> None:
+    """`profile --measure` runs a model without numbers in it, or of another shape."""
+    for name in (hf_folder, tiny_config):
+        clip = build_model(read_model_config(name), "cpu")
+        assert not any(weight.is_meta for weight in clip.model.state_dict().values())
+        assert shapes(clip.model) == shapes(clip_on_meta(name).model)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ VERBS = {
     "sweep": "train a grid of target sets, ranks and seeds beside the base and full fine-tuning",
     "merge": "fold adapters into their base: a model for open_clip, transformers or ONNX Runtime",
     "convert": "rewrite an adapter in another format: PEFT, the guide's .pt files, CLIP-LoRA",
+    "inspect": "show what a model is: configuration, structure, layers, sites, sizes of adapters",
+    "profile": "show what a model costs: multiply-adds, memory, training, by module and site",
     "demo": "adapt the embedded default to Vietnamese captions and show what it bought",
 }
 _HELP = ("-h", "--help")

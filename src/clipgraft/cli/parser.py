@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
-from clipgraft.config import Spec, build_specs, flag, positional_fields, read_yaml
+from clipgraft.config import Repeated, Spec, build_specs, flag, positional_fields, read_yaml
 from clipgraft.errors import ConfigError
 
 
@@ -69,6 +69,10 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
     if info.annotation is bool:
         group.add_argument(
             flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
+    elif any(isinstance(mark, Repeated) for mark in info.metadata):
+        group.add_argument(
+            flag(name), action="append", default=argparse.SUPPRESS, metavar="KEY=VALUE", help=text
         )
     else:
         group.add_argument(flag(name), default=argparse.SUPPRESS, metavar=_metavar(info), help=text)

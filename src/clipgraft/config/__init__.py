@@ -8,7 +8,7 @@ library's functions take plain arguments.
 from __future__ import annotations
 
 from clipgraft.config.build import build_specs, flag, positional_fields, read_yaml
-from clipgraft.config.fields import Positional, Spec
+from clipgraft.config.fields import Positional, Repeated, Spec
 from clipgraft.config.specs import (
     AdapterSpec,
     ClassSpec,
@@ -17,9 +17,11 @@ from clipgraft.config.specs import (
     DataSpec,
     DemoSpec,
     EvalSpec,
+    InspectSpec,
     LoraSpec,
     MergeSpec,
     ModelSpec,
+    ProfileSpec,
     RunSpec,
     SweepSpec,
     TrainSpec,
@@ -33,10 +35,13 @@ __all__ = [
     "DataSpec",
     "DemoSpec",
     "EvalSpec",
+    "InspectSpec",
     "LoraSpec",
     "MergeSpec",
     "ModelSpec",
     "Positional",
+    "ProfileSpec",
+    "Repeated",
     "RunSpec",
     "Spec",
     "SweepSpec",

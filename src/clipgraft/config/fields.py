@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,23 @@ def expressions(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
 
 
+def _settings(value: Any) -> Any:
+    """["a.b=3", "c=x"] -> {"a.b": 3, "c": "x"}, values as in JSON where they are; mappings pass."""
+    if isinstance(value, dict):
+        return value
+    items = [str(item).partition("=") for item in ([value] if isinstance(value, str) else value)]
+    if any(not key.strip() or not equals for key, equals, _ in items):
+        raise ValueError("KEY=VALUE, e.g. text_config.num_hidden_layers=3")
+    return {key.strip(): _json(text.strip()) for key, _, text in items}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _precision(value: Any) -> Any:
     """open_clip's other names; its `amp` is float16 on GPUs, of which bf16 is the sturdier relative."""
     return "amp_bf16" if value in ("amp", "amp_bfloat16") else value
@@ -61,12 +79,18 @@ AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidat
 UserPath = Annotated[Path, BeforeValidator(_path)]
 Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
 Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
+Settings = Annotated[dict[str, Any], BeforeValidator(_settings)]
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 
 
 @dataclass(frozen=True)
 class Positional:
     """Marks a field that is given by its place on the command line instead of by a flag."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Marks a field whose flag may be given several times; it receives the list."""
 
 
 class Spec(BaseModel):

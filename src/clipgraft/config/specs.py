@@ -13,6 +13,8 @@ from clipgraft.config.fields import (
     Precision,
     Rank,
     RankPattern,
+    Repeated,
+    Settings,
     Spec,
     UserPath,
     Words,
@@ -286,3 +288,41 @@ class ConvertSpec(Spec):
         None, ge=1, description="text blocks of the base, where a CLIP-LoRA file leaves it open"
     )
     vision_layers: int | None = Field(None, ge=1, description="the same for vision blocks")
+
+
+class InspectSpec(Spec):
+    """What to look at."""
+
+    model: Annotated[str, Positional()] = Field(
+        min_length=1,
+        description="emoji, an open_clip name or JSON config, hf:ID, a transformers config.json, or a folder",
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip tag, which decides on QuickGELU; no weights are fetched"
+    )
+    set: Annotated[Settings, Repeated()] = Field(
+        {}, description="another value for a setting, may be repeated: text_config.num_hidden_layers=3"
+    )
+    targets: Annotated[tuple[str, ...] | None, BeforeValidator(expressions)] = Field(
+        None,
+        min_length=1,
+        description="target sets, joined by commas, or by semicolons if one of them has commas itself "
+        "(default: all)",
+    )
+    lora_r: int = Field(16, ge=1, description="rank of their adapters")
+    depth: int | None = Field(None, ge=0, description="levels of the table or tree to show (default: all)")
+    format: Literal["text", "json", "markdown"] = Field("text", description="how to print it")
+
+
+class ProfileSpec(InspectSpec):
+    """What to profile."""
+
+    batch_size: int = Field(1, ge=1, description="images, and texts")
+    image_size: int | None = Field(
+        None, ge=1, description="pixels of a side; the model is built for it (default: its own)"
+    )
+    text_tokens: int | None = Field(None, ge=1, description="length of the texts (default: the context)")
+    adapter: UserPath | None = Field(None, description="adapter whose own cost is stated beside the base's")
+    measure: bool = Field(False, description="also run it here, with random weights, and take the time")
+    device: str = Field("auto", description="for --measure: auto, cpu, cuda or cuda:N")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="type of the weights")

@@ -49,7 +49,7 @@ class ModelConfig:
     values: dict[str, Any]
 
 
-def clip_on_meta(name: str | Path, overrides: Overrides | None = None) -> Clip:
+def clip_on_meta(name: str | Path, overrides: Overrides | None = None, pretrained: str | None = None) -> Clip:
     """A model on the meta device: its structure without weights, tokenizer and preprocessing.
 
     Args:
@@ -58,14 +58,17 @@ def clip_on_meta(name: str | Path, overrides: Overrides | None = None) -> Clip:
             or a transformers `config.json`.
         overrides: other values for settings of the configuration, `{"text_config.num_hidden_layers": 3}`
             in transformers, `{"text_cfg.layers": 3}` in open_clip.
+        pretrained: an open_clip tag. Nothing is fetched: it decides on QuickGELU alone.
 
     Raises:
         ModelError: there is no such model or setting, or no model can be built from it.
     """
-    return build_on_meta(read_model_config(name, overrides))
+    return build_model(read_model_config(name, overrides, pretrained))
 
 
-def read_model_config(name: str | Path, overrides: Overrides | None = None) -> ModelConfig:
+def read_model_config(
+    name: str | Path, overrides: Overrides | None = None, pretrained: str | None = None
+) -> ModelConfig:
     """The configuration of a model; arguments and errors as for `clip_on_meta`."""
     given = str(name)
     path = str(EMOJI_BASE) if given == "emoji" else given.removeprefix("hf:")
@@ -74,15 +77,19 @@ def read_model_config(name: str | Path, overrides: Overrides | None = None) -> M
     if given.startswith("hf:") or given == "emoji" or _is_hf(Path(path)):
         found = _read_hf(path, given)
     else:
-        found = ModelConfig(given, "open_clip", _openclip_values(given))
+        found = ModelConfig(given, "open_clip", _openclip_values(given, pretrained or ""))
     return _overridden(found, overrides or {})
 
 
-def build_on_meta(config: ModelConfig) -> Clip:
-    """A model of this configuration on the meta device; raises ModelError if there is none."""
+def build_model(config: ModelConfig, device: str | torch.device = "meta") -> Clip:
+    """A model of this configuration, on the meta device without weights, on others with random ones.
+
+    Raises:
+        ModelError: no model can be built from it, or it is no CLIP.
+    """
     build = _build_hf if config.library == "transformers" else _build_openclip
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.device(device):
             model = build(config.values)
     except Exception as error:
         raise ModelError(
@@ -140,13 +147,18 @@ def _build_openclip(values: Mapping[str, Any]) -> nn.Module:
     with hub_access(borrows(values)), tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG_FILE).write_text(json.dumps({"model_cfg": values, "preprocess_cfg": {}}))
         model = open_clip.create_model(
-            f"local-dir:{folder}", device="meta", load_weights=False, pretrained_text=False
+            f"local-dir:{folder}",
+            device=torch.get_default_device(),
+            load_weights=False,
+            pretrained_text=False,
         )
     assert isinstance(model, nn.Module)
     return model
 
 
-def _openclip_values(name: str) -> dict[str, Any]:
+def _openclip_values(name: str, pretrained: str) -> dict[str, Any]:
+    import open_clip
+
     path = Path(name)
     if path.suffix in CHECKPOINT_SUFFIXES:
         raise ModelError(
@@ -154,7 +166,9 @@ def _openclip_values(name: str) -> dict[str, Any]:
         )
     if not (path.suffix == ".json" or path.is_dir() or name.startswith(HUB)):
         check_known(name)
-    return model_config(name)
+    values = model_config(name)
+    tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+    return {**values, "quick_gelu": True} if tag.get("quick_gelu") else values
 
 
 def _overridden(config: ModelConfig, overrides: Overrides) -> ModelConfig:

@@ -1,4 +1,8 @@
-"""What a CLIP model costs to run: both towers, every site, and an adapter beside the base."""
+"""What a CLIP model costs to run: both towers, every site, and an adapter beside the base.
+
+An adapter is counted as its products beside x·W, as it is trained. Without gradients `nn.MultiheadAttention`
+gets W + B·A instead, folded anew for each call: out·in·r a site, whatever the batch.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -102,27 +102,32 @@ def _sizes(trace: Trace) -> list[str]:
     return [f"{name} (MB): {size / 1e6:.2f}" for name, size in sizes.items()]
 
 
-def structure(model: nn.Module) -> str:
+def structure(model: nn.Module, notes: Mapping[str, str] | None = None, depth: int | None = None) -> str:
     """A model's modules like its `repr`, with equal neighbours folded: `(0-11): 12 x Block(...)`.
 
     Parameters that a module uses itself, without a module of their own, are listed with their shapes.
+
+    Args:
+        model: any module.
+        notes: what to show with the modules at these paths; neighbours with different notes are not equal.
+        depth: how many levels to show; by default all.
     """
-    return "\n".join(_structure(model))
+    return "\n".join(_structure(model, "", notes or {}, depth))
 
 
-def _structure(module: nn.Module) -> list[str]:
-    name, extra = type(module).__name__, module.extra_repr()
-    inner = [
-        *_raw(module),
-        *_folded((key, _structure(child)) for key, child in module._modules.items() if child),
-    ]
-    if not inner:
-        lines = extra.split("\n")
-        if len(lines) == 1:
-            return [f"{name}({extra})"]
-        return [f"{name}(", *(f"  {line}" for line in lines), ")"]
-    first = [f"  {line}" for line in extra.split("\n")] if extra else []
-    return [f"{name}(", *first, *(f"  {line}" for line in inner), ")"]
+def _structure(module: nn.Module, path: str, notes: Mapping[str, str], depth: int | None) -> list[str]:
+    name, extra, note = type(module).__name__, module.extra_repr(), notes.get(path)
+    children = {key: child for key, child in module._modules.items() if child is not None}
+    own = [line for line in extra.split("\n") if line]
+    inner: list[str] = []
+    if depth != 0:
+        below = None if depth is None else depth - 1
+        shown = ((key, f"{path}.{key}".lstrip("."), child) for key, child in children.items())
+        inner = [*_raw(module), *_folded((k, _structure(c, p, notes, below)) for k, p, c in shown)]
+    if not inner and len(own) <= 1:
+        return [f"{name}({', '.join(filter(None, [note, *own]))})"]
+    first = [note] if note else []
+    return [f"{name}(", *(f"  {line}" for line in (*first, *own, *inner)), ")"]
 
 
 def _raw(module: nn.Module) -> Iterator[str]:

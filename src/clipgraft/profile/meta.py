@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -84,10 +85,20 @@ def _fused(
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are neither, as some models keep their rotary tables."""
-    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-        if isinstance(value, Tensor):
-            yield value
+    """Parameters, buffers and other tensors: rotary tables of some models, the base of merged ones."""
+    for value in (module._parameters, module._buffers, *vars(module).values()):
+        yield from _tensors_in(value)
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors_in(inner)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors_in(getattr(value, field.name))
 
 
 def _twin(value: Tensor) -> Tensor:

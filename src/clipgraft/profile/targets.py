@@ -63,11 +63,11 @@ def target_costs(
     return tuple(costs)
 
 
-def distinct_sets(model: ClipLike) -> tuple[str, ...]:
-    """Named target sets that choose something on this model, each choice once."""
+def distinct_sets(model: ClipLike, names: Iterable[str] = tuple(TARGET_SETS)) -> tuple[str, ...]:
+    """Those target sets that choose something on this model, each choice once."""
     sites = as_clip(model).sites
     found: dict[tuple[object, ...], str] = {}
-    for name in TARGET_SETS:
+    for name in names:
         try:
             found.setdefault(tuple(select_sites(sites, name)), name)
         except TargetError:

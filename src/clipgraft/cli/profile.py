@@ -1,0 +1,113 @@
+"""`clipgraft profile`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import ProfileSpec
+
+if TYPE_CHECKING:
+    from clipgraft.models.clip import Clip
+    from clipgraft.profile.forward import ClipProfile
+    from clipgraft.profile.measure import Measurement
+    from clipgraft.profile.training import TrainingCost
+    from clipgraft.profile.units import Table
+
+_IMAGE_SIZE = {"transformers": "vision_config.image_size", "open_clip": "vision_cfg.image_size"}
+_SUMMARY = "Show what a model costs to run and to train. Weights are neither needed nor loaded."
+_TRAINED = ("text-attention", "vision-attention", "attention", "all-linear", "all")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the command prints."""
+
+    profile: ClipProfile
+    training: tuple[TrainingCost, ...]
+    measured: Measurement | None
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, profile, measure if asked to, print."""
+    (spec,) = parse("profile", _SUMMARY, [ProfileSpec], argv)
+    from clipgraft.profile.forward import profile_clip
+    from clipgraft.profile.plain import plain
+    from clipgraft.profile.training import training_costs
+
+    clip = _model(spec, "meta")
+    batch, length = spec.batch_size, spec.text_tokens
+    report = Report(
+        profile=profile_clip(clip, batch=batch, text_tokens=length),
+        training=training_costs(clip, _targets(spec, clip), spec.lora_r, batch=batch, text_tokens=length),
+        measured=_measured(spec) if spec.measure else None,
+    )
+    if spec.format == "json":
+        document = plain(report, without=frozenset({"trace"}))
+        document["profile"]["layers"] = plain(report.profile.layers)
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(_sections(clip, report, spec)))
+
+
+def _model(spec: ProfileSpec, device: str) -> Clip:
+    """The model with its adapter, without weights on the meta device, with random ones elsewhere."""
+    import torch
+
+    from clipgraft.adapters.loading import load_adapter
+    from clipgraft.models.unloaded import build_model, read_model_config
+
+    settings = dict(spec.set)
+    if spec.image_size is not None:
+        library = read_model_config(spec.model).library
+        settings[_IMAGE_SIZE[library]] = spec.image_size
+    clip = build_model(read_model_config(spec.model, settings, spec.pretrained), device)
+    clip.model.to(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
+    if spec.adapter is not None:
+        # No base has the fingerprint of its weights here, for there are none.
+        load_adapter(clip, spec.adapter, force=True)
+    return clip
+
+
+def _targets(spec: ProfileSpec, clip: Clip) -> tuple[str, ...]:
+    from clipgraft.profile.targets import distinct_sets
+
+    return spec.targets or distinct_sets(clip, _TRAINED)
+
+
+def _measured(spec: ProfileSpec) -> Measurement:
+    from clipgraft.cli.common import pick_device
+    from clipgraft.profile.forward import profile_clip
+    from clipgraft.profile.measure import measure
+
+    clip = _model(spec, str(pick_device(spec.device)))
+    profile = profile_clip(clip, batch=spec.batch_size, text_tokens=spec.text_tokens)
+    return measure(clip, profile)
+
+
+def _sections(clip: Clip, report: Report, spec: ProfileSpec) -> list[str]:
+    from clipgraft.profile.tables import (
+        measured_table,
+        site_costs_table,
+        towers_table,
+        training_table,
+    )
+    from clipgraft.profile.tree import cost_tree
+
+    profile = report.profile
+    tree = cost_tree(clip.model, profile.trace, spec.depth)
+    tables: list[Table] = [towers_table(profile), site_costs_table(profile)]
+    tables.append(training_table(report.training, profile.batch))
+    if report.measured is not None:
+        tables.append(measured_table(report.measured))
+    height, width = profile.image_size
+    head = (
+        f"{profile.name}: {profile.parameters:,} weights, images of {height}x{width}, "
+        f"texts of {profile.text_tokens} tokens"
+    )
+    if spec.format == "markdown":
+        return [f"# {head}", f"## modules\n\n```text\n{tree}\n```", *(t.markdown() for t in tables)]
+    return [head, tree, *(table.text() for table in tables)]

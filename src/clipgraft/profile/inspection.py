@@ -1,0 +1,90 @@
+"""What a model is, without its weights: configuration, structure, layers, sites, and sizes of adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipgraft.models.clip import Clip
+from clipgraft.models.sites import SiteKind
+from clipgraft.models.unloaded import Overrides, build_model, read_model_config
+from clipgraft.profile.forward import ClipProfile, profile_clip
+from clipgraft.profile.layers import structure
+from clipgraft.profile.targets import TargetCost, target_costs
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One site: what it is called, how its weight is used and its canonical shape."""
+
+    site: str
+    kind: SiteKind
+    shape: tuple[int, ...]
+    lora_parameters: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model.
+
+    Attributes:
+        name: what it was asked for by.
+        library: whose it is.
+        config: its configuration.
+        structure: its modules.
+        profile: layers, shapes and cost of one image and one text.
+        r: rank of the adapters below.
+        sites: in the order of the data flow, with the weights of an update of rank r.
+        targets: what an adapter on each target set would weigh.
+    """
+
+    name: str
+    library: str
+    config: dict[str, Any]
+    structure: str
+    profile: ClipProfile
+    r: int
+    sites: tuple[SiteInfo, ...]
+    targets: tuple[TargetCost, ...]
+
+
+def inspect_model(
+    name: str | Path,
+    overrides: Overrides | None = None,
+    *,
+    pretrained: str | None = None,
+    targets: Iterable[str] | None = None,
+    r: int = 16,
+) -> Inspection:
+    """Look at a model without its weights.
+
+    Args:
+        name, overrides, pretrained: as for `clip_on_meta`.
+        targets: target sets or expressions; by default every named set that fits.
+        r: rank of their adapters.
+
+    Raises:
+        ModelError: there is no such model or setting.
+        TargetError: one of `targets` matches nothing.
+    """
+    config = read_model_config(name, overrides, pretrained)
+    clip = build_model(config)
+    return Inspection(
+        name=config.name,
+        library=config.library,
+        config=config.values,
+        structure=structure(clip.model),
+        profile=profile_clip(clip),
+        r=r,
+        sites=tuple(_sites(clip, r)),
+        targets=target_costs(clip, targets, r),
+    )
+
+
+def _sites(clip: Clip, r: int) -> Iterable[SiteInfo]:
+    for site, ref in clip.site_refs.items():
+        weights = sum(math.prod(shape) for shape in ref.lora_shapes(r))
+        yield SiteInfo(str(site), ref.kind, ref.shape, weights)

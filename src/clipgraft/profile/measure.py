@@ -1,0 +1,110 @@
+"""What a model really takes on this machine, beside what the machine can do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipgraft.models.clip import Clip
+from clipgraft.models.peak import peak_memory
+from clipgraft.models.sites import Tower
+from clipgraft.profile.forward import ClipInputs, ClipProfile, inputs_of
+from clipgraft.profile.timing import median_seconds
+
+_REPEATS, _MATRIX = 7, 1024
+
+
+@dataclass(frozen=True)
+class TowerTime:
+    """One tower on a batch.
+
+    Attributes:
+        tower: which.
+        seconds: median of a forward pass.
+        rows_per_second: images or texts.
+        flops_per_second: floating-point operations of the profile in that time.
+        of_matmul: that as a share of what a large matrix product reached in the same run.
+    """
+
+    tower: Tower
+    seconds: float
+    rows_per_second: float
+    flops_per_second: float
+    of_matmul: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A run on this machine.
+
+    Attributes:
+        device: where.
+        dtype: type of the weights.
+        threads: of the CPU.
+        matmul_flops_per_second: of a product of two square matrices of `matrix` rows in that type.
+        matrix: their rows.
+        peak_megabytes: most memory of the process, weights included, or of the GPU; None where none can say.
+        text, vision: the towers.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    matmul_flops_per_second: float
+    matrix: int
+    peak_megabytes: float | None
+    text: TowerTime
+    vision: TowerTime
+
+    @property
+    def towers(self) -> tuple[TowerTime, TowerTime]:
+        return self.text, self.vision
+
+
+def measure(clip: Clip, profile: ClipProfile) -> Measurement:
+    """Run both towers of a model with weights on inputs of a profile's sizes, without gradients."""
+    meta = inputs_of(clip, profile.batch, profile.text_tokens, profile.image_size)
+    inputs = ClipInputs(
+        tokens=torch.zeros(meta.tokens.shape, dtype=torch.int64, device=clip.device),
+        images=torch.randn(meta.images.shape, device=clip.device, dtype=clip.dtype),
+    )
+    matrix = torch.randn(_MATRIX, _MATRIX, device=clip.device).to(clip.dtype)
+    fastest = 2 * _MATRIX**3 / median_seconds(lambda: matrix @ matrix, clip.device)
+    clip.eval()
+    with _peak(clip.device) as peak:
+        text = _tower_time(clip, profile, "text", inputs.tokens, fastest)
+        vision = _tower_time(clip, profile, "vision", inputs.images, fastest)
+        most = peak()
+    return Measurement(
+        device=str(clip.device),
+        dtype=str(clip.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        matmul_flops_per_second=fastest,
+        matrix=_MATRIX,
+        peak_megabytes=most,
+        text=text,
+        vision=vision,
+    )
+
+
+def _tower_time(clip: Clip, profile: ClipProfile, tower: Tower, inputs: Tensor, fastest: float) -> TowerTime:
+    encode = clip.family.encode_text if tower == "text" else clip.family.encode_image
+    seconds = median_seconds(lambda: encode(clip.model, inputs), clip.device, _REPEATS)
+    cost = profile.text if tower == "text" else profile.vision
+    speed = cost.trace.total.flops / seconds
+    return TowerTime(tower, seconds, len(inputs) / seconds, speed, speed / fastest)
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], float | None]]:
+    """Gives what tells, in MB, the most memory in use since."""
+    if device.type != "cuda":
+        with peak_memory() as peak:
+            yield peak
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: torch.cuda.max_memory_allocated(device) / 1e6

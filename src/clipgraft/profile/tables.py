@@ -1,0 +1,183 @@
+"""Tables of an inspection or a profile, ready to be printed as text or markdown."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from clipgraft.profile.forward import ClipProfile, SiteCost, TowerCost
+from clipgraft.profile.inspection import SiteInfo
+from clipgraft.profile.measure import Measurement
+from clipgraft.profile.targets import TargetCost
+from clipgraft.profile.training import TrainingCost
+from clipgraft.profile.units import Table, percent, short
+
+_V = TypeVar("_V")
+
+
+def sites_table(sites: Sequence[SiteInfo], r: int) -> Table:
+    """Every role of a tower with its blocks as one row."""
+    rows = []
+    for label, group in _by_role((site.site, site) for site in sites):
+        first = group[0]
+        shape = "x".join(map(str, first.shape))
+        added = sum(site.lora_parameters for site in group)
+        rows.append((label, str(len(group)), first.kind, shape, f"{added:,}"))
+    return Table("sites", ("site", "sites", "kind", "shape", f"LoRA weights, r={r}"), tuple(rows))
+
+
+def targets_table(targets: Iterable[TargetCost]) -> Table:
+    """What adapters would weigh."""
+    rows = tuple(
+        (
+            cost.targets,
+            str(cost.r),
+            str(cost.sites),
+            f"{cost.parameters:,}",
+            f"{cost.megabytes:.2f}",
+            percent(cost.parameters, cost.parameters / cost.share) if cost.share else "--",
+        )
+        for cost in targets
+    )
+    return Table("target sets", ("targets", "r", "sites", "weights", "adapter MB", "of the base"), rows)
+
+
+def towers_table(profile: ClipProfile) -> Table:
+    """Both towers and their sum."""
+    rows = [_tower_row(tower) for tower in profile.towers]
+    parameters, macs, flops, attention, adapter = (
+        sum(getattr(tower, name) for tower in profile.towers)
+        for name in ("parameters", "macs", "flops", "attention_macs", "adapter_macs")
+    )
+    rows.append(
+        (
+            *("both", "", f"{parameters:,}", short(macs), percent(attention, macs), short(flops)),
+            *(short(adapter), percent(adapter, macs), f"{profile.trace.forward_bytes / 1e6:.1f}"),
+        )
+    )
+    return Table(
+        f"forward pass, batch {profile.batch}",
+        (
+            *("tower", "input", "weights", "MACs", "of it attention", "FLOPs"),
+            *("adapter MACs", "of the base", "activations MB"),
+        ),
+        tuple(rows),
+        _notes(profile),
+    )
+
+
+def _tower_row(cost: TowerCost) -> tuple[str, ...]:
+    return (
+        cost.tower,
+        "x".join(map(str, cost.input_shape)),
+        f"{cost.parameters:,}",
+        short(cost.macs),
+        percent(cost.attention_macs, cost.macs),
+        short(cost.flops),
+        short(cost.adapter_macs),
+        percent(cost.adapter_macs, cost.macs),
+        f"{cost.trace.forward_bytes / 1e6:.1f}",
+    )
+
+
+def _notes(profile: ClipProfile) -> str:
+    unpriced = profile.trace.unpriced
+    return f"without a formula, counted as nothing: {', '.join(unpriced)}" if unpriced else ""
+
+
+def site_costs_table(profile: ClipProfile) -> Table:
+    """Products with the weights of every site, blocks of one role as one row."""
+    rows = []
+    for tower in profile.towers:
+        for label, group in _by_role((str(cost.site), cost) for cost in tower.sites):
+            rows.append(_site_row(label, group, tower.macs))
+        attention = short(tower.attention_macs)
+        share = percent(tower.attention_macs, tower.macs)
+        rows.append((f"{tower.tower} scores and values", "", "", "", attention, share, ""))
+    columns = ("site", "sites", "weights of each", "MACs of each", "MACs", "of the tower", "adapter MACs")
+    return Table("sites", columns, tuple(rows))
+
+
+def _site_row(label: str, group: Sequence[SiteCost], macs: int) -> tuple[str, ...]:
+    first, total = group[0], sum(cost.macs for cost in group)
+    return (
+        label,
+        str(len(group)),
+        f"{first.parameters:,}",
+        short(first.macs),
+        short(total),
+        percent(total, macs),
+        short(sum(cost.adapter_macs for cost in group)),
+    )
+
+
+def training_table(costs: Sequence[TrainingCost], batch: int) -> Table:
+    """A training step on every target set beside full tuning."""
+    full = costs[0]
+    rows = tuple(
+        (
+            cost.targets,
+            f"{cost.trainable:,}",
+            short(sum(tower.forward_macs for tower in cost.towers)),
+            short(sum(tower.backward_macs for tower in cost.towers)),
+            percent(cost.macs, full.macs),
+            percent(cost.cached_macs, full.macs),
+            *(f"{size / 1e6:.1f}" for size in _memory(cost)),
+        )
+        for cost in costs
+    )
+    columns = (
+        *("targets", "trained", "forward MACs", "backward MACs", "of full", "with cache"),
+        *("weights MB", "gradients MB", "AdamW MB", "saved MB", "total MB"),
+    )
+    note = (
+        "with cache: features of frozen towers kept instead of computed again. saved: activations kept for "
+        "the backward pass. AdamW: its two moments."
+    )
+    return Table(f"a training step, batch {batch}", columns, rows, note)
+
+
+def _memory(cost: TrainingCost) -> tuple[int, ...]:
+    parts = (cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.saved_bytes)
+    return (*parts, cost.memory_bytes)
+
+
+def measured_table(found: Measurement) -> Table:
+    """What was measured."""
+    rows = tuple(
+        (
+            tower.tower,
+            f"{1000 * tower.seconds:.2f}",
+            f"{tower.rows_per_second:.1f}",
+            short(tower.flops_per_second),
+            percent(tower.of_matmul, 1, 1),
+        )
+        for tower in found.towers
+    )
+    where = f"{found.device}, {found.threads} threads, {found.dtype}, random weights"
+    peak = "unknown" if found.peak_megabytes is None else f"{found.peak_megabytes:.0f} MB"
+    size = found.matrix
+    note = f"matmul of {size}x{size}: {short(found.matmul_flops_per_second)}FLOP/s. peak memory: {peak}."
+    return Table(f"measured on {where}", ("tower", "ms", "rows/s", "FLOP/s", "of matmul"), rows, note)
+
+
+def _by_role(named: Iterable[tuple[str, _V]]) -> Iterator[tuple[str, list[_V]]]:
+    """Sites with the blocks of a role together: `text.0-11.q`."""
+    groups: dict[tuple[str, str], list[tuple[str, _V]]] = {}
+    for name, value in named:
+        parts = name.split(".")
+        groups.setdefault((parts[0], parts[-1]), []).append((name, value))
+    for (tower, role), members in groups.items():
+        blocks = [int(name.split(".")[1]) for name, _ in members if name.count(".") == 2]
+        label = f"{tower}.{_ranges(blocks)}.{role}" if blocks else f"{tower}.{role}"
+        yield label, [value for _, value in members]
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> `0-2+5`, as target expressions are written."""
+    parts = []
+    for _, group in itertools.groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0]):
+        run = [block for _, block in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return "+".join(parts)
