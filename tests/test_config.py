@@ -19,6 +19,7 @@ SPECS = [
     if inspect.isclass(kind) and issubclass(kind, Spec) and kind is not Spec
 ]
 REQUIRED: dict[type[Spec], dict[str, str]] = {
+    config.CompactSpec: {"model": "a", "out": "b"},
     config.ConvertSpec: {"src": "a", "out": "b", "to": "peft"},
     config.InspectSpec: {"model": "a"},
     config.MergeSpec: {"adapters": "a", "out": "b"},

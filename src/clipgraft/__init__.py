@@ -31,6 +31,11 @@ _PUBLIC = {
         "Clip",
         "load",
     ),
+    "clipgraft.compact.model": (
+        "Compacted",
+        "compact_model",
+    ),
+    "clipgraft.compact.write": ("write_compact",),
     "clipgraft.data.emoji": (
         "EmojiScenes",
         "write_scenes",
@@ -50,6 +55,7 @@ _PUBLIC = {
         "class_prompts",
         "read_prompts",
     ),
+    "clipgraft.data.texts": ("read_texts",),
     "clipgraft.errors": (
         "AdapterError",
         "CheckpointError",
@@ -96,6 +102,7 @@ _PUBLIC = {
     "clipgraft.profile.layers": ("layer_table",),
     "clipgraft.profile.targets": ("target_costs",),
     "clipgraft.profile.training": ("training_costs",),
+    "clipgraft.train.distill": ("distill",),
     "clipgraft.train.fit": (
         "FitResult",
         "fit",
@@ -132,6 +139,9 @@ if TYPE_CHECKING:
     from clipgraft.adapters.native import save_adapter as save_adapter
     from clipgraft.adapters.open import Clip as Clip
     from clipgraft.adapters.open import load as load
+    from clipgraft.compact.model import Compacted as Compacted
+    from clipgraft.compact.model import compact_model as compact_model
+    from clipgraft.compact.write import write_compact as write_compact
     from clipgraft.data.emoji import EmojiScenes as EmojiScenes
     from clipgraft.data.emoji import write_scenes as write_scenes
     from clipgraft.data.feature_cache import FeatureCache as FeatureCache
@@ -143,6 +153,7 @@ if TYPE_CHECKING:
     from clipgraft.data.pairs import read_pairs as read_pairs
     from clipgraft.data.prompts import class_prompts as class_prompts
     from clipgraft.data.prompts import read_prompts as read_prompts
+    from clipgraft.data.texts import read_texts as read_texts
     from clipgraft.errors import AdapterError as AdapterError
     from clipgraft.errors import CheckpointError as CheckpointError
     from clipgraft.errors import ClipgraftError as ClipgraftError
@@ -175,6 +186,7 @@ if TYPE_CHECKING:
     from clipgraft.profile.layers import layer_table as layer_table
     from clipgraft.profile.targets import target_costs as target_costs
     from clipgraft.profile.training import training_costs as training_costs
+    from clipgraft.train.distill import distill as distill
     from clipgraft.train.fit import FitResult as FitResult
     from clipgraft.train.fit import fit as fit
     from clipgraft.train.fit_classes import fit_classifier as fit_classifier

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.open import load
-from clipgraft.config import DataSpec, ModelSpec, RunSpec, TrainSpec
+from clipgraft.config import DataSpec, ModelSpec, RunSpec, TableSpec, TrainSpec
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
@@ -81,7 +81,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_cache(spec: DataSpec) -> FeatureCache | None:
+def open_cache(spec: TableSpec) -> FeatureCache | None:
     """The feature cache that the flags name; None for `--feature-cache none`."""
     if str(spec.feature_cache) == "none":
         return None
@@ -131,7 +131,7 @@ def hand_over(clip: Clip, run: Path, metrics: Mapping[str, float] | None) -> Non
         log.warning("%s is left out: %s", run / RESULTS, error)
 
 
-def read_table(clip: Clip, path: Path, spec: DataSpec, what: str) -> Pairs:
+def read_table(clip: Clip, path: Path, spec: TableSpec, what: str) -> Pairs:
     """Read and check pairs, and print the summary of them."""
     with checking(what) as progress:
         pairs, report = read_pairs(

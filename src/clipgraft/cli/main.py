@@ -20,6 +20,7 @@ VERBS = {
     "convert": "rewrite an adapter in another format: PEFT, the guide's .pt files, CLIP-LoRA",
     "inspect": "show what a model is: configuration, structure, layers, sites, sizes of adapters",
     "profile": "show what a model costs: multiply-adds, memory, training, by module and site",
+    "compact": "make a smaller CLIP of some of a base's blocks and tokens, and distil the base into it",
     "demo": "adapt the embedded default to Vietnamese captions and show what it bought",
 }
 _HELP = ("-h", "--help")

@@ -81,6 +81,7 @@ Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidat
 Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
 Settings = Annotated[dict[str, Any], BeforeValidator(_settings)]
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
+Blocks = Annotated[tuple[int, ...], BeforeValidator(words)]
 
 
 @dataclass(frozen=True)

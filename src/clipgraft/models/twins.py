@@ -144,7 +144,7 @@ def _openclip_transforms(model: nn.Module, settings: ImageSettings) -> tuple[Any
 
 def _twin(clip: Clip, build: Callable[[], nn.Module]) -> nn.Module:
     """A new model of the other family with a clip's weights, type and device, in eval mode."""
-    with _undrawn(), quiet():
+    with undrawn(), quiet():
         model = build()
     model.to(dtype=clip.dtype, device=clip.device)
     given = dict(clip.family.canonical_weights(clip.model))
@@ -178,7 +178,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _undrawn() -> Iterator[None]:
+def undrawn() -> Iterator[None]:
     """Build models without random weights, and without disturbing the caller's generator."""
     with torch.random.fork_rng(devices=[]), _NoDraws():
         yield

@@ -112,7 +112,7 @@ def fit(
         )
         gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives)
         objective = Contrastive(clip, inputs.images, inputs.texts, gallery)
-        evaluate = None if val is None else _evaluation(val, inputs, encoder, workers, exact_preprocess)
+        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess)
         return Task(inputs.feed, objective, evaluate, headline)
 
     return run_task(
@@ -121,7 +121,7 @@ def fit(
         out,
         prepare,
         keeping=Keeping(save_frequency, val_frequency, save_lora_only, checkpoint_steps),
-        settings={**common_settings(clip, spec, autocast, exact_preprocess), "data": _digest(train)},
+        settings={**common_settings(clip, spec, autocast, exact_preprocess), "data": data_digest(train)},
         autocast=autocast,
         resume=resume,
         progress=progress,
@@ -129,7 +129,7 @@ def fit(
     )
 
 
-def _evaluation(
+def evaluation(
     val: Pairs, inputs: Inputs, encoder: Encoder, workers: int, exact_preprocess: bool
 ) -> Callable[[], dict[str, float]]:
     """Retrieval metrics of the model as it is; features of its frozen parts are not computed again."""
@@ -149,7 +149,7 @@ def headline(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names if name in metrics)
 
 
-def _digest(train: Pairs) -> str:
+def data_digest(train: Pairs) -> str:
     """What the training data are, by names and captions."""
     digest = hashlib.sha256()
     for image, caption in train.rows():

@@ -1,0 +1,184 @@
+"""`clipgraft compact`."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import (
+    CompactSpec,
+    DeviceSpec,
+    DistillSpec,
+    ModelSpec,
+    Spec,
+    TableSpec,
+    TrainSpec,
+    flag,
+)
+from clipgraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.compact.model import Compacted
+    from clipgraft.data.pairs import Pairs
+    from clipgraft.models.clip import Clip
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = (
+    "Make a smaller CLIP of some blocks and tokens of a base; --distill-data trains it to agree with it."
+)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, cut, distil if asked to, write, and say what was written."""
+    kinds: list[type[Spec]] = [CompactSpec, DistillSpec, TableSpec, TrainSpec, DeviceSpec]
+    spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
+    _check_together(spec, teaching, train)
+    folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")
+    from clipgraft.cli.common import load_model
+    from clipgraft.compact.write import check_out, write_compact
+    from clipgraft.train.run_folder import early_lines, refuse_used
+    from clipgraft.train.stop import Interrupted
+
+    check_out(spec.out)
+    if teaching.distill_data is not None:
+        refuse_used(folder, teaching.resume is not None)
+    try:
+        with early_lines():
+            base = load_model(ModelSpec(model=spec.model, pretrained=spec.pretrained, **device.model_dump()))
+            compacted = _cut(base, spec, table)
+            _train(base, compacted, (spec, teaching, table, train, device), folder)
+    except Interrupted as stop:
+        more = "" if teaching.resume is not None else " --resume latest"
+        raise Interrupted(
+            f"{stop}; go on with: {shlex.join(['clipgraft', 'compact', *argv])}{more}"
+        ) from None
+    write_compact(compacted, spec.out)
+    _report(spec.out)
+
+
+def _check_together(spec: CompactSpec, teaching: DistillSpec, train: TrainSpec) -> None:
+    """Raise ConfigError for flags that do not go together, and for data that is not there."""
+    faults = []
+    given = sorted((teaching.model_fields_set - {"val_data"}) | train.model_fields_set)
+    if given and teaching.distill_data is None:
+        faults.append(f"{', '.join(map(flag, given))} given without --distill-data: add it, or drop them")
+    if spec.vocab_lossy and (spec.vocab_from is None or spec.vocab_size is None):
+        faults.append(
+            "--vocab-lossy needs both --vocab-from and --vocab-size: the texts, and how many tokens"
+        )
+    for name in ("distill_data", "val_data"):
+        path = getattr(teaching, name)
+        if path is not None and not path.exists():
+            faults.append(f"{flag(name)} {path}: there is no such file or folder; check the path")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _cut(base: Clip, spec: CompactSpec, table: TableSpec) -> Compacted:
+    from clipgraft.compact.model import compact_model
+    from clipgraft.data.texts import read_texts
+
+    texts: dict[str, None] = {}
+    for source in spec.vocab_from or ():
+        found = read_texts(
+            Path(source).expanduser(),
+            dataset_type=table.dataset_type,
+            image_key=table.csv_img_key,
+            caption_key=table.csv_caption_key,
+            separator=table.csv_separator,
+        )
+        log.info("%s: %d texts", source, len(found))
+        texts.update(dict.fromkeys(found))
+    if base.family.name != "transformers":
+        log.info("converting to transformers")
+    compacted = compact_model(
+        base,
+        text_layers=spec.text_layers,
+        vision_layers=spec.vision_layers,
+        text_blocks=spec.text_blocks,
+        vision_blocks=spec.vision_blocks,
+        texts=None if spec.vocab_from is None else tuple(texts),
+        vocab_size=spec.vocab_size,
+        lossy=spec.vocab_lossy,
+    )
+    _describe(compacted)
+    return compacted
+
+
+def _describe(compacted: Compacted) -> None:
+    """What stayed of the base."""
+    for tower, blocks in (("text", compacted.text_blocks), ("vision", compacted.vision_blocks)):
+        log.info("%s blocks kept: %s", tower, ", ".join(map(str, blocks)))
+    if (cut := compacted.vocabulary) is not None:
+        log.info("tokens kept: %s of %s", f"{len(cut.token_ids):,}", f"{cut.before:,}")
+        if cut.unchanged < cut.texts:
+            log.info(
+                "%s of %s texts are split as before, the others into smaller pieces",
+                f"{cut.unchanged:,}",
+                f"{cut.texts:,}",
+            )
+    share = 100 * compacted.parameters / compacted.base_parameters
+    log.info(
+        "parameters: %s of %s (%.1f %%)",
+        f"{compacted.parameters:,}",
+        f"{compacted.base_parameters:,}",
+        share,
+    )
+
+
+def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path) -> None:
+    """Recall of base and smaller model where there is validation data, and distillation where asked for."""
+    from clipgraft.cli.common import open_cache, read_table
+
+    _, teaching, table, train, device = specs
+    val = None
+    if teaching.val_data is not None:
+        val = read_table(compacted.clip, teaching.val_data, table, "validation data")
+        for name, clip in (("base", base), ("smaller model", compacted.clip)):
+            _measure(name, clip, val, table, device)
+    if teaching.distill_data is None:
+        return
+    from clipgraft.train.distill import distill
+
+    pairs = read_table(compacted.clip, teaching.distill_data, table, "training data")
+    distill(
+        compacted.clip,
+        base,
+        pairs,
+        val,
+        out=folder,
+        contrastive=teaching.contrastive,
+        feature=teaching.feature,
+        similarity=teaching.similarity,
+        resume=teaching.resume is not None,
+        autocast=device.autocast,
+        workers=table.workers,
+        cache=open_cache(table),
+        exact_preprocess=table.exact_preprocess,
+        params={name: value for spec in specs for name, value in spec.model_dump().items()},
+        **train.model_dump(),
+    )
+
+
+def _measure(name: str, clip: Clip, val: Pairs, table: TableSpec, device: DeviceSpec) -> None:
+    from clipgraft.evaluate.retrieval import evaluate_retrieval
+    from clipgraft.train.fit import headline
+
+    metrics = evaluate_retrieval(
+        clip,
+        val,
+        workers=table.workers,
+        autocast=device.autocast,
+        exact_preprocess=table.exact_preprocess,
+    )
+    log.info("%s: %s", name, headline(metrics))
+
+
+def _report(out: Path) -> None:
+    from clipgraft.models.save import size_on_disk
+
+    log.info("wrote transformers: %s (%.1f MB)", out, size_on_disk(out) / 1e6)

@@ -1,0 +1,232 @@
+"""`compact_model`: from a CLIP to one with fewer blocks and tokens, all weights that stay inherited."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipgraft.compact.blocks import choose_blocks
+from clipgraft.compact.bpe import kept_merges, most_used, needed_tokens
+from clipgraft.compact.tokens import bpe_of, count_tokens, count_unchanged, cut_tokenizer
+from clipgraft.errors import ConfigError, DataError, ModelError
+from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
+from clipgraft.models.companions import find_preprocess, find_tokenizer
+from clipgraft.models.hf import LARGEST_ID_AS_EOS
+from clipgraft.models.quiet import quiet
+from clipgraft.models.sites import TOWERS, Site, Tower
+from clipgraft.models.tokenizers import HfTokenizer
+from clipgraft.models.twins import require_bare, to_transformers, undrawn
+
+_LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")
+_EMBEDDING = "text_model.embeddings.token_embedding.weight"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What became of the tokens.
+
+    Attributes:
+        token_ids: the base's id of every token that stayed; its place is its new id.
+        before: how many the base has.
+        texts: how many texts of a corpus were looked at.
+        unchanged: how many of these are still split into the same tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    before: int
+    texts: int
+    unchanged: int
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """A smaller model and what was taken of the base.
+
+    Attributes:
+        clip: a `transformers.CLIPModel` of its own weights, with tokenizer and preprocessing.
+        base: what it was made from.
+        fingerprint: of the base; "" for one without weights.
+        text_blocks, vision_blocks: the blocks that stayed.
+        vocabulary: None if all tokens did.
+        parameters, base_parameters: how many weights there are, and were.
+    """
+
+    clip: Clip
+    base: Source
+    fingerprint: str
+    text_blocks: tuple[int, ...]
+    vision_blocks: tuple[int, ...]
+    vocabulary: Vocabulary | None
+    parameters: int
+    base_parameters: int
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tokenizer with fewer tokens; new ids are places in `token_ids`."""
+
+    inner: Any
+    vocabulary: Vocabulary
+
+
+def compact_model(
+    model: ClipLike,
+    *,
+    text_layers: int | None = None,
+    vision_layers: int | None = None,
+    text_blocks: Sequence[int] | None = None,
+    vision_blocks: Sequence[int] | None = None,
+    texts: Sequence[str] | None = None,
+    vocab_size: int | None = None,
+    lossy: bool = False,
+) -> Compacted:
+    """A new, smaller CLIP that inherits its weights; the base is left as it is.
+
+    With all blocks kept, every text of `texts` has the features it had, to the last bit, and any other text
+    can still be encoded: words that lost their tokens fall back on smaller pieces. An open_clip base becomes
+    one of transformers first (`models.twins.to_transformers`).
+
+    Args:
+        model: a plain CLIP without adapters, with its tokenizer if tokens are to be cut.
+        text_layers, vision_layers: how many blocks to keep, spread evenly, the first and last included.
+        text_blocks, vision_blocks: which blocks to keep, instead.
+        texts: the corpus whose tokens are kept.
+        vocab_size: how many tokens to keep: those of `texts`, filled up with, or without a corpus made of,
+            the base's first merges.
+        lossy: if `texts` need more than `vocab_size`, keep the most used instead of raising.
+
+    Raises:
+        ConfigError: nothing to cut, blocks that are not there, or a vocabulary that is too small.
+        DataError: `texts` is empty.
+        ModelError: the model carries an adapter, or is not one that transformers can hold.
+    """
+    clip = as_clip(model)
+    require_bare(clip)
+    wanted = (text_layers, vision_layers, text_blocks, vision_blocks, texts, vocab_size)
+    if all(value is None for value in wanted):
+        raise ConfigError("nothing to cut: give --text-layers, --vision-layers, --vocab-from or --vocab-size")
+    base = to_transformers(clip)
+    if base.model.config.model_type != "clip":  # type: ignore[union-attr]
+        raise ModelError(f"{type(base.model).__name__} cannot be cut: it is no plain CLIPModel")
+    kept: dict[Tower, tuple[int, ...]] = {
+        "text": choose_blocks("text", _depth(base, "text"), text_layers, text_blocks),
+        "vision": choose_blocks("vision", _depth(base, "vision"), vision_layers, vision_blocks),
+    }
+    tokenizer = base.tokenizer or find_tokenizer(base)
+    cut = None
+    if texts is not None or vocab_size is not None:
+        cut = _cut(base, getattr(tokenizer, "inner", None), texts, vocab_size, lossy)
+    small = _build(base, kept, cut)
+    return Compacted(
+        clip=Clip(
+            small,
+            base.family,
+            tokenizer if cut is None else HfTokenizer(cut.inner, base.context_length),
+            base.preprocess or find_preprocess(base),
+            base.preprocess_train,
+        ),
+        base=clip.source,
+        fingerprint="" if clip.device.type == "meta" else clip.fingerprint,
+        text_blocks=kept["text"],
+        vision_blocks=kept["vision"],
+        vocabulary=None if cut is None else cut.vocabulary,
+        parameters=_count(small),
+        base_parameters=_count(base.model),
+    )
+
+
+def _depth(base: Clip, tower: Tower) -> int:
+    return 1 + max(site.block for site in base.sites if site.tower == tower and site.block is not None)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cut(base: Clip, inner: Any, texts: Sequence[str] | None, size: int | None, lossy: bool) -> _Cut:
+    if inner is None:
+        raise ModelError("this model has no tokenizer to cut: load it with clipgraft.load(...)")
+    if texts is not None and not texts:
+        raise DataError("there is no text to take a vocabulary from; give at least one")
+    bpe, rows = bpe_of(inner), base.site_refs[Site("text", None, "token_embedding")].shape[0]
+    if max(bpe.ids.values()) >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {max(bpe.ids.values())} but the model {rows} token embeddings"
+        )
+    counts = count_tokens(inner, texts or ())
+    needed = needed_tokens(bpe, counts)
+    kept = needed if size is None else most_used(bpe, counts, size)
+    unchanged = len(texts or ())
+    if not needed <= kept:
+        if not lossy:
+            raise ConfigError(
+                f"--vocab-size {size}: the corpus needs {len(needed)} tokens to be encoded as before; "
+                "ask for as many or more, or add --vocab-lossy to keep the most used"
+            )
+        unchanged = count_unchanged(inner, texts or (), bpe, kept)
+    tokens = sorted(kept, key=bpe.ids.__getitem__)
+    made = cut_tokenizer(inner, tokens, kept_merges(bpe, kept))
+    ids = tuple(bpe.ids[token] for token in tokens)
+    return _Cut(made, Vocabulary(ids, rows, len(texts or ()), unchanged))
+
+
+def _build(base: Clip, kept: Mapping[Tower, Collection[int]], cut: _Cut | None) -> nn.Module:
+    """A new model with the base's type, device and weights, in eval mode."""
+    from transformers import CLIPModel
+
+    config = copy.deepcopy(base.model.config)
+    # Under its old name transformers would find the base's tokenizer for it.
+    config.name_or_path = ""  # type: ignore[union-attr]
+    for tower in TOWERS:
+        getattr(config, f"{tower}_config").num_hidden_layers = len(kept[tower])
+    if cut is not None:
+        _set_ids(config.text_config, cut)  # type: ignore[union-attr]
+    with torch.device(base.device), undrawn(), quiet():
+        model: nn.Module = CLIPModel(config)
+    model.to(dtype=base.dtype)
+    model.load_state_dict(dict(_weights(base.model.state_dict(), kept, cut)))
+    return model.eval()
+
+
+def _set_ids(config: Any, cut: _Cut) -> None:
+    """The text configuration's ids, which must pool the same positions as before."""
+    inner, old = cut.inner, cut.vocabulary.token_ids
+    pooled = config.eos_token_id
+    config.vocab_size = len(old)
+    config.bos_token_id, config.pad_token_id = inner.bos_token_id, inner.pad_token_id
+    if pooled == LARGEST_ID_AS_EOS:
+        # Ids keep their order, so the largest is still the one. Where that is always the end of the text, the
+        # configuration can say so; if not, it goes on asking for the largest.
+        last = len(old) - 1
+        config.eos_token_id = last if inner.eos_token_id == last else LARGEST_ID_AS_EOS
+        return
+    if pooled not in old:
+        raise ModelError(f"the model pools at token {pooled}, which its tokenizer does not know")
+    if old.index(pooled) == LARGEST_ID_AS_EOS:
+        raise ModelError(
+            f"the end-of-text token would become {LARGEST_ID_AS_EOS}, which transformers takes for another "
+            "rule: keep more tokens"
+        )
+    config.eos_token_id = old.index(pooled)
+
+
+def _weights(
+    state: Mapping[str, Tensor], kept: Mapping[Tower, Collection[int]], cut: _Cut | None
+) -> Iterator[tuple[str, Tensor]]:
+    places = {tower: {block: place for place, block in enumerate(kept[tower])} for tower in TOWERS}
+    for name, weight in state.items():
+        if found := _LAYER.fullmatch(name):
+            tower, block, rest = found.groups()
+            place = places[tower].get(int(block))  # type: ignore[index]
+            if place is not None:
+                yield f"{tower}_model.encoder.layers.{place}.{rest}", weight
+        elif name == _EMBEDDING and cut is not None:
+            yield name, weight[torch.tensor(cut.vocabulary.token_ids, device=weight.device)]
+        else:
+            yield name, weight
