@@ -100,3 +100,46 @@ def test_faults(words: list[str], told: str, cli: Any, tiny_config: Path) -> Non
     assert (outcome.code, outcome.out) == (2, "")
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+LLAVA = Path(__file__).parents[2] / "examples" / "llava_next_8b.json"
+TWO_BLOCKS = ("--set", "text_config.num_hidden_layers=2", "--set", "vision_config.num_hidden_layers=2")
+
+
+def test_llava(cli: Any) -> None:
+    """LLaVA-NeXT cannot be profiled from the command line, or the tokens that were given are not used."""
+    outcome = cli("profile", LLAVA, *TWO_BLOCKS, "--image-size", "480x640", "--text-tokens", 7, "--depth", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "an image of 480x640: 5 crops, 2,347 tokens of the language model, 1 of them" in outcome.out
+    assert "(vision_tower): CLIPVisionModel(" in outcome.out
+    counts = ("--crops", 3, "--language-tokens", 20, "--logits", 4)
+    document = json.loads(cli("profile", LLAVA, *TWO_BLOCKS, *counts, "--format", "json").out)
+    assert document["tokens"] == {"crops": 3, "language": 20, "logits": 4}
+    head = next(layer for layer in document["layers"] if layer["path"] == "lm_head")
+    assert head["macs"] == 4 * 4096 * 128320
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--crops", "3"], "--crops given without --language-tokens, --logits: give all"),
+        (["--targets", "mlp"], "--targets: of CLIP alone, and "),
+        (["--image-size", "0x3"], "--image-size: got '0x3', allowed is pixels of a side, or HEIGHTxWIDTH"),
+        (
+            ["--crops", "3", "--language-tokens", "4", "--logits", "1", "--text-tokens", "3"],
+            "--text-tokens and --crops both say how much runs: give one of them",
+        ),
+    ],
+)
+def test_llava_and_wrong_flags(cli: Any, words: list[str], message: str) -> None:
+    """A flag that does not apply is ignored."""
+    outcome = cli("profile", LLAVA, *TWO_BLOCKS, *words)
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_flags_of_llava_are_none_of_clip(cli: Any, tiny_config: Path) -> None:
+    """A flag that does not apply is ignored."""
+    outcome = cli("profile", tiny_config, "--crops", 3)
+    assert outcome.code == 2
+    assert "--crops: of LLaVA-NeXT alone" in outcome.err

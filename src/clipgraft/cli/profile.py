@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.parser import parse
-from clipgraft.config import ProfileSpec
+from clipgraft.config import ProfileSpec, flag
+from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
@@ -34,10 +35,18 @@ class Report:
 def run(argv: Sequence[str]) -> None:
     """Parse, profile, measure if asked to, print."""
     (spec,) = parse("profile", _SUMMARY, [ProfileSpec], argv)
+    from clipgraft.cli.profile_llava import is_llava, show_llava
+    from clipgraft.models.unloaded import read_model_config
     from clipgraft.profile.forward import profile_clip
     from clipgraft.profile.plain import plain
     from clipgraft.profile.training import training_costs
 
+    config = read_model_config(spec.model, spec.set, spec.pretrained)
+    if is_llava(config):
+        show_llava(config, spec)
+        return
+    if given := sorted(spec.model_fields_set & {"crops", "language_tokens", "logits"}):
+        raise ConfigError(f"{', '.join(map(flag, given))}: of LLaVA-NeXT alone, and {spec.model} is none")
     clip = _model(spec, "meta")
     batch, length = spec.batch_size, spec.text_tokens
     report = Report(
@@ -63,7 +72,10 @@ def _model(spec: ProfileSpec, device: str) -> Clip:
     settings = dict(spec.set)
     if spec.image_size is not None:
         library = read_model_config(spec.model).library
-        settings[_IMAGE_SIZE[library]] = spec.image_size
+        height, width = spec.image_size
+        if height != width and library == "transformers":
+            raise ConfigError(f"--image-size {height}x{width}: CLIP models of transformers see squares alone")
+        settings[_IMAGE_SIZE[library]] = height if height == width else [height, width]
     clip = build_model(read_model_config(spec.model, settings, spec.pretrained), device)
     clip.model.to(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
     if spec.adapter is not None:

@@ -67,6 +67,14 @@ def _rank(value: Any) -> Any:
     raise ValueError("a whole number from 1 up, or auto")
 
 
+def _size(value: Any) -> Any:
+    """`480x640` -> (480, 640), height before width; `336` -> (336, 336)."""
+    sides = str(value).lower().split("x") if isinstance(value, str | int) else value
+    if not all(str(side).strip().isdecimal() and int(side) for side in sides) or not 1 <= len(sides) <= 2:
+        raise ValueError("pixels of a side, or HEIGHTxWIDTH")
+    return tuple(int(side) for side in sides) * (2 // len(sides))
+
+
 def _path(value: Any) -> Any:
     """An unset shell variable gives "", which as a path would mean the current folder."""
     if value == "":
@@ -80,6 +88,7 @@ UserPath = Annotated[Path, BeforeValidator(_path)]
 Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
 Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
 Settings = Annotated[dict[str, Any], BeforeValidator(_settings)]
+Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Blocks = Annotated[tuple[int, ...], BeforeValidator(words)]
 

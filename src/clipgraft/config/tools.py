@@ -12,6 +12,7 @@ from clipgraft.config.fields import (
     Positional,
     Repeated,
     Settings,
+    Size,
     Spec,
     UserPath,
     Words,
@@ -113,10 +114,17 @@ class ProfileSpec(InspectSpec):
     """What to profile."""
 
     batch_size: int = Field(1, ge=1, description="images, and texts")
-    image_size: int | None = Field(
-        None, ge=1, description="pixels of a side; the model is built for it (default: its own)"
+    image_size: Size | None = Field(
+        None,
+        description="pixels of a side, or HEIGHTxWIDTH; a CLIP is built for it (default: its own), for "
+        "LLaVA-NeXT it is cut into crops (default: 480x640)",
     )
-    text_tokens: int | None = Field(None, ge=1, description="length of the texts (default: the context)")
+    text_tokens: int | None = Field(
+        None, ge=1, description="length of the texts (default: the context; for LLaVA-NeXT 64)"
+    )
+    crops: int | None = Field(None, ge=1, description="of LLaVA-NeXT: images of the tower's size")
+    language_tokens: int | None = Field(None, ge=1, description="of LLaVA-NeXT: those of images included")
+    logits: int | None = Field(None, ge=1, description="of LLaVA-NeXT: tokens whose next one is predicted")
     adapter: UserPath | None = Field(None, description="adapter whose own cost is stated beside the base's")
     measure: bool = Field(False, description="also run it here, with random weights, and take the time")
     device: str = Field("auto", description="for --measure: auto, cpu, cuda or cuda:N")

@@ -20,6 +20,13 @@ from clipgraft.models.failures import one_line
 from clipgraft.profile.trace import Trace, trace
 
 MODEL_TYPE = "llava_next"
+LLAVA_PARTS = {
+    "image tower": "model.vision_tower",
+    "projector": "model.multi_modal_projector",
+    "language model": "model.language_model",
+    "head": "lm_head",
+}
+"""What the model is made of, with the paths of transformers."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class LlavaProfile:
         image_size: (height, width) in pixels of the image that they come from; None if they were given.
         trace: every module.
         weight_bytes: of all weights, in the type of the configuration.
+        dtype: that type.
     """
 
     tokens: LlavaTokens
     image_size: tuple[int, int] | None
     trace: Trace
     weight_bytes: int
+    dtype: str
 
 
 def llava_on_meta(config: str | Path | Mapping[str, Any]) -> nn.Module:
@@ -120,7 +129,11 @@ def profile_llava(
 
     traced = trace(model, call=run)
     return LlavaProfile(
-        counted[0], image_size if tokens is None else None, traced, traced.total.parameter_bytes
+        tokens=counted[0],
+        image_size=image_size if tokens is None else None,
+        trace=traced,
+        weight_bytes=traced.total.parameter_bytes,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from clipgraft.profile.forward import ClipProfile, SiteCost, TowerCost
 from clipgraft.profile.inspection import SiteInfo
+from clipgraft.profile.llava import LLAVA_PARTS, LlavaProfile
 from clipgraft.profile.measure import Measurement
 from clipgraft.profile.targets import TargetCost
 from clipgraft.profile.training import TrainingCost
@@ -110,6 +111,29 @@ def _site_row(label: str, group: Sequence[SiteCost], macs: int) -> tuple[str, ..
         percent(total, macs),
         short(sum(cost.adapter_macs for cost in group)),
     )
+
+
+def llava_table(profile: LlavaProfile) -> Table:
+    """The parts of LLaVA-NeXT, and the whole."""
+    trace = profile.trace
+    rows = []
+    for label, path in (*LLAVA_PARTS.items(), ("whole", "")):
+        layer = trace.layer(path)
+        inside = (p for p in trace.products if p.weight is None and p.module.startswith(path))
+        attention = sum(product.macs for product in inside)
+        rows.append(
+            (
+                label,
+                f"{layer.parameters:,}",
+                percent(layer.parameters, trace.total.parameters),
+                short(layer.macs),
+                percent(layer.macs, trace.total.macs),
+                percent(attention, layer.macs),
+                short(layer.flops),
+            )
+        )
+    columns = ("part", "weights", "of the whole", "MACs", "of the whole", "of it attention", "FLOPs")
+    return Table("forward pass", columns, tuple(rows))
 
 
 def training_table(costs: Sequence[TrainingCost], batch: int) -> Table:
