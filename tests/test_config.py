@@ -24,6 +24,7 @@ REQUIRED: dict[type[Spec], dict[str, str]] = {
     config.InspectSpec: {"model": "a"},
     config.MergeSpec: {"adapters": "a", "out": "b"},
     config.ProfileSpec: {"model": "a"},
+    config.ReportSpec: {"runs": "a"},
 }
 
 

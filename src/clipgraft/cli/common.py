@@ -83,9 +83,14 @@ def pick_device(name: str) -> torch.device:
 
 def open_cache(spec: TableSpec) -> FeatureCache | None:
     """The feature cache that the flags name; None for `--feature-cache none`."""
-    if str(spec.feature_cache) == "none":
+    return open_features(spec.feature_cache, spec.cache_gb)
+
+
+def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
+    """The feature cache in a folder, by default that of all commands; None for a folder called `none`."""
+    if str(folder) == "none":
         return None
-    return FeatureCache(spec.feature_cache or default_folder(), max_bytes=spec.cache_gb * 1e9)
+    return FeatureCache(folder or default_folder(), max_bytes=gigabytes * 1e9)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
     "eval": "measure retrieval of a base, or of an adapter beside its base",
     "sweep": "train a grid of target sets, ranks and seeds beside the base and full fine-tuning",
+    "report": "put runs and sweeps on one HTML page that needs no network",
     "merge": "fold adapters into their base: a model for open_clip, transformers or ONNX Runtime",
     "convert": "rewrite an adapter in another format: PEFT, the guide's .pt files, CLIP-LoRA",
     "inspect": "show what a model is: configuration, structure, layers, sites, sizes of adapters",

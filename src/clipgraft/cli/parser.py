@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
-from clipgraft.config import Repeated, Spec, build_specs, flag, positional_fields, read_yaml
+from clipgraft.config import (
+    Repeated,
+    Spec,
+    build_specs,
+    flag,
+    positional_fields,
+    read_yaml,
+    takes_many,
+)
 from clipgraft.errors import ConfigError
 
 
@@ -29,7 +37,9 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     """
     prog = f"clipgraft {verb}"
     places = [name for kind in kinds for name in positional_fields(kind)]
-    usage = " ".join([f"{prog} [--flags]", *map(str.upper, places)])
+    many = [name for kind in kinds for name in positional_fields(kind) if takes_many(kind, name)]
+    shown = [f"{name.upper()}…" if name in many else name.upper() for name in places]
+    usage = " ".join([f"{prog} [--flags]", *shown])
     parser = _Parser(prog, usage=usage, description=summary, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="YAML", help="read flags from a file; flags given win")
     for kind in kinds:
@@ -40,7 +50,9 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
             else:
                 _add(group, name, info)
     known, unknown = parser.parse_known_args(list(argv))
-    words = [argument for argument in unknown if not _looks_like_a_flag(argument)]
+    words: list[Any] = [argument for argument in unknown if not _looks_like_a_flag(argument)]
+    if many and len(words) >= len(places):
+        words[len(places) - 1 :] = [words[len(places) - 1 :]]
     values = {**dict(zip(places, words, strict=False)), **vars(known)}
     config = values.pop("config")
     merged: dict[str, Any] = {} if config is None else read_yaml(config)

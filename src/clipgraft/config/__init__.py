@@ -7,17 +7,20 @@ library's functions take plain arguments.
 
 from __future__ import annotations
 
-from clipgraft.config.build import build_specs, flag, positional_fields, read_yaml
+from clipgraft.config.build import build_specs, flag, positional_fields, read_yaml, takes_many
 from clipgraft.config.fields import Positional, Repeated, Spec
 from clipgraft.config.specs import (
     AdapterSpec,
+    CacheSpec,
     ClassSpec,
     ClassTrainSpec,
+    ColumnSpec,
     DataSpec,
     DeviceSpec,
     EvalSpec,
     LoraSpec,
     ModelSpec,
+    PromptSpec,
     RunSpec,
     SweepSpec,
     TableSpec,
@@ -31,12 +34,15 @@ from clipgraft.config.tools import (
     InspectSpec,
     MergeSpec,
     ProfileSpec,
+    ReportSpec,
 )
 
 __all__ = [
     "AdapterSpec",
+    "CacheSpec",
     "ClassSpec",
     "ClassTrainSpec",
+    "ColumnSpec",
     "CompactSpec",
     "ConvertSpec",
     "DataSpec",
@@ -50,7 +56,9 @@ __all__ = [
     "ModelSpec",
     "Positional",
     "ProfileSpec",
+    "PromptSpec",
     "Repeated",
+    "ReportSpec",
     "RunSpec",
     "Spec",
     "SweepSpec",
@@ -60,4 +68,5 @@ __all__ = [
     "flag",
     "positional_fields",
     "read_yaml",
+    "takes_many",
 ]

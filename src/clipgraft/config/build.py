@@ -26,6 +26,12 @@ def positional_fields(kind: type[Spec]) -> list[str]:
     return [name for name, info in fields if any(isinstance(mark, Positional) for mark in info.metadata)]
 
 
+def takes_many(kind: type[Spec], name: str) -> bool:
+    """Whether a field that is given by place takes all the words that follow."""
+    marks = kind.model_fields[name].metadata
+    return any(isinstance(mark, Positional) and mark.many for mark in marks)
+
+
 def build_specs(
     kinds: Sequence[type[S]], values: Mapping[str, Any], unknown_flags: Sequence[str] = ()
 ) -> list[S]:

@@ -82,6 +82,11 @@ def _path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) else value
 
 
+def _paths(value: Any) -> Any:
+    """One path, or several in a list; a name may have commas in it."""
+    return (value,) if isinstance(value, str) else value
+
+
 RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
 AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
@@ -89,13 +94,20 @@ Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidat
 Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]
 Settings = Annotated[dict[str, Any], BeforeValidator(_settings)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+Paths = Annotated[tuple[UserPath, ...], BeforeValidator(_paths)]
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Blocks = Annotated[tuple[int, ...], BeforeValidator(words)]
 
 
 @dataclass(frozen=True)
 class Positional:
-    """Marks a field that is given by its place on the command line instead of by a flag."""
+    """Marks a field that is given by its place on the command line instead of by a flag.
+
+    Attributes:
+        many: it takes all words from its place on; the last of a spec alone may.
+    """
+
+    many: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,29 +48,39 @@ class ModelSpec(DeviceSpec):
     )
 
 
-class TableSpec(Spec):
-    """How tables of images and captions are read."""
+class ColumnSpec(Spec):
+    """Where a table of images and captions has what."""
 
-    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
-        "auto", description="how to read the data; auto goes by the file name"
-    )
     csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
     csv_caption_key: str | None = Field(None, description="column of captions (default: title, or guessed)")
     csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
         None, min_length=1, description="column separator (default: tab, or guessed)"
     )
-    max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
-    strict: bool = Field(False, description="stop at the first unreadable row")
+
+
+class CacheSpec(Spec):
+    """How images are decoded, and where features of frozen towers are kept."""
+
     workers: int = Field(2, ge=0, description="processes or threads that decode images")
     feature_cache: UserPath | None = Field(
         None,
         description="folder where features of a frozen image tower are kept for later runs, or 'none' "
         "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
     )
+    cache_gb: float = Field(20.0, gt=0, description="most that folder may grow to; what was used last stays")
+
+
+class TableSpec(ColumnSpec, CacheSpec):
+    """How tables of images and captions are read."""
+
+    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="how to read the data; auto goes by the file name"
+    )
+    max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
+    strict: bool = Field(False, description="stop at the first unreadable row")
     exact_preprocess: bool = Field(
         False, description="preprocess images with the base's own transform, to the last grey level"
     )
-    cache_gb: float = Field(20.0, gt=0, description="most that folder may grow to; what was used last stays")
 
 
 class DataSpec(TableSpec):
@@ -80,16 +90,21 @@ class DataSpec(TableSpec):
     val_data: UserPath | None = Field(None, description="the same for validation")
 
 
-class ClassSpec(Spec):
-    """Telling classes apart."""
+class PromptSpec(Spec):
+    """What the classes are, and what is said for them."""
 
-    task: Literal["retrieval", "classification"] = Field(
-        "retrieval", description="match images with their captions, or tell classes apart"
-    )
     csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
     prompts: UserPath | None = Field(None, description="YAML of class: prompt, or class: [prompts]")
     templates: str = Field(
         "photo", description="for classes without prompts: photo, ensemble, or a text with {} in it"
+    )
+
+
+class ClassSpec(PromptSpec):
+    """Telling classes apart."""
+
+    task: Literal["retrieval", "classification"] = Field(
+        "retrieval", description="match images with their captions, or tell classes apart"
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from clipgraft.config.fields import (
     Blocks,
+    Paths,
     Positional,
     Repeated,
     Settings,
@@ -174,3 +175,23 @@ class DistillSpec(Spec):
     resume: Literal["latest"] | None = Field(
         None, description="'latest' continues the run where it stopped, to the same bits"
     )
+
+
+class ReportSpec(Spec):
+    """What to report on, and where to write the page."""
+
+    runs: Annotated[Paths, Positional(many=True)] = Field(
+        min_length=1, description="folders of runs and sweeps, like logs/NAME"
+    )
+    out: UserPath = Field(Path("report.html"), description="the HTML file to write")
+    examples: bool = Field(
+        True,
+        description="show retrieved images, confusions and similarities, which needs the base and the images",
+    )
+    retained: UserPath | None = Field(
+        None, description="other data, such as captions in English, to measure what was forgotten on"
+    )
+    retained_task: Literal["retrieval", "classification"] = Field(
+        "retrieval", description="what --retained is: images with captions, or images of classes"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

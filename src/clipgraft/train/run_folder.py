@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.errors import CheckpointError, ConfigError
-from clipgraft.files import sweep_partial, write_text
+from clipgraft.files import sweep_partial, write_json, write_text
 from clipgraft.train.checkpoint import LATEST, Position
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class RunFolder:
             raise ConfigError(f"--logs: cannot make {self.checkpoints}: {error.strerror}") from error
         sweep_partial(self.checkpoints)
         write_text(path / "params.txt", "".join(f"{key}: {value}\n" for key, value in sorted(params.items())))
+        write_json(path / "params.json", _plain(params))
         self._handler = logging.FileHandler(path / "out.log", encoding="utf-8", errors="backslashreplace")
         self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         for buffer in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
@@ -134,6 +135,15 @@ class RunFolder:
             reason = f"{kind.__name__}: {error}"
             self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None))
         self.close()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: paths, and whatever else it does not know, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _is_after(event: Mapping[str, Any], position: Position) -> bool:

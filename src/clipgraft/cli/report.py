@@ -1,0 +1,71 @@
+"""`clipgraft report`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import CacheSpec, ColumnSpec, PromptSpec, ReportSpec, Spec, flag
+from clipgraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.report.forgotten import Retained
+    from clipgraft.report.measure import Computing
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = "Put runs and sweeps on one HTML page: table, curves, retrieved images, what was forgotten."
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, read, measure what is not known yet, and write the page."""
+    kinds: list[type[Spec]] = [ReportSpec, ColumnSpec, PromptSpec, CacheSpec]
+    spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
+    _check(spec, columns, prompts)
+    from clipgraft.report.build import require_packages, write_report
+
+    require_packages()
+
+    def computing() -> Computing:
+        from clipgraft.cli.common import open_features, pick_device
+        from clipgraft.report.measure import Computing
+
+        cache = open_features(images.feature_cache, images.cache_gb)
+        return Computing(pick_device(spec.device), images.workers, cache)
+
+    retained = _retained(spec, columns, prompts)
+    out = write_report(spec.runs, spec.out, examples=spec.examples, retained=retained, computing=computing)
+    log.info("wrote %s (%.1f MB)", out, out.stat().st_size / 1e6)
+
+
+def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
+    """What no field alone can see; raises ConfigError with all faults."""
+    faults = []
+    given = sorted(columns.model_fields_set | prompts.model_fields_set)
+    given += ["retained_task"] if "retained_task" in spec.model_fields_set else []
+    if given and spec.retained is None:
+        faults.append(f"{', '.join(map(flag, given))} belong to --retained: name those data too")
+    for name, path in (("retained", spec.retained), ("prompts", prompts.prompts)):
+        if path is not None and not path.exists():
+            faults.append(f"{flag(name)} {path}: there is no such file or folder; check the path")
+    if spec.out.is_dir():
+        faults.append(f"--out {spec.out} is a folder: name a file in it, like {spec.out / 'report.html'}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _retained(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> Retained | None:
+    from clipgraft.report.forgotten import Retained
+
+    if spec.retained is None:
+        return None
+    captions = spec.retained_task == "retrieval"
+    key = {"caption_key": columns.csv_caption_key} if captions else {"label_key": prompts.csv_label_key}
+    return Retained(
+        spec.retained,
+        spec.retained_task,
+        {"image_key": columns.csv_img_key, "separator": columns.csv_separator, **key},
+        prompts.prompts,
+        prompts.templates,
+    )

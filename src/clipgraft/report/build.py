@@ -1,0 +1,136 @@
+"""`write_report`: from the folders of runs to one HTML file."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipgraft.errors import ClipgraftError, ConfigError
+from clipgraft.files import write_text
+
+if TYPE_CHECKING:
+    from clipgraft.report.examples import Examples
+    from clipgraft.report.forgotten import Forgotten, Retained
+    from clipgraft.report.measure import Computing
+    from clipgraft.report.page import Shown
+    from clipgraft.report.runs import Run, Sweep
+
+log = logging.getLogger("clipgraft")
+_NEEDED = ("matplotlib", "jinja2")
+
+
+def write_report(
+    paths: Sequence[Path | str],
+    out: Path | str,
+    *,
+    examples: bool = True,
+    retained: Retained | None = None,
+    computing: Callable[[], Computing] | None = None,
+) -> Path:
+    """Write one HTML page on some runs and sweeps, which needs no other file and no network.
+
+    Args:
+        paths: run folders, as `train` and `fit` leave them, and folders of sweeps.
+        out: the file to write; appears whole or not at all.
+        examples: also show retrieved images, confusions and similarities. They need the base and the
+            validation data, are computed once, and are kept in `results/` of each run. Where that is not
+            possible, the page says why.
+        retained: other data on which to measure what was forgotten.
+        computing: gives device, workers and feature cache when something must be computed; by default the CPU
+            and no cache.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is not installed, or nothing is to be reported on.
+        DataError: a path is no run and no sweep.
+        CheckpointError: a file of a run is damaged.
+    """
+    require_packages()
+    if not paths:
+        raise ConfigError("nothing to report on: name the folder of a run or of a sweep, like logs/NAME")
+    from clipgraft.report.page import render
+    from clipgraft.report.runs import read_sources
+
+    sources = read_sources([Path(path) for path in paths])
+    shown = [_shown(source, examples, retained, computing or _on_the_cpu) for source in sources]
+    name = "" if retained is None else str(retained.path)
+    page = render(shown, with_examples=examples, retained=name, now=datetime.now())
+    write_text(Path(out), page)
+    return Path(out)
+
+
+def require_packages() -> None:
+    """Raises ConfigError where a package that only reports need is not installed."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"a report needs {' and '.join(missing)}: pip install 'clipgraft[report]'")
+
+
+def _shown(
+    source: Run | Sweep, examples: bool, retained: Retained | None, computing: Callable[[], Computing]
+) -> Shown:
+    """A source with what is measured of it; what cannot be measured becomes a note of the page."""
+    from clipgraft.report.page import Shown, run_of
+
+    run = run_of(source)
+    notes: list[str] = []
+    made = forgotten = None
+    if run is not None and examples:
+        try:
+            made = _examples(run, computing)
+        except ClipgraftError as error:
+            notes.append(f"{source.name}: no examples. {error}.")
+    if made is not None and made.missing:
+        images = "image is" if made.missing == 1 else "images are"
+        lost = f"{made.missing:,} validation {images} missing or unreadable"
+        notes.append(f"{source.name}: {lost}, and left out.")
+    if run is not None and retained is not None:
+        try:
+            forgotten = _forgotten(run, retained, computing)
+        except ClipgraftError as error:
+            notes.append(f"{source.name}: what was forgotten could not be measured. {error}.")
+    for note in notes:
+        log.info("%s", note)
+    return Shown(source, run, made, forgotten, tuple(notes))
+
+
+def _examples(run: Run, computing: Callable[[], Computing]) -> Examples:
+    """Those that the run's folder holds, else computed and kept there."""
+    from clipgraft.report.examples import store_examples, stored_examples
+
+    known = stored_examples(run)
+    if known is None:
+        from clipgraft.report.measure import compute_examples
+
+        log.info("choosing examples of %s, once", run.path)
+        known = compute_examples(run, computing())
+        store_examples(run, known)
+    return known
+
+
+def _forgotten(run: Run, retained: Retained, computing: Callable[[], Computing]) -> Forgotten:
+    """As the run's folder knows it, else measured and kept there."""
+    from clipgraft.report.forgotten import store_forgotten, stored_forgotten
+
+    known = stored_forgotten(run, retained)
+    if known is None:
+        from clipgraft.report.measure import compute_forgotten
+
+        log.info("measuring what %s forgot of %s, once", run.path, retained.path)
+        known = compute_forgotten(run, retained, computing())
+        store_forgotten(run, retained, known)
+    return known
+
+
+def _on_the_cpu() -> Computing:
+    import torch
+
+    from clipgraft.report.measure import Computing
+
+    return Computing(torch.device("cpu"))

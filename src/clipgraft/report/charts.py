@@ -1,0 +1,308 @@
+"""The report's charts, one panel each, so that a narrow page can stack them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from clipgraft.report.table import Line
+from clipgraft.report.themed import (
+    DASHES,
+    HEAT,
+    HEAT_INK,
+    INK,
+    MARKERS,
+    MUTED,
+    PAPER,
+    SERIES,
+    canvas,
+    style,
+    to_svg,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 420.0, 290.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: its name, its points, and where there are several seeds, how far they reach."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def curves(name: str, title: str, across: str, up: str, lines: Sequence[Curve], points: bool = False) -> str:
+    """Lines over steps or epochs; `points` marks each measurement. Up to eight."""
+    with style():
+        figure, axes = canvas(WIDTH, HEIGHT)
+        for place, line in enumerate(lines[: len(SERIES)]):
+            marker = MARKERS[place] if points else None
+            look: dict[str, Any] = {"color": SERIES[place], "linestyle": DASHES[place], "marker": marker}
+            axes.plot(line.x, line.y, label=line.label, markeredgecolor=PAPER, markeredgewidth=0.8, **look)
+            if line.low is not None and line.high is not None:
+                axes.fill_between(line.x, line.low, line.high, color=SERIES[place], alpha=0.16, linewidth=0)
+        _plain_axes(axes, across, up)
+        if len(lines) > 1:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        ends = "; ".join(f"{c.label} ends at {c.y[-1]:.3g}" for c in lines[: len(SERIES)] if len(c.y))
+        return to_svg(figure, name, title, f"{up} over {across}: {ends}.")
+
+
+def loss(name: str, title: str, losses: Sequence[tuple[int, float]]) -> str:
+    """The loss of every step, faint, and its mean over a twelfth of the run, trailing."""
+    steps, values = smoothed(losses, 400)
+    window = max(1, len(values) // 12)
+    means = [float(np.mean(values[max(0, place - window + 1) : place + 1])) for place in range(len(values))]
+    with style():
+        figure, axes = canvas(WIDTH, HEIGHT)
+        axes.plot(steps, values, color=SERIES[0], alpha=0.35, linewidth=1)
+        axes.plot(steps, means, color=SERIES[0], linewidth=2.2)
+        _plain_axes(axes, "step", "loss")
+        described = f"From {values[0]:.3g} to {values[-1]:.3g} in {steps[-1]:,.0f} steps."
+        return to_svg(figure, name, title, described)
+
+
+def _plain_axes(axes: Axes, across: str, up: str) -> None:
+    axes.set_xlabel(across)
+    axes.set_title(up, loc="left", fontsize=10, color=INK, pad=8)
+    axes.grid(axis="x", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(x=0.03)
+
+
+def against_weights(name: str, metric: str, label: str, lines: Sequence[Line]) -> str:
+    """A metric in percent against trained weights: one line a target set, a point a rank."""
+    with style():
+        figure, axes = canvas(WIDTH, HEIGHT + 20)
+        _references(axes, metric, lines)
+        for place, (targets, points) in enumerate(_by_targets(lines).items()):
+            place %= len(SERIES)
+            x = [line.trained or 1 for line in points]
+            y = [100 * line.mean[metric] for line in points]
+            error = [100 * line.deviation.get(metric, 0.0) for line in points]
+            axes.errorbar(
+                x,
+                y,
+                yerr=error if any(error) else None,
+                label=targets,
+                color=SERIES[place],
+                marker=MARKERS[place],
+                linestyle=DASHES[place],
+                capsize=3,
+                elinewidth=1.1,
+                markeredgecolor=PAPER,
+                markeredgewidth=0.8,
+            )
+            for line, across, up in zip(points, x, y, strict=True):
+                if line.r is not None:
+                    word = axes.annotate(
+                        f"r={line.r}",
+                        (across, up),
+                        (7, -4),
+                        textcoords="offset points",
+                        fontsize=8.5,
+                        color=MUTED,
+                    )
+                    word.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+        axes.set_xscale("log")
+        sizes = [line.trained for line in lines if line.trained]
+        # Within two decades the powers of ten alone may leave an axis with a single number.
+        steps = (1.0, 2.0, 5.0) if max(sizes) < 100 * min(sizes) else (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=steps, numticks=12))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("trained weights (logarithmic)")
+        axes.set_title(f"{label}, %", loc="left", fontsize=10, color=INK, pad=8)
+        axes.grid(axis="x", visible=False)
+        axes.margins(x=0.08, y=0.14)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        return to_svg(figure, name, f"{label} against trained weights", _said(metric, lines))
+
+
+def by_targets(name: str, metric: str, label: str, lines: Sequence[Line]) -> str:
+    """A metric in percent by target set: one row a set, a marker a rank, base and full as upright lines."""
+    groups = _by_targets(lines)
+    ranks = sorted({line.r or 0 for line in lines if line.kind == "lora"})
+    with style():
+        figure, axes = canvas(WIDTH, 96 + 34 * len(groups) + 16 * ((len(ranks) + 2) // 3))
+        _references(axes, metric, lines, upright=True)
+        for place, rank in enumerate(ranks):
+            shift = (place - (len(ranks) - 1) / 2) * 0.62 / max(len(ranks), 2)
+            found = [
+                (row + shift, line)
+                for row, points in enumerate(groups.values())
+                for line in points
+                if (line.r or 0) == rank
+            ]
+            error = [100 * line.deviation.get(metric, 0.0) for _, line in found]
+            axes.errorbar(
+                [100 * line.mean[metric] for _, line in found],
+                [row for row, _ in found],
+                xerr=error if any(error) else None,
+                label=f"r={rank}" if rank else "adapter",
+                color=SERIES[place % len(SERIES)],
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle="none",
+                capsize=3,
+                elinewidth=1.1,
+                markeredgecolor=PAPER,
+                markeredgewidth=0.8,
+            )
+        axes.set_yticks(range(len(groups)), list(groups), color=INK)
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.margins(x=0.08)
+        axes.set_title(f"{label}, %", loc="left", fontsize=10, color=INK, pad=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(groups) < 3 else -0.16), ncols=3)
+        return to_svg(figure, name, f"{label} by target set", _said(metric, lines))
+
+
+def matrix(
+    name: str,
+    title: str,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    texts: Sequence[Sequence[str]],
+    limits: tuple[float, float],
+    across: str,
+    up: str,
+    outlined: Sequence[int] = (),
+) -> str:
+    """A matrix of shades with `texts` written into them.
+
+    `limits` are the values of the lightest and the darkest shade; `outlined` is for each row the column that
+    is framed: the true one.
+    """
+    table = np.asarray(values, dtype=float)
+    low, high = limits
+    edges = np.linspace(low, high if high > low else low + 1, len(HEAT) + 1)
+    side = min(26.0, 520.0 / max(table.shape))
+    longest = max((len(label) for label in (*rows, *columns)), default=1)
+    with style():
+        figure, axes = canvas(90 + 5.2 * longest + side * len(columns), 70 + 5.2 * longest + side * len(rows))
+        shades = np.clip(np.searchsorted(edges, table, side="right") - 1, 0, len(HEAT) - 1)
+        for shade in np.unique(shades):
+            cells = [_cell(row, column) for row, column in np.argwhere(shades == shade)]
+            axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=HEAT[shade], linewidth=0))
+        axes.set_xlim(0, len(columns))
+        axes.set_ylim(len(rows), 0)
+        axes.set_aspect("equal")
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xticks(
+            np.arange(len(columns)) + 0.5, columns, rotation=90 if longest > 2 else 0, fontsize=8.5
+        )
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=9.5)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        _write(axes, texts, shades, min(9.0, side * 0.42))
+        for row, column in enumerate(outlined):
+            corner = ([column, column + 1, column + 1, column, column], [row, row, row + 1, row + 1, row])
+            axes.plot(*corner, color=INK, linewidth=1.1, clip_on=False)
+        return to_svg(
+            figure, name, title, f"A matrix of {len(rows)} rows ({up}) and {len(columns)} columns ({across})."
+        )
+
+
+def _cell(row: int, column: int) -> Path:
+    """A square with a little room around it; all of one shade make one path, which keeps the page small."""
+    left, right, top, bottom = column + 0.02, column + 0.98, row + 0.02, row + 0.98
+    return Path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], closed=True)
+
+
+def _write(axes: Axes, texts: Sequence[Sequence[str]], shades: np.ndarray[Any, Any], size: float) -> None:
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            if text:
+                ink = HEAT_INK[shades[row, column]]
+                axes.text(
+                    *(column + 0.5, row + 0.52, text),
+                    ha="center",
+                    va="center",
+                    fontsize=size,
+                    color=ink,
+                    in_layout=False,
+                )
+
+
+def _by_targets(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.kind == "lora" and line.trained:
+            groups.setdefault(line.targets, []).append(line)
+    return groups
+
+
+def _references(axes: Axes, metric: str, lines: Sequence[Line], upright: bool = False) -> None:
+    """Base and full fine-tuning as lines across, named in the legend; full also as a point."""
+    for kind, dash, word in (("base", (0, (2, 2)), "base"), ("full", (0, (7, 2)), "full fine-tuning")):
+        for line in (line for line in lines if line.kind == kind and metric in line.mean):
+            value = 100 * line.mean[metric]
+            draw = axes.axvline if upright else axes.axhline
+            draw(value, color=MUTED, linestyle=dash, linewidth=1.2, label=f"{word} {value:.1f}")
+            error = 100 * line.deviation.get(metric, 0.0)
+            if kind == "full" and line.trained and not upright:
+                axes.errorbar(
+                    [line.trained],
+                    [value],
+                    yerr=error or None,
+                    color=MUTED,
+                    marker="*",
+                    markersize=10,
+                    capsize=3,
+                )
+
+
+def _said(metric: str, lines: Sequence[Line]) -> str:
+    parts = []
+    for line in lines:
+        if metric in line.mean:
+            rank = f" r={line.r}" if line.r else ""
+            cost = f"{line.trained or 0:,} trained weights"
+            parts.append(f"{line.label}{rank}: {100 * line.mean[metric]:.1f} % with {cost}")
+    return "; ".join(parts) + "."
+
+
+def short(value: float) -> str:
+    """12,288 -> 12k; 2,773,633 -> 2.8M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def smoothed(losses: Sequence[tuple[int, float]], most: int) -> tuple[list[float], list[float]]:
+    """Steps and means of at most `most` equal stretches of a loss curve."""
+    size = max(1, -(-len(losses) // most))
+    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return [part[-1][0] for part in parts], [sum(loss for _, loss in part) / len(part) for part in parts]
+
+
+def over_seeds(label: str, runs: Sequence[Sequence[tuple[int, float]]]) -> Curve:
+    """The mean of the loss curves of several seeds, and the span of them."""
+    length = min(len(run) for run in runs)
+    means = [smoothed(run[:length], 40) for run in runs]
+    values = np.array([y for _, y in means])
+    if len(runs) == 1:
+        return Curve(label, means[0][0], means[0][1])
+    return Curve(label, means[0][0], values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist())

@@ -1,0 +1,173 @@
+"""The charts of a page, drawn from what was read, with the words that stand beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipgraft.report import charts
+from clipgraft.report.examples import Classes, Examples
+from clipgraft.report.runs import Run, Sweep
+from clipgraft.report.table import Group, Line, headline
+from clipgraft.report.words import METRIC_WORDS
+
+_MOST_CLASSES = 32
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, and what is said below it."""
+
+    svg: str
+    caption: str = ""
+
+
+def learning(source: Run | Sweep, name: str) -> list[Figure]:
+    """Loss by step and, where more than the last epoch was evaluated, metrics by epoch."""
+    return _sweep_learning(source, name) if isinstance(source, Sweep) else _run_learning(source, name)
+
+
+def _run_learning(run: Run, name: str) -> list[Figure]:
+    figures = []
+    if run.losses:
+        drawn = charts.loss(f"{name}-loss", f"Loss of {run.name}", run.losses)
+        figures.append(Figure(drawn))
+    if len(run.evaluations) > 1:
+        names = [metric for metric in METRIC_WORDS if metric in run.evaluations[0] and "@10" not in metric]
+        epochs = [number.get("epoch", place + 1) for place, number in enumerate(run.evaluations)]
+        lines = [
+            charts.Curve(METRIC_WORDS[m], epochs, [100 * e.get(m, float("nan")) for e in run.evaluations])
+            for m in names
+        ]
+        title = f"Validation of {run.name}"
+        drawn = charts.curves(f"{name}-val", title, "epoch", "validation, %", lines, points=True)
+        figures.append(Figure(drawn))
+    return figures
+
+
+def _sweep_learning(sweep: Sweep, name: str) -> list[Figure]:
+    """One panel a target set with a line a rank; full fine-tuning is in each, for comparison."""
+    by_row: dict[tuple[str, str, int], list[Sequence[tuple[int, float]]]] = {}
+    for cell in sweep.cells:
+        run = sweep.runs.get(cell.cell.name)
+        if run is not None and run.losses:
+            by_row.setdefault(cell.cell.row, []).append(run.losses)
+    full = [charts.over_seeds("full", runs) for row, runs in by_row.items() if row[0] == "full"]
+    targets = list(dict.fromkeys(row[1] for row in by_row if row[0] == "lora"))
+    figures = []
+    for place, target in enumerate(targets):
+        ranks = sorted((row[2], runs) for row, runs in by_row.items() if row[:2] == ("lora", target))
+        lines = [*(charts.over_seeds(f"r={rank}", runs) for rank, runs in ranks), *full]
+        title = f"Loss of {sweep.name}, {target}"
+        drawn = charts.curves(f"{name}-loss-{place}", title, "step", f"loss, {target}", lines)
+        figures.append(Figure(drawn))
+    if not targets and full:
+        drawn = charts.curves(f"{name}-loss", f"Loss of {sweep.name}", "step", "loss", full)
+        figures.append(Figure(drawn))
+    return figures
+
+
+def costs(group: Group, name: str) -> list[Figure]:
+    """Metrics against trained weights and, for several target sets, by target set."""
+    lines = [line for line in group.lines if line.mean]
+    adapters = [line for line in lines if line.kind == "lora" and line.trained]
+    # One point says no more than its row of the table.
+    if not adapters or sum(line.kind != "base" for line in lines) < 2:
+        return []
+    figures = []
+    for place, metric in enumerate(headline(group.task)):
+        words = METRIC_WORDS[metric]
+        figures.append(Figure(charts.against_weights(f"{name}-weights-{place}", metric, words, lines)))
+    if group.is_sweep and len({line.targets for line in adapters}) > 1:
+        for place, metric in enumerate(headline(group.task)):
+            words = METRIC_WORDS[metric]
+            figures.append(Figure(charts.by_targets(f"{name}-targets-{place}", metric, words, lines)))
+    return figures
+
+
+def heat_maps(examples: Examples, name: str) -> list[Figure]:
+    """Similarities under base and adapted model, in one scale."""
+    heat = examples.heat
+    values = [value for side in (heat.base, heat.adapted) for row in side for value in row]
+    numbers = [str(place + 1) for place in range(len(heat.images))]
+    texts, own = ("captions", "caption") if examples.task == "retrieval" else ("classes", "class")
+    figures = []
+    for side, title in ((heat.base, "base"), (heat.adapted, "adapted")):
+        drawn = charts.matrix(
+            f"{name}-heat-{title}",
+            f"Similarity of images and {texts}, {title} model",
+            side,
+            numbers,
+            numbers,
+            texts=[[_cosine(value) for value in row] for row in side],
+            limits=(min(values), max(values)),
+            across=texts,
+            up="images",
+            outlined=heat.truth,
+        )
+        likest = [max(range(len(row)), key=row.__getitem__) for row in side]
+        right = sum(place == true for place, true in zip(likest, heat.truth, strict=True))
+        caption = f"{title}: {right} of {len(side)} images are most like their own {own}"
+        figures.append(Figure(drawn, caption))
+    return figures
+
+
+def _cosine(value: float) -> str:
+    """0.512 -> .51"""
+    text = f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+    return ".00" if text == "−.00" else text
+
+
+def confusions(classes: Classes, name: str) -> tuple[list[Figure], int]:
+    """The confusion matrices of base and adapted model, and how many classes they leave out.
+
+    Shades are shares of the images of a class. Of very many classes those with most mistakes are drawn.
+    """
+    wrong = [sum(row) - row[place] for place, row in enumerate(classes.adapted)]
+    kept = sorted(sorted(range(len(wrong)), key=lambda place: -wrong[place])[:_MOST_CLASSES])
+    names = [classes.names[place] for place in kept]
+    figures = []
+    for counts, title in ((classes.base, "base"), (classes.adapted, "adapted")):
+        chosen = [[counts[row][column] for column in kept] for row in kept]
+        sums = [max(1, sum(counts[row])) for row in kept]
+        drawn = charts.matrix(
+            f"{name}-confusion-{title}",
+            f"Confusion matrix, {title} model",
+            [[count / total for count in row] for row, total in zip(chosen, sums, strict=True)],
+            names,
+            names,
+            texts=[[str(count) if count else "" for count in row] for row in chosen],
+            limits=(0.0, 1.0),
+            across="taken for",
+            up="true class",
+            outlined=range(len(kept)),
+        )
+        hits = sum(counts[place][place] for place in range(len(counts)))
+        caption = f"{title}: {hits:,} of {sum(map(sum, counts)):,} images right"
+        figures.append(Figure(drawn, caption))
+    return figures, len(wrong) - len(kept)
+
+
+def in_short(group: Group) -> tuple[str, str] | None:
+    """The best adapter of a group, and what it reaches at what size; None where none was measured."""
+    names = headline(group.task)
+    adapters = [line for line in group.lines if line.kind == "lora" and line.mean]
+    if not adapters:
+        return None
+
+    def total(line: Line) -> float:
+        return sum(line.mean[metric] for metric in names)
+
+    best = max(adapters, key=total)
+    others = [line for line in group.lines if line.kind != "lora" and line.mean]
+    rank = f" r={best.r}" if best.r else ""
+    name = f"{group.name}: {best.label}{rank}" if group.is_sweep else f"{best.label}{rank}"
+    parts = []
+    for metric in names:
+        known = ", ".join(f"{line.label.split(': ')[-1]} {100 * line.mean[metric]:.1f}" for line in others)
+        reached = f"{METRIC_WORDS[metric]} {100 * best.mean[metric]:.1f} %"
+        parts.append(f"{reached} ({known})" if known else reached)
+    cost = (
+        f", with {best.trained:,} trained weights in {(best.bytes or 0) / 1e6:.2f} MB" if best.trained else ""
+    )
+    return name, f"reaches {' and '.join(parts)}{cost}."

@@ -1,0 +1,226 @@
+"""The page: what was read, measured and drawn, put into the template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+import clipgraft
+from clipgraft.report import drawn, words
+from clipgraft.report.examples import Examples, Found
+from clipgraft.report.forgotten import Forgotten
+from clipgraft.report.runs import METRICS, Run, Sweep, best_run
+from clipgraft.report.table import Group, make_groups, progress_of
+from clipgraft.report.thumbnails import Thumbnails
+
+_COLUMNS = {
+    "retrieval": (("image → text", (("R@1", 0), ("R@5", 1))), ("text → image", (("R@1", 2), ("R@5", 3)))),
+    "classification": (("accuracy", (("first", 0), ("first 5", 1))), ("recall", (("mean", 2),))),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One run or sweep with its examples.
+
+    Attributes:
+        run: whose examples they are: the run itself, or that of a sweep's best adapter.
+        examples: None where there are none.
+        forgotten: None where that was not measured.
+        notes: why something is missing, a sentence each.
+    """
+
+    source: Run | Sweep
+    run: Run | None
+    examples: Examples | None
+    forgotten: Forgotten | None
+    notes: tuple[str, ...]
+
+
+def render(shown: Sequence[Shown], *, with_examples: bool, retained: str, now: datetime) -> str:
+    """The whole page as HTML text; `retained` is the name of the data that forgetting was measured on."""
+    pictures = Thumbnails()
+    known = {str(item.source.path): item.examples for item in shown if item.examples is not None}
+    groups = make_groups([item.source for item in shown], known)
+    parts = [_part(item, f"s{place}", pictures) for place, item in enumerate(shown)]
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        title=_title(shown),
+        now=now,
+        version=clipgraft.__version__,
+        style=Markup(_read("page.css")),
+        in_short=[said for group in groups if (said := drawn.in_short(group))],
+        parts=parts,
+        tables=_tables(groups),
+        costs=[(g, made) for n, g in enumerate(groups) if (made := _marked(drawn.costs(g, f"g{n}")))],
+        notes=[note for item in shown for note in item.notes],
+        with_examples=with_examples,
+        retained=retained,
+        # Reading `pictures` comes last: the parts above have asked for all that are shown.
+        pictures=pictures.all(),
+        lost=len(pictures.missing),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_read),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": words.percent,
+        "change": words.change,
+        "whole": words.whole,
+        "megabytes": words.megabytes,
+        "duration": words.duration,
+    }
+    environment.globals |= {
+        "metric_words": words.METRIC_WORDS,
+        "metric_names": METRICS,
+        "nothing": words.NOTHING,
+    }
+    return environment
+
+
+def _read(name: str) -> str:
+    return (files("clipgraft.report") / name).read_text(encoding="utf-8")
+
+
+def _title(shown: Sequence[Shown]) -> str:
+    names = [item.source.name for item in shown]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """One table a task, as their columns differ."""
+    tables = []
+    for task, heads in _COLUMNS.items():
+        own = [group for group in groups if group.task == task]
+        if own:
+            ranked = any(line.r for group in own for line in group.lines)
+            names = METRICS["retrieval" if task == "retrieval" else "classification"]
+            tables.append({"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked})
+    return tables
+
+
+def _part(item: Shown, name: str, pictures: Thumbnails) -> dict[str, Any]:
+    """What the sections show of one run or sweep."""
+    source, examples = item.source, item.examples
+    part: dict[str, Any] = {
+        "id": name,
+        "name": source.name,
+        "path": str(source.path),
+        "is_sweep": isinstance(source, Sweep),
+        "facts": words.facts(source),
+        "settings": words.settings(source),
+        "state": _state(source),
+        "curves": _marked(drawn.learning(source, name)),
+        "evaluations": source.evaluations if isinstance(source, Run) else (),
+        "task": source.task,
+        "of": _examples_of(item),
+        "examples": examples,
+        "forgotten": item.forgotten,
+    }
+    if examples is not None:
+        part["queries"] = [_query(query, examples, pictures) for query in examples.queries]
+        part["heat"] = _marked(drawn.heat_maps(examples, name))
+        part["heat_rows"] = [
+            (_picture(examples.images[image], text, pictures), text)
+            for image, text in zip(examples.heat.images, examples.heat.texts, strict=True)
+        ]
+        part |= _classes(examples, name, pictures)
+    return part
+
+
+def _classes(examples: Examples, name: str, pictures: Thumbnails) -> dict[str, Any]:
+    classes = examples.classes
+    if classes is None:
+        return {"classes": None}
+    figures, left_out = drawn.confusions(classes, name)
+    rows = []
+    for place, label in enumerate(classes.names):
+        counts = (classes.base[place], classes.adapted[place])
+        total = sum(counts[1])
+        recalls = [row[place] / total if total else None for row in counts]
+        guesses = sum(row[place] for row in classes.adapted)
+        precision = counts[1][place] / guesses if guesses else None
+        rows.append({"name": label, "count": total, "recalls": recalls, "precision": precision})
+    pairs = [
+        {
+            "true": classes.names[pair.true],
+            "taken": classes.names[pair.taken_for],
+            "base": pair.base,
+            "adapted": pair.adapted,
+            "pictures": [
+                _picture(examples.images[image], f"{classes.names[pair.true]}, mistaken", pictures)
+                for image in pair.images
+            ],
+        }
+        for pair in classes.pairs
+    ]
+    wide = len(classes.names) > 12
+    return {
+        "classes": classes,
+        "confusions": _marked(figures),
+        "left_out": left_out,
+        "class_rows": rows,
+        "pairs": pairs,
+        "wide": wide,
+    }
+
+
+def _query(query: Any, examples: Examples, pictures: Thumbnails) -> dict[str, Any]:
+    def row(found: Found) -> dict[str, Any]:
+        cells = []
+        for place, (image, score) in enumerate(zip(found.images, found.scores, strict=True), start=1):
+            hit = image == query.image
+            text = f"place {place}{', the true image' if hit else ''}, similarity {score:.2f}"
+            cells.append({"picture": _picture(examples.images[image], text, pictures), "hit": hit})
+        return {"rank": found.rank, "cells": cells}
+
+    return {
+        "caption": query.caption,
+        "kind": query.kind,
+        "hidden": any(query.image not in found.images for found in (query.base, query.adapted)),
+        "truth": _picture(examples.images[query.image], f"the true image of: {query.caption}", pictures),
+        "rows": [("base", row(query.base)), ("adapted", row(query.adapted))],
+    }
+
+
+def _picture(path: str, text: str, pictures: Thumbnails) -> dict[str, Any]:
+    return {"thumbnail": pictures.get(path), "text": text, "file": Path(path).name}
+
+
+def _marked(figures: Sequence[drawn.Figure]) -> list[dict[str, Any]]:
+    return [{"svg": Markup(figure.svg), "caption": figure.caption} for figure in figures]
+
+
+def _state(source: Run | Sweep) -> str:
+    """What a reader must know before they trust the numbers; empty for what has finished."""
+    if isinstance(source, Run):
+        return "" if source.finished else progress_of(source)
+    if not source.unfinished:
+        return ""
+    return f"unfinished: {len(source.unfinished)} cells under way ({', '.join(source.unfinished[:4])})"
+
+
+def _examples_of(item: Shown) -> str:
+    """Of which run the examples are, where the source is a sweep."""
+    if isinstance(item.source, Sweep) and item.run is not None:
+        return f"{item.source.name}: its best adapter, {item.run.name}"
+    return item.source.name
+
+
+def run_of(source: Run | Sweep) -> Run | None:
+    """The run whose examples stand for a source."""
+    return best_run(source) if isinstance(source, Sweep) else source

@@ -1,0 +1,311 @@
+"""What runs and sweeps left in their folders, as plain values; no model is loaded for it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from clipgraft.errors import CheckpointError, DataError
+from clipgraft.train.grid import CELL_FILE, Cell, CellResult, Row, read_cell, rows_of
+
+EVENTS = "events.jsonl"
+TaskName = Literal["retrieval", "classification"]
+METRICS: dict[TaskName, tuple[str, ...]] = {
+    "retrieval": ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5"),
+    "classification": ("acc1", "acc5", "mean_per_class_recall"),
+}
+_STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \| ", re.M)
+_KINDS = ("base", "full", "lora")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        path: its folder.
+        name: that people call it.
+        params: what it was given; empty where it left no record of that.
+        losses: (step, loss) of its steps.
+        evaluations: metrics of evaluated epochs, with `epoch` and `step`.
+        saved: the adapter folder or the fine-tuned model; None where there is none (yet).
+        trained: number of trained weights; None for a run that has not finished, as are the next two.
+        bytes: size of `saved`.
+        seconds: of the run, evaluation included.
+        started, ended: first and last line of its log.
+    """
+
+    path: Path
+    name: str
+    params: Mapping[str, Any]
+    losses: tuple[tuple[int, float], ...]
+    evaluations: tuple[Mapping[str, float], ...]
+    saved: Path | None
+    trained: int | None
+    bytes: int | None
+    seconds: float | None
+    started: datetime | None
+    ended: datetime | None
+
+    @property
+    def finished(self) -> bool:
+        return self.trained is not None
+
+    @property
+    def task(self) -> TaskName:
+        measured = "acc1" in self.evaluations[-1] if self.evaluations else False
+        return "classification" if measured or self.params.get("task") == "classification" else "retrieval"
+
+    @property
+    def kind(self) -> Literal["lora", "full"]:
+        lora = (self.path / "adapter").is_dir() or self.params.get("use_lora") or self.params.get("lora")
+        return "lora" if lora else "full"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last evaluation, without its epoch and step."""
+        last = self.evaluations[-1] if self.evaluations else {}
+        return {name: value for name, value in last.items() if name not in ("epoch", "step")}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs.
+
+    Attributes:
+        path: its folder.
+        name: that people call it.
+        task: what all its cells are trained for.
+        settings: what they share.
+        rows: the table, in its order.
+        cells: each finished cell with its result.
+        runs: the runs of cells that trained, finished or not, by the name of the cell.
+        unfinished: names of cells that have been started and not finished.
+    """
+
+    path: Path
+    name: str
+    task: TaskName
+    settings: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    cells: tuple[CellResult, ...]
+    runs: Mapping[str, Run]
+    unfinished: tuple[str, ...]
+
+
+def read_sources(paths: Sequence[Path]) -> list[Run | Sweep]:
+    """The runs and sweeps in some folders, in order; a folder that is named twice is read once.
+
+    Raises:
+        DataError: a path is neither.
+        CheckpointError: a file in it is damaged.
+    """
+    found: dict[Path, Run | Sweep] = {}
+    for path in paths:
+        place = path.resolve()
+        if place not in found:
+            found[place] = read_sweep(path) if is_sweep(path) else read_run(_checked(path))
+    return list(found.values())
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a folder is that of a sweep."""
+    return (path / "cells").is_dir() or (path / "table.json").is_file()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((path / name).is_file() for name in (EVENTS, "params.txt", "results.json"))
+
+
+def _checked(path: Path) -> Path:
+    if is_run(path):
+        return path
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "there is no such folder"
+        raise DataError(f"{path}: {what}; give the folder of a run or of a sweep, like logs/NAME")
+    inside = sorted(str(child) for child in path.iterdir() if is_sweep(child) or is_run(child))
+    if inside:
+        shown = " ".join(inside[:4]) + (" …" if len(inside) > 4 else "")
+        raise DataError(f"{path} is no run, it holds {len(inside)}: name those to report on, like {shown}")
+    raise DataError(
+        f"{path} is no run: it has neither {EVENTS} nor cells/; give the folder of a run or sweep"
+    )
+
+
+def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None) -> Run:
+    """The files of one run; `params` are what it was given besides what it recorded itself.
+
+    Raises:
+        CheckpointError: one of them is damaged.
+    """
+    events = _read_events(path / EVENTS)
+    results = _read_json(path / "results.json") or {}
+    started, ended = _dates(path / "out.log")
+    try:
+        return Run(
+            path=path,
+            name=name or path.resolve().name,
+            params={**_read_params(path), **(params or {})},
+            losses=tuple((int(e["step"]), float(e["loss"])) for e in events if e["kind"] == "train"),
+            evaluations=tuple(_numbers(e) for e in events if e["kind"] == "val"),
+            saved=_saved(path, results),
+            trained=int(results["trainable"]) if results else None,
+            bytes=int(results["bytes"]) if results else None,
+            seconds=float(results["seconds"]) if results else None,
+            started=started,
+            ended=ended,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: results.json or {EVENTS} lacks what a run writes there ({error}): train it again, or "
+            "leave it out"
+        ) from error
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The cells of a sweep that are there, and the table of those that are finished.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    table = _read_json(path / "table.json") or {}
+    folders = sorted(folder for folder in path.glob("cells/*/") if folder.is_dir())
+    records = {folder: _read_json(folder / CELL_FILE) or {} for folder in folders}
+    settings = next((dict(r["settings"]) for r in records.values() if "settings" in r), {})
+    results = {folder: read_cell(folder, {}) for folder in folders}
+    cells = _ordered([result for result in results.values() if result is not None], table)
+    # The seed that all seeds count from also chose what is held out.
+    settings["seed"] = min((done.cell.seed for done in cells if done.cell.kind != "base"), default=0)
+    runs = {}
+    for folder in folders:
+        if is_run(folder / "run"):
+            result = results[folder]
+            own = {} if result is None else {**settings, **_cell_params(result.cell)}
+            runs[folder.name] = read_run(folder / "run", folder.name, own)
+    measured = cells[0].metrics if cells else dict.fromkeys(table.get("metrics", ()), 0.0)
+    task: TaskName = "classification" if "acc1" in measured else "retrieval"
+    rows = tuple(rows_of(cells)) if cells else _table_rows(table, path)
+    unfinished = tuple(folder.name for folder, result in results.items() if result is None)
+    return Sweep(path, path.resolve().name, task, settings, rows, tuple(cells), runs, unfinished)
+
+
+def find_path(recorded: str, run: Path) -> Path | None:
+    """A path as a run recorded it: from here, or from a folder above the run, where it was started."""
+    places = [Path(recorded), *(above / recorded for above in run.resolve().parents)]
+    return next((place for place in places if place.exists()), None)
+
+
+def best_run(sweep: Sweep) -> Run | None:
+    """The run of the adapter that is best on the task's first two numbers; None if there is none to load."""
+    head = ("acc1",) if sweep.task == "classification" else ("image_to_text_R@1", "text_to_image_R@1")
+    scored = [(sum(row.mean[name] for name in head), row) for row in sweep.rows if row.kind == "lora"]
+    if not scored:
+        return None
+    best = max(scored, key=lambda pair: pair[0])[1]
+    names = [cell.cell.name for cell in sweep.cells if cell.cell.row == (best.kind, best.targets, best.r)]
+    return next((sweep.runs[name] for name in names if name in sweep.runs), None)
+
+
+def _cell_params(cell: Cell) -> dict[str, Any]:
+    lora = {"use_lora": True, "lora_targets": cell.targets, "lora_r": cell.r} if cell.kind == "lora" else {}
+    return {**lora, "cell_seed": cell.seed}
+
+
+def _ordered(cells: list[CellResult], table: Mapping[str, Any]) -> list[CellResult]:
+    """As the table has them; target sets that it does not know come after those it does, by name."""
+    known = [row.get("targets") for row in table.get("rows", ()) if isinstance(row, dict)]
+    places = {name: place for place, name in reversed(list(enumerate(known)))}
+
+    def key(result: CellResult) -> tuple[Any, ...]:
+        cell = result.cell
+        place = places.get(cell.targets, len(places))
+        return _KINDS.index(cell.kind), place, cell.targets, cell.r, cell.seed
+
+    return sorted(cells, key=key)
+
+
+def _table_rows(table: Mapping[str, Any], path: Path) -> tuple[Row, ...]:
+    try:
+        return tuple(Row(**row) for row in table.get("rows", ()))
+    except TypeError as error:
+        raise CheckpointError(f"{path / 'table.json'} is damaged ({error}): run the sweep again") from error
+
+
+def _saved(path: Path, results: Mapping[str, Any]) -> Path | None:
+    """What the run saved, also where its folder has been moved since."""
+    if (path / "adapter").is_dir():
+        return path / "adapter"
+    if not results:
+        return None
+    recorded = Path(str(results["saved"]))
+    moved = path / "checkpoints" / recorded.name
+    return moved if moved.exists() else recorded if recorded.exists() else None
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    """params.json; of runs that have none, the lines of params.txt."""
+    params = _read_json(path / "params.json")
+    if params is not None or not (path / "params.txt").is_file():
+        return params or {}
+    lines = (path / "params.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: _value(text) for name, colon, text in (line.partition(": ") for line in lines) if colon}
+
+
+def _value(text: str) -> Any:
+    """A number, flag or None as it was; all else as text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}): restore it, or leave its run out of the report"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object: restore it, or leave its run out of the report")
+    return value
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    events = []
+    # What follows the last line break is empty, or a line that is being written, or that a kill cut short.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
+            raise CheckpointError(f"{path}, line {number} is damaged: delete that line")
+        events.append(event)
+    return events
+
+
+def _numbers(event: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in event.items() if name != "kind"}
+
+
+def _dates(log: Path) -> tuple[datetime | None, datetime | None]:
+    if not log.is_file():
+        return None, None
+    stamps = _STAMP.findall(log.read_text(encoding="utf-8", errors="replace"))
+    if not stamps:
+        return None, None
+    return datetime.fromisoformat(stamps[0]), datetime.fromisoformat(stamps[-1])

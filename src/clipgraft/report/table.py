@@ -1,0 +1,163 @@
+"""The rows of the report's table, one group a run or sweep, whatever they were read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clipgraft.report.examples import Examples
+from clipgraft.report.runs import METRICS, Run, Sweep, TaskName
+from clipgraft.train.grid import Row
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: what it is, its metrics as shares, and its costs; None where nothing is known.
+
+    Attributes:
+        label: what is shown for its name.
+        seeds: how many runs it is the mean of.
+        best: names of metrics in which no other trained row of its group is better.
+        note: what a reader must know to read it right.
+    """
+
+    kind: Literal["base", "full", "lora"]
+    label: str
+    targets: str
+    r: int | None
+    seeds: int
+    mean: Mapping[str, float]
+    deviation: Mapping[str, float]
+    trained: int | None
+    bytes: float | None
+    seconds: float | None
+    peak_mb: float | None
+    note: str = ""
+    best: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of a sweep, or of runs that share base and validation data."""
+
+    name: str
+    task: TaskName
+    lines: tuple[Line, ...]
+    is_sweep: bool
+
+
+def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]) -> list[Group]:
+    """A group for each sweep, and one for all plain runs of one base on one set of validation data.
+
+    `examples`, by the folder of a run as text, say what the base of plain runs reaches.
+    """
+    groups: list[Group] = []
+    places: dict[Any, int] = {}
+    for source in sources:
+        if isinstance(source, Sweep):
+            lines = [_sweep_line(row, source) for row in source.rows]
+            groups.append(Group(source.name, source.task, _with_best(lines), True))
+            continue
+        key = _comparable(source)
+        if key not in places:
+            places[key] = len(groups)
+            groups.append(Group(source.name, source.task, (), False))
+        group = groups[places[key]]
+        own = [*group.lines, _run_line(source)]
+        known = examples.get(str(source.path))
+        if known is not None and not any(line.kind == "base" for line in own):
+            own.insert(0, _base_line(known))
+        name = group.name if len(group.lines) == 0 else f"{group.name}, {source.name}"
+        groups[places[key]] = Group(name, group.task, _with_best(own), False)
+    return groups
+
+
+def headline(task: TaskName) -> tuple[str, ...]:
+    """The numbers that people look at first."""
+    if task == "classification":
+        return ("acc1", "mean_per_class_recall")
+    return ("image_to_text_R@1", "text_to_image_R@1")
+
+
+def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
+    """(target set, rank) of a run's adapter, as far as its record says."""
+    recorded = params.get("lora")
+    lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
+    rank = lora.get("r", params.get("lora_r"))
+    targets = lora.get("targets") or params.get("lora_targets") or "text-attention"
+    return str(targets), rank if isinstance(rank, int) else None
+
+
+def _comparable(run: Run) -> tuple[str, ...]:
+    names = ("model", "pretrained", "val_data", "val_size", "csv_caption_key", "base")
+    return (run.task, *(str(run.params.get(name)) for name in names))
+
+
+def _sweep_line(row: Row, sweep: Sweep) -> Line:
+    trains = row.kind != "base"
+    label = {"base": "base", "full": "full fine-tuning", "lora": row.targets}[row.kind]
+    return Line(
+        kind=row.kind,
+        label=label,
+        targets=row.targets,
+        r=row.r if row.kind == "lora" else None,
+        seeds=row.seeds,
+        mean=row.mean,
+        deviation=row.deviation,
+        trained=row.trained,
+        bytes=row.bytes if trains else None,
+        seconds=row.seconds if trains else None,
+        peak_mb=row.peak_mb,
+    )
+
+
+def _run_line(run: Run) -> Line:
+    targets, rank = adapter_title(run.params) if run.kind == "lora" else ("", None)
+    what = f"{targets}" if run.kind == "lora" else "full fine-tuning"
+    head = run.params.get("head")
+    if head in ("linear", "cosine"):
+        what += f" + {head} head"
+    return Line(
+        kind=run.kind,
+        label=f"{run.name}: {what}",
+        targets=targets,
+        r=rank,
+        seeds=1,
+        mean=run.metrics,
+        deviation={},
+        trained=run.trained,
+        bytes=run.bytes,
+        seconds=run.seconds,
+        peak_mb=None,
+        note="" if run.finished else progress_of(run),
+    )
+
+
+def progress_of(run: Run) -> str:
+    """How far a run that has not finished has come."""
+    epochs, reached = run.params.get("epochs"), len(run.evaluations)
+    steps = f"step {run.losses[-1][0]:,}" if run.losses else "no step"
+    if reached and isinstance(epochs, int):
+        last = run.evaluations[-1].get("epoch", reached)
+        return f"unfinished: {steps}, epoch {last:.0f} of {epochs}"
+    return f"unfinished: {steps}"
+
+
+def _base_line(examples: Examples) -> Line:
+    return Line("base", "base", "", None, 1, examples.base, {}, 0, None, None, None)
+
+
+def _with_best(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Mark the highest number of each column among the rows that trained, where there are several."""
+    from dataclasses import replace
+
+    trained = [line for line in lines if line.kind != "base" and line.mean]
+    names = {name for names in METRICS.values() for name in names}
+    top = {n: max((line.mean.get(n, 0.0) for line in trained), default=0.0) for n in names}
+    marked = []
+    for line in lines:
+        wins = line in trained and len(trained) > 1
+        best = frozenset(n for n in names if wins and line.mean.get(n) == top[n])
+        marked.append(replace(line, best=best))
+    return tuple(marked)
