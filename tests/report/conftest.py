@@ -65,7 +65,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Iterat
             "--name",
             "kinds",
         ],
-        ["sweep", *base, *labels, "--targets", "vision.1.*", "--lora-r", "1", "--no-full", "--name", "grid"],
+        [
+            *("sweep", *base, *labels, "--targets", "vision.1.*", "--lora-r", "1", "--no-full"),
+            *("--seeds", "2", "--test-data", str(images), "--name", "grid"),
+        ],
     ):
         assert main(words) == 0
     yield World(logs, table, logs / "run", logs / "sweep", logs / "kinds", logs / "grid")

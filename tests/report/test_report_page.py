@@ -154,6 +154,20 @@ def test_pictures_are_kept_once(page: Page) -> None:
     assert page.path.stat().st_size < 3e6
 
 
+def test_a_sweep_tells_what_it_does_on_its_test_data(page: Page, world: Any) -> None:
+    """What every row of a sweep forgot is measured and not shown, or shown of another row."""
+    rows = json.loads((world.class_sweep / "table.json").read_text())["rows"]
+    (found,) = page.all("table", class_="tested")
+    lines = [e for e in page.all("tr") if found in e.parents and e.inside("tbody")]
+    shown = [[e.text for e in page.elements if e.tag in ("th", "td") and line in e.parents] for line in lines]
+    assert [row[0] for row in shown] == ["base", "vision.1.*"]
+    base, adapted = (row["mean"]["test_acc1"] for row in rows)
+    assert shown[0][2] == f"{100 * base:.1f}"
+    deviation = rows[1]["deviation"]["test_acc1"]
+    change = f"{100 * (adapted - base):+.1f}".replace("-", "−").replace("+0.0", "0.0")
+    assert shown[1][2] == f"{100 * adapted:.1f} ± {100 * deviation:.1f} ({change})"
+
+
 def test_forgetting_is_told_with_its_change(page: Page, world: Any) -> None:
     """What an adapter cost elsewhere is shown with the wrong sign, or for the wrong data."""
     tables = page.all("table", class_="forgotten")

@@ -17,7 +17,7 @@ from clipgraft.report import drawn, words
 from clipgraft.report.examples import Examples, Found
 from clipgraft.report.forgotten import Forgotten
 from clipgraft.report.runs import METRICS, Run, Sweep, best_run
-from clipgraft.report.table import Group, make_groups, progress_of
+from clipgraft.report.table import Group, make_groups, on_test_data, progress_of
 from clipgraft.report.thumbnails import Thumbnails
 
 _COLUMNS = {
@@ -130,6 +130,7 @@ def _part(item: Shown, name: str, pictures: Thumbnails) -> dict[str, Any]:
         "of": _examples_of(item),
         "examples": examples,
         "forgotten": item.forgotten,
+        "tested": on_test_data(source) if isinstance(source, Sweep) else None,
     }
     if examples is not None:
         part["queries"] = [_query(query, examples, pictures) for query in examples.queries]

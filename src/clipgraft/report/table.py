@@ -89,6 +89,22 @@ def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
     return str(targets), rank if isinstance(rank, int) else None
 
 
+def on_test_data(sweep: Sweep) -> dict[str, Any] | None:
+    """What every row of a sweep does on its test data, and how far from the base; None if it has none."""
+    names = [name for name in METRICS[sweep.task] if all(f"test_{name}" in row.mean for row in sweep.rows)]
+    if not names or not sweep.rows:
+        return None
+    base = next((row for row in sweep.rows if row.kind == "base"), None)
+    lines = []
+    for row in sweep.rows:
+        line = _sweep_line(row, sweep)
+        mean, deviation = ({name: of[f"test_{name}"] for name in names} for of in (row.mean, row.deviation))
+        gain = {name: mean[name] - base.mean[f"test_{name}"] for name in names} if base else {}
+        shown = {"label": line.label, "r": line.r, "seeds": row.seeds, "mean": mean, "deviation": deviation}
+        lines.append({**shown, "gain": {} if row is base else gain})
+    return {"path": sweep.settings.get("test_data"), "metrics": names, "lines": lines}
+
+
 def _comparable(run: Run) -> tuple[str, ...]:
     names = ("model", "pretrained", "val_data", "val_size", "csv_caption_key", "base")
     return (run.task, *(str(run.params.get(name)) for name in names))
