@@ -1,22 +1,25 @@
-"""Counting the operations of ViT-B-32 with calflops; `clipgraft profile` joins when it is built."""
+"""Counting the operations of ViT-B-32, from nothing to the numbers: imports, the model, the count."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.child import reset_peak
 
+_LLAVA = Path(__file__).parents[2] / "examples" / "llava_next_8b.json"
+
 
 def by_calflops() -> dict[str, Any]:
     """calflops on the transformers model with random weights, one image and one caption."""
+    reset_peak()
+    started = time.perf_counter()
     from calflops import calculate_flops
     from transformers import CLIPConfig, CLIPModel
 
-    reset_peak()
-    started = time.perf_counter()
     model = CLIPModel(CLIPConfig()).eval()
     inputs = {
         "input_ids": torch.full((1, 77), 49407),
@@ -26,6 +29,34 @@ def by_calflops() -> dict[str, Any]:
     flops, macs, parameters = calculate_flops(
         model, kwargs=inputs, print_results=False, output_as_string=False
     )
+    return _values(started, flops, macs, parameters)
+
+
+def by_clipgraft() -> dict[str, Any]:
+    """clipgraft on the same configuration, without weights."""
+    reset_peak()
+    started = time.perf_counter()
+    from transformers import CLIPConfig, CLIPModel
+
+    from clipgraft.profile.forward import profile_clip
+
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig())
+    profile = profile_clip(model)
+    return _values(started, profile.flops, profile.macs, profile.parameters)
+
+
+def llava_by_clipgraft() -> dict[str, Any]:
+    """clipgraft on LLaVA-NeXT-8B, from its configuration alone."""
+    reset_peak()
+    started = time.perf_counter()
+    from clipgraft.profile.llava import llava_on_meta, profile_llava
+
+    total = profile_llava(llava_on_meta(_LLAVA)).trace.total
+    return _values(started, total.flops, total.macs, total.parameters)
+
+
+def _values(started: float, flops: float, macs: float, parameters: float) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - started,
         "flops": float(flops),

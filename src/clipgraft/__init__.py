@@ -100,6 +100,11 @@ _PUBLIC = {
     "clipgraft.profile.forward": ("profile_clip",),
     "clipgraft.profile.inspection": ("inspect_model",),
     "clipgraft.profile.layers": ("layer_table",),
+    "clipgraft.profile.llava": (
+        "LlavaTokens",
+        "llava_on_meta",
+        "profile_llava",
+    ),
     "clipgraft.profile.targets": ("target_costs",),
     "clipgraft.profile.training": ("training_costs",),
     "clipgraft.train.distill": ("distill",),
@@ -184,6 +189,9 @@ if TYPE_CHECKING:
     from clipgraft.profile.forward import profile_clip as profile_clip
     from clipgraft.profile.inspection import inspect_model as inspect_model
     from clipgraft.profile.layers import layer_table as layer_table
+    from clipgraft.profile.llava import LlavaTokens as LlavaTokens
+    from clipgraft.profile.llava import llava_on_meta as llava_on_meta
+    from clipgraft.profile.llava import profile_llava as profile_llava
     from clipgraft.profile.targets import target_costs as target_costs
     from clipgraft.profile.training import training_costs as training_costs
     from clipgraft.train.distill import distill as distill
