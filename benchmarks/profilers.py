@@ -78,7 +78,8 @@ _ABOUT = (
 )
 _WHY = """What differs, and why:
 
-- calflops does not see scaled-dot-product attention: its two products are missing, in both libraries.
+- calflops does not see scaled-dot-product attention: its two products are missing, in both libraries;
+  on open_clip also the last projections, which are products with raw parameters.
 - fvcore misses them too, and adds norms to the multiply-adds.
 - torchinfo counts modules, each by its weights: `nn.MultiheadAttention` and products with raw parameters are
   0, an embedding costs as much as a product with its whole table, and attention is nothing.
