@@ -290,6 +290,7 @@ def test_the_run_folder_is_laid_out_as_open_clips(clip: Clip, pairs: cg.Pairs, t
         "checkpoints",
         "events.jsonl",
         "out.log",
+        "params.json",
         "params.txt",
         "results.json",
         "tensorboard",
