@@ -62,12 +62,16 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def kept(run: Path) -> dict[str, Any]:
-    """Everything of a run that must be the same: adapters by their bytes, the checkpoint by its values."""
+    """Everything of a run that must be the same: adapters by their bytes, the checkpoint by its values.
+
+    What it was called and how long it took may differ.
+    """
     files = {str(file.relative_to(run)): file for file in sorted(run.rglob("*")) if file.is_file()}
     found: dict[str, Any] = {
         name: file.read_bytes() for name, file in files.items() if file.suffix in (".safetensors", ".json")
     }
-    found.pop("results.json")
+    for name in ("results.json", "params.json", "results/result.json"):
+        found.pop(name, None)
     found["latest"] = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
     found["files"] = sorted(name for name in files if "tensorboard" not in name)
     found["history"] = json.loads((run / "results.json").read_text())["history"]
