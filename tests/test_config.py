@@ -25,6 +25,10 @@ REQUIRED: dict[type[Spec], dict[str, str]] = {
     config.MergeSpec: {"adapters": "a", "out": "b"},
     config.ProfileSpec: {"model": "a"},
     config.ReportSpec: {"runs": "a"},
+    config.EncodeSpec: {"source": "a", "out": "b"},
+    config.IndexSpec: {"out": "b"},
+    config.MergeSpec: {"adapters": "a", "out": "b"},
+    config.SearchSpec: {"out": "b"},
 }
 
 

@@ -108,6 +108,15 @@ _PUBLIC = {
     "clipgraft.profile.targets": ("target_costs",),
     "clipgraft.profile.training": ("training_costs",),
     "clipgraft.train.distill": ("distill",),
+    "clipgraft.search.encode": (
+        "EncodeResult",
+        "encode_folder",
+    ),
+    "clipgraft.search.index": ("build_index",),
+    "clipgraft.search.query": (
+        "Hit",
+        "search_folder",
+    ),
     "clipgraft.train.fit": (
         "FitResult",
         "fit",
@@ -194,6 +203,11 @@ if TYPE_CHECKING:
     from clipgraft.profile.llava import profile_llava as profile_llava
     from clipgraft.profile.targets import target_costs as target_costs
     from clipgraft.profile.training import training_costs as training_costs
+    from clipgraft.search.encode import EncodeResult as EncodeResult
+    from clipgraft.search.encode import encode_folder as encode_folder
+    from clipgraft.search.index import build_index as build_index
+    from clipgraft.search.query import Hit as Hit
+    from clipgraft.search.query import search_folder as search_folder
     from clipgraft.train.distill import distill as distill
     from clipgraft.train.fit import FitResult as FitResult
     from clipgraft.train.fit import fit as fit

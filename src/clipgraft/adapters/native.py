@@ -133,7 +133,7 @@ def describe(
     """An adapter on a model as it is written to files: PiSSA as the update of rank 2r that it is."""
     if adapter.norms or any(not layer.is_plain for layer in adapter.layers.values()):
         require_unmerged(clip, "save an adapter with DoRA or biases")
-    refs, source = clip.site_refs, _findable(clip)
+    refs, source = clip.site_refs, findable(clip)
     layers = {site: layer for site, layer in adapter.layers.items() if layer.r}
     factors = {site: layer.factors() for site, layer in layers.items()}
     weights = {site: (_plain(a), _plain(b)) for site, (a, b) in factors.items()}
@@ -218,7 +218,7 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
     return path
 
 
-def _findable(clip: Clip) -> Source:
+def findable(clip: Clip) -> Source:
     """Where the base is, so that it is found from any working directory: local paths are made absolute."""
     name, pretrained = clip.source.name, clip.source.pretrained
     hub = getattr(clip.model, "name_or_path", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ def base_of(adapter: AdapterFile, force: bool = False) -> Clip:
             f"{clip.fingerprint}: pass --model and --pretrained of its own base"
         )
     return clip
+
+
+def name_after(path: Path, taken: Collection[str]) -> str:
+    """A name for an adapter on a model, after its folder, that no other has."""
+    parts = [part for part in (path.parent.name, path.stem) if part not in ("", "adapter")]
+    stem = re.sub(r"[^A-Za-z0-9_+-]", "-", parts[-1] if parts else "adapter").lstrip("_+-") or "adapter"
+    return next(n for i in range(len(taken) + 1) if (n := f"{stem}-{i + 1}" if i else stem) not in taken)
 
 
 def _title(clip: Clip) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from clipgraft.config import MergeSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.native import AdapterFile
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
@@ -26,7 +24,7 @@ def run(argv: Sequence[str]) -> None:
     weights = _weights(spec)
     from clipgraft.adapters.formats import check_free, read_any
     from clipgraft.adapters.loading import put_on
-    from clipgraft.cli.common import base_of, with_base
+    from clipgraft.cli.common import base_of, name_after, with_base
 
     if spec.to == "adapter":
         check_free(spec.out, "peft")
@@ -37,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     log.info("base %s, fingerprint %s", clip.source.name, clip.fingerprint)
     amounts: dict[str, float] = {}
     for file, weight in zip(files, weights, strict=True):
-        name = _name(file, amounts)
+        name = name_after(file.path, amounts)
         put_on(clip, file, name, force=spec.force)
         amounts[name] = weight
         log.info("%s: %s, %d sites, weight %g", name, file.path, len(file.weights), weight)
@@ -69,13 +67,6 @@ def _form(spec: MergeSpec, clip: Clip) -> str:
     if spec.to != "auto":
         return spec.to
     return "open_clip" if spec.out.suffix in (".pt", ".safetensors") else clip.family.name
-
-
-def _name(file: AdapterFile, taken: Mapping[str, float]) -> str:
-    """A name for an adapter on the model, after its folder."""
-    parts = [part for part in (file.path.parent.name, file.path.stem) if part not in ("", "adapter")]
-    stem = re.sub(r"[^A-Za-z0-9_+-]", "-", parts[-1] if parts else "adapter").lstrip("_+-") or "adapter"
-    return next(n for i in range(len(taken) + 1) if (n := f"{stem}-{i + 1}" if i else stem) not in taken)
 
 
 def _write_sum(clip: Clip, amounts: Mapping[str, float], out: Path, rank: int | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from clipgraft.config.build import build_specs, flag, positional_fields, read_yaml, takes_many
 from clipgraft.config.fields import Positional, Repeated, Spec
+from clipgraft.config.search import EncodeSpec, IndexSpec, SearchSpec
 from clipgraft.config.specs import (
     AdapterSpec,
     CacheSpec,
@@ -49,7 +50,9 @@ __all__ = [
     "DemoSpec",
     "DeviceSpec",
     "DistillSpec",
+    "EncodeSpec",
     "EvalSpec",
+    "IndexSpec",
     "InspectSpec",
     "LoraSpec",
     "MergeSpec",
@@ -60,6 +63,7 @@ __all__ = [
     "Repeated",
     "ReportSpec",
     "RunSpec",
+    "SearchSpec",
     "Spec",
     "SweepSpec",
     "TableSpec",

@@ -60,6 +60,16 @@ def find_columns(names: Sequence[str], keys: Keys) -> Columns | None:
     return Columns(image, caption, tuple(guessed))
 
 
+def image_column(names: Sequence[str], key: str | None = None) -> str | None:
+    """The column of image paths alone; None where it is not there."""
+    return _find(names, key, _IMAGE)
+
+
+def caption_column(names: Sequence[str], key: str | None = None) -> str | None:
+    """The column of captions alone; None where it is not there."""
+    return _find(names, key, _CAPTION)
+
+
 def guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
     """What to tell the user about names or a separator other than open_clip's defaults: the flags to give."""
     return (f"guessed from the header: {' '.join(guessed)}",) if guessed else ()

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clipgraft.errors import DataError
 
@@ -34,6 +34,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"}
 )
 
+_ORIENTATION, _SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)
 _BLOCK = 256  # images handed to the pool at once: bounds what is in flight when the check stops early
 
 
@@ -62,14 +63,22 @@ def open_image(source: str | Path | bytes, *, shortest: int | None = None) -> Im
     Raises ImageError when the file is missing, empty, truncated, damaged, of an unknown format, or larger
     than MAX_PIXELS; the size is read from the header, before any pixel is decoded.
     """
+    return open_sized(source, shortest=shortest)[0]
+
+
+def open_sized(
+    source: str | Path | bytes, *, shortest: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """`open_image`, and the upright (width, height) of the whole image, however small it was decoded."""
     name = "<bytes>" if isinstance(source, bytes) else str(source)
     with _QUIET, _reasons(name), Image.open(_file(source)) as image:
         _check_size(name, image)
+        width, height = image.size
         if shortest is not None:
             image.draft(None, (shortest, shortest))
         image.load()
-        _turn_upright(image)
-        return _to_rgb(name, image)
+        size = (height, width) if _turn_upright(image) else (width, height)
+        return _to_rgb(name, image), size
 
 
 def check_image(path: Path, *, decode: bool = True) -> None:
@@ -169,12 +178,15 @@ def _check_size(name: str, image: Image.Image) -> None:
         raise ImageError(name, f"has no pixels ({width}x{height})")
 
 
-def _turn_upright(image: Image.Image) -> None:
+def _turn_upright(image: Image.Image) -> bool:
+    """Apply the EXIF orientation; returns whether width and height changed places."""
     # The pixels are decoded and whole by now. A damaged EXIF block only means that no orientation is known.
     try:
+        sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
         ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return
+        return False
+    return sideways
 
 
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:

@@ -94,7 +94,7 @@ def image_batches(
     if isinstance(transform, FastPreprocess):
         return _finished(transform, image_pixels(images, transform, batches, workers, shortest))
     make = ImageDataset(images, transform, shortest=shortest).batch
-    return _in_workers(make, batches, workers) if workers else _in_thread(make, batches)
+    return made_ahead(make, batches, workers)
 
 
 def image_pixels(
@@ -107,7 +107,17 @@ def image_pixels(
     """The given batches of images as (int64 indices (B,), uint8 (B, 3, H, W)), for `transform.finish`."""
     decode_at = transform.shortest if shortest is None else shortest
     make = ImageDataset(images, transform.pixels, shortest=decode_at).batch
-    return _in_workers(make, batches, workers) if workers else _in_thread(make, batches)
+    return made_ahead(make, batches, workers)
+
+
+def made_ahead(
+    make: Callable[[_Key], _Made], keys: Iterable[_Key], workers: int = 0
+) -> Generator[_Made, None, None]:
+    """Yield `make(key)` for each key in order; the next are made meanwhile, by processes or (0) a thread.
+
+    Keys are taken as they are needed, a few ahead. `make` draws no random numbers.
+    """
+    return _in_workers(make, keys, workers) if workers else _in_thread(make, keys)
 
 
 def _finished(

@@ -1,0 +1,140 @@
+"""`clipgraft encode`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import EncodeSpec, ModelSpec
+from clipgraft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from clipgraft.models.clip import Clip
+    from clipgraft.search.encode import EncodeResult
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = (
+    "Write unit-norm vectors of images or texts, in clip-retrieval's layout; run again, the difference."
+)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, encode, and print what was done."""
+    model_spec, spec = parse("encode", _SUMMARY, [ModelSpec, EncodeSpec], argv)
+    if spec.adapter is not None and spec.adapters is not None:
+        raise ConfigError("--adapter and --adapters: give one of them")
+    from clipgraft.cli.common import load_model
+    from clipgraft.search.tables import need_pyarrow
+
+    need_pyarrow()
+    clip = load_model(_with_known_base(model_spec, spec))
+    paths = _load_adapters(clip, spec)
+    try:
+        result = _encode(clip, model_spec, spec, paths)
+    except KeyboardInterrupt:
+        what = "interrupted: finished shards are kept, and the same command goes on from there"
+        raise KeyboardInterrupt(what) from None
+    _report(result, spec)
+
+
+def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:
+    """Without --model, the base of what is in the folder already, or of the adapter."""
+    if "model" in model.model_fields_set:
+        return model
+    from clipgraft.adapters.formats import read_any
+    from clipgraft.search.manifest import read_manifest
+
+    before = read_manifest(spec.out)
+    given = spec.adapter or (Path(spec.adapters[0]) if spec.adapters else None)
+    base = {"name": "", "pretrained": ""}
+    if before is not None:
+        base = {"name": before.made.name, "pretrained": before.made.pretrained}
+    elif given is not None:
+        base = read_any(given, peft_out_proj=spec.peft_out_proj).base
+    if not base.get("name"):
+        return model
+    return model.model_copy(update={"model": base["name"], "pretrained": base.get("pretrained") or None})
+
+
+def _load_adapters(clip: Clip, spec: EncodeSpec) -> dict[str, str]:
+    """Put the adapters on the model; returns where each was read, by name."""
+    from clipgraft.adapters.loading import load_adapter
+    from clipgraft.cli.common import name_after
+
+    given = [spec.adapter] if spec.adapter is not None else [Path(path) for path in spec.adapters or ()]
+    paths: dict[str, str] = {}
+    for path in given:
+        name = name_after(path.resolve(), paths)
+        load_adapter(
+            clip,
+            path,
+            name,
+            activate=spec.adapter is not None,
+            force=spec.force,
+            peft_out_proj=spec.peft_out_proj,
+        )
+        paths[name] = str(path.resolve())
+    return paths
+
+
+def _encode(clip: Clip, model: ModelSpec, spec: EncodeSpec, paths: dict[str, str]) -> EncodeResult:
+    from tqdm import tqdm
+
+    from clipgraft.search.encode import encode_folder
+    from clipgraft.search.sets import sharing
+
+    what = "texts" if spec.texts else "images"
+    shared = sharing(clip, list(paths), "text" if spec.texts else "vision") if paths else []
+    if shared:
+        other, own = ("image", "text") if spec.texts else ("text", "image")
+        acts = "acts" if len(shared) == 1 else "act"
+        log.info(
+            "%s %s on the %s tower alone: the base's %s vectors are theirs",
+            ", ".join(shared),
+            acts,
+            other,
+            own,
+        )
+    with tqdm(desc=what, unit=what[:-1], disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return encode_folder(
+            clip,
+            spec.source,
+            spec.out,
+            texts=spec.texts,
+            adapters=None if spec.adapters is None else list(paths),
+            adapter_paths=paths,
+            dtype=spec.dtype,
+            shard_rows=spec.shard_rows,
+            batch_size=spec.batch_size,
+            workers=spec.workers,
+            autocast=model.autocast,
+            exact_preprocess=spec.exact_preprocess,
+            retry_errors=spec.retry_errors,
+            dataset_type=spec.dataset_type,
+            image_key=spec.csv_img_key,
+            caption_key=spec.csv_caption_key,
+            separator=spec.csv_separator,
+            progress=progress,
+        )
+
+
+def _report(result: EncodeResult, spec: EncodeSpec) -> None:
+    what = "texts" if spec.texts else "images"
+    errors = result.out / "errors.parquet"
+    if not result.rows:
+        raise DataError(f"{spec.source}: none of its {result.errors:,} {what} can be used; {errors} says why")
+    rate = f" ({result.encoded / result.seconds:,.0f}/s)" if result.encoded else ""
+    log.info("%s %s encoded in %.1f s%s", f"{result.encoded:,}", what, result.seconds, rate)
+    for part in result.sets:
+        by = f" by adapter {part.adapter}" if part.adapter else ""
+        log.info("%s: %s vectors%s", result.out / part.folder, f"{result.rows:,}", by)
+    if result.errors:
+        log.info("%s could not be used: %s says why", f"{result.errors:,}", errors)

@@ -1,0 +1,133 @@
+"""`clipgraft search`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipgraft.cli.parser import parse
+from clipgraft.config import SearchSpec
+from clipgraft.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.models.clip import Clip
+    from clipgraft.search.manifest import Manifest, VectorSet
+    from clipgraft.search.query import Hit
+
+log = logging.getLogger("clipgraft")
+_SUMMARY = "Find encoded images or texts by text, by image, or by both."
+_CAPTION = 60  # characters of a caption in the table
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load the base that the folder names, search, and print the results."""
+    (spec,) = parse("search", _SUMMARY, [SearchSpec], argv)
+    faults = []
+    if spec.text is None and spec.image is None:
+        faults.append('nothing to search for: give a text in quotes, "a red shoe", or --image, or both')
+    if spec.pretrained is not None and spec.model is None:
+        faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    if spec.format == "json":
+        _log_to_stderr()
+    from clipgraft.search.folder import read_folder
+    from clipgraft.search.query import search_folder
+
+    _, manifest, part = read_folder(spec.out)
+    clip = _load(spec, manifest)
+    _load_adapter(clip, spec, manifest, part)
+    hits = search_folder(
+        clip,
+        spec.out,
+        spec.text,
+        image=spec.image,
+        image_weight=spec.image_weight,
+        k=spec.k,
+        where=spec.where,
+    )
+    print(as_json(hits) if spec.format == "json" else as_table(hits))
+    if spec.html is not None:
+        from clipgraft.search.gallery import write_gallery
+
+        title = " + ".join([part for part in (spec.text, spec.image and spec.image.name) if part])
+        log.info("wrote %s", write_gallery(spec.html, title, hits, spec.image))
+
+
+def as_table(hits: Sequence[Hit]) -> str:
+    """One line a result; captions on one line, cut."""
+    if not hits:
+        return "nothing was found"
+    width = max(len(hit.path or "") for hit in hits)
+    lines = []
+    for hit in hits:
+        caption = (hit.caption or "").replace("\n", " | ")
+        short = caption if len(caption) <= _CAPTION else caption[: _CAPTION - 1] + "…"
+        cells = [
+            f"{hit.rank:>4}",
+            f"{hit.score:7.4f}",
+            *([(hit.path or "").ljust(width)] if width else []),
+            short,
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def as_json(hits: Sequence[Hit]) -> str:
+    """A list of objects with rank, score, path and the rest of the metadata; times as ISO 8601."""
+    rows = [{**hit.metadata, "rank": hit.rank, "score": hit.score, "path": hit.path} for hit in hits]
+    return json.dumps(rows, indent=2, ensure_ascii=False, default=datetime.isoformat)
+
+
+def _log_to_stderr() -> None:
+    """Standard output is for the JSON alone."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _load(spec: SearchSpec, manifest: Manifest) -> Clip:
+    from clipgraft.adapters.open import load
+    from clipgraft.cli.common import pick_device
+
+    name, pretrained = spec.model, spec.pretrained
+    if name is None:
+        name, pretrained = manifest.made.name, manifest.made.pretrained or None
+    if not name:
+        raise ConfigError(f"{spec.out} does not name its base: give --model and --pretrained")
+    return load(name, pretrained, device=pick_device(spec.device))
+
+
+def _load_adapter(clip: Clip, spec: SearchSpec, manifest: Manifest, part: VectorSet | None) -> None:
+    """Put the adapter on the model that was asked for, or else the one that made the vectors."""
+    from clipgraft.adapters.loading import load_adapter
+    from clipgraft.search.sets import acting_digest
+
+    known = {note.name: note.path for note in manifest.adapters if note.path}
+    name = spec.adapter
+    if name is None:
+        sets = [part] if part else manifest.sets
+        if any(each.digest is None for each in sets):
+            return
+        if len(sets) > 1:
+            names = ", ".join(str(each.adapter) for each in sets)
+            raise AdapterError(
+                f"{spec.out}: holds vectors of several adapters: choose one with --adapter: {names}"
+            )
+        name = str(sets[0].adapter)
+        if name not in known:
+            raise AdapterError(f"{spec.out}: was encoded with adapter {name}: give its folder with --adapter")
+    path = Path(known.get(name, name))
+    if not path.exists():
+        names = f" (names known here: {', '.join(known)})" if known else ""
+        raise AdapterError(f"--adapter {name}: there is no adapter at {path}{names}; give its folder")
+    load_adapter(clip, path, force=spec.force, peft_out_proj=spec.peft_out_proj)
+    log.info("adapter %s from %s", name, path)
+    if acting_digest(clip, manifest.made.tower) is None:
+        tower, other = ("image", "text") if manifest.made.kind == "images" else ("text", "image")
+        log.info("it acts on the %s tower alone: the base's %s vectors are searched", other, tower)

@@ -1,0 +1,80 @@
+"""Flags of encoding and searching, declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from clipgraft.config.fields import Positional, Spec, UserPath, Words
+from clipgraft.config.specs import ColumnSpec
+
+
+class EncodeSpec(ColumnSpec):
+    """What to encode, and where to."""
+
+    source: Annotated[str, Positional()] = Field(
+        description="folder of images, table with a column of image paths, tar files (a-{000..099}.tar), or "
+        "an address of the first or last (s3://…)"
+    )
+    out: Annotated[UserPath, Positional()] = Field(
+        description="folder for vectors and metadata; run again, it gets the difference"
+    )
+    texts: bool = Field(False, description="encode texts: lines of a .txt file, or the captions of a table")
+    adapter: UserPath | None = Field(None, description="adapter that makes the vectors")
+    adapters: Words | None = Field(
+        None, min_length=1, description="several in one pass over the images, each into a folder of its own"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="type of the vectors")
+    shard_rows: int = Field(10_000, ge=1, description="items a file; what is unfinished is lost in a kill")
+    batch_size: int = Field(64, ge=1, description="images or texts encoded at once")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0 is a thread")
+    exact_preprocess: bool = Field(
+        False, description="preprocess images with the base's own transform, to the last grey level"
+    )
+    retry_errors: bool = Field(False, description="try again what could not be used and has not changed")
+    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="how to read a table; auto goes by the file name"
+    )
+    force: bool = Field(False, description="use adapters that were made for another base")
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="see `clipgraft convert --help`"
+    )
+
+
+class IndexSpec(Spec):
+    """What to index, and how."""
+
+    out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")
+    factory: str = Field(
+        "Flat",
+        min_length=1,
+        description="kind of index, as FAISS names it: Flat is exact; IVF256,Flat or HNSW32 are faster",
+    )
+
+
+class SearchSpec(Spec):
+    """What to search, and for what."""
+
+    out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")
+    text: Annotated[str | None, Positional()] = Field(None, description="text to look for")
+    image: UserPath | None = Field(None, description="image to look for, alone or together with the text")
+    image_weight: float = Field(0.5, ge=0, le=1, description="share of the image where a text is given too")
+    k: int = Field(10, ge=1, description="most results")
+    adapter: str | None = Field(
+        None, min_length=1, description="adapter to search with: a folder, or the name it was encoded under"
+    )
+    where: str | None = Field(
+        None, description="only rows that meet this, such as: caption~cat and width>=640"
+    )
+    format: Literal["table", "json"] = Field("table", description="how to print the results")
+    html: UserPath | None = Field(None, description="also write a page of thumbnails")
+    model: str | None = Field(
+        None, min_length=1, description="base, where it is no longer what the folder names"
+    )
+    pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of --model")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="see `clipgraft convert --help`"
+    )
+    force: bool = Field(False, description="use an adapter that was made for another base")

@@ -1,0 +1,307 @@
+"""Encode a folder, a table, tar files or texts into vectors on disk, in clip-retrieval's layout.
+
+Held in memory: one shard of vectors and metadata, a few batches of pixels, and 64 MiB of the plan. The plan
+is the list of items with what differs from the finished shards, spilled to a file (`plan`).
+
+Whoever runs it again gets the difference: finished shards stay, shards that lost rows are compacted, and new
+or changed items go to new shards. After a kill the rest is done, and the folder holds the same bytes as after
+an undisturbed run with the same batch and shard size on the same machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clipgraft.adapters.native import findable
+from clipgraft.data.feature_key import UnknownError, describe
+from clipgraft.data.features import image_steps
+from clipgraft.data.loading import Transform
+from clipgraft.data.preprocessing import FastPreprocess
+from clipgraft.engine.encoder import Encoder
+from clipgraft.engine.kernels import KERNELS, Attention
+from clipgraft.errors import DataError
+from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.precision import use_autocast
+from clipgraft.search.items import Source
+from clipgraft.search.lock import sole_writer
+from clipgraft.search.manifest import AdapterNote, Made, Manifest, VectorSet
+from clipgraft.search.plan import Counts, Plan
+from clipgraft.search.sets import adapter_notes, vector_sets
+from clipgraft.search.sources import open_images, open_texts
+from clipgraft.search.store import WORK, Store, open_folder
+from clipgraft.search.stream import Maker, Progress, Reading, Sizes, image_maker, stream, text_maker
+from clipgraft.search.tables import need_pyarrow
+
+log = logging.getLogger("clipgraft")
+_AUTOCAST = " in bf16 autocast"
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What a run did.
+
+    Attributes:
+        out: the folder.
+        encoded: items that were encoded.
+        kept: rows that were there and stayed.
+        removed: rows that were dropped because their item is gone or has changed.
+        errors: items of the source that cannot be used, as `errors.parquet` lists them.
+        rows: vectors in each set now.
+        sets: folders of vectors below `out`, "" for itself, and the adapter that made each.
+        seconds: of the whole run.
+    """
+
+    out: Path
+    encoded: int
+    kept: int
+    removed: int
+    errors: int
+    rows: int
+    sets: tuple[VectorSet, ...]
+    seconds: float
+
+
+def encode_folder(
+    model: ClipLike,
+    source: str | Path,
+    out: str | Path,
+    *,
+    texts: bool = False,
+    adapters: Sequence[str] | None = None,
+    adapter_paths: Mapping[str, str] | None = None,
+    dtype: str = "float16",
+    shard_rows: int = 10_000,
+    batch_size: int = 64,
+    workers: int = 2,
+    autocast: bool | None = None,
+    exact_preprocess: bool = False,
+    retry_errors: bool = False,
+    dataset_type: str = "auto",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    separator: str | None = None,
+    progress: Progress | None = None,
+) -> EncodeResult:
+    """Write unit-norm vectors of all that `source` holds to `out`, or what differs since the last run.
+
+    `out` gets `img_emb/img_emb_N.npy` (or `text_emb/…`), `metadata/metadata_N.parquet`, `errors.parquet`
+    (path, reason) and `manifest.json`. Numbers may have gaps. No item that cannot be used stops the run.
+
+    Args:
+        model: a `Clip` or raw model; what acts on it makes the vectors.
+        source: see `open_images` and, with `texts`, `open_texts`.
+        out: a new folder, or one that was written with the same base, adapters and settings.
+        texts: encode texts, not images.
+        adapters: names of several adapters that the model carries: each image is decoded once, and every one
+            writes to `out/NAME`; those that leave the image tower alone share `out/base`.
+        adapter_paths: where adapters were read, so that a search finds them by name.
+        dtype: `float16` or `float32` vectors.
+        shard_rows: items a shard; an unfinished one is lost in a kill.
+        batch_size: items encoded at once.
+        workers: processes that decode; 0 is a thread.
+        autocast: compute in bf16; None does where that is faster, and later runs go on likewise.
+        exact_preprocess: the model's own preprocessing, not its faster form.
+        retry_errors: try again what could not be used and has not changed since.
+        dataset_type, image_key, caption_key, separator: for tables, as in `read_pairs`.
+        progress: told (done, of how many) after every batch.
+
+    Raises:
+        DataError: the source cannot be listed, another process writes to `out`, or `out` holds other vectors.
+        AdapterError: no adapter of such a name, or one is merged.
+        ModelError: the model has no preprocessing or tokenizer.
+    """
+    started = time.monotonic()
+    clip, out = as_clip(model), Path(out)
+    need_pyarrow()
+    if dtype not in ("float16", "float32"):
+        raise DataError(f"--dtype {dtype}: vectors are float16 or float32")
+    if texts:
+        listed = open_texts(
+            str(source), dataset_type=dataset_type, caption_key=caption_key, separator=separator
+        )
+    else:
+        listed = open_images(
+            str(source),
+            dataset_type=dataset_type,
+            image_key=image_key,
+            caption_key=caption_key,
+            separator=separator,
+        )
+    for note in listed.notes:
+        log.info("%s: %s", listed.name, note)
+    with sole_writer(out):
+        before = open_folder(out)
+        autocast = _autocast(clip, autocast, before)
+        maker = text_maker(clip) if texts else image_maker(image_steps(clip, None, exact_preprocess), workers)
+        made = _made(clip, "texts" if texts else "images", maker, dtype, autocast)
+        sets = vector_sets(clip, adapters, made.tower)
+        check_same(out, before, made, sets)
+        store = Store(out, before or Manifest(made, listed.name, listed.root, sets))
+        paths = adapter_paths or {}
+        notes = adapter_notes(clip, list(paths) if adapters is None else adapters, paths)
+        encoder = Encoder(clip, autocast, _attention(store.manifest))
+        sizes = Sizes(batch_size, shard_rows)
+        run = _Run(store, listed, notes, encoder, maker, sizes, adapters is not None, retry_errors, progress)
+        counts = run.bring_up_to_date()
+    return EncodeResult(
+        out,
+        encoded=counts.to_do,
+        kept=counts.stored - counts.gone,
+        removed=counts.gone,
+        errors=store.manifest.errors,
+        rows=store.manifest.rows,
+        sets=store.manifest.sets,
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run, with all that it takes; `switch` says that there are several adapters to choose in turn."""
+
+    store: Store
+    source: Source
+    notes: tuple[AdapterNote, ...]
+    encoder: Encoder
+    maker: Maker
+    sizes: Sizes
+    switch: bool
+    retry_errors: bool
+    progress: Progress | None
+
+    def bring_up_to_date(self) -> Counts:
+        """Drop what is gone, encode what is new; returns how much of both there was."""
+        store, work = self.store, self.store.folder / WORK
+        work.mkdir(exist_ok=True)
+        plan = Plan(work / "plan.sqlite")
+        try:
+            store.drop_damaged()
+            counts = self._compare(plan)
+            self._check_source(counts, plan)
+            known = {note.name: note for note in (*store.manifest.adapters, *self.notes)}
+            store.manifest = replace(
+                store.manifest,
+                source=self.source.name,
+                root=self.source.root,
+                adapters=tuple(known.values()),
+            )
+            store.begin()
+            self._compact(plan)
+            log.info("%s", _summary(counts, store))
+            reading = Reading(plan.to_do(), self.source.root, counts.to_do)
+            stream(store, reading, self.encoder, self.maker, self.sizes, self.switch, self.progress)
+            store.finish()
+        finally:
+            plan.close()
+            shutil.rmtree(work, ignore_errors=True)
+        return counts
+
+    def _compare(self, plan: Plan) -> Counts:
+        log.info("listing %s", self.source.name)
+        plan.take(self.source.items(), self.source.ordered)
+        for shard in self.store.manifest.shards:
+            plan.store(shard.number, self.store.stored(shard, errors=not self.retry_errors))
+        return plan.compare()
+
+    def _check_source(self, counts: Counts, plan: Plan) -> None:
+        """Refuse an empty source and another one than before: an unmounted folder would drop all rows."""
+        before, name = self.store.manifest, self.source.name
+        what = before.made.kind
+        if not counts.items:
+            raise DataError(f"{name}: holds no {what}; name a folder, table or tar files that do")
+        if counts.stored and self.source.root != before.root and not plan.overlap():
+            raise DataError(
+                f"{self.store.folder}: holds vectors of {before.source}, and none of its {what} "
+                f"is in {name}; name another folder to write to"
+            )
+
+    def _compact(self, plan: Plan) -> None:
+        """Take rows that are gone out of their shards."""
+        touched = set(plan.touched())
+        for shard in self.store.manifest.shards:
+            if shard.number in touched or (self.retry_errors and shard.errors):
+                self.store.compact(shard, plan.kept(shard.number))
+
+
+def _summary(counts: Counts, store: Store) -> str:
+    known = counts.stored - counts.gone
+    parts = [
+        f"{counts.items:,} {store.manifest.made.kind}",
+        f"{known:,} known",
+        f"{counts.to_do:,} to encode",
+    ]
+    if counts.gone:
+        parts.append(f"{counts.gone:,} dropped: gone or changed")
+    return ", ".join(parts)
+
+
+def _autocast(clip: Clip, choice: bool | None, before: Manifest | None) -> bool:
+    """bf16 or not: as chosen, as before, or as measured."""
+    if choice is None and before is not None:
+        return before.made.compute.endswith(_AUTOCAST)
+    return use_autocast(choice, clip.device)
+
+
+def _made(clip: Clip, kind: str, maker: Maker, dtype: str, autocast: bool) -> Made:
+    source = findable(clip)
+    compute = str(clip.dtype).removeprefix("torch.") + (_AUTOCAST if autocast else "")
+    return Made(
+        "texts" if kind == "texts" else "images",
+        source.name,
+        source.pretrained,
+        clip.fingerprint,
+        _digest(maker.steps),
+        compute,
+        dtype,
+    )
+
+
+def _digest(steps: Transform | None) -> str:
+    """16 hex digits for a preprocessing; nothing where it cannot be told, or for texts."""
+    if steps is None:
+        return ""
+    try:
+        # Its settings alone, which mean the same in the next Python.
+        text = repr(steps) if isinstance(steps, FastPreprocess) else describe(steps)
+    except UnknownError as reason:
+        log.info("a rerun cannot tell whether the preprocessing is the same: it holds %s", reason)
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_same(out: Path, before: Manifest | None, made: Made, sets: Sequence[VectorSet]) -> None:
+    """Raise DataError where a folder holds vectors that were made in another way."""
+    if before is None:
+        return
+    was = before.made
+    folders = [{(part.folder, part.digest) for part in parts} for parts in (before.sets, sets)]
+    differences: list[tuple[bool, Callable[[], str]]] = [
+        (was.kind != made.kind, lambda: f"holds {was.kind}, not {made.kind}"),
+        (was.fingerprint != made.fingerprint, lambda: f"was made by base {was.base}, not by {made.base}"),
+        (folders[0] != folders[1], lambda: f"holds vectors of {_named(before.sets)}, not of {_named(sets)}"),
+        (was.dtype != made.dtype, lambda: f"holds {was.dtype}, not {made.dtype}"),
+        (was.compute != made.compute, lambda: f"was computed in {was.compute}, not in {made.compute}"),
+        (was.preprocessing != made.preprocessing, lambda: "was made with another preprocessing"),
+    ]
+    for differs, say in differences:
+        if differs:
+            raise DataError(f"{out}: {say()}; give what it was made with, or name another folder to write to")
+
+
+def _named(sets: Sequence[VectorSet]) -> str:
+    names = [f"adapter {part.adapter} ({part.digest})" if part.digest else "the base" for part in sets]
+    where = "" if all(part.folder == "" for part in sets) else ", in a folder each"
+    return " and ".join(names) + where
+
+
+def _attention(manifest: Manifest) -> Attention:
+    """The kernels that the finished shards were computed with: others round otherwise."""
+    attention = Attention()
+    attention.choices.update({key: name for key, name in manifest.kernels.items() if name in KERNELS})
+    return attention

@@ -1,0 +1,71 @@
+"""Results of a search as one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tarfile
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from clipgraft.data.images import ImageError, open_image
+from clipgraft.errors import DataError
+from clipgraft.files import write_text
+from clipgraft.search.items import IN_TAR, Ref, is_address
+from clipgraft.search.query import Hit
+from clipgraft.search.remote import read_at
+from clipgraft.search.tables import INSTALL
+
+_SIDE = 240  # pixels of a thumbnail
+
+
+def write_gallery(path: Path, title: str, hits: Sequence[Hit], query_image: Path | None = None) -> Path:
+    """Write a page of thumbnails; an image that cannot be opened any more has its reason in its place.
+
+    Raises DataError where jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise DataError(f"--html needs jinja2: {INSTALL}") from error
+    source = (files("clipgraft.search") / "gallery.html.j2").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    cells = [(hit, *_picture(hit.path)) for hit in hits]
+    query, _ = _picture(None if query_image is None else str(query_image))
+    write_text(path, template.render(title=title, cells=cells, query=query))
+    return path
+
+
+def _picture(place: str | None) -> tuple[str | None, str | None]:
+    """A thumbnail as a data URI, or why there is none; neither for a text."""
+    if place is None:
+        return None, None
+    try:
+        image = ImageOps.contain(open_image(_content(place), shortest=_SIDE), (_SIDE, _SIDE))
+    except ImageError as error:
+        return None, error.reason
+    # What a file system at an address raises is its own business; the reason is shown in the image's place.
+    except Exception as error:
+        return None, " ".join(str(error).split()) or type(error).__name__
+    return _data_uri(image), None
+
+
+def _content(place: str) -> bytes | Path:
+    archive, inside, member = place.partition(IN_TAR)
+    if inside and not is_address(place) and not os.path.exists(place):  # noqa: PTH110
+        with tarfile.open(archive + IN_TAR.removesuffix("::")) as tar:
+            content = tar.extractfile(member)
+            if content is None:
+                raise ImageError(place, "is no file in the archive")
+            return content.read()
+    return read_at(Ref(place)) if is_address(place) else Path(place)
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,232 @@
+"""A FAISS index over the vectors of an encoded folder, in `index/` beside them.
+
+The default compares with every vector, held in memory as float32. A factory string such as `IVF256,Flat` or
+`HNSW32` is faster and finds less: how much less is measured. Vectors go in shard by shard; only those that a
+factory is trained on are held at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipgraft.errors import ConfigError, DataError
+from clipgraft.files import atomic_folder, write_json
+from clipgraft.search.exact import nearest
+from clipgraft.search.folder import Encoded, all_sets
+from clipgraft.search.lock import sole_writer
+from clipgraft.search.store import Array
+from clipgraft.search.tables import INSTALL
+
+log = logging.getLogger("clipgraft")
+FORMAT = 1
+EXACT = "Flat"
+INDEX_FOLDER, RECORD = "index", "index.json"
+FILES = {"images": "image.index", "texts": "text.index"}
+_TRAINING_ROWS = 200_000
+_PROBES, _K, _ENOUGH = 200, 10, 0.95
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """What `index.json` says.
+
+    Attributes:
+        factory: FAISS's name of the kind of index.
+        rows, dim: of the vectors in it.
+        fingerprint: of the base.
+        adapter, digest: what changed the vectors, None for the base's own.
+        state: digest of the vectors that it was built of.
+        recall: share of the 10 nearest that it finds, None for an exact one.
+        settings: how hard it searches: `nprobe` or `efSearch`.
+    """
+
+    factory: str
+    rows: int
+    dim: int
+    fingerprint: str
+    adapter: str | None
+    digest: str | None
+    state: str
+    recall: float | None = None
+    settings: dict[str, int] | None = None
+
+
+def build_index(folder: str | Path, factory: str = EXACT) -> list[tuple[Path, IndexRecord]]:
+    """Index every set of vectors of an encoded folder, or the one set that is named.
+
+    An index that is not exact is made to search harder until it finds 95 % of the 10 nearest rows of 200
+    stored vectors, or cannot search harder. A text is farther from all images, so that it may find fewer.
+
+    Args:
+        folder: what `encode_folder` wrote.
+        factory: of FAISS, such as `IVF256,Flat`, `HNSW32`, `SQfp16`; `Flat` is exact.
+
+    Returns:
+        The folder of each index, and its record.
+
+    Raises:
+        DataError: nothing is encoded there, or FAISS is not installed.
+        ConfigError: FAISS knows no such factory, or it needs more vectors.
+    """
+    faiss = need_faiss()
+    built = []
+    for encoded in all_sets(folder):
+        with sole_writer(encoded.folder):
+            built.append(_build(faiss, encoded, factory))
+    return built
+
+
+def need_faiss() -> Any:
+    """The faiss module; raises DataError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise DataError(f"an index needs FAISS: {INSTALL}") from error
+    return faiss
+
+
+def open_index(encoded: Encoded) -> Any | None:
+    """The index of some vectors as FAISS has it; None where there is none, or one of older vectors.
+
+    Raises:
+        DataError: it is damaged, or was made of the vectors of another base or adapter.
+    """
+    place = encoded.place / INDEX_FOLDER
+    record = read_record(place)
+    if record is None:
+        return None
+    if (record.fingerprint, record.digest) != (encoded.manifest.made.fingerprint, encoded.part.digest):
+        raise DataError(
+            f"{place}: is of base {record.fingerprint}, adapter {record.adapter}, and its folder is not; "
+            "run `clipgraft index` again"
+        )
+    if record.state != _state(encoded):
+        log.warning(
+            "%s: is older than the vectors, which are searched directly; run `clipgraft index` again", place
+        )
+        return None
+    faiss = need_faiss()
+    try:
+        return faiss.read_index(str(place / FILES[encoded.manifest.made.kind]))
+    except RuntimeError as error:
+        raise DataError(f"{place}: is damaged ({_reason(error)}); run `clipgraft index` again") from error
+
+
+def read_record(place: Path) -> IndexRecord | None:
+    """What an index folder says of itself, None where there is none; raises DataError if it is damaged."""
+    try:
+        known = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        if known.pop("clipgraft_index") != FORMAT:
+            raise ValueError("another format")
+        return IndexRecord(**known)
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{place / RECORD}: is damaged ({error}); run `clipgraft index` again") from error
+
+
+def _build(faiss: Any, encoded: Encoded, factory: str) -> tuple[Path, IndexRecord]:
+    made, dim = encoded.manifest.made, encoded.manifest.dim
+    if dim is None or not encoded.manifest.rows:
+        raise DataError(f"{encoded.place}: holds no vectors, so there is nothing to index")
+    index = _made(faiss, factory, dim)
+    if not index.is_trained:
+        _train(index, encoded, factory)
+    for _, block in encoded.blocks():
+        index.add(block)
+    recall, settings = (None, None) if factory == EXACT else _tuned(faiss, index, encoded)
+    rows = encoded.manifest.rows
+    part = encoded.part
+    record = IndexRecord(
+        factory, rows, dim, made.fingerprint, part.adapter, part.digest, _state(encoded), recall, settings
+    )
+    place = encoded.place / INDEX_FOLDER
+    with atomic_folder(place) as temporary:
+        faiss.write_index(index, str(temporary / FILES[made.kind]))
+        write_json(temporary / RECORD, {"clipgraft_index": FORMAT, **asdict(record)})
+    return place, record
+
+
+def _made(faiss: Any, factory: str, dim: int) -> Any:
+    if factory == EXACT:
+        return faiss.IndexFlatIP(dim)
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        wrong = f"--factory {factory}: FAISS cannot make it of {dim}-dimensional vectors ({_reason(error)})"
+        raise ConfigError(f"{wrong}; write one such as IVF256,Flat or HNSW32") from error
+
+
+def _train(index: Any, encoded: Encoded, factory: str) -> None:
+    """Train on rows at even distances."""
+    rows = encoded.manifest.rows
+    wanted = np.unique(np.linspace(0, rows - 1, min(rows, _TRAINING_ROWS)).astype(np.int64))
+    try:
+        index.train(_rows(encoded, wanted))
+    except RuntimeError as error:
+        wrong = f"--factory {factory}: cannot be trained on {len(wanted):,} vectors ({_reason(error)})"
+        raise ConfigError(f"{wrong}; take fewer cells, or an exact index without --factory") from error
+
+
+def _rows(encoded: Encoded, wanted: Array) -> Array:
+    """Some rows, ascending, as float32."""
+    parts = [
+        block[wanted[(wanted >= first) & (wanted < first + len(block))] - first]
+        for first, block in encoded.blocks()
+    ]
+    return np.concatenate(parts)
+
+
+def _tuned(faiss: Any, index: Any, encoded: Encoded) -> tuple[float, dict[str, int] | None]:
+    """Search harder until enough is found; returns recall@10 and the setting, which the index keeps."""
+    probes = np.linspace(0, encoded.manifest.rows - 1, min(_PROBES, encoded.manifest.rows)).astype(np.int64)
+    probes = np.unique(probes)
+    queries = _rows(encoded, probes)
+    _, truth = nearest(encoded, queries, _K + 1)
+    recall, settings = _recall(index, queries, probes, truth), None
+    for name, value in _harder(faiss, index):
+        if recall >= _ENOUGH:
+            break
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+        recall, settings = _recall(index, queries, probes, truth), {name: value}
+    return recall, settings
+
+
+def _harder(faiss: Any, index: Any) -> Iterator[tuple[str, int]]:
+    """Settings that search ever harder, the last of them everywhere."""
+    try:
+        cells = faiss.extract_index_ivf(index).nlist
+    except RuntimeError:
+        cells = 0
+    if cells:
+        yield from (("nprobe", min(1 << power, cells)) for power in range(1, cells.bit_length() + 1))
+    elif hasattr(faiss.downcast_index(index), "hnsw"):
+        yield from (("efSearch", 1 << power) for power in range(5, 11))
+
+
+def _recall(index: Any, queries: Array, probes: Array, truth: Array) -> float:
+    """Share of each probe's nearest rows, itself left out, that the index finds."""
+    _, found = index.search(queries, _K + 1)
+    shares = []
+    for own, near, got in zip(probes, truth, found, strict=True):
+        wanted = [row for row in near if row != own][:_K]
+        if wanted:
+            shares.append(len(set(wanted) & set(got.tolist())) / len(wanted))
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def _state(encoded: Encoded) -> str:
+    return hashlib.sha256("\n".join(encoded.state()).encode()).hexdigest()[:32]
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS names its own source lines first."""
+    return " ".join(str(error).split()).rpartition("Error: ")[2].rpartition(": ")[2]

@@ -1,0 +1,131 @@
+"""Search an encoded folder by text, by image, or by both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgraft.data.features import evaluating, image_steps
+from clipgraft.data.images import open_image
+from clipgraft.errors import ConfigError
+from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.search.exact import nearest
+from clipgraft.search.filters import Condition, parse_where
+from clipgraft.search.folder import Encoded, fitting_set
+from clipgraft.search.index import open_index
+from clipgraft.search.items import location
+from clipgraft.search.store import Array
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result.
+
+    Attributes:
+        rank: from 1.
+        score: cosine of query and vector.
+        path: of an image: where it was encoded, or is now if the source moved; None for a text.
+        caption: of the image where its source had one; the text itself.
+        metadata: the whole row of metadata.
+    """
+
+    rank: int
+    score: float
+    path: str | None
+    caption: str | None
+    metadata: dict[str, Any]
+
+
+def search_folder(
+    model: ClipLike,
+    folder: str | Path,
+    text: str | None = None,
+    *,
+    image: str | Path | None = None,
+    image_weight: float = 0.5,
+    k: int = 10,
+    where: str | None = None,
+) -> list[Hit]:
+    """The k rows of an encoded folder that are most like a text, an image, or both.
+
+    The folder's index is used if it has one that is up to date; vectors are compared one by one if not, and
+    with `where`, for which only rows that meet it are read.
+
+    Args:
+        model: the base that encoded the folder; an adapter that acts on it changes the query. One that
+            changes the tower that made the vectors must have made them; any other fits.
+        folder: what `encode_folder` wrote, or a set in it.
+        text, image: what to look for, one or both.
+        image_weight: with both: the query is the sum of w·image and (1-w)·text, of unit length each.
+        k: most results.
+        where: conditions on metadata (`clipgraft.search.filters`).
+
+    Raises:
+        ConfigError: nothing to look for, a weight outside 0..1, or conditions that cannot be read.
+        DataError: nothing is encoded there, or the image cannot be used.
+        ModelError, AdapterError: another base or adapter made the vectors.
+    """
+    if text is None and image is None:
+        raise ConfigError("nothing to search for: give a text, an image, or both")
+    if not 0 <= image_weight <= 1:
+        raise ConfigError(f"--image-weight: got {image_weight:g}, allowed is 0 to 1")
+    if k < 1:
+        raise ConfigError(f"--k: got {k}, allowed is 1 or more")
+    clip = as_clip(model)
+    conditions = parse_where(where) if where is not None else ()
+    encoded = fitting_set(folder, clip)
+    query = query_vector(clip, text, image, image_weight).cpu().numpy()[None]
+    scores, rows = _nearest(encoded, query, k, conditions)
+    return _hits(encoded, scores[0], rows[0])
+
+
+def query_vector(clip: Clip, text: str | None, image: str | Path | None, image_weight: float = 0.5) -> Tensor:
+    """(D,) unit-norm fp32 vector of a text, an image, or their weighted sum."""
+    parts: list[Tensor] = []
+    weights = [1.0] if text is None or image is None else [1 - image_weight, image_weight]
+    with evaluating(clip), torch.inference_mode():
+        if text is not None:
+            parts.append(clip.encode_text(text, normalize=True)[0])
+        if image is not None:
+            steps = image_steps(clip)
+            pixels = steps(open_image(Path(image)))
+            parts.append(clip.encode_image(pixels[None], normalize=True)[0])
+        total = sum((weight * part for weight, part in zip(weights, parts, strict=True)), torch.zeros(()))
+        return F.normalize(total.float(), dim=-1)
+
+
+def _nearest(encoded: Encoded, query: Array, k: int, conditions: Sequence[Condition]) -> tuple[Array, Array]:
+    index = None if conditions else open_index(encoded)
+    if index is None:
+        return nearest(encoded, query, k, conditions)
+    scores, rows = index.search(query, min(k, encoded.manifest.rows))
+    found = rows[0] >= 0  # FAISS fills up with -1 where an approximate index finds fewer
+    return scores[:, found], rows[:, found]
+
+
+def _hits(encoded: Encoded, scores: Array, rows: Array) -> list[Hit]:
+    """Results with their metadata, each shard read once."""
+    starts = np.cumsum([0, *(shard.rows for shard in encoded.shards)])
+    shards = np.searchsorted(starts, rows, side="right") - 1
+    found: dict[int, dict[str, Any]] = {}
+    for number in np.unique(shards):
+        own = rows[shards == number]
+        table = encoded.metadata(encoded.shards[number]).take((own - starts[number]).tolist())
+        found.update(zip(own.tolist(), table.to_pylist(), strict=True))
+    return [
+        _hit(encoded, rank, float(score), found[int(row)])
+        for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1)
+    ]
+
+
+def _hit(encoded: Encoded, rank: int, score: float, metadata: dict[str, Any]) -> Hit:
+    key = metadata.get("path")
+    path = None if key is None else location(encoded.manifest.root, key)
+    return Hit(rank, score, path, metadata["caption"], metadata)

@@ -1,0 +1,102 @@
+"""Folders, files and parts of files at addresses that fsspec knows: s3://, gs://, hf://, memory://, file://."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from clipgraft.data.images import IMAGE_SUFFIXES
+from clipgraft.errors import DataError
+from clipgraft.search.items import Item, Ref
+
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # as file systems name it
+
+
+def open_filesystem(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it.
+
+    Raises:
+        DataError: nothing here reads such addresses; names the package that does.
+    """
+    check_protocol(address.partition("://")[0])
+    import fsspec
+
+    return fsspec.core.url_to_fs(address)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def check_protocol(protocol: str) -> None:
+    """Raise DataError where fsspec does not know a protocol, or lacks the package for it."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{protocol}:// cannot be read here ({reason}); pip install that package") from error
+    except ValueError as error:
+        raise DataError(f"{protocol}://: fsspec knows no such kind of address; check its spelling") from error
+
+
+def list_images_at(address: str) -> Iterator[Item]:
+    """Every image below a folder, known by its suffix; hidden folders are left out. Holds one folder's names.
+
+    Raises:
+        DataError: there is no such folder, or it cannot be listed.
+    """
+    files, root = open_filesystem(address)
+    prefix = root.rstrip("/") + "/"
+    try:
+        if not files.isdir(root):
+            raise DataError(f"{address}: there is no such folder; check the address")
+        for _, folders, found in files.walk(root, detail=True):
+            for name in [name for name in folders if name.startswith(".")]:
+                del folders[name]
+            for name, info in found.items():
+                if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                    yield Item(info["name"].removeprefix(prefix), info.get("size"), modified(info))
+    except DataError:
+        raise
+    # Every file system has errors of its own: of the network, of credentials, of permissions.
+    except Exception as error:
+        raise unreachable(address, error) from error
+
+
+def modified(info: dict[str, Any]) -> int | None:
+    """Microseconds since 1970 at which a file was modified, None where its file system does not tell."""
+    found = next((info[name] for name in _TIMES if info.get(name) is not None), None)
+    if isinstance(found, str):
+        try:
+            found = datetime.fromisoformat(found.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if isinstance(found, datetime):
+        aware = found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+        return round(aware.timestamp() * 1e6)
+    return round(found * 1e6) if isinstance(found, int | float) else None
+
+
+def open_at(address: str) -> IO[bytes]:
+    """A file at an address for reading, with seeks; raises DataError where there is none."""
+    files, path = open_filesystem(address)
+    try:
+        return files.open(path, "rb")  # type: ignore[no-any-return]
+    except Exception as error:  # see list_images_at
+        raise unreachable(address, error) from error
+
+
+def read_at(part: Ref) -> bytes:
+    """The bytes of a file at an address, or of a part of one; raises whatever its file system raises."""
+    files, path = open_filesystem(part.location)
+    if part.offset is None or part.size is None:
+        return files.cat_file(path)  # type: ignore[no-any-return]
+    return files.cat_file(path, start=part.offset, end=part.offset + part.size)  # type: ignore[no-any-return]
+
+
+def unreachable(address: str, error: Exception) -> DataError:
+    """What went wrong at an address, in one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"{address}: cannot be read ({reason}); check the address, the network and credentials")

@@ -1,0 +1,148 @@
+"""Tar files in WebDataset's layout as a source."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import clipgraft as cg
+from clipgraft.models.clip import Clip
+from clipgraft.search.archives import expand_braces, open_archives
+from clipgraft.search.encode import encode_folder
+from encoded import read_encoded, read_errors, write_picture
+
+SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Two archives of three samples as WebDataset writes them, captions beside the images."""
+    import webdataset
+
+    for archive in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"d-{archive:02d}.tar")) as writer:
+            for sample in range(3):
+                number = 3 * archive + sample
+                picture = write_picture(tmp_path / "loose" / f"{number}.png", number)
+                content = {"png": picture.read_bytes(), "txt": f"ảnh {number}", "json": {"n": number}}
+                writer.write({"__key__": f"{number:04d}", **content})
+    return tmp_path
+
+
+def test_archives_equal_the_loose_files(clip: Clip, tars: Path, tmp_path: Path) -> None:
+    """A data set in WebDataset's form would have to be unpacked, or lose its captions."""
+    out = tmp_path / "out"
+    encode_folder(clip, str(tars / "d-{00..01}.tar"), out, **SMALL)
+    encode_folder(clip, tars / "loose", tmp_path / "plain", **SMALL)
+    found, plain = read_encoded(out), read_encoded(tmp_path / "plain")
+    assert list(found) == [f"d-0{n // 3}.tar::{n:04d}.png" for n in range(6)]
+    assert np.array_equal(np.stack(list(found.values())), np.stack(list(plain.values())))
+    rows = pq.read_table(out / "metadata/metadata_0.parquet").to_pylist()
+    assert [row["caption"] for row in rows] == [f"ảnh {n}" for n in range(6)]
+    assert rows[0]["bytes"] == (tars / "loose" / "0.png").stat().st_size
+
+
+def test_an_archive_more(clip: Clip, tars: Path, tmp_path: Path) -> None:
+    """The next day's archive would cost all days before it."""
+    encode_folder(clip, str(tars / "d-00.tar"), tmp_path / "out", **SMALL)
+    result = encode_folder(clip, str(tars / "*.tar"), tmp_path / "out", **SMALL)
+    assert (result.encoded, result.kept, result.removed) == (3, 3, 0)
+
+
+def test_an_archive_that_is_cut_short(clip: Clip, tars: Path, tmp_path: Path) -> None:
+    """One bad download would end the run, or lose the images before the cut."""
+    file = tars / "d-01.tar"
+    with tarfile.open(file) as tar:
+        last = tar.getmember("0005.png")
+    with file.open("rb+") as stream:
+        stream.truncate(last.offset_data + 100)
+    encode_folder(clip, str(tars / "d-*.tar"), tmp_path / "out", **SMALL)
+    assert len(read_encoded(tmp_path / "out")) == 5
+    errors = read_errors(tmp_path / "out")
+    assert set(errors) == {"d-01.tar", "d-01.tar::0005.png"}
+    assert "cut short" in errors["d-01.tar"]
+
+
+def test_an_archive_that_gets_cut_later(clip: Clip, tars: Path, tmp_path: Path) -> None:
+    """A copy that is under way would take away the rows of what is not there yet."""
+    encode_folder(clip, str(tars / "d-*.tar"), tmp_path / "out", **SMALL)
+    (tars / "d-01.tar").write_bytes(b"")
+    result = encode_folder(clip, str(tars / "d-*.tar"), tmp_path / "out", **SMALL)
+    assert (result.removed, result.rows, result.errors) == (0, 6, 1)
+
+
+def test_what_is_no_archive(clip: Clip, tars: Path, tmp_path: Path) -> None:
+    """An HTML error page under the name of a tar would end the run."""
+    (tars / "d-02.tar").write_text("<html>404</html>")
+    encode_folder(clip, str(tars / "d-*.tar"), tmp_path / "out", **SMALL)
+    assert len(read_encoded(tmp_path / "out")) == 6
+    assert set(read_errors(tmp_path / "out")) == {"d-02.tar"}
+
+
+def test_archives_at_an_address(clip: Clip, tars: Path, tmp_path: Path) -> None:
+    """WebDataset's shards are usually in a bucket."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("d-00.tar", "d-01.tar"):
+        memory.pipe_file(f"/tars/{name}", (tars / name).read_bytes())
+    encode_folder(clip, "memory://tars/d-{00..01}.tar", tmp_path / "out", **SMALL)
+    encode_folder(clip, str(tars / "d-{00..01}.tar"), tmp_path / "local", **SMALL)
+    remote, local = read_encoded(tmp_path / "out"), read_encoded(tmp_path / "local")
+    assert list(remote) == list(local)
+    assert np.array_equal(np.stack(list(remote.values())), np.stack(list(local.values())))
+
+
+def test_headers_are_not_kept(tmp_path: Path) -> None:
+    """Listing an archive of a million members would hold a million headers."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(5):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    held: list[int] = []
+    real = tarfile.TarFile.next
+
+    def next_member(self: tarfile.TarFile) -> tarfile.TarInfo | None:
+        held.append(len(self.members))  # type: ignore[attr-defined]
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "next", next_member)
+        items = list(open_archives(str(tmp_path / "x.tar")).items())
+    assert [item.key for item in items] == [f"x.tar::{number}.jpg" for number in range(5)]
+    assert max(held) <= 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{08..10}.tar", ["a-08.tar", "a-09.tar", "a-10.tar"]),
+        ("{a,b}-{1..2}.tar", ["a-1.tar", "b-1.tar", "a-2.tar", "b-2.tar"]),
+        ("{2..1}.tar", ["2.tar", "1.tar"]),
+    ],
+)
+def test_braces(pattern: str, names: list[str]) -> None:
+    """The usual spelling of many shards would name others."""
+    assert sorted(expand_braces(pattern)) == sorted(names)
+    try:
+        import braceexpand
+    except ImportError:
+        return
+    assert sorted(braceexpand.braceexpand(pattern)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [("no-such.tar", "not found"), ("x-*.tar", "no file matches"), ("a.tar.gz", "is compressed")],
+)
+def test_wrong_patterns(tmp_path: Path, pattern: str, says: str) -> None:
+    """A typing error in the pattern would look like an empty data set."""
+    with pytest.raises(cg.DataError, match=says):
+        open_archives(str(tmp_path / pattern))
