@@ -7,10 +7,11 @@ from benchmarks.report import Bars, Chapter, Goal, Table, at_least, megabytes, s
 from benchmarks.settings import Settings
 
 OURS, OURS_FP32 = "clipgraft, bf16", "clipgraft, fp32"
+TO_DISK = "clipgraft encode, bf16, vectors and metadata on disk"
 GUIDE, GUIDE_BF16 = "guide's loop, default", "guide's loop, bf16 autocast"
 SENTENCE, SENTENCE_BF16 = "sentence-transformers, default", "sentence-transformers, bf16, batches of 64"
 _COSINE = 0.999
-_IN_QUICK = (GUIDE, OURS, SENTENCE)
+_IN_QUICK = (GUIDE, OURS, TO_DISK, SENTENCE)
 
 
 def contestants(settings: Settings) -> list[Contestant]:
@@ -20,6 +21,7 @@ def contestants(settings: Settings) -> list[Contestant]:
     listed: list[tuple[str, str, Values]] = [
         (GUIDE, "guide:encode", {"reference": True}),
         (OURS, "ours:encode", {"autocast": True}),
+        (TO_DISK, "ours:encode_to_disk", {"autocast": True}),
         (OURS_FP32, "ours:encode", {}),
         (SENTENCE, "sentence:encode", {}),
         (SENTENCE_BF16, "sentence:encode", {"bf16": True, "batch_size": 64}),

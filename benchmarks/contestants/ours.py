@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
 import clipgraft as cg
 from benchmarks.child import reset_peak
 from benchmarks.prepare import LORA, OPENCLIP_BASE
@@ -118,6 +123,25 @@ def encode(images: list[str], autocast: bool = False) -> dict[str, Any]:
     return timed_encoding(
         lambda paths: encode_images(clip, [Path(path) for path in paths], autocast=autocast), images
     )
+
+
+def encode_to_disk(images: list[str], autocast: bool = False) -> dict[str, Any]:
+    """`encode_folder` over a table of files: vectors, metadata and manifest on disk, read back."""
+    from benchmarks.contestants.encoding import timed_encoding
+
+    clip = load()
+
+    def run(paths: list[str]) -> Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            table, out = Path(folder) / "images.csv", Path(folder) / "out"
+            table.write_text("\n".join(["filepath", *paths]) + "\n", encoding="utf-8")
+            cg.encode_folder(clip, table, out, autocast=autocast)
+            rows = pq.read_table(out / "metadata" / "metadata_0.parquet")["path"].to_pylist()
+            vectors = np.load(out / "img_emb" / "img_emb_0.npy")
+        place = {Path(path).name: row for row, path in enumerate(rows)}
+        return torch.from_numpy(vectors[[place[Path(path).name] for path in paths]])
+
+    return timed_encoding(run, images)
 
 
 def retrieval(rows: int, images: int, captions_an_image: int, seed: int) -> dict[str, Any]:
