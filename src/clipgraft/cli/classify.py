@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.cli.common import checking, fit_options, hand_over, load_model
+from clipgraft.cli.common import checking, fit_options, hand_over, load_own_model
 from clipgraft.cli.eval import side_by_side
 from clipgraft.cli.train import announce, graft
 from clipgraft.config import ClassSpec, ClassTrainSpec, DataSpec
@@ -28,6 +28,7 @@ from clipgraft.evaluate.classify import (
 from clipgraft.lora.rank import auto_rank
 from clipgraft.models.clip import Clip
 from clipgraft.train.classes import Head, load_head
+from clipgraft.train.distributed import Peers
 
 log = logging.getLogger("clipgraft")
 _SHOWN = ("acc1", "acc5", "mean_per_class_recall", "ece", "loss")
@@ -81,16 +82,16 @@ def prompts_of(names: Sequence[str], classes: ClassSpec) -> tuple[tuple[str, ...
     return class_prompts(names, given, find_templates(classes.templates))
 
 
-def train_classifier(specs: Sequence[Any], folder: Path) -> None:
-    """Load what the specs name, and train it into `folder` to tell classes apart."""
+def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
+    """Load what the specs name, and train it into `folder` to tell classes apart; rank 0 reads the data."""
     from clipgraft.train.fit_classes import fit_classifier
 
     model_spec, data, classes, lora, train, _ = specs
-    clip = load_model(model_spec)
-    read = read_class_data(data, classes, train.seed)
+    clip = load_own_model(model_spec, peers)
+    read = peers.at_root(lambda: read_class_data(data, classes, train.seed))
     if lora.use_lora:
         graft(clip, lora, train.seed, lambda: auto_rank(len(read.train), "classification"))
-    announce(clip, len(read.train), "images", train)
+    announce(clip, len(read.train), "images", train, peers.size)
     done = fit_classifier(
         clip,
         read.train,
@@ -99,9 +100,11 @@ def train_classifier(specs: Sequence[Any], folder: Path) -> None:
         out=folder,
         head=classes.head,
         weights=class_weights(read.train) if classes.class_weights else None,
+        peers=peers,
         **fit_options(specs),
     )
-    hand_over(clip, folder, done.history[-1] if done.history else None)
+    if peers.root:
+        hand_over(clip, folder, done.history[-1] if done.history else None)
 
 
 def measure_classes(

@@ -23,6 +23,7 @@ from clipgraft.errors import AdapterError, ConfigError, ModelError
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load as load_base
 from clipgraft.report.results import RESULTS, write_results
+from clipgraft.train.distributed import Peers
 
 log = logging.getLogger("clipgraft")
 
@@ -33,6 +34,31 @@ def load_model(spec: ModelSpec) -> Clip:
     clip = load(spec.model, spec.pretrained, device=pick_device(spec.device), precision=precision)
     log.info("base %s on %s, fingerprint %s", _title(clip), clip.device, clip.fingerprint)
     return clip
+
+
+def load_own_model(spec: ModelSpec, peers: Peers) -> Clip:
+    """The base of a command for one of several processes, each of which has a GPU of its own."""
+    return load_model(spec.model_copy(update={"device": own_device(spec.device, peers)}))
+
+
+def own_device(name: str, peers: Peers) -> str:
+    """The device of a process: with several, the GPU with its number on this machine, for `auto` and `cuda`.
+
+    Raises:
+        ConfigError: one GPU is named for all processes, or there are more processes than GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if peers.alone or name == "cpu" or (name == "auto" and not gpus):
+        return name
+    if name not in ("auto", "cuda"):
+        raise ConfigError(f"--device {name}: every process has a GPU of its own; use --device auto, or cpu")
+    if peers.local_rank >= gpus:
+        raise ConfigError(
+            f"--nproc-per-node {peers.local_rank + 1} or more, but torch sees {gpus} GPU{'s' * (gpus != 1)} "
+            "here: start one process for each, or use --device cpu"
+        )
+    torch.cuda.set_device(peers.local_rank)
+    return f"cuda:{peers.local_rank}"
 
 
 def with_base(adapter: AdapterFile, model: str, pretrained: str | None) -> AdapterFile:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
+from clipgraft.cli.together import launcher, run_together
 from clipgraft.config import (
     AdapterSpec,
     ClassSpec,
@@ -25,57 +26,77 @@ from clipgraft.config import (
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clipgraft.data.pairs import Pairs
     from clipgraft.models.clip import Clip
+    from clipgraft.train.distributed import Peers
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images with captions."
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, train, and say how to go on with a run that is interrupted."""
+    """Parse, train, and say how to go on with a run that is interrupted; under torchrun in all processes."""
+    run_together(_run, argv)
+
+
+def _run(argv: Sequence[str], several: Peers | None) -> None:
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
     specs = parse("train", _SUMMARY, kinds, argv)
     model_spec, data, classes, lora, train, where = specs
     check_together(data, classes, lora, train, where)
-    folder = where.logs / (where.name or default_name(model_spec, lora, train))
+    from clipgraft.train.distributed import ALONE
     from clipgraft.train.run_folder import early_lines, refuse_used
     from clipgraft.train.stop import Interrupted
 
-    refuse_used(folder, where.resume is not None)
+    def choose_folder() -> Path:
+        chosen: Path = where.logs / (where.name or default_name(model_spec, lora, train))
+        refuse_used(chosen, where.resume is not None)
+        return chosen
+
+    peers = several or ALONE
+    folder = peers.at_root(choose_folder)
+    go_on = f"go on with: {continuation(argv, where.name or folder.name)}"
+    peers.advise(go_on)
     try:
         with early_lines():
             if classes.task == "classification":
                 from clipgraft.cli.classify import train_classifier
 
-                train_classifier(specs, folder)
+                train_classifier(specs, folder, peers)
             else:
-                train_model(specs, folder)
+                train_model(specs, folder, peers)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; go on with: {continuation(argv, where.name or folder.name)}") from None
+        raise Interrupted(f"{stop}; {go_on}") from None
 
 
-def train_model(specs: Sequence[Any], folder: Path) -> None:
-    """Load what the specs name, and train it into `folder`."""
-    from clipgraft.cli.common import fit_options, hand_over, load_model, read_table
+def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
+    """Load what the specs name, and train it into `folder`; rank 0 reads the tables."""
+    from clipgraft.cli.common import fit_options, hand_over, load_own_model, read_table
     from clipgraft.lora.rank import auto_rank
     from clipgraft.train.fit import fit
 
     model_spec, data, _, lora, train, _ = specs
-    clip = load_model(model_spec)
-    train_pairs = read_table(clip, data.train_data, data, "training data")
-    val_pairs = read_table(clip, data.val_data, data, "validation data") if data.val_data else None
+    clip = load_own_model(model_spec, peers)
+
+    def read(path: Path, what: str) -> Pairs:
+        return peers.at_root(lambda: read_table(clip, path, data, what))
+
+    train_pairs = read(data.train_data, "training data")
+    val_pairs = read(data.val_data, "validation data") if data.val_data else None
     pairs = sum(len(captions) for captions in train_pairs.captions)
     if lora.use_lora:
         graft(clip, lora, train.seed, lambda: auto_rank(pairs, "retrieval"))
-    announce(clip, pairs, "pairs", train)
+    announce(clip, pairs, "pairs", train, peers.size)
     done = fit(
         clip,
         train_pairs,
         val_pairs,
         out=folder,
+        peers=peers,
         **fit_options(specs),
     )
-    hand_over(clip, folder, done.history[-1] if done.history else None)
+    if peers.root:
+        hand_over(clip, folder, done.history[-1] if done.history else None)
 
 
 def check_together(
@@ -149,11 +170,14 @@ def _lock_faults(lora: LoraSpec, train: TrainSpec) -> list[str]:
 
 
 def continuation(argv: Sequence[str], name: str) -> str:
-    """The command that goes on with an interrupted run, to be pasted into a shell."""
+    """The command that goes on with an interrupted run, to be pasted into a shell.
+
+    Where torchrun started processes on several machines, its own flags are the user's to repeat.
+    """
     given = {argument.partition("=")[0] for argument in argv}
     wanted = {"--name": name, "--resume": "latest"}
     added = [word for option, value in wanted.items() if option not in given for word in (option, value)]
-    return shlex.join(["clipgraft", "train", *argv, *added])
+    return f"{launcher()} {shlex.join(['train', *argv, *added])}"
 
 
 def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
@@ -212,7 +236,7 @@ def attach_adapter(clip: Clip, lora: AdapterSpec, targets: str, rank: int, seed:
     log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
 
 
-def announce(clip: Clip, rows: int, unit: str, train: TrainSpec) -> None:
+def announce(clip: Clip, rows: int, unit: str, train: TrainSpec, processes: int = 1) -> None:
     """One line on what is about to train; `unit` is what the rows are: pairs, or images."""
     import torch
 
@@ -225,5 +249,7 @@ def announce(clip: Clip, rows: int, unit: str, train: TrainSpec) -> None:
         log.info("training %s of %s weights (%.2f %%)", f"{count.trainable:,}", f"{count.total:,}", share)
     elif clip.dtype == torch.bfloat16:
         log.info("--precision bf16 rounds small updates of the model away; --precision amp_bf16 keeps them")
-    batch, epochs = train.batch_size * train.accum_freq, train.epochs
-    log.info("%d %s, batches of %d, %d epoch%s", rows, unit, batch, epochs, "s" if epochs > 1 else "")
+    batch, epochs = train.batch_size * train.accum_freq * processes, train.epochs
+    shared = f" in {processes} processes" if processes > 1 else ""
+    plural = "s" if epochs > 1 else ""
+    log.info("%d %s, batches of %d%s, %d epoch%s", rows, unit, batch, shared, epochs, plural)

@@ -181,7 +181,9 @@ class SweepSpec(AdapterSpec):
 class TrainSpec(Spec):
     """Optimisation; names and defaults are open_clip's."""
 
-    batch_size: int = Field(64, ge=2, description="pairs in memory at once: a step, or its micro-batch")
+    batch_size: int = Field(
+        64, ge=2, description="pairs in memory at once, in each process: a step, or a part of it"
+    )
     epochs: int = Field(32, ge=1, description="passes over the captions")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     wd: float = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")

@@ -163,16 +163,20 @@ class PairBatches:
         seed: int,
         workers: int = 0,
         drop_last: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        """Of `ranks` processes that share an epoch this one takes every `ranks`-th batch, from `rank` on."""
         self._rows = pairs.rows()
         self._dataset = ImageDataset(pairs.images, transform)
         self._batch_size = batch_size
         self._seed = seed
         self._workers = workers
         self._drop_last = drop_last
+        self._turns = slice(rank, None, ranks)
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
+        """Batches of this process in one epoch."""
         return len(self._order(0))
 
     def batches(self, epoch: int, start: int = 0) -> Generator[PairBatch, None, None]:
@@ -180,7 +184,9 @@ class PairBatches:
         return _in_workers(partial(self._batch, epoch), self._order(epoch)[start:], self._workers)
 
     def _order(self, epoch: int) -> list[Indices]:
-        return epoch_batches(len(self._rows), self._batch_size, self._seed, epoch, drop_last=self._drop_last)
+        rows = len(self._rows)
+        batches = epoch_batches(rows, self._batch_size, self._seed, epoch, drop_last=self._drop_last)
+        return batches[self._turns]
 
     def _batch(self, epoch: int, rows: Indices) -> PairBatch:
         ids = rows.tolist()

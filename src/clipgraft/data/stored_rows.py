@@ -66,7 +66,15 @@ def computed_rows(paths: Sequence[Path], compute: Compute, dtype: torch.dtype) -
     """Rows that are kept in memory alone, (len(paths), *item)."""
     arrays: list[Array] = []
     compute(paths, lambda rows: arrays.append(to_array(rows, dtype)))
-    whole = np.concatenate(arrays)
+    return _in_order(np.concatenate(arrays), dtype)
+
+
+def rows_in_memory(rows: Tensor) -> StoredRows:
+    """Rows of a tensor, (N, *item)."""
+    return _in_order(to_array(rows, rows.dtype), rows.dtype)
+
+
+def _in_order(whole: Array, dtype: torch.dtype) -> StoredRows:
     return StoredRows([whole], np.zeros(len(whole), np.int64), np.arange(len(whole)), dtype)
 
 

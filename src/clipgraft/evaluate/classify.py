@@ -130,6 +130,7 @@ def evaluate_classification(
     autocast: bool | None = False,
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
+    prototypes: Tensor | None = None,
     progress: Progress | None = None,
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
@@ -147,6 +148,7 @@ def evaluate_classification(
         autocast: compute features in bf16 where it is safe; None where the device is also fast at it.
         encoder: takes the place of a new one with `autocast`.
         image_features: unit-norm (N, D) features of `data.images`, where they are known already.
+        prototypes: unit-norm (C, D) features of the classes, where they are known already.
         progress: told how many images each batch added.
         cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
         exact_preprocess: preprocess images with the model's own transform, to the last grey level.
@@ -169,8 +171,10 @@ def evaluate_classification(
             cache=cache,
             exact_preprocess=exact_preprocess,
         )
+    if prototypes is None:
+        prototypes = class_features(encoder, prompts)
     scale = clip.logit_scale.detach().float().exp().cpu()
-    logits = scale * image_features.float().cpu() @ class_features(encoder, prompts).T
+    logits = scale * image_features.float().cpu() @ prototypes.T
     return classification_metrics(logits, torch.tensor(data.labels), data.classes)
 
 

@@ -23,6 +23,7 @@ def evaluate_retrieval(
     autocast: bool | None = False,
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
+    text_features: Tensor | None = None,
     progress: Progress | None = None,
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
@@ -37,6 +38,7 @@ def evaluate_retrieval(
         autocast: compute features in bf16 where it is safe; None where the device is also fast at it.
         encoder: takes the place of a new one with `autocast`.
         image_features: (N, D) features of `pairs.images`, where they are known already.
+        text_features: (M, D) features of all captions, in the order of the images.
         progress: told how many images each batch added.
         cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
         exact_preprocess: preprocess images with the model's own transform, to the last grey level.
@@ -57,7 +59,8 @@ def evaluate_retrieval(
             cache=cache,
             exact_preprocess=exact_preprocess,
         )
-    captions = [caption for group in pairs.captions for caption in group]
     owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
-    text_features = encode_captions(clip, captions, encoder=encoder)
+    if text_features is None:
+        captions = [caption for group in pairs.captions for caption in group]
+        text_features = encode_captions(clip, captions, encoder=encoder)
     return retrieval_metrics(image_features, text_features, owner)

@@ -14,35 +14,65 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from clipgraft.train.distributed import ALONE, Peers
+
 Features: TypeAlias = tuple[Tensor, Tensor]
 Encode: TypeAlias = Callable[[], Features]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def contrastive_backward(micro_batches: Sequence[Encode], loss_of: Loss) -> Tensor:
+def contrastive_backward(micro_batches: Sequence[Encode], loss_of: Loss, peers: Peers = ALONE) -> Tensor:
     """Backward pass of `loss_of` over the features of all micro-batches.
 
     Args:
-        micro_batches: functions that give (image, text) features of a part of the batch, (n, D) each.
-        loss_of: scalar loss of the (N, D) image and text features of the whole batch.
+        micro_batches: functions that give (image, text) features of a part of the batch, (n, D) each; of
+            several processes, those of this one.
+        loss_of: scalar loss of the (N, D) image and text features of the whole batch, in the order of ranks
+            and micro-batches; called at rank 0 alone.
+        peers: the processes that share the batch.
 
     Returns:
-        The detached loss. Gradients are accumulated on the weights as by one `backward()`.
+        The detached loss. Gradients are accumulated on the weights as by one `backward()`; of several
+        processes each has a part of the sum (`Peers.sum_gradients`).
     """
     if len(micro_batches) == 1:
-        loss = loss_of(*micro_batches[0]())
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-    states, features = _features_without_graph(micro_batches)
+        features = micro_batches[0]()
+        if peers.alone:
+            loss = loss_of(*features)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        loss, gradients = _loss_and_gradients([features], loss_of, peers)
+        _carry_back(features, gradients[0])
+        return loss
+    states, parts = _features_without_graph(micro_batches)
+    loss, gradients = _loss_and_gradients(parts, loss_of, peers)
     after = _random_state()
-    leaves = [tuple(part.detach().requires_grad_() for part in pair) for pair in features]
-    loss = loss_of(torch.cat([images for images, _ in leaves]), torch.cat([texts for _, texts in leaves]))
-    loss.backward()  # type: ignore[no-untyped-call]
-    for encode, state, pair in zip(micro_batches, states, leaves, strict=True):
+    for encode, state, wanted in zip(micro_batches, states, gradients, strict=True):
         _set_random_state(state)
-        _carry_back(encode(), [leaf.grad for leaf in pair])
+        _carry_back(encode(), wanted)
     _set_random_state(after)
-    return loss.detach()
+    return loss
+
+
+def _loss_and_gradients(
+    parts: Sequence[Features], loss_of: Loss, peers: Peers
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The loss of the features of all processes, and for each part of this process its gradients."""
+    own = [torch.cat(tower).detach() for tower in zip(*parts, strict=True)]
+    leaves = [[rows.requires_grad_() for rows in given] for given in peers.gather(*own)]
+    loss = own[0].new_zeros(())
+    if peers.root:
+        found = loss_of(*(torch.cat(tower) for tower in zip(*leaves, strict=True)))
+        found.backward()  # type: ignore[no-untyped-call]
+        # All processes must send the same types.
+        loss = found.detach() if peers.alone else loss.copy_(found.detach())
+    gradients = [[torch.zeros_like(r) if r.grad is None else r.grad for r in given] for given in leaves]
+    peers.send([loss, *(gradient for given in gradients for gradient in given)])
+    towers = [
+        torch.split(gradient, [len(part[tower]) for part in parts])
+        for tower, gradient in enumerate(gradients[peers.rank])
+    ]
+    return loss, [list(part) for part in zip(*towers, strict=True)]
 
 
 def _features_without_graph(micro_batches: Sequence[Encode]) -> tuple[list[list[Tensor]], list[Features]]:

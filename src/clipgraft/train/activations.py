@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,10 +17,12 @@ from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.feature_key import UnknownError, image_key
 from clipgraft.data.features import image_rows, image_steps
 from clipgraft.data.memory import available_memory
+from clipgraft.data.stored_rows import StoredRows, rows_in_memory
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import is_lora
+from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.towers import PartlyFixedImages
 
 log = logging.getLogger("clipgraft")
@@ -34,6 +37,7 @@ class Activations:
     Attributes:
         block: the first one that training changes.
         cache: where rows are kept; None for memory.
+        peers: processes that each compute a share of the rows, and all of which need all of them.
     """
 
     encoder: Encoder
@@ -41,6 +45,7 @@ class Activations:
     block: int
     exact_preprocess: bool
     cache: FeatureCache | None = None
+    peers: Peers = ALONE
 
     @property
     def stored(self) -> str:
@@ -58,9 +63,22 @@ class Activations:
 
     def compute(self, workers: int, progress: Callable[[int], None]) -> PartlyFixedImages:
         """Run the frozen blocks on every image that the cache does not hold."""
-        rows = image_rows(
+        return PartlyFixedImages(self.encoder, self._rows(workers, progress), self.block)
+
+    def _rows(self, workers: int, progress: Callable[[int], None]) -> StoredRows:
+        some = partial(self._rows_of, workers=workers, progress=progress)
+        if self.peers.alone:
+            return some(self.images)
+        if self.cache is None:
+            return rows_in_memory(in_shares(self.peers, self.images, lambda own: some(own).tensor()))
+        some(self.images[self.peers.share(len(self.images))] or self.images[:1])
+        self.peers.barrier()
+        return self._rows_of(self.images, workers, lambda images: None)
+
+    def _rows_of(self, images: Sequence[Path], workers: int, progress: Callable[[int], None]) -> StoredRows:
+        return image_rows(
             self.encoder.clip,
-            self.images,
+            images,
             partial(self.encoder.encode_to_block, block=self.block),
             stored=self.stored,
             dtype=self.dtype,
@@ -72,7 +90,6 @@ class Activations:
             exact_preprocess=self.exact_preprocess,
             label=self.stored,
         )
-        return PartlyFixedImages(self.encoder, rows, self.block)
 
     def cache_shortage(self, cache: FeatureCache) -> str | None:
         """Why the cache would not keep all rows; None if it would."""
@@ -91,7 +108,12 @@ class Activations:
 
 
 def plan_activations(
-    encoder: Encoder, images: Sequence[Path], *, cache: FeatureCache | None, exact_preprocess: bool
+    encoder: Encoder,
+    images: Sequence[Path],
+    *,
+    cache: FeatureCache | None,
+    exact_preprocess: bool,
+    peers: Peers = ALONE,
 ) -> Activations | None:
     """What to compute once before training the image tower; None if all of it must run at every step.
 
@@ -102,18 +124,25 @@ def plan_activations(
     block = first_trained_block(encoder.clip, blocks)
     if not 0 < block < blocks:
         return None
-    plan = Activations(encoder, images, block, exact_preprocess)
+    plan = Activations(encoder, images, block, exact_preprocess, peers=peers)
+    place = peers.at_root(lambda: _place(plan, cache, blocks))
+    return None if place is None else replace(plan, cache=cache if place == "cache" else None)
+
+
+def _place(plan: Activations, cache: FeatureCache | None, blocks: int) -> Literal["cache", "memory"] | None:
+    """Where the rows are kept; None for nowhere."""
+    images, block = plan.images, plan.block
     total = len(images) * plan.row_bytes
     below = f"the image tower is frozen below block {block} of {blocks}"
     size = f"{len(images):,} images x {plan.row_bytes / 1e3:,.1f} kB = {format_bytes(total)}"
     shortage = "there is no feature cache" if cache is None else plan.cache_shortage(cache)
     if shortage is None:
         log.info("%s: the input of that block is computed once, %s in the feature cache", below, size)
-        return Activations(encoder, images, block, exact_preprocess, cache)
+        return "cache"
     free = available_memory() or 0
-    if _SHARE * total <= free:
+    if _SHARE * total * plan.peers.size <= free:
         log.info("%s: the input of that block is computed once, %s in memory (%s)", below, size, shortage)
-        return plan
+        return "memory"
     log.info(
         "%s, but all of it runs at every step: the input of that block would be %s, more than a quarter of "
         "the %s of memory that is free, and %s",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
 
+log = logging.getLogger("clipgraft")
 LATEST = "latest.pt"
 FORMAT_VERSION = 1
+_SHARING = ("batch_size", "accum_freq", "processes")
 _KEYS = {"format", "position", "settings", "weights", "buffers", "optimizer", "random", "cuda_random"}
 
 
@@ -83,13 +87,20 @@ def load_checkpoint(
         ) from error
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and state["cuda_random"]:
-        torch.cuda.set_rng_state_all(state["cuda_random"])
+        torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
     return Position(**state["position"])
 
 
 def recorded_settings(path: Path) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint; its weights are not read. Raises CheckpointError."""
     return dict(_read(path, whole=False)["settings"])
+
+
+def _by_step(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which the pairs of a step count, and not how processes and micro-batches share them."""
+    kept = {key: value for key, value in settings.items() if key not in _SHARING}
+    step = math.prod(settings[key] for key in _SHARING if key in settings)
+    return {**kept, "pairs in a step": step}
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -132,6 +143,15 @@ def _read(path: Path, whole: bool = True) -> dict[str, Any]:
 
 
 def _same_settings(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if saved.get("processes", 1) != now.get("processes", 1):
+        before, after = saved.get("processes", 1), now.get("processes", 1)
+        saved, now = _by_step(saved), _by_step(now)
+        log.info(
+            "this run had %d process%s and goes on with %d: on the same batches, not to the same bits",
+            before,
+            "es" if before > 1 else "",
+            after,
+        )
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if changed:
         listed = ", ".join(

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.train.agreement import Distilled, Teacher, Weights
+from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.feed import Feed
 from clipgraft.train.fit import data_digest, evaluation, headline
 from clipgraft.train.inputs import prepare_inputs
@@ -60,6 +62,7 @@ def distill(
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
+    peers: Peers = ALONE,
     **options: Any,
 ) -> FitResult:
     """Train a student, its adapter or all of it, on pairs and on what a teacher makes of them.
@@ -74,7 +77,7 @@ def distill(
         train, val, out, resume: as in `clipgraft.fit`.
         contrastive, feature, similarity: weights of the terms, 0 to leave one out.
         save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast: as in `clipgraft.fit`.
-        workers, progress, exact_preprocess, params: as in `clipgraft.fit`.
+        workers, progress, exact_preprocess, params, peers: as in `clipgraft.fit`.
         cache: where image features of the teacher, and of a student's frozen image tower, are kept.
         **options: fields of `clipgraft.config.TrainSpec`. With `augment` the student sees crops of the images
             whose whole the teacher saw.
@@ -89,7 +92,7 @@ def distill(
     require_unmerged(clip, "train")
     (spec,) = build_specs([TrainSpec], options)
     choose_trainable(clip, spec)
-    autocast = choose_autocast(autocast, clip, out, resume)
+    autocast = choose_autocast(autocast, clip, out, resume, peers)
 
     def prepare(encoder: Encoder) -> Task:
         start_adapter(clip, train, spec.seed)
@@ -107,23 +110,25 @@ def distill(
             cache=cache,
             cache_views=spec.cache_views,
             exact_preprocess=exact_preprocess,
+            peers=peers,
         )
         log.info("the teacher encodes each image and caption once")
         teaching = Encoder(parent, autocast)
-        images = encode_images(
+        encode = partial(
+            encode_images,
             parent,
-            train.images,
             workers=workers,
             encoder=teaching,
             cache=cache,
             exact_preprocess=exact_preprocess,
         )
-        taught = _teacher(parent, teaching, images, inputs.feed)
+        images = in_shares(peers, train.images, encode)
+        taught = _teacher(parent, teaching, images, inputs.feed, peers)
         if weights.feature:
             _check_sizes(clip, encoder, images)
         gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives)
         pairs = Contrastive(clip, inputs.images, inputs.texts, gallery)
-        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess)
+        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, peers)
         return Task(inputs.feed, Distilled(pairs, taught, weights, clip.logit_scale), evaluate, headline)
 
     return run_task(
@@ -133,7 +138,7 @@ def distill(
         prepare,
         keeping=Keeping(save_frequency, val_frequency, save_lora_only, checkpoint_steps),
         settings={
-            **common_settings(clip, spec, autocast, exact_preprocess),
+            **common_settings(clip, spec, autocast, exact_preprocess, peers),
             "data": data_digest(train),
             "teacher": parent.fingerprint,
             "weights": asdict(weights),
@@ -142,6 +147,7 @@ def distill(
         resume=resume,
         progress=progress,
         params=params or {},
+        peers=peers,
     )
 
 
@@ -155,8 +161,8 @@ def _checked(weights: Weights) -> Weights:
     return weights
 
 
-def _teacher(parent: Clip, encoder: Encoder, images: Tensor, feed: Feed) -> Teacher:
-    texts = encode_captions(parent, feed.captions, encoder=encoder)
+def _teacher(parent: Clip, encoder: Encoder, images: Tensor, feed: Feed, peers: Peers) -> Teacher:
+    texts = in_shares(peers, feed.captions, partial(encode_captions, parent, encoder=encoder))
     return Teacher(images, texts, float(parent.logit_scale.detach()))
 
 

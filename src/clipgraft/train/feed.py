@@ -13,6 +13,7 @@ from torch import Tensor
 from clipgraft.data.loading import PairBatches, Transform, epoch_batches
 from clipgraft.data.pairs import Pairs
 from clipgraft.errors import DataError
+from clipgraft.train.distributed import ALONE, Peers
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Feed:
     """Shuffled batches over the caption rows of `pairs`.
 
     A batch is a list of `accum_freq` micro-batches of `batch_size` pairs. Workers load micro-batches, so that
-    no more than one whole batch of pixels is ever in memory.
+    no more than one whole batch of pixels is ever in memory. With several processes it is that many in each,
+    and together the batch that one process would have with as many times the micro-batches.
 
     Attributes:
         captions: every distinct caption; `caption_ids` index it, so equal captions have equal ids.
@@ -49,22 +51,32 @@ class Feed:
         seed: int,
         transform: Transform | None,
         workers: int,
+        peers: Peers = ALONE,
     ) -> None:
         rows = pairs.rows()
         self.captions = list(dict.fromkeys(caption for _, caption in rows))
         position = {caption: index for index, caption in enumerate(self.captions)}
-        self.steps = len(rows) // (batch_size * accum_freq)
+        self.steps = len(rows) // (batch_size * accum_freq * peers.size)
         if self.steps == 0:
-            raise DataError(_too_few(len(rows), batch_size, accum_freq))
+            raise DataError(_too_few(len(rows), batch_size, accum_freq, peers.size))
         self.image_of_row = torch.tensor([image for image, _ in rows])
         self.caption_of_row = torch.tensor([position[caption] for _, caption in rows])
         self._place_of_row = torch.tensor([place for texts in pairs.captions for place in range(len(texts))])
         self._batch_size = batch_size
         self._accum_freq = accum_freq
         self._seed = seed
+        self._peers = peers
         self._loader = None
         if transform is not None:
-            self._loader = PairBatches(pairs, transform, batch_size=batch_size, seed=seed, workers=workers)
+            self._loader = PairBatches(
+                pairs,
+                transform,
+                batch_size=batch_size,
+                seed=seed,
+                workers=workers,
+                rank=peers.rank,
+                ranks=peers.size,
+            )
 
     def batches(self, epoch: int, start: int) -> Generator[list[MicroBatch], None, None]:
         """The batches of an epoch from number `start` on."""
@@ -79,7 +91,8 @@ class Feed:
                     yield self._micro_batch(epoch, row_ids, pixels)
             return
         # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
-        for rows in epoch_batches(len(self.image_of_row), self._batch_size, self._seed, epoch)[start:]:
+        batches = epoch_batches(len(self.image_of_row), self._batch_size, self._seed, epoch)
+        for rows in batches[self._peers.rank :: self._peers.size][start:]:
             yield self._micro_batch(epoch, torch.from_numpy(rows), None)
 
     def _micro_batch(self, epoch: int, rows: Tensor, pixels: Tensor | None) -> MicroBatch:
@@ -87,8 +100,18 @@ class Feed:
         return MicroBatch(self.image_of_row[rows], self.caption_of_row[rows], pixels, turns)
 
 
-def _too_few(rows: int, batch_size: int, accum_freq: int) -> str:
+def everywhere(batch: list[MicroBatch], peers: Peers) -> list[MicroBatch]:
+    """The micro-batches of all processes, by rank, of which those of others come without pixels."""
+    if peers.alone:
+        return batch
+    columns = [torch.cat([part.image_ids for part in batch]), torch.cat([part.caption_ids for part in batch])]
+    gathered = peers.gather(*columns, torch.cat([part.turns for part in batch]))
+    return [MicroBatch(images, captions, None, turns) for images, captions, turns in gathered]
+
+
+def _too_few(rows: int, batch_size: int, accum_freq: int, processes: int) -> str:
     times = f" x --accum-freq {accum_freq}" if accum_freq > 1 else ""
-    largest = rows // accum_freq
+    times += f" x {processes} processes" if processes > 1 else ""
+    largest = rows // (accum_freq * processes)
     fix = f"use --batch-size {largest} or less" if largest >= 2 else "add data, or lower --accum-freq"
     return f"{rows} captions do not fill one batch of --batch-size {batch_size}{times}: {fix}"

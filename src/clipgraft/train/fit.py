@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from clipgraft.config import TrainSpec, build_specs
 from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
+from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
@@ -51,6 +54,7 @@ def fit(
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
+    peers: Peers = ALONE,
     **options: Any,
 ) -> FitResult:
     """Train a model's adapter on pairs, or the model itself if it carries none.
@@ -77,6 +81,7 @@ def fit(
         exact_preprocess: preprocess images with the model's own transform, to the last grey level, also where
             what a frozen tower gives for them is computed once (`clipgraft.data.preprocessing`).
         params: what else params.txt is to record.
+        peers: the processes that train together, each of which calls this (`clipgraft.train.joining`).
         **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
@@ -90,7 +95,7 @@ def fit(
     require_unmerged(clip, "train")
     (spec,) = build_specs([TrainSpec], options)
     choose_trainable(clip, spec)
-    autocast = choose_autocast(autocast, clip, out, resume)
+    autocast = choose_autocast(autocast, clip, out, resume, peers)
 
     def prepare(encoder: Encoder) -> Task:
         start_adapter(clip, train, spec.seed)
@@ -109,10 +114,11 @@ def fit(
             cache=cache,
             cache_views=spec.cache_views,
             exact_preprocess=exact_preprocess,
+            peers=peers,
         )
         gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives)
         objective = Contrastive(clip, inputs.images, inputs.texts, gallery)
-        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess)
+        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, peers)
         return Task(inputs.feed, objective, evaluate, headline)
 
     return run_task(
@@ -121,26 +127,46 @@ def fit(
         out,
         prepare,
         keeping=Keeping(save_frequency, val_frequency, save_lora_only, checkpoint_steps),
-        settings={**common_settings(clip, spec, autocast, exact_preprocess), "data": data_digest(train)},
+        settings={
+            **common_settings(clip, spec, autocast, exact_preprocess, peers),
+            "data": data_digest(train),
+        },
         autocast=autocast,
         resume=resume,
         progress=progress,
         params=params or {},
+        peers=peers,
     )
 
 
 def evaluation(
-    val: Pairs, inputs: Inputs, encoder: Encoder, workers: int, exact_preprocess: bool
+    val: Pairs,
+    inputs: Inputs,
+    encoder: Encoder,
+    workers: int,
+    exact_preprocess: bool,
+    peers: Peers = ALONE,
 ) -> Callable[[], dict[str, float]]:
-    """Retrieval metrics of the model as it is; features of its frozen parts are not computed again."""
-    return lambda: evaluate_retrieval(
-        encoder.clip,
-        val,
-        workers=workers,
-        encoder=encoder,
-        image_features=None if inputs.val_images is None else inputs.val_images(),
-        exact_preprocess=exact_preprocess,
+    """Retrieval metrics of the model as it is; features of its frozen parts are not computed again.
+
+    Several processes encode a share each, and rank 0 counts.
+    """
+    captions = [caption for group in val.captions for caption in group]
+    encode = partial(
+        encode_images, encoder.clip, workers=workers, encoder=encoder, exact_preprocess=exact_preprocess
     )
+
+    def evaluate() -> dict[str, float]:
+        known = inputs.val_images
+        images = in_shares(peers, val.images, encode) if known is None else known()
+        texts = in_shares(peers, captions, partial(encode_captions, encoder.clip, encoder=encoder))
+        return peers.at_root(
+            lambda: evaluate_retrieval(
+                encoder.clip, val, encoder=encoder, image_features=images, text_features=texts
+            )
+        )
+
+    return evaluate
 
 
 def headline(metrics: Mapping[str, float]) -> str:

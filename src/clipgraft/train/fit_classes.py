@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,17 @@ from clipgraft.data.labels import Labelled
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, DataError
-from clipgraft.evaluate.classify import class_features, classification_metrics, evaluate_classification
+from clipgraft.evaluate.classify import (
+    ClassificationResult,
+    class_features,
+    classification_metrics,
+    evaluate_classification,
+    pool_prompts,
+)
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.train.classes import Head, HeadKind, save_head
+from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.objectives import Headed, Objective, Prompted
 from clipgraft.train.run import (
@@ -59,6 +67,7 @@ def fit_classifier(
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
+    peers: Peers = ALONE,
     **options: Any,
 ) -> FitResult:
     """Train a model to tell classes apart: cross-entropy over their prompts, or over a head.
@@ -74,7 +83,7 @@ def fit_classifier(
             head is saved in `head/` of the run folder.
         weights: of each class in the loss, where they differ in size (`clipgraft.data.labels.class_weights`).
         resume, save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast, workers, progress,
-            cache, exact_preprocess, params: as for `fit`.
+            cache, exact_preprocess, params, peers: as for `fit`.
         **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
@@ -95,7 +104,7 @@ def fit_classifier(
             f"--head {head} reads no texts, but the text tower is to train: adapt image sites alone "
             "(--lora-targets vision-attention), add --lock-text, or use --head prompts"
         )
-    autocast = choose_autocast(autocast, clip, out, resume)
+    autocast = choose_autocast(autocast, clip, out, resume, peers)
     made: list[Head] = []
 
     def prepare(encoder: Encoder) -> Task:
@@ -116,6 +125,7 @@ def fit_classifier(
             cache_views=spec.cache_views,
             exact_preprocess=exact_preprocess,
             may_be_frozen=head != "prompts",
+            peers=peers,
         )
         classes = torch.tensor([train.classes.index(name) for name in inputs.feed.captions])
         scales = None if weights is None else torch.tensor(list(weights))
@@ -123,16 +133,18 @@ def fit_classifier(
         if head == "prompts":
             counts = [len(group) for group in prompts]
             objective = Prompted(
-                clip, inputs.images, _prompt_features(encoder, prompts), counts, classes, scales
+                clip, inputs.images, _prompt_features(encoder, prompts, peers), counts, classes, scales
             )
         else:
-            start = class_features(encoder, prompts)
+            start = _prototypes(encoder, prompts, peers)
             made.append(Head(head, start, float(clip.logit_scale.detach().exp())).to(clip.device))
             objective = Headed(clip, inputs.images, made[0], classes, scales)
-        evaluate = None if val is None else _evaluation(val, prompts, inputs, encoder, made, exact_preprocess)
+        evaluate = None
+        if val is not None:
+            evaluate = _evaluation(val, prompts, inputs, encoder, made, exact_preprocess, peers)
         return Task(inputs.feed, objective, evaluate, headline, made[0] if made else None)
 
-    settings = common_settings(clip, spec, autocast, exact_preprocess)
+    settings = common_settings(clip, spec, autocast, exact_preprocess, peers)
     result = run_task(
         clip,
         spec,
@@ -144,8 +156,9 @@ def fit_classifier(
         resume=resume,
         progress=progress,
         params=params or {},
+        peers=peers,
     )
-    if made:
+    if made and peers.root:
         save_head(made[0], train.classes, out / "head")
     return result
 
@@ -156,9 +169,15 @@ def headline(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names if name in metrics)
 
 
-def _prompt_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Callable[[], Tensor]:
-    """All prompts as (P, D) features: computed at every call if the text tower trains, else once."""
-    texts = [text for group in prompts for text in group]
+def _prompt_features(
+    encoder: Encoder, prompts: Sequence[Sequence[str]], peers: Peers
+) -> Callable[[], Tensor] | None:
+    """This process's share of all prompts, as (P, D) features: computed at every call if the text tower
+    trains, else once."""
+    everywhere = [text for group in prompts for text in group]
+    texts = everywhere[peers.share(len(everywhere))]
+    if not texts:
+        return None
     if trains(encoder.clip, "text"):
         tokens = encoder.clip.tokenize(texts)
         return lambda: encoder.encode_text(tokens)
@@ -174,29 +193,43 @@ def _evaluation(
     encoder: Encoder,
     heads: Sequence[nn.Module],
     exact_preprocess: bool,
+    peers: Peers,
 ) -> Callable[[], dict[str, float]]:
-    """Metrics of the model, or of its head, as it is; features of frozen parts are not computed again."""
+    """Metrics of the model, or of its head, as it is; features of frozen parts are not computed again.
+
+    Several processes encode a share each, and rank 0 counts.
+    """
+    clip = encoder.clip
+    encode = partial(encode_images, clip, encoder=encoder, exact_preprocess=exact_preprocess)
+
+    def judge(images: Tensor, prototypes: Tensor) -> ClassificationResult:
+        return evaluate_classification(
+            clip, val, prompts, encoder=encoder, image_features=images, prototypes=prototypes
+        )
+
+    def judge_head(images: Tensor) -> ClassificationResult:
+        with torch.no_grad():
+            logits = heads[0](images.to(clip.device))
+        return classification_metrics(logits, torch.tensor(val.labels), val.classes)
 
     def evaluate() -> dict[str, float]:
-        known = None if inputs.val_images is None else inputs.val_images()
-        if not heads:
-            return evaluate_classification(
-                encoder.clip,
-                val,
-                prompts,
-                encoder=encoder,
-                image_features=known,
-                exact_preprocess=exact_preprocess,
-            ).metrics
-        if known is None:
-            known = encode_images(
-                encoder.clip, val.images, encoder=encoder, exact_preprocess=exact_preprocess
-            )
-        with torch.no_grad():
-            logits = heads[0](known.to(encoder.clip.device))
-        return classification_metrics(logits, torch.tensor(val.labels), val.classes).metrics
+        known = inputs.val_images
+        images = in_shares(peers, val.images, encode) if known is None else known()
+        if heads:
+            return peers.at_root(lambda: judge_head(images).metrics)
+        prototypes = _prototypes(encoder, prompts, peers)
+        return peers.at_root(lambda: judge(images, prototypes).metrics)
 
     return evaluate
+
+
+def _prototypes(encoder: Encoder, prompts: Sequence[Sequence[str]], peers: Peers) -> Tensor:
+    """Unit-norm features of classes, (C, D) on the CPU, as `class_features` gives them."""
+    if peers.alone:
+        return class_features(encoder, prompts)
+    texts = [text for group in prompts for text in group]
+    features = in_shares(peers, texts, partial(encode_captions, encoder.clip, encoder=encoder))
+    return pool_prompts(features, [len(group) for group in prompts])
 
 
 def _as_pairs(data: Labelled) -> Pairs:

@@ -22,6 +22,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
 from clipgraft.train.activations import Activations, plan_activations
 from clipgraft.train.augmented import FrozenImages, ViewedImages
+from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.feed import Feed
 from clipgraft.train.towers import FixedImages, FixedTexts, LiveImages, LiveTexts, Tower, trains
 
@@ -62,6 +63,7 @@ def prepare_inputs(
     cache_views: int | None = None,
     exact_preprocess: bool = False,
     may_be_frozen: bool = False,
+    peers: Peers = ALONE,
 ) -> Inputs:
     """Decide for each tower whether it is a constant, or begins with one, and compute once what is.
 
@@ -69,7 +71,8 @@ def prepare_inputs(
     features of a frozen image tower are looked up in `cache`, and kept there. With `augment` a frozen image
     tower is no constant, unless `cache_views` says how many views of each image stand for all. Pixels of what
     is computed once come from the faster preprocessing, unless `exact_preprocess`; those of a tower that runs
-    at every step never do. `may_be_frozen` says that something else than the model trains, too.
+    at every step never do. `may_be_frozen` says that something else than the model trains, too. Each of
+    several `peers` encodes a share of what is computed once, and has all of it.
 
     Raises:
         ConfigError: nothing trains, there is no augmentation to train with, or what is given does not go with
@@ -84,11 +87,11 @@ def prepare_inputs(
     lower = None
     if live_images and not augment:
         files = [*train.images, *(val.images if val else ())]
-        lower = plan_activations(encoder, files, cache=cache, exact_preprocess=exact_preprocess)
+        lower = plan_activations(encoder, files, cache=cache, exact_preprocess=exact_preprocess, peers=peers)
     decoded = (live_images and lower is None) or (augment and cache_views is None)
     transform = _transform(clip, augment) if decoded else None
-    feed = Feed(train, batch_size, accum_freq, seed, transform, workers)
-    texts = _texts(encoder, feed, live_texts)
+    feed = Feed(train, batch_size, accum_freq, seed, transform, workers, peers)
+    texts = _texts(encoder, feed, live_texts, peers)
     if lower is not None:
         return _partly_fixed(feed, lower, texts, len(train), workers, progress)
     if live_images:
@@ -102,6 +105,7 @@ def prepare_inputs(
         progress=progress,
         cache=cache,
         exact_preprocess=exact_preprocess,
+        peers=peers,
     )
     if augment:
         images = _augmented_images(clip, train, encode, cache_views, seed, encoder)
@@ -114,22 +118,28 @@ def prepare_inputs(
     return Inputs(feed, images, texts, lambda: features)
 
 
-def _texts(encoder: Encoder, feed: Feed, live: bool) -> Tower:
+def _texts(encoder: Encoder, feed: Feed, live: bool, peers: Peers) -> Tower:
     if live:
         return LiveTexts(encoder, feed.captions)
     log.info("the text tower is frozen: each caption is encoded once")
-    return FixedTexts(encode_captions(encoder.clip, feed.captions, encoder=encoder))
+    return FixedTexts(
+        in_shares(peers, feed.captions, partial(encode_captions, encoder.clip, encoder=encoder))
+    )
 
 
 def _partly_fixed(
     feed: Feed, lower: Activations, texts: Tower, train: int, workers: int, progress: bool
 ) -> Inputs:
     """The first `train` of the images are trained on, the others are for validation."""
-    total = len(lower.images)
-    with _bar(lower.stored, total, progress) as advance:
+    total, peers = len(lower.images), lower.peers
+    with _bar(lower.stored, total, progress, peers) as advance:
         images = lower.compute(workers, advance)
-    val = partial(images.features, torch.arange(train, total)) if total > train else None
-    return Inputs(feed, images, texts, val)
+    if total == train:
+        return Inputs(feed, images, texts, None)
+    ids = range(train, total)
+    return Inputs(
+        feed, images, texts, lambda: in_shares(peers, ids, lambda own: images.features(torch.tensor(own)))
+    )
 
 
 def _augmented_images(
@@ -182,12 +192,13 @@ def _encode_once(
     progress: bool,
     cache: FeatureCache | None,
     exact_preprocess: bool,
+    peers: Peers,
     transform: Transform | None = None,
 ) -> Tensor:
-    with _bar(what, len(pairs), progress) as advance:
-        return encode_images(
+    with _bar(what, len(pairs), progress, peers) as advance:
+        encode = partial(
+            encode_images,
             clip,
-            pairs.images,
             workers=workers,
             encoder=encoder,
             progress=advance,
@@ -196,12 +207,14 @@ def _encode_once(
             exact_preprocess=exact_preprocess,
             label=what,
         )
+        return in_shares(peers, pairs.images, encode)
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """Gives what is told how many more images are done."""
-    with tqdm(desc=what, total=total, unit="image", disable=None if progress else True) as bar:
+def _bar(what: str, total: int, progress: bool, peers: Peers) -> Iterator[Callable[[int], None]]:
+    """Gives what is told how many more images are done; of several processes rank 0 shows its share."""
+    own = len(range(total)[peers.share(total)])
+    with tqdm(desc=what, total=own, unit="image", disable=None if progress and peers.root else True) as bar:
 
         def advance(images: int) -> None:
             bar.update(images)

@@ -20,11 +20,12 @@ from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import contrastive_backward
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from clipgraft.train.feed import Feed, MicroBatch
+from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.feed import Feed, MicroBatch, everywhere
 from clipgraft.train.objectives import Objective
 from clipgraft.train.optim import Schedule, clamp_logit_scale, set_lr
 from clipgraft.train.readings import Readings, not_finite
-from clipgraft.train.run_folder import RunFolder
+from clipgraft.train.run_folder import RunFolder, SilentFolder
 from clipgraft.train.stop import Interrupted, stop_requests
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
@@ -43,6 +44,8 @@ class Loop:
         settings: what a checkpoint must agree with to be resumed.
         epoch_end: called with the number of finished epochs; returns metrics to report, or None.
         progress: show a bar, if the output is a terminal.
+        peers: the processes that train together; each has this loop, and rank 0 alone writes.
+        seed: of the random streams of other processes than rank 0.
     """
 
     clip: Clip
@@ -57,8 +60,10 @@ class Loop:
     settings: Mapping[str, Any] = field(default_factory=dict)
     epoch_end: EpochEnd = lambda epoch: None
     progress: bool = True
+    peers: Peers = ALONE
+    seed: int = 0
 
-    def run(self, folder: RunFolder, resume: bool = False) -> None:
+    def run(self, folder: RunFolder | SilentFolder, resume: bool = False) -> None:
         """Train to the last epoch; events, checkpoints and what `epoch_end` saves are in `folder`.
 
         Raises:
@@ -67,56 +72,72 @@ class Loop:
             Interrupted: after a first SIGINT or SIGTERM; the checkpoint is written.
         """
         position = self._start(folder, resume)
-        with stop_requests() as stop:
+        with stop_requests(quiet=not self.peers.alone) as stop:
             for epoch in range(position.epoch, self.epochs):
                 position = self._epoch(folder, epoch, position, stop)
                 with self._ended_by(stop, position):
                     metrics = self.epoch_end(epoch + 1)
                 if metrics is not None:
                     folder.event("val", position.step, {"epoch": epoch + 1, **metrics})
-                if stop.is_set() and position.epoch < self.epochs:
+                if self._to_stop(stop) and position.epoch < self.epochs:
                     raise self._interrupted(position)
 
-    def _start(self, folder: RunFolder, resume: bool) -> Position:
+    def _start(self, folder: RunFolder | SilentFolder, resume: bool) -> Position:
         position = Position()
-        if resume and folder.latest.exists():
+        if resume and self.peers.at_root(folder.latest.exists):
             position = load_checkpoint(folder.latest, self.trained, self.optimizer, self.settings)
             log.info("resuming after step %d of %d", position.step, self.feed.steps * self.epochs)
         elif resume:
             log.info("%s has no checkpoint yet: starting at the first step", folder.path)
         folder.start(position)
+        # They are the same already, up to what was computed from data.
+        self.peers.send(p for p in self.trained.parameters() if p.requires_grad)
         return position
 
-    def _epoch(self, folder: RunFolder, epoch: int, position: Position, stop: threading.Event) -> Position:
+    def _to_stop(self, stop: threading.Event) -> bool:
+        """Whether any process was asked to stop; then all of them are.
+
+        A signal that comes while they ask each other counts at the next time.
+        """
+        agreed = self.peers.any(stop.is_set())
+        if agreed:
+            stop.set()
+        return agreed
+
+    def _epoch(
+        self, folder: RunFolder | SilentFolder, epoch: int, position: Position, stop: threading.Event
+    ) -> Position:
         self.trained.train()
         start = position.step_in_epoch
         batches = self.feed.batches(epoch, start)
         with contextlib.closing(batches), self._bar(epoch, start) as bar:
             readings = Readings(folder, bar, self.clip.device)
-            for number, batch in enumerate(_until(stop, batches), start=start + 1):
+            for number, batch in enumerate(self._until(stop, batches), start=start + 1):
                 position = Position(epoch, number, position.step + 1)
                 lr, loss = self._step(batch, position.step)
-                readings.add(position.step, lr, _pairs(batch), loss, self.clip.logit_scale)
+                readings.add(position.step, lr, self._pairs(batch), loss, self.clip.logit_scale)
                 if number < self.feed.steps and self._checkpoint_is_due(position.step):
                     readings.read()
                     self._checkpoint(folder, position)
             readings.read()
         # Before the evaluation: it may be long, and a run that goes on from here repeats it.
         self._checkpoint(folder, position)
-        if stop.is_set():
+        if self._to_stop(stop):
             raise self._interrupted(position)
         if readings.losses:
             mean = sum(readings.losses) / len(readings.losses)
             log.info("epoch %d of %d: mean loss %.4f", epoch + 1, self.epochs, mean)
         return Position(epoch + 1, 0, position.step)
 
-    def _step(self, batch: Sequence[MicroBatch], number: int) -> tuple[float, Tensor]:
+    def _step(self, batch: list[MicroBatch], number: int) -> tuple[float, Tensor]:
         """Take step `number`, counted from 1; its learning rate, and the loss before it."""
         lr = self.schedule(number - 1)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
+        self.peers.reseed(self.seed, number)
+        loss_of = self.objective.loss(everywhere(batch, self.peers))
         try:
-            loss = contrastive_backward(self.objective.parts(batch), self.objective.loss(batch))
+            loss = contrastive_backward(self.objective.parts(batch), loss_of, self.peers)
         except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of GPU memory at step {number}: halve --batch-size and double --accum-freq, "
@@ -125,20 +146,24 @@ class Loop:
         if self.clip.device.type == "cpu" and not math.isfinite(loss):
             # Before the update, so that what a library user holds is not spoilt; elsewhere reading it costs.
             raise not_finite(number, lr, float(loss))
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.peers.sum_gradients(trainable)
         if number == 1 and lora_state(self.clip) is not None:
             verify_gradients(self.clip)
         if self.grad_clip_norm is not None:
-            trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(trainable, self.grad_clip_norm)
         self.optimizer.step()
         clamp_logit_scale(self.clip.logit_scale)
+        self.peers.send(running_statistics(self.trained))
         return lr, loss
 
     def _checkpoint_is_due(self, step: int) -> bool:
         return self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0
 
-    def _checkpoint(self, folder: RunFolder, position: Position) -> None:
-        save_checkpoint(folder.latest, self.trained, self.optimizer, position, self.settings)
+    def _checkpoint(self, folder: RunFolder | SilentFolder, position: Position) -> None:
+        if self.peers.root:
+            save_checkpoint(folder.latest, self.trained, self.optimizer, position, self.settings)
+        self.peers.barrier()  # nobody is to say that it is saved before it is
 
     def _interrupted(self, position: Position) -> Interrupted:
         return Interrupted(f"stopped and saved after step {position.step} of {self.feed.steps * self.epochs}")
@@ -162,20 +187,28 @@ class Loop:
             disable=None if self.progress else True,
         )
 
+    def _pairs(self, batch: Sequence[MicroBatch]) -> int:
+        """Of all processes."""
+        return self.peers.size * sum(len(part.image_ids) for part in batch)
 
-def _pairs(batch: Sequence[MicroBatch]) -> int:
-    return sum(len(part.image_ids) for part in batch)
-
-
-def _until(stop: threading.Event, batches: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
-    """The batches, up to a request to stop; a loader that the same signal has ended is no error."""
-    while not stop.is_set():
-        try:
-            batch = next(batches, None)
-        except RuntimeError:
+    def _until(
+        self, stop: threading.Event, batches: Iterator[list[MicroBatch]]
+    ) -> Iterator[list[MicroBatch]]:
+        """The batches, up to a request to stop; a loader that the same signal has ended is no error."""
+        while True:
+            batch = None
             if not stop.is_set():
-                raise
-            return
-        if batch is None:
-            return
-        yield batch
+                try:
+                    batch = next(batches, None)
+                except RuntimeError:
+                    if not stop.is_set():
+                        raise
+            if self._to_stop(stop) or batch is None:
+                return
+            yield batch
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """What batch norms keep of the batches they see, which is of this process's alone."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]

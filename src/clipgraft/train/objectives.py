@@ -63,11 +63,13 @@ class Contrastive:
 class Prompted:
     """Images told apart by class: cross-entropy over the classes' prompts.
 
-    Prompts are encoded once a step, as a part of their own, and not at all if their features are fixed.
+    Prompts are encoded once a step, as a part of their own, and not at all if their features are fixed; each
+    of several processes encodes a share of them.
 
     Attributes:
         images: what the image tower gives for a micro-batch.
-        prompts: () -> (P, D) features of all prompts, class by class, any norm.
+        prompts: () -> (P, D) features of all prompts, class by class, any norm; of several processes, this
+            one's share; None if it has none.
         counts: how many prompts each class has.
         class_of_caption: (captions,) the class that a caption id stands for.
         weights: (C,) of the classes in the loss, or None.
@@ -75,16 +77,17 @@ class Prompted:
 
     clip: Clip
     images: Tower
-    prompts: Callable[[], Tensor]
+    prompts: Callable[[], Tensor] | None
     counts: Sequence[int]
     class_of_caption: Tensor
     weights: Tensor | None = None
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
-        return [self._encode_prompts, *_images_alone(self.clip, self.images, batch)]
+        images = _images_alone(self.clip, self.images, batch)
+        return images if self.prompts is None else [partial(self._encode_prompts, self.prompts), *images]
 
-    def _encode_prompts(self) -> Features:
-        texts = self.prompts().to(self.clip.device)
+    def _encode_prompts(self, prompts: Callable[[], Tensor]) -> Features:
+        texts = prompts().to(self.clip.device)
         return texts.new_empty(0, texts.shape[1]), texts
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:

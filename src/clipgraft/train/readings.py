@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipgraft.errors import TrainingError
-from clipgraft.train.run_folder import RunFolder
+from clipgraft.train.run_folder import RunFolder, SilentFolder
 
 _STEPS_BETWEEN_READINGS = 25
 """On a GPU: reading a number waits for every step that was queued before it."""
@@ -33,7 +33,7 @@ class Readings:
         losses: of all steps read so far.
     """
 
-    def __init__(self, folder: RunFolder, bar: tqdm[object], device: torch.device) -> None:
+    def __init__(self, folder: RunFolder | SilentFolder, bar: tqdm[object], device: torch.device) -> None:
         self.losses: list[float] = []
         self._folder = folder
         self._bar = bar

@@ -22,12 +22,13 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.precision import use_autocast
 from clipgraft.models.save import size_on_disk
 from clipgraft.train.checkpoint import recorded_settings
+from clipgraft.train.distributed import ALONE, Peers
 from clipgraft.train.feed import Feed
 from clipgraft.train.locking import lock_tower
 from clipgraft.train.loop import Loop
 from clipgraft.train.objectives import Objective
 from clipgraft.train.optim import Schedule, make_optimizer, make_schedule
-from clipgraft.train.run_folder import RunFolder, latest_checkpoint
+from clipgraft.train.run_folder import RunFolder, SilentFolder, latest_checkpoint
 from clipgraft.train.saving import Saver
 from clipgraft.train.towers import trains
 
@@ -62,7 +63,8 @@ class Task:
     Attributes:
         feed: the batches.
         objective: what a step minimises.
-        evaluate: metrics of the model as it is; None if there is nothing to evaluate on.
+        evaluate: metrics of the model as it is, the same in every process; None if there is nothing to
+            evaluate on.
         headline: the numbers of them that people look at first, in words.
         head: what trains besides the model, or None.
     """
@@ -103,6 +105,7 @@ def run_task(
     resume: bool,
     progress: bool,
     params: Mapping[str, Any],
+    peers: Peers = ALONE,
 ) -> FitResult:
     """Prepare a task, train on it, and save what came of it.
 
@@ -115,7 +118,8 @@ def run_task(
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
     started = time.perf_counter()
-    with RunFolder(out, {**settings, **params}, resume) as folder:
+    folder = RunFolder(out, {**settings, **params}, resume) if peers.root else SilentFolder(out)
+    with folder:
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
         task = prepare(encoder)
         if not trains(clip, "vision"):
@@ -135,39 +139,49 @@ def run_task(
             grad_clip_norm=spec.grad_clip_norm,
             checkpoint_steps=keeping.checkpoint_steps,
             settings=settings,
-            epoch_end=_epoch_end(task, saver, keeping, spec.epochs),
-            progress=progress,
+            epoch_end=_epoch_end(task, saver if peers.root else None, keeping, spec.epochs),
+            progress=progress and peers.root,
+            peers=peers,
+            seed=spec.seed,
         )
         torch.manual_seed(spec.seed)
         try:
             loop.run(folder, resume)
         finally:
             clip.eval()
-        history = folder.history()
-        saved = saver.save_final(spec.epochs, history[-1] if history else {})
-        seconds = time.perf_counter() - started
-        trainable = count_parameters(clip).trainable
-        result = FitResult(folder.path, saved, size_on_disk(saved), trainable, seconds, history)
-        write_json(folder.path / "results.json", _plain(asdict(result)))
-        log.info(
-            "saved %s (%.2f MB, %s trained weights, %.0f s)",
-            saved,
-            result.bytes / 1e6,
-            f"{trainable:,}",
-            seconds,
-        )
+        return peers.at_root(lambda: _finish(clip, folder, saver, spec.epochs, started))
+
+
+def _finish(
+    clip: Clip, folder: RunFolder | SilentFolder, saver: Saver, epochs: int, started: float
+) -> FitResult:
+    """Save what came of a run, and say so."""
+    assert isinstance(folder, RunFolder)
+    history = folder.history()
+    saved = saver.save_final(epochs, history[-1] if history else {})
+    seconds = time.perf_counter() - started
+    trainable = count_parameters(clip).trainable
+    result = FitResult(folder.path, saved, size_on_disk(saved), trainable, seconds, history)
+    write_json(folder.path / "results.json", _plain(asdict(result)))
+    log.info(
+        "saved %s (%.2f MB, %s trained weights, %.0f s)",
+        saved,
+        result.bytes / 1e6,
+        f"{trainable:,}",
+        seconds,
+    )
     return result
 
 
 def _epoch_end(
-    task: Task, saver: Saver, keeping: Keeping, epochs: int
+    task: Task, saver: Saver | None, keeping: Keeping, epochs: int
 ) -> Callable[[int], Mapping[str, float] | None]:
     def epoch_end(epoch: int) -> Mapping[str, float] | None:
         metrics = None
         if task.evaluate is not None and _due(epoch, keeping.val_frequency, epochs):
             metrics = task.evaluate()
             log.info("epoch %d: %s", epoch, task.headline(metrics))
-        if _due(epoch, keeping.save_frequency, epochs):
+        if saver is not None and _due(epoch, keeping.save_frequency, epochs):
             saver.save_epoch(epoch, metrics or {})
         return metrics
 
@@ -189,8 +203,12 @@ def choose_trainable(clip: Clip, spec: TrainSpec) -> None:
         clip.family.set_grad_checkpointing(clip.model, True)
 
 
-def choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) -> bool:
+def choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool, peers: Peers = ALONE) -> bool:
     """As chosen; else as a resumed run did so far, whatever a measurement says today; else measured."""
+    return peers.at_root(lambda: _choose_autocast(choice, clip, out, resume))
+
+
+def _choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) -> bool:
     latest = latest_checkpoint(out)
     if choice is None and resume and latest.exists():
         recorded = recorded_settings(latest).get("autocast")
@@ -200,7 +218,9 @@ def choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) ->
     return use_autocast(choice, clip.device)
 
 
-def common_settings(clip: Clip, spec: TrainSpec, autocast: bool, exact_preprocess: bool) -> dict[str, Any]:
+def common_settings(
+    clip: Clip, spec: TrainSpec, autocast: bool, exact_preprocess: bool, peers: Peers = ALONE
+) -> dict[str, Any]:
     """What no kind of run may change before it is resumed, its data aside."""
     state = lora_state(clip)
     return {
@@ -209,6 +229,7 @@ def common_settings(clip: Clip, spec: TrainSpec, autocast: bool, exact_preproces
         "exact_preprocess": exact_preprocess,
         "base": clip.fingerprint,
         "lora": asdict(state.chosen().settings) if state is not None else None,
+        **({} if peers.alone else {"processes": peers.size}),
     }
 
 

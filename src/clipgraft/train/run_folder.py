@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
@@ -135,6 +136,29 @@ class RunFolder:
             reason = f"{kind.__name__}: {error}"
             self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None))
         self.close()
+
+
+@dataclass(frozen=True)
+class SilentFolder:
+    """A run folder to a process that does not write: everything is where it is, and nothing is done."""
+
+    path: Path
+
+    @property
+    def latest(self) -> Path:
+        return latest_checkpoint(self.path)
+
+    def start(self, position: Position) -> None:
+        """Nothing to open."""
+
+    def event(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Rank 0 reports the same."""
+
+    def __enter__(self) -> SilentFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
 
 
 def _plain(value: Any) -> Any:

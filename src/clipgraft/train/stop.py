@@ -21,10 +21,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def stop_requests(quiet: bool = False) -> Iterator[threading.Event]:
     """Yield an event that the first SIGINT or SIGTERM sets; the second one acts as if this were not here.
 
-    Outside the main thread no signal arrives, and the event is never set.
+    The first one prints a notice, unless `quiet`. Outside the main thread no signal arrives, and the
+    event is never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -37,7 +38,8 @@ def stop_requests() -> Iterator[threading.Event]:
         if os.getpid() != owner:  # a loader's process that inherited this handler: its owner ends it
             return
         stop.set()
-        os.write(2, _NOTICE)  # what print and logging use may be locked by the code this interrupts
+        if not quiet:
+            os.write(2, _NOTICE)  # what print and logging use may be locked by the code this interrupts
         _set(before)
         for child in _CHILD_DIED:
             before[child] = signal.signal(child, signal.SIG_DFL)

@@ -1,0 +1,30 @@
+"""`clipgraft` in which one process of several fails at a step: failing.py HOW RANK STEP, then the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from clipgraft.cli import main
+from clipgraft.errors import DataError
+from clipgraft.train.loop import Loop
+
+HOW, RANK, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+_step = Loop._step
+
+
+def failing(self: Loop, batch: Any, number: int) -> Any:
+    if (self.peers.rank, number) == (RANK, STEP):
+        if HOW == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif HOW == "error":
+            raise DataError("3.png is broken: remove it")
+        elif HOW == "stop":
+            os.kill(os.getppid(), signal.SIGINT)
+    return _step(self, batch, number)
+
+
+Loop._step = failing  # type: ignore[method-assign]
+sys.exit(main(sys.argv[4:]))

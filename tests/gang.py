@@ -1,0 +1,187 @@
+"""Training runs that one process and two must do alike; run as a program, what each of the two does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clipgraft as cg
+from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.labels import Labelled
+from clipgraft.engine import kernels
+from clipgraft.engine.encoder import Encoder
+from clipgraft.models.clip import Clip
+from clipgraft.models.load import load
+from clipgraft.train import fit as fit_module
+from clipgraft.train.accumulate import contrastive_backward
+from clipgraft.train.distill import distill
+from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.feed import Feed, everywhere
+from clipgraft.train.fit_classes import fit_classifier
+from clipgraft.train.joining import joined
+from clipgraft.train.loop import Loop
+from clipgraft.train.objectives import Contrastive
+from clipgraft.train.stop import Interrupted
+from clipgraft.train.towers import LiveImages, LiveTexts
+
+PAIRS_IN_A_STEP = 8
+BOTH = "text.*.q,v,fc1,vision.*.q,v,fc1"
+SETTINGS: dict[str, Any] = {"epochs": 2, "lr": 1e-3, "warmup": 0, "workers": 0, "progress": False}
+CLASSES = ("even", "odd", "third")
+PROMPTS = (("an even picture", "even"), ("an odd picture",), ("a third picture", "the third"))
+Case = Callable[[Clip, Path, Path, Peers], object]
+
+
+def grafted(clip: Clip, targets: str, **options: Any) -> Clip:
+    """Adapters that already do something, so that no gradient is zero."""
+    torch.manual_seed(1)
+    cg.apply_lora(clip, **{"r": 2, "targets": targets, "train_logit_scale": True, **options})
+    for name, parameter in clip.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return clip
+
+
+def step(peers: Peers, accum_freq: int = 1) -> dict[str, int]:
+    """Flags that give a step as many pairs, however many processes there are."""
+    return {"batch_size": PAIRS_IN_A_STEP // peers.size // accum_freq, "accum_freq": accum_freq}
+
+
+def on_pairs(
+    clip: Clip, table: Path, out: Path, peers: Peers, *, targets: str | None, accum_freq: int = 1, **more: Any
+) -> object:
+    """`fit`; without targets all weights train."""
+    if targets is not None:
+        grafted(clip, targets, **more.pop("lora", {}))
+    if more.pop("cached", False):
+        more["cache"] = FeatureCache(out.parent / f"cache-{out.name}")
+    pairs = cg.read_pairs(table)[0]
+    return cg.fit(clip, pairs, pairs, out=out, peers=peers, **SETTINGS, **step(peers, accum_freq), **more)
+
+
+def on_classes(
+    clip: Clip, table: Path, out: Path, peers: Peers, *, targets: str | None, head: Any = "prompts"
+) -> object:
+    """`fit_classifier` on classes of unequal size and weight; without targets the head alone."""
+    options: dict[str, Any] = {"weights": [1.0, 2.0, 4.0], "head": head}
+    if targets is None:
+        options |= {"lock_image": True, "lock_text": True}
+        clip.logit_scale.requires_grad_(False)
+    else:
+        grafted(clip, targets, train_logit_scale=head == "prompts")
+    images = cg.read_pairs(table)[0].images
+    data = Labelled(images, tuple(index % 5 % 3 for index in range(len(images))), CLASSES)
+    options |= {**SETTINGS, **step(peers)}
+    return fit_classifier(clip, data, data, prompts=PROMPTS, out=out, peers=peers, **options)
+
+
+def from_teacher(clip: Clip, table: Path, out: Path, peers: Peers) -> object:
+    """`distill`, from a teacher that differs from the student."""
+    teacher = load(clip.source.name, "none")
+    with torch.no_grad():
+        for parameter in teacher.model.parameters():
+            parameter.mul_(1.1)
+    pairs = cg.read_pairs(table)[0]
+    return distill(grafted(clip, BOTH), teacher, pairs, out=out, peers=peers, **SETTINGS, **step(peers))
+
+
+CASES: dict[str, Case] = {
+    "text tower": partial(on_pairs, targets="text-attention", negatives="batch"),
+    "gallery": partial(on_pairs, targets="text-attention", negatives="gallery", grad_clip_norm=0.01),
+    "both towers": partial(on_pairs, targets=BOTH),
+    "crops": partial(on_pairs, targets=BOTH, augment=True, accum_freq=2),
+    # A key's bias has no gradient but rounding errors, which Adam divides by their own size, and eps hides.
+    "all weights": partial(on_pairs, targets=None, eps=1e-4),
+    "upper blocks in memory": partial(on_pairs, targets="vision.1.*"),
+    "upper blocks in the cache": partial(on_pairs, targets="vision.1.*,text.*.fc1", cached=True),
+    "prompts": partial(on_classes, targets=BOTH),
+    "fixed prompts": partial(on_classes, targets="vision.*.fc1"),
+    "linear head": partial(on_classes, targets=None, head="linear"),
+    "cosine head": partial(on_classes, targets="vision.1.fc1", head="cosine"),
+    "distillation": from_teacher,
+}
+QUICK = ("text tower", "crops", "prompts")
+DROPPING = {"targets": BOTH, "lora": {"dropout": 0.3}, "augment": True, "accum_freq": 2}
+
+
+def gradients(clip: Clip, table: Path, peers: Peers, accum_freq: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one step in fp64."""
+    grafted(clip, BOTH).train().model.double()
+    clip.logit_scale.data = clip.logit_scale.data.double()
+    pairs, encoder = cg.read_pairs(table)[0], Encoder(clip)
+    size = step(peers, accum_freq)
+    feed = Feed(pairs, size["batch_size"], accum_freq, 0, clip.require_preprocess(), 0, peers)
+    batch = next(feed.batches(0, 1))
+    objective = Contrastive(clip, LiveImages(encoder), LiveTexts(encoder, feed.captions))
+    loss = contrastive_backward(objective.parts(batch), objective.loss(everywhere(batch, peers)), peers)
+    peers.sum_gradients(list(clip.model.parameters()))
+    return loss, {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}
+
+
+@contextlib.contextmanager
+def asked_to_stop(peers: Peers, rank: int, at: int) -> Iterator[None]:
+    """Rank `rank` alone gets a SIGTERM in step `at`; all raise Interrupted."""
+    real = Loop._step
+
+    def stepping(self: Loop, batch: Any, number: int) -> Any:
+        if peers.rank == rank and number == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_step", stepping)
+        try:
+            yield
+        except Interrupted:
+            return
+    raise AssertionError("was not interrupted")
+
+
+def run_case(name: str, config: Path, table: Path, out: Path, peers: Peers = ALONE) -> None:
+    """Train as the case says, into a folder of `out` with its name."""
+    CASES[name](load(str(config), "none"), table, out / name, peers)
+
+
+def main(config: Path, table: Path, out: Path, *names: str) -> None:
+    """What two processes do for the tests: cases by name, and runs that are stopped and resumed."""
+    torch.set_num_threads(1)
+    kernels._seconds = lambda run: (run(), 1.0)[1]  # every process takes the first kernel
+    encode, shares = fit_module.encode_images, []
+
+    def counted(clip: Clip, paths: Any, **options: Any) -> Tensor:
+        shares.append(len(paths))
+        return encode(clip, paths, **options)
+
+    def fresh() -> Clip:
+        return load(str(config), "none")
+
+    with joined() as peers:
+        for accum_freq in (1, 2):
+            found = gradients(fresh(), table, peers, accum_freq)
+            torch.save(found, out / f"gradients-{accum_freq}-{peers.rank}.pt")
+        for name in names:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(fit_module, "encode_images", counted)
+                shares.clear()
+                run_case(name, config, table, out, peers)
+            (out / f"shares-{name}-{peers.rank}.json").write_text(json.dumps(shares))
+        on_pairs(fresh(), table, out / "whole", peers, **DROPPING)
+        for target, case in (("resumed", DROPPING), ("left", {"targets": BOTH})):
+            with asked_to_stop(peers, 1, 4):
+                on_pairs(fresh(), table, out / target, peers, **case)
+        on_pairs(fresh(), table, out / "resumed", peers, resume=True, **DROPPING)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

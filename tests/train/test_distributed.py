@@ -1,0 +1,274 @@
+"""Several processes train what one trains, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clipgraft as cg
+import gang
+from clipgraft.models.clip import Clip
+from clipgraft.models.load import load
+from clipgraft.train.distributed import ALONE, Peers, in_shares
+from clipgraft.train.feed import Feed, MicroBatch
+
+TESTS = Path(__file__).parents[1]
+OTHERS = tuple(name for name in gang.CASES if name not in gang.QUICK)
+
+
+def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a program under torchrun on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--nproc-per-node", processes, "--master-addr", "127.0.0.1", "--master-port", port, "--"]
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, flags), *map(str, arguments)]
+    path = os.pathsep.join([str(Path(cg.__file__).parents[1]), str(TESTS)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, pictures: Path) -> Path:
+    """What two processes made of the quick cases in `gang`."""
+    return in_gang(tiny_config, pictures, tmp_path_factory.mktemp("both"), gang.QUICK)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, pictures: Path) -> Path:
+    """The same of all other cases."""
+    return in_gang(tiny_config, pictures, tmp_path_factory.mktemp("others"), OTHERS)
+
+
+def in_gang(config: Path, table: Path, out: Path, names: Sequence[str]) -> Path:
+    done = launch(TESTS / "gang.py", config, table, out, *names)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
+    return dict(state["weights"])
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """What was reported, but for the time it took."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
+
+
+def files(run: Path) -> list[str]:
+    return sorted(str(f.relative_to(run)) for f in run.rglob("*") if f.is_file() and "tfevents" not in f.name)
+
+
+def assert_close(found: Path, wanted: Path) -> None:
+    """The same run, up to rounding."""
+    ours, theirs = trained(found), trained(wanted)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(events(found)) == len(events(wanted))
+    for mine, line in zip(events(found), events(wanted), strict=True):
+        assert mine == pytest.approx(line, abs=1e-5)
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_gradients_are_those_of_the_whole_batch(
+    accum_freq: int, both: Path, tiny_config: Path, pictures: Path
+) -> None:
+    """Gradients that are averaged, or lack the negatives of other processes, train another model."""
+    clip = load(str(tiny_config), "none")
+    loss, wanted = gang.gradients(clip, pictures, ALONE, accum_freq)
+    for rank in (0, 1):
+        found_loss, found = torch.load(both / f"gradients-{accum_freq}-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=0, check_dtype=False)
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+            assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", gang.QUICK)
+def test_two_processes_equal_one(
+    name: str, both: Path, tiny_config: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Who adds a second GPU at the same global batch would get another model, or other metrics."""
+    gang.run_case(name, tiny_config, pictures, tmp_path)
+    assert_close(both / name, tmp_path / name)
+    assert files(both / name) == files(tmp_path / name)
+    assert len(list((both / name / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_processes_equal_one_in_other_ways(
+    name: str, others: Path, tiny_config: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Heads, galleries, stored activations, full fine-tuning or a teacher would train something else."""
+    test_two_processes_equal_one(name, others, tiny_config, pictures, tmp_path)
+
+
+def test_evaluation_is_shared(both: Path) -> None:
+    """Every process would encode all validation images, which takes as long as one process takes."""
+    shares = [json.loads((both / f"shares-crops-{rank}.json").read_text()) for rank in (0, 1)]
+    assert shares == [[6, 6], [6, 6]]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(both: Path) -> None:
+    """Dropout, crops or the place in the epoch of some process would not be replayed."""
+    resumed, whole = trained(both / "resumed"), trained(both / "whole")
+    assert resumed.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
+    assert events(both / "resumed") == events(both / "whole")
+
+
+def test_one_process_goes_on_where_two_stopped(
+    both: Path,
+    tiny_config: Path,
+    pictures: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run could not be finished on the one GPU that is left, or would silently become another one."""
+    stopped = both / "left"
+
+    def train(out: Path, **options: Any) -> None:
+        gang.on_pairs(load(str(tiny_config), "none"), pictures, out, ALONE, targets=gang.BOTH, **options)
+
+    assert len(events(stopped)) == 5, "four steps and one evaluation"
+    with monkeypatch.context() as patch:
+        patch.setattr(gang, "PAIRS_IN_A_STEP", 4)
+        with pytest.raises(cg.CheckpointError, match=r"pairs in a step \(was 8, now 4\)"):
+            train(stopped, resume=True)
+    train(tmp_path / "whole")
+    train(stopped, resume=True, accum_freq=2)
+    assert "this run had 2 processes and goes on with 1" in caplog.text
+    assert_close(stopped, tmp_path / "whole")
+
+
+@given(count=st.integers(0, 50), size=st.integers(1, 9))
+def test_shares_are_a_partition(count: int, size: int) -> None:
+    """An image would be encoded twice, or not at all, and metrics be those of other data."""
+    parts = [range(count)[Peers(rank, size).share(count)] for rank in range(size)]
+    assert [item for part in parts for item in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert len(parts[0]) == max(map(len, parts)), "rank 0 has work as soon as anyone has"
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_processes_share_each_batch_of_one(pixels: bool, pairs: cg.Pairs, clip: Clip) -> None:
+    """Two processes would see a pair twice and others never, or other negatives than one process."""
+    transform = clip.require_preprocess() if pixels else None
+    whole = Feed(pairs, 8, 1, 3, transform, 0)
+    parts = [Feed(pairs, 2, 2, 3, transform, 0, Peers(rank, 2)) for rank in (0, 1)]
+    for start in (0, 1):
+        batches = zip(whole.batches(1, start), *(part.batches(1, start) for part in parts), strict=True)
+        for (one,), *shares in batches:
+            mine = [pair for share in shares for micro in share for pair in ids(micro)]
+            assert sorted(mine) == sorted(ids(one))
+
+
+def ids(micro: MicroBatch) -> list[tuple[int, int]]:
+    return list(zip(micro.image_ids.tolist(), micro.caption_ids.tolist(), strict=True))
+
+
+def test_too_few_pairs_for_all_processes(pairs: cg.Pairs) -> None:
+    """The number that is advised must be one that works."""
+    with pytest.raises(cg.DataError, match=r"--batch-size 9 x 3 processes: use --batch-size 8 or less"):
+        Feed(pairs, 9, 1, 0, None, 0, Peers(0, 3))
+    assert Feed(pairs, 8, 1, 0, None, 0, Peers(0, 3)).steps == 1
+
+
+def test_alone_nothing_is_copied_or_sent() -> None:
+    """Training in one process would pay for what it does not use."""
+    rows = torch.arange(6.0).view(3, 2)
+    assert in_shares(ALONE, [1, 2, 3], lambda items: rows) is rows
+    assert ALONE.gather(rows) == [(rows,)]
+    assert ALONE.at_root(lambda: 3) == 3
+    assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+    before = torch.get_rng_state()
+    ALONE.reseed(0, 1)
+    ALONE.send([rows])
+    ALONE.barrier()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_of_other_processes_differ() -> None:
+    """Processes that drop the same weights at the same step would see less than they could."""
+    drawn = set()
+    for rank, step in ((1, 1), (2, 1), (1, 2)):
+        Peers(rank, 3).reseed(0, step)
+        drawn.add(torch.rand(1).item())
+    Peers(1, 3).reseed(0, 1)
+    assert len(drawn) == 3
+    assert torch.rand(1).item() in drawn
+
+
+def train_and_fail(how: str, at: int, out: Path, config: Path, table: Path) -> tuple[list[str], int]:
+    """What clipgraft says on stderr when rank 1 fails at a step, and with what code that process ends."""
+    flags = f"--model {config} --pretrained none --precision fp32 --use-lora --lora-r 2 --batch-size 4"
+    command = [
+        "train",
+        "--train-data",
+        table,
+        "--logs",
+        out,
+        "--name",
+        "run",
+        "--epochs",
+        500,
+        *flags.split(),
+    ]
+    done = launch(TESTS / "failing.py", how, 1, at, *command, "--checkpoint-steps", 2, "--workers", 0)
+    assert done.returncode == 1, "torchrun's own code"
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    code = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: 1 ", done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("clipgraft: ")]
+    return lines, int(code.group(1)) if code else 0
+
+
+def steps_saved(run: Path) -> int:
+    state = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
+    return int(state["position"]["step"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(tmp_path: Path, tiny_config: Path, pictures: Path) -> None:
+    """A run whose process the system has killed would hang for ever, or end with a page that says nothing."""
+    (line,), code = train_and_fail("killed", 5, tmp_path, tiny_config, pictures)
+    assert re.match(r"clipgraft: rank 1 of 2 \(.+, process \d+\) has died", line)
+    assert "go on with: torchrun --nproc-per-node 2 -m -- clipgraft train" in line
+    assert line.endswith("--resume latest")
+    assert code == -signal.SIGKILL
+    assert steps_saved(tmp_path / "run") == 4
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_is_said_once(tmp_path: Path, tiny_config: Path, pictures: Path) -> None:
+    """The others would print pages about lost connections, in which the reason is lost."""
+    lines, code = train_and_fail("error", 5, tmp_path, tiny_config, pictures)
+    assert lines == ["clipgraft: 3.png is broken: remove it"]
+    assert code == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_saves_once(tmp_path: Path, tiny_config: Path, pictures: Path) -> None:
+    """Processes that stop at different steps wait for each other until they are killed, nothing saved."""
+    (line,), _ = train_and_fail("stop", 5, tmp_path, tiny_config, pictures)
+    step = steps_saved(tmp_path / "run")
+    assert step >= 5
+    assert line.startswith(f"clipgraft: stopped and saved after step {step} of 1500; go on with: torchrun ")

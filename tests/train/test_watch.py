@@ -1,0 +1,105 @@
+"""Who is gone, who says so, and when: the watch that processes of a run keep on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from clipgraft.cli import common
+from clipgraft.cli.together import launcher
+from clipgraft.errors import ConfigError
+from clipgraft.train import watch as watch_module
+from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.joining import joined
+from clipgraft.train.several import several
+from clipgraft.train.watch import PeerLostError, Watch
+
+UNDER_TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture
+def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Watch]]:
+    """Two processes' watches over one store, in a hurry."""
+    for name, seconds in (("BEAT", 0.01), ("SUSPECT", 0.2), ("SILENT", 60.0), ("GRACE", 60.0)):
+        monkeypatch.setattr(watch_module, name, seconds)
+    store = dist.HashStore()
+    both = Watch(store, 0, 2), Watch(store, 1, 2)
+    for watch in both:
+        watch.start()
+    yield both
+    for watch in both:
+        watch.stop()
+
+
+def test_a_silent_process_is_named(watches: tuple[Watch, Watch]) -> None:
+    """The user would not know which machine to look at."""
+    ours, theirs = watches
+    theirs.stop()
+    ours.advice = "go on"
+    lost = ours.explain("connection closed")
+    assert isinstance(lost, PeerLostError)
+    assert str(lost).startswith("rank 1 of 2 (")
+    assert str(lost).endswith("; go on")
+
+
+def test_nobody_is_named_while_all_live(watches: tuple[Watch, Watch]) -> None:
+    """Ctrl-C, or a broken cable, would be blamed on a process that is well."""
+    assert watches[0].find() is None
+    assert "lost each other (connection closed)" in str(watches[0].explain("connection closed\nat line 3"))
+
+
+def test_the_first_to_end_the_run_is_believed(watches: tuple[Watch, Watch]) -> None:
+    """Each process would print an error: one the reason, the others what followed from it."""
+    ours, theirs = watches
+    assert theirs.claim(2) is None
+    assert ours.claim(1) == 2
+    assert str(ours.explain("connection closed")).startswith("rank 1 of 2 has ended the run")
+
+
+def test_who_is_one_of_several() -> None:
+    """A shell in which one variable is left over would make every run wait for others."""
+    assert several(UNDER_TORCHRUN)
+    assert not several({**UNDER_TORCHRUN, "WORLD_SIZE": "1"})
+    assert not several({"WORLD_SIZE": "2"})
+    with joined() as peers:
+        assert peers is ALONE
+
+
+def test_variables_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo in a job script would end in a traceback."""
+    for name, value in {**UNDER_TORCHRUN, "RANK": "one"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="start with torchrun"), joined():
+        pass
+
+
+def test_the_command_to_go_on_with() -> None:
+    """A run of two processes would be resumed in one."""
+    assert launcher({}) == "clipgraft"
+    assert launcher(UNDER_TORCHRUN) == "torchrun --nproc-per-node 2 -m -- clipgraft"
+    assert "[its flags as before]" in launcher({**UNDER_TORCHRUN, "LOCAL_WORLD_SIZE": "1"})
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes would crowd onto the first GPU, and the others stand idle."""
+    chosen: list[int] = []
+    monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(common.torch.cuda, "set_device", chosen.append)
+    assert common.own_device("auto", Peers(3, 4, 1)) == "cuda:1"
+    assert chosen == [1]
+    assert common.own_device("cpu", Peers(3, 4, 1)) == "cpu"
+    assert common.own_device("cuda:1", ALONE) == "cuda:1"
+    with pytest.raises(ConfigError, match="torch sees 2 GPUs here: start one process for each"):
+        common.own_device("auto", Peers(2, 4, 2))
+    with pytest.raises(ConfigError, match="use --device auto, or cpu"):
+        common.own_device("cuda:0", Peers(1, 4, 1))
+    monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 0)
+    assert common.own_device("auto", Peers(1, 4, 1)) == "auto"
