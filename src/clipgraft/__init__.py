@@ -60,6 +60,7 @@ _PUBLIC = {
         "AdapterError",
         "CheckpointError",
         "ClipgraftError",
+        "ClusterError",
         "ConfigError",
         "DataError",
         "ModelError",
@@ -171,6 +172,7 @@ if TYPE_CHECKING:
     from clipgraft.errors import AdapterError as AdapterError
     from clipgraft.errors import CheckpointError as CheckpointError
     from clipgraft.errors import ClipgraftError as ClipgraftError
+    from clipgraft.errors import ClusterError as ClusterError
     from clipgraft.errors import ConfigError as ConfigError
     from clipgraft.errors import DataError as DataError
     from clipgraft.errors import ModelError as ModelError

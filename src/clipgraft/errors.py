@@ -41,3 +41,9 @@ class TrainingError(ClipgraftError):
     """Training started and cannot go on: NaN loss, wrong gradients."""
 
     exit_code = 1
+
+
+class ClusterError(ClipgraftError):
+    """The machines that a run was spread over failed it; what they finished is kept."""
+
+    exit_code = 1

@@ -133,3 +133,14 @@ def test_frozen_products_are_those_of_the_plain_weight(
     torch.testing.assert_close(
         frozen.backward(grad).float(), grad.float() @ weight.float(), atol=0.1, rtol=0.01
     )
+
+
+def test_several_machines_agree() -> None:
+    """Two workers of one run would round their vectors differently, whoever met an image deciding."""
+    told: list[tuple[str, str]] = []
+    attention = Attention(lambda key, name: told.append((key, name)) or "sdpa")  # type: ignore[func-returns-value]
+    q = torch.zeros(1, 2, 8, 16)
+    assert attention.choose(q, q, trains=False) == "sdpa"
+    assert attention.choose(q, q, trains=False) == "sdpa"
+    assert [name for _, name in told] == ["products"]
+    assert list(attention.choices.values()) == ["sdpa"]

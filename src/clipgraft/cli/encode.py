@@ -26,6 +26,7 @@ def run(argv: Sequence[str]) -> None:
     model_spec, spec = parse("encode", _SUMMARY, [ModelSpec, EncodeSpec], argv)
     if spec.adapter is not None and spec.adapters is not None:
         raise ConfigError("--adapter and --adapters: give one of them")
+    _check_engine(spec)
     from clipgraft.cli.common import load_model
     from clipgraft.search.tables import need_pyarrow
 
@@ -38,6 +39,18 @@ def run(argv: Sequence[str]) -> None:
         what = "interrupted: finished shards are kept, and the same command goes on from there"
         raise KeyboardInterrupt(what) from None
     _report(result, spec)
+
+
+def _check_engine(spec: EncodeSpec) -> None:
+    """Before a model is loaded: is there Ray where it is asked for, and is it asked for where it is meant?"""
+    if spec.engine == "ray":
+        from clipgraft.search.ray_engine import need_ray
+
+        need_ray()
+        return
+    for name in ("ray_address", "ray_workers", "ray_gpus_per_worker"):
+        if getattr(spec, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: goes with --engine ray; add that")
 
 
 def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:
@@ -122,6 +135,10 @@ def _encode(clip: Clip, model: ModelSpec, spec: EncodeSpec, paths: dict[str, str
             image_key=spec.csv_img_key,
             caption_key=spec.csv_caption_key,
             separator=spec.csv_separator,
+            engine=spec.engine,
+            ray_address=spec.ray_address,
+            ray_workers=spec.ray_workers,
+            ray_gpus_per_worker=spec.ray_gpus_per_worker,
             progress=progress,
         )
 

@@ -40,6 +40,21 @@ class EncodeSpec(ColumnSpec):
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="see `clipgraft convert --help`"
     )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="what decodes and encodes: this process, or a Ray cluster"
+    )
+    ray_address: str | None = Field(
+        None,
+        min_length=1,
+        description="auto, ray://HOST:PORT, or local for one on this machine as long as the run lasts; "
+        "without it what RAY_ADDRESS says, else local",
+    )
+    ray_workers: int | None = Field(
+        None, ge=1, description="processes with a model; without it as many as there is room for"
+    )
+    ray_gpus_per_worker: float | None = Field(
+        None, ge=0, description="such as 0.5; without it 1 where --device is a GPU, else 0"
+    )
 
 
 class IndexSpec(Spec):

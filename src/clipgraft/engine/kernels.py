@@ -32,8 +32,10 @@ class Attention:
         choices: those that were made so far, by a readable key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[str, str], str] | None = None) -> None:
+        """`agree(key, name)` is told what was measured here, and says what to use, among several machines."""
         self.choices: dict[str, str] = {}
+        self._agree = agree
 
     def kernel(self, trains: bool) -> Attend:
         """The kernel to train with, or to encode with: a backward pass turns the order round."""
@@ -56,7 +58,8 @@ class Attention:
             measure = partial(
                 _fastest, q.dtype, heads, 1 if queries == "one" else bucket, bucket, dim, trains
             )
-            self.choices[key] = _known_here(key, measure)
+            choice = _known_here(key, measure)
+            self.choices[key] = choice if self._agree is None else self._agree(key, choice)
         return self.choices[key]
 
 

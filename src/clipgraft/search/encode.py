@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from clipgraft.adapters.native import findable
 from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps
@@ -25,21 +27,25 @@ from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.engine.encoder import Encoder
 from clipgraft.engine.kernels import KERNELS, Attention
-from clipgraft.errors import DataError
+from clipgraft.errors import ConfigError, DataError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
+from clipgraft.search.engine import Engine, LocalEngine
 from clipgraft.search.items import Source
 from clipgraft.search.lock import sole_writer
+from clipgraft.search.makers import Maker, image_maker, text_maker
 from clipgraft.search.manifest import AdapterNote, Made, Manifest, VectorSet
 from clipgraft.search.plan import Counts, Plan
+from clipgraft.search.ray_engine import Cluster, RayEngine
 from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
 from clipgraft.search.store import WORK, Store, open_folder
-from clipgraft.search.stream import Maker, Progress, Reading, Sizes, image_maker, stream, text_maker
+from clipgraft.search.stream import Progress, Reading, Sizes, stream
 from clipgraft.search.tables import need_pyarrow
 
 log = logging.getLogger("clipgraft")
 _AUTOCAST = " in bf16 autocast"
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ def encode_folder(
     image_key: str | None = None,
     caption_key: str | None = None,
     separator: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
+    ray_gpus_per_worker: float | None = None,
     progress: Progress | None = None,
 ) -> EncodeResult:
     """Write unit-norm vectors of all that `source` holds to `out`, or what differs since the last run.
@@ -109,18 +119,25 @@ def encode_folder(
         exact_preprocess: the model's own preprocessing, not its faster form.
         retry_errors: try again what could not be used and has not changed since.
         dataset_type, image_key, caption_key, separator: for tables, as in `read_pairs`.
+        engine: `local`, or `ray` to decode and encode on a Ray cluster; what is written is the same.
+        ray_address, ray_workers, ray_gpus_per_worker: see `ray_engine.Cluster`.
         progress: told (done, of how many) after every batch.
 
     Raises:
         DataError: the source cannot be listed, another process writes to `out`, or `out` holds other vectors.
         AdapterError: no adapter of such a name, or one is merged.
-        ModelError: the model has no preprocessing or tokenizer.
+        ModelError: the model has no preprocessing or tokenizer, or cannot be sent to a cluster.
+        ConfigError: no such engine, Ray is not installed, or there is no cluster at the address.
+        ClusterError: the cluster failed; as after a kill, a rerun goes on.
     """
     started = time.monotonic()
     clip, out = as_clip(model), Path(out)
     need_pyarrow()
     if dtype not in ("float16", "float32"):
         raise DataError(f"--dtype {dtype}: vectors are float16 or float32")
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: the engines are {' and '.join(ENGINES)}")
+    cluster = Cluster(ray_address, ray_workers, ray_gpus_per_worker) if engine == "ray" else None
     if texts:
         listed = open_texts(
             str(source), dataset_type=dataset_type, caption_key=caption_key, separator=separator
@@ -146,8 +163,10 @@ def encode_folder(
         paths = adapter_paths or {}
         notes = adapter_notes(clip, list(paths) if adapters is None else adapters, paths)
         encoder = Encoder(clip, autocast, _attention(store.manifest))
+        local = LocalEngine(encoder, maker, store.manifest.sets, adapters is not None, getattr(torch, dtype))
+        with_whom = local if cluster is None else RayEngine(local, cluster)
         sizes = Sizes(batch_size, shard_rows)
-        run = _Run(store, listed, notes, encoder, maker, sizes, adapters is not None, retry_errors, progress)
+        run = _Run(store, listed, notes, with_whom, maker, sizes, retry_errors, progress)
         counts = run.bring_up_to_date()
     return EncodeResult(
         out,
@@ -163,15 +182,14 @@ def encode_folder(
 
 @dataclass(frozen=True)
 class _Run:
-    """One run, with all that it takes; `switch` says that there are several adapters to choose in turn."""
+    """One run, with all that it takes."""
 
     store: Store
     source: Source
     notes: tuple[AdapterNote, ...]
-    encoder: Encoder
+    engine: Engine
     maker: Maker
     sizes: Sizes
-    switch: bool
     retry_errors: bool
     progress: Progress | None
 
@@ -195,7 +213,7 @@ class _Run:
             self._compact(plan)
             log.info("%s", _summary(counts, store))
             reading = Reading(plan.to_do(), self.source.root, counts.to_do)
-            stream(store, reading, self.encoder, self.maker, self.sizes, self.switch, self.progress)
+            stream(store, reading, self.engine, self.maker, self.sizes, self.progress)
             store.finish()
         finally:
             plan.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import PurePosixPath
@@ -10,7 +11,7 @@ from typing import IO, Any
 
 from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.errors import DataError
-from clipgraft.search.items import Item, Ref
+from clipgraft.search.items import Item, Ref, is_address
 
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # as file systems name it
 
@@ -100,3 +101,19 @@ def unreachable(address: str, error: Exception) -> DataError:
     """What went wrong at an address, in one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(f"{address}: cannot be read ({reason}); check the address, the network and credentials")
+
+
+def exists(location: str) -> bool | None:
+    """Whether there is a file at a path or address; None where that cannot be told.
+
+    Raises DataError where nothing here reads such addresses.
+    """
+    if not is_address(location):
+        return os.path.exists(location)  # noqa: PTH110
+    try:
+        files, path = open_filesystem(location)
+        return bool(files.exists(path))
+    except DataError:
+        raise
+    except Exception:  # see list_images_at
+        return None

@@ -1,85 +1,27 @@
-"""Items through the decoder and the model into shards, in order, the next batches decoded meanwhile."""
+"""Items through an engine into shards, in order."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.data.features import evaluating
-from clipgraft.data.loading import Transform, made_ahead
-from clipgraft.engine.encoder import Encoder
-from clipgraft.lora.switch import set_adapter
-from clipgraft.models.clip import Clip
-from clipgraft.search.decoding import Decoded, Decoder
-from clipgraft.search.items import Item, ref
-from clipgraft.search.manifest import VectorSet
-from clipgraft.search.sets import adapters_as_they_were
+from clipgraft.search.engine import Encoded, Engine
+from clipgraft.search.items import Item
+from clipgraft.search.makers import Maker
 from clipgraft.search.store import Rows, Store
 from clipgraft.search.tables import ErrorRow, MetaRow
 
 log = logging.getLogger("clipgraft")
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Maker:
-    """What makes the model's inputs of items, and features of those.
-
-    Attributes:
-        key: what of a batch of items goes to the workers.
-        make: makes inputs of that, there.
-        finish: those inputs to what the model takes, here.
-        features: that to features.
-        workers: processes; 0 is a thread.
-        steps: the preprocessing, None for texts.
-    """
-
-    key: Callable[[str, Sequence[Item]], Any]
-    make: Callable[[Any], Decoded]
-    finish: Callable[[Encoder, Tensor], Tensor]
-    features: Callable[[Encoder, Tensor], Tensor]
-    workers: int
-    steps: Transform | None = None
-
-
-def image_maker(steps: Transform, workers: int) -> Maker:
-    """For images: decoded by processes, finished on the model's device."""
-    decoder = Decoder(steps)
-
-    return Maker(
-        key=lambda root, items: [ref(root, item) for item in items],
-        make=decoder,
-        finish=lambda encoder, inputs: decoder.finish(inputs.to(encoder.clip.device)),
-        features=lambda encoder, pixels: encoder.encode_image(pixels),
-        workers=workers,
-        steps=steps,
-    )
-
-
-def text_maker(clip: Clip) -> Maker:
-    """For texts: tokenized by a thread."""
-
-    def make(texts: list[str]) -> Decoded:
-        tokens = clip.tokenize(texts) if texts else None
-        return Decoded(tokens, [], [None] * len(texts))
-
-    return Maker(
-        key=lambda _, items: [item.key for item in items],
-        make=make,
-        finish=lambda _, tokens: tokens,
-        features=lambda encoder, tokens: encoder.encode_text(tokens),
-        workers=0,
-    )
 
 
 @dataclass(frozen=True)
@@ -102,8 +44,8 @@ class _Growing:
     errors: list[ErrorRow] = field(default_factory=list)
     vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, batch: _Batch, decoded: Decoded, vectors: dict[str, Tensor]) -> None:
-        reasons, sizes = iter(decoded.reasons), iter(decoded.sizes)
+    def add(self, batch: _Batch, encoded: Encoded) -> None:
+        reasons, sizes = iter(encoded.reasons), iter(encoded.sizes)
         for item in batch.items:
             reason = next(reasons) if item.reason is None else item.reason
             if reason is not None:
@@ -112,7 +54,7 @@ class _Growing:
             width, height, size = next(sizes, (None, None, None))
             known = size if item.bytes is None else item.bytes
             self.rows.append(MetaRow(item.key, known, item.mtime, item.caption, width, height))
-        for folder, part in vectors.items():
+        for folder, part in encoded.vectors.items():
             self.vectors.setdefault(folder, []).append(part)
 
     def whole(self) -> Rows:
@@ -138,15 +80,9 @@ class Reading:
 
 
 def stream(
-    store: Store,
-    reading: Reading,
-    encoder: Encoder,
-    maker: Maker,
-    sizes: Sizes,
-    switch: bool,
-    progress: Progress | None,
+    store: Store, reading: Reading, engine: Engine, maker: Maker, sizes: Sizes, progress: Progress | None
 ) -> None:
-    """Encode items into new shards of the store. `switch` chooses the adapter of each set in turn."""
+    """Encode items into new shards of the store."""
     pending: deque[_Batch] = deque()
 
     def keys() -> Iterator[Any]:
@@ -154,46 +90,21 @@ def stream(
             pending.append(batch)
             yield maker.key(reading.root, batch.usable)
 
-    dtype = getattr(torch, store.manifest.made.dtype)
     started, done, shard = time.monotonic(), 0, _Growing()
-    inputs = made_ahead(maker.make, keys(), maker.workers)
-    with evaluating(encoder.clip), adapters_as_they_were(encoder.clip), closing(inputs):
-        for decoded in inputs:
+    kernels: dict[str, str] = {}
+    with closing(engine.encode(keys(), _how_many(reading.total, sizes))) as made:
+        for encoded in made:
             batch = pending.popleft()
-            vectors = _vectors(encoder, maker, decoded, store.manifest.sets, switch, dtype)
-            shard.add(batch, decoded, vectors)
+            shard.add(batch, encoded)
+            kernels.update(encoded.kernels)
             done += len(batch.items)
             if batch.last:
-                kernels = dict(sorted(encoder.attention.choices.items()))
-                store.manifest = replace(store.manifest, kernels=kernels)
+                store.manifest = replace(store.manifest, kernels=dict(sorted(kernels.items())))
                 store.add(shard.whole())
                 shard = _Growing()
                 _report(store, done, reading.total, time.monotonic() - started)
             if progress is not None:
                 progress(done, reading.total)
-
-
-def _vectors(
-    encoder: Encoder,
-    maker: Maker,
-    decoded: Decoded,
-    sets: Sequence[VectorSet],
-    switch: bool,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Unit-norm features of a batch by the set's folder."""
-    if decoded.inputs is None:
-        return {}
-    vectors = {}
-    with torch.inference_mode():
-        inputs = maker.finish(encoder, decoded.inputs)
-    for part in sets:
-        if switch:
-            set_adapter(encoder.clip, part.adapter)
-        with torch.inference_mode():
-            features = maker.features(encoder, inputs)
-            vectors[part.folder] = F.normalize(features.float(), dim=-1).to(dtype)
-    return vectors
 
 
 def _batches(items: Iterable[Item], sizes: Sizes) -> Iterator[_Batch]:
@@ -208,6 +119,12 @@ def _batches(items: Iterable[Item], sizes: Sizes) -> Iterator[_Batch]:
             left -= len(batch)
             ahead = list(islice(source, 1))
             yield _Batch(batch, last=not left or not ahead)
+
+
+def _how_many(items: int, sizes: Sizes) -> int:
+    """Batches that `_batches` makes of so many items."""
+    shards, rest = divmod(items, sizes.shard)
+    return shards * -(-sizes.shard // sizes.batch) + -(-rest // sizes.batch)
 
 
 def _report(store: Store, done: int, total: int, seconds: float) -> None:

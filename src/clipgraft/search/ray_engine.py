@@ -1,0 +1,247 @@
+"""`RayEngine`: batches are decoded and encoded on a Ray cluster, or on this machine by Ray's processes.
+
+Listing, comparing, batching and writing stay in the calling process, and so does the order: the files that it
+writes are those of a `LocalEngine` on machines of one kind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from clipgraft.engine.encoder import Encoder
+from clipgraft.engine.kernels import Attention
+from clipgraft.errors import ClusterError, ConfigError, DataError, ModelError
+from clipgraft.models.clip import Clip
+from clipgraft.search.engine import Encoded, LocalEngine
+from clipgraft.search.makers import Maker
+from clipgraft.search.manifest import VectorSet
+from clipgraft.search.ray_worker import Coordinator, Crew, Made, Turn, last_line
+from clipgraft.search.remote import exists
+
+log = logging.getLogger("clipgraft")
+_LOCAL = "local"
+_MOST_TASKS = 4096
+_MOST_PER_TASK = 8  # batches, as long as that makes no more than _MOST_TASKS
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where to find Ray, and how much of it to take.
+
+    Attributes:
+        address: `ray://host:port`, `host:port` or `auto` for a cluster, `local` for one on this machine that
+            lives as long as the run. None is what RAY_ADDRESS says, else `local`. A connection that the
+            calling process has already is used, and left as it is.
+        workers: processes, each with a model; None is as many as the cluster has room for.
+        gpus: for each worker, such as 0.5; None is 1 where the model is on a GPU, else 0.
+
+    Raises:
+        ConfigError: Ray is not installed, or a number cannot be used.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        need_ray()
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--ray-workers {self.workers}: give at least 1")
+        if self.gpus is not None and self.gpus < 0:
+            raise ConfigError(f"--ray-gpus-per-worker {self.gpus}: give 0 or more")
+
+
+def need_ray() -> None:
+    """Raise ConfigError where Ray or what its data sets need is not installed."""
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--engine ray needs Ray: pip install 'clipgraft[ray]'") from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs; the model comes on the CPU. `threads` are those of the run at home."""
+
+    clip: Clip
+    maker: Maker
+    sets: tuple[VectorSet, ...]
+    switch: bool
+    dtype: torch.dtype
+    autocast: bool
+    kernels: Mapping[str, str]
+    threads: int
+
+    def engine(self, device: str, agree: Callable[[str, str], str]) -> LocalEngine:
+        """What encodes in this process."""
+        torch.set_num_threads(self.threads)  # sums may round otherwise with another number
+        attention = Attention(agree)
+        attention.choices.update(self.kernels)
+        encoder = Encoder(self.clip.to(device), self.autocast, attention)
+        return LocalEngine(encoder, self.maker, self.sets, self.switch, self.dtype)
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Many processes with the model that `local` holds."""
+
+    local: LocalEngine
+    cluster: Cluster
+
+    def encode(self, keys: Iterable[Any], count: int) -> Generator[Encoded, None, None]:
+        """See `Engine`. Nothing is started for no batch.
+
+        Raises:
+            ConfigError: there is no cluster at the address, or it has no GPU.
+            ModelError: the model cannot be sent.
+            DataError: an image that is here is not there for a worker.
+            ClusterError: workers failed, one of them again and again over the same images.
+        """
+        if count:
+            with _connected(self.cluster.address) as ray:
+                yield from self._encode(ray, iter(keys), count)
+
+    def _encode(self, ray: Any, keys: Iterator[Any], count: int) -> Generator[Encoded, None, None]:
+        threads = torch.get_num_threads()
+        crew = _crew(ray, self.cluster, self.local.encoder.clip.device.type, threads, count)
+        log.info("ray: %d workers, each with %g CPUs and %g GPUs", crew.workers, crew.cpus, crew.gpus)
+        job = _sent(ray, self.local, threads)
+        # Beside the process that feeds it, and with a thread for each worker that may be waiting.
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        options = {"num_cpus": 0, "max_concurrency": 2 * crew.workers + 8, "scheduling_strategy": here}
+        coordinator = ray.remote(**options)(Coordinator).remote([job], crew)
+        try:
+            for made in _turns(ray, coordinator, keys, count):
+                _check_seen(made)
+                yield made.encoded
+        except ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"--engine ray: {last_line(error)}; what is finished is kept, and the same command goes on"
+            ) from error
+        finally:
+            ray.kill(coordinator)
+
+
+def _turns(ray: Any, coordinator: Any, keys: Iterator[Any], count: int) -> Iterator[Made]:
+    """Give the coordinator what is wanted, and take what was made, until all is."""
+    fed, received, given = 0, 0, list[Any]()
+    while received < count:
+        turn: Turn = ray.get(coordinator.turn.remote(given, received))
+        yield from map(pickle.loads, turn.made)
+        received += len(turn.made)
+        if turn.failure is not None and received < count:
+            raise turn.failure
+        given = list(islice(keys, turn.wanted - fed))
+        fed += len(given)
+
+
+def _check_seen(made: Made) -> None:
+    """Raise DataError for an image that is here, but not for its worker."""
+    for location in made.unseen:
+        if exists(location):
+            raise DataError(
+                f"{location}: is not there for the worker on {made.machine}; with --engine ray every machine "
+                "must see the images under the same paths: share the folder, or give an address such as s3://…"
+            )
+
+
+def _crew(ray: Any, cluster: Cluster, device: str, threads: int, batches: int) -> Crew:
+    """How to use the cluster as it is now. A worker computes with as many threads as this process would."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = float(device == "cuda") if cluster.gpus is None else cluster.gpus
+    if gpus:
+        cpus, room = 1.0, sum(int(node.get("GPU", 0) / gpus) for node in nodes)
+        if not room:
+            raise ConfigError(
+                f"--ray-gpus-per-worker {gpus:g}: no machine of the cluster has that many; "
+                "add one, or give 0 to encode on CPUs"
+            )
+    else:
+        cpus = min(float(threads), max((node.get("CPU", 0.0) for node in nodes), default=1.0) or 1.0)
+        room = sum(int(node.get("CPU", 0) / cpus) for node in nodes)
+        if cluster.workers is not None and cluster.workers > room and len(nodes) == 1:
+            # More than one machine has room for: they share its cores.
+            cpus = max(0.01, nodes[0].get("CPU", 0.0) / cluster.workers)
+            cpus = float(int(cpus)) if cpus > 1 else cpus
+    workers = cluster.workers or max(1, room)
+    shares = -(-batches // (4 * workers))
+    per_task = max(-(-batches // _MOST_TASKS), min(_MOST_PER_TASK, shares))
+    return Crew(min(workers, -(-batches // per_task)), cpus, gpus, batches, per_task)
+
+
+def _sent(ray: Any, local: LocalEngine, threads: int) -> Any:
+    """The model and all around it, once in the cluster's object store."""
+    encoder = local.encoder
+    kernels = dict(encoder.attention.choices)
+    with _on_cpu(encoder.clip):
+        job = Job(
+            encoder.clip,
+            local.maker,
+            local.sets,
+            local.switch,
+            local.dtype,
+            encoder.autocast,
+            kernels,
+            threads,
+        )
+        try:
+            return ray.put(job)
+        # Pickle raises what it likes, and so do the classes that it meets.
+        except Exception as error:
+            raise ModelError(
+                f"the model cannot be sent to workers ({last_line(error)}); load it by clipgraft.load, "
+                "and detach hooks that hold files, locks or the like"
+            ) from error
+
+
+@contextmanager
+def _on_cpu(clip: Clip) -> Iterator[None]:
+    """A machine without a GPU cannot read weights that lie on one."""
+    device = clip.device
+    if device.type == "cpu":
+        yield
+        return
+    clip.to("cpu")
+    try:
+        yield
+    finally:
+        clip.to(device)
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray as it is connected, or connected or started for as long as this lasts."""
+    import ray
+    import ray.util.scheduling_strategies
+
+    if ray.is_initialized():
+        yield ray
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or _LOCAL
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if where == _LOCAL:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options["include_dashboard"] = False
+    try:
+        ray.init(address=where, **options)
+    # Ray raises whatever its network library does.
+    except Exception as error:
+        raise ConfigError(
+            f"--ray-address {where}: cannot be reached ({last_line(error)}); check the address and its "
+            "token, start Ray there by `ray start --head`, or give local"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,260 @@
+"""What runs on a Ray cluster: workers that decode and encode, and the coordinator that leads them.
+
+The coordinator runs the Ray Data job. Its data set is nothing but numbers of tasks, a few batches each: what
+is in a batch comes from the run at home when a worker asks for it, so that neither holds more of the source
+than is being worked on, and so that a task can be done again after a worker was lost.
+
+Nothing here imports torch, which the coordinator can do without.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipgraft.errors import ClipgraftError, ClusterError
+from clipgraft.search.items import Ref
+from clipgraft.search.remote import exists
+
+if TYPE_CHECKING:
+    from clipgraft.search.engine import Encoded
+
+log = logging.getLogger("clipgraft")
+_AHEAD = 64  # batches that wait at the coordinator for the run at home
+_RETRIES = 3  # of a task whose worker was lost: some image may be what kills it
+_BLOCK_BYTES = 4 << 20  # of vectors that travel together
+_WINDOW = 4  # tasks for each worker that may be begun before those ahead of them are at home
+_KEPT = "what is finished is kept, and the same command goes on from there"
+_PATIENCE = 60.0  # seconds; a task that is done again may be waiting behind those that wait for it
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many workers, what each takes of the cluster, and how the batches are dealt to them."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    batches: int
+    per_task: int
+
+    @property
+    def tasks(self) -> int:
+        return -(-self.batches // self.per_task)
+
+    def span(self, task: int) -> tuple[int, int]:
+        """First batch of a task, and the first that is not in it."""
+        return task * self.per_task, min((task + 1) * self.per_task, self.batches)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A batch as a worker hands it over: on the CPU, with the images that it cannot see, and its machine."""
+
+    encoded: Encoded
+    unseen: tuple[str, ...]
+    machine: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the coordinator tells the run at home.
+
+    Attributes:
+        wanted: how many batches are to be given in all.
+        made: what has come since the last turn, each a pickled `Made`.
+        failure: why nothing more will come.
+    """
+
+    wanted: int
+    made: Sequence[bytes]
+    failure: ClipgraftError | None
+
+
+class Worker:
+    """One process with a model; Ray Data calls it with numbers of tasks."""
+
+    def __init__(self, job: Sequence[Any], crew: Crew, coordinator: Any) -> None:
+        """`job` holds the reference of a `ray_engine.Job`."""
+        import ray
+
+        def agree(key: str, name: str) -> str:
+            return str(ray.get(coordinator.agree.remote(key, name)))
+
+        self._ray = ray
+        self._crew = crew
+        self._coordinator = coordinator
+        self._machine = str(ray.util.get_node_ip_address())
+        self._engine = ray.get(job[0]).engine("cuda" if crew.gpus else "cpu", agree)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """A row for each batch of the tasks: what was made, or one with what went wrong."""
+        for task in batch["item"].tolist():
+            try:
+                for made in self._made(*self._crew.span(task)):
+                    yield _row(made=made)
+            # As a value: on its way through Ray an exception loses its cause, and becomes a page.
+            except Exception as error:
+                log.exception("task %d", task)
+                yield _row(failure=_failure(error, f"worker on {self._machine}"))
+
+    def _made(self, first: int, stop: int) -> Iterator[Made]:
+        keys = self._ray.get(self._coordinator.keys.remote(first, stop))
+        for key, encoded in zip(keys, self._engine.encode(keys, stop - first), strict=True):
+            vectors = {folder: part.cpu() for folder, part in encoded.vectors.items()}
+            unseen = tuple(_unseen(key, encoded.reasons))
+            kernels = dict(encoded.kernels)
+            yield Made(replace(encoded, vectors=vectors, kernels=kernels), unseen, self._machine)
+
+
+def _unseen(keys: Sequence[Any], reasons: Sequence[str | None]) -> Iterator[str]:
+    """The unusable images that are not there for this machine."""
+    for key, reason in zip(keys, reasons, strict=True):
+        if reason is not None and isinstance(key, Ref) and exists(key.location) is False:
+            yield key.location
+
+
+class Coordinator:
+    """Leads the workers. Its methods are called at the same time, from the run at home and from workers."""
+
+    def __init__(self, job: Sequence[Any], crew: Crew) -> None:
+        import ray
+
+        self._changed = threading.Condition()
+        self._crew = crew
+        self._keys: dict[int, Any] = {}
+        self._begun: Counter[tuple[int, int]] = Counter()
+        self._fed = 0
+        self._wanted = 0
+        self._received = 0
+        self._dropped = 0
+        self._made: deque[bytes] = deque()
+        self._kernels: dict[str, str] = {}
+        self._failure: ClipgraftError | None = None
+        me = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._lead, args=(job, me), daemon=True).start()
+
+    def turn(self, keys: Sequence[Any], received: int) -> Turn:
+        """Take the next batches' keys; wait until something was made, or more are wanted."""
+        with self._changed:
+            self._keys.update(enumerate(keys, self._fed))
+            self._fed += len(keys)
+            self._received = received
+            self._forget()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._made or self._wanted > self._fed or self._failure)
+            made = list(self._made)
+            self._made.clear()
+            self._changed.notify_all()
+            return Turn(self._wanted, made, self._failure)
+
+    def keys(self, first: int, stop: int) -> list[Any]:
+        """What is in some batches, for a worker; one that is far ahead of the others waits for them."""
+        window = _WINDOW * self._crew.workers * self._crew.per_task
+        with self._changed:
+            self._changed.wait_for(lambda: stop <= self._received + window, _PATIENCE)
+            self._wanted = max(self._wanted, stop)
+            self._begun[first, stop] += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._fed >= stop)
+            return [self._keys[number] for number in range(first, stop)]
+
+    def agree(self, key: str, name: str) -> str:
+        """The kernel that all use: what was measured first."""
+        with self._changed:
+            return self._kernels.setdefault(key, name)
+
+    def _forget(self) -> None:
+        """Drop the keys of tasks that are at home; one that lacks a batch may have to be done again."""
+        done = self._received // self._crew.per_task * self._crew.per_task
+        for number in range(self._dropped, done):
+            del self._keys[number]
+        for span in [span for span in self._begun if span[1] <= done]:
+            del self._begun[span]
+        self._dropped = done
+
+    def _lead(self, job: Sequence[Any], me: Any) -> None:
+        try:
+            for row in _rows(job, self._crew, me):
+                if row["failure"]:
+                    raise pickle.loads(row["failure"])
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._made) < _AHEAD)
+                    self._made.append(row["made"])
+                    self._changed.notify_all()
+            # Told to nobody who has all; but whoever still waits must not do so for ever.
+            self._end(ClusterError(f"Ray: the job ended too early; {_KEPT}"))
+        except ClipgraftError as error:
+            self._end(error)
+        # Nobody else would hear of it: the thread ends here.
+        except Exception as error:
+            log.exception("the Ray Data job")
+            self._end(self._killing() or _failure(error, "Ray"))
+
+    def _killing(self) -> ClusterError | None:
+        """The task that was begun too often, if there is one: whoever did it was lost."""
+        with self._changed:
+            (span, times), *_ = [*self._begun.most_common(1), ((0, 0), 0)]
+            keys = [part for number in range(*span) for part in self._keys.get(number, ())]
+        if times <= _RETRIES or not keys:
+            return None
+        first, last = (key.location if isinstance(key, Ref) else repr(key) for key in (keys[0], keys[-1]))
+        return ClusterError(
+            f"Ray: {times} workers in turn were lost over the same items, from {first} to {last}; take out "
+            f"what kills them, or give them more memory; {_KEPT}"
+        )
+
+    def _end(self, failure: ClipgraftError) -> None:
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
+
+def _rows(job: Sequence[Any], crew: Crew, coordinator: Any) -> Iterator[dict[str, Any]]:
+    """The Ray Data job: a row for each batch, in order."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = _BLOCK_BYTES
+    context.execution_options.preserve_order = True
+    tasks = ray.data.from_items(list(range(crew.tasks)), override_num_blocks=crew.tasks)
+    made = tasks.map_batches(
+        Worker,
+        fn_constructor_args=(job, crew, coordinator),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=crew.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=crew.cpus,
+        num_gpus=crew.gpus,
+        max_restarts=-1,
+        max_task_retries=_RETRIES,
+    )
+    yield from made.iter_rows()
+
+
+def _row(*, made: Made | None = None, failure: ClipgraftError | None = None) -> dict[str, Any]:
+    """One row of Ray Data's; of what is None, no bytes."""
+    cells = {"made": made, "failure": failure}
+    packed = {name: b"" if cell is None else pickle.dumps(cell) for name, cell in cells.items()}
+    return {name: np.array([cell], dtype=object) for name, cell in packed.items()}
+
+
+def _failure(error: Exception, where: str) -> ClipgraftError:
+    """What went wrong as an error of ours, in one line."""
+    if isinstance(error, ClipgraftError):
+        return type(error)(f"{where}: {error}")
+    return ClusterError(f"{where}: {last_line(error)}; {_KEPT}")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a message: with errors that passed through Ray, the one that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
