@@ -28,7 +28,7 @@ _RANKS = (
 _SETS = (
     *("--task", "classification", "--train-data", "classes/train", "--val-data", "classes/val"),
     *("--test-data", "classes/test", "--prompts", "prompts.yaml", "--lora-r", "16", "--targets"),
-    "linear,linear-text,linear-vision,linear+embedding,linear+embedding-text,linear+embedding-vision",
+    "linear;linear-text;linear-vision;linear+embedding;linear+embedding-text;linear+embedding-vision",
     *("--lr", "2e-3", "--full-lr", "3e-4", "--epochs", "6", "--batch-size", "64", "--warmup", "9"),
     *("--name", "sets"),
 )

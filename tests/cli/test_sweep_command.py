@@ -25,7 +25,7 @@ def sweep(cli: Any, base: list[str], table: Path, tmp_path: Path) -> Any:
 
 def test_the_grid_in_one_table(sweep: Any, tmp_path: Path) -> None:
     """A row is missing, a mean is of other cells, or the table says other sizes than the adapters have."""
-    outcome = sweep("--targets", "text-attention,vision.1.*", "--lora-r", "1,2", "--seeds", 2)
+    outcome = sweep("--targets", "text-attention;vision.1.*", "--lora-r", "1,2", "--seeds", 2)
     assert (outcome.code, outcome.err) == (0, "")
     folder = tmp_path / "logs" / "sweep"
     rows = json.loads((folder / "table.json").read_text())["rows"]
@@ -56,19 +56,30 @@ def test_the_grid_in_one_table(sweep: Any, tmp_path: Path) -> None:
     assert (folder / "table.csv").read_text().count("\n") == 1 + len(rows)
 
 
+def test_a_set_of_two_terms_is_one_cell(sweep: Any, tmp_path: Path) -> None:
+    """`sweep` would compare two adapters where `train --lora-targets` with the same words makes one."""
+    words = ("--targets", "text.0.q,vision.0.q", "--lora-r", 1, "--no-full", "--no-base")
+    outcome = sweep(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "1 target set: text.0.q,vision.0.q\n" in outcome.out
+    (cell,) = (tmp_path / "logs" / "sweep" / "cells").iterdir()
+    record = json.loads((cell / "run" / "adapter" / "clipgraft.json").read_text())
+    assert record["sites"] == ["text.0.q", "vision.0.q"]
+
+
 def test_finished_cells_are_never_run_again(sweep: Any, tmp_path: Path) -> None:
     """A sweep that is started again repeats hours of work, or loses a cell that was under way."""
     grid = ["--targets", "text-attention", "--lora-r", "1", "--no-full"]
     assert sweep(*grid).code == 0
     cells = tmp_path / "logs" / "sweep" / "cells"
     before = {path: path.stat().st_mtime_ns for path in cells.glob("*/cell.json")}
-    outcome = sweep("--targets", "text-attention,vision.0.q", "--lora-r", "1", "--no-full")
+    outcome = sweep("--targets", "text-attention;vision.0.q", "--lora-r", "1", "--no-full")
     assert outcome.code == 0
     assert "cell 2 of 3: text-attention-r1-seed0 is finished already" in outcome.out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list(cells.glob("*/cell.json"))) == 3
     (cells / "vision.0.q-r1-seed0" / "cell.json").unlink()  # as after a kill between run and record
-    assert sweep("--targets", "text-attention,vision.0.q", "--lora-r", "1", "--no-full").code == 0
+    assert sweep("--targets", "text-attention;vision.0.q", "--lora-r", "1", "--no-full").code == 0
     outcome = sweep(*grid, "--lr", "1e-2")
     assert outcome.code == 2
     assert "was run with another lr: use the same settings, or a new --name" in outcome.err
@@ -79,7 +90,7 @@ def test_finished_cells_are_never_run_again(sweep: Any, tmp_path: Path) -> None:
 def test_the_base_is_the_same_for_every_cell(sweep: Any, tmp_path: Path) -> None:
     """A cell starts from what another left behind, so that the order of a sweep changes its numbers."""
     assert (
-        sweep("--targets", "text-attention,attention", "--lora-r", "2", "--no-full", "--name", "a").code == 0
+        sweep("--targets", "text-attention;attention", "--lora-r", "2", "--no-full", "--name", "a").code == 0
     )
     assert sweep("--targets", "attention", "--lora-r", "2", "--no-base", "--no-full", "--name", "b").code == 0
     found = [

@@ -118,6 +118,21 @@ def test_full_fine_tuning_is_the_same_command_without_lora(
     )
 
 
+def test_an_adapter_run_keeps_adapters_alone(train: Any, tmp_path: Path) -> None:
+    """An adapter of 0.4 MB fills the disk with a copy of its base each epoch; or the copy cannot be had."""
+    lora = ("--use-lora", "--lora-r", 2)
+    assert train(*lora, "--name", "small").code == 0
+    assert train(*lora, "--name", "whole", "--no-save-lora-only").code == 0
+    kept = {
+        name: {path.name for path in (tmp_path / "logs" / name / "checkpoints").iterdir()}
+        for name in ("small", "whole")
+    }
+    assert kept == {"small": {"epoch_1", "latest.pt"}, "whole": {"epoch_1", "epoch_1.pt", "latest.pt"}}
+    trained = [*torch.load(tmp_path / "logs/small/checkpoints/latest.pt", weights_only=True)["weights"]]
+    assert trained
+    assert all("lora_" in name for name in trained), "the checkpoint holds weights that do not train"
+
+
 def test_a_run_names_itself(train: Any, tmp_path: Path) -> None:
     """Without --name, two runs must not meet in one folder."""
     assert train("--use-lora", "--lora-r", 2, "--lr", "1e-3").code == 0

@@ -52,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Iterat
     grid = ["--lora-r", "1,2", "--epochs", "1"]
     for words in (
         ["train", *base, *pairs, *lora, "--epochs", "2", "--name", "run"],
-        ["sweep", *base, *pairs, *grid, "--targets", "text-attention,vision.1.*", "--seeds", "2"],
+        ["sweep", *base, *pairs, *grid, "--targets", "text-attention;vision.1.*", "--seeds", "2"],
         [
             "train",
             *base,

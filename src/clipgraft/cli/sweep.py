@@ -40,6 +40,9 @@ def run(argv: Sequence[str]) -> None:
     specs = parse("sweep", _SUMMARY, kinds, argv)
     model_spec, data, classes, sweep, train = specs
     _check(data, classes, sweep)
+    log.info(
+        "%d target set%s: %s", len(sweep.targets), "s" * (len(sweep.targets) > 1), " | ".join(sweep.targets)
+    )
     from clipgraft.cli.common import load_model
     from clipgraft.cli.sweep_work import prepare_work
     from clipgraft.lora.targets import select_sites

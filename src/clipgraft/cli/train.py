@@ -150,8 +150,9 @@ def _lora_faults(lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
         )
     if lora.lora_targets and lora.lora_target_modules:
         faults.append("--lora-targets and --lora-target-modules both choose sites: give one of them")
-    if where.save_lora_only and not lora.use_lora:
-        faults.append("--save-lora-only given without --use-lora: there is no adapter to save")
+    if "save_lora_only" in where.model_fields_set and not lora.use_lora:
+        keeping = "--save-lora-only" if where.save_lora_only else "--no-save-lora-only"
+        faults.append(f"{keeping} given without --use-lora: there is no adapter to save")
     return faults
 
 

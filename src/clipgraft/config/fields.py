@@ -33,10 +33,10 @@ def words(value: Any) -> Any:
 
 
 def expressions(value: Any) -> Any:
-    """`linear,attention`, or `text.*.q,v;vision.*` where an expression has commas of its own."""
+    """`text.*.q,v;linear` -> ("text.*.q,v", "linear"): commas join the terms of one expression."""
     if not isinstance(value, str):
         return value
-    return tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
+    return tuple(part.strip() for part in value.split(";") if part.strip())
 
 
 def _settings(value: Any) -> Any:

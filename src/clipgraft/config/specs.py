@@ -160,7 +160,7 @@ class SweepSpec(AdapterSpec):
     targets: Annotated[tuple[str, ...], BeforeValidator(expressions)] = Field(
         ("text-attention",),
         min_length=1,
-        description="target sets, joined by commas, or by semicolons if one of them has commas itself",
+        description="target sets to compare, separated by semicolons; commas join the terms of one set",
     )
     lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(words)] = Field(
         (16,), min_length=1, description="ranks, joined by commas"
@@ -227,7 +227,10 @@ class RunSpec(Spec):
     name: str | None = Field(None, min_length=1, description="of this run (default: date, model, settings)")
     save_frequency: int = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
     val_frequency: int = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
-    save_lora_only: bool = Field(False, description="save adapters without the base")
+    save_lora_only: bool = Field(
+        True,
+        description="save adapters alone; --no-save-lora-only adds the whole model as epoch_N.pt to each",
+    )
     resume: Literal["latest"] | None = Field(
         None, description="'latest' continues the run --name where it stopped, to the same bits"
     )

@@ -103,8 +103,7 @@ class InspectSpec(Spec):
     targets: Annotated[tuple[str, ...] | None, BeforeValidator(expressions)] = Field(
         None,
         min_length=1,
-        description="target sets, joined by commas, or by semicolons if one of them has commas itself "
-        "(default: all)",
+        description="target sets, separated by semicolons; commas join the terms of one (default: all)",
     )
     lora_r: int = Field(16, ge=1, description="rank of their adapters")
     depth: int | None = Field(None, ge=0, description="levels of the table or tree to show (default: all)")
