@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from clipgraft.files import atomic_path, sweep_partial, write_json, write_text
+from clipgraft.errors import DataError
+from clipgraft.files import atomic_path, inside, sweep_partial, write_json, write_text
 
 
 def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
@@ -89,3 +90,44 @@ def test_files_are_readable_by_others(tmp_path: Path) -> None:
     """Temporary files are private; an adapter on a shared disk must not be."""
     write_text(tmp_path / "file", "text")
     assert (tmp_path / "file").stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize("name", ["a.npy", "img_emb/img_emb_0.npy", "", ".", "a..b", "..a/x"])
+def test_names_inside_a_folder_are_taken(name: str, tmp_path: Path) -> None:
+    """A record's own files must be found."""
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        "../a",
+        "a/../../b",
+        "/etc/passwd",
+        "a/../b",
+        "a\x00b",
+        "C:\\a",
+        "..\\a",
+        "out/a",
+        "loop/a",
+    ],
+)
+def test_names_that_lead_out_of_a_folder_are_refused(name: str, tmp_path: Path) -> None:
+    """A manifest from elsewhere had files of the user's home deleted."""
+    folder = tmp_path / "encoded"
+    folder.mkdir()
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(
+        DataError, match=r"m\.json: names .* outside of .*; nothing was touched; encode again"
+    ) as e:
+        inside(folder, name, "m.json", "encode again")
+    assert str(e.value).isprintable()
+
+
+def test_a_folder_that_is_a_link_itself_is_followed(tmp_path: Path) -> None:
+    """Encoded folders are linked to from other disks."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").symlink_to("there")
+    assert inside(tmp_path / "here", "a") == tmp_path / "here" / "a"

@@ -9,7 +9,9 @@ import clipgraft
 
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
-    ("errors", "files"),
+    ("errors",),
+    ("files", "readers"),
+    ("records",),
     ("config",),
     ("models",),
     ("lora",),

@@ -8,8 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from clipgraft.errors import DataError
 
 _PARTIAL = ".partial"
 
@@ -25,6 +27,25 @@ def cache_folder() -> Path:
     elif not home.is_absolute():
         home = Path(tempfile.gettempdir())
     return home / "clipgraft"
+
+
+def inside(folder: Path, name: str, record: Path | str = "", advice: str = "write it again") -> Path:
+    """The path below `folder` that a record names; it must be there once links are followed.
+
+    To be asked before anything that a file names is read, written or deleted: the file may be a stranger's.
+
+    Raises:
+        DataError: the name leads out of the folder; it names `record`, where the name was read.
+    """
+    path = PurePosixPath(name)
+    kept = not (path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive)
+    try:
+        if kept and (folder / path).resolve().is_relative_to(folder.resolve()):
+            return folder / path
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a NUL
+        pass
+    where = f"{record}: names" if record else f"{folder}: its record names"
+    raise DataError(f"{where} {name[:200]!r}, which is outside of {folder}; nothing was touched; {advice}")
 
 
 @contextmanager
