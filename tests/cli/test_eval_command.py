@@ -198,3 +198,34 @@ def test_precision_is_measured_unless_it_is_chosen(
     assert f"computing in {chosen}" in cli("eval", *base, *words, "--precision", "auto").out
     assert f"computing in {chosen}" in cli("eval", *base[:-2], *words).out
     assert "computing in" not in cli("eval", *base, *words).out
+
+
+def test_a_run_beside_its_base(cli: Any, train: Any, base: list[str], table: Path, tmp_path: Path) -> None:
+    """What full fine-tuning bought is not seen, or is headed `base`."""
+    assert train("--name", "full", "--lr", "1e-2").code == 0
+    out, run = tmp_path / "metrics.json", tmp_path / "logs" / "full"
+    words = ["--val-data", table, "--workers", 0, "--precision", "fp32", "--out", out]
+    outcome = cli("eval", "--model", run, *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(out.read_text())
+    assert list(found) == ["base", "fine-tuned"]
+    assert any(line.split() == ["base", "fine-tuned"] for line in outcome.out.splitlines())
+    pairs, _ = cg.read_pairs(table)
+    assert found["base"] == pytest.approx(cg.evaluate_retrieval(load(base[1], "none"), pairs, workers=0))
+    assert found["fine-tuned"] == pytest.approx(cg.evaluate_retrieval(cg.load(run), pairs, workers=0))
+    assert found["base"] != found["fine-tuned"]
+    params = json.loads((run / "params.json").read_text())
+    params["source"]["name"] = str(tmp_path / "gone.json")
+    (run / "params.json").write_text(json.dumps(params))
+    alone = cli("eval", "--model", run, *words)
+    assert alone.code == 2, "the architecture of a checkpoint is its base's"
+
+
+def test_a_distilled_run_beside_its_base(cli: Any, hf_folder: Path, table: Path, tmp_path: Path) -> None:
+    """The student of a distillation can be measured in the folder alone that `compact` writes at its end."""
+    small = ["--text-layers", 1, "--distill-data", table, "--batch-size", 8, "--epochs", 1, "--workers", 0]
+    assert cli("compact", f"hf:{hf_folder}", tmp_path / "small", *small).code == 0
+    words = ["--val-data", table, "--workers", 0]
+    outcome = cli("eval", "--model", tmp_path / "small-distill", *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert any(line.split() == ["base", "distilled"] for line in outcome.out.splitlines())

@@ -90,3 +90,50 @@ def test_faults(words: list[str], told: str, cli: Any) -> None:
     assert (outcome.code, outcome.out) == (2, "")
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_an_adapter(cli: Any, tiny_config: Path, tmp_path: Path) -> None:
+    """What an adapter file is cannot be seen without its base, or it is taken for a broken model."""
+    clip = cg.load(tiny_config, "none")
+    cg.apply_lora(clip, r=2, alpha=8, dropout=0.25, targets="text.*.q,v", rank_pattern={"text.0.q": 4})
+    folder = cg.save_adapter(clip, tmp_path / "adapter", {"text_to_image_R@1": 0.5})
+    outcome = cli("inspect", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    for line in (
+        str(folder),
+        f"base: {tiny_config} / none, fingerprint {clip.fingerprint}",
+        "rank: 2",
+        "alpha: 8",
+        "dropout: 0.25",
+        "targets: text.*.q,v",
+        "measured text_to_image_R@1: 0.5",
+    ):
+        assert line in outcome.out.splitlines(), line
+    rows = [line.split() for line in outcome.out.split("\nsites\n")[1].splitlines()[1:]]
+    shape = "32x32"
+    assert sorted(rows) == [
+        ["text.0-1.v", "2", "2", "4", shape, "256"],
+        ["text.0.q", "1", "4", "2", shape, "256"],
+        ["text.1.q", "1", "2", "4", shape, "128"],
+    ]
+    document = json.loads(cli("inspect", folder, "--format", "json").out)
+    weights = sum(parameter.numel() for name, parameter in clip.model.named_parameters() if "lora_" in name)
+    assert document["parameters"] == weights == sum(site["parameters"] for site in document["sites"])
+    assert document["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    guide = tmp_path / "guide.pt"
+    assert cli("convert", folder, guide, "--to", "guide").code == 0
+    assert "format: guide\nbase: " in cli("inspect", guide).out
+    refused = cli("inspect", folder, "--depth", 2)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+
+
+def test_runs(cli: Any, train: Any, tmp_path: Path) -> None:
+    """A run is named to every command but the two that look at models."""
+    assert train("--use-lora", "--lora-r", 2, "--name", "lora").code == 0
+    assert train("--name", "full").code == 0
+    logs = tmp_path / "logs"
+    assert "rank: 2" in cli("inspect", logs / "lora").out
+    assert "model of open_clip" in cli("inspect", logs / "full").out
+    costs = {name: cli("profile", logs / name) for name in ("lora", "full")}
+    assert all((outcome.code, outcome.err) == (0, "") for outcome in costs.values())
+    assert costs["lora"].out != costs["full"].out, "the adapter costs something"

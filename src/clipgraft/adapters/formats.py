@@ -12,10 +12,11 @@ from torch import Tensor
 
 from clipgraft.adapters.checkpoint import read_checkpoint
 from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
-from clipgraft.adapters.folder import CONFIG_FILE, NATIVE_FILE, WEIGHTS_FILE, read_folder
+from clipgraft.adapters.folder import CONFIG_FILE, NATIVE_FILE, WEIGHTS_FILE, is_adapter, read_folder
 from clipgraft.adapters.guide_checkpoint import guide_adapter, write_guide, write_guide_full
 from clipgraft.adapters.native import AdapterFile, as_adapter, write_adapter
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
+from clipgraft.adapters.runs import find_run_model
 from clipgraft.errors import AdapterError
 
 Format = Literal["folder", "peft-openclip", "guide", "guide-full", "clip-lora"]
@@ -33,7 +34,7 @@ def detect(path: str | Path) -> Format:
     Raises:
         AdapterError: nothing is there, or it is none of these.
     """
-    path = Path(path)
+    path = adapter_place(Path(path))
     if _is_folder(path):
         contents = read_folder(path)
         return "peft-openclip" if is_peft_openclip(contents.tensors, contents.config) else "folder"
@@ -60,13 +61,29 @@ def read_any(
     Raises:
         AdapterError: it cannot be read, or what the file leaves open has to be said.
     """
-    path = Path(path)
+    path = adapter_place(Path(path))
     if _is_folder(path):
         return _read_folder(path, name, peft_out_proj)
     data = read_checkpoint(path)
     if _detect_file(data, path) == "clip-lora":
         return clip_lora_adapter(data, path, text_layers, vision_layers)
     return guide_adapter(data, path)
+
+
+def adapter_place(path: Path) -> Path:
+    """Where the adapter of a run lies, or of a sweep's cell; any other path is as it was.
+
+    Raises:
+        AdapterError: the run made no adapter.
+    """
+    found = None if is_adapter(path) else find_run_model(path)
+    if found is None:
+        return path
+    if found.kind == "adapter":
+        return found.saved
+    raise AdapterError(
+        f"{path} is a run that made no adapter, but a {found.kind} model: name it with --model"
+    )
 
 
 def _is_folder(path: Path) -> bool:

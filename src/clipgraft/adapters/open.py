@@ -1,7 +1,8 @@
-"""`load` for everything with a path: a base by name, or an adapter that brings its base along."""
+"""`load` for everything with a path: a base by name, an adapter that brings its base along, or a run."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,10 +11,14 @@ from clipgraft.adapters import guide as _guide  # noqa: F401 - gives Clip the gu
 from clipgraft.adapters.folder import is_adapter
 from clipgraft.adapters.loading import load_adapter
 from clipgraft.adapters.native import read_adapter
+from clipgraft.adapters.runs import RunModel, find_run_model, is_model_folder, runs_near
 from clipgraft.engine import rows as _rows  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError, ModelError
 from clipgraft.models.clip import Clip as Clip
+from clipgraft.models.clip import Source
 from clipgraft.models.load import load as load_base
+
+log = logging.getLogger("clipgraft")
 
 
 def load(
@@ -24,11 +29,12 @@ def load(
     precision: str = "fp32",
     seed: int = 0,
 ) -> Clip:
-    """Load a base model, or an adapter folder together with the base it names, in eval mode.
+    """Load a base model, an adapter folder together with the base it names, or what a run made, in eval mode.
 
     Args:
         name: `emoji`, an open_clip name or JSON config, `hf:` and an id or folder, a local model folder,
-            or the folder of an adapter or run that clipgraft wrote.
+            or the folder of an adapter or run that clipgraft wrote. A run gives the adapter on its base, or
+            the whole model after full fine-tuning or distillation; a cell of a sweep is a run.
         pretrained: for open_clip names and configs: a tag, a local checkpoint, or `none`.
         device: where the model goes.
         precision: type of the weights: `fp32`, `bf16` or `fp16`.
@@ -37,9 +43,24 @@ def load(
     Raises:
         ModelError: the base cannot be found, fetched or read.
         AdapterError: the adapter cannot be read or does not fit its base.
+        CheckpointError: the run has saved nothing yet, or does not record its base.
     """
     if not Path(name).is_dir() or not is_adapter(name):
-        return load_base(name, pretrained, device=device, precision=precision, seed=seed)
+        found = find_run_model(name)
+        if found is None:
+            _refuse_parents(Path(name))
+            return load_base(name, pretrained, device=device, precision=precision, seed=seed)
+        if pretrained:
+            raise ModelError(
+                f"{name} is a run and brings its own weights: leave out --pretrained {pretrained}"
+            )
+        _tell(found)
+        if found.kind != "adapter":
+            source = found.weights
+            return load_base(
+                source.name, source.pretrained or None, device=device, precision=precision, seed=seed
+            )
+        name = found.saved
     if pretrained:
         raise AdapterError(
             f"{name} is an adapter and brings its base along: leave out --pretrained {pretrained}"
@@ -60,3 +81,51 @@ def load(
         ) from error
     load_adapter(clip, name)
     return clip
+
+
+def split_adapter(name: str, pretrained: str | None = None) -> tuple[Source, Path | None]:
+    """Where `load` would find a model: its base, or a run's weights, and the adapter on it, if there is one.
+
+    Raises:
+        AdapterError: the adapter does not name its base.
+        CheckpointError: the run has saved nothing yet.
+    """
+    path = Path(name)
+    found = None if is_adapter(path) else find_run_model(path)
+    if found is not None and found.kind != "adapter":
+        return found.weights, None
+    if found is None and not is_adapter(path):
+        return Source(name, pretrained or ""), None
+    place = path if found is None else found.saved
+    base = read_adapter(place).base
+    if not base.get("name"):
+        raise AdapterError(
+            f"{place} does not say which base it was made for: give that with --model, this with --adapter"
+        )
+    return Source(base["name"], base.get("pretrained", "")), place
+
+
+def _tell(found: RunModel) -> None:
+    """Say what of a run is used, where that is not plain."""
+    if found.unfinished is not None:
+        log.info(
+            "%s has not come to its end: what it saved after epoch %d is used", found.run, found.unfinished
+        )
+    if found.kind != "adapter" and found.base.name:
+        whole = " / ".join(part for part in (found.base.name, found.base.pretrained) if part)
+        log.info("%s: a %s model, which began as %s", found.run, found.kind, whole)
+
+
+def _refuse_parents(path: Path) -> None:
+    """Name the runs that are there, for a folder that only holds runs, or for a run that is not there.
+
+    Raises:
+        ModelError: there are some.
+    """
+    if path.is_file() or is_model_folder(path) or not (path.is_dir() or path.parent.name):
+        return
+    folder = path if path.is_dir() else path.parent
+    if near := runs_near(folder):
+        shown = " ".join(map(str, near[:6])) + (" …" if len(near) > 6 else "")
+        what = "is no model, but a folder that holds" if path.is_dir() else f"is not there; {folder} holds"
+        raise ModelError(f"{path} {what} {len(near)} run{'s' * (len(near) > 1)}: name one, like {shown}")

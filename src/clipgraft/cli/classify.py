@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,14 @@ def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
 
 
 def measure_classes(
-    clip: Clip, data: DataSpec, classes: ClassSpec, classifier: Path | None = None, **options: Any
+    models: Mapping[str, Clip],
+    data: DataSpec,
+    classes: ClassSpec,
+    classifier: Path | None = None,
+    **options: Any,
 ) -> dict[str, ClassificationResult]:
-    """Results of the base's prompts, where the model carries one of its adapter's, and of a saved classifier.
+    """Results of the prompts of each model under its name and of an adapter beside its base, and of a saved
+    classifier on the features of the last.
 
     `options` are what `encode_images` and `evaluate_classification` both take.
 
@@ -126,11 +131,15 @@ def measure_classes(
     prompts = prompts_of(images.classes, classes)
     latest: list[Tensor] = []
 
-    def judge(features: Tensor) -> ClassificationResult:
-        latest[:] = [features]
-        return evaluate_classification(clip, images, prompts, image_features=features, **options)
+    results: dict[str, ClassificationResult] = {}
+    for heading, clip in models.items():
 
-    results = side_by_side(clip, images.images, judge, **options)
+        def judge(features: Tensor, clip: Clip = clip) -> ClassificationResult:
+            latest[:] = [features]
+            return evaluate_classification(clip, images, prompts, image_features=features, **options)
+
+        for name, result in side_by_side(clip, images.images, judge, **options).items():
+            results["adapter" if name == "adapter" else heading] = result
     if head is not None:
         results[head[0].kind] = _judge_head(head[0], latest[0], images, classifier)
     return results
@@ -149,13 +158,15 @@ def _judge_head(head: Head, features: Tensor, images: Labelled, folder: Path | N
 def class_table(columns: dict[str, ClassificationResult]) -> str:
     """Metrics as aligned rows, one column a model, and recall of each class below; in percent."""
     width = max([24, *(len(row.name) for result in columns.values() for row in result.per_class)])
-    lines = [f"{'':<{width}}" + "".join(f"{name:>10}" for name in columns)]
+    wide = max(10, *(len(name) + 2 for name in columns))
+    lines = [f"{'':<{width}}" + "".join(f"{name:>{wide}}" for name in columns)]
     for metric in _SHOWN:
         factor = 1 if metric == "loss" else 100
         values = (factor * result.metrics[metric] for result in columns.values())
-        lines.append(f"{metric:<{width}}" + "".join(f"{value:>10.2f}" for value in values))
+        lines.append(f"{metric:<{width}}" + "".join(f"{value:>{wide}.2f}" for value in values))
     lines.append("recall of")
     for rows in zip(*(result.per_class for result in columns.values()), strict=True):
-        recalls = (f"{100 * row.recall:>10.1f}" if row.recall is not None else f"{'-':>10}" for row in rows)
+        shown = ("-" if row.recall is None else f"{100 * row.recall:.1f}" for row in rows)
+        recalls = (f"{text:>{wide}}" for text in shown)
         lines.append(f"{rows[0].name:<{width}}" + "".join(recalls) + f"   of {rows[0].count}")
     return "\n".join(lines)

@@ -20,8 +20,8 @@ from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
 from clipgraft.errors import AdapterError, ConfigError, ModelError
+from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
-from clipgraft.models.load import load as load_base
 from clipgraft.report.results import RESULTS, write_results
 from clipgraft.train.distributed import Peers
 
@@ -77,7 +77,9 @@ def base_of(adapter: AdapterFile, force: bool = False) -> Clip:
         raise AdapterError(
             f"{adapter.path} does not name its base, whose weights are needed: pass --model and --pretrained"
         )
-    clip = load_base(name, adapter.base.get("pretrained") or None)
+    clip = load(name, adapter.base.get("pretrained") or None)
+    if lora_state(clip) is not None:
+        raise AdapterError(f"--model {name} is an adapter on its base, and no base itself: name that")
     if not force and adapter.fingerprint not in (None, clip.fingerprint):
         raise AdapterError(
             f"{adapter.path} was made for a base with fingerprint {adapter.fingerprint}, but {name} has "

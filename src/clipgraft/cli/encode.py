@@ -31,6 +31,7 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.search.tables import need_pyarrow
 
     need_pyarrow()
+    model_spec, spec = _adapter_apart(model_spec, spec)
     clip = load_model(_with_known_base(model_spec, spec))
     paths = _load_adapters(clip, spec)
     try:
@@ -51,6 +52,21 @@ def _check_engine(spec: EncodeSpec) -> None:
     for name in ("ray_address", "ray_workers", "ray_gpus_per_worker"):
         if getattr(spec, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: goes with --engine ray; add that")
+
+
+def _adapter_apart(model: ModelSpec, spec: EncodeSpec) -> tuple[ModelSpec, EncodeSpec]:
+    """`--model ADAPTER`, or a run that made one, as its base and `--adapter`, whose path is recorded."""
+    from clipgraft.adapters.open import split_adapter
+
+    base, adapter = split_adapter(model.model, model.pretrained)
+    if adapter is None:
+        return model, spec
+    if spec.adapter is not None or spec.adapters is not None:
+        raise ConfigError(
+            f"--model {model.model} is an adapter already: name its base, and the adapters apart"
+        )
+    named = {"model": base.name, "pretrained": base.pretrained or None}
+    return model.model_copy(update=named), spec.model_copy(update={"adapter": adapter})
 
 
 def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:

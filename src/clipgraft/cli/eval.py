@@ -15,11 +15,12 @@ from clipgraft.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clipgraft.adapters.runs import RunModel
     from clipgraft.data.pairs import Pairs
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Measure retrieval or classification: a base, or an adapter beside its base."
+_SUMMARY = "Measure retrieval or classification: a base; an adapter, or what a run made, beside its base."
 _SHOWN = (
     "image_to_text_R@1",
     "image_to_text_R@5",
@@ -48,13 +49,18 @@ def run(argv: Sequence[str]) -> None:
     if faults:
         raise ConfigError("\n".join(faults))
     from clipgraft.adapters.loading import load_adapter
+    from clipgraft.adapters.runs import find_run_model
     from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.files import write_json
     from clipgraft.models.precision import use_autocast
 
-    clip = load_model(model_spec)
+    models = {"base": load_model(model_spec)}
+    clip = models["base"]
+    whole = find_run_model(model_spec.model)
     if spec.adapter is not None:
         load_adapter(clip, spec.adapter, force=spec.force, peft_out_proj=spec.peft_out_proj)
+    elif whole is not None and whole.kind != "adapter":
+        models = {**_beginning(whole, model_spec), whole.kind: clip}
     options = {
         "batch_size": spec.batch_size,
         "workers": data.workers,
@@ -65,15 +71,46 @@ def run(argv: Sequence[str]) -> None:
     if classes.task == "classification":
         from clipgraft.cli.classify import class_table, measure_classes
 
-        results = measure_classes(clip, data, classes, spec.classifier, **options)
+        classifier = spec.classifier or (whole.head if whole is not None and spec.adapter is None else None)
+        results = measure_classes(models, data, classes, classifier, **options)
         columns = {name: result.metrics for name, result in results.items()}
         print(class_table(results))
     else:
-        columns = measure(clip, read_table(clip, data.val_data, data, "validation data"), **options)
+        pairs = read_table(clip, data.val_data, data, "validation data")
+        columns = measure_all(models, pairs, **options)
         print(table(columns))
     if spec.out is not None:
         write_json(spec.out, columns)
         log.info("wrote %s", spec.out)
+
+
+def _beginning(whole: RunModel, spec: ModelSpec) -> dict[str, Clip]:
+    """What a run of all weights began with, to be measured beside it; nothing where it cannot be had."""
+    from clipgraft.cli.common import load_model
+    from clipgraft.errors import ClipgraftError
+
+    base = whole.base
+    if not base.name:
+        log.warning("%s does not record its base: it is measured alone", whole.run)
+        return {}
+    try:
+        return {
+            "base": load_model(
+                spec.model_copy(update={"model": base.name, "pretrained": base.pretrained or None})
+            )
+        }
+    except ClipgraftError as error:
+        log.warning("the base that %s began with cannot be measured beside it: %s", whole.run, error)
+        return {}
+
+
+def measure_all(models: Mapping[str, Clip], pairs: Pairs, **options: Any) -> dict[str, dict[str, float]]:
+    """Metrics of each model under its name, and of an adapter beside its base."""
+    return {
+        ("adapter" if name == "adapter" else heading): metrics
+        for heading, clip in models.items()
+        for name, metrics in measure(clip, pairs, **options).items()
+    }
 
 
 def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, dict[str, float]]:
@@ -127,9 +164,10 @@ def _images(clip: Clip, files: Sequence[Path], **options: Any) -> Tensor:
 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """Metrics as aligned rows, one column a model; recalls in percent."""
-    lines = [f"{'':<26}" + "".join(f"{name:>10}" for name in columns)]
+    width = max(10, *(len(name) + 2 for name in columns))
+    lines = [f"{'':<26}" + "".join(f"{name:>{width}}" for name in columns)]
     for metric in _SHOWN:
         percent = "_R@" in metric
         values = (100 * column[metric] if percent else column[metric] for column in columns.values())
-        lines.append(f"{metric:<26}" + "".join(f"{value:>10.1f}" for value in values))
+        lines.append(f"{metric:<26}" + "".join(f"{value:>{width}.1f}" for value in values))
     return "\n".join(lines)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.parser import parse
-from clipgraft.config import InspectSpec
+from clipgraft.config import InspectSpec, flag
+from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clipgraft.profile.adapters import AdapterInspection
     from clipgraft.profile.inspection import Inspection
 
-_SUMMARY = "Show what a model is. Weights are neither needed nor loaded."
+_SUMMARY = "Show what a model, a run or an adapter is. A model's weights are neither needed nor loaded."
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, look, print."""
     (spec,) = parse("inspect", _SUMMARY, [InspectSpec], argv)
+    from clipgraft.adapters.open import split_adapter
     from clipgraft.profile.inspection import inspect_model
     from clipgraft.profile.plain import plain
 
+    if _is_adapter(spec.model):
+        _show_adapter(spec)
+        return
+    source, _ = split_adapter(spec.model, spec.pretrained)
     found = inspect_model(
-        spec.model, spec.set, pretrained=spec.pretrained, targets=spec.targets, r=spec.lora_r
+        source.name, spec.set, pretrained=_tag(source.pretrained), targets=spec.targets, r=spec.lora_r
     )
     if spec.format == "json":
         document = plain(found, without=frozenset({"trace"}))
@@ -30,6 +38,72 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         print("\n\n".join(_sections(found, spec)))
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a name is an adapter of any format, or a run that made one."""
+    from clipgraft.adapters.folder import is_adapter
+    from clipgraft.adapters.runs import find_run_model
+    from clipgraft.models.from_openclip import CHECKPOINT_SUFFIXES
+
+    path = Path(name)
+    if is_adapter(path):
+        return True
+    found = find_run_model(path)
+    if found is not None:
+        return found.kind == "adapter"
+    return path.is_file() and path.suffix in CHECKPOINT_SUFFIXES
+
+
+def _tag(pretrained: str) -> str | None:
+    """A tag may decide on QuickGELU; a file does not."""
+    return pretrained if pretrained and not Path(pretrained).exists() else None
+
+
+def _show_adapter(spec: InspectSpec) -> None:
+    from clipgraft.profile.adapters import inspect_adapter
+    from clipgraft.profile.plain import plain
+    from clipgraft.profile.tables import adapted_table
+
+    if given := sorted(spec.model_fields_set - {"model", "format"}):
+        raise ConfigError(
+            f"{', '.join(map(flag, given))} given for {spec.model}, an adapter: name a model, or drop it"
+        )
+    found = inspect_adapter(spec.model)
+    if spec.format == "json":
+        print(json.dumps(plain(found), indent=2, ensure_ascii=False))
+        return
+    table = adapted_table(found.sites)
+    facts = "\n".join(f"{name}: {value}" for name, value in _facts(found))
+    if spec.format == "markdown":
+        print(f"# {found.path}\n\n```text\n{facts}\n```\n\n{table.markdown()}")
+    else:
+        print(f"{found.path}\n{facts}\n\n{table.text()}")
+
+
+def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
+    """What the text form says of an adapter besides its sites."""
+    settings = found.settings
+    named = " / ".join(part for part in (found.base.get("name"), found.base.get("pretrained")) if part)
+    print_of = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
+    plain = [name for name in ("use_rslora", "use_dora", "train_logit_scale") if getattr(settings, name)]
+    return [
+        ("format", found.format),
+        ("base", (named or "not named") + print_of),
+        ("rank", settings.r),
+        ("alpha", f"{settings.alpha:g}"),
+        ("dropout", f"{settings.dropout:g}"),
+        ("targets", settings.targets),
+        ("bias", settings.bias),
+        *((name, "yes") for name in plain),
+        ("weights", f"{found.parameters:,} at {len(found.sites)} sites, {found.bytes / 1e6:.2f} MB on disk"),
+        *(("with", part) for part in found.parts),
+        *((f"measured {name}", f"{value:g}") for name, value in _numbers(found.metrics)),
+    ]
+
+
+def _numbers(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
+    return [(name, float(value)) for name, value in metrics.items() if isinstance(value, int | float)]
 
 
 def _sections(found: Inspection, spec: InspectSpec) -> list[str]:

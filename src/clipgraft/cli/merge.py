@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
-from clipgraft.config import MergeSpec
+from clipgraft.config import MergeSpec, flag
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clipgraft.adapters.runs import RunModel
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
@@ -24,10 +25,14 @@ def run(argv: Sequence[str]) -> None:
     weights = _weights(spec)
     from clipgraft.adapters.formats import check_free, read_any
     from clipgraft.adapters.loading import put_on
+    from clipgraft.adapters.runs import find_run_model
     from clipgraft.cli.common import base_of, name_after, with_base
 
     if spec.to == "adapter":
         check_free(spec.out, "peft")
+    if len(spec.adapters) == 1 and (whole := find_run_model(spec.adapters[0])) and whole.kind != "adapter":
+        _export(whole, spec)
+        return
     files = [read_any(path, peft_out_proj=spec.peft_out_proj) for path in spec.adapters]
     if spec.model is not None:
         files = [with_base(file, spec.model, spec.pretrained) for file in files]
@@ -43,6 +48,24 @@ def run(argv: Sequence[str]) -> None:
         _write_sum(clip, amounts, spec.out, spec.rank)
     else:
         _write_model(clip, amounts, spec.out, _form(spec, clip))
+
+
+def _export(whole: RunModel, spec: MergeSpec) -> None:
+    """Write the whole model that a run made, in which there is nothing to merge."""
+    from clipgraft.adapters.open import load
+    from clipgraft.models.export import write_model
+
+    given = [name for name in ("weights", "model", "pretrained") if getattr(spec, name) is not None]
+    if spec.to == "adapter" or given:
+        flags = ", ".join(
+            [*(flag(name) for name in given), *(["--to adapter"] if spec.to == "adapter" else [])]
+        )
+        raise ConfigError(f"{flags}: {whole.run} made no adapter, but a {whole.kind} model: drop the flag")
+    clip = load(spec.adapters[0])
+    log.info("%s: there is nothing to merge in a %s model", whole.run, whole.kind)
+    form: Any = _form(spec, clip)
+    write_model(clip, spec.out, form, progress=lambda line: log.info("%s", line))
+    _report(spec.out, form)
 
 
 def _weights(spec: MergeSpec) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.parser import parse
@@ -35,6 +36,7 @@ class Report:
 def run(argv: Sequence[str]) -> None:
     """Parse, profile, measure if asked to, print."""
     (spec,) = parse("profile", _SUMMARY, [ProfileSpec], argv)
+    spec = _apart(spec)
     from clipgraft.cli.profile_llava import is_llava, show_llava
     from clipgraft.models.unloaded import read_model_config
     from clipgraft.profile.forward import profile_clip
@@ -60,6 +62,22 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         print("\n\n".join(_sections(clip, report, spec)))
+
+
+def _apart(spec: ProfileSpec) -> ProfileSpec:
+    """A run or an adapter as the structure of its base, and `--adapter`."""
+    from clipgraft.adapters.open import split_adapter
+
+    source, adapter = split_adapter(spec.model, spec.pretrained)
+    if adapter is not None and spec.adapter is not None:
+        raise ConfigError(
+            f"{spec.model} is an adapter already: drop --adapter {spec.adapter}, or name the base"
+        )
+    if source.name == spec.model:
+        return spec
+    tag = None if Path(source.pretrained).is_file() else source.pretrained or None
+    named = {"model": source.name, "pretrained": tag}
+    return spec.model_copy(update=named if adapter is None else {**named, "adapter": adapter})
 
 
 def _model(spec: ProfileSpec, device: str) -> Clip:

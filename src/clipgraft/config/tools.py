@@ -92,7 +92,8 @@ class InspectSpec(Spec):
 
     model: Annotated[str, Positional()] = Field(
         min_length=1,
-        description="emoji, an open_clip name or JSON config, hf:ID, a transformers config.json, or a folder",
+        description="emoji, an open_clip name or JSON config, hf:ID, a transformers config.json, or a "
+        "folder of a model, adapter or run",
     )
     pretrained: str | None = Field(
         None, description="open_clip tag, which decides on QuickGELU; no weights are fetched"

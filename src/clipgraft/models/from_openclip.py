@@ -6,6 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def load_config(path: Path, pretrained: str, seed: int) -> Clip:
         except Exception as error:
             raise checkpoint_failure(pretrained, str(path), error) from error
     return _clip(model, inner, eval_transform, train_transform, Source(str(path), pretrained))
+
+
+def is_openclip(name: str) -> bool:
+    """Whether a name that brings its own weights is of open_clip: a hub id, or a local folder."""
+    return name.startswith(HUB) or (Path(name) / CONFIG_FILE).is_file()
+
+
+def with_weights(clip: Clip, pretrained: str) -> Clip:
+    """A loaded model with the weights of a local checkpoint instead, as a run that fine-tuned it left them.
+
+    Raises:
+        ModelError: the checkpoint is damaged or of another model.
+    """
+    import open_clip
+
+    try:
+        open_clip.load_checkpoint(clip.model, pretrained)
+    except Exception as error:
+        raise checkpoint_failure(pretrained, clip.source.name, error) from error
+    return replace(clip, source=Source(clip.source.name, pretrained))
 
 
 def model_config(name: str) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def _dispatch(name: str, pretrained: str, seed: int) -> Clip:
     path = Path(name)
     brings_weights = name == "emoji" or name.startswith(("hf:", "hf-hub:")) or path.is_dir()
     if brings_weights and pretrained:
+        if from_openclip.is_openclip(name) and Path(pretrained).is_file():
+            return from_openclip.with_weights(_dispatch(name, "", seed), pretrained)
         raise ModelError(f"'{name}' brings its own weights: leave out --pretrained {pretrained}")
     if name == "emoji":
         return load_hf(str(EMOJI_BASE), name)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from clipgraft.profile.adapters import AdaptedSite
 from clipgraft.profile.forward import ClipProfile, SiteCost, TowerCost
 from clipgraft.profile.inspection import SiteInfo
 from clipgraft.profile.llava import LLAVA_PARTS, LlavaProfile
@@ -26,6 +27,20 @@ def sites_table(sites: Sequence[SiteInfo], r: int) -> Table:
         added = sum(site.lora_parameters for site in group)
         rows.append((label, str(len(group)), first.kind, shape, f"{added:,}"))
     return Table("sites", ("site", "sites", "kind", "shape", f"LoRA weights, r={r}"), tuple(rows))
+
+
+def adapted_table(sites: Sequence[AdaptedSite]) -> Table:
+    """The sites of an adapter, those of a role, rank, scale and shape as one row."""
+    alike: dict[tuple[int, float, tuple[int, ...]], list[AdaptedSite]] = {}
+    for site in sites:
+        alike.setdefault((site.r, site.scale, site.shape), []).append(site)
+    rows = []
+    for (r, scale, shape), group in alike.items():
+        for label, members in _by_role((site.site, site) for site in group):
+            weights = sum(site.parameters for site in members)
+            kind = ("whole", "") if r == 0 else (str(r), f"{scale:g}")
+            rows.append((label, str(len(members)), *kind, "x".join(map(str, shape)), f"{weights:,}"))
+    return Table("sites", ("site", "sites", "r", "scale", "shape", "weights"), tuple(rows))
 
 
 def targets_table(targets: Iterable[TargetCost]) -> Table:

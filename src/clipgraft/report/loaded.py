@@ -61,6 +61,9 @@ def _base_of(run: Run) -> tuple[str, str | None]:
         base = read_adapter(run.saved).base
         if base.get("name"):
             return base["name"], base.get("pretrained") or None
+    source = run.params.get("source")
+    if isinstance(source, dict) and isinstance(source.get("name"), str) and source["name"]:
+        return source["name"], str(source.get("pretrained") or "") or None
     name = run.params.get("model")
     if not isinstance(name, str):
         raise ModelError(f"{run.path} does not record its base: train it with `clipgraft train --model`")

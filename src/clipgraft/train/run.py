@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipgraft.adapters.native import findable
 from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
@@ -118,7 +119,8 @@ def run_task(
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
     started = time.perf_counter()
-    folder = RunFolder(out, {**settings, **params}, resume) if peers.root else SilentFolder(out)
+    recorded = {**settings, **params, "source": asdict(findable(clip))}
+    folder = RunFolder(out, recorded, resume) if peers.root else SilentFolder(out)
     with folder:
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
         task = prepare(encoder)

@@ -1,0 +1,99 @@
+"""What an adapter is, apart from its base: format, settings, sites, sizes, and the base that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipgraft.adapters.formats import adapter_place, detect, read_any
+from clipgraft.adapters.native import AdapterFile
+from clipgraft.lora.state import LoraSettings
+from clipgraft.models.save import size_on_disk
+
+
+@dataclass(frozen=True)
+class AdaptedSite:
+    """One site that an adapter changes: rank and scale of its update, shape and number of weights."""
+
+    site: str
+    r: int
+    scale: float
+    shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """An adapter.
+
+    Attributes:
+        path: the folder or file it lies in.
+        format: whose it is, as `clipgraft.adapters.formats.detect` names it.
+        base: name, tag and family of its base; empty where the file does not say.
+        fingerprint: of its base; None in files of others.
+        settings: what made it.
+        sites: in the order of the file; with whole weights, r is 0.
+        parameters: number of its weights, magnitudes and biases included.
+        bytes: on disk.
+        parts: what it has besides A and B, in words.
+        metrics: what was measured when it was saved.
+    """
+
+    path: Path
+    format: str
+    base: dict[str, str]
+    fingerprint: str | None
+    settings: LoraSettings
+    sites: tuple[AdaptedSite, ...]
+    parameters: int
+    bytes: int
+    parts: tuple[str, ...]
+    metrics: dict[str, Any]
+
+
+def inspect_adapter(path: str | Path) -> AdapterInspection:
+    """Look at an adapter of any format that is read, or at that of a run; its base is not needed.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+    """
+    place = adapter_place(Path(path))
+    form = detect(place)
+    file = read_any(place, peft_out_proj="as-meant")
+    others = [*file.magnitudes.values(), *file.biases.values(), *file.offsets.values()]
+    sites = tuple(_sites(file))
+    return AdapterInspection(
+        path=file.path,
+        format=form,
+        base=file.base,
+        fingerprint=file.fingerprint,
+        settings=file.settings,
+        sites=sites,
+        parameters=sum(site.parameters for site in sites) + sum(tensor.numel() for tensor in others),
+        bytes=size_on_disk(file.path),
+        parts=tuple(_parts(file)),
+        metrics=file.metrics,
+    )
+
+
+def _sites(file: AdapterFile) -> list[AdaptedSite]:
+    scales = file.scales
+    found = [
+        AdaptedSite(str(site), a.shape[0], scales[site], (b.shape[0], *a.shape[1:]), a.numel() + b.numel())
+        for site, (a, b) in file.weights.items()
+    ]
+    return found + [
+        AdaptedSite(str(site), 0, 1.0, tuple(whole.shape), whole.numel()) for site, whole in file.full.items()
+    ]
+
+
+def _parts(file: AdapterFile) -> list[str]:
+    parts = {
+        f"DoRA magnitudes of {len(file.magnitudes)} sites": file.magnitudes,
+        f"biases of {len(file.biases)} layers": file.biases,
+        f"biases of B at {len(file.offsets)} sites": file.offsets,
+        f"whole weights of {len(file.full)} sites": file.full,
+        f"a trained temperature (log {file.logit_scale})": file.logit_scale is not None,
+    }
+    return [name for name, there in parts.items() if there]
