@@ -6,9 +6,10 @@ Readers such as pyarrow, numpy, tarfile, FAISS, safetensors and torch raise almo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clipgraft.errors import ClipgraftError, DataError
 
@@ -36,3 +37,23 @@ def reason(cause: BaseException) -> str:
     if isinstance(cause, KeyError | RecursionError | MemoryError) or not line:
         line = f"{type(cause).__name__} {line}".strip()
     return line if len(line) <= _MOST_REASON else f"{line[:_MOST_REASON]}…"
+
+
+def map_array(path: Path, error: type[ClipgraftError] = DataError, advice: str = "", mode: str = "r") -> Any:
+    """A `.npy` file, memory-mapped; no other kind of file, and no array of Python objects."""
+    from numpy.lib.format import open_memmap
+
+    with reading(path, error, advice):
+        return open_memmap(path, mode=mode)
+
+
+def read_parquet(content: Path | bytes, path: Path, columns: Sequence[str] | None, advice: str) -> Any:
+    """A whole Parquet table, or some of its columns, each of whose values can be taken out of it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with reading(path, DataError, advice):
+        source = pyarrow.BufferReader(content) if isinstance(content, bytes) else content
+        table = pyarrow.parquet.read_table(source, columns=columns, partitioning=None)
+        table.validate(full=True)  # text that is not UTF-8, offsets that lead out of the column
+        return table

@@ -10,9 +10,9 @@ an undisturbed run with the same batch and shard size on the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,18 +28,19 @@ from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.engine.encoder import Encoder
 from clipgraft.engine.kernels import KERNELS, Attention
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.files import inside
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
 from clipgraft.search.engine import Engine, LocalEngine
 from clipgraft.search.items import Source
 from clipgraft.search.lock import sole_writer
 from clipgraft.search.makers import Maker, image_maker, text_maker
-from clipgraft.search.manifest import AdapterNote, Made, Manifest, VectorSet
+from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Made, Manifest, VectorSet
 from clipgraft.search.plan import Counts, Plan
 from clipgraft.search.ray_engine import Cluster, RayEngine
 from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
-from clipgraft.search.store import WORK, Store, open_folder
+from clipgraft.search.store import Store, open_folder
 from clipgraft.search.stream import Progress, Reading, Sizes, stream
 from clipgraft.search.tables import need_pyarrow
 
@@ -81,7 +82,7 @@ def encode_folder(
     texts: bool = False,
     adapters: Sequence[str] | None = None,
     adapter_paths: Mapping[str, str] | None = None,
-    dtype: str = "float16",
+    dtype: Dtype = "float16",
     shard_rows: int = 10_000,
     batch_size: int = 64,
     workers: int = 2,
@@ -195,9 +196,10 @@ class _Run:
 
     def bring_up_to_date(self) -> Counts:
         """Drop what is gone, encode what is new; returns how much of both there was."""
-        store, work = self.store, self.store.folder / WORK
+        store, work = self.store, inside(self.store.folder, WORK)
         work.mkdir(exist_ok=True)
-        plan = Plan(work / "plan.sqlite")
+        spilled = work / "plan.sqlite"
+        plan = Plan(spilled)
         try:
             store.drop_damaged()
             counts = self._compare(plan)
@@ -217,7 +219,9 @@ class _Run:
             store.finish()
         finally:
             plan.close()
-            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # all that is ours in it; what else is there stays
+                spilled.unlink()
+                work.rmdir()
         return counts
 
     def _compare(self, plan: Plan) -> Counts:
@@ -266,7 +270,7 @@ def _autocast(clip: Clip, choice: bool | None, before: Manifest | None) -> bool:
     return use_autocast(choice, clip.device)
 
 
-def _made(clip: Clip, kind: str, maker: Maker, dtype: str, autocast: bool) -> Made:
+def _made(clip: Clip, kind: str, maker: Maker, dtype: Dtype, autocast: bool) -> Made:
     source = findable(clip)
     compute = str(clip.dtype).removeprefix("torch.") + (_AUTOCAST if autocast else "")
     return Made(

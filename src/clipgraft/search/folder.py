@@ -11,10 +11,18 @@ import numpy as np
 
 from clipgraft.errors import AdapterError, DataError, ModelError
 from clipgraft.models.clip import Clip
-from clipgraft.search.manifest import METADATA, VECTORS, Manifest, Shard, VectorSet, read_manifest, set_path
+from clipgraft.search.manifest import (
+    METADATA,
+    Manifest,
+    Shard,
+    VectorSet,
+    read_manifest,
+    set_path,
+    shard_file,
+)
 from clipgraft.search.sets import acting_digest
-from clipgraft.search.store import Array
-from clipgraft.search.tables import need_pyarrow, read_table
+from clipgraft.search.store import Array, read_vectors
+from clipgraft.search.tables import metadata_columns, read_metadata
 
 
 @dataclass(frozen=True)
@@ -43,28 +51,17 @@ class Encoded:
 
     def vectors(self, shard: Shard) -> Array:
         """(rows, D) of a shard, memory-mapped. Raises DataError where the file is missing or damaged."""
-        path = self.folder / set_path(self.part.folder, VECTORS[self.manifest.made.kind], shard.number)
-        try:
-            rows: Array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{path}: cannot be read ({reason}); run `clipgraft encode` again") from error
-        if rows.shape != (shard.rows, self.manifest.dim):
-            raise DataError(
-                f"{path}: holds {rows.shape}, not {shard.rows} rows; run `clipgraft encode` again"
-            )
-        return rows
+        return read_vectors(self.folder, self.manifest, self.part, shard)
 
     def metadata(self, shard: Shard, columns: Sequence[str] | None = None) -> Any:
-        """The pyarrow table of a shard."""
-        return read_table(self.folder / set_path(self.part.folder, METADATA, shard.number), columns)
+        """The pyarrow table of a shard. Raises DataError where the file is missing or damaged."""
+        path = shard_file(self.folder, self.part.folder, METADATA, shard.number)
+        known = shard.files[set_path(self.part.folder, METADATA, shard.number)]
+        return read_metadata(path, self.manifest.made.kind, known, shard.rows, columns)
 
     def columns(self) -> list[str]:
         """The columns of the metadata."""
-        pyarrow = need_pyarrow()
-        first = self.shards[0]
-        path = self.folder / set_path(self.part.folder, METADATA, first.number)
-        return list(pyarrow.parquet.read_schema(path).names)
+        return metadata_columns(self.manifest.made.kind)
 
     def blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, Array]]:
         """(first row, float32 vectors) for all rows of all shards, at most `rows` at a time."""
@@ -78,7 +75,7 @@ class Encoded:
 
     def state(self) -> list[str]:
         """What changes when the vectors do: the digests of the files that hold them."""
-        names = [set_path(self.part.folder, VECTORS[self.manifest.made.kind], s.number) for s in self.shards]
+        names = [set_path(self.part.folder, self.manifest.emb, shard.number) for shard in self.shards]
         return [shard.files[name][1] for shard, name in zip(self.shards, names, strict=True)]
 
 

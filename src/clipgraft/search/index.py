@@ -8,29 +8,37 @@ factory is trained on are held at once.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from clipgraft.errors import ConfigError, DataError
-from clipgraft.files import atomic_folder, write_json
+from clipgraft.errors import ClipgraftError, ConfigError, DataError
+from clipgraft.files import atomic_folder, inside, write_json
+from clipgraft.readers import reading
+from clipgraft.records import Finite, Whole, read_json
 from clipgraft.search.exact import nearest
 from clipgraft.search.folder import Encoded, all_sets
 from clipgraft.search.lock import sole_writer
+from clipgraft.search.manifest import INDEX_FOLDER
 from clipgraft.search.store import Array
 from clipgraft.search.tables import INSTALL
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1
 EXACT = "Flat"
-INDEX_FOLDER, RECORD = "index", "index.json"
+RECORD = "index.json"
+# FAISS ends the process over these, later.
+_CRASHES = re.compile(r"(?<![0-9])0+(?![0-9])|HNSW0*1(?![0-9])|NSG0*[1-7](?![0-9])")
 FILES = {"images": "image.index", "texts": "text.index"}
 _TRAINING_ROWS = 200_000
+_AGAIN = "run `clipgraft index` again"
 _PROBES, _K, _ENOUGH = 200, 10, 0.95
 
 
@@ -46,17 +54,20 @@ class IndexRecord:
         state: digest of the vectors that it was built of.
         recall: share of the 10 nearest that it finds, None for an exact one.
         settings: how hard it searches: `nprobe` or `efSearch`.
+        sha256: of FAISS's file, None where an older version wrote it. FAISS is not given a file with other
+            bytes: some make it end the process.
     """
 
     factory: str
-    rows: int
-    dim: int
+    rows: Whole
+    dim: Whole
     fingerprint: str
     adapter: str | None
     digest: str | None
     state: str
-    recall: float | None = None
-    settings: dict[str, int] | None = None
+    recall: Finite | None = None
+    settings: dict[str, Whole] | None = None
+    sha256: str | None = None
 
 
 def build_index(folder: str | Path, factory: str = EXACT) -> list[tuple[Path, IndexRecord]]:
@@ -99,58 +110,106 @@ def open_index(encoded: Encoded) -> Any | None:
     Raises:
         DataError: it is damaged, or was made of the vectors of another base or adapter.
     """
-    place = encoded.place / INDEX_FOLDER
+    place = _place(encoded)
     record = read_record(place)
     if record is None:
         return None
-    if (record.fingerprint, record.digest) != (encoded.manifest.made.fingerprint, encoded.part.digest):
+    made = encoded.manifest.made
+    if (record.fingerprint, record.digest) != (made.fingerprint, encoded.part.digest):
         raise DataError(
             f"{place}: is of base {record.fingerprint}, adapter {record.adapter}, and its folder is not; "
-            "run `clipgraft index` again"
+            f"{_AGAIN}"
         )
     if record.state != _state(encoded):
-        log.warning(
-            "%s: is older than the vectors, which are searched directly; run `clipgraft index` again", place
-        )
+        log.warning("%s: is older than the vectors, which are searched directly; %s", place, _AGAIN)
         return None
-    faiss = need_faiss()
-    try:
-        return faiss.read_index(str(place / FILES[encoded.manifest.made.kind]))
-    except RuntimeError as error:
-        raise DataError(f"{place}: is damaged ({_reason(error)}); run `clipgraft index` again") from error
+    faiss, file = need_faiss(), inside(encoded.folder, _inside(encoded, FILES[made.kind]))
+    with reading(file, DataError, _AGAIN):
+        if record.sha256 is not None and _digest(file) != record.sha256:
+            raise DataError(f"{file}: is damaged: its bytes are not those that {RECORD} lists; {_AGAIN}")
+        index = faiss.read_index(str(file))
+        held = (index.ntotal, index.d, index.metric_type)
+    if held != (encoded.manifest.rows, encoded.manifest.dim, faiss.METRIC_INNER_PRODUCT):
+        raise DataError(f"{file}: holds {held[0]} vectors of {held[1]}, not those of its folder; {_AGAIN}")
+    return index
 
 
 def read_record(place: Path) -> IndexRecord | None:
     """What an index folder says of itself, None where there is none; raises DataError if it is damaged."""
-    try:
-        known = json.loads((place / RECORD).read_text(encoding="utf-8"))
-        if known.pop("clipgraft_index") != FORMAT:
-            raise ValueError("another format")
-        return IndexRecord(**known)
-    except FileNotFoundError:
+    if not os.path.lexists(place / RECORD):
         return None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{place / RECORD}: is damaged ({error}); run `clipgraft index` again") from error
+    return read_json(place / RECORD, _File, advice=_AGAIN)
+
+
+@dataclass(frozen=True)
+class _File(IndexRecord):
+    """How the file has it."""
+
+    clipgraft_index: Literal[1] = field(kw_only=True)
+
+
+def _inside(encoded: Encoded, name: str = "") -> str:
+    """Something in the index folder of a set, by its path below the encoded folder."""
+    return f"{encoded.part.folder}/{INDEX_FOLDER}/{name}".strip("/")
+
+
+def _place(encoded: Encoded) -> Path:
+    return inside(encoded.folder, _inside(encoded))
+
+
+def _refuse_foreign(place: Path) -> None:
+    """Keep a folder that is not an index of ours from being replaced; raises DataError."""
+    if not os.path.lexists(place):
+        return
+    record = place / RECORD
+    strange = not place.is_dir() or {path.name for path in place.iterdir()} - {RECORD, *FILES.values()}
+    if strange or (any(place.iterdir()) and b"clipgraft_index" not in _bytes(record)):
+        raise DataError(f"{place}: holds something else than an index of ours; move it away, then {_AGAIN}")
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _build(faiss: Any, encoded: Encoded, factory: str) -> tuple[Path, IndexRecord]:
     made, dim = encoded.manifest.made, encoded.manifest.dim
     if dim is None or not encoded.manifest.rows:
         raise DataError(f"{encoded.place}: holds no vectors, so there is nothing to index")
+    place = _place(encoded)
+    _refuse_foreign(place)
     index = _made(faiss, factory, dim)
     if not index.is_trained:
         _train(index, encoded, factory)
-    for _, block in encoded.blocks():
-        index.add(block)
-    recall, settings = (None, None) if factory == EXACT else _tuned(faiss, index, encoded)
+    with _faiss(f"--factory {factory}: cannot hold these vectors", "an index of another kind"):
+        for _, block in encoded.blocks():
+            index.add(block)
+        recall, settings = (None, None) if factory == EXACT else _tuned(faiss, index, encoded)
     rows = encoded.manifest.rows
     part = encoded.part
-    record = IndexRecord(
-        factory, rows, dim, made.fingerprint, part.adapter, part.digest, _state(encoded), recall, settings
-    )
-    place = encoded.place / INDEX_FOLDER
+    state = _state(encoded)
     with atomic_folder(place) as temporary:
-        faiss.write_index(index, str(temporary / FILES[made.kind]))
+        file = temporary / FILES[made.kind]
+        faiss.write_index(index, str(file))
+        record = IndexRecord(
+            factory,
+            rows,
+            dim,
+            made.fingerprint,
+            part.adapter,
+            part.digest,
+            state,
+            recall,
+            settings,
+            _digest(file),
+        )
         write_json(temporary / RECORD, {"clipgraft_index": FORMAT, **asdict(record)})
     return place, record
 
@@ -158,22 +217,23 @@ def _build(faiss: Any, encoded: Encoded, factory: str) -> tuple[Path, IndexRecor
 def _made(faiss: Any, factory: str, dim: int) -> Any:
     if factory == EXACT:
         return faiss.IndexFlatIP(dim)
-    try:
+    if _CRASHES.search(factory):
+        raise ConfigError(
+            f"--factory {factory}: sizes begin at 1, of HNSW at 2 and of NSG at 8; take larger ones"
+        )
+    wrong = f"--factory {factory}: FAISS cannot make it of {dim}-dimensional vectors"
+    with _faiss(wrong, "one such as IVF256,Flat or HNSW32"):
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        wrong = f"--factory {factory}: FAISS cannot make it of {dim}-dimensional vectors ({_reason(error)})"
-        raise ConfigError(f"{wrong}; write one such as IVF256,Flat or HNSW32") from error
 
 
 def _train(index: Any, encoded: Encoded, factory: str) -> None:
     """Train on rows at even distances."""
     rows = encoded.manifest.rows
     wanted = np.unique(np.linspace(0, rows - 1, min(rows, _TRAINING_ROWS)).astype(np.int64))
-    try:
-        index.train(_rows(encoded, wanted))
-    except RuntimeError as error:
-        wrong = f"--factory {factory}: cannot be trained on {len(wanted):,} vectors ({_reason(error)})"
-        raise ConfigError(f"{wrong}; take fewer cells, or an exact index without --factory") from error
+    vectors = _rows(encoded, wanted)
+    wrong = f"--factory {factory}: cannot be trained on {len(wanted):,} vectors"
+    with _faiss(wrong, "fewer cells, or an exact index without --factory"):
+        index.train(vectors)
 
 
 def _rows(encoded: Encoded, wanted: Array) -> Array:
@@ -227,6 +287,14 @@ def _state(encoded: Encoded) -> str:
     return hashlib.sha256("\n".join(encoded.state()).encode()).hexdigest()[:32]
 
 
-def _reason(error: RuntimeError) -> str:
-    """FAISS names its own source lines first."""
-    return " ".join(str(error).split()).rpartition("Error: ")[2].rpartition(": ")[2]
+@contextmanager
+def _faiss(wrong: str, instead: str) -> Iterator[None]:
+    """Turn what FAISS raises about a factory into ConfigError, with its reason and what to take instead."""
+    try:
+        yield
+    except ClipgraftError:
+        raise
+    except Exception as error:  # RuntimeError, and what its Python layer makes of a wrong kind of index
+        # FAISS names its own source lines first.
+        told = " ".join(str(error).split()).rpartition("Error: ")[2].rpartition(": ")[2]
+        raise ConfigError(f"{wrong} ({told}); take {instead}") from error

@@ -6,20 +6,25 @@ never meets half a step. Files that it does not list are left by a killed run.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from clipgraft.errors import DataError
-from clipgraft.files import write_json
+from clipgraft.files import inside, write_json
+from clipgraft.records import Whole, read_json, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 Kind = Literal["images", "texts"]
+Dtype = Literal["float16", "float32"]
 VECTORS: Mapping[str, str] = {"images": "img_emb", "texts": "text_emb"}
 METADATA, ERRORS = "metadata", "errors"
+WORK, INDEX_FOLDER, ERRORS_FILE = ".work", "index", "errors.parquet"
+_TAKEN = {*VECTORS.values(), METADATA, ERRORS, WORK, INDEX_FOLDER, ERRORS_FILE, MANIFEST, ".lock"}
+_ADVICE = "encode into another folder"
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Made:
     fingerprint: str
     preprocessing: str
     compute: str
-    dtype: str
+    dtype: Dtype
 
     @property
     def base(self) -> str:
@@ -84,11 +89,11 @@ class Shard:
         files: size in bytes and SHA-256 of each file, by path below the folder.
     """
 
-    number: int
-    rows: int
-    errors: int
+    number: Whole
+    rows: Whole
+    errors: Whole
     key: str
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, tuple[Whole, str]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,11 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
 
     @property
+    def emb(self) -> str:
+        """The kind of file that holds the vectors."""
+        return VECTORS[self.made.kind]
+
+    @property
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
@@ -141,39 +151,78 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder, None where there is none.
 
+    It may be a stranger's: every value is checked, and every name in it is one that a shard or set here can
+    have, so that no other file is ever read, written or deleted for it.
+
     Raises:
         DataError: it is damaged, or of another version.
     """
-    try:
-        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return _parsed(known)
-    except (FileNotFoundError, NotADirectoryError):
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
         return None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{folder / MANIFEST} is not in the layout this version reads ({type(error).__name__}: {error}); "
-            "encode into another folder"
-        ) from error
+    known = read_json(path, _File, advice=_ADVICE)
+    made = Made(**{name: getattr(known, name) for name in Made.__dataclass_fields__})
+    rest = {name: getattr(known, name) for name in Manifest.__dataclass_fields__ if name != "made"}
+    manifest = Manifest(made, **rest)
+    if fault := _fault(manifest):
+        raise DataError(f"{path}: {fault}; {_ADVICE}")
+    return manifest
 
 
-def _parsed(known: dict[str, Any]) -> Manifest:
-    if known["clipgraft_encoded"] != FORMAT:
-        raise ValueError(f"format {known['clipgraft_encoded']}")
-    shards = [
-        Shard(**{**shard, "files": {name: (size, digest) for name, (size, digest) in shard["files"].items()}})
-        for shard in known["shards"]
-    ]
-    return Manifest(
-        Made(**{name: known[name] for name in Made.__dataclass_fields__}),
-        known["source"],
-        known["root"],
-        tuple(VectorSet(**part) for part in known["sets"]),
-        tuple(AdapterNote(**part) for part in known["adapters"]),
-        known["kernels"],
-        known["dim"],
-        known["next"],
-        tuple(shards),
-    )
+@dataclass(frozen=True)
+class _File(Made):
+    """How the file has it: the fields of `Made` stand beside the others."""
+
+    clipgraft_encoded: Literal[1]
+    source: str
+    root: str
+    sets: tuple[VectorSet, ...]
+    adapters: tuple[AdapterNote, ...]
+    kernels: Mapping[str, str]
+    dim: Whole | None
+    next: Whole
+    shards: tuple[Shard, ...]
+
+
+def _fault(manifest: Manifest) -> str | None:
+    """What no run of `encode` writes, in a few words."""
+    folders = [part.folder for part in manifest.sets]
+    if not folders or len(set(folders)) < len(folders):
+        return f"sets has {len(folders)} folders of vectors, {len(set(folders))} of them different"
+    for place, folder in enumerate(folders):
+        if folder and not is_set_folder(folder):
+            return f"sets[{place}].folder is {shown(folder)}, which is no name of a folder of vectors"
+    if manifest.rows and not manifest.dim:
+        return f"dim is {manifest.dim}, and there are {manifest.rows} rows"
+    numbers = set[int]()
+    for place, shard in enumerate(manifest.shards):
+        if shard.number in numbers or shard.number >= manifest.next:
+            return f"shards[{place}].number is {shard.number}, which is taken, or not below next"
+        numbers.add(shard.number)
+        names = set(_names(manifest, shard))
+        if strange := sorted(names ^ shard.files.keys()):
+            wrong = f"has no {strange[0]}" if strange[0] in names else f"names {shown(strange[0])}"
+            return f"shards[{place}].files {wrong}"
+    return None
+
+
+def is_set_folder(name: str) -> bool:
+    """Whether a folder of vectors can be called so, beside what else an encoded folder holds."""
+    plain = name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    return plain and name not in _TAKEN
+
+
+def _names(manifest: Manifest, shard: Shard) -> Iterator[str]:
+    """The files of a shard."""
+    for part in manifest.sets if shard.rows else ():
+        yield from (set_path(part.folder, kind, shard.number) for kind in (manifest.emb, METADATA))
+    if shard.errors:
+        yield set_path("", ERRORS, shard.number)
+
+
+def shard_file(folder: Path, part: str, kind: str, number: int) -> Path:
+    """Where a shard's file of a set is; raises DataError where a link leads out of the encoded folder."""
+    return inside(folder, set_path(part, kind, number), folder / MANIFEST, _ADVICE)
 
 
 def set_path(folder: str, kind: str, number: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipgraft.data.features import evaluating, image_steps
 from clipgraft.data.images import open_image
-from clipgraft.errors import ConfigError
+from clipgraft.errors import ConfigError, DataError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.search.exact import nearest
 from clipgraft.search.filters import Condition, parse_where
@@ -22,6 +22,7 @@ from clipgraft.search.folder import Encoded, fitting_set
 from clipgraft.search.index import open_index
 from clipgraft.search.items import location
 from clipgraft.search.store import Array
+from clipgraft.search.tables import plain_rows
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ def _nearest(encoded: Encoded, query: Array, k: int, conditions: Sequence[Condit
     if index is None:
         return nearest(encoded, query, k, conditions)
     scores, rows = index.search(query, min(k, encoded.manifest.rows))
+    if rows.max(initial=-1) >= encoded.manifest.rows:  # the file may be a stranger's
+        raise DataError(
+            f"{encoded.place}: its index names rows that are not there; run `clipgraft index` again"
+        )
     found = rows[0] >= 0  # FAISS fills up with -1 where an approximate index finds fewer
     return scores[:, found], rows[:, found]
 
@@ -117,8 +122,8 @@ def _hits(encoded: Encoded, scores: Array, rows: Array) -> list[Hit]:
     found: dict[int, dict[str, Any]] = {}
     for number in np.unique(shards):
         own = rows[shards == number]
-        table = encoded.metadata(encoded.shards[number]).take((own - starts[number]).tolist())
-        found.update(zip(own.tolist(), table.to_pylist(), strict=True))
+        table = encoded.metadata(encoded.shards[number])
+        found.update(zip(own.tolist(), plain_rows(table, (own - starts[number]).tolist()), strict=True))
     return [
         _hit(encoded, rank, float(score), found[int(row)])
         for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1)

@@ -16,7 +16,7 @@ from clipgraft.lora.state import Adapter, lora_state, require_lora, require_unme
 from clipgraft.lora.switch import disable_lora, set_adapter
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower
-from clipgraft.search.manifest import AdapterNote, VectorSet
+from clipgraft.search.manifest import AdapterNote, VectorSet, is_set_folder
 
 TOWERS: tuple[Tower, ...] = ("text", "vision")
 BASE_FOLDER = "base"
@@ -61,7 +61,7 @@ def vector_sets(clip: Clip, adapters: Sequence[str] | None, tower: Tower) -> tup
     state = require_lora(clip)
     found: dict[str | None, VectorSet] = {}
     for name in adapters:
-        if name in (BASE_FOLDER, "errors", "metadata"):
+        if name == BASE_FOLDER or not is_set_folder(name):
             raise AdapterError(
                 f"adapter {name!r} would be taken for another folder: load it under another name"
             )

@@ -17,18 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from clipgraft.errors import DataError
-from clipgraft.files import atomic_path, sweep_partial
+from clipgraft.files import atomic_path, inside, sweep_partial
+from clipgraft.readers import map_array
 from clipgraft.search.lock import LOCK
 from clipgraft.search.manifest import (
     ERRORS,
+    ERRORS_FILE,
     MANIFEST,
     METADATA,
-    VECTORS,
+    WORK,
     Manifest,
     Shard,
     VectorSet,
     read_manifest,
     set_path,
+    shard_file,
     write_manifest,
 )
 from clipgraft.search.plan import Kept, StoredRow
@@ -38,7 +41,8 @@ from clipgraft.search.tables import (
     content_key,
     error_table,
     metadata_table,
-    read_table,
+    read_errors,
+    read_metadata,
     replace_captions,
     stored_errors,
     stored_rows,
@@ -47,8 +51,6 @@ from clipgraft.search.tables import (
 
 log = logging.getLogger("clipgraft")
 Array = npt.NDArray[Any]
-WORK = ".work"
-ERRORS_FILE = "errors.parquet"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class Store:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._emb = VECTORS[manifest.made.kind]
 
     def begin(self) -> None:
         """Write the manifest, and remove what killed runs left."""
@@ -80,7 +81,8 @@ class Store:
     def drop_damaged(self) -> None:
         """Unlist shards whose files are gone or of another size; their items are encoded again."""
         for shard in self.manifest.shards:
-            wrong = [name for name, (size, _) in shard.files.items() if _size(self.folder / name) != size]
+            places = {name: self._listed(name) for name in shard.files}
+            wrong = [name for name, (size, _) in shard.files.items() if _size(places[name]) != size]
             if wrong:
                 log.warning(
                     "%s: damaged or missing; the %d rows of shard %d are encoded again",
@@ -93,10 +95,9 @@ class Store:
     def stored(self, shard: Shard, errors: bool = True) -> Iterator[StoredRow]:
         """The rows of a finished shard and, with `errors`, what could not be used."""
         if shard.rows:
-            where = set_path(self.manifest.sets[0].folder, METADATA, shard.number)
-            yield from stored_rows(read_table(self.folder / where))
+            yield from stored_rows(self._metadata(self.manifest.sets[0], shard))
         if shard.errors and errors:
-            yield from stored_errors(read_table(self.folder / set_path("", ERRORS, shard.number)))
+            yield from stored_errors(self._errors(shard))
 
     def add(self, rows: Rows) -> None:
         """Write a new shard and list it."""
@@ -114,38 +115,39 @@ class Store:
         """Put a shard with fewer rows, or other captions, in the place of one; vectors keep every bit."""
         written, errors = {}, None
         for part in self.manifest.sets if kept.rows else ():
-            table = read_table(self.folder / set_path(part.folder, METADATA, shard.number))
-            vectors = np.load(self.folder / set_path(part.folder, self._emb, shard.number), mmap_mode="r")
+            table = self._metadata(part, shard)
+            vectors = read_vectors(self.folder, self.manifest, part, shard)
             table = replace_captions(table.take(list(kept.rows)), kept.captions)
             written[part] = (table, vectors[list(kept.rows)])
         if kept.errors:
-            table = read_table(self.folder / set_path("", ERRORS, shard.number))
+            table = self._errors(shard)
             errors = table.filter([path in kept.errors for path in table.column("path").to_pylist()])
         self._put(shard, written, errors)
 
     def finish(self) -> Path:
         """Gather what could not be used in one table; returns its path."""
-        numbers = [shard.number for shard in self.manifest.shards if shard.errors]
-        parts = [read_table(self.folder / set_path("", ERRORS, number)) for number in numbers]
+        parts = [self._errors(shard) for shard in self.manifest.shards if shard.errors]
         write_table(self.folder / ERRORS_FILE, error_table((), parts))
         return self.folder / ERRORS_FILE
 
     def _put(self, old: Shard | None, sets: Mapping[VectorSet, tuple[Any, Array]], errors: Any) -> None:
         """Write the tables and vectors of a new shard, and list it in the place of an old one."""
-        number, names = self.manifest.next, list[str]()
+        number, paths = self.manifest.next, list[Path]()
         for part, (table, vectors) in sets.items():
-            emb, meta = (set_path(part.folder, kind, number) for kind in (self._emb, METADATA))
-            with atomic_path(self.folder / emb) as temporary, temporary.open("wb") as file:
+            emb, meta = (
+                shard_file(self.folder, part.folder, k, number) for k in (self.manifest.emb, METADATA)
+            )
+            with atomic_path(emb) as temporary, temporary.open("wb") as file:
                 np.save(file, vectors)
-            write_table(self.folder / meta, table)
-            names += [emb, meta]
+            write_table(meta, table)
+            paths += [emb, meta]
         if errors is not None:
-            names.append(set_path("", ERRORS, number))
-            write_table(self.folder / names[-1], errors)
+            paths.append(shard_file(self.folder, "", ERRORS, number))
+            write_table(paths[-1], errors)
         metadata = next((table for table, _ in sets.values()), None)
         rows, unusable = (0 if table is None else table.num_rows for table in (metadata, errors))
-        files = {name: _checked(self.folder / name) for name in names}
-        new = Shard(number, rows, unusable, content_key(metadata, errors), files) if names else None
+        files = {path.relative_to(self.folder).as_posix(): _checked(path) for path in paths}
+        new = Shard(number, rows, unusable, content_key(metadata, errors), files) if paths else None
         self._commit(old, new)
 
     def _commit(self, old: Shard | None, new: Shard | None) -> None:
@@ -153,15 +155,33 @@ class Store:
         self.manifest = replace(changed, next=changed.next + 1) if new else changed
         write_manifest(self.folder, self.manifest)
         for name in old.files if old else ():
-            (self.folder / name).unlink(missing_ok=True)
+            self._listed(name).unlink(missing_ok=True)
+
+    def _listed(self, name: str) -> Path:
+        """A file that the manifest lists; raises DataError where a link leads out of the folder."""
+        return inside(self.folder, name, self.folder / MANIFEST)
+
+    def _metadata(self, part: VectorSet, shard: Shard) -> Any:
+        path = shard_file(self.folder, part.folder, METADATA, shard.number)
+        known = shard.files[set_path(part.folder, METADATA, shard.number)]
+        return read_metadata(path, self.manifest.made.kind, known, shard.rows)
+
+    def _errors(self, shard: Shard) -> Any:
+        path = shard_file(self.folder, "", ERRORS, shard.number)
+        return read_errors(path, shard.files[set_path("", ERRORS, shard.number)], shard.errors)
 
     def _numbered(self) -> Iterator[str]:
         """Every file on disk with the name of a shard's."""
-        places = [(part.folder, kind) for part in self.manifest.sets for kind in (self._emb, METADATA)]
+        kinds = (self.manifest.emb, METADATA)
+        places = [(part.folder, kind) for part in self.manifest.sets for kind in kinds]
         for folder, kind in [*places, ("", ERRORS)]:
-            for path in (self.folder / folder / kind).glob(f"{kind}_*"):
-                if path.stem.removeprefix(f"{kind}_").isdecimal():
-                    yield path.relative_to(self.folder).as_posix()
+            for path in shard_file(self.folder, folder, kind, 0).parent.glob(f"{kind}_*"):
+                number = path.stem.removeprefix(f"{kind}_")
+                name = path.relative_to(self.folder).as_posix()
+                if not (number.isdecimal() and number.isascii()) or int(number) > self.manifest.next:
+                    continue  # no run of ours has come so far
+                if name == set_path(folder, kind, int(number)):
+                    yield name
 
 
 def open_folder(folder: Path) -> Manifest | None:
@@ -184,6 +204,20 @@ def open_folder(folder: Path) -> Manifest | None:
                 f"{folder}: is not empty ({strange[0]}) and has no {MANIFEST}; name a new folder to write to"
             )
     return manifest
+
+
+def read_vectors(folder: Path, manifest: Manifest, part: VectorSet, shard: Shard) -> Array:
+    """(rows, D) of a shard of a set, memory-mapped. Raises DataError where the file is missing or damaged."""
+    advice = "run `clipgraft encode` again"
+    path = shard_file(folder, part.folder, manifest.emb, shard.number)
+    rows: Array = map_array(path, DataError, advice)
+    made = manifest.made
+    if rows.shape != (shard.rows, manifest.dim) or rows.dtype != made.dtype:
+        raise DataError(
+            f"{path}: holds {rows.dtype} of shape {rows.shape}, and should hold {made.dtype} of shape "
+            f"{(shard.rows, manifest.dim)}; {advice}"
+        )
+    return rows
 
 
 def _checked(path: Path) -> tuple[int, str]:

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipgraft.errors import DataError
 from clipgraft.files import atomic_path
+from clipgraft.readers import read_parquet, reading
 from clipgraft.search.plan import StoredRow
 
+_ADVICE = "delete it, and run `clipgraft encode` again"
+_TEXT, _TIME = "string", "timestamp[us, tz=UTC]"
+_IMAGE_TYPES = {"path": _TEXT, "bytes": "int64", "mtime": _TIME, "width": "int32", "height": "int32"}
+_TEXT_TYPES = {"caption": _TEXT, "adapter": _TEXT, "base_fingerprint": _TEXT}
+_ERROR_TYPES = {"path": _TEXT, "reason": _TEXT, "bytes": "int64", "mtime": _TIME}
+_LAST = 62_000_000_000_000_000  # microseconds from 1970 to the year 3934, and to 5 before our era
 INSTALL = "pip install 'clipgraft[search]'"
 
 
@@ -95,16 +102,60 @@ def write_table(path: Path, table: Any) -> None:
         pa.parquet.write_table(table, temporary)
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
-    """A table, or some columns of it. Raises DataError where it is missing or damaged."""
+def read_metadata(
+    path: Path, kind: str, known: tuple[int, str], rows: int, columns: Sequence[str] | None = None
+) -> Any:
+    """The metadata of a shard, or some columns of it.
+
+    `known` are the size and SHA-256 that the manifest has: what has changed since it was written is not given
+    to pyarrow, which could take it for other captions.
+
+    Raises:
+        DataError: it is missing or damaged, or is not what `metadata_table` writes.
+    """
+    types = {**_IMAGE_TYPES, **_TEXT_TYPES}
+    wanted = metadata_columns(kind) if columns is None else columns
+    return _checked(path, known, rows, {name: types[name] for name in wanted})
+
+
+def metadata_columns(kind: str) -> list[str]:
+    """The names of the columns of metadata."""
+    return [*(_IMAGE_TYPES if kind == "images" else {}), *_TEXT_TYPES]
+
+
+def plain_rows(table: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Some rows of metadata as Python values; a time that Python has no date for is None."""
     pa = need_pyarrow()
-    try:
-        return pa.parquet.read_table(path, columns=columns, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+    import pyarrow.compute as pc
+
+    table = table.take(list(rows))
+    if "mtime" in table.column_names:
+        times = table.column("mtime")
+        told = pc.less(pc.abs(times.cast(pa.int64())), _LAST)
+        place = table.schema.get_field_index("mtime")
+        table = table.set_column(place, "mtime", pc.if_else(told, times, None))
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
+def read_errors(path: Path, known: tuple[int, str], rows: int) -> Any:
+    """The errors of a shard likewise."""
+    return _checked(path, known, rows, _ERROR_TYPES)
+
+
+def _checked(path: Path, known: tuple[int, str], rows: int, types: Mapping[str, str]) -> Any:
+    need_pyarrow()
+    with reading(path, DataError, _ADVICE):
+        content = path.read_bytes()
+    if (len(content), hashlib.sha256(content).hexdigest()) != known:
+        raise DataError(f"{path}: is damaged: its bytes are not those that the manifest lists; {_ADVICE}")
+    table = read_parquet(content, path, list(types), _ADVICE)
+    got = {field.name: str(field.type) for field in table.schema}
+    if got != types or table.num_rows != rows:
         raise DataError(
-            f"{path}: cannot be read ({reason}); delete it, and run `clipgraft encode` again"
-        ) from error
+            f"{path}: holds {table.num_rows} rows of {got}, and should hold {rows} of {types}; {_ADVICE}"
+        )
+    return table
 
 
 def stored_rows(table: Any) -> Iterator[StoredRow]:
