@@ -79,7 +79,7 @@ def test_code_in_hf_folders_never_runs(hf_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_folder, folder)
     (folder / "model.safetensors").unlink()
     torch.save({"logit_scale": Evil(trace)}, folder / "pytorch_model.bin")
-    assert "cannot be read as a transformers CLIP folder" in refusal(folder)
+    assert "pytorch_model.bin cannot be read as weights of a transformers CLIP folder" in refusal(folder)
     custom = tmp_path / "custom"
     shutil.copytree(hf_folder, custom)
     (custom / "own.py").write_text(f"import os\nos.mkdir({str(trace)!r})\nclass Own: ...\n", encoding="utf-8")
@@ -87,8 +87,9 @@ def test_code_in_hf_folders_never_runs(hf_folder: Path, tmp_path: Path) -> None:
         json.dumps({"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}),
         encoding="utf-8",
     )
+    cg.load(custom)  # its tokenizer.json needs no code
     (custom / "tokenizer.json").unlink()
-    assert "cannot be read as a transformers CLIP folder" in refusal(custom)
+    assert "has no tokenizer" in refusal(custom)
     assert not trace.exists()
 
 

@@ -18,10 +18,10 @@ from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.companions import find_preprocess, find_tokenizer
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
-from clipgraft.models.quiet import quiet
+from clipgraft.models.quiet import quiet, undrawn
 from clipgraft.models.sites import TOWERS, Site, Tower
 from clipgraft.models.tokenizers import HfTokenizer
-from clipgraft.models.twins import require_bare, to_transformers, undrawn
+from clipgraft.models.twins import require_bare, to_transformers
 
 _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")
 _EMBEDDING = "text_model.embeddings.token_embedding.weight"

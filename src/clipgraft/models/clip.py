@@ -56,6 +56,7 @@ class Clip:
         preprocess: PIL image -> (3, H, W) float tensor, deterministic. Found likewise.
         preprocess_train: the augmenting transform to train with, if the source has one.
         source: name and tag the base was loaded from.
+        notes: what loading chose, changed or left out, a line each.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Clip:
     preprocess: Preprocess | None = None
     preprocess_train: Preprocess | None = None
     source: Source = field(default_factory=Source)
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:

@@ -53,6 +53,8 @@ def _from_same_place(kind: str, model: nn.Module) -> Any:
         return None
     try:
         with quiet():
-            return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
+            return getattr(transformers, kind).from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError):
         return None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from clipgraft.errors import ModelError
 
@@ -18,27 +21,10 @@ KNOWN_HUB_IDS = (
     "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
 )
-# What torch.load, safetensors and open_clip's look into the result raise for files that hold no weights.
-_UNREADABLE = {
-    "AttributeError",
-    "EOFError",
-    "IndexError",
-    "KeyError",
-    "SafetensorError",
-    "StopIteration",
-    "UnpicklingError",
-}
 
 
-def checkpoint_failure(path: str, name: str, error: Exception) -> ModelError:
+def checkpoint_failure(path: str | Path, name: str, reason: str) -> ModelError:
     """A local checkpoint that cannot be read, or is of another architecture."""
-    reason = one_line(error)
-    if "TorchScript archive" in reason:
-        reason = "it is a TorchScript archive, which holds code; save its state_dict() to a file and use that"
-    elif names_in_chain(error) & _UNREADABLE or "PytorchStreamReader" in reason:
-        reason = "it is damaged, no checkpoint of weights, or holds pickled code, which is never run"
-    else:
-        reason += "; check that --model names its architecture"
     return ModelError(f"{path} cannot be read as weights of {name}: {reason}")
 
 
@@ -88,10 +74,10 @@ def names_in_chain(error: BaseException | None) -> set[str]:
     return names
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line of at most 200 characters."""
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an error as one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 200 else f"{text[:199].rstrip()}…").rstrip(".:;")
+    return (text if len(text) <= most else f"{text[: most - 1].rstrip()}…").rstrip(".:;")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
@@ -99,3 +85,21 @@ def nearest(given: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(given.lower(), by_lower, n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(by_lower[name] for name in close)}?)" if close else ""
+
+
+def check_preprocess(preprocess: Any, size: tuple[int, int], where: object) -> None:
+    """Try a preprocessing of a stranger's file on one small image.
+
+    Raises:
+        ModelError: it gives something else than the pixels that the model takes.
+    """
+    image = Image.new("RGB", (9, 8))
+    try:
+        given = tuple(preprocess(image).shape)
+    except Exception as error:
+        raise ModelError(f"{where}: its image preprocessing cannot be used: {one_line(error)}") from error
+    if given != (3, *size):
+        raise ModelError(
+            f"{where}: its image preprocessing gives {given} where the model takes {(3, *size)}: "
+            "correct its preprocessor_config.json or preprocess_cfg"
+        )

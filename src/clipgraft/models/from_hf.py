@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
+from clipgraft.models.allowed import clip_config
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.failures import hf_failure
+from clipgraft.models.failures import check_preprocess, hf_failure
 from clipgraft.models.hub import hub_access
+from clipgraft.models.quiet import undrawn
 from clipgraft.models.tokenizers import HfTokenizer
+from clipgraft.models.weights_file import UnreadableError, WeightsFile, placeholder, read_weights
+from clipgraft.models.weights_names import MisfitError, put_weights
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SHARDS = (".safetensors", ".bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_hf(path: str, name: str) -> Clip:
-    """A `transformers.CLIPModel` with its tokenizer and image processor; code from the hub is never run.
+    """A `transformers.CLIPModel` with its tokenizer and image processor; its own code is never run.
 
     Raises:
         ModelError: it cannot be fetched or read, is no CLIP model, or comes without some of its parts.
@@ -27,20 +40,106 @@ def load_hf(path: str, name: str) -> Clip:
     check_path(path)
     with hub_access(needed=not Path(path).is_dir()) as offline:
         try:
-            config, _ = PreTrainedConfig.get_config_dict(path)
-            _check_model_type(path, config.get("model_type"))
-            model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            _check_complete(path, report["missing_keys"])
+            _check_downloaded(path)
+            values, _ = PreTrainedConfig.get_config_dict(path)
+            _check_model_type(path, values.get("model_type"))
+            config = clip_config(values, path)
+            config.name_or_path = path  # the model copies it when it is made
+            with undrawn():
+                model = CLIPModel(config)
+            notes = _put(model, path)
+            _check_parts(path)
             inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+            _check_vocabulary(path, inner, config.text_config.vocab_size)
+            family = family_of(model)
+            preprocess = HfPreprocess(processor)
+            check_preprocess(preprocess, family.image_size(model), path)
         except ModelError:
             raise
         except Exception as error:
             raise hf_failure(path, error, offline) from error
-    _check_vocabulary(path, inner, model.config.text_config.vocab_size)
-    family = family_of(model)
     tokenizer = HfTokenizer(inner, family.context_length(model))
-    return Clip(model, family, tokenizer, HfPreprocess(processor), None, Source(name))
+    return Clip(model, family, tokenizer, preprocess, None, Source(name), tuple(notes))
+
+
+def _put(model: nn.Module, path: str) -> list[str]:
+    """Give a model the weights of a folder or hub id; returns what the user is to know of them."""
+    notes: list[str] = []
+    merged: dict[str, Tensor] = {}
+    files = _weight_files(path)
+    try:
+        for file in files:
+            read = read_weights(file)
+            notes += [f"{file}: {note}" for note in read.notes]
+            merged |= read.state
+    except UnreadableError as error:
+        raise ModelError(
+            f"{file} cannot be read as weights of a transformers CLIP folder: {error}"
+        ) from error
+    whole = WeightsFile(files[0], merged)
+    try:
+        return [*notes, *(f"{path}: {note}" for note in put_weights(model, whole))]
+    except MisfitError as error:
+        raise ModelError(
+            f"{files[0]} cannot be read as weights of {path}: {error}; fetch or save the model again"
+        ) from error
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The files of weights of a folder or hub id, one or its shards, fetched if need be."""
+    for name in _WEIGHTS:
+        found = _file_of(path, name)
+        if found is None:
+            continue
+        if found.suffix != ".json":
+            return [found]
+        index = json.loads(found.read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+        if odd := [
+            shard for shard in shards if Path(str(shard)).name != shard or Path(shard).suffix not in _SHARDS
+        ]:
+            raise ModelError(f"{found} names shards outside its folder, {odd[0]!r}: fetch the model again")
+        return [shard for name in shards if (shard := _file_of(path, name, required=True)) is not None]
+    where = "that folder" if Path(path).is_dir() else "that repository"
+    raise ModelError(
+        f"{path} cannot be read as a transformers CLIP folder: {where} holds no weights "
+        f"({', '.join(_WEIGHTS)})"
+    )
+
+
+def _file_of(path: str, name: str, required: bool = False) -> Path | None:
+    """A file of a folder or hub id, fetched if need be; None where it is not there."""
+    from transformers.utils import cached_file
+
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=required)
+    return None if found is None else Path(found)
+
+
+def _check_downloaded(path: str) -> None:
+    """Refuse a local folder in which a download tool left something else in place of a file."""
+    for name in ("config.json", *_TOKENIZER_FILES, *_PROCESSORS):
+        if problem := placeholder(Path(path) / name):
+            raise ModelError(f"{Path(path) / name} cannot be read: {problem}")
+
+
+def _check_parts(path: str) -> None:
+    """Say which files of a local folder are missing: a model saved alone lacks tokenizer and processor."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    tokenizer = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    missing = []
+    if not any(all((folder / name).is_file() for name in names) for names in tokenizer):
+        missing.append("tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    if not any((folder / name).is_file() for name in _PROCESSORS):
+        missing.append(f"image processor ({_PROCESSORS[0]})")
+    if missing:
+        raise ModelError(
+            f"{path} has no {' and no '.join(missing)}: the model was saved alone; copy the missing files "
+            "from the model that it was made of, or save them beside it with "
+            "CLIPProcessor.from_pretrained(ITS_BASE).save_pretrained(FOLDER)"
+        )
 
 
 def check_path(path: str) -> None:
@@ -60,14 +159,6 @@ def _check_model_type(path: str, kind: object) -> None:
     # transformers would load another type's weights where names agree and draw the rest at random.
     if kind != "clip":
         raise ModelError(f"{path} holds a '{kind}' model: clipgraft loads transformers models of type 'clip'")
-
-
-def _check_complete(path: str, missing: Collection[str]) -> None:
-    if missing:
-        raise ModelError(
-            f"{path} lacks {len(missing)} of the model's weights, such as {min(missing)}: "
-            "fetch or save the model again"
-        )
 
 
 def _check_vocabulary(path: str, inner: Any, rows: int) -> None:

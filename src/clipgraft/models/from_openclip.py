@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
+from clipgraft.models.allowed import openclip_config, preprocess_config, text_tower_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.failures import (
     KNOWN_HUB_IDS,
+    check_preprocess,
     checkpoint_failure,
     config_failure,
     nearest,
@@ -25,11 +27,24 @@ from clipgraft.models.failures import (
 )
 from clipgraft.models.hub import hub_access
 from clipgraft.models.tokenizers import OpenClipTokenizer
+from clipgraft.models.weights_file import UnreadableError, placeholder, read_weights
+from clipgraft.models.weights_names import put_weights
 
 CONFIG_FILE = "open_clip_config.json"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 RANDOM_WEIGHTS = "none"
 HUB = "hf-hub:"
+_BIG_VISION = (".npz", ".npy")
+_PREFERRED = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
 
 
 def load_name(name: str, pretrained: str, seed: int) -> Clip:
@@ -38,28 +53,26 @@ def load_name(name: str, pretrained: str, seed: int) -> Clip:
     Raises:
         ModelError: no such name or tag, or the weights cannot be fetched or read.
     """
-    import open_clip
-
+    if name.startswith(HUB):
+        return _load_hub(name)
     # open_clip's tokenizer look-up does not know the spelling ViT-B/32, which its model look-up takes.
-    model_name = name if name.startswith(HUB) else name.replace("/", "-")
-    if not name.startswith(HUB):
-        _check_name(name, model_name, pretrained)
+    model_name = name.replace("/", "-")
+    _check_name(name, model_name, pretrained)
     is_file, random = Path(pretrained).is_file(), pretrained == RANDOM_WEIGHTS
-    with hub_access(not (is_file or random) or borrows(open_clip.get_model_config(model_name))) as offline:
+    config = _model_cfg(model_name, name)
+    notes: list[str] = []
+    with hub_access(not (is_file or random) or borrows(config)) as offline:
         try:
-            with _seeded(seed, random):
-                model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-                    model_name,
-                    pretrained=None if random else pretrained or None,
-                    require_pretrained=not random,
-                    pretrained_text=not random,
-                )
-            inner = open_clip.get_tokenizer(model_name)
+            check_text_tower(config, name)
+            model, train, evaluate = _named_model(model_name, None if is_file or random else pretrained, seed)
+            inner = _tokenizer(config["text_cfg"], None, model_name)
+        except ModelError:
+            raise
         except Exception as error:
-            if is_file and not offline:
-                raise checkpoint_failure(pretrained, name, error) from error
             raise openclip_failure(name, pretrained, error, offline) from error
-    return _clip(model, inner, eval_transform, train_transform, Source(name, pretrained))
+    if is_file:
+        notes = _put(model, Path(pretrained), name)
+    return _clip(model, inner, evaluate, train, Source(name, pretrained), notes)
 
 
 def load_folder(folder: Path, name: str) -> Clip:
@@ -68,18 +81,14 @@ def load_folder(folder: Path, name: str) -> Clip:
     Raises:
         ModelError: open_clip cannot build a model from it.
     """
-    import open_clip
-
-    local = f"local-dir:{folder}"
-    try:
-        with hub_access(borrows(open_clip.get_model_config(local), tokenizer=False)):
-            model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-                local, require_pretrained=True
-            )
-            inner = open_clip.get_tokenizer(local)
-    except Exception as error:
-        raise config_failure(folder, error) from error
-    return _clip(model, inner, eval_transform, train_transform, Source(name))
+    config = _read_config(folder / CONFIG_FILE)
+    weights = find_weights(folder)
+    if weights is None:
+        raise ModelError(
+            f"{folder} holds no pretrained weights beside {CONFIG_FILE}: they are called "
+            f"{_PREFERRED[0]} or {_PREFERRED[2]}; copy them there"
+        )
+    return _build(config, folder, weights, folder, Source(name))
 
 
 def load_config(path: Path, pretrained: str, seed: int) -> Clip:
@@ -88,29 +97,134 @@ def load_config(path: Path, pretrained: str, seed: int) -> Clip:
     Raises:
         ModelError: the config is not one of open_clip, or the checkpoint is damaged or of another model.
     """
-    import open_clip
-
     config = _read_config(path)
     random = pretrained == RANDOM_WEIGHTS
     if not random:
         _check_checkpoint(path, pretrained)
-    with hub_access(borrows(config["model_cfg"])), tempfile.TemporaryDirectory() as folder:
+    source = Source(str(path), pretrained)
+    return _build(config, path, None if random else Path(pretrained), None, source, seed)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The weights of an open_clip folder, chosen as open_clip chooses; None if there are none."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in CHECKPOINT_SUFFIXES and file.is_file())
+    preferred = [folder / name for name in _PREFERRED if folder / name in files]
+    tensors = [file for file in files if file.suffix == ".safetensors"]
+    return next(iter([*preferred, *tensors, *files]), None)
+
+
+def _load_hub(name: str) -> Clip:
+    """A hub repository with `open_clip_config.json`, fetched file by file."""
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    repository = name.removeprefix(HUB)
+    with hub_access(True) as offline:
+        try:
+            config = _read_config(Path(download_pretrained_from_hf(repository, filename=CONFIG_FILE)))
+            weights = Path(download_pretrained_from_hf(repository))
+        except ModelError:
+            raise
+        except Exception as error:
+            raise openclip_failure(name, "", error, offline) from error
+    return _build(config, name, weights, None, Source(name))
+
+
+def _build(
+    config: Mapping[str, Any],
+    where: object,
+    weights: Path | None,
+    folder: Path | None,
+    source: Source,
+    seed: int = 0,
+) -> Clip:
+    """A model of a checked configuration, with the weights of a file, or random ones.
+
+    `where` is named in errors; `folder` holds the tokenizer's files, None where the configuration names them.
+    """
+    settings = config["model_cfg"]
+    with hub_access(borrows(settings, tokenizer=folder is None)), tempfile.TemporaryDirectory() as made:
         # A folder rather than open_clip's registry: a config named ViT-B-32.json must not become ViT-B-32.
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        (Path(made) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         try:
-            with _seeded(seed, random):
-                model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-                    f"local-dir:{folder}", load_weights=False, pretrained_text=False
-                )
-            inner = _tokenizer(config["model_cfg"]["text_cfg"])
+            check_text_tower(settings, where)
+            model, train, evaluate = _named_model(f"local-dir:{made}", None, seed, random=weights is None)
+            inner = _tokenizer(settings["text_cfg"], folder)
+        except ModelError:
+            raise
         except Exception as error:
-            raise config_failure(path, error) from error
-    if not random:
+            raise config_failure(where, error) from error  # type: ignore[arg-type]
+    notes = [] if weights is None else _put(model, weights, str(where))
+    try:
+        return _clip(model, inner, evaluate, train, source, notes)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise config_failure(where, error) from error  # type: ignore[arg-type]
+
+
+def _named_model(name: str, tag: str | None, seed: int, random: bool = True) -> tuple[nn.Module, Any, Any]:
+    """open_clip's model and transforms, with the weights of a tag, or `random` ones of a seed."""
+    import open_clip
+
+    with _seeded(seed, random and tag is None):
+        model, train, evaluate = open_clip.create_model_and_transforms(
+            name,
+            pretrained=tag,
+            load_weights=tag is not None,
+            require_pretrained=tag is not None,
+            pretrained_text=False,
+            weights_only=True,
+        )
+    return model, train, evaluate
+
+
+def _put(model: nn.Module, weights: Path, name: str) -> list[str]:
+    """Give a model the weights of a file; returns what the user is to know of it."""
+    if weights.suffix in _BIG_VISION:
+        import open_clip
+
         try:
-            open_clip.load_checkpoint(model, pretrained)
+            open_clip.load_checkpoint(model, str(weights))
         except Exception as error:
-            raise checkpoint_failure(pretrained, str(path), error) from error
-    return _clip(model, inner, eval_transform, train_transform, Source(str(path), pretrained))
+            raise checkpoint_failure(weights, name, one_line(error)) from error
+        return []
+    try:
+        file = read_weights(weights)
+    except UnreadableError as error:
+        raise checkpoint_failure(weights, name, str(error)) from error
+    try:
+        notes = put_weights(model, file)
+    except Exception as error:
+        reason = f"{one_line(error, 500)}; check that --model names its architecture"
+        raise checkpoint_failure(weights, name, reason) from error
+    if file.torchscript and not _is_quick(model):
+        notes.append(
+            "OpenAI's archives are of models with QuickGELU, and this one has GELU: take the model's name "
+            "with -quickgelu, or quick_gelu in its config"
+        )
+    return [f"{weights}: {note}" for note in notes]
+
+
+def _is_quick(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "QuickGELU" for module in model.modules())
+
+
+def _model_cfg(model_name: str, name: object) -> dict[str, Any]:
+    """open_clip's own configuration of a name, checked as a stranger's is."""
+    import open_clip
+
+    return openclip_config(open_clip.get_model_config(model_name) or {}, name)
+
+
+def check_text_tower(settings: Mapping[str, Any], where: object) -> None:
+    """Look at the configuration of a text tower of transformers before open_clip builds one from it."""
+    name = settings["text_cfg"].get("hf_model_name")
+    if not name:
+        return
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(name)
+    text_tower_config(values, f"{where}: text_cfg.hf_model_name {name}")
 
 
 def is_openclip(name: str) -> bool:
@@ -124,13 +238,8 @@ def with_weights(clip: Clip, pretrained: str) -> Clip:
     Raises:
         ModelError: the checkpoint is damaged or of another model.
     """
-    import open_clip
-
-    try:
-        open_clip.load_checkpoint(clip.model, pretrained)
-    except Exception as error:
-        raise checkpoint_failure(pretrained, clip.source.name, error) from error
-    return replace(clip, source=Source(clip.source.name, pretrained))
+    notes = _put(clip.model, Path(pretrained), clip.source.name)
+    return replace(clip, source=Source(clip.source.name, pretrained), notes=(*clip.notes, *notes))
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -145,12 +254,14 @@ def model_config(name: str) -> dict[str, Any]:
     config: dict[str, Any] | None = None
     if path.suffix == ".json":
         config = _read_config(path)["model_cfg"]
+    elif name and path.is_dir():
+        config = _read_config(path / CONFIG_FILE)["model_cfg"]
     elif name:
-        local = f"local-dir:{path}" if path.is_dir() else name.replace("/", "-")
         try:
-            config = open_clip.get_model_config(name if name.startswith(HUB) else local)
+            config = open_clip.get_model_config(name if name.startswith(HUB) else name.replace("/", "-"))
         except Exception as error:
             raise config_failure(name, error) from error
+        config = None if config is None else openclip_config(config, name)
     if config is None:
         raise ModelError(
             f"'{name}' has no known open_clip configuration: write a checkpoint (.pt), which needs none"
@@ -206,11 +317,13 @@ def _check_checkpoint(path: Path, pretrained: str) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The parts `model_cfg` and `preprocess_cfg` of a JSON file, which may be the former alone."""
+    if problem := placeholder(path):
+        raise ModelError(f"model config {path} cannot be read: {problem}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"model config {path}: there is no such file") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"model config {path} is not readable JSON: {one_line(error)}") from error
     whole = value if isinstance(value, dict) else {}
     model = whole.get("model_cfg", whole)
@@ -223,7 +336,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     flat = [key for key in towers if not isinstance(model[key], dict)]
     if flat:
         raise ModelError(f"model config {path}: {' and '.join(flat)} must be an object of settings")
-    return {"model_cfg": model, "preprocess_cfg": whole.get("preprocess_cfg", {})}
+    return {
+        "model_cfg": openclip_config(model, path),
+        "preprocess_cfg": preprocess_config(whole.get("preprocess_cfg"), path),
+    }
 
 
 def borrows(config: Mapping[str, Any] | None, tokenizer: bool = True) -> bool:
@@ -232,13 +348,21 @@ def borrows(config: Mapping[str, Any] | None, tokenizer: bool = True) -> bool:
     return bool(text.get("hf_model_name") or (tokenizer and text.get("hf_tokenizer_name")))
 
 
-def _tokenizer(text: Mapping[str, Any]) -> Any:
-    """The tokenizer that a text configuration asks for, as open_clip picks it for its built-in names."""
+def _tokenizer(text: Mapping[str, Any], folder: Path | None, name: str = "") -> Any:
+    """The tokenizer that a checked text configuration asks for, as open_clip picks it; its code is never run.
+
+    `folder` is where the files of one of transformers lie; None for the place that the configuration names.
+    """
+    import open_clip
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    kwargs = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    kwargs = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
     if source := text.get("hf_tokenizer_name"):
-        return HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **kwargs)
+        mode = text.get("tokenizer_mode")
+        return HFTokenizer(str(folder or source), tokenizer_mode=mode, trust_remote_code=False, **kwargs)
+    if "siglip" in name.lower():
+        return open_clip.get_tokenizer(name)
+    kwargs.pop("strip_sep_token", None)
     return SimpleTokenizer(**kwargs)
 
 
@@ -251,8 +375,12 @@ def _seeded(seed: int, enabled: bool) -> Iterator[None]:
         yield
 
 
-def _clip(model: nn.Module, inner: Any, evaluate: Any, train: Any, source: Source) -> Clip:
+def _clip(
+    model: nn.Module, inner: Any, evaluate: Any, train: Any, source: Source, notes: Sequence[str] = ()
+) -> Clip:
     family = family_of(model)
     # A text tower of transformers takes more tokens than its tokenizer is to produce.
     length = getattr(inner, "context_length", None) or family.context_length(model)
-    return Clip(model, family, OpenClipTokenizer(inner, length), evaluate, train, source)
+    tokenizer = OpenClipTokenizer(inner, length)
+    check_preprocess(evaluate, family.image_size(model), source.name)
+    return Clip(model, family, tokenizer, evaluate, train, source, tuple(notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.from_hf import load_hf
 from clipgraft.models.quiet import quiet
 
+log = logging.getLogger("clipgraft")
 EMOJI_BASE = Path(__file__).parent.parent / "assets" / "emoji" / "base"
 _WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +45,8 @@ def load(
         raise ModelError(f"precision '{precision}' is unknown: use one of {', '.join(_WEIGHT_DTYPES)}")
     with quiet():
         clip = _dispatch(str(name), str(pretrained or ""), seed)
+    for note in clip.notes:
+        log.warning("%s", note)
     if precision == "fp16":
         _ = clip.fingerprint  # fp16 drops bits that the fingerprint of fp32 and bf16 weights counts
     clip.model.to(device=device, dtype=_WEIGHT_DTYPES[precision])

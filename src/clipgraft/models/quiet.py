@@ -1,4 +1,4 @@
-"""Silence for the libraries that load and save models."""
+"""Silence for the libraries that load and save models, and models built without random draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
@@ -28,3 +32,20 @@ def quiet() -> Iterator[None]:
         if bars:
             hf_logging.enable_progress_bar()
         hf_logging.set_verbosity(verbosity)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves new weights as they are allocated: they are overwritten, and drawing takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Build models without random weights, and without disturbing the caller's generator."""
+    with torch.random.fork_rng(devices=[]), _NoDraws():
+        yield

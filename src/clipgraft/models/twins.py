@@ -6,13 +6,11 @@ fingerprint, and its features differ by rounding alone.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import Clip, family_of
@@ -28,7 +26,7 @@ from clipgraft.models.inputs import (
     to_openclip_tokenizer,
 )
 from clipgraft.models.openclip_config import config_of_shape
-from clipgraft.models.quiet import quiet
+from clipgraft.models.quiet import quiet, undrawn
 from clipgraft.models.shape import ClipShape, TowerShape, shape_of
 from clipgraft.models.tokenizers import HfTokenizer
 
@@ -165,20 +163,3 @@ def _put(name: str, target: Tensor, value: Tensor) -> None:
         raise ModelError(f"{name} is {tuple(value.shape)}, but its twin {tuple(target.shape)}")
     with torch.no_grad():
         target.copy_(value)
-
-
-class _NoDraws(TorchFunctionMode):
-    """Leaves new weights as they are allocated: they are overwritten, and drawing takes seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def undrawn() -> Iterator[None]:
-    """Build models without random weights, and without disturbing the caller's generator."""
-    with torch.random.fork_rng(devices=[]), _NoDraws():
-        yield

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
+from clipgraft.models.allowed import openclip_config, transformers_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.failures import hf_failure, one_line
 from clipgraft.models.from_hf import check_path
@@ -25,6 +26,7 @@ from clipgraft.models.from_openclip import (
     HUB,
     borrows,
     check_known,
+    check_text_tower,
     model_config,
 )
 from clipgraft.models.hub import hub_access
@@ -90,7 +92,9 @@ def build_model(config: ModelConfig, device: str | torch.device = "meta") -> Cli
     build = _build_hf if config.library == "transformers" else _build_openclip
     try:
         with quiet(), torch.device(device):
-            model = build(config.values)
+            model = build(config)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{config.name}: no model can be built from its configuration: {one_line(error)}; correct it"
@@ -118,32 +122,38 @@ def _read_hf(path: str, name: str) -> ModelConfig:
     with quiet(), hub_access(needed=not local) as offline:
         try:
             values, _ = PreTrainedConfig.get_config_dict(path)
-            return ModelConfig(name, "transformers", _hf_config(values).to_dict())
+            return ModelConfig(name, "transformers", _hf_config(values, name).to_dict())
+        except ModelError:
+            raise
         except Exception as error:
             if local:
                 raise ModelError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
             raise hf_failure(path, error, offline) from error
 
 
-def _hf_config(values: Mapping[str, Any]) -> Any:
-    """A transformers configuration object; without a `model_type` it is CLIP's."""
-    from transformers import AutoConfig
+def _hf_config(values: Mapping[str, Any], name: str) -> Any:
+    """A transformers configuration object, without what decides on code; CLIP's where no type is said."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    settings = {key: value for key, value in values.items() if key != "model_type"}
-    return AutoConfig.for_model(values.get("model_type", "clip"), **settings)
+    kind = values.get("model_type", "clip")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ModelError(f"{name}: transformers has no model of type {str(kind)[:60]!r}: correct model_type")
+    return transformers_config(CONFIG_MAPPING[kind], values, name)
 
 
-def _build_hf(values: Mapping[str, Any]) -> nn.Module:
+def _build_hf(config: ModelConfig) -> nn.Module:
     from transformers import AutoModel
 
-    model = AutoModel.from_config(_hf_config(values))
+    model = AutoModel.from_config(_hf_config(config.values, config.name), trust_remote_code=False)
     assert isinstance(model, nn.Module)
     return model
 
 
-def _build_openclip(values: Mapping[str, Any]) -> nn.Module:
+def _build_openclip(config: ModelConfig) -> nn.Module:
     import open_clip
 
+    values = openclip_config(config.values, config.name)
+    check_text_tower(values, config.name)
     with hub_access(borrows(values)), tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG_FILE).write_text(json.dumps({"model_cfg": values, "preprocess_cfg": {}}))
         model = open_clip.create_model(

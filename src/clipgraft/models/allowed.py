@@ -1,0 +1,246 @@
+"""What a model's configuration file may hand to open_clip and transformers: known settings, plain values.
+
+A configuration comes with a stranger's model. Both libraries pass its entries on as keyword arguments, and
+some of those run code or fetch it (`trust_remote_code`, `auto_map`, kernels of the hub, `hf-hub:` names of
+timm). So every entry is looked up in a list first, and what is not on it is refused or left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipgraft.errors import ModelError
+
+_TOP = (
+    "embed_dim",
+    "quick_gelu",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+)
+_TOWERS = ("vision_cfg", "text_cfg", "multimodal_cfg")
+_INNER: Mapping[str, tuple[str, ...]] = {
+    "act_kwargs": ("approximate",),
+    "norm_kwargs": ("eps", "elementwise_affine", "bias"),
+    "tokenizer_kwargs": ("clean", "strip_sep_token", "language"),
+}
+_PREPROCESS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+_OFF = (None, False)
+_REMOTE = ("trust_remote_code", "auto_map", "custom_objects")
+_LARGEST, _MOST_BLOCKS = 10**7, 1000
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Of every configuration class of transformers: what decides how a model is built, and runs nothing.
+_SHARED = ("pad_token_id", "bos_token_id", "eos_token_id")
+_UNSAFE = re.compile(r"auto_map|trust_remote_code|_implementation|quantization_config|kernel|custom_", re.I)
+
+
+def openclip_config(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """A copy of an open_clip `model_cfg` that holds nothing but known settings of plain values.
+
+    Raises:
+        ModelError: it holds something else; the message names the entry and the file.
+    """
+    from open_clip.coca_model import MultimodalCfg
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    known = dict(zip(_TOWERS, (CLIPVisionCfg, CLIPTextCfg, MultimodalCfg), strict=True))
+    checked: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in known:
+            fields = [field.name for field in dataclasses.fields(known[key])]
+            checked[key] = _tower(_mapping(value, key, where), key, fields, where)
+        elif key in _TOP:
+            checked[key] = _plain(value, key, where)
+        elif value not in _OFF:
+            raise _unknown(key, where, (*_TOP, *_TOWERS))
+    vision, text = checked.get("vision_cfg", {}), checked.get("text_cfg", {})
+    _check_timm(vision, where)
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        if text.get(key):
+            _check_place(text[key], f"text_cfg.{key}", where)
+    return checked
+
+
+def preprocess_config(config: object, where: object) -> dict[str, Any]:
+    """A copy of open_clip's `preprocess_cfg`; raises ModelError as `openclip_config` does.
+
+    open_clip passes over entries that it does not know, so they are left out here too.
+    """
+    given = _mapping(config or {}, "preprocess_cfg", where)
+    return {key: _plain(given[key], f"preprocess_cfg.{key}", where) for key in _PREPROCESS if key in given}
+
+
+def clip_config(values: Mapping[str, Any], where: object) -> Any:
+    """A `transformers.CLIPConfig` of the entries that say how CLIP is built; others are left behind."""
+    from transformers import CLIPConfig
+
+    return transformers_config(CLIPConfig, values, where)
+
+
+def transformers_config(kind: Any, values: Mapping[str, Any], where: object) -> Any:
+    """A configuration of a class of transformers, of the entries that this class declares itself.
+
+    The entries that it shares with all classes (`auto_map`, `_attn_implementation`, quantization, kernels of
+    the hub) decide what code runs, and not what is computed: they are left behind.
+    """
+    return kind(**_declared(kind, values, where))
+
+
+def text_tower_config(values: Mapping[str, Any], where: object) -> None:
+    """Refuse a text tower of transformers that open_clip does not know, or that brings code along."""
+    from open_clip.hf_configs import arch_dict
+
+    kind = values.get("model_type")
+    if kind not in arch_dict:
+        raise ModelError(
+            f"{where} is a text tower of type {kind!r}: open_clip builds {', '.join(arch_dict)}; the code of "
+            "other models is never run"
+        )
+    for key, value in values.items():
+        if re.search(r"_implementation|kernel", key) and value not in _OFF and "/" in str(value):
+            raise ModelError(f"{where} says {key} {_shown(value)}, code of the hub, which is never run")
+
+
+def _tower(given: Mapping[str, Any], tower: str, fields: Iterable[str], where: object) -> dict[str, Any]:
+    known = list(fields)
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        path = f"{tower}.{key}"
+        if key in _INNER and key in known:
+            inner = _mapping(value or {}, path, where)
+            for name, part in inner.items():
+                if name not in _INNER[key] and part not in _OFF:
+                    raise _unknown(f"{path}.{name}", where, [f"{path}.{known}" for known in _INNER[key]])
+            kept = {n: _option(v, f"{path}.{n}", where) for n, v in inner.items() if n in _INNER[key]}
+            checked[key] = kept or None
+        elif key in known:
+            checked[key] = _plain(value, path, where)
+        elif value not in _OFF:
+            raise _unknown(path, where, [f"{tower}.{name}" for name in known])
+    return {key: value for key, value in checked.items() if key not in _INNER or value is not None}
+
+
+def _option(value: Any, key: str, where: object) -> Any:
+    """A value of one of the inner lists, where libraries find a wrong one only in the forward pass."""
+    kind = key.rpartition(".")[2]
+    right = {"approximate": value in ("none", "tanh"), "eps": isinstance(value, float) and value > 0}
+    if not right.get(kind, True):
+        raise ModelError(f"{where}: {key} is {_shown(value)}, which is no such setting: correct it")
+    return _plain(value, key, where)
+
+
+def _check_timm(vision: dict[str, Any], where: object) -> None:
+    name = vision.get("timm_model_name")
+    if not name:
+        return
+    # Weights come from the checkpoint alone; timm's own would be fetched and overwritten.
+    vision["timm_model_pretrained"] = False
+    import timm
+
+    # `hf-hub:` and `local-dir:` names make timm read a stranger's settings from elsewhere.
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name) or not timm.is_model(name):
+        raise ModelError(
+            f"{where}: vision_cfg.timm_model_name is {_shown(name)}, which is no name of a model that timm "
+            "itself has: correct it, or update timm"
+        )
+
+
+def _check_place(name: object, key: str, where: object) -> None:
+    if not isinstance(name, str) or not (_HUB_ID.fullmatch(name) or Path(name).is_dir()):
+        raise ModelError(
+            f"{where}: {key} is {_shown(name)}, neither a hub id (owner/name) nor a folder that is there"
+        )
+
+
+def _declared(kind: Any, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    own = {name for name in _fields(kind) if not _UNSAFE.search(name)} | set(_SHARED)
+    inner = {name: _class_of(spec) for name, spec in _parts(kind).items()}
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        # Early repositories say `text_config_dict` beside, or in place of, `text_config`.
+        part = inner.get(key.removesuffix("_dict"))
+        if part is not None and value is not None:
+            kept[key] = _declared(part, _mapping(value, key, where), where)
+        elif key in own:
+            kept[key] = _plain(value, key, where)
+    return kept
+
+
+def _fields(kind: Any) -> set[str]:
+    """Settings that a configuration class declares itself, and not as every class of transformers does."""
+    from transformers import PreTrainedConfig
+
+    if not dataclasses.is_dataclass(kind):  # early releases of transformers 5
+        return set(inspect.signature(kind).parameters) - {"kwargs"}
+    shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name for field in dataclasses.fields(kind)} - shared
+
+
+def _parts(kind: Any) -> Mapping[str, Any]:
+    return getattr(kind, "sub_configs_defaults", None) or getattr(kind, "sub_configs", None) or {}
+
+
+def _class_of(spec: Any) -> Any:
+    return getattr(spec, "config_class", spec)
+
+
+def _plain(value: Any, key: str, where: object) -> Any:
+    """A number, word, flag or short list of those; raises ModelError for anything else."""
+    items = value if _is_list(value) else [value]
+    if len(items) > 64 or not all(_is_scalar(item) for item in items):
+        raise ModelError(f"{where}: {key} is {_shown(value)} where a number, a word or a short list belongs")
+    limit = _MOST_BLOCKS if key.rpartition(".")[2] in ("layers", "num_hidden_layers") else _LARGEST
+    if any(isinstance(item, (int, float)) and abs(item) > limit for item in items):
+        raise ModelError(f"{where}: {key} is {_shown(value)}: it may be at most {limit:,}")
+    return list(value) if _is_list(value) else value
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 300)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _mapping(value: object, key: str, where: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ModelError(f"{where}: {key} is {_shown(value)} where an object of settings belongs")
+    return value
+
+
+def _unknown(key: str, where: object, known: Iterable[str]) -> ModelError:
+    if key.rpartition(".")[2] in _REMOTE:
+        return ModelError(_code(key, where))
+    listed = list(known)
+    ending = ", …" if len(listed) > 12 else ""
+    return ModelError(
+        f"{where}: {_shown(key)} is no setting of an open_clip model that clipgraft hands on: remove it "
+        f"(there are {', '.join(listed[:12])}{ending})"
+    )
+
+
+def _code(key: str, where: object) -> str:
+    return (
+        f"{where} asks for {key}, which would run code that came with the model; that is never run: remove "
+        "the entry, and take a model and tokenizer that transformers itself knows"
+    )
+
+
+def _shown(value: object) -> str:
+    # Not repr of the whole: it may be as deep or as long as a stranger likes.
+    if isinstance(value, (Mapping, list, tuple)):
+        return f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
+        return "a number of many digits"
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
