@@ -62,7 +62,7 @@ def test_config_stops_at_the_door() -> None:
     users = {part_of(path) for path in SOURCE.rglob("*.py") if "config" in imported_parts(path)}
     assert users <= {"config", "train", "cli"}
     inside = [path.name for path in (SOURCE / "train").glob("*.py") if "config" in imported_parts(path)]
-    assert sorted(inside) == ["distill.py", "fit.py", "fit_classes.py", "run.py"]
+    assert sorted(inside) == ["parts.py", "run.py"]
 
 
 def test_files_fit_in_one_sitting() -> None:

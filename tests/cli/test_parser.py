@@ -208,7 +208,9 @@ def test_bad_syntax_points_to_help(words: list[str]) -> None:
 
 def test_abbreviations_are_no_flags() -> None:
     """`--lora` that means whichever flag comes first would change meaning with the next release."""
-    assert faults("--epoch", "3") == ["--epoch: there is no such flag (did you mean --epochs?)"]
+    assert faults("--epoch", "3") == [
+        "--epoch: there is no such flag (did you mean --epochs or --epoch-parts?)"
+    ]
 
 
 def config(folder: Path, text: str) -> str:

@@ -133,6 +133,23 @@ def test_an_adapter_run_keeps_adapters_alone(train: Any, tmp_path: Path) -> None
     assert all("lora_" in name for name in trained), "the checkpoint holds weights that do not train"
 
 
+def test_more_epochs_for_a_run_that_is_done(train: Any, tmp_path: Path) -> None:
+    """A run that was too short must be trained again from its first step."""
+    words = ("--use-lora", "--lora-r", 2, "--name", "run")
+    assert train(*words).code == 0
+    again = train(*words, "--resume", "latest", "--epochs", 3)
+    assert (again.code, again.err) == (0, "")
+    run = tmp_path / "logs" / "run"
+    assert (
+        f"{run} was to have 1 epoch: 2 more follow, for which the learning rate starts at 0.0005" in again.out
+    )
+    params = json.loads((run / "params.json").read_text())
+    assert (params["epochs"], params["epoch_parts"]) == (3, [1, 2])
+    fewer = train(*words, "--resume", "latest", "--epochs", 2)
+    assert (fewer.code, fewer.err.count("\n")) == (2, 1)
+    assert "has done 3 epochs already" in fewer.err
+
+
 def test_a_run_names_itself(train: Any, tmp_path: Path) -> None:
     """Without --name, two runs must not meet in one folder."""
     assert train("--use-lora", "--lora-r", 2, "--lr", "1e-3").code == 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,11 @@ from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.saving import Saver
+from lastbit import death, differences, events, kept
 
 MakeClip = Callable[[], Clip]
 Train = Callable[..., None]
 STEPS, EPOCHS = 6, 2
-
-
-class Killed(BaseException):
-    """Stands for the death of the process: nothing in the library catches it."""
 
 
 @pytest.fixture
@@ -55,71 +50,10 @@ def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
     return run
 
 
-def events(run: Path) -> list[dict[str, Any]]:
-    """What was reported, but for the time it took."""
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
-
-
-def kept(run: Path) -> dict[str, Any]:
-    """Everything of a run that must be the same: adapters by their bytes, the checkpoint by its values.
-
-    What it was called and how long it took may differ.
-    """
-    files = {str(file.relative_to(run)): file for file in sorted(run.rglob("*")) if file.is_file()}
-    found: dict[str, Any] = {
-        name: file.read_bytes() for name, file in files.items() if file.suffix in (".safetensors", ".json")
-    }
-    for name in ("results.json", "params.json", "results/result.json"):
-        found.pop(name, None)
-    found["latest"] = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
-    found["files"] = sorted(name for name in files if "tensorboard" not in name)
-    found["history"] = json.loads((run / "results.json").read_text())["history"]
-    return found
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    if isinstance(left, torch.Tensor):
-        return [] if torch.equal(left, right) else [path]
-    if isinstance(left, dict):
-        if left.keys() != right.keys():
-            return [f"{path}: {left.keys() ^ right.keys()}"]
-        return [found for key in left for found in differences(left[key], right[key], f"{path}/{key}")]
-    if isinstance(left, list | tuple):
-        pairs = zip(left, right, strict=True)
-        return [
-            found for number, pair in enumerate(pairs) for found in differences(*pair, f"{path}/{number}")
-        ]
-    return [] if left == right else [path]
-
-
 def assert_same_run(resumed: Path, whole: Path) -> None:
     assert differences(kept(resumed), kept(whole)) == []
     assert events(resumed) == events(whole)
     assert len(events(whole)) == STEPS * EPOCHS + EPOCHS
-
-
-@contextlib.contextmanager
-def death(where: object, name: str, call: int, *, before: bool) -> Iterator[None]:
-    """The process dies before or after the given call (from 1) of a function."""
-    real, count = getattr(where, name), [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        count[0] += 1
-        if before and count[0] == call:
-            raise Killed
-        result = real(*args, **kwargs)
-        if count[0] == call:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(where, name, dying)
-        try:
-            yield
-        except Killed:
-            return
-    pytest.fail(f"{name} was not called {call} times")
 
 
 # Events: 6 steps, validation, 6 steps, validation. Checkpoints: after steps 4, 6, 8 and 12.

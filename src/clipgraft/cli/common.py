@@ -155,8 +155,19 @@ def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
         "cache": open_cache(data),
         "exact_preprocess": data.exact_preprocess,
         "params": {name: value for spec in specs for name, value in spec.model_dump().items()},
-        **train.model_dump(),
+        **train_options(train, where.resume is not None),
     }
+
+
+def train_options(train: TrainSpec, resume: bool) -> dict[str, Any]:
+    """What `fit` takes of the flags of optimisation; a resumed run has the epochs it had, unless told."""
+    options = train.model_dump()
+    parts = options["epoch_parts"]
+    if parts is not None:
+        options["epochs"] = sum(parts)
+    elif resume and "epochs" not in train.model_fields_set:
+        del options["epochs"]
+    return options
 
 
 def hand_over(clip: Clip, run: Path, metrics: Mapping[str, float] | None) -> None:

@@ -132,7 +132,7 @@ def _describe(compacted: Compacted) -> None:
 
 def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path) -> None:
     """Recall of base and smaller model where there is validation data, and distillation where asked for."""
-    from clipgraft.cli.common import open_cache, read_table
+    from clipgraft.cli.common import open_cache, read_table, train_options
 
     _, teaching, table, train, device = specs
     val = None
@@ -160,7 +160,7 @@ def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path)
         cache=open_cache(table),
         exact_preprocess=table.exact_preprocess,
         params={name: value for spec in specs for name, value in spec.model_dump().items()},
-        **train.model_dump(),
+        **train_options(train, teaching.resume is not None),
     )
 
 

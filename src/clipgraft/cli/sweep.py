@@ -114,7 +114,9 @@ def _run_cell(
         hand_over(clip, place, metrics)
         return CellResult(cell, metrics)
     model_spec, _, _, sweep, train = specs
-    options = {**train.model_dump(), "seed": cell.seed}
+    # Written out, so that an unfinished cell of other epochs is refused and not extended.
+    parts = train.epoch_parts or (train.epochs,)
+    options = {**train.model_dump(), "seed": cell.seed, "epochs": sum(parts), "epoch_parts": parts}
     if cell.kind == "full":
         clip = load_model(model_spec)
         locks = {"lock_image": "vision" not in towers, "lock_text": "text" not in towers}

@@ -108,7 +108,7 @@ def check_together(
         ConfigError: naming the flags.
     """
     faults = [*_data_faults(data), *class_faults(classes, data)]
-    faults += [*_lora_faults(lora, train, where), *_lock_faults(lora, train)]
+    faults += [*_lora_faults(lora, train, where), *_lock_faults(lora, train), *train.epoch_faults()]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:

@@ -184,7 +184,15 @@ class TrainSpec(Spec):
     batch_size: int = Field(
         64, ge=2, description="pairs in memory at once, in each process: a step, or a part of it"
     )
-    epochs: int = Field(32, ge=1, description="passes over the captions")
+    epochs: int = Field(
+        32, ge=1, description="passes over the captions; more than before extend a run that is resumed"
+    )
+    epoch_parts: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
+        None,
+        min_length=1,
+        description="epochs of each part of a run, such as 10,10: each has the learning rate's schedule for "
+        "itself, as in a run of 10 epochs that is resumed with --epochs 20 (default: one part)",
+    )
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     wd: float = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
@@ -218,6 +226,18 @@ class TrainSpec(Spec):
         None, ge=1, description="with --augment and a frozen image tower: encode this many crops of each once"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, dropout and crops")
+
+    def epoch_faults(self) -> list[str]:
+        """What is wrong between `epochs` and `epoch_parts`, and with a cooldown that does not fit a part."""
+        parts, faults = self.epoch_parts or (self.epochs,), []
+        if self.epoch_parts is not None and "epochs" in self.model_fields_set and sum(parts) != self.epochs:
+            given = ",".join(map(str, parts))
+            faults.append(
+                f"--epoch-parts {given} sum to {sum(parts)}, but --epochs is {self.epochs}: drop one"
+            )
+        if self.lr_scheduler == "const-cooldown" and not 0 < (self.epochs_cooldown or 0) <= min(parts):
+            faults.append(f"--lr-scheduler const-cooldown needs --epochs-cooldown from 1 to {min(parts)}")
+        return faults
 
 
 class RunSpec(Spec):

@@ -6,7 +6,7 @@ import logging
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from clipgraft.files import atomic_path
 log = logging.getLogger("clipgraft")
 LATEST = "latest.pt"
 FORMAT_VERSION = 1
+EPOCHS, PARTS = "epochs", "epoch_parts"
 _SHARING = ("batch_size", "accum_freq", "processes")
 _KEYS = {"format", "position", "settings", "weights", "buffers", "optimizer", "random", "cuda_random"}
 
@@ -96,6 +97,39 @@ def recorded_settings(path: Path) -> dict[str, Any]:
     return dict(_read(path, whole=False)["settings"])
 
 
+def recorded_position(path: Path) -> Position:
+    """Where the run stood that wrote a checkpoint; its weights are not read. Raises CheckpointError.
+
+    `epoch` counts one whose steps are all done, though it may not have been evaluated, but for the first.
+    """
+    state = _read(path, whole=False)
+    position = Position(**state["position"])
+    ends = position.epoch > 0 and position.step == (position.epoch + 1) * position.step_in_epoch
+    return replace(position, epoch=position.epoch + 1) if ends else position
+
+
+def recorded_parts(settings: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Epochs of each part of a run by its settings; None if they say nothing that can be used."""
+    parts = settings.get(PARTS) or (settings.get(EPOCHS),)
+    if not isinstance(parts, list | tuple) or not all(type(n) is int and n > 0 for n in parts):
+        return None
+    return tuple(int(n) for n in parts)
+
+
+def _without_epochs(
+    saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Settings without their epochs, if those of the run so far are the beginning of those it is to have."""
+    before, after = recorded_parts(saved), recorded_parts(now)
+    if before is None or after is None or after[: len(before)] != before:
+        return saved, now
+    first, second = (
+        {key: value for key, value in settings.items() if key not in (EPOCHS, PARTS)}
+        for settings in (saved, now)
+    )
+    return first, second
+
+
 def _by_step(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which the pairs of a step count, and not how processes and micro-batches share them."""
     kept = {key: value for key, value in settings.items() if key not in _SHARING}
@@ -152,6 +186,7 @@ def _same_settings(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
             "es" if before > 1 else "",
             after,
         )
+    saved, now = _without_epochs(saved, now)
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if changed:
         listed = ", ".join(

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.config import TrainSpec, build_specs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
@@ -27,6 +26,7 @@ from clipgraft.train.fit import data_digest, evaluation, headline
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
+from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
     FitResult,
     Keeping,
@@ -90,7 +90,7 @@ def distill(
     clip, parent, out = as_clip(student), as_clip(teacher), Path(out)
     weights = _checked(Weights(contrastive, feature, similarity))
     require_unmerged(clip, "train")
-    (spec,) = build_specs([TrainSpec], options)
+    spec = plan_epochs(options, out, resume, peers)
     choose_trainable(clip, spec)
     autocast = choose_autocast(autocast, clip, out, resume, peers)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.config import TrainSpec, build_specs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
@@ -22,6 +21,7 @@ from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
+from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
     FitResult,
     Keeping,
@@ -93,7 +93,7 @@ def fit(
     """
     clip, out = as_clip(model), Path(out)
     require_unmerged(clip, "train")
-    (spec,) = build_specs([TrainSpec], options)
+    spec = plan_epochs(options, out, resume, peers)
     choose_trainable(clip, spec)
     autocast = choose_autocast(autocast, clip, out, resume, peers)
 

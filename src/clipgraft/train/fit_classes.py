@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipgraft.config import TrainSpec, build_specs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.labels import Labelled
@@ -32,6 +31,7 @@ from clipgraft.train.classes import Head, HeadKind, save_head
 from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.objectives import Headed, Objective, Prompted
+from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
     FitResult,
     Keeping,
@@ -96,7 +96,7 @@ def fit_classifier(
     """
     clip, out = as_clip(model), Path(out)
     require_unmerged(clip, "train")
-    (spec,) = build_specs([TrainSpec], options)
+    spec = plan_epochs(options, out, resume, peers)
     _check(train, val, prompts)
     choose_trainable(clip, spec)
     if head != "prompts" and trains(clip, "text"):

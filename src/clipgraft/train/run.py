@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import nn
 from clipgraft.adapters.native import findable
 from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
-from clipgraft.errors import ConfigError
 from clipgraft.files import write_json
 from clipgraft.lora.counting import count_parameters
 from clipgraft.lora.state import lora_state
@@ -28,7 +27,8 @@ from clipgraft.train.feed import Feed
 from clipgraft.train.locking import lock_tower
 from clipgraft.train.loop import Loop
 from clipgraft.train.objectives import Objective
-from clipgraft.train.optim import Schedule, make_optimizer, make_schedule
+from clipgraft.train.optim import make_optimizer
+from clipgraft.train.parts import part_ends, schedule_of
 from clipgraft.train.run_folder import RunFolder, SilentFolder, latest_checkpoint
 from clipgraft.train.saving import Saver
 from clipgraft.train.towers import trains
@@ -119,7 +119,7 @@ def run_task(
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
     started = time.perf_counter()
-    recorded = {**settings, **params, "source": asdict(findable(clip))}
+    recorded = {**params, **settings, "source": asdict(findable(clip))}
     folder = RunFolder(out, recorded, resume) if peers.root else SilentFolder(out)
     with folder:
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
@@ -136,12 +136,12 @@ def run_task(
             optimizer=make_optimizer(
                 trained, spec.lr, spec.wd, spec.beta1, spec.beta2, spec.eps, spec.lora_plus_ratio
             ),
-            schedule=_schedule(spec, task.feed.steps),
+            schedule=schedule_of(spec, task.feed.steps),
             epochs=spec.epochs,
             grad_clip_norm=spec.grad_clip_norm,
             checkpoint_steps=keeping.checkpoint_steps,
             settings=settings,
-            epoch_end=_epoch_end(task, saver if peers.root else None, keeping, spec.epochs),
+            epoch_end=_epoch_end(task, saver if peers.root else None, keeping, part_ends(spec)),
             progress=progress and peers.root,
             peers=peers,
             seed=spec.seed,
@@ -176,14 +176,14 @@ def _finish(
 
 
 def _epoch_end(
-    task: Task, saver: Saver | None, keeping: Keeping, epochs: int
+    task: Task, saver: Saver | None, keeping: Keeping, ends: Collection[int]
 ) -> Callable[[int], Mapping[str, float] | None]:
     def epoch_end(epoch: int) -> Mapping[str, float] | None:
         metrics = None
-        if task.evaluate is not None and _due(epoch, keeping.val_frequency, epochs):
+        if task.evaluate is not None and _due(epoch, keeping.val_frequency, ends):
             metrics = task.evaluate()
             log.info("epoch %d: %s", epoch, task.headline(metrics))
-        if saver is not None and _due(epoch, keeping.save_frequency, epochs):
+        if saver is not None and _due(epoch, keeping.save_frequency, ends):
             saver.save_epoch(epoch, metrics or {})
         return metrics
 
@@ -235,22 +235,10 @@ def common_settings(
     }
 
 
-def _schedule(spec: TrainSpec, steps_per_epoch: int) -> Schedule:
-    total = steps_per_epoch * spec.epochs
-    warmup = min(spec.warmup, total // 10)
-    if warmup < spec.warmup:
-        log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, spec.warmup)
-    cooldown = (spec.epochs_cooldown or 0) * steps_per_epoch
-    if spec.lr_scheduler == "const-cooldown" and not 0 < cooldown <= total:
-        raise ConfigError(f"--lr-scheduler const-cooldown needs --epochs-cooldown from 1 to {spec.epochs}")
-    return make_schedule(
-        spec.lr_scheduler, spec.lr, warmup, total, cooldown, spec.lr_cooldown_end, spec.lr_cooldown_power
-    )
-
-
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
-def _due(epoch: int, frequency: int, epochs: int) -> bool:
-    return epoch == epochs or (frequency > 0 and epoch % frequency == 0)
+def _due(epoch: int, frequency: int, ends: Collection[int]) -> bool:
+    """Whether it is an epoch's turn; that of the last of every part, be it the run's end or not, always."""
+    return epoch in ends or (frequency > 0 and epoch % frequency == 0)
