@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench bench-quick clean
+.PHONY: demo test test-slow lint fuzz bench bench-quick clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipgraft demo --out demo
@@ -19,6 +19,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/*.py
+
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,252 @@
+"""Readers of weights: checkpoints, adapters of every format, class heads, model configurations."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipgraft.adapters.clip_lora import write_clip_lora
+from clipgraft.adapters.formats import detect, read_any
+from clipgraft.adapters.guide_checkpoint import write_guide
+from clipgraft.adapters.native import AdapterFile, write_adapter
+from clipgraft.lora.state import LoraSettings
+from clipgraft.models.from_openclip import load_config
+from clipgraft.models.sites import Site
+from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
+from clipgraft.train.classes import Head, load_head, save_head
+from fuzz.mutate import damaged, junk, odd, odd_json
+from fuzz.subject import Subject
+
+WIDTH, RANK = 8, 2
+TINY = {
+    "embed_dim": 4,
+    "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+    "init_logit_bias": None,
+}
+
+
+def tensors(rng: Random) -> Any:
+    """Something that is no plain fp32 matrix; or a plain value."""
+    strange: tuple[Callable[[], Any], ...] = (
+        lambda: torch.zeros(()),
+        lambda: torch.zeros(0, 3),
+        lambda: torch.ones(2, 3, 4),
+        lambda: torch.ones(RANK, WIDTH, dtype=torch.int64),
+        lambda: torch.ones(RANK, WIDTH, dtype=torch.complex64),
+        lambda: torch.ones(RANK, WIDTH, dtype=torch.float64),
+        lambda: torch.full((RANK, WIDTH), float("nan")),
+        lambda: torch.ones(1).expand(10**6, 10**6),
+        lambda: torch.ones(RANK, WIDTH).to_sparse(),
+        lambda: torch.empty(RANK, WIDTH, device="meta"),
+        lambda: torch.ones(WIDTH, RANK).T,
+        lambda: torch.nn.Parameter(torch.ones(RANK, WIDTH)),
+        lambda: torch.zeros(3, dtype=torch.uint8),
+        lambda: b"\0",
+        lambda: {1: 2},
+        lambda: (1, [2]),
+        lambda: torch.float16,
+        lambda: {1.5, "a"},
+    )
+    return rng.choice(strange)() if rng.random() < 0.5 else junk(rng)
+
+
+def pt(value: dict[str, Any], path: Path) -> Callable[[Random], None]:
+    """Break a `torch.save` file: its values, its pickle inside a whole archive, or its bytes."""
+    whole = _saved(value)
+
+    def change(rng: Random) -> None:
+        kind = rng.random()
+        if kind < 0.6:
+            path.write_bytes(_saved(odd(value, rng, tensors)))
+        elif kind < 0.8:
+            path.write_bytes(_repacked(whole, rng))
+        else:
+            path.write_bytes(damaged(whole, rng))
+
+    return change
+
+
+def _saved(value: Any) -> bytes:
+    sink = io.BytesIO()
+    try:
+        torch.save(value, sink)
+    except Exception:  # a value that torch cannot write either
+        return b"PK\x03\x04"
+    return sink.getvalue()
+
+
+def _repacked(whole: bytes, rng: Random) -> bytes:
+    """The archive with one damaged part, whose checksum is in order."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(sink, "w") as new:
+        names = old.namelist()
+        wrong = rng.choice(
+            [name for name in names if name.endswith("data.pkl")] if rng.random() < 0.7 else names
+        )
+        for name in names:
+            content = old.read(name)
+            new.writestr(name, damaged(content, rng) if name == wrong else content)
+    return sink.getvalue()
+
+
+def latest(folder: Path) -> Subject:
+    """Checkpoints of a run."""
+    folder.mkdir()
+    path, settings = folder / "latest.pt", {"lr": 1e-3, "batch_size": 4, "model": "emoji"}
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    save_checkpoint(path, model, optimizer, Position(1, 2, 3), settings)
+
+    def read() -> object:
+        try:
+            load_checkpoint(path, model, optimizer, settings)
+        finally:
+            recorded_settings(path)
+        # What has been loaded must also be of use.
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        return torch.rand(1)
+
+    value = torch.load(path, weights_only=True)
+    return Subject(folder, read, [pt(value, path)], (path.name,))
+
+
+def _adapter(folder: Path) -> AdapterFile:
+    generator = torch.Generator().manual_seed(0)
+
+    def pair() -> tuple[Tensor, Tensor]:
+        return torch.randn(RANK, WIDTH, generator=generator), torch.randn(WIDTH, RANK, generator=generator)
+
+    weights = {Site("text", block, role): pair() for block in range(2) for role in ("q", "v")}
+    settings = LoraSettings(r=RANK, alpha=4, targets="text-attention")
+    base = {"name": "ViT-B-32", "pretrained": "openai", "family": "open_clip"}
+    return AdapterFile(
+        folder, weights, settings, base=base, fingerprint="0123456789abcdef", metrics={"R@1": 0.5}
+    )
+
+
+def _read(path: Path) -> None:
+    try:
+        detect(path)
+    finally:
+        read_any(path, text_layers=12, vision_layers=12)
+
+
+def guide(folder: Path) -> Subject:
+    """The guide's adapters, a `.pt` file each."""
+    folder.mkdir()
+    path = write_guide(_adapter(folder), folder / "a.pt")
+    value = torch.load(path, weights_only=True)
+    return Subject(folder, partial(_read, path), [pt(value, path)], (path.name,))
+
+
+def clip_lora(folder: Path) -> Subject:
+    """Adapters of MaxZanella/CLIP-LoRA."""
+    folder.mkdir()
+    path = write_clip_lora(_adapter(folder), folder / "a.pt", 12, 12)
+    value = torch.load(path, weights_only=True)
+    return Subject(folder, partial(_read, path), [pt(value, path)], (path.name,))
+
+
+def adapter(folder: Path) -> Subject:
+    """Adapter folders, ours and those of PEFT alone: either JSON file, or the weights."""
+    write_adapter(_adapter(folder), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"rank_pattern": {"text_model.encoder.layers.0.self_attn.q_proj": RANK}}
+    record = json.loads((folder / "clipgraft.json").read_text())
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+
+    def alone(rng: Random) -> None:
+        (folder / "clipgraft.json").unlink()
+        (folder / "adapter_config.json").write_bytes(odd_json(config, rng))
+
+    def odd_tensors(rng: Random) -> None:
+        if rng.random() < 0.7:
+            (folder / "clipgraft.json").unlink()
+        (folder / "adapter_model.safetensors").write_bytes(_odd_safetensors(weights, rng))
+
+    breaks: list[Callable[[Random], None]] = [
+        lambda rng: _put(folder / "clipgraft.json", odd_json(record, rng)),
+        lambda rng: _put(folder / "adapter_config.json", odd_json(config, rng)),
+        alone,
+        odd_tensors,
+    ]
+    return Subject(folder, partial(_read, folder), breaks)
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _odd_safetensors(content: bytes, rng: Random) -> bytes:
+    """A header with wrong values and the right length before it, or wrong bytes."""
+    if rng.random() < 0.3:
+        return damaged(content, rng)
+    size = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + size])
+    if rng.random() < 0.3:
+        name = rng.choice([key for key in head if key != "__metadata__"])
+        dtype = rng.choice((torch.int8, torch.float16))
+        saved: bytes = save_tensors({name: torch.ones(RANK, WIDTH, dtype=dtype)})
+        return saved
+    line = odd_json(head, rng)
+    return len(line).to_bytes(8, "little") + line + content[8 + size :]
+
+
+def heads(folder: Path) -> Subject:
+    """Classifiers on image features."""
+    folder.mkdir()
+    save_head(Head("linear", torch.eye(3, 4), 10.0), ["a", "b", "c"], folder)
+    value = json.loads((folder / "classes.json").read_text())
+    weights = (folder / "head.safetensors").read_bytes()
+
+    def strange(rng: Random) -> None:
+        shapes: tuple[Any, ...] = (torch.zeros(()), torch.ones(3), torch.ones(2, 4), torch.ones(3, 4).long())
+        made = {"weight": torch.eye(3, 4), "scale": torch.tensor(1.0), "bias": torch.zeros(3)}
+        made[rng.choice(list(made))] = rng.choice(shapes)
+        save_file(made, folder / "head.safetensors")
+
+    breaks: list[Callable[[Random], None]] = [
+        lambda rng: _put(folder / "classes.json", odd_json(value, rng)),
+        lambda rng: _put(folder / "head.safetensors", _odd_safetensors(weights, rng)),
+        strange,
+    ]
+    return Subject(folder, partial(load_head, folder), breaks)
+
+
+def configs(folder: Path) -> Subject:
+    """open_clip's model configurations: most are refused before anything is built."""
+    folder.mkdir()
+    path = folder / "m.json"
+    path.write_text(json.dumps(TINY))
+    small = {**TINY, "text_cfg": {**TINY["text_cfg"], "vocab_size": 50}}  # type: ignore[dict-item]
+
+    def read() -> object:
+        return load_config(path, "none", 0)
+
+    return Subject(folder, read, [lambda rng: _put(path, odd_json(small, rng))], (path.name,))
+
+
+READERS: dict[str, Callable[[Path], Subject]] = {
+    "weights.latest": latest,
+    "weights.guide": guide,
+    "weights.clip-lora": clip_lora,
+    "weights.adapter": adapter,
+    "weights.head": heads,
+    "weights.config": configs,
+}
