@@ -10,6 +10,8 @@ import clipgraft
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
     ("errors",),
+    ("writing",),
+    ("locks",),
     ("files", "readers"),
     ("records",),
     ("config",),

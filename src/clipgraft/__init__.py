@@ -58,6 +58,7 @@ _PUBLIC = {
     "clipgraft.data.texts": ("read_texts",),
     "clipgraft.errors": (
         "AdapterError",
+        "BusyError",
         "CheckpointError",
         "ClipgraftError",
         "ClusterError",
@@ -66,6 +67,7 @@ _PUBLIC = {
         "ModelError",
         "TargetError",
         "TrainingError",
+        "WriteError",
     ),
     "clipgraft.evaluate.classify": (
         "classification_metrics",
@@ -170,6 +172,7 @@ if TYPE_CHECKING:
     from clipgraft.data.prompts import read_prompts as read_prompts
     from clipgraft.data.texts import read_texts as read_texts
     from clipgraft.errors import AdapterError as AdapterError
+    from clipgraft.errors import BusyError as BusyError
     from clipgraft.errors import CheckpointError as CheckpointError
     from clipgraft.errors import ClipgraftError as ClipgraftError
     from clipgraft.errors import ClusterError as ClusterError
@@ -178,6 +181,7 @@ if TYPE_CHECKING:
     from clipgraft.errors import ModelError as ModelError
     from clipgraft.errors import TargetError as TargetError
     from clipgraft.errors import TrainingError as TrainingError
+    from clipgraft.errors import WriteError as WriteError
     from clipgraft.evaluate.classify import classification_metrics as classification_metrics
     from clipgraft.evaluate.classify import evaluate_classification as evaluate_classification
     from clipgraft.evaluate.metrics import retrieval_metrics as retrieval_metrics

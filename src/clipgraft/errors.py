@@ -47,3 +47,24 @@ class ClusterError(ClipgraftError):
     """The machines that a run was spread over failed it; what they finished is kept."""
 
     exit_code = 1
+
+
+class BusyError(ClipgraftError):
+    """Another process is at work in a folder that this one wants to write to."""
+
+
+class WriteError(ClipgraftError):
+    """A file cannot be written: no room, no permission, a quota. Nothing half written is left.
+
+    Attributes:
+        what: which file, and why.
+        advice: what to do now.
+    """
+
+    def __init__(self, what: str, advice: str = "then run it again") -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what = what
+        self.advice = advice
+
+    def __reduce__(self) -> tuple[type[WriteError], tuple[str, str]]:
+        return WriteError, (self.what, self.advice)

@@ -1,19 +1,36 @@
-"""Whole files or none: everything clipgraft writes goes to a temporary name, is synced, and is renamed."""
+"""Whole files or none: what clipgraft writes is made in a staging folder, synced, and then put in its place.
+
+A staging folder lies beside its target, `.NAME.1a2b3c4d.partial`, and is locked as long as its process lives.
+What a killed process left is removed by whoever writes the same target next, or by `sweep_partial`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import functools
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from clipgraft.errors import DataError
+from clipgraft.locks import LOCK, Lock, acquire
+from clipgraft.writing import writing
 
 _PARTIAL = ".partial"
+_STAGING = re.compile(r"\..+\.[0-9a-f]{8}\.partial", re.DOTALL)
+_NEW, _OLD = "new", "old"
+_LONGEST_STEM = 200  # bytes: names of files have at most 255
 
 
 def cache_folder() -> Path:
@@ -49,73 +66,175 @@ def inside(folder: Path, name: str, record: Path | str = "", advice: str = "writ
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success it is synced to disk and takes its name.
+def atomic_path(target: Path, needs: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path; on success the file there is synced to disk and takes the name `target`.
 
     Folders above `target` are made. After an exception nothing is left behind and an older `target` is
-    untouched; after a kill the temporary file is left, for `sweep_partial`.
+    untouched. `needs` is how many bytes are to be written, for messages.
+
+    Raises:
+        WriteError: there is no room, or the place does not let itself be written to.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=f"{_PARTIAL}{target.suffix}", dir=target.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _staging(target) as temporary, writing(target, needs, temporary):
+        # Made here, so that the system gives it the permissions of the user's umask.
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        _sync_file(temporary)
-        temporary.chmod(0o644)
+        _finish_file(temporary, mode)
         temporary.replace(target)
         _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; on success its files are synced and it takes the name of `target`.
+def atomic_folder(target: Path, needs: int | None = None) -> Iterator[Path]:
+    """Yield a new folder; on success its files are synced and it takes the name `target`.
 
-    Folders above `target` are made, and an older folder `target` is replaced as a whole. After an exception
-    nothing is left behind and an older one is untouched; after a kill what is left is for `sweep_partial`.
+    Folders above `target` are made, and an older folder `target` is replaced as a whole: whenever the process
+    is killed, the old or the new one is there. Otherwise as `atomic_path`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
-    try:
+    with _staging(target) as temporary, writing(target, needs, temporary):
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
-                path.chmod(0o644)  # safetensors makes files that their owner alone may read
-                _sync_file(path)
-        temporary.chmod(0o755)
+                _finish_file(path, mode)
         _replace_folder(temporary, target)
         _sync_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sweep_partial(folder: Path) -> None:
-    """Remove what killed writers left below `folder`; nobody else may be writing there."""
-    for leftover in folder.rglob(f".*{_PARTIAL}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+    """Remove what killed writers left in or below `folder`; what living ones are at work on stays."""
+    for path in list(folder.rglob(f".*{_PARTIAL}")):
+        if _STAGING.fullmatch(path.name):
+            _sweep(path)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A free path with the name of `target` in a locked folder beside it; both are gone afterwards."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_beside(target)
+        staging, lock = _make_staging(target)
+    try:
+        yield staging / _NEW / target.name
+    finally:
+        _remove(staging, lock)
+
+
+def _make_staging(target: Path) -> tuple[Path, Lock]:
+    while True:
+        staging = target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}{_PARTIAL}")
+        staging.mkdir()
+        lock = None
+        try:
+            lock = acquire(staging / LOCK)
+            if lock is not None:
+                (staging / _NEW).mkdir()
+                return staging, lock
+        except FileNotFoundError:  # taken for a leftover, and removed, before it was locked
+            continue
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _stem(target: Path) -> str:
+    """What names of staging folders have in their middle."""
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= _LONGEST_STEM else hashlib.sha256(name).hexdigest()[:32]
+
+
+def _sweep_beside(target: Path) -> None:
+    """Remove what killed writers of the same target left."""
+    start = f".{_stem(target)}."
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for name in [entry.name for entry in entries if entry.name.startswith(start)]:
+            if _STAGING.fullmatch(name) and len(name) == len(start) + 8 + len(_PARTIAL):
+                _sweep(target.parent / name)
+
+
+def _sweep(staging: Path) -> None:
+    """Remove a staging folder that no living process holds, after putting back what it took away."""
+    if staging.is_symlink() or not staging.is_dir():
+        return
+    if not (staging / LOCK).is_file():
+        with contextlib.suppress(OSError):
+            staging.rmdir()  # killed before it was locked; with anything in it, it is not ours
+        return
+    with contextlib.suppress(OSError):
+        lock = acquire(staging / LOCK)
+        if lock is None:
+            return
+        if not lock.real:
+            lock.release(remove=False)
+            return
+        for older in (staging / _OLD).glob("*"):
+            if not os.path.lexists(staging.parent / older.name):  # killed between the two renames
+                older.rename(staging.parent / older.name)
+        _remove(staging, lock)
+
+
+def _remove(staging: Path, lock: Lock) -> None:
+    """The lock goes last: a kill in between leaves what the next one still knows as a leftover."""
+    removed = False
+    try:
+        for part in (_NEW, _OLD):
+            shutil.rmtree(staging / part, ignore_errors=True)
+        removed = True
+    finally:
+        lock.release(remove=removed)
+    with contextlib.suppress(OSError):
+        staging.rmdir()
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Give a folder the name of another, which is removed; no system call can do both at once."""
-    if not target.exists():
+    """Give a folder the name of another, which is removed with the staging folder."""
+    if not os.path.lexists(target):
         new.rename(target)
-        return
-    # Not named as a leftover: after a kill between the renames it is all there is.
-    older = new.with_name(new.name.replace(_PARTIAL, ".older"))
-    target.rename(older)
+    elif not _exchange(new, target):
+        older = new.parent.with_name(_OLD) / target.name
+        older.parent.mkdir()
+        target.rename(older)
+        try:
+            new.rename(target)
+        except BaseException:
+            older.rename(target)
+            raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change their names at once, where the system can; False where it cannot."""
+    rename = _renameat2()
+    if rename is None:
+        return False
+    here, exchange = -100, 2
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    """Linux's call, as the C library has it since 2018."""
     try:
-        new.rename(target)
-    except BaseException:
-        older.rename(target)
-        raise
-    shutil.rmtree(older)
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return function
+
+
+def _finish_file(path: Path, mode: int) -> None:
+    """Sync a file and give it permissions: safetensors makes files that their owner alone may read."""
+    path.chmod(mode)
+    _sync_file(path)
 
 
 def _sync_file(path: Path) -> None:
@@ -136,8 +255,9 @@ def _sync_folder(folder: Path) -> None:
 
 def write_text(target: Path, text: str) -> None:
     """Write UTF-8 text atomically; file names that are no UTF-8 are escaped."""
-    with atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    data = text.encode("utf-8", errors="backslashreplace")
+    with atomic_path(target, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(target: Path, value: Any) -> None:

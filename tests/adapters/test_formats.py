@@ -231,9 +231,9 @@ def test_failed_writes_leave_nothing(
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(cg.AdapterError, match=r"cannot write.*No space left on device"):
+        with pytest.raises(cg.WriteError, match=r"cannot write.*no space left on the disk"):
             write(adapter, tmp_path / "out" / "new", form, tiny_openclip)
     assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(cg.AdapterError, match="cannot write"):
+    with pytest.raises(cg.WriteError, match="cannot write"):
         write(adapter, tmp_path / "file" / "new", form, tiny_openclip)

@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up_on_the_way_is_no_failure(
         found, _ = ask(cache, files)
     assert torch.equal(found, rows_of(files))
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert "cannot be written (No space left on device)" in line
+    assert "no space left on the disk" in line
     assert ask(cache, files)[1] == names(files[4:])
 
 

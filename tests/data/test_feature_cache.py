@@ -191,7 +191,7 @@ def test_a_killed_run_keeps_its_finished_shards(
                 patch.setattr(
                     cache_shards,
                     "atomic_path",
-                    lambda path: refuse() if path.suffix == ".index" else write(path),
+                    lambda path, *needs: refuse() if path.suffix == ".index" else write(path, *needs),
                 )
                 return real(*args)  # type: ignore[arg-type]
         return real(*args)  # type: ignore[arg-type]
@@ -213,13 +213,13 @@ def test_what_killed_writers_left_is_removed_in_time(cache: FeatureCache, files:
     """Files that nobody counts would fill the disk; a writer at work must not lose its own."""
     ask(cache, files[:1])
     folder = cache.folder / KEY.digest
-    old, fresh = [folder / "aa.npy", folder / ".bb.npy.x.partial.npy"], [folder / "cc.npy"]
-    for path in (*old, *fresh):
+    old, fresh, staging = folder / "aa.npy", folder / "cc.npy", folder / ".bb.npy.0123abcd.partial"
+    (staging / "new").mkdir(parents=True)
+    for path in (old, fresh, staging / ".lock", staging / "new" / "bb.npy"):
         path.write_bytes(b"half")
-    for path in old:
-        os.utime(path, (0, 0))
+    os.utime(old, (0, 0))
     ask(cache, files[:1])
-    assert [path.exists() for path in (*old, *fresh)] == [False, False, True]
+    assert [path.exists() for path in (old, fresh, staging)] == [False, True, False]
 
 
 def test_two_writers_at_once(tmp_path: Path, files: list[Path]) -> None:

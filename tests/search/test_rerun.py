@@ -17,8 +17,8 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.search import encode
 from clipgraft.search.encode import encode_folder
-from clipgraft.search.lock import sole_writer
 from clipgraft.search.manifest import read_manifest
+from clipgraft.search.store import sole_writer
 from encoded import BAD, GOOD, MakeAdapter, read_encoded, read_errors, tree_bytes, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
@@ -282,7 +282,7 @@ def test_another_base_or_adapter_is_refused(
 def test_two_writers(clip: Clip, pictures: Path, tmp_path: Path) -> None:
     """Two runs into one folder would take each other's files away."""
     out = tmp_path / "out"
-    with sole_writer(out), pytest.raises(cg.DataError, match="another process is writing there"):
+    with sole_writer(out), pytest.raises(cg.BusyError, match=r"is in use by process \d+"):
         encode_folder(clip, pictures, out, **SMALL)
     assert encode_folder(clip, pictures, out, **SMALL).rows == GOOD
 
@@ -291,7 +291,7 @@ def test_two_processes(tmp_path: Path, clip: Clip, pictures: Path) -> None:
     """The same between two terminals; a process that was killed holds nothing."""
     code = f"""
 from pathlib import Path
-from clipgraft.search.lock import sole_writer
+from clipgraft.search.store import sole_writer
 with sole_writer(Path({str(tmp_path / "out")!r})):
     print("mine", flush=True)
     input()
@@ -302,7 +302,7 @@ with sole_writer(Path({str(tmp_path / "out")!r})):
     assert holder.stdout is not None
     assert holder.stdin is not None
     assert holder.stdout.readline() == "mine\n"
-    with pytest.raises(cg.DataError, match="another process"):
+    with pytest.raises(cg.BusyError, match=f"is in use by process {holder.pid}"):
         encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     holder.kill()
     holder.wait()

@@ -109,8 +109,10 @@ def test_only_a_run_that_took_a_step_is_in_the_way(tmp_path: Path) -> None:
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     """Every kill in the middle of a write would leave a checkpoint's worth of rubbish."""
     with open_run(tmp_path / "run") as run:
-        leftover = run.checkpoints / ".latest.pt.abc.partial.pt"
-        leftover.touch()
+        leftover = run.checkpoints / ".latest.pt.0123abcd.partial"
+        leftover.mkdir()
+        (leftover / ".lock").touch()
+        (leftover / "new").mkdir()
         run.latest.touch()
     with open_run(tmp_path / "run", resume=True) as run:
         assert list(run.checkpoints.iterdir()) == [run.latest]

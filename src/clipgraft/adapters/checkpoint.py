@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path
+from clipgraft.writing import size_of
 
 _HUGE = 10**15
 
@@ -59,16 +60,10 @@ def save_checkpoint(data: Mapping[str, Any], path: Path) -> None:
     """`torch.save`, whole or not at all.
 
     Raises:
-        AdapterError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
-    try:
-        with atomic_path(path) as temporary:
-            torch.save(dict(data), temporary)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise AdapterError(
-            f"cannot write {path}: {reason}; free the space or choose another folder"
-        ) from error
+    with atomic_path(path, size_of(data)) as temporary:
+        torch.save(dict(data), temporary)
 
 
 def as_weight(value: object, name: str, path: Path, ndim: int = 2) -> Tensor:

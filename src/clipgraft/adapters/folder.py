@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, write_json
+from clipgraft.writing import size_of, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -52,19 +53,15 @@ def write_folder(
     """Write an adapter folder, or replace the adapter in it.
 
     Raises:
-        AdapterError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
-    try:
-        with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            digest = {"format": FORMAT_VERSION, "weights_sha256": _digest(temporary)}
-            write_json(folder / PENDING_FILE, {**digest, **record, "adapter_config": dict(config)})
-        write_json(folder / CONFIG_FILE, dict(config))
+    with atomic_path(folder / WEIGHTS_FILE, size_of(tensors)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        digest = {"format": FORMAT_VERSION, "weights_sha256": _digest(temporary)}
+        write_json(folder / PENDING_FILE, {**digest, **record, "adapter_config": dict(config)})
+    write_json(folder / CONFIG_FILE, dict(config))
+    with writing(folder / NATIVE_FILE):
         (folder / PENDING_FILE).replace(folder / NATIVE_FILE)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"cannot write adapter to {folder}: {_brief(error)}; free the space or choose another folder"
-        ) from error
 
 
 def read_folder(path: Path, name: str | None = None) -> Contents:

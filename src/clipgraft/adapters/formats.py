@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from clipgraft.adapters.native import AdapterFile, as_adapter, write_adapter
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
 from clipgraft.adapters.runs import find_run_model
 from clipgraft.errors import AdapterError
+from clipgraft.files import atomic_folder
 
 Format = Literal["folder", "peft-openclip", "guide", "guide-full", "clip-lora"]
 Form = Literal["peft", "guide", "guide-full", "clip-lora"]
@@ -168,19 +167,6 @@ def write_any(
 
 def _write_folder(adapter: AdapterFile, out: Path) -> Path:
     """An adapter folder that appears under its name only when all its files are there."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise AdapterError(f"cannot write {out}: {error.strerror}; choose another folder") from error
-    try:
+    with atomic_folder(out) as temporary:
         write_adapter(adapter, temporary)
-        temporary.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise AdapterError(f"cannot write {out}: {error.strerror}; choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out

@@ -9,7 +9,7 @@ from clipgraft.compact.model import Compacted
 from clipgraft.compact.tokens import write_vocabulary
 from clipgraft.errors import ModelError
 from clipgraft.files import atomic_folder, write_json
-from clipgraft.models.save import save_transformers_files
+from clipgraft.models.save import save_transformers_files, weights_size
 from clipgraft.models.tokenizers import HfTokenizer
 
 RECORD = "compact.json"
@@ -35,7 +35,7 @@ def write_compact(compacted: Compacted, out: Path) -> Path:
     clip = compacted.clip
     clip.tokenize("")
     clip.require_preprocess()
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, weights_size(clip)) as folder:
         save_transformers_files(clip, folder)
         if compacted.vocabulary is not None and isinstance(clip.tokenizer, HfTokenizer):
             write_vocabulary(clip.tokenizer.inner, folder)

@@ -23,7 +23,7 @@ import numpy as np
 
 from clipgraft.data.file_identity import ID_BYTES
 from clipgraft.data.stored_rows import Array
-from clipgraft.files import atomic_path
+from clipgraft.files import atomic_path, sweep_partial
 
 INDEX, DATA = ".index", ".npy"
 _DIGEST_BYTES, _BLOCK = 16, 1 << 24
@@ -57,14 +57,14 @@ class Shard:
 
 
 def write_shard(folder: Path, ids: Sequence[bytes], rows: Array, dtype: str) -> tuple[Shard, Array]:
-    """Write rows and then their index; both are on disk, or the shard does not count. Raises OSError."""
+    """Write rows and then their index; both are on disk, or the shard does not count. Raises WriteError."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(rows))
     head, body = buffer.getvalue(), memoryview(rows).cast("B")
     crc = zlib.crc32(body, zlib.crc32(head))
     index = folder / f"{secrets.token_hex(8)}{INDEX}"
     shard = Shard(index, tuple(ids), dtype, len(head) + len(body), crc)
-    with atomic_path(shard.data) as temporary, temporary.open("wb") as file:
+    with atomic_path(shard.data, shard.data_bytes) as temporary, temporary.open("wb") as file:
         file.write(head)
         file.write(body)
     line = json.dumps({"rows": len(ids), "dtype": dtype, "bytes": shard.data_bytes, "crc32": crc})
@@ -140,12 +140,13 @@ class Kept:
 def list_shards(folder: Path) -> Iterator[Kept]:
     """The shards of one entry; what killed writers left there is removed on the way."""
     try:
+        sweep_partial(folder)
         files = _files(folder)
     except OSError:
         return
     for name, status in files.items():
         stem, suffix = os.path.splitext(name)  # noqa: PTH122 - names, not paths
-        if (name.startswith(".") and ".partial" in name) or (suffix == DATA and stem + INDEX not in files):
+        if suffix == DATA and stem + INDEX not in files:
             if time.time() - status.st_mtime > _ABANDONED_AFTER:
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()

@@ -18,6 +18,8 @@ from clipgraft.data.emoji_captions import describe
 from clipgraft.data.emoji_scene import SIDE, SPLITS, Scene, draw_scene, paint
 from clipgraft.data.emoji_words import LANGUAGES
 from clipgraft.errors import DataError
+from clipgraft.files import atomic_path
+from clipgraft.writing import writing
 
 __all__ = ["LANGUAGES", "EmojiScenes", "write_scenes"]
 
@@ -94,7 +96,8 @@ def write_scenes(
     unknown = [language for language in languages if language not in LANGUAGES]
     if unknown:
         raise DataError(f"EmojiScenes has no language {unknown[0]!r}; choose one of {', '.join(LANGUAGES)}")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with writing(folder / "images"):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
     names = [f"images/{split}_{i:05d}.png" for i in range(size)]
     for i, name in enumerate(names):
         write_image(scenes.image(i), folder / name)
@@ -111,8 +114,9 @@ def write_image(image: Image.Image, path: Path) -> None:
     if _same(path, image):
         return
     part = path.with_suffix(".part")
-    image.save(part, format="PNG", compress_level=1)
-    part.replace(path)
+    with writing(path):
+        image.save(part, format="PNG", compress_level=1)
+        part.replace(path)
 
 
 def _same(path: Path, image: Image.Image) -> bool:
@@ -127,9 +131,7 @@ def _same(path: Path, image: Image.Image) -> bool:
 
 
 def _write_table(rows: Sequence[tuple[str, str]], path: Path) -> None:
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "caption"))
         writer.writerows(rows)
-    part.replace(path)

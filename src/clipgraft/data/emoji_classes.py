@@ -17,6 +17,7 @@ from clipgraft.data.emoji import write_image
 from clipgraft.data.emoji_art import load_art
 from clipgraft.data.emoji_scene import COLOURS, PATTERNS, SPLITS, Group, Scene, Stream, paint
 from clipgraft.errors import DataError
+from clipgraft.writing import writing
 
 TEST_STYLE = "openmoji"
 
@@ -64,7 +65,8 @@ def write_classes(folder: Path, split: str, per_class: int, seed: int = 0) -> Pa
     root = folder / split
     for name in class_objects():
         place = root / name
-        place.mkdir(parents=True, exist_ok=True)
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
         files = [place / f"{index:05d}.png" for index in range(per_class)]
         others = set(place.glob("*.png")) - set(files)
         if others:

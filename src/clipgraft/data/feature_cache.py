@@ -33,7 +33,9 @@ from clipgraft.data.cache_shards import (
 )
 from clipgraft.data.file_identity import ID_BYTES, file_ids
 from clipgraft.data.stored_rows import Array, Compute, StoredRows, to_array
+from clipgraft.errors import WriteError
 from clipgraft.files import cache_folder, write_json
+from clipgraft.writing import writing
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1
@@ -242,8 +244,9 @@ class _Build:
         ids = self.ids[self.done : self.done + len(rows)]
         if self.writing:
             try:
-                rows = self._write(ids, rows)
-            except OSError as error:
+                with writing(self.folder):
+                    rows = self._write(ids, rows)
+            except WriteError as error:
                 self._give_up(error)
         part = len(self.found.arrays)
         self.found.arrays.append(rows)
@@ -251,21 +254,20 @@ class _Build:
         self.done += len(rows)
 
     def _write(self, ids: list[bytes], rows: Array) -> Array:
-        """The rows as they lie on disk. Raises OSError."""
+        """The rows as they lie on disk. Raises WriteError."""
         if not (self.folder / ENTRY).exists():  # the first shard, or the entry was evicted meanwhile
             write_json(self.folder / ENTRY, asdict(self.key))
         shard, mapped = write_shard(self.folder, ids, rows, self.key.dtype)
         self.found.shards.append(shard)
         return mapped
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: WriteError) -> None:
         self.writing = False
         log.warning(
-            "%s: features are kept in memory only: the feature cache %s cannot be written (%s); "
-            "give --feature-cache another folder, or 'none'",
+            "%s: features are kept in memory only: %s; make room, or give --feature-cache another folder, or "
+            "'none'",
             self.label,
-            self.cache.folder,
-            error.strerror or error,
+            error.what,
         )
 
 

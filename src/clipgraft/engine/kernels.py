@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.engine.attention import Attend, products, sdpa
+from clipgraft.errors import WriteError
 from clipgraft.files import cache_folder, write_json
 
 log = logging.getLogger("clipgraft")
@@ -74,9 +75,8 @@ def _known_here(key: str, measure: Callable[[], str]) -> str:
     choice = measure()
     known.setdefault(setting, {})[key] = choice
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, known)
-    except OSError as error:
+    except WriteError as error:
         log.debug("attention kernels are measured again in every process: %s", error)
     return choice
 

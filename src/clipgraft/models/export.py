@@ -14,7 +14,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.from_openclip import CONFIG_FILE
 from clipgraft.models.onnx_graphs import DESCRIPTION, require_onnx, write_onnx
 from clipgraft.models.openclip_config import config_of
-from clipgraft.models.save import save_checkpoint, save_transformers_files
+from clipgraft.models.save import save_checkpoint, save_transformers_files, weights_size
 from clipgraft.models.tokenizers import OpenClipTokenizer
 from clipgraft.models.twins import require_bare, to_open_clip, to_transformers
 
@@ -74,17 +74,17 @@ def write_model(clip: Clip, out: Path, form: Form, progress: Progress | None = N
     _check_place(clip, out, form)
     if form == "onnx":
         require_onnx()
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, weights_size(clip)) as folder:
             differences = write_onnx(clip, folder, tell)
         return Written(_files(out), differences)
     if form == "transformers":
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, weights_size(clip)) as folder:
             _write_transformers(clip, folder, tell)
         return Written(_files(out))
     if out.suffix in _FILE_SUFFIXES:
         save_checkpoint(_as_open_clip(clip, tell), out, epoch=0)
         return Written((out,))
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, weights_size(clip)) as folder:
         _write_open_clip(_as_open_clip(clip, tell), folder)
     return Written(_files(out))
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
+from clipgraft.files import write_json
 from clipgraft.models.allowed import openclip_config, preprocess_config, text_tower_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.failures import (
@@ -144,7 +145,7 @@ def _build(
     settings = config["model_cfg"]
     with hub_access(borrows(settings, tokenizer=folder is None)), tempfile.TemporaryDirectory() as made:
         # A folder rather than open_clip's registry: a config named ViT-B-32.json must not become ViT-B-32.
-        (Path(made) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        write_json(Path(made) / CONFIG_FILE, config)
         try:
             check_text_tower(settings, where)
             model, train, evaluate = _named_model(f"local-dir:{made}", None, seed, random=weights is None)

@@ -12,6 +12,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.from_hf import HfPreprocess
 from clipgraft.models.quiet import quiet
 from clipgraft.models.tokenizers import HfTokenizer
+from clipgraft.writing import size_of
 
 
 def save_model(clip: Clip, path: Path, epoch: int) -> Path:
@@ -24,7 +25,7 @@ def save_model(clip: Clip, path: Path, epoch: int) -> Path:
         target = path.with_name(f"{path.name}.pt")
         save_checkpoint(clip, target, epoch)
         return target
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, weights_size(clip)) as folder:
         save_transformers_files(clip, folder)
     return path
 
@@ -32,7 +33,7 @@ def save_model(clip: Clip, path: Path, epoch: int) -> Path:
 def save_checkpoint(clip: Clip, target: Path, epoch: int) -> None:
     """The state dict in one file: `.safetensors`, or with epoch and name as open_clip's training writes."""
     state = clip.model.state_dict()
-    with atomic_path(target) as temporary:
+    with atomic_path(target, size_of(state)) as temporary:
         if target.suffix == ".safetensors":
             save_file({name: weight.contiguous() for name, weight in state.items()}, temporary)
         else:
@@ -47,6 +48,11 @@ def save_transformers_files(clip: Clip, folder: Path) -> None:
         clip.tokenizer.inner.save_pretrained(folder)
     if isinstance(clip.preprocess, HfPreprocess):
         clip.preprocess.processor.save_pretrained(folder)
+
+
+def weights_size(clip: Clip) -> int:
+    """Bytes of a model's weights: nearly what a file of them needs."""
+    return size_of(clip.model.state_dict())
 
 
 def size_on_disk(path: Path) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
+from clipgraft.files import write_json
 from clipgraft.models.allowed import openclip_config, transformers_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.failures import hf_failure, one_line
@@ -155,7 +156,7 @@ def _build_openclip(config: ModelConfig) -> nn.Module:
     values = openclip_config(config.values, config.name)
     check_text_tower(values, config.name)
     with hub_access(borrows(values)), tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps({"model_cfg": values, "preprocess_cfg": {}}))
+        write_json(Path(folder) / CONFIG_FILE, {"model_cfg": values, "preprocess_cfg": {}})
         model = open_clip.create_model(
             f"local-dir:{folder}",
             device=torch.get_default_device(),

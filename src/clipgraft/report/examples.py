@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clipgraft.errors import WriteError
 from clipgraft.files import write_json
 from clipgraft.report.runs import Run, TaskName, find_path
 
@@ -146,8 +147,8 @@ def keep(path: Path, key: str, values: Mapping[str, Any]) -> None:
     """Write a JSON record for a key; says so where that is not possible."""
     try:
         write_json(path, {"format": FORMAT, "key": key, **values})
-    except OSError as error:
-        log.info("%s cannot be written (%s): it is made again for the next report", path, error.strerror)
+    except WriteError as error:
+        log.info("%s: it is made again for the next report", error.what)
 
 
 def key_of(run: Run, *data: Path | None) -> str:

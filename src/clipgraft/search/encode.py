@@ -33,14 +33,13 @@ from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
 from clipgraft.search.engine import Engine, LocalEngine
 from clipgraft.search.items import Source
-from clipgraft.search.lock import sole_writer
 from clipgraft.search.makers import Maker, image_maker, text_maker
 from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Made, Manifest, VectorSet
 from clipgraft.search.plan import Counts, Plan
 from clipgraft.search.ray_engine import Cluster, RayEngine
 from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
-from clipgraft.search.store import Store, open_folder
+from clipgraft.search.store import Store, open_folder, sole_writer
 from clipgraft.search.stream import Progress, Reading, Sizes, stream
 from clipgraft.search.tables import need_pyarrow
 
@@ -197,7 +196,6 @@ class _Run:
     def bring_up_to_date(self) -> Counts:
         """Drop what is gone, encode what is new; returns how much of both there was."""
         store, work = self.store, inside(self.store.folder, WORK)
-        work.mkdir(exist_ok=True)
         spilled = work / "plan.sqlite"
         plan = Plan(spilled)
         try:

@@ -25,9 +25,8 @@ from clipgraft.readers import reading
 from clipgraft.records import Finite, Whole, read_json
 from clipgraft.search.exact import nearest
 from clipgraft.search.folder import Encoded, all_sets
-from clipgraft.search.lock import sole_writer
 from clipgraft.search.manifest import INDEX_FOLDER
-from clipgraft.search.store import Array
+from clipgraft.search.store import Array, sole_writer
 from clipgraft.search.tables import INSTALL
 
 log = logging.getLogger("clipgraft")

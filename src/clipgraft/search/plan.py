@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipgraft.search.items import Item
+from clipgraft.writing import writing
 
 _CACHE_KIB = 64 << 10
 _TABLES = """
@@ -85,11 +86,14 @@ class Plan:
 
     def __init__(self, file: Path) -> None:
         """`file` is overwritten."""
-        file.unlink(missing_ok=True)
-        self._db = sqlite3.connect(file, isolation_level=None)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
-            self._db.execute(f"PRAGMA {setting}")
-        self._db.executescript(_TABLES)
+        self._file = file
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+            file.unlink(missing_ok=True)
+            self._db = sqlite3.connect(file, isolation_level=None)
+            for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
+                self._db.execute(f"PRAGMA {setting}")
+            self._db.executescript(_TABLES)
         self._order = "item.place, item.key"
         self._unlisted: list[str] = []
 
@@ -100,7 +104,7 @@ class Plan:
     def take(self, items: Iterable[Item], ordered: bool) -> None:
         """Take in a source: in its own order if `ordered`, else sorted by key."""
         self._order = "item.place, item.key" if ordered else "item.key"
-        with self._at_once():
+        with writing(self._file), self._at_once():
             self._db.executemany(_ADD, self._values(items, ordered))
 
     def _values(self, items: Iterable[Item], ordered: bool) -> Iterator[tuple[object, ...]]:
@@ -112,15 +116,16 @@ class Plan:
     def store(self, shard: int, rows: Iterable[StoredRow]) -> None:
         """Take in a finished shard."""
         values = ((shard, r.row, r.key, r.bytes, r.mtime, r.caption, r.reason) for r in rows)
-        with self._at_once():
+        with writing(self._file), self._at_once():
             self._db.executemany("INSERT INTO stored VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def compare(self) -> Counts:
         """Count what is to be done; to be called once, when both lists are complete."""
-        self._db.execute("CREATE INDEX stored_key ON stored(key)")
-        for key in self._unlisted:
-            for inside in (f"{key}/", f"{key}::"):
-                self._db.execute(_STAYS, {"inside": inside})
+        with writing(self._file):
+            self._db.execute("CREATE INDEX stored_key ON stored(key)")
+            for key in self._unlisted:
+                for inside in (f"{key}/", f"{key}::"):
+                    self._db.execute(_STAYS, {"inside": inside})
         items = self._count("SELECT count(*) FROM item")
         stored = self._count("SELECT count(*) FROM stored WHERE row >= 0")
         kept = self._count(f"SELECT count(*) FROM stored JOIN item ON {_SAME} WHERE row >= 0")
@@ -132,7 +137,8 @@ class Plan:
 
     def touched(self) -> list[int]:
         """The shards that lose a row or get other captions."""
-        return [shard for (shard,) in self._db.execute(_TOUCHED)]
+        with writing(self._file):
+            return [shard for (shard,) in self._db.execute(_TOUCHED)]
 
     def kept(self, shard: int) -> Kept:
         """What stays of a shard."""
@@ -140,18 +146,21 @@ class Plan:
             f"SELECT stored.row, item.caption, stored.key FROM stored JOIN item ON {_SAME} "
             "WHERE stored.shard = ? ORDER BY stored.row"
         )
-        found = self._db.execute(query, (shard,)).fetchall()
+        with writing(self._file):
+            found = self._db.execute(query, (shard,)).fetchall()
         rows = [(row, caption) for row, caption, _ in found if row >= 0]
         errors = frozenset(key for row, _, key in found if row < 0)
         return Kept(tuple(row for row, _ in rows), tuple(caption for _, caption in rows), errors)
 
     def to_do(self) -> Iterator[Item]:
         """The items to encode, in order; `touched` shards must not be dealt with meanwhile."""
-        for row in self._db.execute(f"SELECT {_COLUMNS} {_TO_DO} ORDER BY {self._order}"):
-            yield Item(*row)
+        with writing(self._file):
+            for row in self._db.execute(f"SELECT {_COLUMNS} {_TO_DO} ORDER BY {self._order}"):
+                yield Item(*row)
 
     def _count(self, query: str) -> int:
-        return int(self._db.execute(query).fetchone()[0])
+        with writing(self._file):
+            return int(self._db.execute(query).fetchone()[0])
 
     def _at_once(self) -> _Transaction:
         return _Transaction(self._db)

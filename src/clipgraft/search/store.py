@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import numpy.typing as npt
 
 from clipgraft.errors import DataError
 from clipgraft.files import atomic_path, inside, sweep_partial
+from clipgraft.locks import LOCK, sole_owner
 from clipgraft.readers import map_array
-from clipgraft.search.lock import LOCK
 from clipgraft.search.manifest import (
     ERRORS,
     ERRORS_FILE,
@@ -51,6 +52,13 @@ from clipgraft.search.tables import (
 
 log = logging.getLogger("clipgraft")
 Array = npt.NDArray[Any]
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other writers out of an encoded folder, which is made; raises BusyError where one is at work."""
+    with sole_owner(folder / LOCK, str(folder), "wait for it, or name another folder"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ class Store:
             emb, meta = (
                 shard_file(self.folder, part.folder, k, number) for k in (self.manifest.emb, METADATA)
             )
-            with atomic_path(emb) as temporary, temporary.open("wb") as file:
+            with atomic_path(emb, vectors.nbytes) as temporary, temporary.open("wb") as file:
                 np.save(file, vectors)
             write_table(meta, table)
             paths += [emb, meta]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
+from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
 LATEST = "latest.pt"
@@ -46,7 +47,7 @@ def save_checkpoint(
     """Write what changes in training, position and random states; an older file is replaced whole.
 
     Raises:
-        CheckpointError: the file cannot be written; the older one is as it was.
+        WriteError: the file cannot be written; the older one is as it was.
     """
     state = {
         "format": FORMAT_VERSION,
@@ -58,14 +59,8 @@ def save_checkpoint(
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    try:
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(
-            f"cannot write checkpoint {path}: {reason}; make room, then go on with --resume latest"
-        ) from error
+    with atomic_path(path, size_of(state)) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path, write_json
+from clipgraft.writing import size_of
 
 HeadKind = Literal["linear", "cosine"]
 HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
@@ -70,7 +71,7 @@ class Head(nn.Module):
 def save_head(head: Head, classes: Sequence[str], folder: Path) -> None:
     """Write `head.safetensors` and `classes.json`, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    with atomic_path(folder / HEAD_FILE) as temporary:
+    with atomic_path(folder / HEAD_FILE, size_of(tensors)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / CLASSES_FILE, {"kind": head.kind, "classes": list(classes)})
 

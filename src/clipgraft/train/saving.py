@@ -13,6 +13,7 @@ from clipgraft.files import atomic_path
 from clipgraft.lora.state import lora_state, require_lora
 from clipgraft.models.clip import Clip
 from clipgraft.models.save import save_model
+from clipgraft.writing import size_of
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,5 @@ class Saver:
             "state_dict": self.clip.model.state_dict(),
             "lora_config": {**asdict(self.clip.source), **asdict(require_lora(self.clip).chosen().settings)},
         }
-        with atomic_path(path) as temporary:
+        with atomic_path(path, size_of(whole)) as temporary:
             torch.save(whole, temporary)
