@@ -49,7 +49,8 @@ def test_through_every_format(cli: Any, adapter: AdapterFile, tiny_config: Path,
     for form, name in (("guide", "g.pt"), ("guide-full", "f.pt"), ("clip-lora", "c.pt"), ("peft", "p")):
         outcome = cli("convert", source, tmp_path / name, "--to", form, *layers)
         assert (outcome.code, outcome.err) == (0, "")
-        read, wrote, *_ = outcome.out.splitlines()
+        read = outcome.out.splitlines()[0]
+        wrote = next(line for line in outcome.out.splitlines() if line.startswith("wrote"))
         assert f"{source}, 8 sites, rank 2 to 4, scale 1.5" in read
         assert f"base {tiny_config} / none" in read
         assert f"wrote {form}: {tmp_path / name}, " in wrote

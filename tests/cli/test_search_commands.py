@@ -47,13 +47,14 @@ def found(outcome: Any) -> list[str]:
 
 
 def test_encode_index_search(cli: Any, out: Path, table: Path, tmp_path: Path) -> None:
-    """The three commands of the manual must work one after the other, with nothing else said."""
+    """The three commands of the manual must work one after the other, with the base alone said."""
     outcome = cli("index", out)
     assert (outcome.code, outcome.err) == (0, "")
     assert "exact" in outcome.out
     outcome = cli("search", out, "một con mèo", "--k", 5)
     assert (outcome.code, outcome.err) == (0, "")
-    lines = outcome.out.splitlines()
+    told, *lines = outcome.out.splitlines()
+    assert told.startswith(f"base {rows_base(out)} with weights none (on this machine), as ")
     assert len(lines) == 5
     assert re.fullmatch(r" +1 +-?0\.\d{4}  \S.*/\d+\.png  .*number.*", lines[0])
     rows = json.loads(cli("search", out, "một con mèo", "--k", 5, "--format", "json").out)
@@ -201,7 +202,7 @@ def test_texts(cli: Any, base: list[str], table: Path, tmp_path: Path) -> None:
     out = tmp_path / "texts"
     assert cli("encode", table, out, "--texts", *base, *FAST).code == 0
     outcome = cli("search", out, "--image", table.parent / "0.png", "--k", 3)
-    assert (outcome.code, outcome.err, len(outcome.out.splitlines())) == (0, "", 3)
+    assert (outcome.code, outcome.err, len(outcome.out.splitlines())) == (0, "", 1 + 3)
     assert "--texts" not in cli("encode", table, out, "--texts", *FAST).err
 
 

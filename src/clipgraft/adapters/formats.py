@@ -13,6 +13,7 @@ from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
 from clipgraft.adapters.folder import CONFIG_FILE, NATIVE_FILE, WEIGHTS_FILE, is_adapter, read_folder
 from clipgraft.adapters.guide_checkpoint import guide_adapter, write_guide, write_guide_full
 from clipgraft.adapters.native import AdapterFile, as_adapter, write_adapter
+from clipgraft.adapters.peft_config import named_base
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
 from clipgraft.adapters.runs import find_run_model
 from clipgraft.errors import AdapterError
@@ -94,7 +95,7 @@ def _read_folder(path: Path, name: str | None, peft_out_proj: OutProj | None) ->
     if not is_peft_openclip(contents.tensors, contents.config):
         return as_adapter(contents)
     weights, settings = read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
-    base = {"name": "", "pretrained": "", "family": "open_clip"}
+    base = named_base(contents.config, "open_clip")
     return AdapterFile(contents.folder, weights, settings, base=base)
 
 

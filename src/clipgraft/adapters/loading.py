@@ -196,7 +196,7 @@ def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> No
                 f"{file.path}: {site} has {tuple(tensor.shape)} where this model needs {shape}; load the "
                 "base it was made for"
             )
-    missing = missing_sites(file.config, (*file.weights, *file.full), refs)
+    missing = missing_sites(file.config, (*file.weights, *file.full), refs, file.path_prefix)
     if missing:
         raise AdapterError(
             f"{file.path} lacks {len(missing)} of its target sites, {some(missing)}: "

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, write_folder
-from clipgraft.adapters.peft_config import config_json
-from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors
+from clipgraft.adapters.peft_config import config_json, named_base
+from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors, tower_prefix
 from clipgraft.adapters.uniform import site_scales
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.state import Adapter, LoraSettings, check_settings, require_lora, require_unmerged
@@ -47,6 +47,7 @@ class AdapterFile:
         biases: whole biases, (out,), by the path of their module in `transformers.CLIPModel`.
         offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
         full: whole weights, (out, in), by site: what PEFT calls modules to save.
+        path_prefix: what PEFT's module paths lacked of those of `CLIPModel` (`peft_layout.tower_prefix`).
     """
 
     path: Path
@@ -61,6 +62,7 @@ class AdapterFile:
     biases: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[Site, Tensor] = field(default_factory=dict)
     full: dict[Site, Tensor] = field(default_factory=dict)
+    path_prefix: str = ""
 
     @property
     def scales(self) -> dict[Site, float]:
@@ -246,7 +248,8 @@ def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
 
 def as_adapter(contents: Contents) -> AdapterFile:
     """`read_adapter` of a folder that has been read."""
-    tensors, settings = read_tensors(contents.tensors, contents.config, contents.folder)
+    prefix = tower_prefix(contents.tensors, contents.config, contents.folder)
+    tensors, settings = read_tensors(contents.tensors, contents.config, contents.folder, prefix)
     try:
         check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())
     except ConfigError as error:
@@ -260,6 +263,8 @@ def as_adapter(contents: Contents) -> AdapterFile:
         biases=tensors.biases,
         offsets=tensors.offsets,
         full=tensors.full,
+        path_prefix=prefix,
+        base=named_base(contents.config, "transformers"),
     )
     return adapter if contents.record is None else _with_record(adapter, contents, contents.record)
 

@@ -9,8 +9,8 @@ import torch
 
 from clipgraft.adapters import guide as _guide  # noqa: F401 - gives Clip the guide's methods
 from clipgraft.adapters.folder import is_adapter
+from clipgraft.adapters.formats import read_any
 from clipgraft.adapters.loading import load_adapter
-from clipgraft.adapters.native import read_adapter
 from clipgraft.adapters.runs import RunModel, find_run_model, is_model_folder, runs_near
 from clipgraft.engine import rows as _rows  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError, ModelError
@@ -65,14 +65,19 @@ def load(
         raise AdapterError(
             f"{name} is an adapter and brings its base along: leave out --pretrained {pretrained}"
         )
-    adapter = read_adapter(name)
+    adapter = read_any(name)
     if not adapter.base.get("name"):
         raise AdapterError(
             f"{name} does not say which base it was made for: load the base, then call load_adapter on it"
         )
+    tell_base(adapter.base["name"], adapter.base.get("pretrained", ""), f"the adapter {name}")
     try:
         clip = load_base(
-            adapter.base["name"], adapter.base["pretrained"], device=device, precision=precision, seed=seed
+            adapter.base["name"],
+            adapter.base.get("pretrained"),
+            device=device,
+            precision=precision,
+            seed=seed,
         )
     except ModelError as error:
         raise AdapterError(
@@ -81,6 +86,18 @@ def load(
         ) from error
     load_adapter(clip, name)
     return clip
+
+
+def tell_base(name: str, pretrained: str | None, who: str) -> None:
+    """Say which base a file from elsewhere makes us load, and where that is, before it is loaded."""
+    kind = ""
+    if Path(name.removeprefix("hf:")).exists():
+        kind = " (on this machine)"
+    elif name.startswith(("hf:", "hf-hub:")):
+        kind = " (of the Hugging Face hub)"
+    whole = f"{name} with weights {pretrained}" if pretrained else name
+    # Python shows warnings alone by itself, and a place that somebody else named has to be seen.
+    log.log(logging.WARNING if kind else logging.INFO, "base %s%s, as %s names it", whole, kind, who)
 
 
 def split_adapter(name: str, pretrained: str | None = None) -> tuple[Source, Path | None]:
@@ -97,11 +114,12 @@ def split_adapter(name: str, pretrained: str | None = None) -> tuple[Source, Pat
     if found is None and not is_adapter(path):
         return Source(name, pretrained or ""), None
     place = path if found is None else found.saved
-    base = read_adapter(place).base
+    base = read_any(place).base
     if not base.get("name"):
         raise AdapterError(
             f"{place} does not say which base it was made for: give that with --model, this with --adapter"
         )
+    tell_base(base["name"], base.get("pretrained"), f"the adapter {place}")
     return Source(base["name"], base.get("pretrained", "")), place
 
 

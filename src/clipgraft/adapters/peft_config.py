@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from clipgraft.adapters.checkpoint import number, rank, shown
+from clipgraft.adapters.patterns import Matches, PatternError, end_of_path, targeted
 from clipgraft.errors import AdapterError
 from clipgraft.lora.state import LoraSettings
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
 
+log = logging.getLogger("clipgraft")
+_MOST_KEYS = 10_000
 _CLIP_MODULE = "transformers.models.clip.modeling_clip"  # where AutoPeftModel looks for the base's class
 _DEFAULT = 8  # PEFT's r and alpha, for configurations that do not say
 # What makes an adapter compute something else than this package does.
@@ -72,24 +76,31 @@ def _exactly(site: Site) -> str:
     return re.escape(site_path(site))
 
 
-def missing_sites(config: Mapping[str, Any], present: Iterable[Site], sites: Iterable[Site]) -> list[Site]:
+def missing_sites(
+    config: Mapping[str, Any], present: Iterable[Site], sites: Iterable[Site], prefix: str = ""
+) -> list[Site]:
     """Sites of a model that the configuration targets and the weights lack, in the towers that they adapt.
 
-    PEFT only warns of them. Patterns and layer selections are not worked out: they count as complete.
+    PEFT only warns of them. `prefix` is what PEFT's module paths lacked of those of `CLIPModel`. A pattern
+    that is not matched here is passed over with a line that says so: the weights tell the sites without it.
     """
-    targets = config.get("target_modules")
-    selective = any(config.get(key) for key in ("exclude_modules", "layers_to_transform"))
-    if not isinstance(targets, list) or selective:
-        return []
     there = set(present)
     towers = {site.tower for site in there}
-    return [
-        site
-        for site in sites
-        if site not in there
-        and site.tower in towers
-        and any(f".{site_path(site)}".endswith(f".{target}") for target in targets)
-    ]
+    paths = {site_path(site).removeprefix(prefix): site for site in sites if site.tower in towers}
+    try:
+        return [site for path in targeted(config, paths) if (site := paths[path]) not in there]
+    except PatternError as error:
+        log.info("target_modules: whether the adapter is complete cannot be told: %s", error)
+        return []
+
+
+def named_base(config: Mapping[str, Any], family: str) -> dict[str, str]:
+    """The base that PEFT recorded, as `load` takes it: a local folder as it is, anything else as a hub id."""
+    name = config.get("base_model_name_or_path")
+    name = name.strip() if isinstance(name, str) and "\0" not in name else ""
+    if name and not Path(name).is_dir():
+        name = f"hf:{name}" if family == "transformers" else ""
+    return {"name": name, "pretrained": "", "family": family}
 
 
 def check_config(config: Mapping[str, Any], folder: Path, *, plain: bool = False) -> None:
@@ -140,12 +151,16 @@ class Rules:
 
 
 def read_settings(
-    weights: Mapping[Site, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path
+    weights: Mapping[Site, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path, prefix: str = ""
 ) -> LoraSettings:
-    """The settings that scale A and B; raises AdapterError if they do not fit them."""
+    """The settings that scale A and B; raises AdapterError if they do not fit them.
+
+    `prefix` is what PEFT's module paths lacked of those of `CLIPModel`.
+    """
     rules = Rules(config, folder)
-    ranks = {site: int(rules.of(site_path(site))[0]) for site in weights}
-    alphas = {site: rules.of(site_path(site))[1] for site in weights}
+    found = {site: rules.of(site_path(site).removeprefix(prefix)) for site in weights}
+    ranks, alphas = ({site: rule[part] for site, rule in found.items()} for part in (0, 1))
+    _check_ranks(ranks, folder)
     for site, (a, b) in weights.items():
         if a.ndim < 2 or b.ndim < 2 or not a.shape[0] == b.shape[1] == ranks[site]:
             raise AdapterError(
@@ -158,28 +173,40 @@ def read_settings(
         dropout=rules.dropout,
         targets=",".join(map(str, weights)),
         use_rslora=rules.use_rslora,
-        rank_pattern={str(site): r for site, r in ranks.items() if r != rules.r},
+        rank_pattern={str(site): int(r) for site, r in ranks.items() if r != rules.r},
         alpha_pattern={str(site): a for site, a in alphas.items() if a != rules.alpha},
         use_dora=bool(config.get("use_dora")),
         bias="lora_only" if config.get("lora_bias") else config.get("bias") or "none",
     )
 
 
-def _pattern(config: Mapping[str, Any], key: str, folder: Path) -> list[tuple[re.Pattern[str], float]]:
+def _check_ranks(ranks: Mapping[Site, float], folder: Path) -> None:
+    if odd := [rank for rank in ranks.values() if rank != int(rank)]:
+        raise AdapterError(f"{folder}: rank_pattern says {odd[0]!r}, no whole number: save the adapter again")
+
+
+def _pattern(config: Mapping[str, Any], key: str, folder: Path) -> list[tuple[Matches, float]]:
     """A rank or alpha pattern whose keys are regular expressions and whose values are numbers."""
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
         raise AdapterError(f"{folder}: {key} is no JSON object: save the adapter again")
-    rules: list[tuple[re.Pattern[str], float]] = []
+    if len(pattern) > _MOST_KEYS:
+        raise AdapterError(
+            f"{folder}: {key} has {len(pattern):,} keys, more than a model has modules: save it again"
+        )
+    rules: list[tuple[Matches, float]] = []
     for expression in pattern:
         try:
-            compiled = re.compile(rf"(.*\.)?({expression})$")
-        except re.error as error:
-            raise AdapterError(f"{folder}: {key} key {expression!r} is no pattern: {error}") from error
-        rules.append((compiled, number(pattern, expression, folder)))
+            matches = end_of_path(expression)
+        except PatternError as error:
+            raise AdapterError(
+                f"{folder / 'adapter_config.json'}: {key} key {shown(expression)} is not matched: {error}; "
+                "name the modules by their paths, or by a plain expression such as layers\\.[0-3]\\..*q_proj"
+            ) from error
+        rules.append((matches, number(pattern, expression, folder)))
     return rules
 
 
-def _first(rules: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
+def _first(rules: list[tuple[Matches, float]], module: str, default: float) -> float:
     """PEFT's own rule: the first pattern key that matches the end of the module path."""
-    return next((value for expression, value in rules if expression.match(module)), default)
+    return next((value for matches, value in rules if matches(module)), default)

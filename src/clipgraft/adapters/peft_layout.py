@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,27 @@ from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import Site
 
 _PREFIX = "base_model.model."
+_BARE = ("encoder.", "embeddings.", "final_layer_norm.", "post_layernorm.", "pre_layrnorm.")
+_TEXT, _VISION = "text_model.", "vision_model."
+_TOWER_CLASSES = {
+    "CLIPTextModel": _TEXT,
+    "CLIPTextModelWithProjection": _TEXT,
+    "CLIPTextTransformer": _TEXT,
+    "CLIPVisionModel": _VISION,
+    "CLIPVisionModelWithProjection": _VISION,
+    "CLIPVisionTransformer": _VISION,
+    "CLIPForImageClassification": _VISION,
+}
+# Modules that one tower has and the other has not.
+_OWN_MODULES = {
+    _TEXT: ("embeddings.token_embedding.", "final_layer_norm."),
+    _VISION: (
+        "embeddings.patch_embedding.",
+        "embeddings.class_embedding",
+        "post_layernorm.",
+        "pre_layrnorm.",
+    ),
+}
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 _NAME = re.compile(
     r"(?P<path>.+?)\.(?:lora_embedding_(?P<table>[AB])|lora_(?P<part>[AB])\.weight"
@@ -62,10 +83,35 @@ def name_tensors(tensors: Tensors) -> dict[str, Tensor]:
     return named
 
 
+def tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> str:
+    """What the module paths of one tower alone lack of those of `CLIPModel`; "" where they lack nothing.
+
+    Since transformers 5 the modules of `CLIPTextModel` and `CLIPVisionModel` have no inner prefix, so that
+    their adapters say `encoder.layers.0…`, and only the configuration tells whose.
+
+    Raises:
+        AdapterError: it does not tell.
+    """
+    names = [name.removeprefix(_PREFIX) for name in tensors]
+    if not any(name.startswith(_BARE) for name in names):
+        return ""
+    auto = config.get("auto_mapping")
+    kind = auto.get("base_model_class") if isinstance(auto, Mapping) else None
+    if kind in _TOWER_CLASSES:
+        return _TOWER_CLASSES[kind]
+    for prefix, own in _OWN_MODULES.items():
+        if any(name.startswith(own) for name in names):
+            return prefix
+    raise AdapterError(
+        f"{folder} is of one tower alone, and adapter_config.json does not say which: add to it "
+        '"auto_mapping": {"base_model_class": "CLIPTextModel"} or "CLIPVisionModel", whichever it was made on'
+    )
+
+
 def read_tensors(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, prefix: str = ""
 ) -> tuple[Tensors, LoraSettings]:
-    """What the file holds, by site, and the settings that scale it.
+    """What the file holds, by site, and the settings that scale it; `prefix` as `tower_prefix` says.
 
     Raises:
         AdapterError: the configuration is of something else than LoRA, names lie outside
@@ -75,9 +121,12 @@ def read_tensors(
     check_config(config, folder)
     found, halves, surplus = Tensors(), dict[Site, dict[str, Tensor]](), []
     for name, tensor in tensors.items():
-        if not _sort(name.removeprefix(_PREFIX), tensor, config, found, halves):
+        bare = name.removeprefix(_PREFIX)
+        bare = f"{prefix}{bare}" if prefix and bare.startswith(_BARE) else bare
+        if not _sort(bare, tensor, config, found, halves):
             surplus.append(name)
     if surplus:
+        _check_saved(surplus, config, folder)
         raise AdapterError(
             f"{folder} holds {len(surplus)} weights that are no LoRA on transformers.CLIPModel, or that "
             f"adapter_config.json does not announce: {some([repr(name) for name in surplus])}; train it on "
@@ -90,7 +139,21 @@ def read_tensors(
         )
     found.weights.update({site: (parts["A"], parts["B"]) for site, parts in halves.items()})
     _check_whole(found, config, folder)
-    return found, read_settings(found.weights, config, folder)
+    return found, read_settings(found.weights, config, folder, prefix)
+
+
+def _check_saved(surplus: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
+    """Say of whole modules that `modules_to_save` announces, such as layer norms, that they are not read."""
+    kept = config.get("modules_to_save")
+    kept = [name for name in kept if isinstance(name, str)] if isinstance(kept, list) else []
+    paths = [name.removeprefix(_PREFIX).rpartition(".")[0] for name in surplus]
+    saved = [path for path in paths if any(f".{path}.".find(f".{name}.") >= 0 for name in kept)]
+    if saved:
+        raise AdapterError(
+            f"{folder} holds whole modules that its modules_to_save announces, {some(dict.fromkeys(saved))}: "
+            "of those clipgraft reads linear layers and embeddings alone, and no layer norms; merge it "
+            "with PEFT (merge_and_unload()) and use the model, or train it without them"
+        )
 
 
 def _sort(

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from clipgraft.adapters.native import AdapterFile
-from clipgraft.adapters.open import load
+from clipgraft.adapters.open import load, tell_base
 from clipgraft.config import DataSpec, ModelSpec, RunSpec, TableSpec, TrainSpec
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
@@ -66,8 +66,8 @@ def with_base(adapter: AdapterFile, model: str, pretrained: str | None) -> Adapt
     return replace(adapter, base={**adapter.base, "name": model, "pretrained": pretrained or ""})
 
 
-def base_of(adapter: AdapterFile, force: bool = False) -> Clip:
-    """The base that an adapter names, in fp32 on the CPU.
+def base_of(adapter: AdapterFile, force: bool = False, *, given: bool = False) -> Clip:
+    """The base that an adapter names, or that the user has `given`, in fp32 on the CPU.
 
     Raises:
         AdapterError: it names none, or what it names is another base and that is not `force`d.
@@ -77,6 +77,8 @@ def base_of(adapter: AdapterFile, force: bool = False) -> Clip:
         raise AdapterError(
             f"{adapter.path} does not name its base, whose weights are needed: pass --model and --pretrained"
         )
+    if not given:
+        tell_base(name, adapter.base.get("pretrained"), f"the adapter {adapter.path}")
     clip = load(name, adapter.base.get("pretrained") or None)
     if lora_state(clip) is not None:
         raise AdapterError(f"--model {name} is an adapter on its base, and no base itself: name that")

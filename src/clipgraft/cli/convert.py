@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         adapter = with_base(adapter, spec.model, spec.pretrained)
     base_state = None
     if adapter.needs_base or spec.to == "guide-full":
-        clip = base_of(adapter)
+        clip = base_of(adapter, given=spec.model is not None)
         adapter, base_state = in_terms_of(clip, adapter), clip.model.state_dict()
     written = write_any(
         adapter,

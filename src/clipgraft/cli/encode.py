@@ -74,6 +74,7 @@ def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:
     if "model" in model.model_fields_set:
         return model
     from clipgraft.adapters.formats import read_any
+    from clipgraft.adapters.open import tell_base
     from clipgraft.search.manifest import read_manifest
 
     before = read_manifest(spec.out)
@@ -85,6 +86,8 @@ def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:
         base = read_any(given, peft_out_proj=spec.peft_out_proj).base
     if not base.get("name"):
         return model
+    who = f"the adapter {given}" if before is None else f"the encoded folder {spec.out}"
+    tell_base(base["name"], base.get("pretrained"), who)
     return model.model_copy(update={"model": base["name"], "pretrained": base.get("pretrained") or None})
 
 

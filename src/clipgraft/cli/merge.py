@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     files = [read_any(path, peft_out_proj=spec.peft_out_proj) for path in spec.adapters]
     if spec.model is not None:
         files = [with_base(file, spec.model, spec.pretrained) for file in files]
-    clip = base_of(files[0], spec.force)
+    clip = base_of(files[0], spec.force, given=spec.model is not None)
     log.info("base %s, fingerprint %s", clip.source.name, clip.fingerprint)
     amounts: dict[str, float] = {}
     for file, weight in zip(files, weights, strict=True):

@@ -92,7 +92,7 @@ def _log_to_stderr() -> None:
 
 
 def _load(spec: SearchSpec, manifest: Manifest) -> Clip:
-    from clipgraft.adapters.open import load
+    from clipgraft.adapters.open import load, tell_base
     from clipgraft.cli.common import pick_device
 
     name, pretrained = spec.model, spec.pretrained
@@ -100,6 +100,8 @@ def _load(spec: SearchSpec, manifest: Manifest) -> Clip:
         name, pretrained = manifest.made.name, manifest.made.pretrained or None
     if not name:
         raise ConfigError(f"{spec.out} does not name its base: give --model and --pretrained")
+    if spec.model is None:
+        tell_base(name, pretrained, f"the encoded folder {spec.out}")
     return load(name, pretrained, device=pick_device(spec.device))
 
 

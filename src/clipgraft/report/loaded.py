@@ -11,6 +11,7 @@ import torch
 
 from clipgraft.adapters.loading import load_adapter
 from clipgraft.adapters.native import read_adapter
+from clipgraft.adapters.open import tell_base
 from clipgraft.data.labels import Labelled, match_classes, split_labelled
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import Pairs, read_pairs
@@ -40,6 +41,7 @@ def sides(run: Run, device: torch.device) -> Iterator[tuple[str, Clip]]:
     if run.saved is None:
         raise ModelError(f"{run.path} has saved nothing yet: finish it with --resume latest")
     name, pretrained = _base_of(run)
+    tell_base(name, pretrained, f"the run {run.path}")
     base = load(name, pretrained, device=device)
     if run.kind == "lora":
         load_adapter(base, run.saved)
