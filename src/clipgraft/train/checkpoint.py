@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import zipfile
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, InstanceOf
 from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
+from clipgraft.records import Whole, read_pt
 from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
@@ -22,7 +24,9 @@ LATEST = "latest.pt"
 FORMAT_VERSION = 1
 EPOCHS, PARTS = "epochs", "epoch_parts"
 _SHARING = ("batch_size", "accum_freq", "processes")
-_KEYS = {"format", "position", "settings", "weights", "buffers", "optimizer", "random", "cuda_random"}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AGAIN = "start the run again under another --name"
+_OTHER = "holds other trainable weights than this model has: resume with the run's own model"
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,38 @@ class Position:
     An epoch is finished when it has been evaluated, not with its last step.
     """
 
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
+    epoch: Whole = 0
+    step_in_epoch: Whole = 0
+    step: Whole = 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Which weights it has; how they are trained is in the run's settings."""
+
+    params: list[Whole]
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    """An optimizer's `state_dict`."""
+
+    state: dict[Whole, dict[str, InstanceOf[Tensor]]]
+    param_groups: list[_Group]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds."""
+
+    format: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    position: Position
+    settings: dict[str, Any]
+    weights: dict[str, InstanceOf[Tensor]]
+    buffers: dict[str, InstanceOf[Tensor]]
+    optimizer: _Optimizer
+    random: InstanceOf[Tensor]
+    cuda_random: list[InstanceOf[Tensor]]
 
 
 def save_checkpoint(
@@ -72,24 +105,26 @@ def load_checkpoint(
         CheckpointError: no such file, not readable, of another model, or made with other settings.
     """
     state = _read(path)
-    _same_settings(path, state["settings"], settings)
+    _same_settings(path, state.settings, settings)
+    weights, buffers = _trainable(model), _buffers(model)
+    if not (_alike(state.weights, weights) and _alike(state.buffers, buffers)):
+        raise CheckpointError(f"{path} {_OTHER}")
+    moments = _moments(path, state.optimizer, optimizer)
     try:
-        _copy(state["weights"], _trainable(model))
-        _copy(state["buffers"], _buffers(model))
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} holds other trainable weights than this model has: resume with the run's own model"
-        ) from error
-    torch.set_rng_state(state["random"])
-    if torch.cuda.is_available() and state["cuda_random"]:
-        torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
-    return Position(**state["position"])
+        torch.set_rng_state(state.random)
+        if torch.cuda.is_available() and state.cuda_random:
+            torch.cuda.set_rng_state_all(state.cuda_random[: torch.cuda.device_count()])
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: random is no state of torch's random numbers; {_AGAIN}") from error
+    _copy(state.weights, weights)
+    _copy(state.buffers, buffers)
+    optimizer.load_state_dict(moments)
+    return state.position
 
 
 def recorded_settings(path: Path) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint; its weights are not read. Raises CheckpointError."""
-    return dict(_read(path, whole=False)["settings"])
+    return dict(_read(path, whole=False).settings)
 
 
 def recorded_position(path: Path) -> Position:
@@ -97,8 +132,7 @@ def recorded_position(path: Path) -> Position:
 
     `epoch` counts one whose steps are all done, though it may not have been evaluated, but for the first.
     """
-    state = _read(path, whole=False)
-    position = Position(**state["position"])
+    position = _read(path, whole=False).position
     ends = position.epoch > 0 and position.step == (position.epoch + 1) * position.step_in_epoch
     return replace(position, epoch=position.epoch + 1) if ends else position
 
@@ -128,7 +162,7 @@ def _without_epochs(
 def _by_step(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which the pairs of a step count, and not how processes and micro-batches share them."""
     kept = {key: value for key, value in settings.items() if key not in _SHARING}
-    step = math.prod(settings[key] for key in _SHARING if key in settings)
+    step = math.prod(n for key in _SHARING if isinstance(n := settings.get(key), int))
     return {**kept, "pairs in a step": step}
 
 
@@ -142,33 +176,72 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
+def _alike(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the names, shapes and types of others, and hold all their values."""
+    return saved.keys() == into.keys() and all(
+        t.shape == saved[name].shape and t.dtype == saved[name].dtype and _whole(saved[name])
+        for name, t in into.items()
+    )
+
+
+def _whole(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
 def _copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in into.items()}:
-        raise ValueError("names or shapes differ")
     with torch.no_grad():
         for name, tensor in into.items():
             tensor.copy_(saved[name])
 
 
-def _read(path: Path, whole: bool = True) -> dict[str, Any]:
+def _moments(path: Path, saved: _Optimizer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """AdamW's state as saved, for the groups as they are now: the run's settings have made the same ones.
+
+    Raises:
+        CheckpointError: it is not that of these weights.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group.params for group in saved.param_groups] != [group["params"] for group in groups]:
+        raise CheckpointError(f"{path} {_OTHER}")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, parts in saved.state.items():
+        known = number < len(weights) and parts.keys() >= {"step", *_MOMENTS}
+        if not known or not all(_fits(parts[name], weights[number]) for name in _MOMENTS):
+            raise CheckpointError(f"{path} {_OTHER}")
+        if not _is_count(parts["step"]):
+            raise CheckpointError(f"{path}: optimizer.state[{number}].step is no number; {_AGAIN}")
+    state = {
+        number: {name: parts[name] for name in ("step", *_MOMENTS)} for number, parts in saved.state.items()
+    }
+    return {"state": state, "param_groups": groups}
+
+
+def _is_count(step: Tensor) -> bool:
+    return _whole(step) and step.shape == () and step.is_floating_point() and 0 <= float(step) < 2**53
+
+
+def _fits(moment: Tensor, weight: Tensor) -> bool:
+    return moment.shape == weight.shape and moment.is_floating_point() and _whole(moment)
+
+
+def _read(path: Path, whole: bool = True) -> _State:
     """A checkpoint with its checksums verified; without `whole` tensors stay on disk, unverified."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-            if whole and (part := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint at {path}: drop --resume to start the run") from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    # On damaged bytes zipfile and the unpickler raise almost any type; the reason is kept as the cause.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is damaged or no clipgraft checkpoint: start the run again under another --name"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION or state.keys() != _KEYS:
-        raise CheckpointError(f"{path} is no checkpoint of this version of clipgraft: start the run again")
+    if not os.path.lexists(path):
+        raise CheckpointError(f"no checkpoint at {path}: drop --resume to start the run")
+    state = read_pt(path, _State, CheckpointError, _AGAIN, verify=whole)
+    if strange := [key for key, value in state.settings.items() if not _is_plain(value)]:
+        raise CheckpointError(f"{path}: settings.{strange[0]} is no plain value; {_AGAIN}")
     return state
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, int):
+        return abs(value) < 2**64
+    return value is None or isinstance(value, float | str)
 
 
 def _same_settings(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
