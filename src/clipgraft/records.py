@@ -147,8 +147,15 @@ def _told(fault: Mapping[str, Any]) -> str:
     field = _named(fault["loc"])
     if fault["type"] == "missing":
         return f"{field} is missing"
-    told = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ").partition(", ")[0]
-    belongs = _BELONGS.get(fault["type"].removesuffix("_parsing").removesuffix("_type"), told)
+    told = (
+        str(fault["msg"])
+        .removeprefix("Value error, ")
+        .removeprefix("Input should be ")
+        .partition(", unable")[0]
+    )
+    belongs = _BELONGS.get(
+        fault["type"].removesuffix("_parsing").removesuffix("_type"), told.partition(", unable")[0]
+    )
     return f"{field} is {shown(fault['input'])}, and should be {belongs}"
 
 

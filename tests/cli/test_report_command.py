@@ -81,4 +81,4 @@ def test_what_is_refused(cli: Any, run: Path, tmp_path: Path) -> None:
     (run / "results.json").write_text("{")
     outcome = cli("report", run)
     assert outcome.code == 2
-    assert "results.json is damaged" in outcome.err
+    assert "results.json: is not JSON" in outcome.err

@@ -84,7 +84,7 @@ def test_finished_cells_are_never_run_again(sweep: Any, tmp_path: Path) -> None:
     assert outcome.code == 2
     assert "was run with another lr: use the same settings, or a new --name" in outcome.err
     (cells / "base" / "cell.json").write_text("{")
-    assert "cell.json is damaged" in sweep(*grid).err
+    assert "cell.json: is not JSON" in sweep(*grid).err
 
 
 def test_the_base_is_the_same_for_every_cell(sweep: Any, tmp_path: Path) -> None:

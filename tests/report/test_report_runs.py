@@ -93,11 +93,15 @@ def test_the_best_adapter_of_a_sweep(world: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("results.json", "{", "results.json is damaged (JSONDecodeError): restore it"),
-        ("results.json", "[]", "results.json holds no JSON object"),
-        ("results.json", '{"bytes": 3}', "results.json or events.jsonl lacks what a run writes"),
-        ("params.json", "{'a'", "params.json is damaged"),
-        ("events.jsonl", '{"kind": "train", "step": 1, "loss": 1}\nx\n', "events.jsonl, line 2 is damaged"),
+        ("results.json", "{", "results.json: is not JSON (Expecting property name"),
+        (
+            "results.json",
+            "[]",
+            "results.json: the whole is a list, and should be an object",
+        ),
+        ("results.json", '{"bytes": 3}', "results.json: saved is missing (and 2 more); restore it"),
+        ("params.json", "{'a'", "params.json: is not JSON"),
+        ("events.jsonl", '{"kind": "train", "step": 1, "loss": 1}\nx\n', "events.jsonl, line 2: is not JSON"),
     ],
 )
 def test_damage_is_one_line(file: str, text: str, message: str, copied: Path, tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def confusions(classes: Classes, name: str) -> tuple[list[Figure], int]:
 def in_short(group: Group) -> tuple[str, str] | None:
     """The best adapter of a group, and what it reaches at what size; None where none was measured."""
     names = headline(group.task)
-    adapters = [line for line in group.lines if line.kind == "lora" and line.mean]
+    measured = [line for line in group.lines if set(names) <= line.mean.keys()]
+    adapters = [line for line in measured if line.kind == "lora"]
     if not adapters:
         return None
 
@@ -159,7 +160,7 @@ def in_short(group: Group) -> tuple[str, str] | None:
         return sum(line.mean[metric] for metric in names)
 
     best = max(adapters, key=total)
-    others = [line for line in group.lines if line.kind != "lora" and line.mean]
+    others = [line for line in measured if line.kind != "lora"]
     rank = f" r={best.r}" if best.r else ""
     name = f"{group.name}: {best.label}{rank}" if group.is_sweep else f"{best.label}{rank}"
     parts = []

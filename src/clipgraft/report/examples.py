@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clipgraft.adapters.runs import find_path
 from clipgraft.errors import WriteError
 from clipgraft.files import write_json
-from clipgraft.report.runs import Run, TaskName, find_path
+from clipgraft.report.runs import Run, TaskName
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1

@@ -12,6 +12,7 @@ import torch
 from clipgraft.adapters.loading import load_adapter
 from clipgraft.adapters.native import read_adapter
 from clipgraft.adapters.open import tell_base
+from clipgraft.adapters.runs import find_path
 from clipgraft.data.labels import Labelled, match_classes, split_labelled
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import Pairs, read_pairs
@@ -20,7 +21,7 @@ from clipgraft.errors import DataError, ModelError
 from clipgraft.lora.switch import lora_disabled
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
-from clipgraft.report.runs import Run, find_path
+from clipgraft.report.runs import Run
 
 
 @dataclass(frozen=True)

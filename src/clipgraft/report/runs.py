@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from clipgraft.adapters.runs import read_params
 from clipgraft.errors import CheckpointError, DataError
-from clipgraft.train.grid import CELL_FILE, Cell, CellResult, Row, read_cell, rows_of
+from clipgraft.records import Finite, Whole, read_json
+from clipgraft.train.events import EVENTS, read_events
+from clipgraft.train.grid import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
 
-EVENTS = "events.jsonl"
+T = TypeVar("T")
 TaskName = Literal["retrieval", "classification"]
 METRICS: dict[TaskName, tuple[str, ...]] = {
     "retrieval": ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5"),
@@ -139,34 +140,46 @@ def _checked(path: Path) -> Path:
     )
 
 
+@dataclass(frozen=True)
+class _Results:
+    """What of `results.json` is shown."""
+
+    saved: str
+    trainable: Whole
+    bytes: Whole
+    seconds: Finite
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What of a sweep's `table.json` is shown."""
+
+    metrics: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+
 def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None) -> Run:
     """The files of one run; `params` are what it was given besides what it recorded itself.
 
     Raises:
         CheckpointError: one of them is damaged.
     """
-    events = _read_events(path / EVENTS)
-    results = _read_json(path / "results.json") or {}
+    events = read_events(path / EVENTS)
+    results = _record(path / "results.json", _Results)
     started, ended = _dates(path / "out.log")
-    try:
-        return Run(
-            path=path,
-            name=name or path.resolve().name,
-            params={**_read_params(path), **(params or {})},
-            losses=tuple((int(e["step"]), float(e["loss"])) for e in events if e["kind"] == "train"),
-            evaluations=tuple(_numbers(e) for e in events if e["kind"] == "val"),
-            saved=_saved(path, results),
-            trained=int(results["trainable"]) if results else None,
-            bytes=int(results["bytes"]) if results else None,
-            seconds=float(results["seconds"]) if results else None,
-            started=started,
-            ended=ended,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: results.json or {EVENTS} lacks what a run writes there ({error}): train it again, or "
-            "leave it out"
-        ) from error
+    return Run(
+        path=path,
+        name=name or path.resolve().name,
+        params={**read_params(path), **(params or {})},
+        losses=tuple((int(e["step"]), float(e["loss"])) for e in events if e["kind"] == "train"),
+        evaluations=tuple(_numbers(e) for e in events if e["kind"] == "val"),
+        saved=_saved(path, results),
+        trained=results.trainable if results else None,
+        bytes=results.bytes if results else None,
+        seconds=results.seconds if results else None,
+        started=started,
+        ended=ended,
+    )
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -175,10 +188,10 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         CheckpointError: a file is damaged.
     """
-    table = _read_json(path / "table.json") or {}
+    table = _record(path / "table.json", _Table) or _Table()
     folders = sorted(folder for folder in path.glob("cells/*/") if folder.is_dir())
-    records = {folder: _read_json(folder / CELL_FILE) or {} for folder in folders}
-    settings = next((dict(r["settings"]) for r in records.values() if "settings" in r), {})
+    records = [_record(folder / CELL_FILE, CellRecord) for folder in folders]
+    settings = next((dict(record.settings) for record in records if record is not None), {})
     results = {folder: read_cell(folder, {}) for folder in folders}
     cells = _ordered([result for result in results.values() if result is not None], table)
     # The seed that all seeds count from also chose what is held out.
@@ -189,23 +202,19 @@ def read_sweep(path: Path) -> Sweep:
             result = results[folder]
             own = {} if result is None else {**settings, **_cell_params(result.cell)}
             runs[folder.name] = read_run(folder / "run", folder.name, own)
-    measured = cells[0].metrics if cells else dict.fromkeys(table.get("metrics", ()), 0.0)
+    measured = cells[0].metrics if cells else dict.fromkeys(table.metrics, 0.0)
     task: TaskName = "classification" if "acc1" in measured else "retrieval"
-    rows = tuple(rows_of(cells)) if cells else _table_rows(table, path)
+    rows = tuple(rows_of(cells)) if cells else table.rows
     unfinished = tuple(folder.name for folder, result in results.items() if result is None)
     return Sweep(path, path.resolve().name, task, settings, rows, tuple(cells), runs, unfinished)
-
-
-def find_path(recorded: str, run: Path) -> Path | None:
-    """A path as a run recorded it: from here, or from a folder above the run, where it was started."""
-    places = [Path(recorded), *(above / recorded for above in run.resolve().parents)]
-    return next((place for place in places if place.exists()), None)
 
 
 def best_run(sweep: Sweep) -> Run | None:
     """The run of the adapter that is best on the task's first two numbers; None if there is none to load."""
     head = ("acc1",) if sweep.task == "classification" else ("image_to_text_R@1", "text_to_image_R@1")
-    scored = [(sum(row.mean[name] for name in head), row) for row in sweep.rows if row.kind == "lora"]
+    scored = [
+        (sum(row.mean.get(name, 0.0) for name in head), row) for row in sweep.rows if row.kind == "lora"
+    ]
     if not scored:
         return None
     best = max(scored, key=lambda pair: pair[0])[1]
@@ -218,10 +227,9 @@ def _cell_params(cell: Cell) -> dict[str, Any]:
     return {**lora, "cell_seed": cell.seed}
 
 
-def _ordered(cells: list[CellResult], table: Mapping[str, Any]) -> list[CellResult]:
+def _ordered(cells: list[CellResult], table: _Table) -> list[CellResult]:
     """As the table has them; target sets that it does not know come after those it does, by name."""
-    known = [row.get("targets") for row in table.get("rows", ()) if isinstance(row, dict)]
-    places = {name: place for place, name in reversed(list(enumerate(known)))}
+    places = {row.targets: place for place, row in reversed(list(enumerate(table.rows)))}
 
     def key(result: CellResult) -> tuple[Any, ...]:
         cell = result.cell
@@ -231,71 +239,20 @@ def _ordered(cells: list[CellResult], table: Mapping[str, Any]) -> list[CellResu
     return sorted(cells, key=key)
 
 
-def _table_rows(table: Mapping[str, Any], path: Path) -> tuple[Row, ...]:
-    try:
-        return tuple(Row(**row) for row in table.get("rows", ()))
-    except TypeError as error:
-        raise CheckpointError(f"{path / 'table.json'} is damaged ({error}): run the sweep again") from error
-
-
-def _saved(path: Path, results: Mapping[str, Any]) -> Path | None:
-    """What the run saved, also where its folder has been moved since."""
+def _saved(path: Path, results: _Results | None) -> Path | None:
+    """What the run saved, in its own folder wherever that has been moved since."""
     if (path / "adapter").is_dir():
         return path / "adapter"
-    if not results:
-        return None
-    recorded = Path(str(results["saved"]))
-    moved = path / "checkpoints" / recorded.name
-    return moved if moved.exists() else recorded if recorded.exists() else None
+    name = Path(results.saved).name if results else ""
+    saved = path / "checkpoints" / name
+    return saved if name and saved.exists() else None
 
 
-def _read_params(path: Path) -> dict[str, Any]:
-    """params.json; of runs that have none, the lines of params.txt."""
-    params = _read_json(path / "params.json")
-    if params is not None or not (path / "params.txt").is_file():
-        return params or {}
-    lines = (path / "params.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    return {name: _value(text) for name, colon, text in (line.partition(": ") for line in lines) if colon}
-
-
-def _value(text: str) -> Any:
-    """A number, flag or None as it was; all else as text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is no such file."""
+def _record(path: Path, kind: type[T]) -> T | None:
+    """A record; None if there is no such file."""
     if not path.is_file():
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}): restore it, or leave its run out of the report"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: restore it, or leave its run out of the report")
-    return value
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    events = []
-    # What follows the last line break is empty, or a line that is being written, or that a kill cut short.
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
-            raise CheckpointError(f"{path}, line {number} is damaged: delete that line")
-        events.append(event)
-    return events
+    return read_json(path, kind, CheckpointError, "restore it, or leave its run out of the report")
 
 
 def _numbers(event: Mapping[str, Any]) -> dict[str, float]:

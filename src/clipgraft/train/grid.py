@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import write_json
+from clipgraft.records import Finite, Whole, read_json
 
 CELL_FILE = "cell.json"
 Kind = Literal["base", "lora", "full"]
@@ -23,7 +23,7 @@ class Cell:
 
     kind: Kind
     targets: str = ""
-    r: int = 0
+    r: Whole = 0
     seed: int = 0
 
     @property
@@ -54,11 +54,19 @@ class CellResult:
     """
 
     cell: Cell
-    metrics: dict[str, float]
-    trained: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    peak_mb: float | None = None
+    metrics: dict[str, Finite]
+    trained: Whole = 0
+    bytes: Whole = 0
+    seconds: Finite = 0.0
+    peak_mb: Finite | None = None
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """What `cell.json` holds."""
+
+    settings: dict[str, Any]
+    result: CellResult
 
 
 @dataclass(frozen=True)
@@ -67,14 +75,14 @@ class Row:
 
     kind: Kind
     targets: str
-    r: int
-    seeds: int
-    mean: dict[str, float]
-    deviation: dict[str, float]
-    trained: int
-    bytes: float
-    seconds: float
-    peak_mb: float | None
+    r: Whole
+    seeds: Whole
+    mean: dict[str, Finite]
+    deviation: dict[str, Finite]
+    trained: Whole
+    bytes: Finite
+    seconds: Finite
+    peak_mb: Finite | None
 
 
 def grid(
@@ -95,20 +103,14 @@ def read_cell(folder: Path, settings: Mapping[str, Any]) -> CellResult | None:
     path = folder / CELL_FILE
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
-        result = CellResult(Cell(**record["result"].pop("cell")), **record["result"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}): remove it to run the cell again"
-        ) from error
+    record = read_json(path, CellRecord, CheckpointError, "remove it to run the cell again")
+    changed = [key for key in settings if record.settings.get(key) != settings[key]]
     if changed:
         raise CheckpointError(
             f"{folder} was run with another {', '.join(sorted(changed)[:4])}: use the same settings, or a "
             "new --name"
         )
-    return result
+    return record.result
 
 
 def write_cell(folder: Path, result: CellResult, settings: Mapping[str, Any]) -> None:
@@ -126,7 +128,7 @@ def rows_of(results: Sequence[CellResult]) -> list[Row]:
 
 
 def _row(kind: Kind, targets: str, r: int, cells: Sequence[CellResult]) -> Row:
-    names = cells[0].metrics
+    names = [name for name in cells[0].metrics if all(name in cell.metrics for cell in cells)]
     values = {name: [cell.metrics[name] for cell in cells] for name in names}
     peaks = [cell.peak_mb for cell in cells if cell.peak_mb is not None]
     return Row(

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from clipgraft.errors import CheckpointError, ConfigError
+from clipgraft.errors import ConfigError
 from clipgraft.files import sweep_partial, write_json, write_text
 from clipgraft.train.checkpoint import LATEST, Position
+from clipgraft.train.events import EVENTS, read_events
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 log = logging.getLogger("clipgraft")
-EVENTS = "events.jsonl"
 
 
 def refuse_used(path: Path, resume: bool) -> None:
@@ -83,7 +83,7 @@ class RunFolder:
         """Open the events to go on from `position`; what a killed run wrote after it is forgotten."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        kept = [event for event in self._read_events() if not _is_after(event, position)]
+        kept = [event for event in read_events(self._events) if not _is_after(event, position)]
         write_text(self._events, "".join(f"{json.dumps(event)}\n" for event in kept))
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=position.step + 1)
 
@@ -99,25 +99,9 @@ class RunFolder:
         """Metrics of every evaluated epoch of the run, those before a resume included."""
         return [
             {name: value for name, value in event.items() if name not in ("kind", "step")}
-            for event in self._read_events()
+            for event in read_events(self._events)
             if event["kind"] == "val"
         ]
-
-    def _read_events(self) -> list[dict[str, Any]]:
-        if not self._events.exists():
-            return []
-        lines = self._events.read_text(encoding="utf-8", errors="replace").split("\n")
-        # What follows the last line break is empty, or a line that a kill cut short.
-        return [self._read_event(number, line) for number, line in enumerate(lines[:-1], start=1)]
-
-    def _read_event(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
-            raise CheckpointError(f"{self._events}, line {number} is damaged: delete that line, then resume")
-        return event
 
     def close(self) -> None:
         log.setLevel(self._level)
