@@ -64,6 +64,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda s: s["optimizer"].update(param_groups=[]), "holds other trainable weights"),
     (lambda s: s["optimizer"].update(state={0: {"step": 5}}), "optimizer.state[0].step is 5"),
     (lambda s: s["optimizer"]["state"].update({7: s["optimizer"]["state"][0]}), "holds other trainable"),
+    (lambda s: s["optimizer"]["param_groups"][0].update(lr="x"), "optimizer.param_groups[0].lr is 'x'"),
     (moment("exp_avg", torch.zeros(3)), "holds other trainable weights"),
     (moment("exp_avg_sq", torch.zeros(4, 4, dtype=torch.int64)), "holds other trainable weights"),
     (moment("step", torch.tensor(-1e30)), "optimizer.state[0].step is no number"),
@@ -94,9 +95,9 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_loaded(
 
 
 def test_a_checkpoint_does_not_bring_its_own_rates(whole: dict[str, Any], tmp_path: Path) -> None:
-    """The rates are in the settings, which are compared; others in the file would be trained with."""
+    """How is in the settings, which are compared; what else the file says would be trained with."""
     state = copy.deepcopy(whole)
-    state["optimizer"]["param_groups"][0].update(lr="x", betas=None, eps=-1)
+    state["optimizer"]["param_groups"][0].update(betas=None, eps=-1)
     torch.save(state, tmp_path / "latest.pt")
     model, optimizer = trained()
     rates = copy.deepcopy(optimizer.state_dict()["param_groups"])

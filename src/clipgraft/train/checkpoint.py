@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
-from clipgraft.records import Whole, read_pt
+from clipgraft.records import Finite, Whole, read_pt
 from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
@@ -43,9 +43,10 @@ class Position:
 
 @dataclass(frozen=True)
 class _Group:
-    """Which weights it has; how they are trained is in the run's settings."""
+    """Which weights it has, and their last rate; how they are trained is in the run's settings."""
 
     params: list[Whole]
+    lr: Finite
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ def _moments(path: Path, saved: _Optimizer, optimizer: torch.optim.Optimizer) ->
     state = {
         number: {name: parts[name] for name in ("step", *_MOMENTS)} for number, parts in saved.state.items()
     }
-    return {"state": state, "param_groups": groups}
+    rates = [{**group, "lr": own.lr} for group, own in zip(groups, saved.param_groups, strict=True)]
+    return {"state": state, "param_groups": rates}
 
 
 def _is_count(step: Tensor) -> bool:
