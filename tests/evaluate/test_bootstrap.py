@@ -1,0 +1,109 @@
+"""Intervals of the difference between two models, beside closed forms and SciPy's bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import clipgraft as cg
+from clipgraft.evaluate.bootstrap import Interval, Outcomes, bootstrap_means, compare_outcomes
+
+
+def outcomes(hits: np.ndarray, groups: np.ndarray | None = None) -> Outcomes:
+    """Of one metric, each query a group of its own unless said otherwise."""
+    return Outcomes({"acc1": hits}, {"acc1": np.arange(len(hits)) if groups is None else groups}, {})
+
+
+def test_a_share_has_the_interval_of_the_normal_approximation() -> None:
+    """An interval that is too narrow calls noise a gain."""
+    hits = np.repeat([1.0, 0.0], [300, 700])
+    found, _ = bootstrap_means([hits], [np.arange(1000)], resamples=20_000)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
+    assert found.value == pytest.approx(0.3)
+    assert [found.low, found.high] == pytest.approx([0.3 - half, 0.3 + half], abs=0.0015)
+
+
+@pytest.mark.parametrize("kinds", ["hits", "numbers"])
+def test_scipy_agrees(kinds: str) -> None:
+    """Both ways to draw, of few kinds of queries and of many, must give what a known library gives."""
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(1)
+    values = (
+        random.choice([-1.0, 0, 1], 400, p=[0.1, 0.7, 0.2]) if kinds == "hits" else random.normal(size=400)
+    )
+    wanted = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=2)
+    found, _ = bootstrap_means([values], [np.arange(400)], resamples=20_000)
+    assert [found.low, found.high] == pytest.approx([*wanted.confidence_interval], abs=0.006)
+
+
+def test_captions_of_one_image_stay_together() -> None:
+    """Five captions that all got right at once are one piece of luck, not five."""
+    random = np.random.default_rng(0)
+    of_image = random.choice([-1.0, 0, 1], 200, p=[0.2, 0.5, 0.3])
+    values, groups = np.repeat(of_image, 5), np.repeat(np.arange(200), 5)
+    together, _ = bootstrap_means([values], [groups])
+    apart, _ = bootstrap_means([values], [np.arange(1000)])
+    once, _ = bootstrap_means([of_image], [np.arange(200)])
+    assert (together.low, together.high) == (once.low, once.high)
+    assert together.high - together.low == pytest.approx(math.sqrt(5) * (apart.high - apart.low), rel=0.1)
+
+
+def test_columns_share_their_draws() -> None:
+    """The interval of the mean of both directions must know that they move together."""
+    values = np.repeat([1.0, 0.0], [40, 160])
+    groups = np.arange(200)
+    mean, columns = bootstrap_means([values, values], [groups, groups])
+    assert mean == columns[0] == columns[1]
+    opposite, _ = bootstrap_means([values, -values], [groups, groups])
+    assert (opposite.value, opposite.low, opposite.high) == (0, 0, 0)
+
+
+def test_groups_may_have_any_number_of_queries() -> None:
+    """Images have one caption or many, and some columns have no query of a group."""
+    mean, (images, captions) = bootstrap_means(
+        [np.array([1.0, 0, 1]), np.array([1.0, 0, 0, 0, 1])],
+        [np.array([3, 7, 9]), np.array([3, 3, 3, 7, 11])],
+    )
+    assert images.value == pytest.approx(2 / 3)
+    assert captions.value == pytest.approx(2 / 5)
+    assert mean.value == pytest.approx((2 / 3 + 2 / 5) / 2)
+    assert 0 <= images.low <= images.value <= images.high <= 1
+
+
+def test_the_difference_is_paired() -> None:
+    """Two models that fail at the same queries differ by little, however hard the queries are."""
+    random = np.random.default_rng(3)
+    before = (random.random(2000) < 0.5).astype(float)
+    after = before.copy()
+    after[np.flatnonzero(before == 0)[:30]] = 1
+    found = compare_outcomes(outcomes(before), outcomes(after))
+    assert found.mean.value == pytest.approx(0.015)
+    assert found.mean.sign == 1
+    assert (found.groups, found.changed) == (2000, 30)
+    assert compare_outcomes(outcomes(before), outcomes(before)).mean == Interval(0.0, 0.0, 0.0)
+
+
+def test_the_seed_decides() -> None:
+    """A report that says another interval each time it is made cannot be trusted."""
+    random = np.random.default_rng(4)
+    before, after = random.integers(0, 2, 300), random.integers(0, 2, 300)
+    first, again, other = (
+        compare_outcomes(outcomes(before), outcomes(after), seed=s).mean for s in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_other_queries_are_refused() -> None:
+    """A difference between evaluations of other data means nothing."""
+    with pytest.raises(cg.DataError, match="acc1 is of 3 queries before and 4 after"):
+        compare_outcomes(outcomes(np.ones(3)), outcomes(np.ones(4)))
+    with pytest.raises(cg.DataError, match="no query to resample"):
+        bootstrap_means([np.array([])], [np.array([])])
+
+
+def test_intervals_read_as_points() -> None:
+    """Shares of one are not what anybody reads."""
+    assert str(Interval(0.0312, -0.004, 0.0695)) == "+3.1 (-0.4 to +7.0)"
+    assert [Interval(0, low, high).sign for low, high in ((0.1, 0.2), (-0.2, -0.1), (0, 0.2))] == [1, -1, 0]
