@@ -6,9 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import clipgraft as cg
 from clipgraft.evaluate.bootstrap import Interval, Outcomes, bootstrap_means, compare_outcomes
+from clipgraft.evaluate.classify import classification_metrics
+from clipgraft.evaluate.metrics import retrieval_metrics
+from clipgraft.evaluate.ranks import retrieval_ranks
+from clipgraft.evaluate.retrieval import first_hits
 
 
 def outcomes(hits: np.ndarray, groups: np.ndarray | None = None) -> Outcomes:
@@ -107,3 +112,38 @@ def test_intervals_read_as_points() -> None:
     """Shares of one are not what anybody reads."""
     assert str(Interval(0.0312, -0.004, 0.0695)) == "+3.1 (-0.4 to +7.0)"
     assert [Interval(0, low, high).sign for low, high in ((0.1, 0.2), (-0.2, -0.1), (0, 0.2))] == [1, -1, 0]
+
+
+def test_hits_are_the_metrics() -> None:
+    """An interval around another number than the one in the table would be worse than none."""
+    random = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(count, 6, generator=random) for count in (20, 45))
+    owner = torch.arange(45) % 18  # two images have no caption
+    ranks = retrieval_ranks(images, texts, owner)
+    found, metrics = first_hits(ranks, owner), retrieval_metrics(images, texts, owner)
+    assert {name: hits.mean() for name, hits in found.hits.items()} == {
+        name: metrics[name] for name in ("image_to_text_R@1", "text_to_image_R@1")
+    }
+    assert found.chance == {"image_to_text_R@1": 1 / 18, "text_to_image_R@1": 1 / 20}
+    assert sorted(set(found.groups["image_to_text_R@1"])) == list(range(18))
+
+
+def test_chance_is_what_random_features_reach() -> None:
+    """A reader takes the chance level for what a model that knows nothing gets."""
+    random = torch.Generator().manual_seed(0)
+    owner = torch.arange(60) % 20
+    reached = []
+    for _ in range(300):
+        images, texts = (torch.randn(count, 8, generator=random) for count in (20, 60))
+        hits = first_hits(retrieval_ranks(images, texts, owner), owner)
+        reached.append([hits.hits[name].mean() for name in hits.chance])
+    assert np.mean(reached, axis=0) == pytest.approx([*hits.chance.values()], abs=0.006)
+
+
+def test_accuracy_has_outcomes_too() -> None:
+    """A classifier's verdict is about the same number as its table."""
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    measured = classification_metrics(logits, torch.tensor([0, 1, 1]), ["a", "b"]).measured
+    assert [*measured.outcomes.hits["acc1"]] == [True, True, False]
+    assert measured.metrics["acc1"] == pytest.approx(2 / 3)
+    assert measured.outcomes.chance == {"acc1": 0.5}

@@ -60,6 +60,14 @@ class Outcomes:
     chance: Mapping[str, float]
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One evaluation: its numbers, and what every query got."""
+
+    metrics: dict[str, float]
+    outcomes: Outcomes
+
+
 @dataclass(frozen=True)
 class Difference:
     """How much better one model is than another, in shares: 0.01 is one point.

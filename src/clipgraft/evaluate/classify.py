@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,7 @@ from clipgraft.data.features import Progress, encode_captions, encode_images
 from clipgraft.data.labels import Labelled
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
+from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
 
@@ -43,11 +45,20 @@ class ClassificationResult:
         metrics: `acc1`, `acc5`, `mean_per_class_recall`, `loss`, `ece`.
         per_class: one row a class, in the order of the classes.
         confusion: int64 (C, C): how many images of the row's class were taken for the column's.
+        correct: bool (N,): which images were given their own class.
     """
 
     metrics: dict[str, float]
     per_class: tuple[ClassRow, ...]
     confusion: Tensor
+    correct: Tensor
+
+    @property
+    def measured(self) -> Measured:
+        """The metrics, with what every image got."""
+        hits, images = self.correct.numpy(), np.arange(len(self.correct))
+        chance = {"acc1": 1 / len(self.per_class)}
+        return Measured(self.metrics, Outcomes({"acc1": hits}, {"acc1": images}, chance))
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> ClassificationResult:
@@ -84,7 +95,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
         "loss": float(loss.mean()),
         "ece": _calibration_error(confidence, correct),
     }
-    return ClassificationResult(metrics, rows, confusion)
+    return ClassificationResult(metrics, rows, confusion, rank == 1)
 
 
 def pool_prompts(features: Tensor, counts: Sequence[int]) -> Tensor:

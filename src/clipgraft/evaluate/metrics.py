@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from clipgraft.errors import ConfigError, DataError
-from clipgraft.evaluate.ranks import BLOCK_BYTES, retrieval_ranks
+from clipgraft.evaluate.ranks import BLOCK_BYTES, RetrievalRanks, retrieval_ranks
 
 DEFAULT_KS = (1, 5, 10)
 
@@ -56,7 +56,13 @@ def retrieval_metrics(
     too_small = [k for k in ks if k < 1]
     if too_small:
         raise ConfigError(f"recall@{too_small[0]} does not exist: every k must be at least 1.")
-    ranks = retrieval_ranks(image_features, text_features, image_of_text, block_bytes=block_bytes)
+    return metrics_of(
+        retrieval_ranks(image_features, text_features, image_of_text, block_bytes=block_bytes), ks
+    )
+
+
+def metrics_of(ranks: RetrievalRanks, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
+    """`retrieval_metrics` of ranks that are known already."""
     asked = ranks.image_to_text[ranks.image_to_text > 0]
     image_to_text = rank_metrics(asked, ks)
     text_to_image = rank_metrics(ranks.text_to_image, ks)

@@ -9,7 +9,9 @@ from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import Progress, encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
-from clipgraft.evaluate.metrics import retrieval_metrics
+from clipgraft.evaluate.bootstrap import Measured, Outcomes
+from clipgraft.evaluate.metrics import metrics_of
+from clipgraft.evaluate.ranks import RetrievalRanks, retrieval_ranks
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
 
@@ -59,8 +61,35 @@ def evaluate_retrieval(
             cache=cache,
             exact_preprocess=exact_preprocess,
         )
+    return measure_retrieval(encoder, pairs, image_features, text_features).metrics
+
+
+def measure_retrieval(
+    encoder: Encoder, pairs: Pairs, image_features: Tensor, text_features: Tensor | None = None
+) -> Measured:
+    """The metrics of `evaluate_retrieval` with what every query got, from features of the images."""
     owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
     if text_features is None:
         captions = [caption for group in pairs.captions for caption in group]
-        text_features = encode_captions(clip, captions, encoder=encoder)
-    return retrieval_metrics(image_features, text_features, owner)
+        text_features = encode_captions(encoder.clip, captions, encoder=encoder)
+    ranks = retrieval_ranks(image_features, text_features, owner)
+    return Measured(metrics_of(ranks), first_hits(ranks, owner))
+
+
+def first_hits(ranks: RetrievalRanks, image_of_text: Tensor) -> Outcomes:
+    """Which queries of both directions have their right answer first; images without captions are none.
+
+    In random order, c captions of an image hold the first of M places with probability c/M, which is on
+    average one over the number of images with captions; a caption's image is the first of N by 1/N.
+    """
+    asked = (ranks.image_to_text > 0).nonzero()[:, 0].cpu()
+    found = {
+        "image_to_text_R@1": ranks.image_to_text.cpu()[asked] == 1,
+        "text_to_image_R@1": ranks.text_to_image.cpu() == 1,
+    }
+    groups = {"image_to_text_R@1": asked.numpy(), "text_to_image_R@1": image_of_text.cpu().numpy()}
+    chance = {
+        "image_to_text_R@1": 1 / len(asked),
+        "text_to_image_R@1": 1 / len(ranks.image_to_text),
+    }
+    return Outcomes({name: hits.numpy() for name, hits in found.items()}, groups, chance)
