@@ -77,7 +77,7 @@ def test_the_guides_command(
     assert (outcome.code, outcome.err) == (0, "")
     run = tmp_path / "logs" / "test_lora_training"
     kept = {path.name for path in (run / "checkpoints").iterdir()}
-    assert kept == {"latest.pt", *(f"epoch_{number}" for number in (5, 10, 15, 20, 25, 30, 32))}
+    assert kept == {"best.pt", "latest.pt", *(f"epoch_{number}" for number in (5, 10, 15, 20, 25, 30, 32))}
     adapter = cg.read_adapter(run)
     assert (adapter.settings.r, adapter.settings.alpha, adapter.settings.dropout) == (16, 16, 0.1)
     assert {str(site) for site in adapter.weights} == {

@@ -23,6 +23,8 @@ def test_a_run_as_its_files_say(world: Any) -> None:
     events = [json.loads(line) for line in (world.run / "events.jsonl").read_text().splitlines()]
     assert run.losses == tuple((e["step"], e["loss"]) for e in events if e["kind"] == "train")
     assert [e["epoch"] for e in run.evaluations] == [1, 2]
+    assert run.base == results["base"]
+    assert run.best_epoch == results["best_epoch"]
     assert (run.trained, run.bytes) == (results["trainable"], results["bytes"])
     assert (run.kind, run.task, run.finished) == ("lora", "retrieval", True)
     assert run.saved == world.run / "adapter"
@@ -38,7 +40,7 @@ def test_a_run_that_is_still_running(copied: Path, tmp_path: Path) -> None:
     (copied / "results.json").unlink()
     shutil.rmtree(copied / "adapter")
     lines = (copied / "events.jsonl").read_text().splitlines(keepends=True)
-    (copied / "events.jsonl").write_text("".join(lines[:4]) + lines[4][:10])
+    (copied / "events.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
     run = read_run(copied)
     assert (run.finished, len(run.losses) + len(run.evaluations)) == (False, 4)
     page = read_page(write_report([copied], tmp_path / "report.html"))

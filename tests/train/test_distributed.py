@@ -124,7 +124,7 @@ def test_two_processes_equal_one_in_other_ways(
 def test_evaluation_is_shared(both: Path) -> None:
     """Every process would encode all validation images, which takes as long as one process takes."""
     shares = [json.loads((both / f"shares-crops-{rank}.json").read_text()) for rank in (0, 1)]
-    assert shares == [[6, 6], [6, 6]]
+    assert shares == [[6, 6, 6], [6, 6, 6]], "the base and two epochs"
 
 
 def test_a_resumed_run_ends_with_the_same_bits(both: Path) -> None:
@@ -149,7 +149,7 @@ def test_one_process_goes_on_where_two_stopped(
     def train(out: Path, **options: Any) -> None:
         gang.on_pairs(load(str(tiny_config), "none"), pictures, out, ALONE, targets=gang.BOTH, **options)
 
-    assert len(events(stopped)) == 5, "four steps and one evaluation"
+    assert len(events(stopped)) == 6, "the base, four steps and one evaluation"
     with monkeypatch.context() as patch:
         patch.setattr(gang, "PAIRS_IN_A_STEP", 4)
         with pytest.raises(cg.CheckpointError, match=r"pairs in a step \(was 8, now 4\)"):

@@ -66,7 +66,7 @@ def test_a_saved_adapter_gives_the_trained_features(
     cg.load_adapter(fresh, result.saved)
     words = ["a picture of thing number 3", "the same words"]
     assert torch.equal(fresh.encode_text(words), trained.encode_text(words))
-    assert cg.read_adapter(result.saved).metrics == result.history[-1]
+    assert cg.read_adapter(result.saved).metrics == result.metrics
 
 
 def test_full_fine_tuning_trains_everything(
@@ -174,7 +174,9 @@ def test_nan_at_the_first_step_is_not_blamed_on_the_learning_rate(
         clip.model.ln_final.weight[0] = math.nan
     cg.apply_lora(clip, r=2)
     with pytest.raises(cg.TrainingError, match="nan at step 1: likely the base or an image holds broken"):
-        fit(clip, pairs, tmp_path / "run")
+        cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
+    with pytest.raises(cg.TrainingError, match="before the first step: likely the base or an image holds"):
+        fit(clip, pairs, tmp_path / "measured")
 
 
 def test_out_of_memory_says_what_to_change(
@@ -187,7 +189,7 @@ def test_out_of_memory_says_what_to_change(
 
     monkeypatch.setattr(Encoder, "encode_image", full)
     with pytest.raises(cg.TrainingError, match="halve --batch-size and double --accum-freq"):
-        fit(clip, pairs, tmp_path / "run")
+        cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
 
 
 def test_gradients_are_clipped(make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path) -> None:
@@ -276,7 +278,7 @@ def test_frequencies(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     cg.apply_lora(clip, r=2)
     result = fit(clip, pairs, tmp_path / "run", epochs=5, save_frequency=2, val_frequency=3)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["epoch_2", "epoch_4", "epoch_5", "latest.pt"]
+    assert kept == ["best.pt", "epoch_2", "epoch_4", "epoch_5", "latest.pt"]
     assert [line["epoch"] for line in result.history] == [3, 5]
 
 
@@ -294,6 +296,7 @@ def test_the_run_folder_is_laid_out_as_open_clips(clip: Clip, pairs: cg.Pairs, t
         "params.txt",
         "results.json",
         "tensorboard",
+        "validation.json",
     }
     assert "model: tiny\n" in (run / "params.txt").read_text()
     whole = torch.load(run / "checkpoints" / "epoch_1.pt", weights_only=True)

@@ -22,6 +22,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.saving import Saver
+from clipgraft.train.validation import Validation
 from lastbit import death, differences, events, kept
 
 MakeClip = Callable[[], Clip]
@@ -53,16 +54,23 @@ def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
 def assert_same_run(resumed: Path, whole: Path) -> None:
     assert differences(kept(resumed), kept(whole)) == []
     assert events(resumed) == events(whole)
-    assert len(events(whole)) == STEPS * EPOCHS + EPOCHS
+    assert len(events(whole)) == 1 + STEPS * EPOCHS + EPOCHS
 
 
-# Events: 6 steps, validation, 6 steps, validation. Checkpoints: after steps 4, 6, 8 and 12.
+# Events: the base, 6 steps, validation, 6 steps, validation. Checkpoints: after steps 4, 6, 8 and 12.
 MOMENTS = {
-    "before the first checkpoint": (RunFolder, "event", 2, False),
-    "between two checkpoints": (RunFolder, "event", 6, False),
-    "after validation, before it is recorded": (RunFolder, "event", 7, True),
-    "after validation is recorded": (RunFolder, "event", 7, False),
-    "in the second epoch, before its first checkpoint": (RunFolder, "event", 8, False),
+    "before the base is recorded": (Validation, "begin", 1, True),
+    "after the base is recorded, before it is reported": (RunFolder, "event", 1, True),
+    "after the base is reported": (RunFolder, "event", 1, False),
+    "before the first checkpoint": (RunFolder, "event", 3, False),
+    "between two checkpoints": (RunFolder, "event", 7, False),
+    "after validation, before it is recorded": (RunFolder, "event", 8, True),
+    "after validation is recorded": (RunFolder, "event", 8, False),
+    "before the best epoch is noted": (Validation, "add", 2, True),
+    "while the best epoch is noted": (Validation, "_write", 2, True),
+    "after the best epoch is noted": (Validation, "add", 2, False),
+    "before the best epoch is given back": (Validation, "restore", 1, True),
+    "in the second epoch, before its first checkpoint": (RunFolder, "event", 9, False),
     "before an epoch's adapter is saved": (Saver, "save_epoch", 1, True),
     "right after an epoch's checkpoint": (loop, "save_checkpoint", 2, False),
     "instead of a checkpoint": (loop, "save_checkpoint", 3, True),
@@ -209,7 +217,7 @@ def test_events_cut_short_by_a_kill_are_dropped(train: Train, tmp_path: Path) ->
     with (tmp_path / "run" / "events.jsonl").open("a") as file:
         file.write('{"kind": "tra')
     train(tmp_path / "run", resume=True)
-    assert len(events(tmp_path / "run")) == STEPS * EPOCHS + EPOCHS
+    assert len(events(tmp_path / "run")) == 1 + STEPS * EPOCHS + EPOCHS
 
 
 def test_a_damaged_event_is_named(train: Train, tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_a_damaged_event_is_named(train: Train, tmp_path: Path) -> None:
     train(tmp_path / "run", epochs=1)
     with (tmp_path / "run" / "events.jsonl").open("a") as file:
         file.write("\0\0\0\n")
-    with pytest.raises(cg.CheckpointError, match=r"events\.jsonl, line 8: is not JSON .*; delete that line"):
+    with pytest.raises(cg.CheckpointError, match=r"events\.jsonl, line 9: is not JSON .*; delete that line"):
         train(tmp_path / "run", resume=True, epochs=1)
 
 

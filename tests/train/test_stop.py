@@ -97,14 +97,26 @@ def test_a_signal_in_the_last_evaluation_changes_nothing(run: Run, monkeypatch: 
     assert len(run().history) == 2
 
 
+def at_the_first_epoch(fail: Callable[[], None]) -> Callable[..., Any]:
+    """An evaluation that measures the base, and fails after the first epoch."""
+    real, calls = fit_module.measure_retrieval, count()
+
+    def measure(*args: Any) -> Any:
+        if next(calls) > 0:
+            fail()
+        return real(*args)
+
+    return measure
+
+
 def test_a_failed_evaluation_costs_no_epoch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unreadable validation image after hours of training would lose them."""
 
-    def failing(*_: Any, **__: Any) -> Any:
+    def failing() -> None:
         raise cg.DataError("an image has gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "evaluate_retrieval", failing)
+        patch.setattr(fit_module, "measure_retrieval", at_the_first_epoch(failing))
         with pytest.raises(cg.DataError):
             run()
     monkeypatch.setattr(Feed, "batches", once(Feed.batches))
@@ -114,12 +126,12 @@ def test_a_failed_evaluation_costs_no_epoch(run: Run, monkeypatch: pytest.Monkey
 def test_an_evaluation_whose_workers_die_of_the_signal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler's SIGTERM reaches the loader of the validation images too."""
 
-    def failing(*_: Any, **__: Any) -> Any:
+    def failing() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("DataLoader worker is killed by signal: Terminated")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "evaluate_retrieval", failing)
+        patch.setattr(fit_module, "measure_retrieval", at_the_first_epoch(failing))
         with pytest.raises(Interrupted, match="after step 3 of 6"):
             run()
     assert [line["epoch"] for line in run(resume=True).history] == [1, 2]

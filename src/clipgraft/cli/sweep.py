@@ -127,7 +127,7 @@ def _run_cell(
     with peak_memory() as peak:
         done = work.fit(clip, out=folder, resume=latest_checkpoint(folder).exists(), **options)
         high = peak()
-    metrics = {name: float(value) for name, value in done.history[-1].items() if name != "epoch"}
+    metrics = {name: float(value) for name, value in done.metrics.items() if name != "epoch"}
     metrics |= work.tested(clip)
     hand_over(clip, place, metrics)
     if cell.kind == "lora":

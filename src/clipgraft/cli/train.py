@@ -96,7 +96,7 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
         **fit_options(specs),
     )
     if peers.root:
-        hand_over(clip, folder, done.history[-1] if done.history else None)
+        hand_over(clip, folder, done.metrics or None)
 
 
 def check_together(

@@ -94,6 +94,19 @@ def is_new(adapter: Adapter) -> bool:
     return not any(bool(layer.lora_B.any()) for layer in _readers(adapter))
 
 
+def changes_nothing(adapter: Adapter) -> bool:
+    """Whether the updates of an adapter are still zero, whichever way it started."""
+    for layer in adapter.layers.values():
+        if not layer.r:
+            continue
+        if layer.lora_start_A is not None and layer.lora_start_B is not None:
+            if not (layer.lora_A.equal(layer.lora_start_A) and layer.lora_B.equal(layer.lora_start_B)):
+                return False
+        elif bool(layer.lora_A.any()) and bool(layer.lora_B.any()):
+            return False
+    return True
+
+
 def _readers(adapter: Adapter) -> list[LoraLayer]:
     """The updates that read vectors, not ids."""
     kinds = ("linear", "fused", "conv", "projection")

@@ -123,6 +123,20 @@ def load_checkpoint(
     return state.position
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Give a model the trained weights of a checkpoint, and nothing else of it.
+
+    Raises:
+        CheckpointError: no such file, not readable, or of another model.
+    """
+    state = _read(path)
+    weights, buffers = _trainable(model), _buffers(model)
+    if not (_alike(state.weights, weights) and _alike(state.buffers, buffers)):
+        raise CheckpointError(f"{path} {_OTHER}")
+    _copy(state.weights, weights)
+    _copy(state.buffers, buffers)
+
+
 def recorded_settings(path: Path) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint; its weights are not read. Raises CheckpointError."""
     return dict(_read(path, whole=False).settings)

@@ -24,6 +24,7 @@ from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.feed import Feed
 from clipgraft.train.fit import data_digest, evaluation, headline
 from clipgraft.train.inputs import prepare_inputs
+from clipgraft.train.learnable import require_contrast
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
 from clipgraft.train.parts import plan_epochs
@@ -91,6 +92,8 @@ def distill(
     weights = _checked(Weights(contrastive, feature, similarity))
     require_unmerged(clip, "train")
     spec = plan_epochs(options, out, resume, peers)
+    if not weights.feature and not weights.similarity:
+        require_contrast(train)
     choose_trainable(clip, spec)
     autocast = choose_autocast(autocast, clip, out, resume, peers)
 

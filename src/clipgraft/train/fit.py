@@ -14,11 +14,13 @@ from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
-from clipgraft.evaluate.retrieval import evaluate_retrieval
+from clipgraft.evaluate.bootstrap import Measured
+from clipgraft.evaluate.retrieval import measure_retrieval
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.inputs import Inputs, prepare_inputs
+from clipgraft.train.learnable import require_contrast, require_different
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
 from clipgraft.train.parts import plan_epochs
@@ -32,6 +34,7 @@ from clipgraft.train.run import (
     run_task,
 )
 from clipgraft.train.starting import start_adapter
+from clipgraft.train.towers import FixedImages
 
 __all__ = ["FitResult", "fit", "headline"]
 
@@ -94,6 +97,7 @@ def fit(
     clip, out = as_clip(model), Path(out)
     require_unmerged(clip, "train")
     spec = plan_epochs(options, out, resume, peers)
+    require_contrast(train)
     choose_trainable(clip, spec)
     autocast = choose_autocast(autocast, clip, out, resume, peers)
 
@@ -116,6 +120,8 @@ def fit(
             exact_preprocess=exact_preprocess,
             peers=peers,
         )
+        if isinstance(inputs.images, FixedImages):
+            require_different(inputs.images.features)
         gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives)
         objective = Contrastive(clip, inputs.images, inputs.texts, gallery)
         evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, peers)
@@ -146,7 +152,7 @@ def evaluation(
     workers: int,
     exact_preprocess: bool,
     peers: Peers = ALONE,
-) -> Callable[[], dict[str, float]]:
+) -> Callable[[], Measured]:
     """Retrieval metrics of the model as it is; features of its frozen parts are not computed again.
 
     Several processes encode a share each, and rank 0 counts.
@@ -156,15 +162,11 @@ def evaluation(
         encode_images, encoder.clip, workers=workers, encoder=encoder, exact_preprocess=exact_preprocess
     )
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> Measured:
         known = inputs.val_images
         images = in_shares(peers, val.images, encode) if known is None else known()
         texts = in_shares(peers, captions, partial(encode_captions, encoder.clip, encoder=encoder))
-        return peers.at_root(
-            lambda: evaluate_retrieval(
-                encoder.clip, val, encoder=encoder, image_features=images, text_features=texts
-            )
-        )
+        return peers.at_root(lambda: measure_retrieval(encoder, val, images, texts))
 
     return evaluate
 

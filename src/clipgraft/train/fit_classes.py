@@ -18,6 +18,7 @@ from clipgraft.data.labels import Labelled
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classify import (
     ClassificationResult,
     class_features,
@@ -30,6 +31,7 @@ from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.train.classes import Head, HeadKind, save_head
 from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.inputs import Inputs, prepare_inputs
+from clipgraft.train.learnable import require_classes
 from clipgraft.train.objectives import Headed, Objective, Prompted
 from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
@@ -98,6 +100,7 @@ def fit_classifier(
     require_unmerged(clip, "train")
     spec = plan_epochs(options, out, resume, peers)
     _check(train, val, prompts)
+    require_classes(train)
     choose_trainable(clip, spec)
     if head != "prompts" and trains(clip, "text"):
         raise ConfigError(
@@ -194,7 +197,7 @@ def _evaluation(
     heads: Sequence[nn.Module],
     exact_preprocess: bool,
     peers: Peers,
-) -> Callable[[], dict[str, float]]:
+) -> Callable[[], Measured]:
     """Metrics of the model, or of its head, as it is; features of frozen parts are not computed again.
 
     Several processes encode a share each, and rank 0 counts.
@@ -212,13 +215,13 @@ def _evaluation(
             logits = heads[0](images.to(clip.device))
         return classification_metrics(logits, torch.tensor(val.labels), val.classes)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> Measured:
         known = inputs.val_images
         images = in_shares(peers, val.images, encode) if known is None else known()
         if heads:
-            return peers.at_root(lambda: judge_head(images).metrics)
+            return peers.at_root(lambda: judge_head(images).measured)
         prototypes = _prototypes(encoder, prompts, peers)
-        return peers.at_root(lambda: judge(images, prototypes).metrics)
+        return peers.at_root(lambda: judge(images, prototypes).measured)
 
     return evaluate
 

@@ -42,7 +42,8 @@ class Loop:
         schedule: learning rate by step.
         checkpoint_steps: steps between checkpoints besides those of every epoch; 0 for none.
         settings: what a checkpoint must agree with to be resumed.
-        epoch_end: called with the number of finished epochs; returns metrics to report, or None.
+        epoch_end: called with the number of finished epochs, 0 before the first step of a run; returns
+            metrics to report, or None.
         progress: show a bar, if the output is a terminal.
         peers: the processes that train together; each has this loop, and rank 0 alone writes.
         seed: of the random streams of other processes than rank 0.
@@ -73,14 +74,22 @@ class Loop:
         """
         position = self._start(folder, resume)
         with stop_requests(quiet=not self.peers.alone) as stop:
+            if position.step == 0:
+                self._evaluate(folder, 0, position, stop)
             for epoch in range(position.epoch, self.epochs):
                 position = self._epoch(folder, epoch, position, stop)
-                with self._ended_by(stop, position):
-                    metrics = self.epoch_end(epoch + 1)
-                if metrics is not None:
-                    folder.event("val", position.step, {"epoch": epoch + 1, **metrics})
-                if self._to_stop(stop) and position.epoch < self.epochs:
-                    raise self._interrupted(position)
+                self._evaluate(folder, epoch + 1, position, stop)
+
+    def _evaluate(
+        self, folder: RunFolder | SilentFolder, epochs: int, position: Position, stop: threading.Event
+    ) -> None:
+        """Report what the model reaches after so many epochs."""
+        with self._ended_by(stop, position):
+            metrics = self.epoch_end(epochs)
+        if metrics is not None:
+            folder.event("val", position.step, {"epoch": epochs, **metrics})
+        if self._to_stop(stop) and position.epoch < self.epochs:
+            raise self._interrupted(position)
 
     def _start(self, folder: RunFolder | SilentFolder, resume: bool) -> Position:
         position = Position()

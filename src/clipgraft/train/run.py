@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from torch import nn
 from clipgraft.adapters.native import findable
 from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
+from clipgraft.errors import TrainingError
+from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.files import write_json
 from clipgraft.lora.counting import count_parameters
+from clipgraft.lora.starts import changes_nothing
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.precision import use_autocast
@@ -24,14 +29,17 @@ from clipgraft.models.save import size_on_disk
 from clipgraft.train.checkpoint import recorded_settings
 from clipgraft.train.distributed import ALONE, Peers
 from clipgraft.train.feed import Feed
+from clipgraft.train.learnable import nothing_learnt
 from clipgraft.train.locking import lock_tower
-from clipgraft.train.loop import Loop
-from clipgraft.train.objectives import Objective
+from clipgraft.train.loop import Loop, running_statistics
+from clipgraft.train.objectives import Contrastive, Objective
 from clipgraft.train.optim import make_optimizer
 from clipgraft.train.parts import part_ends, schedule_of
 from clipgraft.train.run_folder import RunFolder, SilentFolder, latest_checkpoint
 from clipgraft.train.saving import Saver
 from clipgraft.train.towers import trains
+from clipgraft.train.validation import BASE, STARTED, Validation
+from clipgraft.train.verdict import Trained, Verdict
 
 log = logging.getLogger("clipgraft")
 
@@ -47,6 +55,9 @@ class FitResult:
         trainable: number of trained weights.
         seconds: of this call, encoding and evaluation included.
         history: metrics of every evaluated epoch of the run, those before a resume included.
+        base: metrics before the first step; None without validation data.
+        best_epoch: the epoch that `saved` is, the best on the validation data; without them the last.
+        verdict: whether that epoch is better than what the run began with; None where that is not known.
     """
 
     folder: Path
@@ -55,6 +66,14 @@ class FitResult:
     trainable: int
     seconds: float
     history: list[dict[str, float]]
+    base: dict[str, float] | None = None
+    best_epoch: int | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the epoch that `saved` is; empty where nothing was measured."""
+        return next((line for line in reversed(self.history) if line["epoch"] == self.best_epoch), {})
 
 
 @dataclass(frozen=True)
@@ -64,15 +83,15 @@ class Task:
     Attributes:
         feed: the batches.
         objective: what a step minimises.
-        evaluate: metrics of the model as it is, the same in every process; None if there is nothing to
-            evaluate on.
+        evaluate: measures the model as it is, with the same result in every process; None if there is
+            nothing to evaluate on.
         headline: the numbers of them that people look at first, in words.
         head: what trains besides the model, or None.
     """
 
     feed: Feed
     objective: Objective
-    evaluate: Callable[[], dict[str, float]] | None
+    evaluate: Callable[[], Measured] | None
     headline: Callable[[Mapping[str, float]], str]
     head: nn.Module | None = None
 
@@ -127,6 +146,7 @@ def run_task(
         if not trains(clip, "vision"):
             encoder.forget("vision")
         saver = Saver(clip, folder.path, keeping.save_lora_only)
+        validation = Validation(folder.path, _began_with(clip), resume) if peers.root else None
         trained = clip.model if task.head is None else nn.ModuleDict({"model": clip.model, "head": task.head})
         loop = Loop(
             clip=clip,
@@ -141,7 +161,7 @@ def run_task(
             grad_clip_norm=spec.grad_clip_norm,
             checkpoint_steps=keeping.checkpoint_steps,
             settings=settings,
-            epoch_end=_epoch_end(task, saver if peers.root else None, keeping, part_ends(spec)),
+            epoch_end=_EpochEnd(task, keeping, part_ends(spec), peers, saver, validation),
             progress=progress and peers.root,
             peers=peers,
             seed=spec.seed,
@@ -151,19 +171,42 @@ def run_task(
             loop.run(folder, resume)
         finally:
             clip.eval()
-        return peers.at_root(lambda: _finish(clip, folder, saver, spec.epochs, started))
+        kept = peers.at_root(lambda: validation.restore(trained) if validation else None)
+        peers.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
+        return peers.at_root(lambda: _finish(clip, folder, saver, validation, kept, spec, task, started))
 
 
 def _finish(
-    clip: Clip, folder: RunFolder | SilentFolder, saver: Saver, epochs: int, started: float
+    clip: Clip,
+    folder: RunFolder | SilentFolder,
+    saver: Saver,
+    validation: Validation | None,
+    kept: int | None,
+    spec: TrainSpec,
+    task: Task,
+    started: float,
 ) -> FitResult:
-    """Save what came of a run, and say so."""
+    """Save what came of a run, and say what it bought."""
     assert isinstance(folder, RunFolder)
+    assert validation is not None
     history = folder.history()
-    saved = saver.save_final(epochs, history[-1] if history else {})
+    epoch = kept or spec.epochs
+    saved = saver.save_final(epoch, next((line for line in history if line["epoch"] == epoch), {}))
     seconds = time.perf_counter() - started
     trainable = count_parameters(clip).trainable
-    result = FitResult(folder.path, saved, size_on_disk(saved), trainable, seconds, history)
+    losses = folder.losses()
+    verdict = validation.verdict(kept, _as_trained(clip, spec, task, losses))
+    result = FitResult(
+        folder=folder.path,
+        saved=saved,
+        bytes=size_on_disk(saved),
+        trainable=trainable,
+        seconds=seconds,
+        history=history,
+        base=validation.before,
+        best_epoch=epoch,
+        verdict=verdict,
+    )
     write_json(folder.path / "results.json", _plain(asdict(result)))
     log.info(
         "saved %s (%.2f MB, %s trained weights, %.0f s)",
@@ -172,22 +215,111 @@ def _finish(
         f"{trainable:,}",
         seconds,
     )
+    if kept is not None and len(history) > 1:
+        log.info("%s", _which_epoch(kept, spec.epochs, history, task))
+    if task.evaluate is None:
+        log.info("without --val-data nobody knows whether this is better than what the run began with")
+    if (nothing := nothing_learnt(losses, task.feed.steps)) is not None:
+        log.warning("%s", nothing)
+    if verdict is not None:
+        log.info("%s", verdict)
     return result
 
 
-def _epoch_end(
-    task: Task, saver: Saver | None, keeping: Keeping, ends: Collection[int]
-) -> Callable[[int], Mapping[str, float] | None]:
-    def epoch_end(epoch: int) -> Mapping[str, float] | None:
+def _which_epoch(kept: int, epochs: int, history: list[dict[str, float]], task: Task) -> str:
+    """Which epoch is kept, and where the last one is if that is another."""
+    told = f"kept epoch {kept} of {epochs}, the best on the validation data"
+    if kept == epochs:
+        return told
+    return f"{told}; the last one, {task.headline(history[-1])}, is checkpoints/epoch_{epochs}"
+
+
+def _began_with(clip: Clip) -> str:
+    """What a run is compared with: an adapter that has been trained before is no base."""
+    state = lora_state(clip)
+    return BASE if state is None or changes_nothing(state.chosen()) else STARTED
+
+
+def _as_trained(clip: Clip, spec: TrainSpec, task: Task, losses: list[float]) -> Trained:
+    state, steps = lora_state(clip), task.feed.steps
+    first, last = losses[:steps], losses[-steps:]
+    return Trained(
+        rows=len(task.feed.caption_of_row),
+        unit="pairs" if isinstance(task.objective, Contrastive) else "images",
+        epochs=spec.epochs,
+        lr=spec.lr,
+        roles=None if state is None else {(site.tower, site.role) for site in state.chosen().layers},
+        losses=(fmean(first), fmean(last)) if len(losses) > steps else None,
+    )
+
+
+@dataclass(frozen=True)
+class _EpochEnd:
+    """What happens before the first step and after every epoch: the model is measured and saved.
+
+    Attributes:
+        ends: epochs after which the run, or a part of it, ends.
+        validation: keeps what was measured; None in a process that does not write.
+    """
+
+    task: Task
+    keeping: Keeping
+    ends: Collection[int]
+    peers: Peers
+    saver: Saver
+    validation: Validation | None
+
+    def __call__(self, epoch: int) -> Mapping[str, float] | None:
+        if epoch == 0:
+            return self._before()
         metrics = None
-        if task.evaluate is not None and _due(epoch, keeping.val_frequency, ends):
-            metrics = task.evaluate()
-            log.info("epoch %d: %s", epoch, task.headline(metrics))
-        if saver is not None and _due(epoch, keeping.save_frequency, ends):
-            saver.save_epoch(epoch, metrics or {})
+        if self.task.evaluate is not None and _due(epoch, self.keeping.val_frequency, self.ends):
+            measured = self.task.evaluate()
+            metrics = measured.metrics
+            log.info("epoch %d: %s", epoch, self.task.headline(metrics))
+            if self.validation is not None:
+                self.validation.add(epoch, measured)
+        if self.peers.root and _due(epoch, self.keeping.save_frequency, self.ends):
+            self.saver.save_epoch(epoch, metrics or {})
         return metrics
 
-    return epoch_end
+    def _before(self) -> Mapping[str, float] | None:
+        """What the model reaches as it is; a run that is resumed does not measure it again."""
+        if self.task.evaluate is None:
+            return None
+        validation = self.validation
+        known = self.peers.at_root(lambda: validation.before if validation else None)
+        if known is None:
+            with _same_random(), _blaming_the_base():
+                measured = self.task.evaluate()
+            if validation is not None:
+                validation.begin(measured)
+            known = measured.metrics
+        than = validation.record.than if validation else BASE
+        log.info("epoch 0, %s: %s", than, self.task.headline(known))
+        return known
+
+
+@contextlib.contextmanager
+def _blaming_the_base() -> Iterator[None]:
+    """Features that are not finite before the first step cannot be the learning rate's fault."""
+    try:
+        yield
+    except TrainingError as error:
+        if type(error) is not TrainingError:  # another process is gone
+            raise
+        raise TrainingError(
+            "features of the validation data are not finite before the first step: likely the base or an "
+            "image holds broken values; check --pretrained, or use --precision fp32"
+        ) from error
+
+
+@contextlib.contextmanager
+def _same_random() -> Iterator[None]:
+    """Random streams are after this as they were before, whatever loaders drew from them."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
 
 
 def choose_trainable(clip: Clip, spec: TrainSpec) -> None:

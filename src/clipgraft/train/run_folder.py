@@ -96,12 +96,16 @@ class RunFolder:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def history(self) -> list[dict[str, float]]:
-        """Metrics of every evaluated epoch of the run, those before a resume included."""
+        """Metrics of every evaluated epoch of the run, those before a resume included; not of epoch 0."""
         return [
             {name: value for name, value in event.items() if name not in ("kind", "step")}
             for event in read_events(self._events)
-            if event["kind"] == "val"
+            if event["kind"] == "val" and event["step"] > 0
         ]
+
+    def losses(self) -> list[float]:
+        """The loss of every step of the run, those before a resume included."""
+        return [float(event["loss"]) for event in read_events(self._events) if event["kind"] == "train"]
 
     def close(self) -> None:
         log.setLevel(self._level)
@@ -155,7 +159,10 @@ def _plain(value: Any) -> Any:
 
 
 def _is_after(event: Mapping[str, Any], position: Position) -> bool:
-    """Whether a run at `position` writes the event (again). Epochs are evaluated after their last step."""
+    """Whether a run at `position` writes the event (again). Epochs are evaluated after their last step.
+
+    What the model reaches before the first step is reported again by a run that begins there.
+    """
     if event["step"] == position.step and event["kind"] == "val":
-        return position.step_in_epoch > 0
+        return position.step_in_epoch > 0 or position.step == 0
     return bool(event["step"] > position.step)

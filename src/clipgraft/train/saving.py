@@ -34,12 +34,15 @@ class Saver:
         if not self.lora_only:
             self._save_with_base(target.with_name(f"epoch_{epoch}.pt"), epoch)
 
-    def save_final(self, epochs: int, metrics: Mapping[str, float]) -> Path:
-        """`adapter/`, or where `save_epoch` put the model of the last epoch."""
+    def save_final(self, epoch: int, metrics: Mapping[str, float]) -> Path:
+        """The epoch that the run keeps: `adapter/`, or where `save_epoch` puts, or has put, its model."""
         if lora_state(self.clip) is not None:
             return save_adapter(self.clip, self.folder / "adapter", metrics)
-        target = self.folder / "checkpoints" / f"epoch_{epochs}"
-        return target if target.is_dir() else target.with_name(f"epoch_{epochs}.pt")
+        folder = self.folder / "checkpoints" / f"epoch_{epoch}"
+        file = folder.with_name(f"epoch_{epoch}.pt")
+        if not folder.is_dir() and not file.is_file():
+            self.save_epoch(epoch, metrics)
+        return folder if folder.is_dir() else file
 
     def _save_with_base(self, path: Path, epoch: int) -> None:
         whole = {
