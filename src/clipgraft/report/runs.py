@@ -14,6 +14,7 @@ from clipgraft.errors import CheckpointError, DataError
 from clipgraft.records import Finite, Whole, read_json
 from clipgraft.train.events import EVENTS, read_events
 from clipgraft.train.grid import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
+from clipgraft.train.verdict import Verdict
 
 T = TypeVar("T")
 TaskName = Literal["retrieval", "classification"]
@@ -34,7 +35,10 @@ class Run:
         name: that people call it.
         params: what it was given; empty where it left no record of that.
         losses: (step, loss) of its steps.
+        base: metrics before the first step; None where they were not measured.
         evaluations: metrics of evaluated epochs, with `epoch` and `step`.
+        best_epoch: the one that was saved; None where that is the last one, or nothing was saved.
+        verdict: whether it is better than what the run began with; None where that is not known.
         saved: the adapter folder or the fine-tuned model; None where there is none (yet).
         trained: number of trained weights; None for a run that has not finished, as are the next two.
         bytes: size of `saved`.
@@ -46,7 +50,10 @@ class Run:
     name: str
     params: Mapping[str, Any]
     losses: tuple[tuple[int, float], ...]
+    base: dict[str, float] | None
     evaluations: tuple[Mapping[str, float], ...]
+    best_epoch: int | None
+    verdict: Verdict | None
     saved: Path | None
     trained: int | None
     bytes: int | None
@@ -70,9 +77,10 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the last evaluation, without its epoch and step."""
-        last = self.evaluations[-1] if self.evaluations else {}
-        return {name: value for name, value in last.items() if name not in ("epoch", "step")}
+        """Of the epoch that was saved, or the last one so far, without its epoch and step."""
+        best = [line for line in self.evaluations if line.get("epoch") == self.best_epoch]
+        kept = best or self.evaluations[-1:]
+        return _metrics(kept[-1]) if kept else {}
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,8 @@ class _Results:
     trainable: Whole
     bytes: Whole
     seconds: Finite
+    best_epoch: Whole | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,16 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
     events = read_events(path / EVENTS)
     results = _record(path / "results.json", _Results)
     started, ended = _dates(path / "out.log")
+    measured = [_numbers(event) for event in events if event["kind"] == "val"]
     return Run(
         path=path,
         name=name or path.resolve().name,
         params={**read_params(path), **(params or {})},
         losses=tuple((int(e["step"]), float(e["loss"])) for e in events if e["kind"] == "train"),
-        evaluations=tuple(_numbers(e) for e in events if e["kind"] == "val"),
+        base=next((_metrics(line) for line in measured if line["step"] == 0), None),
+        evaluations=tuple(line for line in measured if line["step"] > 0),
+        best_epoch=results.best_epoch if results else None,
+        verdict=results.verdict if results else None,
         saved=_saved(path, results),
         trained=results.trainable if results else None,
         bytes=results.bytes if results else None,
@@ -253,6 +267,10 @@ def _record(path: Path, kind: type[T]) -> T | None:
     if not path.is_file():
         return None
     return read_json(path, kind, CheckpointError, "restore it, or leave its run out of the report")
+
+
+def _metrics(line: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("epoch", "step")}
 
 
 def _numbers(event: Mapping[str, Any]) -> dict[str, float]:
