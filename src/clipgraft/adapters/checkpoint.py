@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path
+from clipgraft.models.weights_file import placeholder
 from clipgraft.writing import size_of
 
 _HUGE = 10**15
@@ -26,6 +27,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "that is a folder, not a file" if path.exists() else "there is no such file or folder"
         raise AdapterError(f"no adapter at {path}: {what}; check the path")
+    if problem := placeholder(path):
+        raise AdapterError(f"{path} cannot be read: {problem}")
     try:
         _check_archive(path)
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)

@@ -19,13 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clipgraft.adapters.checkpoint import as_weight
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, write_json
+from clipgraft.models.weights_file import UnreadableError, check_is_weights, placeholder, read_weights
 from clipgraft.writing import size_of, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+PICKLED_FILE = "adapter_model.bin"  # what PEFT wrote until 0.7
 NATIVE_FILE = "clipgraft.json"
+FILES = (WEIGHTS_FILE, PICKLED_FILE, CONFIG_FILE, NATIVE_FILE)
 PENDING_FILE = ".clipgraft.json.next"
 FORMAT_VERSION = 1
 
@@ -71,13 +75,7 @@ def read_folder(path: Path, name: str | None = None) -> Contents:
         AdapterError: no adapter there, or its files are damaged or do not belong together.
     """
     folder = find_folder(path, name)
-    weights = folder / WEIGHTS_FILE
-    try:
-        tensors, digest = load_file(weights), _digest(weights)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{weights} is truncated or damaged ({_brief(error)}): copy or save it again"
-        ) from error
+    tensors, digest = _read_weights(folder)
     records = [name for name in (NATIVE_FILE, PENDING_FILE) if (folder / name).is_file()]
     for name in records:
         record = _read_json(folder / name)
@@ -94,6 +92,23 @@ def read_folder(path: Path, name: str | None = None) -> Contents:
     return Contents(folder, tensors, _read_json(folder / CONFIG_FILE), None)
 
 
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of an adapter and the digest of their file; PEFT takes safetensors first, as here."""
+    weights = next(path for name in (WEIGHTS_FILE, PICKLED_FILE) if (path := folder / name).is_file())
+    try:
+        if weights.name == WEIGHTS_FILE:
+            check_is_weights(weights)
+            return load_file(weights), _digest(weights)
+        state = read_weights(weights).state
+        return {n: as_weight(t, n, weights, t.ndim) for n, t in state.items()}, _digest(weights)
+    except UnreadableError as error:
+        raise AdapterError(f"{weights} cannot be read: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{weights} is truncated or damaged ({_brief(error)}): copy or save it again"
+        ) from error
+
+
 def find_folder(path: Path, name: str | None = None) -> Path:
     """The adapter folder at a path, which may be one of its files, a run folder, or one of named adapters.
 
@@ -102,7 +117,7 @@ def find_folder(path: Path, name: str | None = None) -> Path:
     Raises:
         AdapterError: there is none, or several and none of that name.
     """
-    if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE, NATIVE_FILE):
+    if path.is_file() and path.name in FILES:
         path = path.parent
     for folder in (path, path / "adapter"):
         if _holds_adapter(folder):
@@ -116,6 +131,11 @@ def find_folder(path: Path, name: str | None = None) -> Path:
         raise AdapterError(f"{path} holds several adapters, {listed}: give the folder of one, {named[0]}")
     if not path.exists():
         raise AdapterError(f"no adapter at {path}: there is no such folder; check the path")
+    weights = next((name for name in (WEIGHTS_FILE, PICKLED_FILE) if (path / name).is_file()), None)
+    if weights is not None:
+        raise AdapterError(
+            f"{path} holds {weights} without {CONFIG_FILE}, which says what it is: copy that too"
+        )
     raise AdapterError(
         f"no adapter at {path}: an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it"
     )
@@ -131,7 +151,8 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def _holds_adapter(folder: Path) -> bool:
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    weights = (folder / WEIGHTS_FILE).is_file() or (folder / PICKLED_FILE).is_file()
+    return weights and (folder / CONFIG_FILE).is_file()
 
 
 def _current(record: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -145,6 +166,8 @@ def _current(record: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if problem := placeholder(path):
+        raise AdapterError(f"{path} cannot be read: {problem}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

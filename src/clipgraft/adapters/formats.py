@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clipgraft.adapters.checkpoint import read_checkpoint
 from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
-from clipgraft.adapters.folder import CONFIG_FILE, NATIVE_FILE, WEIGHTS_FILE, is_adapter, read_folder
+from clipgraft.adapters.diffusion import read_diffusion, trainer_of
+from clipgraft.adapters.folder import FILES, is_adapter, read_folder
 from clipgraft.adapters.guide_checkpoint import guide_adapter, write_guide, write_guide_full
 from clipgraft.adapters.native import AdapterFile, as_adapter, write_adapter
 from clipgraft.adapters.peft_config import named_base
@@ -19,7 +20,7 @@ from clipgraft.adapters.runs import find_run_model
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_folder
 
-Format = Literal["folder", "peft-openclip", "guide", "guide-full", "clip-lora"]
+Format = Literal["folder", "peft-openclip", "guide", "guide-full", "clip-lora", "kohya", "diffusers"]
 Form = Literal["peft", "guide", "guide-full", "clip-lora"]
 
 
@@ -29,7 +30,7 @@ def detect(path: str | Path) -> Format:
     Returns:
         `folder`, an adapter folder of clipgraft or of PEFT on transformers; `peft-openclip`, one of PEFT on
         an open_clip model; `guide` and `guide-full`, the guide's `.pt` files; `clip-lora`, one of
-        MaxZanella/CLIP-LoRA.
+        MaxZanella/CLIP-LoRA; `kohya` and `diffusers`, LoRA of a text encoder beside an image generator.
 
     Raises:
         AdapterError: nothing is there, or it is none of these.
@@ -38,6 +39,8 @@ def detect(path: str | Path) -> Format:
     if _is_folder(path):
         contents = read_folder(path)
         return "peft-openclip" if is_peft_openclip(contents.tensors, contents.config) else "folder"
+    if path.suffix == ".safetensors":
+        return trainer_of(path)
     return _detect_file(read_checkpoint(path), path)
 
 
@@ -64,6 +67,8 @@ def read_any(
     path = adapter_place(Path(path))
     if _is_folder(path):
         return _read_folder(path, name, peft_out_proj)
+    if path.suffix == ".safetensors":
+        return read_diffusion(path, text_layers)
     data = read_checkpoint(path)
     if _detect_file(data, path) == "clip-lora":
         return clip_lora_adapter(data, path, text_layers, vision_layers)
@@ -87,7 +92,7 @@ def adapter_place(path: Path) -> Path:
 
 
 def _is_folder(path: Path) -> bool:
-    return path.is_dir() or path.name in (WEIGHTS_FILE, CONFIG_FILE, NATIVE_FILE)
+    return path.is_dir() or path.name in FILES
 
 
 def _read_folder(path: Path, name: str | None, peft_out_proj: OutProj | None) -> AdapterFile:
