@@ -6,6 +6,7 @@ Readers such as pyarrow, numpy, tarfile, FAISS, safetensors and torch raise almo
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from clipgraft.errors import ClipgraftError, DataError
 
 _MOST_REASON = 160
+_MOST_BYTES, _LAST_SECOND = 1 << 62, 1 << 40
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def reading(path: str | Path, error: type[ClipgraftError] = DataError, advice: s
 def reason(cause: BaseException) -> str:
     """Why something failed, as a library says it, in one printable line."""
     told = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    line = " ".join("".join(c if c.isprintable() else " " for c in told[: 4 * _MOST_REASON]).split())
+    line = printable(told, 4 * _MOST_REASON)
     if isinstance(cause, KeyError | RecursionError | MemoryError) or not line:
         line = f"{type(cause).__name__} {line}".strip()
     return line if len(line) <= _MOST_REASON else f"{line[:_MOST_REASON]}…"
@@ -45,6 +47,55 @@ def map_array(path: Path, error: type[ClipgraftError] = DataError, advice: str =
 
     with reading(path, error, advice):
         return open_memmap(path, mode=mode)
+
+
+def printable(text: str, most: int = 200) -> str:
+    """Text of a stranger's file on one line: other characters than printable ones are blanks."""
+    cut = text if len(text) <= most else f"{text[:most]}…"
+    return " ".join("".join(c if c.isprintable() else " " for c in cut).split())
+
+
+class Tar(tarfile.TarFile):
+    """A tar file that raises TarError alone, whose members have a size and a time that can be kept."""
+
+    def next(self) -> tarfile.TarInfo | None:
+        """The next member; None at the end."""
+        try:
+            member = super().next()
+        except tarfile.TarError:
+            raise
+        except Exception as cause:  # ValueError, OverflowError, UnicodeDecodeError, … of damaged headers
+            raise tarfile.ReadError(reason(cause)) from cause
+        if member is None:
+            return None
+        if not (0 <= member.size < _MOST_BYTES and 0 <= member.offset_data < _MOST_BYTES):
+            raise tarfile.ReadError(f"{member.name[:200]!r} claims to have {member.size} bytes")
+        if not -_LAST_SECOND < member.mtime < _LAST_SECOND:  # NaN is not either
+            raise tarfile.ReadError(f"{member.name[:200]!r} claims to be of second {member.mtime}")
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name[:200]!r} has holes; pack it again without --sparse")
+        return member
+
+
+@contextmanager
+def reading_parquet(path: Path, state: str = "is not a whole Parquet file") -> Iterator[Any]:
+    """Yield pyarrow; what it raises inside names the file.
+
+    Raises:
+        DataError: pyarrow is not installed, or raised something.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        missing = "reading Parquet needs pyarrow: pip install 'clipgraft[parquet]'"
+        raise DataError(f"{path}: {missing}") from error
+    try:
+        yield pyarrow
+    except ClipgraftError:
+        raise
+    except Exception as cause:
+        raise DataError(f"{path}: {state} ({reason(cause)}); write it again") from cause
 
 
 def read_parquet(content: Path | bytes, path: Path, columns: Sequence[str] | None, advice: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clipgraft.data.rows import BadRow
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.readers import printable
 
 MAX_BAD_ROWS = 100
 _KEPT = 10  # bad rows that are kept to be shown
@@ -168,4 +169,4 @@ def _duplicates_advice(report: DataReport) -> str:
 
 def describe_row(row: BadRow, unit: str) -> str:
     """`line 7: a.jpg not found in data`: where, which image, why."""
-    return " ".join(part for part in (f"{unit} {row.number}:", row.image, row.reason) if part)
+    return " ".join(part for part in (f"{unit} {row.number}:", printable(row.image), row.reason) if part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from difflib import get_close_matches
@@ -17,6 +17,7 @@ from clipgraft.data.delimited import header_readings, is_token_file, read_delimi
 from clipgraft.data.folders import find_captions_file, image_root, read_sidecars
 from clipgraft.data.rows import BadRow, Rows, Table, make_row, text_lines
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.readers import reading_parquet
 
 DATASET_TYPES = ("auto", "csv", "tsv", "jsonl", "parquet", "folder")
 
@@ -181,19 +182,8 @@ def _json_objects(source: Path) -> Generator[tuple[int, dict[str, Any] | str], N
 
 
 def _parquet_names(source: Path) -> list[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(
-            f"{source}: reading Parquet needs pyarrow: pip install 'clipgraft[parquet]'"
-        ) from error
-    try:
+    with reading_parquet(source) as pyarrow:
         return list(pyarrow.parquet.read_schema(source).names)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{source}: is not a whole Parquet file ({_one_line(error)}); write it again"
-        ) from error
 
 
 def _read_parquet(source: Path, keys: Keys, numbers: bool) -> Table:
@@ -212,22 +202,23 @@ def _read_parquet(source: Path, keys: Keys, numbers: bool) -> Table:
 
 
 def _parquet_rows(source: Path, columns: Columns, numbers: bool) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    with pyarrow.parquet.ParquetFile(source) as file:
-        try:
-            for batch in file.iter_batches(columns=[columns.image, columns.caption]):
-                cells = batch.to_pydict()
-                for image, captions in zip(cells[columns.image], cells[columns.caption], strict=True):
-                    number += 1
-                    yield make_row(number, image, captions, numbers=numbers)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{source}: damaged after row {number} ({_one_line(error)}); write it again"
-            ) from error
+    for number, (image, captions) in enumerate(_parquet_cells(source, [columns.image, columns.caption]), 1):
+        yield make_row(number, image, captions, numbers=numbers)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _parquet_cells(source: Path, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, row by row."""
+    done = 0
+    with reading_parquet(source) as pyarrow, pyarrow.parquet.ParquetFile(source) as file:
+        batches = file.iter_batches(columns=list(dict.fromkeys(names)))
+        while True:
+            with reading_parquet(source, f"damaged after row {done}"):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                batch.validate(full=True)
+                # By place: of two columns of one name, the first.
+                places = [batch.schema.names.index(name) for name in names]
+                rows = list(zip(*(batch.column(place).to_pylist() for place in places), strict=True))
+            yield from rows
+            done += len(rows)

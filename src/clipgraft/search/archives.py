@@ -18,6 +18,7 @@ from typing import IO
 
 from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.errors import DataError
+from clipgraft.readers import Tar
 from clipgraft.search.items import Item, Source, is_address, storable, tidy
 from clipgraft.search.remote import check_protocol, modified, open_at, open_filesystem, unreachable
 
@@ -123,7 +124,7 @@ def _stamp(archive: str) -> tuple[int | None, int | None]:
 
 def _members(archive: str, file: IO[bytes]) -> Iterator[Item]:
     """The images of one tar file, each with the text that stands beside it under the same name."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with Tar.open(fileobj=file, mode="r:") as tar:
         sample, images, caption = "", list[tarfile.TarInfo](), None
         for member in _headers(tar):
             if isinstance(member, tarfile.TarError):
