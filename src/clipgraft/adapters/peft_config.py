@@ -188,7 +188,7 @@ def _check_ranks(ranks: Mapping[Site, float], folder: Path) -> None:
 def _pattern(config: Mapping[str, Any], key: str, folder: Path) -> list[tuple[Matches, float]]:
     """A rank or alpha pattern whose keys are regular expressions and whose values are numbers."""
     pattern = config.get(key) or {}
-    if not isinstance(pattern, dict):
+    if not isinstance(pattern, dict) or not all(isinstance(name, str) for name in pattern):
         raise AdapterError(f"{folder}: {key} is no JSON object: save the adapter again")
     if len(pattern) > _MOST_KEYS:
         raise AdapterError(
