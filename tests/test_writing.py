@@ -145,6 +145,18 @@ def test_a_full_disk_names_the_file_the_room_needed_and_the_room_there_is(tmp_pa
     assert left == "[]", "nothing half written"
 
 
+def test_files_within_a_folder_are_named_where_they_would_be(tmp_path: Path) -> None:
+    """The message would name a hidden folder that is gone again, and nothing the user knows."""
+    with (
+        no_file_longer_than(_MOST),
+        pytest.raises(WriteError, match=rf"cannot write {tmp_path}/model/weights\.pt: ") as caught,
+        atomic_folder(tmp_path / "model") as folder,
+        atomic_path(folder / "weights.pt") as temporary,
+    ):
+        torch.save({"x": _VALUES}, temporary)
+    assert "partial" not in str(caught.value)
+
+
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_each_reason_is_said(number: int, tmp_path: Path) -> None:
     """A quota is not helped by making room for others, nor a read-only disk by deleting files."""

@@ -46,6 +46,12 @@ def writing(target: Path, needs: int | None = None, temporary: Path | None = Non
     """
     try:
         yield
+    except WriteError as error:
+        if temporary is None:
+            raise
+        # Of a file that was to become part of a folder: nobody knows where that was being made.
+        what = error.what.replace(str(temporary), str(target))
+        raise WriteError(what, error.advice.replace(str(temporary.absolute()), str(target.parent))) from error
     except ClipgraftError:
         raise
     except Exception as error:
