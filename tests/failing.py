@@ -26,5 +26,7 @@ def failing(self: Loop, batch: Any, number: int) -> Any:
     return _step(self, batch, number)
 
 
+if HOW == "settings" and os.environ["RANK"] == str(RANK):
+    sys.argv += ["--lr", "3e-5", "--workers", "1"]
 Loop._step = failing  # type: ignore[method-assign]
 sys.exit(main(sys.argv[4:]))

@@ -272,3 +272,39 @@ def test_ctrl_c_on_torchrun_saves_once(tmp_path: Path, tiny_config: Path, pictur
     step = steps_saved(tmp_path / "run")
     assert step >= 5
     assert line.startswith(f"clipgraft: stopped and saved after step {step} of 1500; go on with: torchrun ")
+
+
+@pytest.mark.slow
+def test_a_process_with_other_settings_ends_the_run(
+    tmp_path: Path, tiny_config: Path, pictures: Path
+) -> None:
+    """Each would step a model of its own, and nobody would see why nothing is learnt."""
+    lines, code = train_and_fail("settings", 0, tmp_path, tiny_config, pictures)
+    assert lines == [
+        "clipgraft: the processes of this run differ from rank 0: rank 1 has lr 3e-05, not 0.0005: "
+        "start all of them with the same command, data and base"
+    ]
+    assert code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sixteen machines one must learn which was started with what; a GPU's number may differ."""
+    theirs: list[dict[str, object]] = [
+        {"data": "a1", "lora": {"r": 4}, "device": "cuda:0"},
+        {"data": "a1", "lora": {"r": 4}, "device": "cuda:1"},
+        {"data": "b2", "lora": {"r": 4}, "device": "cuda:2"},
+        {"data": "a1", "lora": None, "device": "cpu", "teacher": "x"},
+    ]
+
+    def gather(_: Peers, __: str, box: list[object], own: dict[str, str]) -> None:
+        box[:] = [{name: str(value) for name, value in values.items() if name in own} for values in theirs]
+
+    monkeypatch.setattr(Peers, "_call", gather)
+    Peers(1, 4).require_same({"device": "cuda:1"})
+    with pytest.raises(cg.ConfigError) as caught:
+        Peers(1, 4).require_same({**theirs[1], "teacher": None})
+    assert "rank 2 has data b2, not a1; rank 3 has lora None, not {'r': 4}; teacher x, not nothing" in str(
+        caught.value
+    )
+    assert "rank 1" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -258,3 +259,16 @@ def test_sigkill_and_resume_from_the_command_line(tmp_path: Path, pictures: Path
     assert run("--resume", "latest", "--name=killed") == 0
     assert run("--name", "whole") == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_seconds_are_those_of_all_parts(train: Train, tmp_path: Path) -> None:
+    """A run that was interrupted after ten hours would say that it took ten minutes."""
+    with death(loop, "save_checkpoint", 2, before=False):
+        train(tmp_path / "run")
+    assert float((tmp_path / "run" / "seconds.txt").read_text()) > 0
+    (tmp_path / "run" / "seconds.txt").write_text("36000")
+    train(tmp_path / "run", resume=True)
+    for _ in range(2):  # a finished run that is resumed has nothing to do, and still knows
+        seconds = json.loads((tmp_path / "run" / "results.json").read_text())["seconds"]
+        assert 36_000 < seconds < 36_600
+        train(tmp_path / "run", resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
         (leftover / "new").mkdir()
         run.latest.touch()
     with open_run(tmp_path / "run", resume=True) as run:
+        run.start(Position())
         assert list(run.checkpoints.iterdir()) == [run.latest]
 
 
@@ -133,3 +135,78 @@ def test_parameters_with_names_that_are_no_utf8(tmp_path: Path, monkeypatch: pyt
         log.warning("reading %s", name)
     assert (tmp_path / "run" / "params.txt").read_text() == "train_data: \\udce9\n"
     assert "reading \\udce9" in (tmp_path / "run" / "out.log").read_text()
+
+
+def test_two_runs_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    """Two trainings, or a resume beside the live run, would mix their steps in one events.jsonl."""
+    told = rf"run .*run is in use by process {os.getpid()} on .*: wait until it ends, or choose another name"
+    with open_run(tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(cg.BusyError, match=told):
+                open_run(tmp_path / "run", resume)
+            with pytest.raises(cg.BusyError, match=told):
+                refuse_used(tmp_path / "run", resume)
+    with open_run(tmp_path / "run"):
+        pass
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:
+    """It could neither go on nor be started again."""
+    with open_run(tmp_path / "run") as run:
+        run.start(Position())
+        run.event("train", 1, {"loss": 1.0})
+    with open_run(tmp_path / "run", resume=True) as run:
+        run.start(Position())
+    assert (tmp_path / "run" / "events.jsonl").read_text() == ""
+
+
+def test_a_refused_resume_touches_nothing(tmp_path: Path) -> None:
+    """params.json would tell the settings of the run that was refused, and the report show them."""
+    with open_run(tmp_path / "run") as run:
+        run.start(Position())
+        run.event("train", 1, {"loss": 1.0})
+        run.latest.write_bytes(b"checkpoint")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+    def refuse() -> None:
+        with RunFolder(tmp_path / "run", {"lr": 2.0}, True):
+            log.warning("settings differ")
+            raise cg.CheckpointError("lr was 0.001, now 2.0")
+
+    with pytest.raises(cg.CheckpointError):
+        refuse()
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_an_accepted_resume_has_the_lines_from_before_it_in_its_log(tmp_path: Path) -> None:
+    """What was read and chosen for this part of the run would be missing in out.log."""
+    with open_run(tmp_path / "run") as run:
+        run.start(Position())
+        run.latest.touch()
+    for early in (True, False):
+        before = early_lines() if early else contextlib.nullcontext()
+        with before, open_run(tmp_path / "run", resume=True) as run:
+            log.info("12 images, early %s", early)
+            run.start(Position())
+            log.info("epoch 1, early %s", early)
+    lines = [line.split(" | ")[-1] for line in (tmp_path / "run" / "out.log").read_text().splitlines()]
+    assert lines == [f"{what}, early {early}" for early in (True, False) for what in ("12 images", "epoch 1")]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-3", "x", ""])
+def test_seconds_that_cannot_be_read_are_none(text: str, tmp_path: Path) -> None:
+    """A file that was cut short would make the total nan, or end the run."""
+    with open_run(tmp_path / "run") as run:
+        (tmp_path / "run" / "seconds.txt").write_text(text)
+        assert run.seconds() == 0
+
+
+def test_seconds_so_far(tmp_path: Path) -> None:
+    """A resumed or extended run would report the time of its last part alone."""
+    with open_run(tmp_path / "run") as run:
+        assert run.seconds() == 0
+        run.keep_seconds(12.5)
+        assert run.seconds() == 12.5
+        run.finish({"seconds": 14.25})
+        assert run.seconds() == 14.25
+    assert not (tmp_path / "run" / "seconds.txt").exists()

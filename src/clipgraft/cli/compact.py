@@ -20,6 +20,7 @@ from clipgraft.config import (
     flag,
 )
 from clipgraft.errors import ConfigError
+from clipgraft.locks import sole_owner
 
 if TYPE_CHECKING:
     from clipgraft.compact.model import Compacted
@@ -38,19 +39,30 @@ def run(argv: Sequence[str]) -> None:
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
     _check_together(spec, teaching, train)
     folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")
-    from clipgraft.cli.common import load_model
-    from clipgraft.compact.write import check_out, write_compact
-    from clipgraft.train.run_folder import early_lines, refuse_used
-    from clipgraft.train.stop import Interrupted
+    from clipgraft.compact.write import check_out
+    from clipgraft.train.run_folder import refuse_used
 
     check_out(spec.out)
     if teaching.distill_data is not None:
         refuse_used(folder, teaching.resume is not None)
+    lock = spec.out.with_name(f".{spec.out.name}.lock")
+    with sole_owner(lock, str(spec.out), "wait until it is written, or choose another path"):
+        _make(argv, (spec, teaching, table, train, device), folder)
+
+
+def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
+    """Cut, distil if asked to, write, and say what was written."""
+    spec, teaching, table, _, device = specs
+    from clipgraft.cli.common import load_model
+    from clipgraft.compact.write import write_compact
+    from clipgraft.train.run_folder import early_lines
+    from clipgraft.train.stop import Interrupted
+
     try:
         with early_lines():
             base = load_model(ModelSpec(model=spec.model, pretrained=spec.pretrained, **device.model_dump()))
             compacted = _cut(base, spec, table)
-            _train(base, compacted, (spec, teaching, table, train, device), folder)
+            _train(base, compacted, specs, folder)
     except Interrupted as stop:
         more = "" if teaching.resume is not None else " --resume latest"
         raise Interrupted(

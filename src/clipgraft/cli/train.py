@@ -54,6 +54,7 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
         return chosen
 
     peers = several or ALONE
+    peers.require_same({name: value for spec in specs for name, value in spec.model_dump().items()})
     folder = peers.at_root(choose_folder)
     go_on = f"go on with: {continuation(argv, where.name or folder.name)}"
     peers.advise(go_on)

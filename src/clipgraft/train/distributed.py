@@ -11,7 +11,7 @@ Nothing here does any work for a process that is alone: `ALONE`, which is what a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clipgraft.errors import ConfigError
 from clipgraft.train.watch import Watch
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item", str, Path, int)
+OWN = frozenset({"device", "workers", "feature_cache", "cache_gb", "progress"})
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,32 @@ class Peers:
         value: _Value = box[0]
         return value
 
+    def require_same(self, values: Mapping[str, object]) -> None:
+        """Refuse to go on where a process has another value than rank 0, in all of them.
+
+        What belongs to a machine (`OWN`) may differ.
+
+        Raises:
+            ConfigError: naming the ranks and the values.
+        """
+        if self.alone:
+            return
+        here = {name: str(value)[:1000] for name, value in values.items() if name not in OWN}
+        given: list[Any] = [None] * self.size
+        self._call("all_gather_object", given, here)
+        told = []
+        for rank, other in enumerate(given):
+            names = [name for name in {**given[0], **other} if other.get(name) != given[0].get(name)]
+            if names:
+                shown = [f"{n} {_brief(other.get(n))}, not {_brief(given[0].get(n))}" for n in names]
+                more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+                told.append(f"rank {rank} has {'; '.join(shown[:4])}{more}")
+        if told:
+            raise ConfigError(
+                f"the processes of this run differ from rank 0: {'; '.join(told[:4])}: start all of them "
+                "with the same command, data and base"
+            )
+
     def any(self, here: bool) -> bool:
         """Whether it is so in one process at least."""
         if self.alone:
@@ -178,6 +206,14 @@ def in_shares(peers: Peers, items: Sequence[_Item], encode: Callable[[Sequence[_
     own = items[peers.share(len(items))]
     rows = encode(own or items[:1])[: len(own)]
     return torch.cat([given for (given,) in peers.gather(rows)])
+
+
+def _brief(value: str | None) -> str:
+    """A setting in a message."""
+    if value is None:
+        return "nothing"
+    line = " ".join("".join(c if c.isprintable() else " " for c in value).split())
+    return line if len(line) <= 60 else f"{line[:60]}…"
 
 
 def _by_type(tensors: Iterable[Tensor], type_of: Callable[[Tensor], torch.dtype]) -> Iterable[list[Tensor]]:

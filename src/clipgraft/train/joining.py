@@ -70,7 +70,9 @@ def joined() -> Iterator[Peers]:
         code = watch.claim(int(getattr(error, "exit_code", 1)))
         if code is None:
             raise
-        time.sleep(1)  # torchrun kills all when the first process ends, and that one may still be writing
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends when the first process ends
+        time.sleep(1)  # and that one may still be writing
         raise SystemExit(code) from None
     watch.stop()
     if own_group:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class Loop:
         progress: show a bar, if the output is a terminal.
         peers: the processes that train together; each has this loop, and rank 0 alone writes.
         seed: of the random streams of other processes than rank 0.
+        began: when this part of the run began, by `time.perf_counter`.
+        before: seconds that its earlier parts took, up to the checkpoint that this one goes on from.
     """
 
     clip: Clip
@@ -63,6 +66,12 @@ class Loop:
     progress: bool = True
     peers: Peers = ALONE
     seed: int = 0
+    began: float = field(default_factory=time.perf_counter)
+    before: float = 0.0
+
+    def seconds(self) -> float:
+        """Of all parts of the run so far."""
+        return self.before + time.perf_counter() - self.began
 
     def run(self, folder: RunFolder | SilentFolder, resume: bool = False) -> None:
         """Train to the last epoch; events, checkpoints and what `epoch_end` saves are in `folder`.
@@ -95,6 +104,7 @@ class Loop:
         position = Position()
         if resume and self.peers.at_root(folder.latest.exists):
             position = load_checkpoint(folder.latest, self.trained, self.optimizer, self.settings)
+            self.before = folder.seconds()
             log.info("resuming after step %d of %d", position.step, self.feed.steps * self.epochs)
         elif resume:
             log.info("%s has no checkpoint yet: starting at the first step", folder.path)
@@ -172,6 +182,7 @@ class Loop:
     def _checkpoint(self, folder: RunFolder | SilentFolder, position: Position) -> None:
         if self.peers.root:
             save_checkpoint(folder.latest, self.trained, self.optimizer, position, self.settings)
+            folder.keep_seconds(self.seconds())
         self.peers.barrier()  # nobody is to say that it is saved before it is
 
     def _interrupted(self, position: Position) -> Interrupted:

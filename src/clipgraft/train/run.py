@@ -19,7 +19,6 @@ from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.bootstrap import Measured
-from clipgraft.files import write_json
 from clipgraft.lora.counting import count_parameters
 from clipgraft.lora.starts import changes_nothing
 from clipgraft.lora.state import lora_state
@@ -53,7 +52,7 @@ class FitResult:
         saved: the adapter folder, or the fine-tuned model.
         bytes: size of `saved`.
         trainable: number of trained weights.
-        seconds: of this call, encoding and evaluation included.
+        seconds: of all parts of the run, encoding and evaluation included; what a kill undid is left out.
         history: metrics of every evaluated epoch of the run, those before a resume included.
         base: metrics before the first step; None without validation data.
         best_epoch: the epoch that `saved` is, the best on the validation data; without them the last.
@@ -139,6 +138,7 @@ def run_task(
     """
     started = time.perf_counter()
     recorded = {**params, **settings, "source": asdict(findable(clip))}
+    _require_same(peers, clip, {**recorded, "resume": resume, **asdict(keeping)})
     folder = RunFolder(out, recorded, resume) if peers.root else SilentFolder(out)
     with folder:
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
@@ -165,6 +165,7 @@ def run_task(
             progress=progress and peers.root,
             peers=peers,
             seed=spec.seed,
+            began=started,
         )
         torch.manual_seed(spec.seed)
         try:
@@ -173,7 +174,17 @@ def run_task(
             clip.eval()
         kept = peers.at_root(lambda: validation.restore(trained) if validation else None)
         peers.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
-        return peers.at_root(lambda: _finish(clip, folder, saver, validation, kept, spec, task, started))
+        return peers.at_root(lambda: _finish(clip, folder, saver, validation, kept, spec, task, loop))
+
+
+def _require_same(peers: Peers, clip: Clip, values: Mapping[str, Any]) -> None:
+    """Refuse processes of one run that were started with other settings, data, base or adapter sites."""
+    if peers.alone:
+        return
+    state = lora_state(clip)
+    layers = {} if state is None else state.chosen().layers
+    sites = {str(site): layer.r for site, layer in layers.items()}
+    peers.require_same({**values, "adapter sites": sites})
 
 
 def _finish(
@@ -184,7 +195,7 @@ def _finish(
     kept: int | None,
     spec: TrainSpec,
     task: Task,
-    started: float,
+    loop: Loop,
 ) -> FitResult:
     """Save what came of a run, and say what it bought."""
     assert isinstance(folder, RunFolder)
@@ -192,7 +203,7 @@ def _finish(
     history = folder.history()
     epoch = kept or spec.epochs
     saved = saver.save_final(epoch, next((line for line in history if line["epoch"] == epoch), {}))
-    seconds = time.perf_counter() - started
+    seconds = loop.seconds()
     trainable = count_parameters(clip).trainable
     losses = folder.losses()
     verdict = validation.verdict(kept, _as_trained(clip, spec, task, losses))
@@ -207,7 +218,7 @@ def _finish(
         best_epoch=epoch,
         verdict=verdict,
     )
-    write_json(folder.path / "results.json", _plain(asdict(result)))
+    folder.finish(asdict(result))
     log.info(
         "saved %s (%.2f MB, %s trained weights, %.0f s)",
         saved,
@@ -365,10 +376,6 @@ def common_settings(
         "lora": asdict(state.chosen().settings) if state is not None else None,
         **({} if peers.alone else {"processes": peers.size}),
     }
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def _due(epoch: int, frequency: int, ends: Collection[int]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
@@ -14,25 +16,41 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.errors import ConfigError
 from clipgraft.files import sweep_partial, write_json, write_text
+from clipgraft.locks import LOCK, require_free, sole_owner
 from clipgraft.train.checkpoint import LATEST, Position
 from clipgraft.train.events import EVENTS, read_events
+from clipgraft.writing import writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 log = logging.getLogger("clipgraft")
+RESULTS = "results.json"
+_SECONDS = "seconds.txt"
+_BUSY = "wait until it ends, or choose another name"
 
 
 def refuse_used(path: Path, resume: bool) -> None:
-    """Keep a new run out of the folder of another one that has taken a step.
+    """Keep a new run out of the folder of another one, and any run out of that of one that is going on.
 
     Raises:
-        ConfigError: with both ways out.
+        BusyError: a process is training there.
+        ConfigError: another run has taken a step there; with both ways out.
     """
-    if not resume and (path / EVENTS).exists():
+    require_free(path / LOCK, f"run {path}", _BUSY)
+    _refuse_begun(path, resume)
+
+
+def _refuse_begun(path: Path, resume: bool) -> None:
+    if not resume and started(path):
         raise ConfigError(
             f"run {path} exists already: add --resume latest to continue it, or choose another --name"
         )
+
+
+def started(path: Path) -> bool:
+    """Whether a run began in `path`, be it that it was killed before its first checkpoint."""
+    return (path / EVENTS).exists()
 
 
 def latest_checkpoint(path: Path) -> Path:
@@ -52,8 +70,24 @@ def early_lines() -> Iterator[None]:
         buffer.close()
 
 
+class _OutLog(logging.FileHandler):
+    """A log on a disk that may fill up: what is missing in it is said once, and training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        reason = sys.exc_info()[1]
+        if not isinstance(reason, OSError):
+            super().handleError(record)
+        elif not self.terminator.startswith(" "):
+            self.terminator = " \n"
+            print(f"{self.baseFilename} lacks lines: {reason.strerror}", file=sys.stderr)
+
+
 class RunFolder:
-    """Writes what a run reports; one instance a run, closed at its end."""
+    """Writes what a run reports; one instance a run, closed at its end, locked until then.
+
+    A run that goes on from a checkpoint leaves the folder as it is until the checkpoint is accepted, which
+    `start` says.
+    """
 
     def __init__(self, path: Path, params: Mapping[str, Any], resume: bool) -> None:
         refuse_used(path, resume)
@@ -65,35 +99,79 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--logs: cannot make {self.checkpoints}: {error.strerror}") from error
+        self._params = params
+        self._board: SummaryWriter | None = None
+        self._handler: logging.FileHandler | None = None
+        self._until_closed = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sole_owner(path / LOCK, f"run {path}", _BUSY))
+            _refuse_begun(path, resume)
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
+            if not any(isinstance(handler, MemoryHandler) for handler in log.handlers):
+                stack.enter_context(early_lines())
+            if not (resume and self.latest.exists()):
+                self._accept(stack)
+            self._until_closed = stack.pop_all()
+
+    def _accept(self, stack: contextlib.ExitStack) -> None:
+        """Make the folder this run's."""
         sweep_partial(self.checkpoints)
-        write_text(path / "params.txt", "".join(f"{key}: {value}\n" for key, value in sorted(params.items())))
-        write_json(path / "params.json", _plain(params))
-        self._handler = logging.FileHandler(path / "out.log", encoding="utf-8", errors="backslashreplace")
+        listed = "".join(f"{key}: {value}\n" for key, value in sorted(self._params.items()))
+        write_text(self.path / "params.txt", listed)
+        write_json(self.path / "params.json", _plain(self._params))
+        with writing(self.path / "out.log"):
+            self._handler = _OutLog(self.path / "out.log", encoding="utf-8", errors="backslashreplace")
+        stack.callback(self._handler.close)
         self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         for buffer in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
             buffer.setTarget(self._handler)
             buffer.flush()
             log.removeHandler(buffer)
         log.addHandler(self._handler)
-        self._level = log.level
-        log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
-        self._board: SummaryWriter | None = None
+        stack.callback(log.removeHandler, self._handler)
 
     def start(self, position: Position) -> None:
         """Open the events to go on from `position`; what a killed run wrote after it is forgotten."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        if self._handler is None:
+            self._accept(self._until_closed)
         kept = [event for event in read_events(self._events) if not _is_after(event, position)]
         write_text(self._events, "".join(f"{json.dumps(event)}\n" for event in kept))
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=position.step + 1)
+        board = self.path / "tensorboard"
+        with writing(board):
+            self._board = SummaryWriter(str(board), purge_step=position.step + 1)
 
     def event(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line to events.jsonl and the same numbers to TensorBoard; `start` comes first."""
-        with self._events.open("a", encoding="utf-8") as events:
+        with writing(self._events), self._events.open("a", encoding="utf-8") as events:
             events.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         assert self._board is not None
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self.path / "tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def keep_seconds(self, seconds: float) -> None:
+        """Record how long the run took up to its checkpoint, which holds no time so that its bits repeat."""
+        write_text(self.path / _SECONDS, f"{seconds:.3f}\n")
+
+    def seconds(self) -> float:
+        """Of the run so far, as it was kept; 0 where nothing was, or nothing that can be read."""
+        try:
+            kept = self.path / _SECONDS
+            if kept.exists():
+                seconds = float(kept.read_text(encoding="utf-8"))
+            else:
+                seconds = float(json.loads((self.path / RESULTS).read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return 0.0
+        return seconds if 0 <= seconds < math.inf else 0.0
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write what came of the run; its seconds are in there from now on."""
+        write_json(self.path / RESULTS, _plain(results))
+        (self.path / _SECONDS).unlink(missing_ok=True)
 
     def history(self) -> list[dict[str, float]]:
         """Metrics of every evaluated epoch of the run, those before a resume included; not of epoch 0."""
@@ -108,11 +186,10 @@ class RunFolder:
         return [float(event["loss"]) for event in read_events(self._events) if event["kind"] == "train"]
 
     def close(self) -> None:
-        log.setLevel(self._level)
-        log.removeHandler(self._handler)
-        self._handler.close()
-        if self._board is not None:
-            self._board.close()
+        with self._until_closed:
+            if self._board is not None:
+                with writing(self.path / "tensorboard"):
+                    self._board.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -120,7 +197,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if kind is not None and self._handler is not None:
             reason = f"{kind.__name__}: {error}"
             self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None))
         self.close()
@@ -141,6 +218,13 @@ class SilentFolder:
 
     def event(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Rank 0 reports the same."""
+
+    def keep_seconds(self, seconds: float) -> None:
+        """Rank 0 keeps its own."""
+
+    def seconds(self) -> float:
+        """Rank 0 knows."""
+        return 0.0
 
     def __enter__(self) -> SilentFolder:
         return self
