@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def test_an_adapter_beside_its_base(
     cg.load_adapter(clip, adapter)
     assert found["adapter"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
     assert found["base"] != found["adapter"]
+    verdict = found["verdict"]["adapter"]
+    assert verdict["difference"]["value"] == pytest.approx(
+        sum(found["adapter"][name] - found["base"][name] for name in verdict["before"]) / 2
+    )
 
 
 def test_an_adapter_brings_its_base(cli: Any, table: Path, adapter: Path) -> None:
@@ -57,6 +62,7 @@ def test_an_adapter_brings_its_base(cli: Any, table: Path, adapter: Path) -> Non
     outcome = cli("eval", "--model", adapter, "--val-data", table, "--workers", 0)
     assert outcome.code == 0
     assert "base   adapter" in outcome.out
+    assert re.search(r"^adapter: (better|no better|worse) than the base: .* chance is", outcome.out, re.M)
 
 
 def test_images_are_encoded_again_only_if_their_tower_is_adapted(
@@ -82,7 +88,7 @@ def test_images_are_encoded_again_only_if_their_tower_is_adapted(
             )
             found = measure(clip, pairs, batch_size=5, workers=0)
         assert seen == times * [len(pairs)]
-        assert found["adapter"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
+        assert found["adapter"].metrics == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
 
 
 def test_an_adapter_for_another_base_is_refused(
@@ -208,7 +214,7 @@ def test_a_run_beside_its_base(cli: Any, train: Any, base: list[str], table: Pat
     outcome = cli("eval", "--model", run, *words)
     assert (outcome.code, outcome.err) == (0, "")
     found = json.loads(out.read_text())
-    assert list(found) == ["base", "fine-tuned"]
+    assert list(found) == ["base", "fine-tuned", "verdict"]
     assert any(line.split() == ["base", "fine-tuned"] for line in outcome.out.splitlines())
     pairs, _ = cg.read_pairs(table)
     assert found["base"] == pytest.approx(cg.evaluate_retrieval(load(base[1], "none"), pairs, workers=0))

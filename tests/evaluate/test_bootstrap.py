@@ -110,7 +110,7 @@ def test_other_queries_are_refused() -> None:
 
 def test_intervals_read_as_points() -> None:
     """Shares of one are not what anybody reads."""
-    assert str(Interval(0.0312, -0.004, 0.0695)) == "+3.1 (-0.4 to +7.0)"
+    assert str(Interval(0.0312, -0.004, 0.0695)) == "+3.1, -0.4 to +7.0"
     assert [Interval(0, low, high).sign for low, high in ((0.1, 0.2), (-0.2, -0.1), (0, 0.2))] == [1, -1, 0]
 
 

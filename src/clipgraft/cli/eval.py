@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from clipgraft.adapters.runs import RunModel
     from clipgraft.data.pairs import Pairs
+    from clipgraft.evaluate.bootstrap import Measured
     from clipgraft.models.clip import Clip
+    from clipgraft.train.verdict import Verdict
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Measure retrieval or classification: a base; an adapter, or what a run made, beside its base."
@@ -73,14 +75,19 @@ def run(argv: Sequence[str]) -> None:
 
         classifier = spec.classifier or (whole.head if whole is not None and spec.adapter is None else None)
         results = measure_classes(models, data, classes, classifier, **options)
-        columns = {name: result.metrics for name, result in results.items()}
+        measured = {name: result.measured for name, result in results.items()}
         print(class_table(results))
     else:
         pairs = read_table(clip, data.val_data, data, "validation data")
-        columns = measure_all(models, pairs, **options)
-        print(table(columns))
+        measured = measure_all(models, pairs, **options)
+        print(table({name: found.metrics for name, found in measured.items()}))
+    verdicts = judge_all(measured)
+    for name, verdict in verdicts.items():
+        print(f"{name}: {verdict}")
     if spec.out is not None:
-        write_json(spec.out, columns)
+        columns: dict[str, Any] = {name: found.metrics for name, found in measured.items()}
+        told = {name: verdict.to_dict() for name, verdict in verdicts.items()}
+        write_json(spec.out, columns | ({"verdict": told} if told else {}))
         log.info("wrote %s", spec.out)
 
 
@@ -104,26 +111,40 @@ def _beginning(whole: RunModel, spec: ModelSpec) -> dict[str, Clip]:
         return {}
 
 
-def measure_all(models: Mapping[str, Clip], pairs: Pairs, **options: Any) -> dict[str, dict[str, float]]:
-    """Metrics of each model under its name, and of an adapter beside its base."""
+def judge_all(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
+    """Whether each model is better than the base, where that was measured too."""
+    from clipgraft.train.verdict import judge
+
+    base = measured.get("base")
+    if base is None:
+        return {}
     return {
-        ("adapter" if name == "adapter" else heading): metrics
-        for heading, clip in models.items()
-        for name, metrics in measure(clip, pairs, **options).items()
+        name: judge(base, found, than="the base") for name, found in measured.items() if found is not base
     }
 
 
-def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, dict[str, float]]:
-    """Metrics of the base and, where the model carries one, of its adapter.
+def measure_all(models: Mapping[str, Clip], pairs: Pairs, **options: Any) -> dict[str, Measured]:
+    """What each model reaches under its name, and an adapter beside its base."""
+    return {
+        ("adapter" if name == "adapter" else heading): found
+        for heading, clip in models.items()
+        for name, found in measure(clip, pairs, **options).items()
+    }
+
+
+def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, Measured]:
+    """What the base reaches and, where the model carries one, its adapter.
 
     `options` are what `encode_images` and `evaluate_retrieval` both take.
     """
-    from clipgraft.evaluate.retrieval import evaluate_retrieval
+    from clipgraft.engine.encoder import Encoder
+    from clipgraft.evaluate.retrieval import measure_retrieval
 
+    autocast = bool(options.get("autocast"))
     return side_by_side(
         clip,
         pairs.images,
-        lambda images: evaluate_retrieval(clip, pairs, image_features=images, **options),
+        lambda images: measure_retrieval(Encoder(clip, autocast), pairs, images),
         **options,
     )
 

@@ -41,7 +41,7 @@ class Interval:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{points(self.value)} ({points(self.low)} to {points(self.high)})"
+        return f"{points(self.value)}, {points(self.low)} to {points(self.high)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,18 +44,18 @@ class Verdict:
     Attributes:
         word: better or worse where the whole interval of `difference` is above or below zero.
         than: what it is compared with: the base, or the adapter that the run began with.
-        epoch: the kept one.
+        epoch: the kept one; None where no training is known.
         before, after: the metrics it is about, as shares.
         by_metric: their differences.
         difference: the mean of them; what `word` goes by.
         chance: what answers in random order reach.
-        queries: images that were resampled, and `changed`: those for which an answer became right or wrong.
+        images: how many were resampled, and `changed`: for how many an answer became right or wrong.
         advice: what to try next; nothing where that is not known.
     """
 
     word: Word
     than: str
-    epoch: int
+    epoch: int | None
     before: Mapping[str, float]
     after: Mapping[str, float]
     by_metric: Mapping[str, Interval]
@@ -89,9 +89,14 @@ class Verdict:
 
 
 def judge(
-    before: Measured, after: Measured, *, than: str, epoch: int, trained: Trained | None = None
+    before: Measured,
+    after: Measured,
+    *,
+    than: str,
+    epoch: int | None = None,
+    trained: Trained | None = None,
 ) -> Verdict:
-    """Compare what a run kept with what it began with; `trained` adds advice."""
+    """Compare a model with what it is to be better than; `trained` adds advice on the run that made it."""
     found = compare_outcomes(before.outcomes, after.outcomes)
     word = _word(found)
     return Verdict(
@@ -105,7 +110,7 @@ def judge(
         chance=dict(after.outcomes.chance),
         images=found.groups,
         changed=found.changed,
-        advice=() if trained is None else tuple(advise(word, epoch, trained)),
+        advice=() if trained is None or epoch is None else tuple(advise(word, epoch, trained)),
     )
 
 
