@@ -14,14 +14,16 @@ from benchmarks.child import reset_peak
 LR, WEIGHT_DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
 
 
-def adamw(model: torch.nn.Module, lr: float = LR, weight_decay: float = WEIGHT_DECAY) -> torch.optim.AdamW:
+def adamw(
+    model: torch.nn.Module, lr: float = LR, weight_decay: float = WEIGHT_DECAY, fused: bool | None = None
+) -> torch.optim.AdamW:
     """AdamW with open_clip's hyper-parameters; what has fewer than two dimensions does not decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, eps=EPS)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, eps=EPS, fused=fused)
 
 
 def timed_steps(
