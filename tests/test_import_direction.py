@@ -68,10 +68,10 @@ def test_config_stops_at_the_door() -> None:
 
 
 def test_files_fit_in_one_sitting() -> None:
-    """Files over 400 lines stop being read, and faults in them stop being found."""
+    """Files over 600 lines stop being read, and faults in them stop being found."""
     long = {
         str(p.relative_to(SOURCE)): n
         for p in SOURCE.rglob("*.py")
-        if (n := len(p.read_text().splitlines())) > 400
+        if (n := len(p.read_text().splitlines())) > 600
     }
     assert long == {}
