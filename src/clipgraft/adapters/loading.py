@@ -29,6 +29,7 @@ from clipgraft.lora.state import (
 )
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
+from clipgraft.models.gate import gate_of
 from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import Site, SiteRef
 
@@ -78,17 +79,18 @@ def put_on(
     clip: Clip, file: AdapterFile, name: str, *, activate: bool = True, force: bool = False
 ) -> Adapter:
     """Attach an adapter that was read, under a name; raises AdapterError as `load_adapter` does."""
-    file = in_terms_of(clip, file)
-    _check_base(clip, file, force)
-    exact = replace(file.settings, targets=",".join(map(str, file.weights)))
-    return attach(
-        clip,
-        exact,
-        name,
-        activate=activate,
-        fill=lambda adapter: _fill(clip, adapter, file),
-        replace=True,
-    )
+    with gate_of(clip.model).changing():
+        file = in_terms_of(clip, file)
+        _check_base(clip, file, force)
+        exact = replace(file.settings, targets=",".join(map(str, file.weights)))
+        return attach(
+            clip,
+            exact,
+            name,
+            activate=activate,
+            fill=lambda adapter: _fill(clip, adapter, file),
+            replace=True,
+        )
 
 
 def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:

@@ -116,26 +116,27 @@ def attach(
     its weights before anybody sees it; `replace` lets it take the place of an older one of that name at once.
     """
     check_name(name)
-    require_unmerged(clip, "add an adapter")
-    state = lora_state(clip)
-    if state is not None and name in state.adapters and not replace:
-        raise AdapterError(
-            f"this model already carries LoRA named {name!r}: call remove_lora(model) before applying it "
-            "again, or give another name"
-        )
-    adapter = _build(clip, settings)
-    if fill is not None:
-        fill(adapter)
-    with gate_of(clip.model).alone():
-        if state is None:
-            _ = clip.fingerprint  # taken while the weights are certainly the base's
-            state = _freeze(clip)
-        active = name if activate else state.active
-        _take_off(clip, state, {name})
-        _hang(clip, state, name, adapter)
-        state.enabled = state.enabled or activate
-        choose(clip, state, active)
-    return adapter
+    with gate_of(clip.model).changing():
+        require_unmerged(clip, "add an adapter")
+        state = lora_state(clip)
+        if state is not None and name in state.adapters and not replace:
+            raise AdapterError(
+                f"this model already carries LoRA named {name!r}: call remove_lora(model) before applying it "
+                "again, or give another name"
+            )
+        adapter = _build(clip, settings)
+        if fill is not None:
+            fill(adapter)
+        with gate_of(clip.model).alone():
+            if state is None:
+                _ = clip.fingerprint  # taken while the weights are certainly the base's
+                state = _freeze(clip)
+            active = name if activate else state.active
+            _take_off(clip, state, {name})
+            _hang(clip, state, name, adapter)
+            state.enabled = state.enabled or activate
+            choose(clip, state, active)
+        return adapter
 
 
 def _build(clip: Clip, settings: LoraSettings) -> Adapter:
@@ -256,25 +257,28 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
             nothing merged to be kept.
     """
     clip = as_clip(model)
-    state = require_lora(clip)
-    gone = set(state.adapters) if name is None else {name}
-    if name is not None:
-        state.named(name)
-    if gone != set(state.adapters):
-        require_unmerged(clip, f"remove {name!r}")
-    if keep_merged and (name is not None or state.merged is None):
-        raise AdapterError("keep_merged leaves merged weights when all adapters go: call merge_lora first")
-    with gate_of(clip.model).alone():
-        scale = clip.logit_scale.data
-        if keep_merged:
-            state.merged = None
-        restore(clip, state)
-        choose(clip, state, state.active)
-        _take_off(clip, state, gone)
-        if not state.adapters:
-            _ungraft_all(clip, state)
-        if keep_merged:
-            clip.logit_scale.data = scale
+    with gate_of(clip.model).changing():
+        state = require_lora(clip)
+        gone = set(state.adapters) if name is None else {name}
+        if name is not None:
+            state.named(name)
+        if gone != set(state.adapters):
+            require_unmerged(clip, f"remove {name!r}")
+        if keep_merged and (name is not None or state.merged is None):
+            raise AdapterError(
+                "keep_merged leaves merged weights when all adapters go: call merge_lora first"
+            )
+        with gate_of(clip.model).alone():
+            scale = clip.logit_scale.data
+            if keep_merged:
+                state.merged = None
+            restore(clip, state)
+            choose(clip, state, state.active)
+            _take_off(clip, state, gone)
+            if not state.adapters:
+                _ungraft_all(clip, state)
+            if keep_merged:
+                clip.logit_scale.data = scale
 
 
 def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:

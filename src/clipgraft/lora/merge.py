@@ -31,19 +31,20 @@ def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float]
         AdapterError: no such adapter, or some are merged already.
     """
     clip = as_clip(model)
-    state = require_lora(clip)
-    require_unmerged(clip, "merge")
-    weights = _weights(state, names)
-    with gate_of(clip.model).alone(), torch.no_grad():
-        names_of = {id(p): name for name, p in clip.model.named_parameters(remove_duplicate=False)}
-        originals: dict[str, Tensor] = {}
-        for weight, change in _changes(clip, state, weights):
-            owner = weight._base if weight._base is not None else weight
-            originals.setdefault(names_of[id(owner)], owner.detach().clone())
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(weight.to(wide) + change.to(wide))
-        state.merged = Merged(weights, originals)
-        choose(clip, state, state.active)
+    with gate_of(clip.model).changing():
+        state = require_lora(clip)
+        require_unmerged(clip, "merge")
+        weights = _weights(state, names)
+        with gate_of(clip.model).alone(), torch.no_grad():
+            names_of = {id(p): name for name, p in clip.model.named_parameters(remove_duplicate=False)}
+            originals: dict[str, Tensor] = {}
+            for weight, change in _changes(clip, state, weights):
+                owner = weight._base if weight._base is not None else weight
+                originals.setdefault(names_of[id(owner)], owner.detach().clone())
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                weight.copy_(weight.to(wide) + change.to(wide))
+            state.merged = Merged(weights, originals)
+            choose(clip, state, state.active)
 
 
 def unmerge_lora(model: ClipLike) -> None:
@@ -53,12 +54,13 @@ def unmerge_lora(model: ClipLike) -> None:
         AdapterError: nothing is merged.
     """
     clip = as_clip(model)
-    state = require_lora(clip)
-    if state.merged is None:
-        raise AdapterError("nothing is merged into this model: call merge_lora first")
-    with gate_of(clip.model).alone():
-        restore(clip, state)
-        choose(clip, state, state.active)
+    with gate_of(clip.model).changing():
+        state = require_lora(clip)
+        if state.merged is None:
+            raise AdapterError("nothing is merged into this model: call merge_lora first")
+        with gate_of(clip.model).alone():
+            restore(clip, state)
+            choose(clip, state, state.active)
 
 
 def restore(clip: Clip, state: LoraState) -> None:

@@ -19,13 +19,14 @@ def set_adapter(model: ClipLike, name: str | None) -> None:
         AdapterError: the model carries no such adapter, or some are merged into it.
     """
     clip = as_clip(model)
-    state = require_lora(clip)
-    if name is not None:
-        state.named(name)
-    require_unmerged(clip, "change the adapter")
-    with gate_of(clip.model).alone():
-        state.enabled = True
-        choose(clip, state, name)
+    with gate_of(clip.model).changing():
+        state = require_lora(clip)
+        if name is not None:
+            state.named(name)
+        require_unmerged(clip, "change the adapter")
+        with gate_of(clip.model).alone():
+            state.enabled = True
+            choose(clip, state, name)
 
 
 def enable_lora(model: ClipLike) -> None:
@@ -63,13 +64,14 @@ def adapter_logit_scale(model: ClipLike, name: str | None = None) -> float | Non
 
 def _set_enabled(model: ClipLike, enabled: bool) -> None:
     clip = as_clip(model)
-    state = require_lora(clip)
-    if state.enabled == enabled:
-        return
-    require_unmerged(clip, "enable an adapter" if enabled else "disable it")
-    with gate_of(clip.model).alone():
-        state.enabled = enabled
-        choose(clip, state, state.active)
+    with gate_of(clip.model).changing():
+        state = require_lora(clip)
+        if state.enabled == enabled:
+            return
+        require_unmerged(clip, "enable an adapter" if enabled else "disable it")
+        with gate_of(clip.model).alone():
+            state.enabled = enabled
+            choose(clip, state, state.active)
 
 
 def choose(clip: Clip, state: LoraState, name: str | None) -> None:

@@ -74,8 +74,9 @@ class Clip:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the base's matrix weights."""
-        named = self.model.named_parameters()
-        return next(p.dtype for name, p in named if p.ndim >= 2 and not is_lora(name))
+        with gate_of(self.model).shared():
+            named = self.model.named_parameters()
+            return next(p.dtype for name, p in named if p.ndim >= 2 and not is_lora(name))
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -89,7 +90,8 @@ class Clip:
     @property
     def site_refs(self) -> dict[Site, SiteRef]:
         """Every site with the place of its weight, in the order of the data flow."""
-        return self.family.site_refs(self.model)
+        with gate_of(self.model).shared():
+            return self.family.site_refs(self.model)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -106,13 +108,14 @@ class Clip:
         `load_state_dict`). A model that carries LoRA keeps the one of the base it was attached to, merged or
         not. On the meta device, where there are no weights, their names and shapes are all that counts.
         """
-        known, version = getattr(self.model, _FINGERPRINT, ("", -1))
-        named = list(self.model.named_parameters())
-        now = sum(p._version for _, p in named if not p.is_inference())
-        if not known or (version != now and not any(is_lora(name) for name, _ in named)):
-            known = self._fingerprint()
-            object.__setattr__(self.model, _FINGERPRINT, (known, now))
-        return str(known)
+        with gate_of(self.model).shared():
+            known, version = getattr(self.model, _FINGERPRINT, ("", -1))
+            named = list(self.model.named_parameters())
+            now = sum(p._version for _, p in named if not p.is_inference())
+            if not known or (version != now and not any(is_lora(name) for name, _ in named)):
+                known = self._fingerprint()
+                object.__setattr__(self.model, _FINGERPRINT, (known, now))
+            return str(known)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()

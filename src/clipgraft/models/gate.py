@@ -13,43 +13,77 @@ _FIRST_USE = threading.Lock()
 
 
 class Gate:
-    """A readers-writer lock; who waits to be alone goes before who comes later."""
+    """A readers-writer lock; who waits to be alone goes before who comes later.
+
+    Who prepares a change, such as loading an adapter, holds `changing` from its first look at the model to
+    the end, so that two of them do not meet; only the change itself is `alone`. All of it may be entered
+    again by a thread that is inside already, but nobody may begin a change while it computes.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._inside = 0
         self._waiting = 0
         self._alone = False
+        self._changers = threading.RLock()
+        self._here = threading.local()
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Compute, beside others who compute. Not to be entered twice by one thread."""
+        """Compute, or look at what the model is made of, beside others who do."""
+        if self._is_in("changing") or self._is_in("shared"):
+            yield
+            return
         with self._changed:
             self._changed.wait_for(lambda: not self._alone and not self._waiting)
             self._inside += 1
         try:
-            yield
+            with self._marked("shared"):
+                yield
         finally:
             with self._changed:
                 self._inside -= 1
                 self._changed.notify_all()
 
     @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Prepare and make a change while others compute, but change nothing."""
+        with self._changers, self._marked("changing"):
+            yield
+
+    @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Change adapters while nobody computes."""
-        with self._changed:
-            self._waiting += 1
+        with self.changing():
+            if self._is_in("alone"):
+                yield
+                return
+            with self._changed:
+                self._waiting += 1
+                try:
+                    self._changed.wait_for(lambda: not self._inside)
+                finally:
+                    self._waiting -= 1
+                self._alone = True
             try:
-                self._changed.wait_for(lambda: not self._alone and not self._inside)
+                with self._marked("alone"):
+                    yield
             finally:
-                self._waiting -= 1
-            self._alone = True
+                with self._changed:
+                    self._alone = False
+                    self._changed.notify_all()
+
+    def _is_in(self, what: str) -> bool:
+        """Whether this thread is inside."""
+        return getattr(self._here, what, 0) > 0
+
+    @contextlib.contextmanager
+    def _marked(self, what: str) -> Iterator[None]:
+        setattr(self._here, what, getattr(self._here, what, 0) + 1)
         try:
             yield
         finally:
-            with self._changed:
-                self._alone = False
-                self._changed.notify_all()
+            setattr(self._here, what, getattr(self._here, what) - 1)
 
     def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
         # A copied or pickled model is another model, which nobody is inside of.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Tokenizers of transformers keep padding and truncation on themselves: two threads take each other's.
+_SETTINGS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class OpenClipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts -> (N, context length) int64 ids."""
-        ids: Tensor = self.inner(list(texts), context_length=self.context_length)
+        with _SETTINGS:
+            ids: Tensor = self.inner(list(texts), context_length=self.context_length)
         return ids.long()
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -30,7 +35,8 @@ class OpenClipTokenizer:
             return []
         clean = getattr(self.inner, "clean_fn", str)
         cleaned = [clean(text) for text in texts]
-        return [len(ids) for ids in self.inner.tokenizer(cleaned, verbose=False)["input_ids"]]
+        with _SETTINGS:
+            return [len(ids) for ids in self.inner.tokenizer(cleaned, verbose=False)["input_ids"]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,15 @@ class HfTokenizer:
         """Texts -> (N, context length) int64 ids."""
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.long)
-        ids = self.inner(list(texts), padding="max_length", truncation=True, max_length=self.context_length)[
-            "input_ids"
-        ]
-        return torch.tensor(ids, dtype=torch.long).reshape(len(texts), self.context_length)
+        with _SETTINGS:
+            encoded = self.inner(
+                list(texts), padding="max_length", truncation=True, max_length=self.context_length
+            )
+        return torch.tensor(encoded["input_ids"], dtype=torch.long).reshape(len(texts), self.context_length)
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of every text with start and end, before truncation."""
         if not texts:
             return []
-        return [len(ids) for ids in self.inner(list(texts), verbose=False)["input_ids"]]
+        with _SETTINGS:
+            return [len(ids) for ids in self.inner(list(texts), verbose=False)["input_ids"]]
