@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,8 @@ from clipgraft.adapters.formats import detect, read_any
 from clipgraft.adapters.guide_checkpoint import write_guide
 from clipgraft.adapters.native import AdapterFile, write_adapter
 from clipgraft.lora.state import LoraSettings
-from clipgraft.models.from_openclip import load_config
+from clipgraft.models.from_hf import load_hf
+from clipgraft.models.from_openclip import load_config, with_weights
 from clipgraft.models.sites import Site
 from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
 from clipgraft.train.classes import Head, load_head, save_head
@@ -242,6 +244,111 @@ def configs(folder: Path) -> Subject:
     return Subject(folder, read, [lambda rng: _put(path, odd_json(small, rng))], (path.name,))
 
 
+def checkpoints(folder: Path) -> Subject:
+    """Checkpoints of bases, in wrappings of training loops."""
+    folder.mkdir()
+    clip, path = load_config(_small_config(folder), "none", 0), folder / "w.pt"
+    state = {f"model.{name}": weight for name, weight in _small_model().state_dict().items()}
+    few = dict(list(state.items())[-12:])
+    value = {"state_dict": state, "epoch": 1}
+    whole = pt(value, path)
+    _put(path, _saved(value))
+
+    def named(rng: Random) -> None:
+        # Most mutations of so many names would leave the rest as it is.
+        changed = odd({"state_dict": few, "ema": few}, rng, tensors)
+        inner = changed.get("state_dict") if isinstance(changed, dict) else None
+        _put(
+            path,
+            _saved({**changed, "state_dict": {**state, **inner}} if isinstance(inner, dict) else changed),
+        )
+
+    return Subject(folder, partial(with_weights, clip, str(path)), [whole, named, named], (path.name,))
+
+
+def archives(folder: Path) -> Subject:
+    """TorchScript archives, of whose parts the pickle and the sizes are a stranger's."""
+    folder.mkdir()
+    clip, path = load_config(_small_config(folder), "none", 0), folder / "w.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(_small_model()), path)
+    whole = path.read_bytes()
+
+    def change(rng: Random) -> None:
+        _put(path, _repacked(whole, rng) if rng.random() < 0.8 else damaged(whole, rng))
+
+    return Subject(folder, partial(with_weights, clip, str(path)), [change], (path.name,))
+
+
+def hf_folders(folder: Path) -> Subject:
+    """Folders of transformers: any of their files."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder.mkdir()
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 10, "max_position_embeddings": 8},
+        vision_config={**tower, "image_size": 8, "patch_size": 4},
+        projection_dim=4,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8).save_pretrained(folder)
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    names = ("config.json", "preprocessor_config.json", "vocab.json")
+    values = {name: json.loads((folder / name).read_text()) for name in names}
+    weights = (folder / "model.safetensors").read_bytes()
+
+    def change(rng: Random) -> None:
+        name = rng.choice((*names, "model.safetensors", "tokenizer_config.json"))
+        if name == "model.safetensors":
+            return _put(folder / name, _odd_safetensors(weights, rng))
+        value = values.get(name, {"tokenizer_class": "CLIPTokenizer", "model_max_length": 8})
+        return _put(folder / name, odd_json(value, rng))
+
+    return Subject(folder, partial(load_hf, str(folder), str(folder)), [change])
+
+
+def diffusion(folder: Path) -> Subject:
+    """LoRA of text encoders by kohya's scripts and by diffusers."""
+    folder.mkdir()
+    path, state = folder / "a.safetensors", {}
+    for role in ("q", "v"):
+        stem = f"lora_te_text_model_encoder_layers_0_self_attn_{role}_proj"
+        other = f"text_encoder_2.text_model.encoder.layers.3.self_attn.{role}_proj"
+        down, up = torch.ones(RANK, WIDTH), torch.ones(WIDTH, RANK)
+        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        state |= {f"{stem}.alpha": torch.ones(()), f"{other}.lora_A.weight": down.clone()}
+        state[f"{other}.lora_B.weight"] = up.clone()
+    told = {"lora_adapter_metadata": json.dumps({"text_encoder_2.lora_alpha": 4})}
+    save_file(state, path, told)
+    whole = path.read_bytes()
+
+    def read() -> None:
+        try:
+            detect(path)
+        finally:
+            read_any(path, text_layers=1)
+
+    return Subject(folder, read, [lambda rng: _put(path, _odd_safetensors(whole, rng))], (path.name,))
+
+
+def _small_config(folder: Path) -> Path:
+    path = folder / "m.json"
+    path.write_text(json.dumps({**TINY, "text_cfg": {**TINY["text_cfg"], "vocab_size": 50}}))  # type: ignore[dict-item]
+    return path
+
+
+def _small_model() -> torch.nn.Module:
+    import open_clip
+
+    config = {**TINY, "text_cfg": {**TINY["text_cfg"], "vocab_size": 50}}  # type: ignore[dict-item]
+    model: torch.nn.Module = open_clip.CLIP(**config)
+    return model
+
+
 READERS: dict[str, Callable[[Path], Subject]] = {
     "weights.latest": latest,
     "weights.guide": guide,
@@ -249,4 +356,8 @@ READERS: dict[str, Callable[[Path], Subject]] = {
     "weights.adapter": adapter,
     "weights.head": heads,
     "weights.config": configs,
+    "weights.checkpoint": checkpoints,
+    "weights.torchscript": archives,
+    "weights.hf-folder": hf_folders,
+    "weights.diffusion": diffusion,
 }
