@@ -9,11 +9,11 @@ import clipgraft
 
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
-    ("errors",),
+    ("errors", "shown"),
     ("writing",),
     ("locks",),
     ("files", "readers"),
-    ("records",),
+    ("records", "yaml_files"),
     ("config",),
     ("models",),
     ("lora",),

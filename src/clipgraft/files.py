@@ -25,6 +25,7 @@ from typing import Any
 
 from clipgraft.errors import DataError
 from clipgraft.locks import LOCK, Lock, acquire
+from clipgraft.shown import shown
 from clipgraft.writing import writing
 
 _PARTIAL = ".partial"
@@ -261,5 +262,5 @@ def write_text(target: Path, text: str) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write indented UTF-8 JSON atomically."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write indented UTF-8 JSON atomically; control and direction characters are written out."""
+    write_text(target, shown(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")

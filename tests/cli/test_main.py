@@ -81,8 +81,8 @@ def raising(error: BaseException) -> Callable[..., None]:
         (cg.DataError("the table is empty; add rows"), 2, "clipgraft: the table is empty; add rows\n"),
         (cg.ConfigError("one\ntwo"), 2, "clipgraft: one\nclipgraft: two\n"),
         (cg.TrainingError("the loss is nan"), 1, "clipgraft: the loss is nan\n"),
-        (KeyboardInterrupt(), 1, "clipgraft: interrupted\n"),
-        (KeyboardInterrupt("saved; go on"), 1, "clipgraft: saved; go on\n"),
+        (KeyboardInterrupt(), 130, "clipgraft: interrupted\n"),
+        (KeyboardInterrupt("saved; go on"), 130, "clipgraft: saved; go on\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/out.json"),
             1,

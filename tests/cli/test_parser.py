@@ -257,7 +257,9 @@ def test_an_empty_config_file_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_missing_config_file_is_named() -> None:
     """`--config` with a wrong path must not train with defaults."""
-    assert faults("--config", "nowhere.yaml") == ["--config nowhere.yaml: No such file or directory"]
+    assert faults("--config", "nowhere.yaml") == [
+        "--config nowhere.yaml: cannot be read: No such file or directory; check the path"
+    ]
 
 
 def test_home_is_expanded_where_the_shell_does_not(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import TextIO, cast
 
 from clipgraft.errors import ClipgraftError
+from clipgraft.shown import ShownFormatter, ShownStream, shown
 
 VERBS = {
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
@@ -28,10 +30,11 @@ VERBS = {
     "demo": "adapt the embedded default to Vietnamese captions and show what it bought",
 }
 _HELP = ("-h", "--help")
+_INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0 done, 2 bad usage or input, 1 failure."""
+    """Run one command; returns 0 done, 2 bad usage or input, 1 failure, 130 and 143 stopped by a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _plain_output():
         try:
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ClipgraftError as error:
             return _fail(str(error), error.exit_code)
         except KeyboardInterrupt as stop:
-            return _fail(str(stop) or "interrupted", 1)
+            return _fail(str(stop) or "interrupted", _INTERRUPTED + _signal_of(stop))
         except BrokenPipeError:
             # Python flushes once more when it exits, and would complain about it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,9 +86,14 @@ def _nearest(verb: str) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def _signal_of(stop: KeyboardInterrupt) -> int:
+    """The signal that asked to stop: SIGINT, unless the interruption says otherwise."""
+    return int(getattr(stop, "signal", signal.SIGINT))
+
+
 def _fail(message: str, code: int = 2) -> int:
     sys.stdout.flush()
-    for line in message.splitlines():
+    for line in shown(message.replace("\r", "\\r")).split("\n"):
         print(f"clipgraft: {line}", file=sys.stderr)
     return code
 
@@ -101,18 +109,24 @@ class _Lines(logging.StreamHandler[TextIO]):
 
 @contextlib.contextmanager
 def _plain_output() -> Iterator[None]:
-    """The library's own log lines go to the terminal as they are; UTF-8 whatever the locale says."""
+    """The library's own log lines go to the terminal; UTF-8 whatever the locale says.
+
+    Control characters of names and captions, which are a stranger's, are written out.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    log = logging.getLogger("clipgraft")
-    level, propagate, handler = log.level, log.propagate, _Lines(sys.stdout)
+    log, outer = logging.getLogger("clipgraft"), sys.stdout
+    level, propagate, handler = log.level, log.propagate, _Lines(outer)
+    handler.setFormatter(ShownFormatter())
+    sys.stdout = cast(TextIO, ShownStream(outer))
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(handler)
     try:
         yield
     finally:
+        sys.stdout = outer
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate

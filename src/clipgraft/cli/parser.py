@@ -25,6 +25,8 @@ from clipgraft.errors import ConfigError
 class _Parser(argparse.ArgumentParser):
     """argparse with errors raised instead of printed with a page of usage."""
 
+    color = False  # Python 3.14 writes escape sequences into help, which standard output does not let pass
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 

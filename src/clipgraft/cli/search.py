@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from clipgraft.cli.parser import parse
 from clipgraft.config import SearchSpec
 from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.shown import shown, shown_line
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
@@ -63,15 +64,16 @@ def as_table(hits: Sequence[Hit]) -> str:
     """One line a result; captions on one line, cut."""
     if not hits:
         return "nothing was found"
-    width = max(len(hit.path or "") for hit in hits)
+    paths = [shown_line(hit.path or "") for hit in hits]
+    width = max(map(len, paths))
     lines = []
-    for hit in hits:
-        caption = (hit.caption or "").replace("\n", " | ")
+    for hit, path in zip(hits, paths, strict=True):
+        caption = shown_line(hit.caption or "")
         short = caption if len(caption) <= _CAPTION else caption[: _CAPTION - 1] + "…"
         cells = [
             f"{hit.rank:>4}",
             f"{hit.score:7.4f}",
-            *([(hit.path or "").ljust(width)] if width else []),
+            *([path.ljust(width)] if width else []),
             short,
         ]
         lines.append("  ".join(cells).rstrip())
@@ -81,7 +83,7 @@ def as_table(hits: Sequence[Hit]) -> str:
 def as_json(hits: Sequence[Hit]) -> str:
     """A list of objects with rank, score, path and the rest of the metadata; times as ISO 8601."""
     rows = [{**hit.metadata, "rank": hit.rank, "score": hit.score, "path": hit.path} for hit in hits]
-    return json.dumps(rows, indent=2, ensure_ascii=False, default=datetime.isoformat)
+    return shown(json.dumps(rows, indent=2, ensure_ascii=False, default=datetime.isoformat))
 
 
 def _log_to_stderr() -> None:

@@ -11,8 +11,11 @@ from pydantic import ValidationError
 
 from clipgraft.config.fields import Positional, Spec
 from clipgraft.errors import ConfigError
+from clipgraft.yaml_files import load_yaml
 
 S = TypeVar("S", bound=Spec)
+_LONGEST = 100  # characters of a value in a message
+_LONG_NUMBER = 10**100
 
 
 def flag(field: str) -> str:
@@ -77,7 +80,15 @@ def _fault(kind: type[Spec], item: Any) -> str:
     if item["type"] == "literal_error":
         message = f"one of {item['ctx']['expected']}"
     key = f" at '{where[1]}'" if len(where) > 1 else ""
-    return f"{label}: got {item['input']!r}{key}, allowed is {message}"
+    return f"{label}: got {_short(item['input'])}{key}, allowed is {message}"
+
+
+def _short(given: Any) -> str:
+    """What was given as Python writes it, cut to what fits into a line."""
+    if isinstance(given, int) and abs(given) >= _LONG_NUMBER:
+        return "a number of more than 100 digits"
+    told = repr(given)
+    return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 1]}…"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -86,16 +97,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or not a flat mapping.
     """
-    import yaml
+    from yaml import SafeLoader
 
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    loaded = load_yaml(path, SafeLoader, ConfigError, f"--config {path}")
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path}: write one 'flag: value' a line")
-    return {str(key).removeprefix("--").replace("-", "_"): value for key, value in loaded.items()}
+    named: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).removeprefix("--").replace("-", "_")
+        if name in named:
+            raise ConfigError(f"--config {path}: {flag(name)} is there twice; keep one of them")
+        named[name] = value
+    return named

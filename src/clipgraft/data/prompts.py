@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipgraft.data.labels import near_misses
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.yaml_files import load_yaml
 
 log = logging.getLogger("clipgraft")
 
@@ -137,14 +139,9 @@ def _read_yaml(path: Path) -> Any:
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = [name for name in names if names.count(name) > 1]
+            twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
                 raise DataError(f"{path}: class '{twice[0]}' is there twice; put its prompts into one list")
             return super().construct_mapping(node, deep)
 
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is not YAML: {' '.join(str(error).split())}; correct it") from error
+    return load_yaml(path, Loader, DataError, str(path))

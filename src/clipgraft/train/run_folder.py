@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.errors import ConfigError
 from clipgraft.files import sweep_partial, write_json, write_text
 from clipgraft.locks import LOCK, require_free, sole_owner
+from clipgraft.shown import ShownFormatter, shown
 from clipgraft.train.checkpoint import LATEST, Position
 from clipgraft.train.events import EVENTS, read_events
 from clipgraft.writing import writing
@@ -117,13 +118,13 @@ class RunFolder:
     def _accept(self, stack: contextlib.ExitStack) -> None:
         """Make the folder this run's."""
         sweep_partial(self.checkpoints)
-        listed = "".join(f"{key}: {value}\n" for key, value in sorted(self._params.items()))
+        listed = "".join(shown(f"{key}: {value}") + "\n" for key, value in sorted(self._params.items()))
         write_text(self.path / "params.txt", listed)
         write_json(self.path / "params.json", _plain(self._params))
         with writing(self.path / "out.log"):
             self._handler = _OutLog(self.path / "out.log", encoding="utf-8", errors="backslashreplace")
         stack.callback(self._handler.close)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        self._handler.setFormatter(ShownFormatter("%(asctime)s | %(levelname)s | %(message)s"))
         for buffer in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
             buffer.setTarget(self._handler)
             buffer.flush()

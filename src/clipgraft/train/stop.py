@@ -17,7 +17,13 @@ _CHILD_DIED = (signal.SIGCHLD,) if hasattr(signal, "SIGCHLD") else ()
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, has saved itself, and can be resumed. No `except Exception` catches it."""
+    """The run was asked to stop, has saved itself, and can be resumed. No `except Exception` catches it.
+
+    Attributes:
+        signal: which one asked last; the command ends with 128 and its number, as shells have it.
+    """
+
+    signal: int = signal.SIGINT
 
 
 @contextlib.contextmanager
@@ -38,6 +44,7 @@ def stop_requests(quiet: bool = False) -> Iterator[threading.Event]:
         if os.getpid() != owner:  # a loader's process that inherited this handler: its owner ends it
             return
         stop.set()
+        Interrupted.signal = kind
         if not quiet:
             os.write(2, _NOTICE)  # what print and logging use may be locked by the code this interrupts
         _set(before)
