@@ -71,7 +71,7 @@ def test_a_saved_classifier_is_measured(
     outcome = cli("eval", *base, *data, "--classifier", head, "--out", out)
     assert (outcome.code, outcome.err) == (0, "")
     metrics = json.loads(out.read_text())
-    assert list(metrics) == ["base", "linear"]
+    assert list(metrics) == ["base", "linear", "verdict"]
     clip = load(base[1], "none")
     saved, classes = load_head(head)
     images = cg.read_labelled(pictures, workers=0)[0]
