@@ -138,7 +138,18 @@ def test_the_table_has_the_numbers_of_the_files(page: Page, world: Any) -> None:
 def test_every_section_is_there_in_its_order(page: Page) -> None:
     """What a reader looks for is not on the page, or comes before what explains it."""
     ids = [e.attributes["id"] for e in page.all("section")]
-    assert ids == ["ran", "table", "curves", "cost", "gallery", "classes", "similarity", "forgotten"]
+    order = ["ran", "table", "curves", "cost", "gallery", "classes", "similarity", "tested", "forgotten"]
+    assert ids == order
+        "ran",
+        "table",
+        "curves",
+        "cost",
+        "gallery",
+        "classes",
+        "similarity",
+        "tested",
+        "forgotten",
+    ]
     terms = {e.text for e in page.all("dt") if e.inside("section", id="ran")}
     assert {"Model", "Training data", "Validation data", "Adapter", "Grid", "When", "Folder"} <= terms
 

@@ -44,8 +44,16 @@ class Curve:
     high: Sequence[float] | None = None
 
 
-def curves(name: str, title: str, across: str, up: str, lines: Sequence[Curve], points: bool = False) -> str:
-    """Lines over steps or epochs; `points` marks each measurement. Up to eight."""
+def curves(
+    name: str,
+    title: str,
+    across: str,
+    up: str,
+    lines: Sequence[Curve],
+    points: bool = False,
+    kept: float | None = None,
+) -> str:
+    """Lines over steps or epochs; `points` marks each measurement, `kept` the place of what was saved."""
     with style():
         figure, axes = canvas(WIDTH, HEIGHT)
         for place, line in enumerate(lines[: len(SERIES)]):
@@ -55,10 +63,25 @@ def curves(name: str, title: str, across: str, up: str, lines: Sequence[Curve], 
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=SERIES[place], alpha=0.16, linewidth=0)
         _plain_axes(axes, across, up)
+        if kept is not None:
+            axes.axvline(kept, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=0)
+            word = axes.annotate(
+                f"kept: {kept:.0f}",
+                (kept, 1),
+                (-4, -4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=8.5,
+                color=MUTED,
+            )
+            word.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
         if len(lines) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         ends = "; ".join(f"{c.label} ends at {c.y[-1]:.3g}" for c in lines[: len(SERIES)] if len(c.y))
-        return to_svg(figure, name, title, f"{up} over {across}: {ends}.")
+        mark = "" if kept is None else f" Kept: {across} {kept:.0f}."
+        return to_svg(figure, name, title, f"{up} over {across}: {ends}.{mark}")
 
 
 def loss(name: str, title: str, losses: Sequence[tuple[int, float]]) -> str:
@@ -84,8 +107,8 @@ def _plain_axes(axes: Axes, across: str, up: str) -> None:
     axes.margins(x=0.03)
 
 
-def against_weights(name: str, metric: str, label: str, lines: Sequence[Line]) -> str:
-    """A metric in percent against trained weights: one line a target set, a point a rank."""
+def against_weights(name: str, metric: str, label: str, lines: Sequence[Line], joined: bool) -> str:
+    """A metric in percent against trained weights: a point a rank and, if `joined`, a line a target set."""
     with style():
         figure, axes = canvas(WIDTH, HEIGHT + 20)
         _references(axes, metric, lines)
@@ -101,7 +124,7 @@ def against_weights(name: str, metric: str, label: str, lines: Sequence[Line]) -
                 label=targets,
                 color=SERIES[place],
                 marker=MARKERS[place],
-                linestyle=DASHES[place],
+                linestyle=DASHES[place] if joined else "none",
                 capsize=3,
                 elinewidth=1.1,
                 markeredgecolor=PAPER,

@@ -32,15 +32,18 @@ def _run_learning(run: Run, name: str) -> list[Figure]:
     if run.losses:
         drawn = charts.loss(f"{name}-loss", f"Loss of {run.name}", run.losses)
         figures.append(Figure(drawn))
-    if len(run.evaluations) > 1:
-        names = [metric for metric in METRIC_WORDS if metric in run.evaluations[0] and "@10" not in metric]
-        epochs = [number.get("epoch", place + 1) for place, number in enumerate(run.evaluations)]
+    measured = run.measured
+    if len(measured) > 1:
+        names = [metric for metric in METRIC_WORDS if metric in measured[0] and "@10" not in metric]
+        epochs = [number.get("epoch", place + 1) for place, number in enumerate(measured)]
         lines = [
-            charts.Curve(METRIC_WORDS[m], epochs, [100 * e.get(m, float("nan")) for e in run.evaluations])
+            charts.Curve(METRIC_WORDS[m], epochs, [100 * e.get(m, float("nan")) for e in measured])
             for m in names
         ]
         title = f"Validation of {run.name}"
-        drawn = charts.curves(f"{name}-val", title, "epoch", "validation, %", lines, points=True)
+        drawn = charts.curves(
+            f"{name}-val", title, "epoch", "validation, %", lines, points=True, kept=run.best_epoch
+        )
         figures.append(Figure(drawn))
     return figures
 
@@ -77,7 +80,8 @@ def costs(group: Group, name: str) -> list[Figure]:
     figures = []
     for place, metric in enumerate(headline(group.task)):
         words = METRIC_WORDS[metric]
-        figures.append(Figure(charts.against_weights(f"{name}-weights-{place}", metric, words, lines)))
+        drawn = charts.against_weights(f"{name}-weights-{place}", metric, words, lines, group.is_sweep)
+        figures.append(Figure(drawn))
     if group.is_sweep and len({line.targets for line in adapters}) > 1:
         for place, metric in enumerate(headline(group.task)):
             words = METRIC_WORDS[metric]

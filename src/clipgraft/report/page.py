@@ -109,7 +109,10 @@ def _tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
         if own:
             ranked = any(line.r for group in own for line in group.lines)
             names = METRICS["retrieval" if task == "retrieval" else "classification"]
-            tables.append({"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked})
+            how = list(dict.fromkeys(name for group in own for line in group.lines for name in line.how))
+            tables.append(
+                {"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked, "how": how}
+            )
     return tables
 
 
@@ -125,7 +128,8 @@ def _part(item: Shown, name: str, pictures: Thumbnails) -> dict[str, Any]:
         "settings": words.settings(source),
         "state": _state(source),
         "curves": _marked(drawn.learning(source, name)),
-        "evaluations": source.evaluations if isinstance(source, Run) else (),
+        "evaluations": source.measured if isinstance(source, Run) else (),
+        "kept": source.best_epoch if isinstance(source, Run) else None,
         "task": source.task,
         "of": _examples_of(item),
         "examples": examples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,6 +44,8 @@ class Run:
         bytes: size of `saved`.
         seconds: of the run, evaluation included.
         started, ended: first and last line of its log.
+        rows: how many pairs or images it trained on; None where that is not recorded.
+        made_with: machine and versions, by name.
     """
 
     path: Path
@@ -60,6 +62,8 @@ class Run:
     seconds: float | None
     started: datetime | None
     ended: datetime | None
+    rows: int | None = None
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -69,6 +73,12 @@ class Run:
     def task(self) -> TaskName:
         measured = "acc1" in self.evaluations[-1] if self.evaluations else False
         return "classification" if measured or self.params.get("task") == "classification" else "retrieval"
+
+    @property
+    def measured(self) -> tuple[Mapping[str, float], ...]:
+        """All evaluations, that of epoch 0 before the first step included."""
+        before = () if self.base is None else ({"epoch": 0.0, "step": 0.0, **self.base},)
+        return (*before, *self.evaluations)
 
     @property
     def kind(self) -> Literal["lora", "full"]:
@@ -157,6 +167,8 @@ class _Results:
     bytes: Whole
     seconds: Finite
     best_epoch: Whole | None = None
+    rows: Whole | None = None
+    made_with: Mapping[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
 
 
@@ -193,6 +205,8 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
         seconds=results.seconds if results else None,
         started=started,
         ended=ended,
+        rows=results.rows if results else None,
+        made_with=results.made_with if results else {},
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipgraft.report.examples import Examples
 from clipgraft.report.runs import METRICS, Run, Sweep, TaskName
 from clipgraft.train.grid import Row
+from clipgraft.train.validation import BASE
+from clipgraft.train.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Line:
         seeds: how many runs it is the mean of.
         best: names of metrics in which no other trained row of its group is better.
         note: what a reader must know to read it right.
+        how: learning rate, alpha, epochs, data and machine, as text by name of a column; none for a base.
     """
 
     kind: Literal["base", "full", "lora"]
@@ -35,6 +38,7 @@ class Line:
     peak_mb: float | None
     note: str = ""
     best: frozenset[str] = frozenset()
+    how: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]
         group = groups[places[key]]
         own = [*group.lines, _run_line(source)]
         known = examples.get(str(source.path))
-        if known is not None and not any(line.kind == "base" for line in own):
-            own.insert(0, _base_line(known))
+        base = known.base if known is not None else _measured_base(source)
+        if base and not any(line.kind == "base" for line in own):
+            own.insert(0, _base_line(base))
         name = group.name if len(group.lines) == 0 else f"{group.name}, {source.name}"
         groups[places[key]] = Group(name, group.task, _with_best(own), False)
     return groups
@@ -113,6 +118,11 @@ def _comparable(run: Run) -> tuple[str, ...]:
 def _sweep_line(row: Row, sweep: Sweep) -> Line:
     trains = row.kind != "base"
     label = {"base": "base", "full": "full fine-tuning", "lora": row.targets}[row.kind]
+    runs = [
+        sweep.runs[done.cell.name]
+        for done in sweep.cells
+        if done.cell.row == (row.kind, row.targets, row.r) and done.cell.name in sweep.runs
+    ]
     return Line(
         kind=row.kind,
         label=label,
@@ -125,6 +135,7 @@ def _sweep_line(row: Row, sweep: Sweep) -> Line:
         bytes=row.bytes if trains else None,
         seconds=row.seconds if trains else None,
         peak_mb=row.peak_mb,
+        how=how_trained(runs[0], len(runs)) if runs else {},
     )
 
 
@@ -147,6 +158,7 @@ def _run_line(run: Run) -> Line:
         seconds=run.seconds,
         peak_mb=None,
         note="" if run.finished else progress_of(run),
+        how=how_trained(run),
     )
 
 
@@ -160,8 +172,45 @@ def progress_of(run: Run) -> str:
     return f"unfinished: {steps}"
 
 
-def _base_line(examples: Examples) -> Line:
-    return Line("base", "base", "", None, 1, examples.base, {}, 0, None, None, None)
+def _measured_base(run: Run) -> Mapping[str, float]:
+    """What the base reaches, as the run measured it before its first step."""
+    began_with_base = run.verdict is not None and run.verdict.than == BASE
+    return run.base if run.base is not None and began_with_base else {}
+
+
+def _base_line(metrics: Mapping[str, float]) -> Line:
+    return Line("base", "base", "", None, 1, metrics, {}, 0, None, None, None)
+
+
+def how_trained(run: Run, seeds: int = 1) -> dict[str, str]:
+    """How a run was trained and what it bought, as text by column; empty text where nothing is recorded."""
+    params = run.params
+    recorded = params.get("lora")
+    lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
+    alpha = lora.get("alpha", params.get("lora_alpha")) if run.kind == "lora" else None
+    epochs = params.get("epochs")
+    kept = "" if run.best_epoch in (None, epochs) else f", kept {run.best_epoch}"
+    versions = [f"{name} {value}" for name, value in run.made_with.items() if name != "machine"]
+    return {
+        "learning rate": _number(params.get("lr")),
+        "alpha": _number(alpha),
+        "epochs": f"{_number(epochs)}{kept}",
+        "images" if run.task == "classification" else "pairs": "" if run.rows is None else f"{run.rows:,}",
+        "against the start": "" if run.verdict is None or seeds > 1 else _told(run.verdict),
+        "machine": run.made_with.get("machine", ""),
+        "versions": ", ".join(versions),
+    }
+
+
+def _told(verdict: Verdict) -> str:
+    """The word, and the gain of each metric in points with its interval."""
+    gains = (str(gain).replace("-", "−") for gain in verdict.by_metric.values())
+    start = "" if verdict.than == BASE else f" than {verdict.than}"
+    return f"{verdict.word}{start}: {'; '.join(gains)}"
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
 def _with_best(lines: Sequence[Line]) -> tuple[Line, ...]:

@@ -31,6 +31,7 @@ from clipgraft.train.feed import Feed
 from clipgraft.train.learnable import nothing_learnt
 from clipgraft.train.locking import lock_tower
 from clipgraft.train.loop import Loop, running_statistics
+from clipgraft.train.machine import made_with
 from clipgraft.train.objectives import Contrastive, Objective
 from clipgraft.train.optim import make_optimizer
 from clipgraft.train.parts import part_ends, schedule_of
@@ -218,7 +219,8 @@ def _finish(
         best_epoch=epoch,
         verdict=verdict,
     )
-    folder.finish(asdict(result))
+    rows = len(task.feed.caption_of_row)
+    folder.finish({**asdict(result), "rows": rows, "made_with": made_with(clip)})
     log.info(
         "saved %s (%.2f MB, %s trained weights, %.0f s)",
         saved,

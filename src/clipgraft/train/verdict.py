@@ -13,6 +13,7 @@ FEWEST_CHANGED = 6
 """Images whose answers must change for any verdict: five that all change one way are chance in 1 of 16."""
 _FEW = {"pairs": 2000, "images": 500}
 _HARDLY = 0.05  # share of the loss
+_LOW_LR = 1e-4  # below what adapters learn well with
 _LOST = 0.01  # share of the queries
 
 
@@ -133,7 +134,8 @@ def advise(word: Word, epoch: int, trained: Trained) -> Sequence[str]:
         first, last = trained.losses
         if last > (1 - _HARDLY) * first:
             told = f"the loss hardly fell, {first:.3f} to {last:.3f}"
-            found.append(f"--lr {3 * trained.lr:.1g} or more --epochs: {told}")
+            factor = 10 if trained.lr < _LOW_LR else 3
+            found.append(f"--lr {factor * trained.lr:.1g} or more --epochs: {told}")
         elif word == "worse":
             found.append(
                 f"--lr {trained.lr / 3:.1g}: the loss fell from {first:.3f} to {last:.3f} all the same"
