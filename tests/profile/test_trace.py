@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 import clipgraft as cg
@@ -23,23 +21,8 @@ from clipgraft.models.clip import as_clip
 from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.profile.ops import price
 from clipgraft.profile.trace import Trace, join, trace
+from counting import attention_backward_flops, attention_flops, counted, flop_counter, slow_path
 from tinies import EOS_ID
-
-
-@contextlib.contextmanager
-def slow_path() -> Iterator[None]:
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-
-
-def counted(run: Callable[[], object]) -> int:
-    """Multiply-adds that torch's own counter sees."""
-    with slow_path(), FlopCounterMode(display=False) as counter:
-        _ = run()
-    return int(counter.get_total_flops()) // 2
 
 
 def full_size(kind: str) -> nn.Module:
@@ -66,6 +49,56 @@ def test_multiply_adds_of_vit_b_32(kind: str) -> None:
     blocks = 12 * (12 * d * d * length + 2 * length * length * d)
     vision = trace(clip.model, images, call=clip.family.encode_image)
     assert vision.total.macs == 2 * (49 * 3 * 32 * 32 * d + blocks + d * 512)
+    d, length = 512, 77
+    blocks = 12 * (12 * d * d * length + 2 * length * length * d)
+    text = trace(clip.model, tokens, call=clip.family.encode_text)
+    assert text.total.macs == 2 * (blocks + d * 512)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "sdpa", "eager"])
+def test_other_operations_of_vit_b_32(kind: str) -> None:
+    """The figures of one model change with the version of torch or transformers that profiles it."""
+    clip = as_clip(full_size(kind))
+    # OpenAI's QuickGELU is 6 a number, GELU 5; transformers norms the pooled token alone, open_clip all.
+    activation, normed = (5, 50) if kind == "open_clip" else (6, 1)
+
+    def closed(width: int, length: int, heads: int, per_score: int) -> int:
+        # Two norms, the biases of q, k, v and out, both sums; the MLP's biases and activation; positions.
+        numbers = 2 * 7 + 4 + 2 + 4 + 1 + 4 * activation
+        return 12 * (numbers * width * length + per_score * heads * length**2) + width * length
+
+    vision = trace(clip.model, torch.empty(1, 3, 224, 224, device="meta"), call=clip.family.encode_image)
+    other = vision.total.flops - 2 * vision.total.macs
+    assert other == closed(768, 50, 12, per_score=6) + 7 * 768 * (50 + normed)
+    tokens = torch.empty(1, 77, dtype=torch.int64, device="meta")
+    text = trace(clip.model, tokens, call=clip.family.encode_text)
+    assert text.total.flops - 2 * text.total.macs == closed(512, 77, 8, per_score=7) + 7 * 512 * 77
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_on_cpu(causal: bool) -> None:
+    """Attention costs nothing, or half, in a pass that really runs."""
+    query, key, value = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (5, 5, 5))
+    with flop_counter() as counter:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        forward = counter.get_total_flops()
+        out.sum().backward()  # type: ignore[no-untyped-call]
+    shapes = (query.shape, key.shape, value.shape)
+    assert forward == attention_flops(*shapes) == 2 * 2 * (2 * 3 * 5 * 5 * 8)
+    assert counter.get_total_flops() - forward == attention_backward_flops(out.shape, *shapes)
+    assert attention_backward_flops(out.shape, *shapes) == forward * 5 // 2
+    assert 2 * trace(Attend(causal), query, key, value).total.macs == forward
+
+
+class Attend(nn.Module):
+    """Attention alone."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
 
 
 ADAPTERS: list[dict[str, Any]] = [
@@ -88,7 +121,7 @@ def real_pass(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], inpu
         saved.append(tensor)
         return tensor
 
-    with slow_path(), FlopCounterMode(display=False) as counter:
+    with slow_path(), flop_counter() as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             features = run(model, inputs)
         forward = counter.get_total_flops() // 2

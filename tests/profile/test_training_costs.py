@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
@@ -18,6 +17,7 @@ from clipgraft.models.unloaded import clip_on_meta
 from clipgraft.profile.meta import on_meta
 from clipgraft.profile.targets import distinct_sets, target_costs
 from clipgraft.profile.training import FULL, training_costs
+from counting import flop_counter
 
 SETS = ("text-attention", "vision.-1.fc1", "linear", "all", "projection")
 
@@ -33,7 +33,7 @@ def real_step(model: nn.Module, targets: str, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     features: list[Tensor] = []
     for tower, run, given in zip(TOWERS, calls, inputs, strict=True):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             features.append(run(clip.model, given))
             forward = counter.get_total_flops() // 2
             if features[-1].requires_grad:

@@ -2,7 +2,8 @@
 
 Two numbers: `macs` are the multiply-adds of products, `flops` are 2·macs and all other arithmetic.
 
-Products (`macs`): matrix products and convolutions by the formulas of torch's own `FlopCounterMode`;
+Products (`macs`): matrix products and convolutions by closed formulas of their shapes, the same on
+every version of torch (its own `FlopCounterMode` knows other operators in each);
 attention as its two products, queries × keys and scores × values, in full: a causal mask saves none of them
 here, as in `FlopCounterMode`, and kernels that skip hidden blocks do less.
 
@@ -29,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,16 @@ def _elementwise(name: str, call: _Call, read: int, written: int) -> int | None:
     return written if torch.Tag.pointwise in call.func.tags else None
 
 
-def _registered(call: _Call) -> Price:
-    """A product that `FlopCounterMode` knows."""
-    formula = flop_registry[call.func.overloadpacket]
-    return _product(call, int(formula(*call.args, **call.kwargs, out_val=call.out)) // 2)
+def _matrix_product(call: _Call) -> Price:
+    first = next(call.named[name] for name in ("mat1", "batch1", "self") if name in call.named)
+    return _product(call, call.out.numel() * first.shape[-1])
+
+
+def _convolution(call: _Call) -> Price:
+    """The whole kernel at each place of the output, or of the input where it is transposed."""
+    named = call.named
+    places = named["input"] if named["transposed"] else call.out
+    return _product(call, named["weight"].numel() * len(places) * math.prod(places.shape[2:]))
 
 
 def _linear(call: _Call) -> Price:
@@ -217,7 +223,8 @@ def _fast_path(call: _Call) -> Price:
 
 
 _PRODUCTS: dict[str, Callable[[_Call], Price]] = {
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "convolution", "_convolution"), _registered),
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product),
+    **dict.fromkeys(("convolution", "_convolution"), _convolution),
     **dict.fromkeys(("mv", "addmv", "dot"), _matrix_vector),
     **dict.fromkeys(_ATTENTION, _attention),
     "linear": _linear,
