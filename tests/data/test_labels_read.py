@@ -69,7 +69,11 @@ def test_hidden_and_loose_files_are_left_out(folder: Path) -> None:
     draw(folder / "loose.png", 3)
     data, report = read_labelled(folder)
     assert (len(data), data.classes, report.bad_rows) == (5, ("cat", "dog"), 0)
-    assert report.notes == ("not used: images that lie beside the class folders (1)",)
+    assert report.notes == (
+        "7 files: 6 images, 1 hidden",
+        "2 hidden folders were left out",
+        "not used: images that lie beside the class folders (1)",
+    )
 
 
 def test_an_empty_class_folder_is_named_and_left_out(folder: Path) -> None:

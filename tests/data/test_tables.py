@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -450,9 +451,17 @@ def test_text_file_beside_each_image(tmp_path: Path) -> None:
     table = read_table(folder)
     assert list(table.rows()) == [
         Row(1, "b.png", ("một", "hai")),
-        BadRow(2, "c.png", "no c.txt beside it"),
+        BadRow(2, "c.png", "no text file beside it"),
         Row(3, str(Path("sub/a.PNG")), ("ba",)),
     ]
+
+
+def test_both_names_of_a_text_file(tmp_path: Path) -> None:
+    """Captions in `a.png.txt`, as some tools write them, would be missed; or `a.png` get those of `a.jpg`."""
+    folder = folder_of(tmp_path, "a.jpg", "a.png", "b.png")
+    written(folder / "a.txt", "both")
+    written(folder / "a.png.txt", "its own")
+    assert list(read_table(folder).rows())[:2] == [Row(1, "a.jpg", ("both",)), Row(2, "a.png", ("its own",))]
 
 
 def test_sidecar_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
@@ -470,7 +479,11 @@ def test_folder_without_captions(tmp_path: Path) -> None:
     """A folder that cannot be used would not say which file is expected."""
     with pytest.raises(DataError, match="no images in this folder"):
         read_table(tmp_path)
-    folder_of(tmp_path, "a.png")
+    folder = folder_of(tmp_path, "a.png")
     with pytest.raises(DataError, match=r"1 images and no captions.*metadata\.jsonl") as error:
         read_table(tmp_path)
     one_line(error)
+    written(folder / "styles.csv", "image,caption\na.png,a dog\n")
+    with pytest.raises(DataError, match=re.escape(f"name the table with them ({folder / 'styles.csv'})")):
+        read_table(folder)
+    assert good(read_table(folder / "styles.csv")) == [("a.png", "a dog")]

@@ -119,6 +119,108 @@ def test_headers_are_not_kept(tmp_path: Path) -> None:
     assert max(held) <= 1
 
 
+def made(path: Path, *members: str) -> list[tuple[str, str | None]]:
+    """(key, caption) of the images of an archive; a member `a.txt=words` is a caption."""
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            name, _, words = member.partition("=")
+            info = tarfile.TarInfo(name)
+            info.size = len(words.encode())
+            tar.addfile(info, io.BytesIO(words.encode()))
+    source = open_archives(str(path))
+    captions: dict[str, str | None] = {}
+    for item in source.items():
+        captions[item.key.partition("::")[2]] = item.caption or captions.get(item.key.partition("::")[2])
+    assert source.met()[0].startswith(f"in the archives {len(members)} files: ")
+    return list(captions.items())
+
+
+def said(path: Path) -> str:
+    """What is said after an archive was listed."""
+    source = open_archives(str(path))
+    list(source.items())
+    return " | ".join(source.met())
+
+
+def test_two_images_of_one_name(tmp_path: Path) -> None:
+    """Two shards written one behind the other: captions of two images on one, and the other image lost."""
+    tar = tmp_path / "x.tar"
+    assert made(tar, "0.jpg", "0.txt=a", "1.jpg", "1.txt=b", "0.jpg", "0.txt=c", "1.jpg") == [
+        ("0.jpg", "a"),
+        ("1.jpg", "b"),
+        ("0.jpg::2", "c"),
+        ("1.jpg::2", None),
+    ]
+    assert "2 images have the same name as one before them" in said(tar)
+    assert made(tar, "0.txt=a", "0.jpg", "0.txt=b", "0.jpg") == [("0.jpg", "a"), ("0.jpg::2", "b")]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        ("0.jpg", "0.jpg", "0.txt=a", "0.txt=b"),
+        ("0.jpg", "1.jpg", "0.jpg", "0.txt=a", "1.txt=c", "0.txt=b"),
+        ("0.jpg", "1.jpg", "0.jpg", "1.txt=c", "0.txt=b"),
+    ],
+)
+def test_no_caption_rather_than_a_doubtful_one(tmp_path: Path, members: tuple[str, ...]) -> None:
+    """An image would get the caption of another image that has its name."""
+    captions = dict(made(tmp_path / "x.tar", *members))
+    assert captions["0.jpg"] is None
+    assert captions.get("1.jpg") in (None, "c")
+    assert "captions left out:" in said(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("members", "captions"),
+    [
+        (
+            ["im.0.jpg", "im.0.txt=a", "im.1.jpg", "im.1.txt=b", "im.2.jpg"],
+            {"im.0.jpg": "a", "im.1.jpg": "b", "im.2.jpg": None},
+        ),
+        (["0.left.jpg", "0.right.png", "0.txt=a"], {"0.left.jpg": "a", "0.right.png": "a"}),
+        (["0.jpg", "0.caption.txt=a"], {"0.jpg": "a"}),
+        (["d/0.jpg", "d/0.caption.txt=a", "e/0.jpg"], {"d/0.jpg": "a", "e/0.jpg": None}),
+        (["im.jpg", "im.0.jpg", "im.0.txt=a"], {"im.jpg": None, "im.0.jpg": "a"}),
+        (["a.jpg", "a.jpg.txt=a", "a.png", "a.png.txt=b"], {"a.jpg": "a", "a.png": "b"}),
+        (["v1.2/a.jpg", "v1.2/a.txt=a"], {"v1.2/a.jpg": "a"}),
+        (["0.jpg", "1.jpg", "1.txt=b", "0.txt=a"], {"0.jpg": "a", "1.jpg": "b"}),
+        (["0.txt=a", "1.txt=b", "2.txt=c", "1.jpg", "0.jpg"], {"0.jpg": "a", "1.jpg": "b"}),
+        (["im.1.txt=b", "x.jpg", "im.0.jpg", "im.1.jpg"], {"im.0.jpg": None, "im.1.jpg": "b", "x.jpg": None}),
+        (["0.jpg", "0.txt=nan", "1.jpg", "1.txt="], {"0.jpg": None, "1.jpg": None}),
+    ],
+)
+def test_whose_a_caption_is(tmp_path: Path, members: list[str], captions: dict[str, str | None]) -> None:
+    """Names with dots gave every image the last caption; captions apart from their images were dropped."""
+    assert dict(made(tmp_path / "x.tar", *members)) == captions
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    """Captions and members of other kinds would vanish without a word."""
+    tar = tmp_path / "x.tar"
+    made(tar, "0.jpg", "1.txt=lost", "2.heic", "3.json={}", "4.txt=lost")
+    assert said(tar).startswith("in the archives 5 files: 1 images, 2 .txt, 1 .heic, 1 .json (pip install")
+    assert said(tar).endswith("captions left out: 2 without an image; the first is x.tar::1.txt")
+
+
+def test_the_second_image_of_a_name_is_shown(clip: Clip, tmp_path: Path) -> None:
+    """The page of a search would show another picture than the one found."""
+    from clipgraft.search.archives import read_member
+
+    pictures = [write_picture(tmp_path / f"{n}.png", n).read_bytes() for n in range(2)]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for content in pictures:
+            info = tarfile.TarInfo("a.png")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    result = encode_folder(clip, str(tmp_path / "x.tar"), tmp_path / "out", **SMALL)
+    assert result.rows == 2
+    for key, content in zip(("a.png", "a.png::2"), pictures, strict=True):
+        assert read_member(f"{tmp_path / 'x.tar'}::{key}") == content
+    with pytest.raises(cg.DataError, match="is no file in the archive"):
+        read_member(f"{tmp_path / 'x.tar'}::a.png::3")
+
+
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [

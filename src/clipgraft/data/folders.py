@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from clipgraft.data.images import IMAGE_SUFFIXES
+from clipgraft.data.listing import Listing, list_images
 from clipgraft.data.paths import find_image
 from clipgraft.data.rows import BadRow, Row, Rows, Table, make_row, text_lines
 from clipgraft.errors import DataError
@@ -23,6 +23,8 @@ CAPTIONS_FILES = (
     "Flickr8k.token.txt",
     "results.csv",  # Flickr30k
 )
+
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq", ".token"})
 
 
 def find_captions_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -51,44 +53,56 @@ def image_root(folder: Path, table: Table) -> tuple[Path, tuple[str, ...]]:
     return holding[0], (f"images are in the sub-folder {holding[0].name}",)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Every image file in `folder` and below, known by its suffix, sorted; hidden folders are left out."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
-
-
 def read_sidecars(folder: Path) -> Table:
     """Open a folder in which `name.txt` holds the captions of `name.jpg`, one a line.
 
     Raises DataError when there is no image, or no image has such a file.
     """
-    images = list_images(folder)
+    listing = Listing()
+    images = list_images(folder, listing)
     if not images:
         raise DataError(
-            f"{folder}: no images in this folder; name a folder of images, or a table of their paths"
+            f"{folder}: no images in this folder ({'; '.join(listing.notes())}); name a folder of images, or "
+            "a table of their paths"
         )
-    if not any(image.with_suffix(".txt").is_file() for image in images):
+    if not any(sidecar(image) for image in images):
         names = ", ".join(CAPTIONS_FILES)
-        advice = f"add one of {names}, or a NAME.txt beside each image"
+        advice = f"{_other_tables(folder)}add one of {names}, or a NAME.txt beside each image"
         raise DataError(f"{folder}: {len(images):,} images and no captions; {advice}")
-    return Table(
-        folder, folder, "folder, NAME.txt beside each image", "image", partial(_sidecar_rows, folder, images)
-    )
+    rows = partial(_sidecar_rows, folder, images)
+    return Table(folder, folder, "folder, NAME.txt beside each image", "image", rows, listing.notes())
+
+
+def sidecar(image: Path) -> Path | None:
+    """The text file of an image: `x.jpg.txt`, or `x.txt`, which other images of that name share."""
+    for path in (image.with_name(f"{image.name}.txt"), image.with_suffix(".txt")):
+        if path.is_file():
+            return path
+    return None
+
+
+def _other_tables(folder: Path) -> str:
+    """Tables in a folder and beside it that nobody named: what a person with captions probably means."""
+    places = (folder, Path(os.path.abspath(folder)).parent)  # noqa: PTH100 - `..` of a link is meant as typed
+    there = [
+        path
+        for place in places
+        for path in sorted(place.iterdir())
+        if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
+    ]
+    return f"name the table with them ({', '.join(map(str, there[:3]))}), or " if there else ""
 
 
 def _sidecar_rows(folder: Path, images: list[Path]) -> Rows:
     for number, image in enumerate(images, 1):
         name = str(image.relative_to(folder))
-        sidecar = image.with_suffix(".txt")
-        if not sidecar.is_file():
-            yield BadRow(number, name, f"no {sidecar.name} beside it")
+        text = sidecar(image)
+        if text is None:
+            yield BadRow(number, name, "no text file beside it")
             continue
         try:
-            captions = [line for line in text_lines(sidecar) if line.strip()]
+            captions = [line for line in text_lines(text) if line.strip()]
         except DataError as error:
-            yield BadRow(number, name, str(error))
+            yield BadRow(number, name, str(error), "its text file cannot be read")
         else:
             yield make_row(number, name, captions or None)

@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -30,11 +32,20 @@ from clipgraft.errors import DataError
 MAX_PIXELS = 89_478_485
 """Largest width x height that is decoded: 256 MiB as RGB, the size at which Pillow itself starts to warn."""
 
+HEIC_SUFFIXES = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+HEIC_ADVICE = "pip install 'clipgraft[heic]' to read HEIC photos, or convert them to JPEG"
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"}
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".jp2", ".j2k", ".jpx", ".jpf"),
+        *(".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".tga"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+        *(HEIC_SUFFIXES if find_spec("pillow_heif") else ()),
+    }
 )
+"""Names of files that are listed as images: what Pillow reads, and HEIC where pillow-heif is installed."""
 
 _ORIENTATION, _SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 _BLOCK = 256  # images handed to the pool at once: bounds what is in flight when the check stops early
 
 
@@ -71,7 +82,7 @@ def open_sized(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """`open_image`, and the upright (width, height) of the whole image, however small it was decoded."""
     name = "<bytes>" if isinstance(source, bytes) else str(source)
-    with _QUIET, _reasons(name), Image.open(_file(source)) as image:
+    with _QUIET, _reasons(name), _open(name, source) as image:
         _check_size(name, image)
         width, height = image.size
         if shortest is not None:
@@ -90,7 +101,7 @@ def check_image(path: Path, *, decode: bool = True) -> None:
     if decode:
         open_image(path, shortest=1)
         return
-    with _QUIET, _reasons(str(path)), Image.open(path) as image:
+    with _QUIET, _reasons(str(path)), _open(str(path), path) as image:
         _check_size(str(path), image)
 
 
@@ -123,8 +134,41 @@ def check_images(
                 yield path, why
 
 
+def _open(name: str, source: str | Path | bytes) -> Image.Image:
+    """`Image.open`, which learns to read HEIC at the first such file."""
+    try:
+        return Image.open(_file(source))
+    except UnidentifiedImageError:
+        if not _is_heic(source):
+            raise
+        if not _read_heic():
+            raise ImageError(name, f"is a HEIC photo; {HEIC_ADVICE}") from None
+        return Image.open(_file(source))
+
+
 def _file(source: str | Path | bytes) -> str | Path | io.BytesIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _is_heic(source: str | Path | bytes) -> bool:
+    """Whether the content begins as HEIC does; phones also name such files .jpg."""
+    if isinstance(source, bytes):
+        head = source[:12]
+    else:
+        with open(source, "rb") as file:  # noqa: PTH123
+            head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+@cache
+def _read_heic() -> bool:
+    """Tell Pillow about HEIC; False where pillow-heif is not installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipgraft.data.columns import guess_notes
 from clipgraft.data.delimited import SEPARATOR
-from clipgraft.data.folders import list_images
+from clipgraft.data.listing import Listing, list_images
 from clipgraft.data.rows import Row, Rows, Table
 from clipgraft.data.tables import read_headers, read_table
 from clipgraft.errors import DataError
@@ -73,16 +73,22 @@ def _no_label_column(source: Path, names: Sequence[str], key: str | None) -> Dat
 
 
 def _class_folders(folder: Path) -> LabelTable:
+    listing = Listing()
+    found = list_images(folder, listing)
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    images = {path.name: _visible_images(path) for path in folders}
+    images: dict[str, list[Path]] = {path.name: [] for path in folders}
+    loose = [path for path in found if path.parent == folder]
+    for path in found:
+        if path.parent != folder:
+            images.setdefault(path.relative_to(folder).parts[0], []).append(path)
     if not any(images.values()):
-        raise DataError(_no_class_folders(folder, len(folders)))
+        raise DataError(_no_class_folders(folder, len(folders), len(loose)))
     _refuse_splits(folder, folders)
-    outside = sum(path.parent == folder for path in _visible_images(folder))
-    notes = (f"not used: images that lie beside the class folders ({outside:,})",) if outside else ()
-    empty = tuple(name for name, found in images.items() if not found)
+    notes = (f"not used: images that lie beside the class folders ({len(loose):,})",) if loose else ()
+    empty = tuple(name for name, inside in images.items() if not inside)
     rows = partial(_folder_rows, folder, images)
-    return LabelTable(Table(folder, folder, "folder of class folders", "image", rows, notes), empty)
+    kind = "folder of class folders"
+    return LabelTable(Table(folder, folder, kind, "image", rows, (*listing.notes(), *notes)), empty)
 
 
 def _folder_rows(folder: Path, images: dict[str, list[Path]]) -> Rows:
@@ -91,15 +97,10 @@ def _folder_rows(folder: Path, images: dict[str, list[Path]]) -> Rows:
         yield Row(number, str(path.relative_to(folder)), (name,))
 
 
-def _visible_images(folder: Path) -> list[Path]:
-    return [path for path in list_images(folder) if not path.name.startswith(".")]
-
-
-def _no_class_folders(folder: Path, count: int) -> str:
+def _no_class_folders(folder: Path, count: int, loose: int) -> str:
     layout = f"put the images of each class into a folder of its own, such as {folder / 'cat' / '1.jpg'}"
     if count:
         return f"{folder}: none of its {count:,} folders holds an image; {layout}"
-    loose = len(_visible_images(folder))
     there = f"no class folders, only images ({loose:,})" if loose else "no class folders"
     return f"{folder}: {there}; {layout}, or name a table with a label column"
 

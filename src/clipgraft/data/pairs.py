@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from clipgraft.data.folders import list_images
 from clipgraft.data.images import ImageError, check_images
+from clipgraft.data.listing import Listing, list_images
 from clipgraft.data.paths import find_image
 from clipgraft.data.rows import BadRow, Row, Table
 from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, DataReport
@@ -165,8 +165,10 @@ def _left_over(source: Path, table: Table, gathered: _Gathered) -> tuple[str, ..
     if table.source == source:
         return ()
     named = gathered.images.keys() | gathered.unreadable
-    unnamed = sum(Path(os.path.normpath(path)) not in named for path in list_images(source))
-    return (f"{unnamed:,} images in the folder have no caption",) if unnamed > 0 else ()
+    listing = Listing()
+    unnamed = sum(Path(os.path.normpath(path)) not in named for path in list_images(source, listing))
+    left = (f"{unnamed:,} images in the folder have no caption: left out",) if unnamed > 0 else ()
+    return (*listing.notes(), *left)
 
 
 def _report(

@@ -22,11 +22,15 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that cannot be used, and why, in a few words that do not repeat its number or path."""
+    """One row that cannot be used, and why, in a few words that do not repeat its number or path.
+
+    `kind` is what it is counted as, where the reason differs from row to row.
+    """
 
     number: int
     image: str
     reason: str
+    kind: str = ""
 
 
 Rows = Generator[Row | BadRow, None, None]
@@ -69,6 +73,19 @@ def make_row(number: int, image: object, captions: object, *, numbers: bool = Fa
     if not all(_is_unicode(text) for text in [path, *texts]):
         return BadRow(number, ascii(path), "holds half a character (a lone surrogate)")
     return Row(number, path, tuple(texts))
+
+
+_NULLS = frozenset(
+    {"nan", "-nan", "none", "null", "n/a", "<na>", "#n/a", "#na", "#n/a n/a", "(null)", "\\n", "undefined"}
+)
+
+
+def is_null(text: str) -> bool:
+    """Whether a cell holds what a program writes where there is no text, such as pandas' nan.
+
+    "NA" counts in capitals alone: "na" is a fruit in Vietnamese.
+    """
+    return len(text) <= 9 and (text == "NA" or text.lower() in _NULLS)
 
 
 def text_encoding(path: Path) -> str:

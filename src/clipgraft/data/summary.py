@@ -64,7 +64,7 @@ class BadRows:
     def add(self, row: BadRow) -> None:
         """Count one more. Raises DataError under `strict`, or when there are more than the limit."""
         self.count += 1
-        self.reasons[row.reason] += 1
+        self.reasons[row.kind or row.reason] += 1
         if len(self.first) < _KEPT and not self._told(row):
             self.first.append(row)
         if self._strict:

@@ -225,6 +225,8 @@ class _Run:
     def _compare(self, plan: Plan) -> Counts:
         log.info("listing %s", self.source.name)
         plan.take(self.source.items(), self.source.ordered)
+        for note in self.source.met():
+            log.info("%s: %s", self.source.name, note)
         for shard in self.store.manifest.shards:
             plan.store(shard.number, self.store.stored(shard, errors=not self.retry_errors))
         return plan.compare()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import tarfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 from clipgraft.data.images import ImageError, open_image
 from clipgraft.errors import DataError
 from clipgraft.files import write_text
+from clipgraft.search.archives import read_member
 from clipgraft.search.items import IN_TAR, Ref, is_address
 from clipgraft.search.query import Hit
 from clipgraft.search.remote import read_at
@@ -55,13 +55,8 @@ def _picture(place: str | None) -> tuple[str | None, str | None]:
 
 
 def _content(place: str) -> bytes | Path:
-    archive, inside, member = place.partition(IN_TAR)
-    if inside and not is_address(place) and not os.path.exists(place):  # noqa: PTH110
-        with tarfile.open(archive + IN_TAR.removesuffix("::")) as tar:
-            content = tar.extractfile(member)
-            if content is None:
-                raise ImageError(place, "is no file in the archive")
-            return content.read()
+    if IN_TAR in place and not is_address(place) and not os.path.exists(place):  # noqa: PTH110
+        return read_member(place)
     return read_at(Ref(place)) if is_address(place) else Path(place)
 
 

@@ -46,6 +46,7 @@ class Source:
         ordered: whether its own order counts; otherwise items are taken sorted by key.
         items: lists it. An image may be named several times, by every caption it has.
         notes: choices made for the user that they should see.
+        met: after it was listed: what it holds besides, and what was left out of it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     ordered: bool
     items: Callable[[], Iterator[Item]]
     notes: tuple[str, ...] = ()
+    met: Callable[[], tuple[str, ...]] = tuple
 
 
 class Ref(NamedTuple):

@@ -6,10 +6,9 @@ import functools
 import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import PurePosixPath
 from typing import IO, Any
 
-from clipgraft.data.images import IMAGE_SUFFIXES
+from clipgraft.data.listing import Listing
 from clipgraft.errors import DataError
 from clipgraft.search.items import Item, Ref, is_address
 
@@ -42,8 +41,8 @@ def check_protocol(protocol: str) -> None:
         raise DataError(f"{protocol}://: fsspec knows no such kind of address; check its spelling") from error
 
 
-def list_images_at(address: str) -> Iterator[Item]:
-    """Every image below a folder, known by its suffix; hidden folders are left out. Holds one folder's names.
+def list_images_at(address: str, listing: Listing) -> Iterator[Item]:
+    """Every image below a folder, known by its suffix; hidden ones are left out. Holds one folder's names.
 
     Raises:
         DataError: there is no such folder, or it cannot be listed.
@@ -56,8 +55,9 @@ def list_images_at(address: str) -> Iterator[Item]:
         for _, folders, found in files.walk(root, detail=True):
             for name in [name for name in folders if name.startswith(".")]:
                 del folders[name]
+                listing.hidden_folders += 1
             for name, info in found.items():
-                if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                if listing.add(name):
                     yield Item(info["name"].removeprefix(prefix), info.get("size"), modified(info))
     except DataError:
         raise

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from clipgraft.data.columns import Keys, caption_column, image_column, missing_columns
-from clipgraft.data.images import IMAGE_SUFFIXES
+from clipgraft.data.listing import Listing, Unlisted, walk_images
 from clipgraft.data.paths import find_image
 from clipgraft.data.rows import Row, Table, text_lines
 from clipgraft.data.tables import read_headers, read_table
@@ -46,10 +46,10 @@ def open_images(
         if not root.partition("://")[2]:
             raise DataError(f"{source}: names no folder; write one, such as s3://bucket/images")
         check_protocol(root.partition("://")[0])
-        return Source(root, root, False, partial(list_images_at, root))
+        return _address_source(root)
     path = Path(os.path.abspath(source))  # noqa: PTH100 - links stay as the user wrote them
     if path.is_dir() and dataset_type in ("auto", "folder"):
-        return Source(str(path), str(path), False, partial(_walk, path))
+        return _folder_source(path)
     table = _open_table(path, dataset_type, image_key, caption_key, separator)
     return Source(str(path), str(path.parent), True, partial(_table_items, *table), table[0].notes)
 
@@ -82,24 +82,31 @@ def open_texts(
     return Source(str(path), "", True, partial(_table_texts, table), table.notes)
 
 
-def _walk(root: Path) -> Iterator[Item]:
-    """Every image in a folder and below, in no order; holds the names of folders, never those of files."""
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if not entry.name.startswith("."):
-                            waiting.append(folder / entry.name)
-                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - a name
-                        yield _file(entry, root)
-        except OSError as error:
-            if folder == root:
-                raise DataError(f"{root}: cannot be listed ({error.strerror}); check the folder") from error
-            key = _printable(relative_key(folder, root))
-            yield Item(key, reason=f"the folder cannot be listed: {error.strerror}", unlisted=True)
+def _folder_source(root: Path) -> Source:
+    """A folder tree as a source, listed anew every time."""
+    met: list[Listing] = []
+
+    def items() -> Iterator[Item]:
+        met[:] = [Listing()]
+        for found in walk_images(root, met[0]):
+            if isinstance(found, Unlisted):
+                key = _printable(relative_key(found.path, root))
+                yield Item(key, reason=f"the folder cannot be listed: {found.reason}", unlisted=True)
+            else:
+                yield _file(found, root)
+
+    return Source(str(root), str(root), False, items, met=lambda: met[0].notes() if met else ())
+
+
+def _address_source(root: str) -> Source:
+    """A folder at an address as a source."""
+    met: list[Listing] = []
+
+    def items() -> Iterator[Item]:
+        met[:] = [Listing()]
+        yield from list_images_at(root, met[0])
+
+    return Source(root, root, False, items, met=lambda: met[0].notes() if met else ())
 
 
 def _file(entry: os.DirEntry[str], root: Path) -> Item:
