@@ -156,7 +156,7 @@ def _full_rank(change: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
     """Give a new adapter a file's weights and settings."""
-    adapter.settings = file.settings
+    adapter.settings, adapter.origin = file.settings, str(file.path.resolve())
     refs, norms = clip.site_refs, clip.family.norms(clip.model)
     with torch.no_grad():
         for site, (a, b) in file.weights.items():

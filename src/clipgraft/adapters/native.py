@@ -48,6 +48,7 @@ class AdapterFile:
         offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
         full: whole weights, (out, in), by site: what PEFT calls modules to save.
         path_prefix: what PEFT's module paths lacked of those of `CLIPModel` (`peft_layout.tower_prefix`).
+        started_from: the adapter file that its training began with; empty for one that began anew.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class AdapterFile:
     offsets: dict[Site, Tensor] = field(default_factory=dict)
     full: dict[Site, Tensor] = field(default_factory=dict)
     path_prefix: str = ""
+    started_from: str = ""
 
     @property
     def scales(self) -> dict[Site, float]:
@@ -162,6 +164,7 @@ def describe(
         metrics=metrics,
         magnitudes=magnitudes,
         biases=biases,
+        started_from=adapter.origin,
     )
 
 
@@ -215,6 +218,7 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
         "settings": asdict(settings),
         "logit_scale": adapter.logit_scale,
         "metrics": adapter.metrics,
+        **({"started_from": adapter.started_from} if adapter.started_from else {}),
     }
     write_folder(path, name_tensors(tensors), config_json(settings, adapter.weights, base["name"]), record)
     return path
@@ -284,6 +288,7 @@ def _with_record(adapter: AdapterFile, contents: Contents, record: Mapping[str, 
             fingerprint=None if fingerprint is None else str(fingerprint),
             logit_scale=None if scale is None else _finite(scale),
             metrics=dict(record["metrics"]),
+            started_from=str(record.get("started_from", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(

@@ -86,11 +86,11 @@ def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     """Load what the specs name, and train it into `folder` to tell classes apart; rank 0 reads the data."""
     from clipgraft.train.fit_classes import fit_classifier
 
-    model_spec, data, classes, lora, train, _ = specs
+    model_spec, data, classes, lora, train, where = specs
     clip = load_own_model(model_spec, peers)
     read = peers.at_root(lambda: read_class_data(data, classes, train.seed))
     if lora.use_lora:
-        graft(clip, lora, train.seed, lambda: auto_rank(len(read.train), "classification"))
+        graft(clip, lora, where, train.seed, lambda: auto_rank(len(read.train), "classification"))
     announce(clip, len(read.train), "images", train, peers.size)
     done = fit_classifier(
         clip,

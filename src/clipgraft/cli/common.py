@@ -156,7 +156,7 @@ def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
         "workers": data.workers,
         "cache": open_cache(data),
         "exact_preprocess": data.exact_preprocess,
-        "params": {name: value for spec in specs for name, value in spec.model_dump().items()},
+        "params": {name.rstrip("_"): value for spec in specs for name, value in spec.model_dump().items()},
         **train_options(train, where.resume is not None),
     }
 

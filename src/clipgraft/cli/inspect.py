@@ -97,6 +97,7 @@ def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
         ("bias", settings.bias),
         *((name, "yes") for name in plain),
         ("weights", f"{found.parameters:,} at {len(found.sites)} sites, {found.bytes / 1e6:.2f} MB on disk"),
+        *([("started from", found.started_from)] if found.started_from else []),
         *(("with", part) for part in found.parts),
         *((f"measured {name}", f"{value:g}") for name, value in _numbers(found.metrics)),
     ]

@@ -82,14 +82,16 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
     text = f"{info.description or ''}{default}".replace("%", "%%")
     if info.annotation is bool:
         group.add_argument(
-            flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            flag(name), dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
         )
     elif any(isinstance(mark, Repeated) for mark in info.metadata):
         group.add_argument(
-            flag(name), action="append", default=argparse.SUPPRESS, metavar="KEY=VALUE", help=text
+            flag(name), dest=name, action="append", default=argparse.SUPPRESS, metavar="KEY=VALUE", help=text
         )
     else:
-        group.add_argument(flag(name), default=argparse.SUPPRESS, metavar=_metavar(info), help=text)
+        group.add_argument(
+            flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(info), help=text
+        )
 
 
 def _metavar(info: FieldInfo) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
+from clipgraft.cli.start import attach_start, resolve_start, starts_from_adapter
 from clipgraft.cli.together import launcher, run_together
 from clipgraft.config import (
     AdapterSpec,
@@ -42,8 +43,10 @@ def run(argv: Sequence[str]) -> None:
 def _run(argv: Sequence[str], several: Peers | None) -> None:
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
     specs = parse("train", _SUMMARY, kinds, argv)
-    model_spec, data, classes, lora, train, where = specs
+    _, data, classes, lora, train, where = specs
     check_together(data, classes, lora, train, where)
+    model_spec, lora, _ = resolve_start(specs[0], lora, where)
+    specs = [model_spec, data, classes, lora, train, where]
     from clipgraft.train.distributed import ALONE
     from clipgraft.train.run_folder import early_lines, refuse_used
     from clipgraft.train.stop import Interrupted
@@ -76,7 +79,7 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     from clipgraft.lora.rank import auto_rank
     from clipgraft.train.fit import fit
 
-    model_spec, data, _, lora, train, _ = specs
+    model_spec, data, _, lora, train, where = specs
     clip = load_own_model(model_spec, peers)
 
     def read(path: Path, what: str) -> Pairs:
@@ -86,7 +89,7 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     val_pairs = read(data.val_data, "validation data") if data.val_data else None
     pairs = sum(len(captions) for captions in train_pairs.captions)
     if lora.use_lora:
-        graft(clip, lora, train.seed, lambda: auto_rank(pairs, "retrieval"))
+        graft(clip, lora, where, train.seed, lambda: auto_rank(pairs, "retrieval"))
     announce(clip, pairs, "pairs", train, peers.size)
     done = fit(
         clip,
@@ -145,13 +148,15 @@ def _lora_faults(lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
     faults = []
     given = sorted(name for name in lora.model_fields_set if name != "use_lora")
     given += [name for name in ("lora_plus_ratio",) if name in train.model_fields_set]
-    if given and not lora.use_lora:
+    if where.peft_out_proj is not None and where.from_ is None:
+        faults.append("--peft-out-proj given without --from, whose adapter it is about: drop it")
+    if given and not lora.use_lora and (where.from_ is None or not starts_from_adapter(where.from_)):
         faults.append(
             f"{', '.join(map(flag, given))} given without --use-lora: add --use-lora to train an adapter"
         )
     if lora.lora_targets and lora.lora_target_modules:
         faults.append("--lora-targets and --lora-target-modules both choose sites: give one of them")
-    if "save_lora_only" in where.model_fields_set and not lora.use_lora:
+    if "save_lora_only" in where.model_fields_set and not (lora.use_lora or where.from_ is not None):
         keeping = "--save-lora-only" if where.save_lora_only else "--no-save-lora-only"
         faults.append(f"{keeping} given without --use-lora: there is no adapter to save")
     return faults
@@ -189,11 +194,15 @@ def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
     return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr:g}-b_{train.batch_size}"
 
 
-def graft(clip: Clip, lora: LoraSpec, seed: int, choose_rank: Callable[[], tuple[int, str]]) -> None:
-    """Attach the adapter that the flags describe; for `--lora-r auto` with the rank that is chosen, and why.
+def graft(
+    clip: Clip, lora: LoraSpec, where: RunSpec, seed: int, choose_rank: Callable[[], tuple[int, str]]
+) -> None:
+    """Attach the adapter that the flags describe, or that of `--from`.
+
+    For `--lora-r auto` it has the rank that is chosen, and the log says why.
 
     Raises:
-        ConfigError: the base brought an adapter of its own.
+        ConfigError: the base brought an adapter of its own, or flags contradict the one of `--from`.
     """
     from clipgraft.lora.state import lora_state
     from clipgraft.lora.targets import guide_targets
@@ -203,6 +212,9 @@ def graft(clip: Clip, lora: LoraSpec, seed: int, choose_rank: Callable[[], tuple
             f"--model {clip.source.name}: what was loaded is an adapter on its base; drop --use-lora and the "
             "other --lora flags to train it further, or give the base itself"
         )
+    if where.from_ is not None and starts_from_adapter(where.from_):
+        attach_start(clip, where.from_, lora, where)
+        return
     targets = lora.lora_targets or "text-attention"
     if lora.lora_target_modules is not None:
         targets = guide_targets(lora.lora_target_modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,8 +20,8 @@ _LONG_NUMBER = 10**100
 
 
 def flag(field: str) -> str:
-    """`lora_r` -> `--lora-r`."""
-    return f"--{field.replace('_', '-')}"
+    """`lora_r` -> `--lora-r`; `from_`, which Python would take for a keyword without its end, -> `--from`."""
+    return f"--{field.rstrip('_').replace('_', '-')}"
 
 
 def positional_fields(kind: type[Spec]) -> list[str]:
@@ -107,6 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).removeprefix("--").replace("-", "_")
+        name = f"{name}_" if iskeyword(name) else name
         if name in named:
             raise ConfigError(f"--config {path}: {flag(name)} is there twice; keep one of them")
         named[name] = value

@@ -255,6 +255,12 @@ class RunSpec(Spec):
         None, description="'latest' continues the run --name where it stopped, to the same bits"
     )
     checkpoint_steps: int = Field(0, ge=0, description="also checkpoint every N steps; 0 is once an epoch")
+    from_: UserPath | None = Field(
+        None, description="adapter or run whose weights a new run starts from, on these data"
+    )
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="of --from: see `clipgraft convert --help`"
+    )
 
 
 class EvalSpec(Spec):

@@ -49,12 +49,14 @@ class Adapter:
         layers: its updates by site.
         norms: what it adds to the biases of layer norms, by their path in `transformers.CLIPModel`.
         logit_scale: its log temperature while it does not act; None while it does, or if it has none.
+        origin: the file that its weights were loaded from; empty for a new one.
     """
 
     settings: LoraSettings
     layers: dict[Site, LoraLayer] = field(default_factory=dict)
     norms: dict[str, BiasLayer] = field(default_factory=dict)
     logit_scale: Tensor | None = None
+    origin: str = ""
 
     def modules(self) -> Iterator[LoraLayer | BiasLayer]:
         """All that holds its weights."""

@@ -36,6 +36,7 @@ class AdapterInspection:
         sites: in the order of the file; with whole weights, r is 0.
         parameters: number of its weights, magnitudes and biases included.
         bytes: on disk.
+        started_from: the adapter that its training began with; empty for one that began anew.
         parts: what it has besides A and B, in words.
         metrics: what was measured when it was saved.
     """
@@ -48,6 +49,7 @@ class AdapterInspection:
     sites: tuple[AdaptedSite, ...]
     parameters: int
     bytes: int
+    started_from: str
     parts: tuple[str, ...]
     metrics: dict[str, Any]
 
@@ -72,6 +74,7 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
         sites=sites,
         parameters=sum(site.parameters for site in sites) + sum(tensor.numel() for tensor in others),
         bytes=size_on_disk(file.path),
+        started_from=file.started_from,
         parts=tuple(_parts(file)),
         metrics=file.metrics,
     )

@@ -138,7 +138,7 @@ def run_task(
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
     started = time.perf_counter()
-    recorded = {**params, **settings, "source": asdict(findable(clip))}
+    recorded = {**params, **settings, "source": asdict(findable(clip)), **_began(clip)}
     _require_same(peers, clip, {**recorded, "resume": resume, **asdict(keeping)})
     folder = RunFolder(out, recorded, resume) if peers.root else SilentFolder(out)
     with folder:
@@ -333,6 +333,13 @@ def _same_random() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield
+
+
+def _began(clip: Clip) -> dict[str, str]:
+    """Where the adapter was loaded from that a run trains on, for its record."""
+    state = lora_state(clip)
+    origin = "" if state is None else state.chosen().origin
+    return {"started_from": origin} if origin else {}
 
 
 def choose_trainable(clip: Clip, spec: TrainSpec) -> None:

@@ -1,0 +1,140 @@
+"""`train --from`: the weights that a new run starts from, an adapter's or those of a fine-tuned model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipgraft.config import LoraSpec, ModelSpec, RunSpec, flag
+from clipgraft.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.adapters.native import AdapterFile
+    from clipgraft.models.clip import Clip
+
+log = logging.getLogger("clipgraft")
+# Flags of the adapter by the setting that the file has already; those of dropout may change.
+_SETTINGS = {
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_rslora": "use_rslora",
+    "lora_dora": "use_dora",
+    "lora_bias": "bias",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "lora_train_logit_scale": "train_logit_scale",
+}
+
+
+def starts_from_adapter(path: Path) -> bool:
+    """Whether `--from` names an adapter, and not all weights of a run; so does a path at which nothing is."""
+    from clipgraft.adapters.folder import is_adapter
+    from clipgraft.adapters.runs import find_run_model
+
+    found = None if is_adapter(path) else find_run_model(path)
+    return found is None or found.kind == "adapter"
+
+
+def resolve_start(
+    model: ModelSpec, lora: LoraSpec, where: RunSpec
+) -> tuple[ModelSpec, LoraSpec, Path | None]:
+    """What `--from` means: the base, whether an adapter trains, and the adapter to load, if it is one.
+
+    Raises:
+        AdapterError: there is nothing to start from, or the adapter does not name its base.
+        CheckpointError: the run has saved nothing yet.
+        ConfigError: another base is named than a fine-tuned run's own.
+    """
+    from clipgraft.adapters.formats import read_any
+    from clipgraft.adapters.runs import find_run_model
+
+    path = where.from_
+    if path is None:
+        return model, lora, None
+    named = "model" in model.model_fields_set
+    if not starts_from_adapter(path):
+        found = find_run_model(path)
+        assert found is not None
+        if named:
+            raise ConfigError(
+                f"--from {path} is a {found.kind} model and --model names another: drop --model {model.model}"
+            )
+        weights = found.weights
+        update = {"model": weights.name, "pretrained": weights.pretrained or None}
+        return model.model_copy(update=update), lora, None
+    if not path.exists():
+        raise AdapterError(f"--from {path}: there is no such file or folder; check the path")
+    lora = lora.model_copy(update={"use_lora": True})
+    if named:
+        return model, lora, path
+    base = read_any(path, peft_out_proj=where.peft_out_proj).base
+    if not base.get("name"):
+        raise AdapterError(f"--from {path} does not say which base it was made for: name that with --model")
+    update = {"model": base["name"], "pretrained": base.get("pretrained") or None}
+    return model.model_copy(update=update), lora, path
+
+
+def read_start(clip: Clip, path: Path, where: RunSpec) -> AdapterFile:
+    """The adapter to start from, as it is on this base."""
+    from clipgraft.adapters.formats import read_any
+    from clipgraft.adapters.loading import in_terms_of
+
+    layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
+    file = read_any(
+        path,
+        peft_out_proj=where.peft_out_proj,
+        text_layers=layers.get("text"),
+        vision_layers=layers.get("vision"),
+    )
+    return file if file.needs_base and clip.device.type == "meta" else in_terms_of(clip, file)
+
+
+def contradictions(clip: Clip, file: AdapterFile, lora: LoraSpec) -> list[str]:
+    """Flags that say another adapter than the one to start from; one line, or none."""
+    from clipgraft.lora.targets import guide_targets, select_sites
+
+    differing: list[str] = []
+    for name, setting in _SETTINGS.items():
+        own = getattr(file.settings, setting)
+        if name in lora.model_fields_set and getattr(lora, name) not in (own, None):
+            differing.append(f"{flag(name)} {getattr(lora, name)} (it has {own})")
+    if lora.lora_init != "default":
+        differing.append(f"--lora-init {lora.lora_init} (its weights are there)")
+    targets = lora.lora_targets
+    if lora.lora_target_modules is not None:
+        targets = guide_targets(lora.lora_target_modules)
+    if targets is not None:
+        wanted, there = set(select_sites(clip.sites, targets)), {*file.weights, *file.full}
+        if wanted != there:
+            name = "--lora-targets" if lora.lora_target_modules is None else "--lora-target-modules"
+            differing.append(f"{name}: {len(wanted)} sites (it has {len(there)}: {file.settings.targets})")
+    if not differing:
+        return []
+    return [f"--from {file.path} brings its adapter's settings: drop {', '.join(differing)}"]
+
+
+def attach_start(clip: Clip, path: Path, lora: LoraSpec, where: RunSpec) -> None:
+    """Put the adapter to start from on its base, to be trained on.
+
+    Raises:
+        AdapterError: it cannot be read, or was made for another base.
+        ConfigError: flags say another adapter.
+    """
+    from clipgraft.adapters.loading import put_on
+
+    file = read_start(clip, path, where)
+    if faults := contradictions(clip, file, lora):
+        raise ConfigError("\n".join(faults))
+    if file.fingerprint not in (None, clip.fingerprint):
+        named = " / ".join(part for part in (file.base.get("name"), file.base.get("pretrained")) if part)
+        raise AdapterError(
+            f"--from {path} was made for base {named or 'unnamed'} with fingerprint {file.fingerprint}, but "
+            f"this one's is {clip.fingerprint}: name its own base with --model"
+        )
+    if "lora_dropout" in lora.model_fields_set:
+        file = replace(file, settings=replace(file.settings, dropout=lora.lora_dropout))
+    put_on(clip, file, "default")
+    rank, sites = file.settings.r, len(file.weights)
+    log.info("starting from %s: LoRA r=%d on %d sites (%s)", path, rank, sites, file.settings.targets)
