@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from clipgraft.errors import ClipgraftError
 from clipgraft.shown import ShownFormatter, ShownStream, shown
@@ -98,7 +98,13 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-class _Lines(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 does not know it as a generic class.
+    _Handler = logging.StreamHandler
+
+
+class _Lines(_Handler):
     """Prints lines, and ends the command like `print` does when nobody reads them any more."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
