@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from clipgraft.errors import ConfigError
+from clipgraft.report import charts
 from clipgraft.report.build import write_report
+from clipgraft.report.table import Line
 from reading import Element, Page, read_page
 
 _RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
@@ -109,6 +112,41 @@ def test_colours_are_the_themes(page: Page) -> None:
         assert not any(re.search(r"#[0-9a-f]{3,6}\b", style) for style in inside)
 
 
+def test_how_each_was_trained_is_a_table(page: Page, world: Any) -> None:
+    """Runs side by side whose learning rates, data and machines nobody can compare."""
+    results = json.loads((world.run / "results.json").read_text())
+    params = json.loads((world.run / "params.json").read_text())
+    rows = [e.text for e in page.all("tr") if e.inside("table", **{"class": "how"})]
+    told = next(text for text in rows if text.strip().startswith(f"{world.run.name}: "))
+    for wanted in (f"{params['lr']:g}", f"{results['rows']:,}", results["made_with"]["machine"]):
+        assert wanted in told
+    assert f"torch {results['made_with']['torch']}" in told
+    assert results["verdict"]["word"] in told
+
+
+def test_curves_begin_with_the_base_and_mark_what_was_kept(page: Page, world: Any) -> None:
+    """The start from which a curve rises, and the epoch that was saved, cannot be seen."""
+    results = json.loads((world.run / "results.json").read_text())
+    told = [e.text for e in page.all("desc") if "validation, % over epoch" in e.text]
+    assert f"Kept: epoch {results['best_epoch']}." in told[0]
+    assert "(kept)" in page.text
+    assert "before the first step (epoch 0)" in page.text
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_only_runs_of_one_sweep_are_joined(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line between two unrelated runs claims what would lie between them."""
+    drawn: list[Any] = []
+    real = Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda *a, **k: (drawn.append(k["linestyle"]), real(*a, **k))[1])
+    lines = [
+        Line("lora", f"run {rank}", "linear", rank, 1, {"acc1": rank / 10}, {}, 100 * rank, None, None, None)
+        for rank in (1, 2)
+    ]
+    charts.against_weights("chart", "acc1", "accuracy", lines, joined)
+    assert [style != "none" for style in drawn] == [joined]
+
+
 def test_the_table_has_the_numbers_of_the_files(page: Page, world: Any) -> None:
     """The report says other numbers than the runs measured."""
     for task, run, sweep, metrics in (
@@ -117,7 +155,8 @@ def test_the_table_has_the_numbers_of_the_files(page: Page, world: Any) -> None:
     ):
         rows = rows_of(page, task)
         results = json.loads((run / "results.json").read_text())
-        wanted = [[results["history"][-1][m] for m in metrics]]
+        kept = next(line for line in results["history"] if line["epoch"] == results["best_epoch"])
+        wanted = [[kept[m] for m in metrics]]
         wanted[0] += [results["trainable"], results["bytes"], results["seconds"]]
         assert rows[0][0] == "base"
         assert rows[1][0].startswith(f"{run.name}: ")

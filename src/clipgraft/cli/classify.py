@@ -104,7 +104,7 @@ def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
         **fit_options(specs),
     )
     if peers.root:
-        hand_over(clip, folder, done.metrics or None)
+        hand_over(clip, folder, done.metrics or None, done.base)
 
 
 def measure_classes(

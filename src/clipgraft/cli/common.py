@@ -172,14 +172,16 @@ def train_options(train: TrainSpec, resume: bool) -> dict[str, Any]:
     return options
 
 
-def hand_over(clip: Clip, run: Path, metrics: Mapping[str, float] | None) -> None:
+def hand_over(
+    clip: Clip, run: Path, metrics: Mapping[str, float] | None, base: Mapping[str, float] | None = None
+) -> None:
     """Write `results/` of a run: result.json, summary.txt and structure.txt.
 
     A model that cannot be profiled costs a warning, not the run.
     """
     numbers = {name: value for name, value in (metrics or {}).items() if name != "epoch"}
     try:
-        write_results(clip, run / RESULTS, numbers or None)
+        write_results(clip, run / RESULTS, numbers or None, base)
     except ModelError as error:
         log.warning("%s is left out: %s", run / RESULTS, error)
 

@@ -129,7 +129,7 @@ def _run_cell(
         high = peak()
     metrics = {name: float(value) for name, value in done.metrics.items() if name != "epoch"}
     metrics |= work.tested(clip)
-    hand_over(clip, place, metrics)
+    hand_over(clip, place, metrics, done.base)
     if cell.kind == "lora":
         remove_lora(clip)
     return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)

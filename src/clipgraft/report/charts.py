@@ -68,11 +68,11 @@ def curves(
             word = axes.annotate(
                 f"kept: {kept:.0f}",
                 (kept, 1),
-                (-4, -4),
+                (0, 3),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
-                ha="right",
-                va="top",
+                ha="center",
+                va="bottom",
                 fontsize=8.5,
                 color=MUTED,
             )

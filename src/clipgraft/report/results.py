@@ -16,19 +16,26 @@ from clipgraft.profile.timing import median_seconds
 RESULTS = "results"
 
 
-def write_results(clip: Clip, folder: Path, metrics: Mapping[str, float] | None = None) -> None:
+def write_results(
+    clip: Clip,
+    folder: Path,
+    metrics: Mapping[str, float] | None = None,
+    base: Mapping[str, float] | None = None,
+) -> None:
     """Write what a model is, what it costs and what it reached into `folder`.
 
     `result.json` has the model's class, the floating-point operations, multiply-adds and seconds of one
     forward pass of one image and one text of full length, adapter included, the numbers of weights, and
-    `test_result`: a list with the metrics, empty if nothing was measured. Operations are counted on the meta
+    `test_result`: a list with the metrics, empty if nothing was measured, and `base_result` the same before
+    the first step. Operations are counted on the meta
     device, the adapter's as in training (`clipgraft.profile.ops`); the seconds are the median of a few passes
     on the model's own device.
 
     Args:
         clip: the model as the run left it.
         folder: where to write; files of an older run are replaced.
-        metrics: names and numbers, as the run measured them last.
+        metrics: names and numbers of what the run kept.
+        base: the same before the first step.
 
     Raises:
         ModelError: a tower that does not take images of its own size.
@@ -47,6 +54,7 @@ def write_results(clip: Clip, folder: Path, metrics: Mapping[str, float] | None 
             "device": str(clip.device),
             "dtype": str(clip.dtype).removeprefix("torch."),
             "test_result": [] if metrics is None else [dict(metrics)],
+            "base_result": [] if base is None else [dict(base)],
         },
     )
     write_text(folder / "summary.txt", layer_table(profile.trace) + "\n")
