@@ -316,10 +316,10 @@ DAMAGE = {
     ),
     "empty folder": (lambda f: [path.unlink() for path in f.iterdir()], "an adapter is a folder with"),
     "no folder": (shutil.rmtree, "there is no such folder"),
-    "configuration that is text": (lambda f: (f / CONFIG).write_text("r: 16"), "is not readable JSON"),
-    "configuration of bytes": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is not readable JSON"),
-    "configuration that is a list": (lambda f: (f / CONFIG).write_text("[]"), "holds no JSON object"),
-    "record that is text": (lambda f: (f / NATIVE).write_text("oops"), "is not readable JSON"),
+    "configuration that is text": (lambda f: (f / CONFIG).write_text("r: 16"), "is not JSON"),
+    "configuration of bytes": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    "configuration that is a list": (lambda f: (f / CONFIG).write_text("[]"), "should be an object"),
+    "record that is text": (lambda f: (f / NATIVE).write_text("oops"), "is not JSON"),
     "record without its parts": (
         lambda f: (f / NATIVE).write_text(
             json.dumps({k: json.loads((f / NATIVE).read_text())[k] for k in ("format", "weights_sha256")})

@@ -9,7 +9,6 @@ the old adapter or the new one, never half of each.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clipgraft.adapters.checkpoint import as_weight
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, write_json
 from clipgraft.models.weights_file import UnreadableError, check_is_weights, placeholder, read_weights
+from clipgraft.records import read_json
 from clipgraft.writing import size_of, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -165,15 +165,7 @@ def _current(record: dict[str, Any], path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     if problem := placeholder(path):
         raise AdapterError(f"{path} cannot be read: {problem}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{path} is not readable JSON ({_brief(error)}): copy or save the adapter again"
-        ) from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} holds no JSON object: it is no adapter file; check the path")
-    return value
+    return read_json(path, dict[str, Any], AdapterError, "copy or save the adapter again")
 
 
 def _digest(path: Path) -> str:
