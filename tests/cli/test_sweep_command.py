@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clipgraft.cli import sweep_cell
 from clipgraft.data.emoji_classes import write_classes
 
 
 @pytest.fixture
-def sweep(cli: Any, base: list[str], table: Path, tmp_path: Path) -> Any:
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run cells in this process, one after another: a fresh interpreter takes seconds."""
+    monkeypatch.setattr(sweep_cell, "run_apart", sweep_cell._run)
+
+
+@pytest.fixture
+def sweep(cli: Any, base: list[str], table: Path, tmp_path: Path, _here: None) -> Any:
     """`clipgraft sweep` on the tiny base and a dozen pictures."""
 
     def run(*words: object) -> Any:
@@ -100,6 +113,7 @@ def test_the_base_is_the_same_for_every_cell(sweep: Any, tmp_path: Path) -> None
     assert found[0]["result"]["metrics"] == found[1]["result"]["metrics"]
 
 
+@pytest.mark.usefixtures("_here")
 def test_classification(cli: Any, base: list[str], tmp_path: Path) -> None:
     """The table of target sets of a classifier cannot be made."""
     folder = write_classes(tmp_path / "classes", "train", 4)
@@ -159,3 +173,77 @@ def test_bad_grids(sweep: Any, words: list[str], message: str, tmp_path: Path) -
     assert outcome.code == 2
     assert message in outcome.err
     assert not (tmp_path / "logs").exists()
+
+
+_KILLED = """
+import os, signal, sys
+import clipgraft.train.loop as loop
+from clipgraft.cli import main
+if sys.argv[1] == "cell":
+    loop.save_checkpoint = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+else:
+    from clipgraft.cli import sweep_cell
+    loop.save_checkpoint = lambda *_: (print("cell", os.getpid(), flush=True), signal.pause())
+main(sys.argv[2:])
+"""
+
+
+def grid_of_one(base: list[str], table: Path, tmp_path: Path) -> list[str]:
+    """A sweep of one cell."""
+    words = ["--train-data", table, "--val-data", table, "--workers", 0, "--logs", tmp_path / "logs"]
+    words += [
+        "--targets",
+        "text.0.q",
+        "--lora-r",
+        1,
+        "--no-full",
+        "--no-base",
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+    ]
+    return ["sweep", *base, *map(str, words)]
+
+
+def start(how: str, words: list[str], tmp_path: Path) -> subprocess.Popen[str]:
+    script = tmp_path / f"{how}.py"
+    script.write_text(_KILLED)
+    return subprocess.Popen(
+        [sys.executable, script, how, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_cell_killed_before_its_first_checkpoint_is_started_over(
+    cli: Any, base: list[str], table: Path, tmp_path: Path
+) -> None:
+    """A sweep that the system killed for want of memory, or a power cut, could never go on."""
+    words = grid_of_one(base, table, tmp_path)
+    _, err = (killed := start("cell", words, tmp_path)).communicate()
+    assert killed.returncode == 128 + signal.SIGKILL, "also from a script without the usual guard"
+    assert "clipgraft: cell text.0.q-r1-seed0: its process was ended by SIGKILL" in err
+    outcome = cli(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    log_of_run = tmp_path / "logs" / "sweep" / "cells" / "text.0.q-r1-seed0" / "run" / "out.log"
+    assert "has no checkpoint yet: starting at the first step" in log_of_run.read_text()
+
+
+def test_a_killed_sweep_takes_its_cell_along_and_lets_go_of_its_folder(
+    cli: Any, base: list[str], table: Path, tmp_path: Path
+) -> None:
+    """The cell would train on unseen, and the next sweep be refused; while it lives, a second must be."""
+    words = grid_of_one(base, table, tmp_path)
+    with start("sweep", words, tmp_path) as running:
+        assert running.stdout is not None
+        line = next(line for line in running.stdout if line.startswith("cell ") and " of " not in line)
+        busy = cli(*words)
+        assert busy.code == 2
+        assert f"is in use by process {running.pid} on " in busy.err
+        running.kill()
+    assert running.stderr is not None
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(600):
+            os.kill(int(line.split()[1]), 0)
+            time.sleep(0.1)
+        pytest.fail("the cell is still there")
+    assert cli(*words).code == 0

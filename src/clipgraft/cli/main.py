@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, cast
 
+from clipgraft.cli.sweep_cell import CELL_PROCESS
 from clipgraft.errors import ClipgraftError
 from clipgraft.shown import ShownFormatter, ShownStream, shown
 
@@ -35,8 +37,10 @@ _INTERRUPTED = 128  # what shells add to the number of the signal that ended a p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 done, 2 bad usage or input, 1 failure, 130 and 143 stopped by a signal."""
+    if multiprocessing.current_process().name == CELL_PROCESS:
+        return 0  # the script that started a sweep is being imported for one of its cells
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with _plain_output():
+    with plain_output():
         try:
             code = _dispatch(arguments)
             sys.stdout.flush()
@@ -114,7 +118,7 @@ class _Lines(_Handler):
 
 
 @contextlib.contextmanager
-def _plain_output() -> Iterator[None]:
+def plain_output() -> Iterator[None]:
     """The library's own log lines go to the terminal; UTF-8 whatever the locale says.
 
     Control characters of names and captions, which are a stranger's, are written out.

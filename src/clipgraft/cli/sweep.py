@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
-from clipgraft.cli.train import attach_adapter, class_faults
+from clipgraft.cli.train import class_faults
 from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, Spec, SweepSpec, TrainSpec
 from clipgraft.errors import ConfigError
+from clipgraft.locks import LOCK, require_free, sole_owner
 
 if TYPE_CHECKING:
-    from clipgraft.cli.sweep_work import Work
+    from clipgraft.cli.sweep_work import Material
     from clipgraft.models.clip import Clip
-    from clipgraft.train.grid import Cell, CellResult, Row
+    from clipgraft.train.grid import CellResult, Row
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
 
 if TYPE_CHECKING:
-    from clipgraft.cli.sweep_work import Work
+    from clipgraft.cli.sweep_work import Material
     from clipgraft.models.clip import Clip
-    from clipgraft.train.grid import Cell, CellResult, Row
+    from clipgraft.train.grid import CellResult, Row
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
@@ -38,21 +39,36 @@ def run(argv: Sequence[str]) -> None:
     """Parse, run the cells that are not finished, and write the table."""
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, SweepSpec, TrainSpec]
     specs = parse("sweep", _SUMMARY, kinds, argv)
-    model_spec, data, classes, sweep, train = specs
+    model_spec, data, classes, sweep, _ = specs
     _check(data, classes, sweep)
     log.info(
         "%d target set%s: %s", len(sweep.targets), "s" * (len(sweep.targets) > 1), " | ".join(sweep.targets)
     )
+    folder = sweep.logs / sweep.name
+    busy = (folder / LOCK, f"sweep {folder}", "wait until it ends, or choose another --name")
+    require_free(*busy)
     from clipgraft.cli.common import load_model
-    from clipgraft.cli.sweep_work import prepare_work
+    from clipgraft.cli.sweep_work import read_material
     from clipgraft.lora.targets import select_sites
-    from clipgraft.train.grid import grid, read_cell, write_cell
 
     clip = load_model(model_spec)
-    towers = {site.tower for term in sweep.targets for site in select_sites(clip.sites, term)}
-    work = prepare_work(clip, specs)
-    folder = sweep.logs / sweep.name
+    towers = frozenset(site.tower for term in sweep.targets for site in select_sites(clip.sites, term))
+    material = read_material(clip, specs)
     settings = _settings(specs, clip)
+    del clip  # every cell loads its own
+    with sole_owner(*busy):
+        results = _run_cells(folder, specs, settings, material, towers)
+        _write(folder, results, material.shown)
+
+
+def _run_cells(
+    folder: Path, specs: Sequence[Any], settings: dict[str, Any], material: Material, towers: frozenset[str]
+) -> list[CellResult]:
+    """What finished cells have left, and what comes of the others."""
+    from clipgraft.cli.sweep_cell import Job, run_apart
+    from clipgraft.train.grid import grid, read_cell, write_cell
+
+    _, _, _, sweep, train = specs
     cells = grid(
         sweep.targets, sweep.lora_r, range(train.seed, train.seed + sweep.seeds), sweep.base, sweep.full
     )
@@ -62,12 +78,12 @@ def run(argv: Sequence[str]) -> None:
         result = read_cell(place, settings)
         if result is None:
             log.info("cell %d of %d: %s", number, len(cells), cell.name)
-            result = _run_cell(clip, cell, place, specs, work, towers)
+            result = run_apart(Job(cell, place, specs, material, towers))
             write_cell(place, result, settings)
         else:
             log.info("cell %d of %d: %s is finished already", number, len(cells), cell.name)
         results.append(result)
-    _write(folder, results, work.shown)
+    return results
 
 
 def _check(data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec) -> None:
@@ -97,42 +113,6 @@ def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
     grown = ("targets", "lora_r", "seeds", "seed", "base", "full", "logs", "name", "workers", "cache_gb")
     values = {name: value for spec in specs for name, value in spec.model_dump(mode="json").items()}
     return {"fingerprint": clip.fingerprint, **{n: v for n, v in values.items() if n not in grown}}
-
-
-def _run_cell(
-    clip: Clip, cell: Cell, place: Path, specs: Sequence[Any], work: Work, towers: Set[str]
-) -> CellResult:
-    """Run one cell, or go on with it; the base is as it was afterwards."""
-    from clipgraft.cli.common import hand_over, load_model
-    from clipgraft.lora.inject import remove_lora
-    from clipgraft.models.peak import peak_memory
-    from clipgraft.train.grid import CellResult
-    from clipgraft.train.run_folder import latest_checkpoint
-
-    if cell.kind == "base":
-        metrics = work.validate(clip) | work.tested(clip)
-        hand_over(clip, place, metrics)
-        return CellResult(cell, metrics)
-    model_spec, _, _, sweep, train = specs
-    # Written out, so that an unfinished cell of other epochs is refused and not extended.
-    parts = train.epoch_parts or (train.epochs,)
-    options = {**train.model_dump(), "seed": cell.seed, "epochs": sum(parts), "epoch_parts": parts}
-    if cell.kind == "full":
-        clip = load_model(model_spec)
-        locks = {"lock_image": "vision" not in towers, "lock_text": "text" not in towers}
-        options |= {**locks, "lr": sweep.full_lr or train.lr}
-    else:
-        attach_adapter(clip, sweep, cell.targets, cell.r, cell.seed)
-    folder = place / "run"
-    with peak_memory() as peak:
-        done = work.fit(clip, out=folder, resume=latest_checkpoint(folder).exists(), **options)
-        high = peak()
-    metrics = {name: float(value) for name, value in done.metrics.items() if name != "epoch"}
-    metrics |= work.tested(clip)
-    hand_over(clip, place, metrics, done.base)
-    if cell.kind == "lora":
-        remove_lora(clip)
-    return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)
 
 
 def _write(folder: Path, results: Sequence[CellResult], metrics: tuple[str, ...]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from clipgraft.cli.classify import read_class_data, read_images
+from clipgraft.cli.classify import ClassData, read_class_data, read_images
 from clipgraft.cli.common import open_cache, read_table
-from clipgraft.config import ClassTrainSpec, DataSpec, TrainSpec
+from clipgraft.config import ClassTrainSpec
 from clipgraft.data.labels import Labelled, class_weights, match_classes
 from clipgraft.data.pairs import Pairs
 from clipgraft.evaluate.classify import evaluate_classification
@@ -36,41 +35,75 @@ class Work:
         fit: trains a model on the training data, and measures it on the validation data.
         validate: measures a model on the validation data.
         test: the same on the test data, if there are some.
-        shown: names of the metrics in the table; those of the test data begin with `test_`.
     """
 
     fit: Callable[..., FitResult]
     validate: Measure
     test: Measure | None
-    shown: tuple[str, ...]
 
     def tested(self, clip: Clip) -> dict[str, float]:
         """Metrics on the test data, named so; none without such data."""
         return {f"test_{name}": value for name, value in self.test(clip).items()} if self.test else {}
 
 
-def prepare_work(clip: Clip, specs: Sequence[Any]) -> Work:
+@dataclass(frozen=True)
+class Material:
+    """What is read and decided once, for all cells; other processes get a copy.
+
+    Attributes:
+        autocast: whether to compute in bf16.
+        pairs: training, validation and test data, of retrieval.
+        classes: of classification, with `test`.
+        shown: names of the metrics in the table; those of the test data begin with `test_`.
+    """
+
+    autocast: bool
+    pairs: tuple[Pairs, Pairs, Pairs | None] | None
+    classes: ClassData | None
+    test: Labelled | None
+    shown: tuple[str, ...]
+
+
+def read_material(clip: Clip, specs: Sequence[Any]) -> Material:
     """Read and check the data of a sweep, from its model, data, class, sweep and train specs.
 
     Raises:
         DataError: they cannot be used.
     """
     model_spec, data, classes, sweep, train = specs
-    shared: dict[str, Any] = {
-        "autocast": use_autocast(model_spec.autocast, clip.device),
-        "workers": data.workers,
-        "cache": open_cache(data),
-        "exact_preprocess": data.exact_preprocess,
-    }
+    autocast = use_autocast(model_spec.autocast, clip.device)
     if classes.task == "classification":
-        return _classification(data, classes, sweep.test_data, train, shared)
+        read, test = read_class_data(data, classes, train.seed), None
+        if sweep.test_data is not None:
+            images = read_images(sweep.test_data, data, classes, "test images")
+            test = match_classes(images, read.train.classes)
+        shown = _CLASSIFICATION + (_CLASSIFICATION_TEST if test is not None else ())
+        return Material(autocast, None, read, test, shown)
     tables = {
         "training data": data.train_data,
         "validation data": data.val_data,
         "test data": sweep.test_data,
     }
-    pairs = {what: read_table(clip, path, data, what) for what, path in tables.items() if path is not None}
-    return _retrieval(pairs["training data"], pairs["validation data"], pairs.get("test data"), shared)
+    found = {what: read_table(clip, path, data, what) for what, path in tables.items() if path is not None}
+    pairs = (found["training data"], found["validation data"], found.get("test data"))
+    return Material(
+        autocast, pairs, None, None, _RETRIEVAL + (_RETRIEVAL_TEST if "test data" in found else ())
+    )
+
+
+def work_of(material: Material, specs: Sequence[Any]) -> Work:
+    """How a model is trained and measured on the data of a sweep."""
+    _, data, classes, _, _ = specs
+    shared: dict[str, Any] = {
+        "autocast": material.autocast,
+        "workers": data.workers,
+        "cache": open_cache(data),
+        "exact_preprocess": data.exact_preprocess,
+    }
+    if material.pairs is not None:
+        return _retrieval(*material.pairs, shared)
+    assert material.classes is not None
+    return _classification(material.classes, classes, material.test, shared)
 
 
 def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, shared: dict[str, Any]) -> Work:
@@ -80,15 +113,12 @@ def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, shared: dict[str, A
     def train_on_pairs(model: Clip, **options: Any) -> FitResult:
         return fit(model, train, val, **shared, **_KEEPING, **options)
 
-    if test is None:
-        return Work(train_on_pairs, on(val), None, _RETRIEVAL)
-    return Work(train_on_pairs, on(val), on(test), _RETRIEVAL + _RETRIEVAL_TEST)
+    return Work(train_on_pairs, on(val), None if test is None else on(test))
 
 
 def _classification(
-    data: DataSpec, classes: ClassTrainSpec, test: Path | None, train: TrainSpec, shared: dict[str, Any]
+    read: ClassData, classes: ClassTrainSpec, test: Labelled | None, shared: dict[str, Any]
 ) -> Work:
-    read = read_class_data(data, classes, train.seed)
     val = read.val
     assert val is not None
     options_of_all: dict[str, Any] = {
@@ -103,7 +133,4 @@ def _classification(
     def train_on_images(model: Clip, **options: Any) -> FitResult:
         return fit_classifier(model, read.train, val, **options_of_all, **shared, **_KEEPING, **options)
 
-    if test is None:
-        return Work(train_on_images, on(val), None, _CLASSIFICATION)
-    images = match_classes(read_images(test, data, classes, "test images"), read.train.classes)
-    return Work(train_on_images, on(val), on(images), _CLASSIFICATION + _CLASSIFICATION_TEST)
+    return Work(train_on_images, on(val), None if test is None else on(test))

@@ -1,0 +1,188 @@
+"""One cell of a sweep in a process of its own: a fresh interpreter, whose memory no other cell has touched.
+
+On Ctrl-C and SIGTERM, which the sweep passes on, it saves and stops; when
+the sweep is killed it dies as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgraft.errors import ClipgraftError, TrainingError
+
+if TYPE_CHECKING:
+    from clipgraft.cli.sweep_work import Material
+    from clipgraft.train.grid import Cell, CellResult
+
+log = logging.getLogger("clipgraft")
+CELL_PROCESS = "clipgraft sweep cell"
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cell's process is told.
+
+    Attributes:
+        place: the cell's folder.
+        specs: the model, data, class, sweep and train specs.
+        material: the data, which are read once for all cells.
+        towers: those that any cell of the sweep adapts.
+    """
+
+    cell: Cell
+    place: Path
+    specs: Sequence[Any]
+    material: Material
+    towers: frozenset[str]
+
+
+def run_apart(job: Job) -> CellResult:
+    """Run a cell, or go on with it, in a process of its own.
+
+    Raises:
+        SystemExit: the process was killed; with a line on stderr, and the code that shells give for that.
+        Whatever the cell raises.
+    """
+    sys.stdout.flush()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    # As bytes, so that the new process is ready for signals before it imports all that they are made of.
+    process = context.Process(target=_serve, args=(sender, pickle.dumps(job)), name=CELL_PROCESS)
+    with _passing_on(process), receiver:
+        with sender, _ignoring():
+            process.start()
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            kind, value = "ended", None
+        process.join()
+    if kind == "ended":
+        number = -(process.exitcode or 0)
+        if number > 0:
+            name = signal.Signals(number).name
+            print(
+                f"clipgraft: cell {job.cell.name}: its process was ended by {name} (by hand, or by the "
+                "system when memory is short): run the same command again to go on with it",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + number)
+        raise TrainingError(f"cell {job.cell.name}: its process ended with code {process.exitcode}")
+    if kind == "raise":
+        raise value
+    result: CellResult = value
+    return result
+
+
+@contextlib.contextmanager
+def _passing_on(process: BaseProcess) -> Iterator[None]:
+    """Send each request to stop on to a process, which starts without minding any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def send(kind: int, _: object) -> None:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, kind)
+
+    before = {kind: signal.getsignal(kind) for kind in _REQUESTS}
+    for kind in _REQUESTS:
+        signal.signal(kind, send)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def _ignoring() -> Iterator[None]:
+    """No Ctrl-C reaches a process that is started here, until it asks for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _serve(sender: Connection, job: bytes) -> None:
+    """The cell's process: tell what came of the job."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    answer: tuple[str, object]
+    try:
+        answer = ("done", _run(pickle.loads(job)))
+    except (ClipgraftError, KeyboardInterrupt, OSError) as error:
+        answer = ("raise", error)
+    except Exception:
+        traceback.print_exc()
+        answer = ("raise", TrainingError("a cell failed by a fault of clipgraft, which is printed above"))
+    with sender:
+        sender.send(answer)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(job: Job) -> CellResult:
+    """Train or measure, with lines on the terminal as the sweep's own."""
+    from clipgraft.cli.common import hand_over, load_model
+    from clipgraft.cli.main import plain_output
+    from clipgraft.cli.sweep_work import work_of
+    from clipgraft.cli.train import attach_adapter
+    from clipgraft.models.peak import peak_memory
+    from clipgraft.train.grid import CellResult
+    from clipgraft.train.run_folder import early_lines, started
+    from clipgraft.train.stop import Interrupted
+
+    cell, (model_spec, _, _, sweep, train) = job.cell, job.specs
+    with plain_output(), early_lines():
+        clip, work = load_model(model_spec), work_of(job.material, job.specs)
+        if cell.kind == "base":
+            metrics = work.validate(clip) | work.tested(clip)
+            hand_over(clip, job.place, metrics)
+            return CellResult(cell, metrics)
+        # Written out, so that an unfinished cell of other epochs is refused and not extended.
+        parts = train.epoch_parts or (train.epochs,)
+        options = {**train.model_dump(), "seed": cell.seed, "epochs": sum(parts), "epoch_parts": parts}
+        if cell.kind == "full":
+            locks = {"lock_image": "vision" not in job.towers, "lock_text": "text" not in job.towers}
+            options |= {**locks, "lr": sweep.full_lr or train.lr}
+        else:
+            attach_adapter(clip, sweep, cell.targets, cell.r, cell.seed)
+        folder = job.place / "run"
+        try:
+            with peak_memory() as peak:
+                done = work.fit(clip, out=folder, resume=started(folder), **options)
+                high = peak()
+        except Interrupted as stop:
+            told = Interrupted(f"cell {cell.name}: {stop}; run the same command again to go on")
+            told.signal = stop.signal
+            raise told from None
+        metrics = {name: float(value) for name, value in done.metrics.items() if name != "epoch"}
+        metrics |= work.tested(clip)
+        hand_over(clip, job.place, metrics, done.base)
+        return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)
