@@ -54,7 +54,8 @@ class Room:
     def _entries(self) -> list[Path]:
         """Folders that are ours, in a folder that may hold others."""
         try:
-            return [path for path in self.folder.iterdir() if (path / ENTRY).is_file()]
+            folders = [path for path in self.folder.iterdir() if not path.is_symlink()]
+            return [path for path in folders if (path / ENTRY).is_file()]
         except OSError:
             return []
 

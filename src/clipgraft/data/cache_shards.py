@@ -18,12 +18,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clipgraft.data.file_identity import ID_BYTES
 from clipgraft.data.stored_rows import Array
+from clipgraft.errors import DataError
 from clipgraft.files import atomic_path, sweep_partial
+from clipgraft.readers import map_array
+from clipgraft.records import Whole, parse_json
 
 INDEX, DATA = ".index", ".npy"
 _DIGEST_BYTES, _BLOCK = 16, 1 << 24
@@ -32,6 +36,16 @@ _ABANDONED_AFTER = 3600.0  # seconds after which a file without an index is no w
 
 class ShardError(Exception):
     """What is wrong with a shard, in a few words."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The first line of an index."""
+
+    rows: Whole
+    dtype: str
+    bytes: Whole
+    crc32: Whole
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,14 @@ def read_shard(index: Path) -> Shard:
     if _digest(body) != digest:
         raise ShardError("its index is damaged")
     line, _, ids = body.partition(b"\n")
-    head = json.loads(line)
+    try:
+        head = parse_json(line, _Head, str(index))
+    except DataError as error:
+        raise ShardError("its index is damaged") from error
     named = tuple(ids[start : start + ID_BYTES] for start in range(0, len(ids), ID_BYTES))
-    return Shard(index, named, head["dtype"], head["bytes"], head["crc32"])
+    if len(ids) != head.rows * ID_BYTES:
+        raise ShardError("its index is damaged")
+    return Shard(index, named, head.dtype, head.bytes, head.crc32)
 
 
 def open_rows(shard: Shard) -> Array:
@@ -104,7 +123,13 @@ def open_rows(shard: Shard) -> Array:
         raise ShardError(f"its array has {size:,} bytes instead of {shard.data_bytes:,}")
     if crc != shard.crc32:
         raise ShardError("the checksum of its array differs")
-    return _map(shard.data)
+    try:
+        array = _map(shard.data)
+    except DataError as error:
+        raise ShardError("its array cannot be read") from error
+    if array.shape[:1] != (len(shard.ids),) or array.nbytes + array.offset != size:
+        raise ShardError(f"its array has the shape {array.shape}")
+    return array
 
 
 def mark_used(shard: Shard) -> None:
@@ -168,9 +193,9 @@ def _files(folder: Path) -> dict[str, os.stat_result]:
     return files
 
 
-def _map(path: Path) -> Array:
+def _map(path: Path) -> np.memmap[Any, Any]:
     """Copy-on-write: a caller that writes into its features must not write into the cache."""
-    array: Array = np.load(path, mmap_mode="c", allow_pickle=False)
+    array: np.memmap[Any, Any] = map_array(path, mode="c")
     return array
 
 

@@ -32,7 +32,7 @@ from clipgraft.data.cache_shards import (
     write_shard,
 )
 from clipgraft.data.file_identity import ID_BYTES, file_ids
-from clipgraft.data.stored_rows import Array, Compute, StoredRows, to_array
+from clipgraft.data.stored_rows import Array, Compute, StoredRows, array_dtype, to_array
 from clipgraft.errors import WriteError
 from clipgraft.files import cache_folder, write_json
 from clipgraft.writing import writing
@@ -138,7 +138,7 @@ class FeatureCache:
             progress: told how many images were known.
         """
         ids = file_ids(paths)
-        found = self._find(key, set(ids), check=True)
+        found = self._find(key, set(ids), check=True, item_shape=item_shape)
         _say_damage(found.damage, self.folder / key.digest)
         missing = {name: path for name, path in zip(ids, paths, strict=True) if name not in found.place}
         known = sum(name in found.place for name in ids)
@@ -162,9 +162,20 @@ class FeatureCache:
         needed = (len(ids) - len(found.place)) * (row_bytes + ID_BYTES)
         return self.room.shortage(needed, found.used)
 
-    def _find(self, key: FeatureKey, wanted: set[bytes], *, check: bool) -> _Found:
-        """What the entry holds of `wanted`; with `check` arrays are verified and opened, damage dropped."""
+    def _find(
+        self,
+        key: FeatureKey,
+        wanted: set[bytes],
+        *,
+        check: bool,
+        item_shape: tuple[int, ...] | None = None,
+    ) -> _Found:
+        """What the entry holds of `wanted`; with `check` arrays are verified and opened, damage dropped.
+
+        All arrays have items of one shape, `item_shape` where it is known.
+        """
         found = _Found()
+        dtype = array_dtype(key.torch_dtype)
         for kept in list_shards(self.folder / key.digest):
             try:
                 shard = read_shard(kept.index)
@@ -174,7 +185,11 @@ class FeatureCache:
                     if name in wanted and name not in found.place
                 }
                 if rows and check:
-                    found.arrays.append(open_rows(shard))
+                    array = open_rows(shard)
+                    if array.dtype != dtype or array.shape[1:] != (item_shape or array.shape[1:]):
+                        raise ShardError(f"its array is {array.dtype} of the shape {array.shape}")
+                    item_shape = array.shape[1:]
+                    found.arrays.append(array)
                     mark_used(shard)
             except ShardError as damage:
                 if check:

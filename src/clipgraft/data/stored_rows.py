@@ -84,6 +84,12 @@ def to_tensor(array: Array, dtype: torch.dtype) -> Tensor:
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
 
 
+def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What `to_array` makes of a dtype."""
+    made: np.dtype[Any] = to_array(torch.empty(0), dtype).dtype
+    return made
+
+
 def to_array(tensor: Tensor, dtype: torch.dtype) -> Array:
     """A tensor cast to `dtype` as an array on the CPU; bfloat16 as int16 of the same bits."""
     cast = tensor.detach().to("cpu", dtype).contiguous()

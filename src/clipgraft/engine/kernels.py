@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import time
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from clipgraft.engine.attention import Attend, products, sdpa
-from clipgraft.errors import WriteError
+from clipgraft.errors import DataError, WriteError
 from clipgraft.files import cache_folder, write_json
+from clipgraft.records import read_json
 
 log = logging.getLogger("clipgraft")
 KERNELS: dict[str, Attend] = {"products": products, "sdpa": sdpa}
@@ -84,11 +84,9 @@ def _known_here(key: str, measure: Callable[[], str]) -> str:
 def _read(path: Path) -> dict[str, dict[str, str]]:
     """An absent or damaged file is measured anew."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, dict[str, dict[str, str]]) if path.is_file() else {}
+    except DataError:
         return {}
-    whole = isinstance(known, dict) and all(isinstance(keys, dict) for keys in known.values())
-    return known if whole else {}
 
 
 def _fastest(dtype: torch.dtype, heads: int, queries: int, length: int, dim: int, trains: bool) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from clipgraft.adapters.runs import find_path
-from clipgraft.errors import WriteError
+from clipgraft.errors import DataError, WriteError
 from clipgraft.files import write_json
-from clipgraft.report.runs import Run, TaskName
+from clipgraft.records import Finite, Whole, checked, read_json
+from clipgraft.report.runs import METRICS, Run, TaskName
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1
@@ -28,9 +28,9 @@ class Found:
     `images` are positions in `Examples.images`, best first; `scores` their cosines.
     """
 
-    rank: int
-    images: tuple[int, ...]
-    scores: tuple[float, ...]
+    rank: Whole
+    images: tuple[Whole, ...]
+    scores: tuple[Finite, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Query:
     """A caption, its true image (a position in `Examples.images`), and what both models found."""
 
     caption: str
-    image: int
+    image: Whole
     kind: QueryKind
     base: Found
     adapted: Found
@@ -51,22 +51,22 @@ class Heat:
     `truth` is the column that belongs to each row.
     """
 
-    images: tuple[int, ...]
+    images: tuple[Whole, ...]
     texts: tuple[str, ...]
-    truth: tuple[int, ...]
-    base: tuple[tuple[float, ...], ...]
-    adapted: tuple[tuple[float, ...], ...]
+    truth: tuple[Whole, ...]
+    base: tuple[tuple[Finite, ...], ...]
+    adapted: tuple[tuple[Finite, ...], ...]
 
 
 @dataclass(frozen=True)
 class Pair:
     """Images of one class that the adapted model takes for another: how many, and a few of them."""
 
-    true: int
-    taken_for: int
-    base: int
-    adapted: int
-    images: tuple[int, ...]
+    true: Whole
+    taken_for: Whole
+    base: Whole
+    adapted: Whole
+    images: tuple[Whole, ...]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Classes:
     """A classifier before and after: counts of (true, predicted), and what is still confused."""
 
     names: tuple[str, ...]
-    base: tuple[tuple[int, ...], ...]
-    adapted: tuple[tuple[int, ...], ...]
+    base: tuple[tuple[Whole, ...], ...]
+    adapted: tuple[tuple[Whole, ...], ...]
     pairs: tuple[Pair, ...]
     head: str = ""
 
@@ -97,11 +97,11 @@ class Examples:
     """
 
     task: TaskName
-    base: Mapping[str, float]
-    adapted: Mapping[str, float]
-    items: int
-    missing: int
-    counts: Mapping[str, int]
+    base: Mapping[str, Finite]
+    adapted: Mapping[str, Finite]
+    items: Whole
+    missing: Whole
+    counts: Mapping[str, Whole]
     images: tuple[str, ...]
     queries: tuple[Query, ...]
     heat: Heat
@@ -115,10 +115,44 @@ def stored_examples(run: Run) -> Examples | None:
     if record is None:
         return None
     try:
-        return _from_json(record["examples"])
-    except (KeyError, TypeError, ValueError):
-        log.info("%s is of another version: made again", path)
+        found = checked(record.get("examples"), Examples, str(path))
+        return found if _fit(found) else None
+    except DataError as error:
+        log.info("%s: it is made again", error)
         return None
+
+
+def _fit(found: Examples) -> bool:
+    """Whether positions are those of images and classes that are there, and tables have their sizes."""
+    images = range(len(found.images))
+    models = [model for query in found.queries for model in (query.base, query.adapted)]
+    pairs = found.classes.pairs if found.classes else ()
+    named = [place for model in models for place in model.images]
+    named += [*found.heat.images, *(place for pair in pairs for place in pair.images)]
+    if not all(place in images for place in (*named, *(query.image for query in found.queries))):
+        return False
+    if any(len(model.images) != len(model.scores) for model in models):
+        return False
+    if found.task == "retrieval" and not found.counts.keys() >= set(get_args(QueryKind)):
+        return False
+    if any(name not in side for name in METRICS[found.task] for side in (found.base, found.adapted)):
+        return False
+    heat, texts = found.heat, len(found.heat.texts)
+    square = all(_is_table(side, len(heat.images), texts) for side in (heat.base, heat.adapted))
+    if not square or len(heat.truth) != len(heat.images) or not all(t in range(texts) for t in heat.truth):
+        return False
+    if found.classes is None:
+        return True
+    count = len(found.classes.names)
+    return (
+        count > 0
+        and all(_is_table(side, count, count) for side in (found.classes.base, found.classes.adapted))
+        and all(place in range(count) for pair in pairs for place in (pair.true, pair.taken_for))
+    )
+
+
+def _is_table(values: Sequence[Sequence[object]], rows: int, columns: int) -> bool:
+    return len(values) == rows and all(len(row) == columns for row in values)
 
 
 def store_examples(run: Run, examples: Examples) -> None:
@@ -133,15 +167,14 @@ def _key(run: Run) -> str:
 
 def read_stored(path: Path, key: str) -> dict[str, Any] | None:
     """A JSON record made for a key; None if it is not there, of another key, or damaged."""
+    if not path.is_file():
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        record = read_json(path, dict[str, Any])
+    except DataError as error:
+        log.info("%s: it is made again", error)
         return None
-    except (OSError, ValueError) as error:
-        log.info("%s is damaged (%s): made again", path, type(error).__name__)
-        return None
-    fits = isinstance(record, dict) and record.get("key") == key and record.get("format") == FORMAT
-    return record if fits else None
+    return record if record.get("key") == key and record.get("format") == FORMAT else None
 
 
 def keep(path: Path, key: str, values: Mapping[str, Any]) -> None:
@@ -185,35 +218,3 @@ def _state(path: Path | None) -> list[tuple[str, int, int]]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     states = ((file, file.stat()) for file in files)
     return [(file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns) for file, s in states]
-
-
-def _from_json(values: Mapping[str, Any]) -> Examples:
-    classes = values["classes"]
-    return Examples(
-        **{
-            **values,
-            "images": tuple(values["images"]),
-            "queries": tuple(
-                Query(**{**query, "base": _found(query["base"]), "adapted": _found(query["adapted"])})
-                for query in values["queries"]
-            ),
-            "heat": Heat(**{name: _tuples(value) for name, value in values["heat"].items()}),
-            "classes": None
-            if classes is None
-            else Classes(
-                names=tuple(classes["names"]),
-                base=_tuples(classes["base"]),
-                adapted=_tuples(classes["adapted"]),
-                pairs=tuple(Pair(**{**pair, "images": tuple(pair["images"])}) for pair in classes["pairs"]),
-                head=classes["head"],
-            ),
-        }
-    )
-
-
-def _found(values: Mapping[str, Any]) -> Found:
-    return Found(int(values["rank"]), tuple(values["images"]), tuple(values["scores"]))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

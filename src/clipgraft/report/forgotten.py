@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clipgraft.errors import DataError
+from clipgraft.records import Finite, Whole, checked
 from clipgraft.report.examples import keep, key_of, read_stored
-from clipgraft.report.runs import Run, TaskName
+from clipgraft.report.runs import METRICS, Run, TaskName
 
+log = logging.getLogger("clipgraft")
 FORGOTTEN_FILE = Path("results") / "forgotten.json"
 
 
@@ -37,9 +41,9 @@ class Forgotten:
     """Metrics of both models on retained data, and how many images those are."""
 
     task: TaskName
-    base: Mapping[str, float]
-    adapted: Mapping[str, float]
-    items: int
+    base: Mapping[str, Finite]
+    adapted: Mapping[str, Finite]
+    items: Whole
 
 
 def stored_forgotten(run: Run, retained: Retained) -> Forgotten | None:
@@ -47,7 +51,13 @@ def stored_forgotten(run: Run, retained: Retained) -> Forgotten | None:
     record = read_stored(run.path / FORGOTTEN_FILE, _key(run, retained))
     if record is None:
         return None
-    return Forgotten(retained.task, record["base"], record["adapted"], int(record["items"]))
+    try:
+        found = checked({**record, "task": retained.task}, Forgotten, str(run.path / FORGOTTEN_FILE))
+    except DataError as error:
+        log.info("%s: it is measured again", error)
+        return None
+    whole = all(name in side for name in METRICS[found.task] for side in (found.base, found.adapted))
+    return found if whole else None
 
 
 def store_forgotten(run: Run, retained: Retained, found: Forgotten) -> None:

@@ -16,11 +16,13 @@ from clipgraft.data.features import evaluating, image_steps
 from clipgraft.data.images import open_image
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.readers import reading
 from clipgraft.search.exact import nearest
 from clipgraft.search.filters import Condition, parse_where
 from clipgraft.search.folder import Encoded, fitting_set
 from clipgraft.search.index import open_index
 from clipgraft.search.items import location
+from clipgraft.search.manifest import INDEX_FOLDER
 from clipgraft.search.store import Array
 from clipgraft.search.tables import plain_rows
 
@@ -106,7 +108,8 @@ def _nearest(encoded: Encoded, query: Array, k: int, conditions: Sequence[Condit
     index = None if conditions else open_index(encoded)
     if index is None:
         return nearest(encoded, query, k, conditions)
-    scores, rows = index.search(query, min(k, encoded.manifest.rows))
+    with reading(encoded.place / INDEX_FOLDER, DataError, "run `clipgraft index` again"):
+        scores, rows = index.search(query, min(k, encoded.manifest.rows))
     if rows.max(initial=-1) >= encoded.manifest.rows:  # the file may be a stranger's
         raise DataError(
             f"{encoded.place}: its index names rows that are not there; run `clipgraft index` again"
