@@ -22,7 +22,7 @@ from random import Random
 from clipgraft.errors import ClipgraftError
 from fuzz.subject import Subject
 
-SECONDS = 5.0  # for one input
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))  # for one input
 _SILENT = 60.0  # seconds without an input done: stuck in C, where no alarm reaches
 _MEMORY = 6 << 30  # bytes that a process may take beyond what it has
 _EXAMPLES = 4
@@ -138,7 +138,7 @@ def fuzz_here(
     """Fuzz one reader in this process; the count so far is kept in the file `told`."""
     from fuzz.readers import READERS
 
-    count = Count(name)
+    count, began = Count(name), time.monotonic()
     with prepared(folder):
         subject = READERS[name](_made(folder / "work") / "files")
         subject.keep()
@@ -148,6 +148,7 @@ def fuzz_here(
             try_one(subject, count, number, seed)
             if told is not None:
                 told.write_text(json.dumps({"next": number + 1, **asdict(count)}))
+    count.seconds = time.monotonic() - began
     return count
 
 

@@ -314,7 +314,7 @@ def hf_folders(folder: Path) -> Subject:
 def diffusion(folder: Path) -> Subject:
     """LoRA of text encoders by kohya's scripts and by diffusers."""
     folder.mkdir()
-    path, state = folder / "a.safetensors", {}
+    path, state = folder / "a.safetensors", dict[str, Tensor]()
     for role in ("q", "v"):
         stem = f"lora_te_text_model_encoder_layers_0_self_attn_{role}_proj"
         other = f"text_encoder_2.text_model.encoder.layers.3.self_attn.{role}_proj"

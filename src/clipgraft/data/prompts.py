@@ -10,6 +10,7 @@ from typing import Any
 
 from clipgraft.data.labels import near_misses
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.records import shown
 from clipgraft.yaml_files import load_yaml
 
 log = logging.getLogger("clipgraft")
@@ -127,7 +128,8 @@ def _checked(templates: Sequence[str]) -> tuple[str, ...]:
 def _texts(path: Path, name: Any, value: Any) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     if not isinstance(name, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise DataError(f"{path}: class '{name}' must have a prompt, or a list of prompts, and nothing else")
+        wrong = "must have a prompt, or a list of prompts, and nothing else"
+        raise DataError(f"{path}: class {shown(name)} {wrong}")
     return tuple(text.strip() for text in texts)
 
 
