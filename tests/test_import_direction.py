@@ -13,7 +13,7 @@ LAYERS = (
     ("writing",),
     ("locks",),
     ("files", "readers"),
-    ("records", "yaml_files"),
+    ("records", "yaml_files", "ours"),
     ("config",),
     ("models",),
     ("lora",),

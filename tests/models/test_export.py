@@ -124,7 +124,7 @@ def test_a_checkpoint_opens_under_its_model_name(
     model = open_clip.create_model(tiny_config.stem, pretrained=str(file))
     assert as_clip(model).fingerprint == openclip_clip.fingerprint
     if suffix == ".pt":
-        assert {"epoch", "name", "state_dict"} == set(torch.load(file, weights_only=True))
+        assert {"epoch", "name", "clipgraft", "state_dict"} == set(torch.load(file, weights_only=True))
 
 
 def test_a_transformers_model_becomes_an_open_clip_checkpoint(hf_clip: Clip, tmp_path: Path) -> None:

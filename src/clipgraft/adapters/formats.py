@@ -117,7 +117,7 @@ def _detect_file(data: Mapping[str, Any], path: Path) -> Format:
     )
 
 
-def check_free(out: str | Path, form: Form) -> None:
+def check_free(out: str | Path, form: Form, overwrite: bool = False) -> None:
     """Make sure that writing to `out` destroys nothing.
 
     Raises:
@@ -128,9 +128,12 @@ def check_free(out: str | Path, form: Form) -> None:
         raise AdapterError(f"{out} is a folder: name the .pt file to write")
     if out.is_dir() and not any(out.iterdir()):
         return
+    if overwrite and out.is_file() != (form == "peft"):
+        return
     if out.exists() or out.is_symlink():
         raise AdapterError(
-            f"{out} exists already and is left as it is: choose another path, or remove it first"
+            f"{out} exists already and is left as it is: choose another path, or say --overwrite (in Python "
+            "overwrite=True)"
         )
 
 
@@ -143,6 +146,7 @@ def write_any(
     text_layers: int | None = None,
     vision_layers: int | None = None,
     epoch: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter in another format, whole or not at all, where nothing is yet.
 
@@ -154,12 +158,13 @@ def write_any(
         text_layers: see `write_clip_lora`.
         vision_layers: see `write_clip_lora`.
         epoch: what the guide's files say they were saved after.
+        overwrite: replace what is there.
 
     Raises:
         AdapterError: `out` is taken, the format cannot hold the adapter, or writing fails.
     """
     out = Path(out)
-    check_free(out, form)
+    check_free(out, form, overwrite)
     if form == "peft":
         return _write_folder(adapter, out)
     if form == "guide":

@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.cli.common import base_of, with_base
     from clipgraft.models.save import size_on_disk
 
-    check_free(spec.out, spec.to)
+    check_free(spec.out, spec.to, spec.overwrite)
     adapter = read_any(
         spec.src,
         peft_out_proj=spec.peft_out_proj,
@@ -48,6 +48,7 @@ def run(argv: Sequence[str]) -> None:
         base_state_dict=base_state,
         text_layers=spec.text_layers,
         vision_layers=spec.vision_layers,
+        overwrite=spec.overwrite,
     )
     size = size_on_disk(written)
     log.info("wrote %s: %s, %s bytes (%.1f MB)", spec.to, written, f"{size:,}", size / 1e6)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
 from clipgraft.config import DemoSpec
+from clipgraft.errors import ConfigError
+from clipgraft.ours import DEMO_MARK, mark_folder, refuse_foreign
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,8 @@ def run(argv: Sequence[str]) -> None:
     """Make the data, train both ways, print the table, draw the picture."""
     (spec,) = parse("demo", _SUMMARY, [DemoSpec], argv)
     started = time.perf_counter()
+    refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
+    mark_folder(spec.out, DEMO_MARK)
     import torch
 
     from clipgraft.files import write_json

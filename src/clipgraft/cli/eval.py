@@ -11,6 +11,7 @@ from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
 from clipgraft.config import ClassSpec, DataSpec, EvalSpec, ModelSpec, Spec
 from clipgraft.errors import ConfigError
+from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,8 @@ def run(argv: Sequence[str]) -> None:
         faults.append("--classifier given without --task classification: add it")
     if faults:
         raise ConfigError("\n".join(faults))
+    if spec.out is not None:
+        refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
     from clipgraft.adapters.loading import load_adapter
     from clipgraft.adapters.runs import find_run_model
     from clipgraft.cli.common import load_model, open_cache, read_table

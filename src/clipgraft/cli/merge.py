@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.cli.common import base_of, name_after, with_base
 
     if spec.to == "adapter":
-        check_free(spec.out, "peft")
+        check_free(spec.out, "peft", spec.overwrite)
     if len(spec.adapters) == 1 and (whole := find_run_model(spec.adapters[0])) and whole.kind != "adapter":
         _export(whole, spec)
         return
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
     if spec.to == "adapter":
         _write_sum(clip, amounts, spec.out, spec.rank)
     else:
-        _write_model(clip, amounts, spec.out, _form(spec, clip))
+        _write_model(clip, amounts, spec.out, _form(spec, clip), spec.overwrite)
 
 
 def _export(whole: RunModel, spec: MergeSpec) -> None:
@@ -64,7 +64,7 @@ def _export(whole: RunModel, spec: MergeSpec) -> None:
     clip = load(spec.adapters[0])
     log.info("%s: there is nothing to merge in a %s model", whole.run, whole.kind)
     form: Any = _form(spec, clip)
-    write_model(clip, spec.out, form, progress=lambda line: log.info("%s", line))
+    write_model(clip, spec.out, form, progress=lambda line: log.info("%s", line), overwrite=spec.overwrite)
     _report(spec.out, form)
 
 
@@ -104,14 +104,14 @@ def _write_sum(clip: Clip, amounts: Mapping[str, float], out: Path, rank: int | 
     _report(save_adapter(clip, out), "adapter")
 
 
-def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any) -> None:
+def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any, overwrite: bool) -> None:
     from clipgraft.lora.inject import remove_lora
     from clipgraft.lora.merge import merge_lora
     from clipgraft.models.export import write_model
 
     merge_lora(clip, amounts)
     remove_lora(clip, keep_merged=True)
-    write_model(clip, out, form, progress=lambda line: log.info("%s", line))
+    write_model(clip, out, form, progress=lambda line: log.info("%s", line), overwrite=overwrite)
     _report(out, form)
 
 

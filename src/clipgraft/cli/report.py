@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from clipgraft.cli.parser import parse
 from clipgraft.config import CacheSpec, ColumnSpec, PromptSpec, ReportSpec, Spec, flag
 from clipgraft.errors import ConfigError
+from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
     from clipgraft.report.forgotten import Retained
@@ -35,7 +36,14 @@ def run(argv: Sequence[str]) -> None:
         return Computing(pick_device(spec.device), images.workers, cache)
 
     retained = _retained(spec, columns, prompts)
-    out = write_report(spec.runs, spec.out, examples=spec.examples, retained=retained, computing=computing)
+    out = write_report(
+        spec.runs,
+        spec.out,
+        examples=spec.examples,
+        retained=retained,
+        computing=computing,
+        overwrite=spec.overwrite,
+    )
     log.info("wrote %s (%.1f MB)", out, out.stat().st_size / 1e6)
 
 
@@ -53,6 +61,7 @@ def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
         faults.append(f"--out {spec.out} is a folder: name a file in it, like {spec.out / 'report.html'}")
     if faults:
         raise ConfigError("\n".join(faults))
+    refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
 
 
 def _retained(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> Retained | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from clipgraft.cli.parser import parse
 from clipgraft.config import SearchSpec
 from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.ours import refuse_foreign
 from clipgraft.shown import shown, shown_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def run(argv: Sequence[str]) -> None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
         raise ConfigError("\n".join(faults))
+    if spec.html is not None:
+        refuse_foreign(spec.html, spec.overwrite, ConfigError, "--html")
     if spec.format == "json":
         _log_to_stderr()
     from clipgraft.search.folder import read_folder
@@ -57,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
         from clipgraft.search.gallery import write_gallery
 
         title = " + ".join([part for part in (spec.text, spec.image and spec.image.name) if part])
-        log.info("wrote %s", write_gallery(spec.html, title, hits, spec.image))
+        log.info("wrote %s", write_gallery(spec.html, title, hits, spec.image, spec.overwrite))
 
 
 def as_table(hits: Sequence[Hit]) -> str:

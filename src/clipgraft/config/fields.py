@@ -122,3 +122,11 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
     )
+
+
+class OverwriteSpec(Spec):
+    """What may be replaced."""
+
+    overwrite: bool = Field(
+        False, description="replace what is there, even if clipgraft did not make it; without it that is left"
+    )

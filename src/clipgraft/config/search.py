@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from clipgraft.config.fields import Positional, Spec, UserPath, Words
+from clipgraft.config.fields import OverwriteSpec, Positional, Spec, UserPath, Words
 from clipgraft.config.specs import ColumnSpec
 
 
@@ -68,7 +68,7 @@ class IndexSpec(Spec):
     )
 
 
-class SearchSpec(Spec):
+class SearchSpec(OverwriteSpec):
     """What to search, and for what."""
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")

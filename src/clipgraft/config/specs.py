@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from clipgraft.config.fields import (
     AlphaPattern,
+    OverwriteSpec,
     Precision,
     Rank,
     RankPattern,
@@ -263,7 +264,7 @@ class RunSpec(Spec):
     )
 
 
-class EvalSpec(Spec):
+class EvalSpec(OverwriteSpec):
     """Evaluation of a base or an adapter on pairs."""
 
     adapter: UserPath | None = Field(None, description="adapter folder to evaluate beside its base")

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from clipgraft.config.fields import (
     Blocks,
+    OverwriteSpec,
     Paths,
     Positional,
     Repeated,
@@ -22,7 +23,7 @@ from clipgraft.config.fields import (
 )
 
 
-class DemoSpec(Spec):
+class DemoSpec(OverwriteSpec):
     """The demonstration on the embedded default."""
 
     out: UserPath = Field(Path("demo"), description="folder for data, adapter, table and picture")
@@ -33,7 +34,7 @@ class DemoSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
 
 
-class MergeSpec(Spec):
+class MergeSpec(OverwriteSpec):
     """What to merge, and into what."""
 
     adapters: Annotated[Words, Positional()] = Field(
@@ -61,7 +62,7 @@ class MergeSpec(Spec):
     force: bool = Field(False, description="use adapters that were made for another base")
 
 
-class ConvertSpec(Spec):
+class ConvertSpec(OverwriteSpec):
     """What to convert, and into which format."""
 
     src: Annotated[UserPath, Positional()] = Field(
@@ -177,7 +178,7 @@ class DistillSpec(Spec):
     )
 
 
-class ReportSpec(Spec):
+class ReportSpec(OverwriteSpec):
     """What to report on, and where to write the page."""
 
     runs: Annotated[Paths, Positional(many=True)] = Field(

@@ -17,6 +17,7 @@ from clipgraft.models.openclip_config import config_of
 from clipgraft.models.save import save_checkpoint, save_transformers_files, weights_size
 from clipgraft.models.tokenizers import OpenClipTokenizer
 from clipgraft.models.twins import require_bare, to_open_clip, to_transformers
+from clipgraft.ours import FOLDER_MARK, mark_folder, refuse_foreign
 
 Form = Literal["open_clip", "transformers", "onnx"]
 Progress = Callable[[str], None]
@@ -49,7 +50,9 @@ class Written:
     differences: dict[str, float] = field(default_factory=dict)
 
 
-def write_model(clip: Clip, out: Path, form: Form, progress: Progress | None = None) -> Written:
+def write_model(
+    clip: Clip, out: Path, form: Form, progress: Progress | None = None, overwrite: bool = False
+) -> Written:
     """Write a model without adapters, in the given form; merged weights go out as they are.
 
     - `open_clip`: where `out` ends in .pt or .safetensors, a checkpoint that `open_clip.create_model(name,
@@ -58,34 +61,38 @@ def write_model(clip: Clip, out: Path, form: Form, progress: Progress | None = N
     - `onnx`: a folder with `text.onnx`, `vision.onnx`, a description and the tokenizer (`onnx_graphs.py`).
 
     A model of the other family is converted first. Everything is whole or not there at all; an earlier
-    export to the same place is replaced.
+    export to the same place is replaced, which it is known for by a record in it.
 
     Args:
         progress: is called with a line of text for each step that takes seconds.
+        overwrite: replace whatever is there, unless the model was loaded from it.
 
     Raises:
-        ModelError: the model carries an adapter or cannot take this form; `out` is a folder that holds other
-            things, or what the model was loaded from.
+        ModelError: the model carries an adapter or cannot take this form; `out` is not a model that this
+            function wrote, holds other things beside it, or is what the model was loaded from.
     """
     if form not in get_args(Form):
         raise ModelError(f"form '{form}' is unknown: use one of {', '.join(get_args(Form))}")
     tell = progress or _silent
     require_bare(clip)
-    _check_place(clip, out, form)
+    _check_place(clip, out, form, overwrite)
     if form == "onnx":
         require_onnx()
         with atomic_folder(out, weights_size(clip)) as folder:
             differences = write_onnx(clip, folder, tell)
+            mark_folder(folder, form=form)
         return Written(_files(out), differences)
     if form == "transformers":
         with atomic_folder(out, weights_size(clip)) as folder:
             _write_transformers(clip, folder, tell)
+            mark_folder(folder, form=form)
         return Written(_files(out))
     if out.suffix in _FILE_SUFFIXES:
         save_checkpoint(_as_open_clip(clip, tell), out, epoch=0)
         return Written((out,))
     with atomic_folder(out, weights_size(clip)) as folder:
         _write_open_clip(_as_open_clip(clip, tell), folder)
+        mark_folder(folder, form=form)
     return Written(_files(out))
 
 
@@ -120,25 +127,32 @@ def _require_inputs(clip: Clip) -> None:
     clip.require_preprocess()
 
 
-def _check_place(clip: Clip, out: Path, form: Form) -> None:
-    """Refuse to replace anything but an earlier export of this form."""
+def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:
+    """Refuse to replace anything but an earlier export of this form, unless told to."""
     source = {clip.source.name.removeprefix("hf:"), clip.source.pretrained} - {"", "emoji"}
     if out.exists() and any(Path(name).exists() and out.samefile(name) for name in source):
         raise ModelError(f"{out} is what the model was loaded from: choose another place")
     is_file = form == "open_clip" and out.suffix in _FILE_SUFFIXES
+    if out.is_symlink() and not out.exists():
+        raise ModelError(f"{out} is a link that leads nowhere: choose another place")
     if out.is_file() and not is_file:
         raise ModelError(f"{out} is a file: the {form} form is a folder; choose another name")
     if not out.is_dir():
+        refuse_foreign(out, overwrite, ModelError)
         return
     if is_file:
         raise ModelError(f"{out} is a folder: a checkpoint is a file; choose another name")
     names = sorted(path.name for path in out.iterdir())
-    known = (_MARKERS[form], *_FILES[form], *_TOKENIZER_FILES)
+    if overwrite:
+        return
+    known = (FOLDER_MARK, _MARKERS[form], *_FILES[form], *_TOKENIZER_FILES)
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in known)]
     if names and (foreign or _MARKERS[form] not in names):
         raise ModelError(
-            f"{out} holds {(foreign or names)[0]}, which is no part of a {form} model: choose a new folder"
+            f"{out} holds {(foreign or names)[0]}, which is no part of a {form} model: choose a new folder, "
+            "or say --overwrite (in Python overwrite=True)"
         )
+    refuse_foreign(out, error=ModelError)
 
 
 def _files(folder: Path) -> tuple[Path, ...]:

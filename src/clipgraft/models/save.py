@@ -12,6 +12,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.from_hf import HfPreprocess
 from clipgraft.models.quiet import quiet
 from clipgraft.models.tokenizers import HfTokenizer
+from clipgraft.ours import MARK, version_mark
 from clipgraft.writing import size_of
 
 
@@ -35,9 +36,11 @@ def save_checkpoint(clip: Clip, target: Path, epoch: int) -> None:
     state = clip.model.state_dict()
     with atomic_path(target, size_of(state)) as temporary:
         if target.suffix == ".safetensors":
-            save_file({name: weight.contiguous() for name, weight in state.items()}, temporary)
+            whole = {name: weight.contiguous() for name, weight in state.items()}
+            save_file(whole, temporary, metadata={"format": "pt", MARK: version_mark()})
         else:
-            torch.save({"epoch": epoch, "name": clip.source.name, "state_dict": state}, temporary)
+            made = {"epoch": epoch, "name": clip.source.name, MARK: version_mark()}
+            torch.save({**made, "state_dict": state}, temporary)
 
 
 def save_transformers_files(clip: Clip, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from clipgraft.errors import ClipgraftError, ConfigError
 from clipgraft.files import write_text
+from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
     from clipgraft.report.examples import Examples
@@ -30,6 +31,7 @@ def write_report(
     examples: bool = True,
     retained: Retained | None = None,
     computing: Callable[[], Computing] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write one HTML page on some runs and sweeps, which needs no other file and no network.
 
@@ -42,6 +44,7 @@ def write_report(
         retained: other data on which to measure what was forgotten.
         computing: gives device, workers and feature cache when something must be computed; by default the CPU
             and no cache.
+        overwrite: replace a file that is no page of ours.
 
     Returns:
         The file.
@@ -52,6 +55,7 @@ def write_report(
         CheckpointError: a file of a run is damaged.
     """
     require_packages()
+    refuse_foreign(Path(out), overwrite, ConfigError, "--out")
     if not paths:
         raise ConfigError("nothing to report on: name the folder of a run or of a sweep, like logs/NAME")
     from clipgraft.report.page import render

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from clipgraft.data.images import ImageError, open_image
 from clipgraft.errors import DataError
 from clipgraft.files import write_text
+from clipgraft.ours import refuse_foreign
 from clipgraft.search.archives import read_member
 from clipgraft.search.items import IN_TAR, Ref, is_address
 from clipgraft.search.query import Hit
@@ -23,11 +24,18 @@ from clipgraft.search.tables import INSTALL
 _SIDE = 240  # pixels of a thumbnail
 
 
-def write_gallery(path: Path, title: str, hits: Sequence[Hit], query_image: Path | None = None) -> Path:
+def write_gallery(
+    path: Path,
+    title: str,
+    hits: Sequence[Hit],
+    query_image: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a page of thumbnails; an image that cannot be opened any more has its reason in its place.
 
-    Raises DataError where jinja2 is not installed.
+    Raises DataError where jinja2 is not installed, or `path` is no page of ours and not to be overwritten.
     """
+    refuse_foreign(path, overwrite, DataError, "--html")
     try:
         import jinja2
     except ImportError as error:
