@@ -10,7 +10,7 @@ import clipgraft
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
     ("errors", "shown"),
-    ("writing",),
+    ("writing", "progress"),
     ("locks",),
     ("files", "readers"),
     ("records", "yaml_files", "ours"),

@@ -40,6 +40,7 @@ _PUBLIC = {
         "EmojiScenes",
         "write_scenes",
     ),
+    "clipgraft.data.emoji_classes": ("write_classes",),
     "clipgraft.data.feature_cache": ("FeatureCache",),
     "clipgraft.data.labels": (
         "Labelled",
@@ -140,7 +141,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return __all__
 
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ if TYPE_CHECKING:
     from clipgraft.compact.write import write_compact as write_compact
     from clipgraft.data.emoji import EmojiScenes as EmojiScenes
     from clipgraft.data.emoji import write_scenes as write_scenes
+    from clipgraft.data.emoji_classes import write_classes as write_classes
     from clipgraft.data.feature_cache import FeatureCache as FeatureCache
     from clipgraft.data.labels import Labelled as Labelled
     from clipgraft.data.labels import few_shot as few_shot

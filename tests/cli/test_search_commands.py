@@ -216,5 +216,5 @@ def test_interrupted(
 
     monkeypatch.setattr("clipgraft.search.encode.encode_folder", stop)
     outcome = cli("encode", table, tmp_path / "out", *base, *FAST)
-    assert outcome.code == 1
+    assert outcome.code == 130
     assert "the same command goes on" in outcome.err

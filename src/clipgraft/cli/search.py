@@ -85,7 +85,7 @@ def as_table(hits: Sequence[Hit]) -> str:
 
 def as_json(hits: Sequence[Hit]) -> str:
     """A list of objects with rank, score, path and the rest of the metadata; times as ISO 8601."""
-    rows = [{**hit.metadata, "rank": hit.rank, "score": hit.score, "path": hit.path} for hit in hits]
+    rows = [hit.to_dict() for hit in hits]
     return shown(json.dumps(rows, indent=2, ensure_ascii=False, default=datetime.isoformat))
 
 

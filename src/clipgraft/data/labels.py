@@ -45,6 +45,9 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        return f"Labelled({len(self):,} images of {len(self.classes):,} classes)"
+
     def counts(self) -> tuple[int, ...]:
         """How many images each class has."""
         counts = [0] * len(self.classes)

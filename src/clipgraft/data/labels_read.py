@@ -11,11 +11,12 @@ from clipgraft.data.images import check_images
 from clipgraft.data.labels import Labelled
 from clipgraft.data.labels_report import LabelReport
 from clipgraft.data.labels_table import LabelTable, open_labels
-from clipgraft.data.pairs import DECODE_UP_TO, Progress, find_duplicates
+from clipgraft.data.pairs import DECODE_UP_TO, find_duplicates
 from clipgraft.data.paths import find_image
 from clipgraft.data.rows import BadRow, Row, Table
 from clipgraft.data.summary import MAX_BAD_ROWS, BadRows
 from clipgraft.errors import DataError
+from clipgraft.progress import Progress, Told, showing
 
 
 @dataclass
@@ -38,7 +39,7 @@ def read_labelled(
     strict: bool = False,
     max_bad_rows: int | None = MAX_BAD_ROWS,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> tuple[Labelled, LabelReport]:
     """Read a folder of class folders, or a CSV, TSV, JSON Lines or Parquet file with a label column.
 
@@ -55,7 +56,8 @@ def read_labelled(
         max_bad_rows: how many are skipped before reading stops; None for any number.
         workers: threads that check images. More than `pairs.DECODE_UP_TO` have only
             their headers read.
-        progress: called as progress(done, total) for every image.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many).
 
     Raises:
         DataError: no class folders or label column, too many bad rows, an image with two different labels,
@@ -66,7 +68,8 @@ def read_labelled(
     bad = BadRows(table.source, table.unit, strict=strict, limit=max_bad_rows)
     gathered = _gather(table, bad)
     decode = len(gathered.images) <= DECODE_UP_TO
-    _drop_unreadable(gathered, bad, decode, workers, progress)
+    with showing(progress, "checking images") as told:
+        _drop_unreadable(gathered, bad, decode, workers, told)
     data = _labelled(table, gathered, bad)
     return data, _report(opened, data, gathered, bad, decode)
 
@@ -110,7 +113,7 @@ def _add(table: Table, gathered: _Gathered, row: Row, found: Path | str, bad: Ba
 
 
 def _drop_unreadable(
-    gathered: _Gathered, bad: BadRows, decode: bool, workers: int | None, progress: Progress | None
+    gathered: _Gathered, bad: BadRows, decode: bool, workers: int | None, progress: Told | None
 ) -> None:
     paths = list(gathered.images)
     with closing(check_images(paths, decode=decode, workers=workers, progress=progress)) as checks:

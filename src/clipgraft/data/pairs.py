@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
 from clipgraft.data.images import ImageError, check_images
 from clipgraft.data.listing import Listing, list_images
@@ -17,11 +17,10 @@ from clipgraft.data.rows import BadRow, Row, Table
 from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, DataReport
 from clipgraft.data.tables import read_table
 from clipgraft.errors import DataError
+from clipgraft.progress import Progress, Told, showing
 
 DECODE_UP_TO = 50_000
 """Up to this many images verify="auto" decodes each (0.4 ms a small photo); beyond, it reads headers."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,33 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @overload
+    def __getitem__(self, chosen: int) -> tuple[Path, tuple[str, ...]]: ...
+
+    @overload
+    def __getitem__(self, chosen: slice) -> Pairs: ...
+
+    def __getitem__(self, chosen: int | slice) -> Pairs | tuple[Path, tuple[str, ...]]:
+        """`pairs[5]` is an image with its captions, `pairs[:100]` are pairs."""
+        if isinstance(chosen, slice):
+            return Pairs(self.images[chosen], self.captions[chosen])
+        return self.images[chosen], self.captions[chosen]
+
+    def __iter__(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
+        return iter(zip(self.images, self.captions, strict=True))
+
+    def __repr__(self) -> str:
+        captions = sum(map(len, self.captions))
+        return f"Pairs({len(self):,} images, {captions:,} captions)"
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns with a row for every caption, as for a DataFrame."""
+        rows = self.rows()
+        return {
+            "filepath": [str(self.images[image]) for image, _ in rows],
+            "title": [caption for _, caption in rows],
+        }
 
     def rows(self) -> list[tuple[int, str]]:
         """(image index, caption) for every caption, in order: what one epoch goes over, as in open_clip."""
@@ -62,7 +88,7 @@ def read_pairs(
     max_bad_rows: int | None = MAX_BAD_ROWS,
     verify: Literal["auto", "decode", "header"] = "auto",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> tuple[Pairs, DataReport]:
     """Read a CSV, TSV, JSON Lines or Parquet file, or a folder, and check every image.
 
@@ -72,7 +98,8 @@ def read_pairs(
 
     `max_bad_rows` is how many are skipped before reading stops (None: any number); `strict` stops at the
     first. `verify="decode"` decodes each image, the only way to see that one is cut short; "header" is quick.
-    `workers` is the number of threads for it, and `progress(done, total)` is called for every image.
+    `workers` is the number of threads for it, and `progress` None shows a bar in
+    terminals and notebooks, True always, False never; or it is a function of (done, of how many).
 
     Raises DataError when the table cannot be read, has too many bad rows, or leaves nothing to train on.
     """
@@ -86,7 +113,8 @@ def read_pairs(
     bad = BadRows(table.source, table.unit, strict=strict, limit=max_bad_rows)
     gathered = _gather(table, bad)
     decode = verify == "decode" or (verify == "auto" and len(gathered.images) <= DECODE_UP_TO)
-    _drop_unreadable(gathered, bad, decode, workers, progress)
+    with showing(progress, "checking images") as told:
+        _drop_unreadable(gathered, bad, decode, workers, told)
     if not gathered.images:
         raise DataError(_nothing_left(table, gathered, bad))
     pairs = Pairs(tuple(gathered.images), tuple(tuple(texts) for texts, _ in gathered.images.values()))
@@ -135,7 +163,7 @@ def _add(gathered: _Gathered, row: Row, found: Path | str, bad: BadRows) -> None
 
 
 def _drop_unreadable(
-    gathered: _Gathered, bad: BadRows, decode: bool, workers: int | None, progress: Progress | None
+    gathered: _Gathered, bad: BadRows, decode: bool, workers: int | None, progress: Told | None
 ) -> None:
     paths = list(gathered.images)
     with closing(check_images(paths, decode=decode, workers=workers, progress=progress)) as checks:

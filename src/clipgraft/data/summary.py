@@ -41,6 +41,9 @@ class DataReport:
     long_captions: int | None = None
     context_length: int | None = None
 
+    def __repr__(self) -> str:
+        return format_report(self)
+
     @property
     def duplicate_images(self) -> int:
         """Images whose bytes are also those of another image that comes before them."""

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.data.feature_cache import FeatureCache
-from clipgraft.data.features import Progress, encode_captions, encode_images
+from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.labels import Labelled
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
+from clipgraft.progress import Progress, counting, showing
 
 CALIBRATION_BINS = 15
 _ROWS = 4096  # rows whose float64 copy is made at once
@@ -142,7 +143,7 @@ def evaluate_classification(
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     prototypes: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
 ) -> ClassificationResult:
@@ -160,7 +161,8 @@ def evaluate_classification(
         encoder: takes the place of a new one with `autocast`.
         image_features: unit-norm (N, D) features of `data.images`, where they are known already.
         prototypes: unit-norm (C, D) features of the classes, where they are known already.
-        progress: told how many images each batch added.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many).
         cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
         exact_preprocess: preprocess images with the model's own transform, to the last grey level.
 
@@ -172,16 +174,17 @@ def evaluate_classification(
     clip = as_clip(model)
     encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     if image_features is None:
-        image_features = encode_images(
-            clip,
-            data.images,
-            batch_size=batch_size,
-            workers=workers,
-            encoder=encoder,
-            progress=progress,
-            cache=cache,
-            exact_preprocess=exact_preprocess,
-        )
+        with showing(progress, "images") as told:
+            image_features = encode_images(
+                clip,
+                data.images,
+                batch_size=batch_size,
+                workers=workers,
+                encoder=encoder,
+                progress=counting(told, len(data.images)),
+                cache=cache,
+                exact_preprocess=exact_preprocess,
+            )
     if prototypes is None:
         prototypes = class_features(encoder, prompts)
     scale = clip.logit_scale.detach().float().exp().cpu()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.data.feature_cache import FeatureCache
-from clipgraft.data.features import Progress, encode_captions, encode_images
+from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
@@ -14,6 +14,7 @@ from clipgraft.evaluate.metrics import metrics_of
 from clipgraft.evaluate.ranks import RetrievalRanks, retrieval_ranks
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
+from clipgraft.progress import Progress, counting, showing
 
 
 def evaluate_retrieval(
@@ -26,7 +27,7 @@ def evaluate_retrieval(
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     text_features: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
 ) -> dict[str, float]:
@@ -41,7 +42,8 @@ def evaluate_retrieval(
         encoder: takes the place of a new one with `autocast`.
         image_features: (N, D) features of `pairs.images`, where they are known already.
         text_features: (M, D) features of all captions, in the order of the images.
-        progress: told how many images each batch added.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many).
         cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
         exact_preprocess: preprocess images with the model's own transform, to the last grey level.
 
@@ -51,16 +53,17 @@ def evaluate_retrieval(
     clip = as_clip(model)
     encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     if image_features is None:
-        image_features = encode_images(
-            clip,
-            pairs.images,
-            batch_size=batch_size,
-            workers=workers,
-            encoder=encoder,
-            progress=progress,
-            cache=cache,
-            exact_preprocess=exact_preprocess,
-        )
+        with showing(progress, "images") as told:
+            image_features = encode_images(
+                clip,
+                pairs.images,
+                batch_size=batch_size,
+                workers=workers,
+                encoder=encoder,
+                progress=counting(told, len(pairs.images)),
+                cache=cache,
+                exact_preprocess=exact_preprocess,
+            )
     return measure_retrieval(encoder, pairs, image_features, text_features).metrics
 
 

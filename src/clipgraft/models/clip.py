@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from clipgraft.errors import ModelError
+from clipgraft.errors import DataError, ModelError
 from clipgraft.models.family import Family, is_lora
 from clipgraft.models.gate import gate_of
 from clipgraft.models.hf import HfFamily
@@ -20,6 +25,8 @@ from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.models.sites import Site, SiteRef, Tower
 
 Preprocess: TypeAlias = Callable[[Image], Tensor]
+Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
+Images: TypeAlias = Picture | Sequence[Picture]
 Names: TypeAlias = str | Sequence[str | None]
 RowsEncoder: TypeAlias = Callable[["Clip", Tower, Tensor, Names], Tensor]
 FAMILIES: tuple[Family, ...] = (HfFamily(), OpenClipFamily())
@@ -159,11 +166,41 @@ class Clip:
             )
         return self.tokenizer
 
-    def encode_image(self, images: Tensor, normalize: bool = False, adapters: Names | None = None) -> Tensor:
-        """(N, 3, H, W) preprocessed pixels -> (N, D) features, unit-norm if `normalize`.
+    def __repr__(self) -> str:
+        name = " / ".join(part for part in (self.source.name, self.source.pretrained) if part)
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        kind = f"{type(self.model).__name__} of {self.family.name}"
+        return f"Clip({name or 'a model of yours'}, {kind}, {weights:,} weights on {self.device})"
+
+    def pixels(self, images: Images) -> Tensor:
+        """(N, 3, H, W) of a picture, a path, or several of both; tensors of that shape pass."""
+        if isinstance(images, Tensor):
+            return images if images.ndim == 4 else images[None]
+        if isinstance(images, str | PathLike | Image | np.ndarray):
+            images = [images]
+        if not len(images):
+            raise DataError("no image to encode: give at least one")
+        return torch.stack([self._pixels(image) for image in images])
+
+    def _pixels(self, image: Picture) -> Tensor:
+        # Reading files belongs to data, which stands above this module and is loaded with the first picture.
+        data = importlib.import_module("clipgraft.data.images")
+        if isinstance(image, Tensor):
+            return image
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3):
+                shape = f"an array of {image.dtype} {image.shape}"
+                raise DataError(f"{shape} is no picture: pass uint8 (height, width, 3)")
+            picture = PIL.Image.fromarray(image)
+        else:
+            picture = image if isinstance(image, Image) else data.open_image(Path(image))
+        return self.require_preprocess()(picture.convert("RGB"))
+
+    def encode_image(self, images: Images, normalize: bool = False, adapters: Names | None = None) -> Tensor:
+        """Pictures, paths, or (N, 3, H, W) preprocessed pixels -> (N, D) features, unit-norm if `normalize`.
 
         Args:
-            images: the pixels.
+            images: a PIL image, a uint8 array (height, width, 3), a path, a list of these, or the pixels.
             normalize: divide by the norm. Normalised features are at least fp32: in bf16 a norm is off by up
                 to 0.4 %.
             adapters: which adapter each row runs with: N names of loaded ones, None for the base; or one name
@@ -171,8 +208,9 @@ class Clip:
 
         Raises:
             AdapterError: no adapter of that name, or not one name a row.
+            DataError: a file is no image that can be read.
         """
-        pixels = images.to(self.device, self.dtype)
+        pixels = self.pixels(images).to(self.device, self.dtype)
         if adapters is not None:
             features = _rows_encoder()(self, "vision", pixels, adapters)
         else:

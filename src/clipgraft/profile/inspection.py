@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipgraft.models.clip import Clip
+from clipgraft.errors import ModelError
+from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.openclip_config import config_of
 from clipgraft.models.sites import SiteKind
-from clipgraft.models.unloaded import Overrides, build_model, read_model_config
+from clipgraft.models.unloaded import ModelConfig, Overrides, build_model, read_model_config
 from clipgraft.profile.forward import ClipProfile, profile_clip
 from clipgraft.profile.layers import structure
 from clipgraft.profile.targets import TargetCost, target_costs
@@ -52,7 +54,7 @@ class Inspection:
 
 
 def inspect_model(
-    name: str | Path,
+    name: str | Path | ClipLike,
     overrides: Overrides | None = None,
     *,
     pretrained: str | None = None,
@@ -62,7 +64,8 @@ def inspect_model(
     """Look at a model without its weights.
 
     Args:
-        name, overrides, pretrained: as for `clip_on_meta`.
+        name: as for `clip_on_meta`; or a model, whose weights are not looked at.
+        overrides, pretrained: as for `clip_on_meta`, of a name alone.
         targets: target sets or expressions; by default every named set that fits.
         r: rank of their adapters.
 
@@ -70,7 +73,12 @@ def inspect_model(
         ModelError: there is no such model or setting.
         TargetError: one of `targets` matches nothing.
     """
-    config = read_model_config(name, overrides, pretrained)
+    if isinstance(name, str | Path):
+        config = read_model_config(name, overrides, pretrained)
+    else:
+        if overrides or pretrained:
+            raise ModelError("overrides and pretrained are for a model's name; this model is there already")
+        config = config_of_model(as_clip(name))
     clip = build_model(config)
     return Inspection(
         name=config.name,
@@ -82,6 +90,12 @@ def inspect_model(
         sites=tuple(_sites(clip, r)),
         targets=target_costs(clip, targets, r),
     )
+
+
+def config_of_model(clip: Clip) -> ModelConfig:
+    """The configuration of a model that is in memory."""
+    values = config_of(clip) if clip.family.name == "open_clip" else clip.model.config.to_dict()  # type: ignore[union-attr, operator]
+    return ModelConfig(clip.source.name or type(clip.model).__name__, clip.family.name, dict(values))  # type: ignore[arg-type]
 
 
 def _sites(clip: Clip, r: int) -> Iterable[SiteInfo]:

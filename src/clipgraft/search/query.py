@@ -25,6 +25,7 @@ from clipgraft.search.items import location
 from clipgraft.search.manifest import INDEX_FOLDER
 from clipgraft.search.store import Array
 from clipgraft.search.tables import plain_rows
+from clipgraft.shown import shown_line
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Hit:
     path: str | None
     caption: str | None
     metadata: dict[str, Any]
+
+    def __repr__(self) -> str:
+        words = "" if self.caption is None else f" {shown_line(self.caption)[:60]!r}"
+        return f"Hit({self.rank}, {self.score:.4f}, {self.path}{words})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat row, as for a DataFrame: rank, score, path, and the columns of the metadata."""
+        return {**self.metadata, "rank": self.rank, "score": self.score, "path": self.path}
 
 
 def search_folder(

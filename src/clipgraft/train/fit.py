@@ -52,7 +52,7 @@ def fit(
     checkpoint_steps: int = 0,
     autocast: bool | None = False,
     workers: int = 2,
-    progress: bool = True,
+    progress: bool | None = None,
     image_features: Tensor | None = None,
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
@@ -77,7 +77,7 @@ def fit(
         autocast: compute in bf16 where it is safe; with None where the device is also fast at it, or as the
             run did that is resumed.
         workers: processes that decode images.
-        progress: show bars where the output is a terminal.
+        progress: None and True show bars where the output is a terminal, False never.
         image_features: (N, D) unit-norm features of `train.images`, where they are known already; used if the
             image tower is frozen.
         cache: where features of a frozen image tower are looked up and kept for other runs.
@@ -113,7 +113,7 @@ def fit(
             augment=spec.augment,
             encoder=encoder,
             workers=workers,
-            progress=progress,
+            progress=progress is not False,
             image_features=image_features,
             cache=cache,
             cache_views=spec.cache_views,
@@ -139,7 +139,7 @@ def fit(
         },
         autocast=autocast,
         resume=resume,
-        progress=progress,
+        progress=progress is not False,
         params=params or {},
         peers=peers,
     )
