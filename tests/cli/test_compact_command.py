@@ -104,7 +104,7 @@ def test_says_how_to_go_on(
         *QUICK,
     ]
     outcome = cli(*words)
-    assert outcome.code == 1
+    assert outcome.code == 130
     assert outcome.err.endswith("--resume latest\n")
     assert "go on with: clipgraft compact hf:" in outcome.err
     assert not (tmp_path / "out").exists()
