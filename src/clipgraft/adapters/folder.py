@@ -132,9 +132,13 @@ def find_folder(path: Path, name: str | None = None) -> Path:
     if not path.exists():
         raise AdapterError(f"no adapter at {path}: there is no such folder; check the path")
     weights = next((name for name in (WEIGHTS_FILE, PICKLED_FILE) if (path / name).is_file()), None)
-    lacks = f"it holds {weights} without {CONFIG_FILE}; " if weights else ""
+    if weights is not None:
+        lone = f"{path} holds {weights} without {CONFIG_FILE}"
+        raise AdapterError(
+            f"no adapter at {path}: {lone}; an adapter is a folder with {CONFIG_FILE} and its weights"
+        )
     raise AdapterError(
-        f"no adapter at {path}: {lacks}an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it"
+        f"no adapter at {path}: an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it"
     )
 
 
