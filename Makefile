@@ -2,17 +2,34 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# More words for pytest: make test PYTEST="-x --strict-skips"
+PYTEST ?=
+# Cells of `make test-matrix`: CELLS="3.10-lowest 3.13-newest"; without, all eight.
+CELLS ?= $(foreach r,lowest newest,$(foreach p,3.10 3.11 3.12 3.13,$(p)-$(r)))
+JOBS ?= 2
 
-.PHONY: demo test test-slow lint fuzz bench bench-quick clean
+.PHONY: demo test test-slow test-matrix lint fuzz bench bench-quick clean
 
 demo: $(VENV)/.installed
+	@echo "The demo trains for about two minutes on two cores; it shows each step."
 	$(BIN)/clipgraft demo --out demo
 
 test: $(VENV)/.installed-test lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not slow"
+	@echo "The tests: about 10 minutes on two cores."
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -q -m "not slow" $(PYTEST)
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m slow $(PYTEST)
+
+# Each cell is an environment of its own (up to 8 GB, deleted after it) and a whole suite: 8 to 15 minutes each on two
+# cores. Pythons of pyenv are found wherever they are. Cells that ran before stay in the table; one that fails does not
+# stop the others. Results: benchmarks/results/matrix.md.
+test-matrix: $(VENV)/.installed-matrix
+	@echo "Cells: $(CELLS). Each downloads up to 3 GB and runs the suite: about 15 minutes a cell on two cores."
+	PATH="$$PWD/$(BIN):$$PATH$$(for d in $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin; do printf ':%s' $$d; done)" \
+	JOBS=$(JOBS) UV_CACHE_DIR=$${UV_CACHE_DIR:-$$PWD/.nox/uv-cache} \
+	$(BIN)/nox -s $(foreach c,$(CELLS),"matrix-$(firstword $(subst -, ,$c))($(lastword $(subst -, ,$c)))"); \
+	rc=$$?; rm -rf .nox; $(BIN)/nox -s matrix_table; exit $$rc
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -30,17 +47,23 @@ bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks --quick
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	@$(PYTHON) -m venv $(VENV)
+	@scripts/install.sh $(VENV) .
+	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
+	@scripts/install.sh $(VENV) '.[test]'
+	@touch $@
 
 $(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	touch $@
+	@scripts/install.sh $(VENV) '.[bench]'
+	@touch $@
+
+# Only nox and uv: each cell has an environment of its own.
+$(VENV)/.installed-matrix: noxfile.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'nox[uv]>=2024.10'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) demo logs
+	rm -rf $(VENV) .nox demo logs

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
+import re
 import string
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,64 @@ from tinies import BOS_ID, EOS_ID, TINY_OPENCLIP, build_hf, randomise
 # Machines that run tests are busy: no example fails for having been slow.
 settings.register_profile("clipgraft", deadline=None)
 settings.load_profile("clipgraft")
+
+# The packages whose versions decide most.
+_PACKAGES = (
+    *("torch", "torchvision", "transformers", "open_clip_torch", "peft", "numpy", "pydantic", "pillow"),
+    *("pyarrow", "faiss-cpu", "onnx", "onnxruntime", "ray"),
+)
+_ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--strict-skips",
+        action="store_true",
+        help=f"a skip fails the run unless {_ALLOWED_SKIPS.name} has it",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Print what the tests run on, under `-q` and with several processes too; once."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(session.config, "workerinput"):
+        versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+        terminal.write_line(f"Python {platform.python_version()} on {platform.platform()}: {versions}")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unwelcome(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in _unwelcome(config):
+        terminalreporter.write_line(f"SKIPPED, and not in {_ALLOWED_SKIPS.name}: {line}", red=True)
+
+
+def _unwelcome(config: pytest.Config) -> list[str]:
+    """Skips whose reason is not on the list; none unless `--strict-skips` asks for it."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or not config.getoption("strict_skips"):
+        return []
+    lines = _ALLOWED_SKIPS.read_text(encoding="utf-8").splitlines()
+    allowed = [line for line in lines if line.strip() and not line.startswith("#")]
+    found = []
+    for report in terminal.stats.get("skipped", ()):
+        where, line, reason = report.longrepr
+        reason = reason.removeprefix("Skipped: ")
+        if not any(re.fullmatch(pattern, reason) for pattern in allowed):
+            found.append(f"{where}:{line}: {reason}")
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,9 @@ from reading import Page
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 DARK = ("--blink-settings=preferredColorScheme=0",)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium to open the page in: apt-get install chromium"
+)
 PROBE = """<!doctype html><iframe src="report.html" style="width:400px;height:900px;border:0"></iframe>
 <script>
 onload = () => {
