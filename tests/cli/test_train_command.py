@@ -150,6 +150,16 @@ def test_more_epochs_for_a_run_that_is_done(train: Any, tmp_path: Path) -> None:
     assert "has done 3 epochs already" in fewer.err
 
 
+def test_a_resume_that_does_not_fit_is_told_first(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that do not fit a checkpoint are found after all images have been opened."""
+    words = ("--use-lora", "--lora-r", 2, "--name", "run")
+    assert train(*words).code == 0
+    monkeypatch.setattr(common, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    outcome = train("--use-lora", "--lora-r", 4, "--name", "run", "--resume", "latest", "--lr", "0.3")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "--lr (was 0.0005, now 0.3), --lora-r (was 2, now 4)" in outcome.err
+
+
 def test_a_run_names_itself(train: Any, tmp_path: Path) -> None:
     """Without --name, two runs must not meet in one folder."""
     assert train("--use-lora", "--lora-r", 2, "--lr", "1e-3").code == 0

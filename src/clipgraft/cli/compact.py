@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.config import (
     CompactSpec,
@@ -19,7 +20,6 @@ from clipgraft.config import (
     TrainSpec,
     flag,
 )
-from clipgraft.errors import ConfigError
 from clipgraft.locks import sole_owner
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, cut, distil if asked to, write, and say what was written."""
     kinds: list[type[Spec]] = [CompactSpec, DistillSpec, TableSpec, TrainSpec, DeviceSpec]
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
-    _check_together(spec, teaching, train)
+    _check_together(spec, teaching, table, train, device)
     folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")
     from clipgraft.compact.write import check_out
     from clipgraft.train.run_folder import refuse_used
@@ -72,7 +72,9 @@ def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
     _report(spec.out)
 
 
-def _check_together(spec: CompactSpec, teaching: DistillSpec, train: TrainSpec) -> None:
+def _check_together(
+    spec: CompactSpec, teaching: DistillSpec, table: TableSpec, train: TrainSpec, device: DeviceSpec
+) -> None:
     """Raise ConfigError for flags that do not go together, and for data that is not there."""
     faults = []
     given = sorted((teaching.model_fields_set - {"val_data"}) | train.model_fields_set)
@@ -86,8 +88,12 @@ def _check_together(spec: CompactSpec, teaching: DistillSpec, train: TrainSpec) 
         path = getattr(teaching, name)
         if path is not None and not path.exists():
             faults.append(f"{flag(name)} {path}: there is no such file or folder; check the path")
-    if faults:
-        raise ConfigError("\n".join(faults))
+        faults += checks.table_faults(flag(name), path, table)
+    faults += train.epoch_faults() + checks.output_faults("OUT", spec.out, folder=True)
+    faults += checks.output_faults("--run", teaching.run, folder=True) + checks.device_faults(device.device)
+    if teaching.distill_data is not None:
+        faults += checks.batch_faults(teaching.distill_data, table, train)
+    checks.refuse(faults)
 
 
 def _cut(base: Clip, spec: CompactSpec, table: TableSpec) -> Compacted:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
-from clipgraft.config import EncodeSpec, ModelSpec
+from clipgraft.config import EncodeSpec, ModelSpec, flag
 from clipgraft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,13 +25,9 @@ _SUMMARY = (
 def run(argv: Sequence[str]) -> None:
     """Parse, load, encode, and print what was done."""
     model_spec, spec = parse("encode", _SUMMARY, [ModelSpec, EncodeSpec], argv)
-    if spec.adapter is not None and spec.adapters is not None:
-        raise ConfigError("--adapter and --adapters: give one of them")
-    _check_engine(spec)
+    checks.refuse(_faults(model_spec, spec))
     from clipgraft.cli.common import load_model
-    from clipgraft.search.tables import need_pyarrow
 
-    need_pyarrow()
     model_spec, spec = _adapter_apart(model_spec, spec)
     clip = load_model(_with_known_base(model_spec, spec))
     paths = _load_adapters(clip, spec)
@@ -42,16 +39,33 @@ def run(argv: Sequence[str]) -> None:
     _report(result, spec)
 
 
-def _check_engine(spec: EncodeSpec) -> None:
-    """Before a model is loaded: is there Ray where it is asked for, and is it asked for where it is meant?"""
+def _faults(model: ModelSpec, spec: EncodeSpec) -> list[str]:
+    """All that is wrong and can be known without weights or pixels, missing packages included."""
+    from clipgraft.search.tables import need_pyarrow
+
+    faults = []
+    if spec.adapter is not None and spec.adapters is not None:
+        faults.append("--adapter and --adapters: give one of them")
     if spec.engine == "ray":
         from clipgraft.search.ray_engine import need_ray
 
-        need_ray()
-        return
-    for name in ("ray_address", "ray_workers", "ray_gpus_per_worker"):
-        if getattr(spec, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: goes with --engine ray; add that")
+        faults += checks.fault_of(need_ray)
+    else:
+        rays = ("ray_address", "ray_workers", "ray_gpus_per_worker")
+        faults += [
+            f"{flag(n)}: goes with --engine ray; add that" for n in rays if getattr(spec, n) is not None
+        ]
+    faults += checks.fault_of(need_pyarrow) + checks.output_faults("OUT", spec.out, folder=True)
+    faults += checks.device_faults(model.device)
+    clip = None
+    if "model" in model.model_fields_set:
+        clip, wrong = checks.structure_of(model)
+        faults += wrong
+    if spec.adapter is not None:
+        faults += checks.adapter_faults("--adapter", spec.adapter, clip, spec.peft_out_proj)
+    for path in spec.adapters or ():
+        faults += checks.adapter_faults("--adapters", Path(path), clip, spec.peft_out_proj)
+    return faults
 
 
 def _adapter_apart(model: ModelSpec, spec: EncodeSpec) -> tuple[ModelSpec, EncodeSpec]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
 from clipgraft.config import ClassSpec, DataSpec, EvalSpec, ModelSpec, Spec
@@ -42,17 +44,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, evaluate, print a table and optionally write JSON."""
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassSpec, EvalSpec]
     model_spec, data, classes, spec = parse("eval", _SUMMARY, kinds, argv)
-    if data.val_data is None:
-        raise ConfigError("--val-data is missing: a table of images and captions, or a folder of both")
-    if not data.val_data.exists():
-        raise ConfigError(f"--val-data {data.val_data}: there is no such file or folder; check the path")
-    faults = class_faults(classes, data)
-    if spec.classifier is not None and classes.task == "retrieval":
-        faults.append("--classifier given without --task classification: add it")
-    if faults:
-        raise ConfigError("\n".join(faults))
-    if spec.out is not None:
-        refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
+    checks.refuse(_faults(model_spec, data, classes, spec))
     from clipgraft.adapters.loading import load_adapter
     from clipgraft.adapters.runs import find_run_model
     from clipgraft.cli.common import load_model, open_cache, read_table
@@ -92,6 +84,27 @@ def run(argv: Sequence[str]) -> None:
         told = {name: verdict.to_dict() for name, verdict in verdicts.items()}
         write_json(spec.out, columns | ({"verdict": told} if told else {}))
         log.info("wrote %s", spec.out)
+
+
+def _faults(model: ModelSpec, data: DataSpec, classes: ClassSpec, spec: EvalSpec) -> list[str]:
+    """All that is wrong and can be known without weights or pixels."""
+    faults = class_faults(classes, data)
+    if data.val_data is None:
+        faults.append("--val-data is missing: a table of images and captions, or a folder of both")
+    elif not data.val_data.exists():
+        faults.append(f"--val-data {data.val_data}: there is no such file or folder; check the path")
+    if spec.classifier is not None and classes.task == "retrieval":
+        faults.append("--classifier given without --task classification: add it")
+    faults += checks.table_faults("--val-data", data.val_data, data, classes)
+    faults += checks.output_faults("--out", spec.out) + checks.prompt_faults(classes)
+    if spec.out is not None and not spec.out.is_dir():
+        faults += checks.fault_of(partial(refuse_foreign, spec.out, spec.overwrite, ConfigError, "--out"))
+    faults += checks.device_faults(model.device)
+    clip, wrong = checks.structure_of(model)
+    faults += wrong
+    if spec.adapter is not None:
+        faults += checks.adapter_faults("--adapter", spec.adapter, clip, spec.peft_out_proj)
+    return faults
 
 
 def _beginning(whole: RunModel, spec: ModelSpec) -> dict[str, Clip]:

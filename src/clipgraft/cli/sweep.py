@@ -6,13 +6,14 @@ import csv
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
 from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, Spec, SweepSpec, TrainSpec
-from clipgraft.errors import ConfigError
 from clipgraft.locks import LOCK, require_free, sole_owner
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def run(argv: Sequence[str]) -> None:
     """Parse, run the cells that are not finished, and write the table."""
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, SweepSpec, TrainSpec]
     specs = parse("sweep", _SUMMARY, kinds, argv)
-    model_spec, data, classes, sweep, _ = specs
-    _check(data, classes, sweep)
+    model_spec, data, classes, sweep, train = specs
+    _check(model_spec, data, classes, sweep, train)
     log.info(
         "%d target set%s: %s", len(sweep.targets), "s" * (len(sweep.targets) > 1), " | ".join(sweep.targets)
     )
@@ -86,8 +87,12 @@ def _run_cells(
     return results
 
 
-def _check(data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec) -> None:
+def _check(
+    model: ModelSpec, data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec, train: TrainSpec
+) -> None:
     """What each spec alone cannot see, before anything slow; raises ConfigError with all faults."""
+    from clipgraft.lora.targets import select_sites
+
     faults = class_faults(classes, data)
     if data.train_data is None:
         faults.append("--train-data is missing: a table of images and captions, or a folder of both")
@@ -104,8 +109,18 @@ def _check(data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec) -> None:
         )
     if len(set(sweep.targets)) < len(sweep.targets) or len(set(sweep.lora_r)) < len(sweep.lora_r):
         faults.append("--targets and --lora-r must not name the same thing twice")
-    if faults:
-        raise ConfigError("\n".join(faults))
+    faults += train.epoch_faults() + checks.output_faults("--logs", sweep.logs / sweep.name, folder=True)
+    for name, path in given.items():
+        faults += checks.table_faults(name, path, data, classes)
+    if classes.task == "retrieval":
+        faults += checks.batch_faults(data.train_data, data, train)
+    faults += checks.prompt_faults(classes) + checks.device_faults(model.device)
+    clip, wrong = checks.structure_of(model)
+    faults += wrong
+    if clip is not None:
+        for targets in sweep.targets:
+            faults += checks.fault_of(partial(select_sites, clip.sites, targets), "--targets")
+    checks.refuse(faults)
 
 
 def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:

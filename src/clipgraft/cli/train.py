@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
-from clipgraft.cli.start import attach_start, resolve_start, starts_from_adapter
+from clipgraft.cli.start import attach_start, contradictions, read_start, resolve_start, starts_from_adapter
 from clipgraft.cli.together import launcher, run_together
 from clipgraft.config import (
     AdapterSpec,
@@ -24,7 +25,7 @@ from clipgraft.config import (
     TrainSpec,
     flag,
 )
-from clipgraft.errors import ConfigError
+from clipgraft.errors import ClipgraftError, ConfigError
 
 if TYPE_CHECKING:
     from clipgraft.data.pairs import Pairs
@@ -44,9 +45,14 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
     kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
     specs = parse("train", _SUMMARY, kinds, argv)
     _, data, classes, lora, train, where = specs
-    check_together(data, classes, lora, train, where)
-    model_spec, lora, _ = resolve_start(specs[0], lora, where)
+    faults = check_together(data, classes, lora, train, where)
+    try:
+        model_spec, lora, _ = resolve_start(specs[0], lora, where)
+    except ClipgraftError as error:
+        checks.refuse([*faults, str(error)])
+        raise
     specs = [model_spec, data, classes, lora, train, where]
+    checks.refuse([*faults, *cheap_faults(specs, several)])
     from clipgraft.train.distributed import ALONE
     from clipgraft.train.run_folder import early_lines, refuse_used
     from clipgraft.train.stop import Interrupted
@@ -103,22 +109,40 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
         hand_over(clip, folder, done.metrics or None, done.base)
 
 
+def cheap_faults(specs: Sequence[Any], several: Peers | None) -> list[str]:
+    """What is wrong with paths, tables, model, targets, prompts, device and resume; no image is opened."""
+    model_spec, data, classes, lora, train, where = specs
+    name = where.name or default_name(model_spec, lora, train)
+    faults = checks.output_faults("--logs", where.logs / name, folder=True)
+    faults += checks.table_faults("--train-data", data.train_data, data, classes)
+    faults += checks.table_faults("--val-data", data.val_data, data, classes)
+    if classes.task == "retrieval":
+        faults += checks.batch_faults(data.train_data, data, train, several.size if several else 1)
+    faults += checks.prompt_faults(classes)
+    if several is None:
+        faults += checks.device_faults(model_spec.device)
+    clip, wrong = checks.structure_of(model_spec)
+    faults += wrong
+    if where.from_ is not None and starts_from_adapter(where.from_):
+        faults += checks.adapter_faults("--from", where.from_, clip, where.peft_out_proj)
+        if clip is not None and not faults:
+            faults += contradictions(clip, read_start(clip, where.from_, where), lora)
+    elif lora.use_lora:
+        faults += checks.target_faults(clip, lora)
+    return faults + checks.resume_faults(where.logs / name, lora, train, where)
+
+
 def check_together(
     data: DataSpec, classes: ClassTrainSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec
-) -> None:
-    """What each spec alone cannot see; all faults at once, and before anything slow.
-
-    Raises:
-        ConfigError: naming the flags.
-    """
+) -> list[str]:
+    """Faults that each spec alone cannot see."""
     faults = [*_data_faults(data), *class_faults(classes, data)]
     faults += [*_lora_faults(lora, train, where), *_lock_faults(lora, train), *train.epoch_faults()]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
         faults.append("--resume latest needs --name: the name of the run to continue")
-    if faults:
-        raise ConfigError("\n".join(faults))
+    return faults
 
 
 def class_faults(classes: ClassSpec, data: DataSpec) -> list[str]:

@@ -1,0 +1,236 @@
+"""Cheap checks before dear ones: all that is wrong with a command and can be known without weights or pixels.
+
+Each function gives faults, one line each, so that a command tells all of them at once, before it loads a
+model or opens an image.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgraft.config import ClassSpec, ColumnSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec, flag
+from clipgraft.errors import ClipgraftError, ConfigError
+
+if TYPE_CHECKING:
+    from clipgraft.adapters.native import AdapterFile
+    from clipgraft.models.clip import Clip
+
+# Settings that processes and micro-batches may share otherwise when a run goes on, and those of its end.
+_FREE = {"batch_size", "accum_freq", "epochs", "epoch_parts"}
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """Raise ConfigError with all faults, each once; nothing if there are none."""
+    lines = list(dict.fromkeys(line for fault in faults for line in fault.splitlines()))
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
+    """The error that a check raises as a fault, after the flag it belongs to."""
+    try:
+        check()
+    except ClipgraftError as error:
+        return [f"{prefix}: {error}" if prefix and not str(error).startswith(prefix) else str(error)]
+    return []
+
+
+def table_faults(
+    name: str, path: Path | None, columns: ColumnSpec, classes: ClassSpec | None = None
+) -> list[str]:
+    """A table whose header lacks a column, of which no row is read; of a folder its captions file's.
+
+    With `classes` of classification it is one of images and labels. A path at which nothing is, is another's
+    fault to tell.
+    """
+    from clipgraft.data.labels_table import open_labels
+    from clipgraft.data.tables import read_table
+
+    if path is None or not path.exists():
+        return []
+    keys: dict[str, Any] = {"image_key": columns.csv_img_key, "separator": columns.csv_separator}
+    if classes is not None and classes.task == "classification":
+        return fault_of(lambda: open_labels(path, label_key=classes.csv_label_key, **keys), name)
+    kind = getattr(columns, "dataset_type", "auto")
+    return fault_of(
+        lambda: read_table(path, dataset_type=kind, caption_key=columns.csv_caption_key, **keys), name
+    )
+
+
+def batch_faults(path: Path | None, columns: ColumnSpec, train: TrainSpec, processes: int = 1) -> list[str]:
+    """Fewer rows than one step takes, of a table of one caption a row; only so many rows are read."""
+    from clipgraft.data.tables import read_table
+
+    if path is None or not path.is_file():
+        return []
+    needed = train.batch_size * train.accum_freq * processes
+    try:
+        table = read_table(
+            path,
+            dataset_type=getattr(columns, "dataset_type", "auto"),
+            image_key=columns.csv_img_key,
+            caption_key=columns.csv_caption_key,
+            separator=columns.csv_separator,
+        )
+        found = sum(len(getattr(row, "captions", ())) for row in islice(table.rows(), needed))
+    except ClipgraftError:  # told by whoever looks at the header, or at the rows
+        return []
+    if found >= needed:
+        return []
+    step = " x ".join(
+        [
+            f"--batch-size {train.batch_size}",
+            *([f"--accum-freq {train.accum_freq}"] if train.accum_freq > 1 else []),
+            *([f"{processes} processes"] if processes > 1 else []),
+        ]
+    )
+    largest = found // (train.accum_freq * processes)
+    fix = f"use --batch-size {largest} or less" if largest >= 2 else "add data, or lower --accum-freq"
+    return [f"{found} captions do not fill one batch of {step}: {fix}"]
+
+
+def output_faults(name: str, path: Path | None, *, folder: bool = False) -> list[str]:
+    """A place where nothing can be written, tried in the nearest folder above it; nothing is left there."""
+    if path is None:
+        return []
+    if folder and path.exists() and not path.is_dir():
+        return [f"{name} {path} is a file: name a folder"]
+    if not folder and path.is_dir():
+        return [f"{name} {path} is a folder: name a file in it"]
+    above = path if path.is_dir() else path.parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        return [f"{name} {path}: {above} is a file, and no folder can be made below it; choose another path"]
+    try:
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+        with tempfile.TemporaryFile(dir=above):
+            return []
+    except OSError as error:
+        return [f"{name} {path}: cannot write in {above}: {error.strerror}; choose another path"]
+
+
+def device_faults(name: str) -> list[str]:
+    """A device that is not there."""
+    from clipgraft.cli.common import pick_device
+
+    return fault_of(lambda: pick_device(name))
+
+
+def structure_of(model: ModelSpec) -> tuple[Clip | None, list[str]]:
+    """A model without its weights, to check sites against; None where only loading it will tell.
+
+    What is no name and no path of a model is a fault.
+    """
+    from clipgraft.adapters.open import split_adapter
+    from clipgraft.models.unloaded import clip_on_meta
+
+    try:
+        source, _ = split_adapter(model.model, model.pretrained)
+        tag = source.pretrained if source.pretrained and not Path(source.pretrained).exists() else None
+        return clip_on_meta(source.name, pretrained=None if tag == "none" else tag), []
+    except ClipgraftError as error:
+        there = Path(model.model.removeprefix("hf:")).exists() or model.model.startswith(("hf:", "hf-hub:"))
+        return None, [] if there else [f"--model {model.model}: {error}"]
+
+
+def target_faults(clip: Clip | None, lora: LoraSpec) -> list[str]:
+    """Targets and patterns that name no site of the model."""
+    from clipgraft.lora.targets import guide_targets, override_values, select_sites
+
+    if lora.lora_target_modules is not None and (
+        faults := fault_of(lambda: guide_targets(lora.lora_target_modules or ()))
+    ):
+        return faults
+    targets = lora.lora_targets or "text-attention"
+    if lora.lora_target_modules is not None:
+        targets = guide_targets(lora.lora_target_modules)
+    if clip is None:
+        return []
+    sites = clip.sites
+    faults = fault_of(lambda: select_sites(sites, targets), "--lora-targets")
+    if faults:
+        return faults
+    adapted = select_sites(sites, targets)
+    patterns: Mapping[str, Mapping[str, Any]] = {
+        "--lora-rank-pattern": lora.lora_rank_pattern,
+        "--lora-alpha-pattern": lora.lora_alpha_pattern,
+    }
+    for name, pattern in patterns.items():
+        faults += fault_of(partial(override_values, sites, adapted, pattern), name)
+    return faults
+
+
+def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = None) -> list[str]:
+    """An adapter that is not there, cannot be read, or has sites that the model lacks."""
+    from clipgraft.adapters.formats import read_any
+
+    layers: dict[str, int] = {}
+    if clip is not None:
+        layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
+
+    def read() -> AdapterFile:
+        return read_any(
+            path,
+            peft_out_proj=out_proj,
+            text_layers=layers.get("text"),
+            vision_layers=layers.get("vision"),
+        )
+
+    return fault_of(read, name)
+
+
+def prompt_faults(classes: ClassSpec) -> list[str]:
+    """Prompts and templates that cannot be read."""
+    from clipgraft.data.prompts import find_templates, read_prompts
+
+    if classes.task != "classification":
+        return []
+    prompts = classes.prompts
+    faults = [] if prompts is None or not prompts.exists() else fault_of(lambda: read_prompts(prompts))
+    return faults + fault_of(lambda: find_templates(classes.templates))
+
+
+def resume_faults(folder: Path, lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
+    """Flags that do not fit the checkpoint to go on from."""
+    from clipgraft.cli.common import train_options
+    from clipgraft.train.checkpoint import recorded_parts, recorded_settings
+    from clipgraft.train.parts import plan_epochs
+    from clipgraft.train.run_folder import latest_checkpoint
+
+    latest = latest_checkpoint(folder)
+    if where.resume is None or not latest.exists():
+        return []
+    try:
+        settings = recorded_settings(latest)
+    except ClipgraftError as error:
+        return [str(error)]
+    before, options = recorded_parts(settings), train_options(train, resume=True)
+    faults = []
+    if before is not None and (train.epoch_parts or options.get("epochs", sum(before)) < sum(before)):
+        faults += fault_of(lambda: plan_epochs(options, folder, resume=True))
+    now = {name: value for name, value in train.model_dump().items() if name not in _FREE}
+    changed = {
+        name: (settings[name], now[name]) for name in now if name in settings and settings[name] != now[name]
+    }
+    own = settings.get("lora")
+    if (own is not None) != lora.use_lora and where.from_ is None:
+        changed["use_lora"] = (own is not None, lora.use_lora)
+    elif isinstance(own, Mapping) and where.from_ is None and lora.lora_r != "auto":
+        if own.get("r") != lora.lora_r:
+            changed["lora_r"] = (own.get("r"), lora.lora_r)
+        if own.get("dropout") != lora.lora_dropout:
+            changed["lora_dropout"] = (own.get("dropout"), lora.lora_dropout)
+    if changed:
+        listed = ", ".join(f"{flag(name)} (was {was!r}, now {is_!r})" for name, (was, is_) in changed.items())
+        faults.append(
+            f"{latest} belongs to a run with other settings: {listed}; use the same settings, or a new --name"
+        )
+    return faults
