@@ -88,3 +88,21 @@ def test_any_settings_give_specs_or_lines(values: dict[str, object]) -> None:
 def test_flag_spelling() -> None:
     """Messages must name flags as they are typed."""
     assert flag("lock_image_unlocked_groups") == "--lock-image-unlocked-groups"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("wd", 1e30, "from 0 to 1000: with more, weights change their sign"),
+        ("eps", 1e-300, "from 1e-37 to 1: less is 0 in fp32"),
+        ("epochs", 10**12, "from 0 to 1e+09: with more, the run would not end"),
+        ("batch_size", 10**12, "from 0 to 1e+09"),
+        ("lora_plus_ratio", 1e30, "from 1 to 10000"),
+    ],
+)
+def test_absurd_numbers_are_refused_with_what_would_come_of_them(name: str, value: float, why: str) -> None:
+    """A slip of the keyboard would cost a night, or end with a loss that is nan and advice about --lr."""
+    with pytest.raises(cg.ConfigError) as caught:
+        build_specs([TrainSpec], {name: value})
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')}: got ")
+    assert why in str(caught.value)

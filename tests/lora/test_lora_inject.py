@@ -349,3 +349,11 @@ def test_lora_is_not_applied_twice(tiny_hf: nn.Module) -> None:
     for function in (cg.enable_lora, cg.disable_lora, cg.remove_lora):
         with pytest.raises(cg.AdapterError, match="carries no LoRA"):
             function(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP)))
+
+
+def test_a_rank_far_above_what_a_weight_has_is_refused(tiny_hf: nn.Module) -> None:
+    """`--lora-r 100000` would fill the memory, and train for hours what a small rank does."""
+    with pytest.raises(cg.ConfigError, match=r"r=100000 at text\.0\.\w+, whose weight is \d+x\d+: a rank"):
+        cg.apply_lora(tiny_hf, r=100_000)
+    with pytest.raises(cg.ConfigError, match=r"alpha above 1e\+09 takes updates out of the range of fp32"):
+        cg.apply_lora(tiny_hf, r=2, alpha=1e300)

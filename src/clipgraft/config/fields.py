@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _pairs(value: Any) -> Any:
@@ -67,6 +67,17 @@ def _rank(value: Any) -> Any:
     raise ValueError("a whole number from 1 up, or auto")
 
 
+def within(least: float, most: float, why: str) -> AfterValidator:
+    """Bounds beyond which a number is certainly a slip of the keyboard, with what would come of it."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"a number from {least:g} to {most:g}: {why}")
+        return value
+
+    return AfterValidator(check)
+
+
 def _size(value: Any) -> Any:
     """`480x640` -> (480, 640), height before width; `336` -> (336, 336)."""
     sides = str(value).lower().split("x") if isinstance(value, str | int) else value
@@ -88,7 +99,15 @@ def _paths(value: Any) -> Any:
 
 
 RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
-AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_pairs)]
+# A scale of 1e6 multiplies an update of one thousandth to a thousand times the weights it is added to.
+_SCALE = within(1e-9, 1e6, "with more, updates leave the range of fp32; with less, they round to nothing")
+Alpha = Annotated[float, Field(gt=0), _SCALE]
+Decay = Annotated[float, within(0, 1000, "with more, weights change their sign at every step")]
+Epsilon = Annotated[float, within(1e-37, 1, "less is 0 in fp32, and more leaves nothing of a step")]
+Ratio = Annotated[float, within(1, 1e4, "with more, the first step throws them out of range")]
+Count = Annotated[int, within(0, 10**9, "with more, the run would not end")]
+Workers = Annotated[int, within(0, 1024, "with more, the system has no processes left")]
+AlphaPattern = Annotated[dict[str, Alpha], BeforeValidator(_pairs)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
 Precision = Annotated[Literal["auto", "fp32", "amp_bf16", "bf16"], BeforeValidator(_precision)]
 Rank = Annotated[int | Literal["auto"], BeforeValidator(_rank)]

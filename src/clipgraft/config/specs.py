@@ -8,14 +8,20 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from clipgraft.config.fields import (
+    Alpha,
     AlphaPattern,
+    Count,
+    Decay,
+    Epsilon,
     OverwriteSpec,
     Precision,
     Rank,
     RankPattern,
+    Ratio,
     Spec,
     UserPath,
     Words,
+    Workers,
     expressions,
     separator,
     words,
@@ -62,7 +68,7 @@ class ColumnSpec(Spec):
 class CacheSpec(Spec):
     """How images are decoded, and where features of frozen towers are kept."""
 
-    workers: int = Field(2, ge=0, description="processes or threads that decode images")
+    workers: Workers = Field(2, ge=0, description="processes or threads that decode images")
     feature_cache: UserPath | None = Field(
         None,
         description="folder where features of a frozen image tower are kept for later runs, or 'none' "
@@ -123,7 +129,7 @@ class ClassTrainSpec(ClassSpec):
 class AdapterSpec(Spec):
     """The adapter, whatever its size."""
 
-    lora_alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
+    lora_alpha: Alpha | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
     lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
     lora_dora: bool = Field(False, description="DoRA: train a magnitude of each output beside the direction")
@@ -182,10 +188,10 @@ class SweepSpec(AdapterSpec):
 class TrainSpec(Spec):
     """Optimisation; names and defaults are open_clip's."""
 
-    batch_size: int = Field(
+    batch_size: Count = Field(
         64, ge=2, description="pairs in memory at once, in each process: a step, or a part of it"
     )
-    epochs: int = Field(
+    epochs: Count = Field(
         32, ge=1, description="passes over the captions; more than before extend a run that is resumed"
     )
     epoch_parts: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
@@ -195,11 +201,11 @@ class TrainSpec(Spec):
         "itself, as in a run of 10 epochs that is resumed with --epochs 20 (default: one part)",
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
-    wd: float = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
+    wd: Decay = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
     beta2: float = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
-    eps: float = Field(1e-6, gt=0, description="AdamW epsilon")
-    warmup: int = Field(10000, ge=0, description="steps of linear warmup, at most a tenth of the run")
+    eps: Epsilon = Field(1e-6, gt=0, description="AdamW epsilon")
+    warmup: Count = Field(10000, ge=0, description="steps of linear warmup, at most a tenth of the run")
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = Field(
         "cosine", description="schedule after warmup"
     )
@@ -208,11 +214,13 @@ class TrainSpec(Spec):
     )
     lr_cooldown_end: float = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
     lr_cooldown_power: float = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
-    lora_plus_ratio: float = Field(
+    lora_plus_ratio: Ratio = Field(
         1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of --lr"
     )
     grad_clip_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm")
-    accum_freq: int = Field(1, ge=1, description="micro-batches of --batch-size a step, with the loss of all")
+    accum_freq: Count = Field(
+        1, ge=1, description="micro-batches of --batch-size a step, with the loss of all"
+    )
     grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     lock_image: bool = Field(False, description="freeze the image tower")
     lock_image_unlocked_groups: int = Field(0, ge=0, description="groups at its end to leave trainable")
@@ -272,7 +280,7 @@ class EvalSpec(OverwriteSpec):
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="see `clipgraft convert --help`"
     )
-    batch_size: int = Field(64, ge=1, description="images or captions encoded at once")
+    batch_size: Count = Field(64, ge=1, description="images or captions encoded at once")
     classifier: UserPath | None = Field(
         None, description="head/ folder of a run with --head linear or cosine, to measure too"
     )

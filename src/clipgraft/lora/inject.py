@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from clipgraft.errors import AdapterError
+from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.attention import graft_attention, ungraft_attention
 from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
 from clipgraft.lora.merge import restore
@@ -38,6 +39,8 @@ from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight, submodule
 from clipgraft.models.gate import gate_of
 from clipgraft.models.sites import Site, SiteRef
+
+_MOST_OVER = 4
 
 
 def apply_lora(
@@ -97,8 +100,28 @@ def apply_lora(
         bias=bias,
         init=init,
     )
-    adapter = attach(as_clip(model), settings, name)
+    clip = as_clip(model)
+    _check_ranks(clip, settings)
+    adapter = attach(clip, settings, name)
     return sum(layer.r > 0 for layer in adapter.layers.values())
+
+
+def _check_ranks(clip: Clip, settings: LoraSettings) -> None:
+    """Refuse ranks far above what a site's weight can have, which fill the memory and gain nothing.
+
+    A little above is wasteful and no slip: tiny models are tried with the usual rank.
+    """
+    refs = clip.site_refs
+    chosen = select_sites(list(refs), settings.targets)
+    ranks = override_values(list(refs), chosen, settings.rank_pattern)
+    for site in chosen:
+        shape = refs[site].shape
+        rank, full = ranks.get(site, settings.r), min(shape[0], math.prod(shape[1:]))
+        if isinstance(rank, int) and rank > _MOST_OVER * full:
+            raise ConfigError(
+                f"LoRA: r={rank} at {site}, whose weight is {'x'.join(map(str, shape))}: a rank "
+                f"above {full} gains nothing there; choose {full} or less"
+            )
 
 
 def attach(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from clipgraft.models.clip import Clip, ClipLike
 from clipgraft.models.sites import Site, Tower
 
 STATE = "_clipgraft_lora"
+_MOST_ALPHA = 1e9
 DEFAULT = "default"
 Bias = Literal["none", "lora_only", "all"]
 Start = Literal["default", "pissa", "eva"]
@@ -179,8 +179,10 @@ def check_settings(settings: LoraSettings, ranks: Iterable[int], alphas: Iterabl
     faults = [f"r must be a whole number from 1 up, got {r}" for r in (settings.r, *ranks) if not _is_rank(r)]
     faults += [
         f"alpha must be a positive number, got {alpha:g}"
+        if not alpha > _MOST_ALPHA
+        else f"alpha above {_MOST_ALPHA:g} takes updates out of the range of fp32, got {alpha:g}"
         for alpha in (settings.alpha, *alphas)
-        if not 0 < alpha < math.inf
+        if not 0 < alpha <= _MOST_ALPHA
     ]
     if not 0 <= settings.dropout < 1:
         faults.append(f"dropout must be in [0, 1), got {settings.dropout:g}")
