@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import clipgraft as cg
+from clipgraft.cli.help import EXAMPLES
+from clipgraft.cli.main import VERBS, main
 from clipgraft.cli.parser import parse
 from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec
 
@@ -139,12 +143,12 @@ def test_defaults_are_open_clips() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--lr", "fast"], "--lr: got 'fast', allowed is a valid number"),
+        (["--lr", "fast"], "--lr: got 'fast', allowed is a number"),
         (["--lr", "-1"], "--lr: got '-1', allowed is greater than 0"),
         (["--lr", "nan"], "--lr: got 'nan', allowed is a finite number"),
         (["--lr=inf"], "--lr: got 'inf', allowed is a finite number"),
         (["--batch-size", "1"], "--batch-size: got '1', allowed is greater than or equal to 2"),
-        (["--epochs", "1.5"], "--epochs: got '1.5', allowed is a valid integer"),
+        (["--epochs", "1.5"], "--epochs: got '1.5', allowed is a whole number"),
         (
             ["--precision", "fp16"],
             "--precision: got 'fp16', allowed is one of 'auto', 'fp32', 'amp_bf16' or 'bf16'",
@@ -199,7 +203,7 @@ def test_all_faults_are_told_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("words", [["--lr"], ["--lora-r", "--use-lora"], ["stray"], ["--use-lora", "true"]])
+@pytest.mark.parametrize("words", [["--lr"], ["--lora-r", "--use-lora"], ["stray"]])
 def test_bad_syntax_points_to_help(words: list[str]) -> None:
     """A forgotten value must not swallow the next flag."""
     (line,) = faults(*words)
@@ -266,3 +270,50 @@ def test_home_is_expanded_where_the_shell_does_not(tmp_path: Path) -> None:
     """`--logs=~/runs` and YAML would make a folder named ~."""
     assert values("--logs=~/runs")["logs"] == Path.home() / "runs"
     assert values("--config", config(tmp_path, "train_data: ~/a.csv"))["train_data"] == Path.home() / "a.csv"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_shows_an_example_that_parses(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands at the top of the help is what a newcomer pastes first."""
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    told = capsys.readouterr().out
+    assert told.index("example:") < told.index("--config")
+    assert EXAMPLES[verb] in told
+    module = importlib.import_module(f"clipgraft.cli.{verb}")
+
+    class Parsed(Exception):  # noqa: N818
+        pass
+
+    def parsed(*arguments: Any) -> None:
+        parse(*arguments)
+        raise Parsed
+
+    monkeypatch.setattr(module, "parse", parsed)
+    monkeypatch.chdir("/")
+    with pytest.raises(Parsed):
+        module.run(shlex.split(EXAMPLES[verb])[2:])
+
+
+def test_help_of_train_goes_by_need(capsys: pytest.CaptureFixture[str]) -> None:
+    """146 lines that began with --device hid what every run needs."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    headings = ["model:", "data:", "adapter:", "training:", "output:", "machine:", "rarely needed:"]
+    places = [told.index(f"\n{name}\n") for name in headings]
+    assert places == sorted(places)
+    assert told.index("--use-lora") < told.index("--lora-r ") < told.index("--lora-alpha")
+    missing = [name for kind in KINDS for name in kind.model_fields if flag(name) not in told]
+    assert missing == []
+
+
+@pytest.mark.parametrize("words", [["--use-lora", "true"], ["--use-lora=true"], ["--use-lora", "False"]])
+def test_switches_take_no_value(words: list[str]) -> None:
+    """Other tools write `--flag true`; the answer must say what to write here."""
+    (line,) = faults(*words)
+    assert line.startswith(
+        "--use-lora is a switch and takes no value: write --use-lora alone, or --no-use-lora"
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,38 @@ def test_interrupted(
     outcome = cli("encode", table, tmp_path / "out", *base, *FAST)
     assert outcome.code == 130
     assert "the same command goes on" in outcome.err
+
+
+def test_lines_of_standard_input_are_answered(cli: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query by command costs ten seconds of loading; a bad line must not end the others."""
+    import clipgraft.search.query as query
+
+    search = query.search_folder
+
+    def sometimes(clip: Any, folder: Any, text: str, **options: Any) -> Any:
+        if text == "bad":
+            raise cg.DataError("no such thing")
+        return search(clip, folder, text, **options)
+
+    monkeypatch.setattr(query, "search_folder", sometimes)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("một con mèo\n\nbad\ncat\n"))
+    outcome = cli("search", out, "-", "--k", 2, "--format", "json")
+    answers = [json.loads(line) for line in outcome.out.splitlines()]
+    assert (outcome.code, [answer["query"] for answer in answers]) == (0, ["một con mèo", "bad", "cat"])
+    assert (len(answers[0]["hits"]), answers[1]["error"]) == (2, "no such thing")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bad\ncat\n"))
+    outcome = cli("search", out, "-", "--k", 1)
+    assert "bad: no such thing\ncat\n   1  " in outcome.out
+
+
+def test_near_misses_are_understood(cli: Any, out: Path, tmp_path: Path) -> None:
+    """Arguments in the other order, a list of texts without --texts, a table as a model."""
+    told = cli("search", "con mèo", out).err
+    assert told == f"clipgraft: the encoded folder comes first: clipgraft search {out} 'con mèo'\n"
+    (tmp_path / "notes.txt").write_text("một con mèo")
+    assert "--texts is missing: add it" in cli("encode", tmp_path / "notes.txt", tmp_path / "o").err
+    (tmp_path / "a.csv").write_text("filepath,title\n")
+    told = cli("eval", "--model", tmp_path / "a.csv", "--val-data", tmp_path / "a.csv").err
+    assert "is a table of data" in told
+    (tmp_path / "a.png").write_text("")
+    assert "is one picture; name a table" in cli("train", "--train-data", tmp_path / "a.png").err

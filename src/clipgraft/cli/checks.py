@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from clipgraft.adapters.native import AdapterFile
     from clipgraft.models.clip import Clip
 
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Settings that processes and micro-batches may share otherwise when a run goes on, and those of its end.
 _FREE = {"batch_size", "accum_freq", "epochs", "epoch_parts"}
 
@@ -54,6 +56,8 @@ def table_faults(
 
     if path is None or not path.exists():
         return []
+    if path.is_file() and path.suffix.lower() in _PICTURES:
+        return [f"{name} {path}: is one picture; name a table of images and captions, or a folder"]
     keys: dict[str, Any] = {"image_key": columns.csv_img_key, "separator": columns.csv_separator}
     if classes is not None and classes.task == "classification":
         return fault_of(lambda: open_labels(path, label_key=classes.csv_label_key, **keys), name)
@@ -132,6 +136,13 @@ def structure_of(model: ModelSpec) -> tuple[Clip | None, list[str]]:
     from clipgraft.adapters.open import split_adapter
     from clipgraft.models.unloaded import clip_on_meta
 
+    place = Path(model.model)
+    if place.is_file() and place.suffix.lower() in _TABLES:
+        told = "is a table of data: name it with --train-data or --val-data, and here a model"
+        return None, [f"--model {place}: {told}"]
+    if model.pretrained and (Path(model.pretrained) / "adapter_config.json").is_file():
+        told = "is an adapter: name it with --model, which brings its base"
+        return None, [f"--pretrained {model.pretrained}: {told}"]
     try:
         source, _ = split_adapter(model.model, model.pretrained)
         tag = source.pretrained if source.pretrained and not Path(source.pretrained).exists() else None

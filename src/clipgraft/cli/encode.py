@@ -44,6 +44,8 @@ def _faults(model: ModelSpec, spec: EncodeSpec) -> list[str]:
     from clipgraft.search.tables import need_pyarrow
 
     faults = []
+    if Path(spec.source).suffix.lower() == ".txt" and not spec.texts:
+        faults.append(f"{spec.source}: lines of a .txt file are texts, and --texts is missing: add it")
     if spec.adapter is not None and spec.adapters is not None:
         faults.append("--adapter and --adapters: give one of them")
     if spec.engine == "ray":

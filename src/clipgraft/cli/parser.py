@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
+from clipgraft.cli.help import EXAMPLES, first, heading, in_order
 from clipgraft.config import (
     Repeated,
     Spec,
@@ -21,6 +23,9 @@ from clipgraft.config import (
 )
 from clipgraft.errors import ConfigError
 
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+_NO_VALUE = "{flag} is a switch and takes no value: write {flag} alone, or {off}"
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse with errors raised instead of printed with a page of usage."""
@@ -28,6 +33,9 @@ class _Parser(argparse.ArgumentParser):
     color = False  # Python 3.14 writes escape sequences into help, which standard output does not let pass
 
     def error(self, message: str) -> NoReturn:
+        found = re.fullmatch(r"argument (--[a-z0-9-]+)\S*(?:, \S+)*: ignored explicit argument .*", message)
+        if found is not None:
+            message = _NO_VALUE.format(flag=found[1], off=f"--no-{found[1][2:]}")
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
@@ -42,15 +50,26 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     many = [name for kind in kinds for name in positional_fields(kind) if takes_many(kind, name)]
     shown = [f"{name.upper()}…" if name in many else name.upper() for name in places]
     usage = " ".join([f"{prog} [--flags]", *shown])
-    parser = _Parser(prog, usage=usage, description=summary, allow_abbrev=False)
+    parser = _Parser(
+        prog,
+        usage=usage,
+        description=f"{summary}\n\nexample:\n  {EXAMPLES[verb]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    fields = [
+        (heading(kind.__name__, name, _title(kind)), name, info)
+        for kind in kinds
+        for name, info in kind.model_fields.items()
+    ]
+    titles = in_order(list(dict.fromkeys(title for title, _, _ in fields)))
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for title, name, info in sorted(fields, key=lambda entry: first(entry[1])):
+        if name in places:
+            _show(groups[title], name, info)
+        else:
+            _add(groups[title], name, info)
     parser.add_argument("--config", type=Path, metavar="YAML", help="read flags from a file; flags given win")
-    for kind in kinds:
-        group = parser.add_argument_group((kind.__doc__ or "").split(";")[0].rstrip(".\n").lower())
-        for name, info in kind.model_fields.items():
-            if name in places:
-                _show(group, name, info)
-            else:
-                _add(group, name, info)
     known, unknown = parser.parse_known_args(list(argv))
     words: list[Any] = [argument for argument in unknown if not _looks_like_a_flag(argument)]
     if many and len(words) >= len(places):
@@ -62,8 +81,24 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     flags = [argument.partition("=")[0] for argument in unknown if _looks_like_a_flag(argument)]
     if len(words) > len(places) and not flags:
         extra = words[len(places)]
+        if (switch := _switch_before(extra, argv, kinds)) is not None:
+            raise ConfigError(_NO_VALUE.format(flag=flag(switch), off=flag(f"no_{switch}")))
         raise ConfigError(f"'{extra}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
     return build_specs(list(kinds), merged, unknown_flags=flags)
+
+
+def _title(kind: type[Spec]) -> str:
+    return (kind.__doc__ or "").split(";")[0].rstrip(".\n").lower()
+
+
+def _switch_before(word: Any, argv: Sequence[str], kinds: Sequence[type[Spec]]) -> str | None:
+    """The switch that `true` or the like was written after, if it was."""
+    at = list(argv).index(word) if word in argv else 0
+    if not at or str(word).lower() not in _TRUTHS:
+        return None
+    name = argv[at - 1].removeprefix("--").replace("-", "_")
+    infos = [kind.model_fields[name] for kind in kinds if name in kind.model_fields]
+    return name if infos and infos[0].annotation is bool else None
 
 
 def _show(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
@@ -73,7 +108,7 @@ def _show(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
 
 
 def _looks_like_a_flag(argument: str) -> bool:
-    return argument.startswith("-") and not argument[1:2].isdigit()
+    return argument.startswith("-") and argument != "-" and not argument[1:2].isdigit()
 
 
 def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
 from clipgraft.config import SearchSpec
-from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
 from clipgraft.ours import refuse_foreign
 from clipgraft.shown import shown, shown_line
 
@@ -36,8 +36,13 @@ def run(argv: Sequence[str]) -> None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
         raise ConfigError("\n".join(faults))
+    if spec.text == "-" and (spec.html is not None or spec.image is not None):
+        raise ConfigError("- reads texts from standard input: drop --html and --image, or give one text")
     if spec.html is not None:
         refuse_foreign(spec.html, spec.overwrite, ConfigError, "--html")
+    swapped = spec.text is not None and (Path(spec.text) / "manifest.json").is_file()
+    if swapped and not (spec.out / "manifest.json").exists():
+        raise ConfigError(f"the encoded folder comes first: clipgraft search {spec.text} {str(spec.out)!r}")
     if spec.format == "json":
         _log_to_stderr()
     from clipgraft.search.folder import read_folder
@@ -46,6 +51,9 @@ def run(argv: Sequence[str]) -> None:
     _, manifest, part = read_folder(spec.out)
     clip = _load(spec, manifest)
     _load_adapter(clip, spec, manifest, part)
+    if spec.text == "-":
+        _answer_lines(clip, spec)
+        return
     hits = search_folder(
         clip,
         spec.out,
@@ -61,6 +69,34 @@ def run(argv: Sequence[str]) -> None:
 
         title = " + ".join([part for part in (spec.text, spec.image and spec.image.name) if part])
         log.info("wrote %s", write_gallery(spec.html, title, hits, spec.image, spec.overwrite))
+
+
+def _answer_lines(clip: Clip, spec: SearchSpec) -> None:
+    """Answer each line of standard input at once; with --format json, each with a line of JSON.
+
+    A line that cannot be answered is told, in its place, and the next one is read.
+    """
+    from clipgraft.search.query import search_folder
+
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    for line in sys.stdin:
+        text = line.strip()
+        if not text:
+            continue
+        as_lines = spec.format == "json"
+        try:
+            hits = search_folder(clip, spec.out, text, k=spec.k, where=spec.where)
+        except ClipgraftError as error:
+            answer = _json_line({"query": text, "error": str(error)}) if as_lines else f"{text}: {error}"
+        else:
+            rows = [hit.to_dict() for hit in hits]
+            answer = _json_line({"query": text, "hits": rows}) if as_lines else f"{text}\n{as_table(hits)}\n"
+        print(answer, flush=True)
+
+
+def _json_line(value: dict[str, Any]) -> str:
+    return shown(json.dumps(value, ensure_ascii=False, default=datetime.isoformat))
 
 
 def as_table(hits: Sequence[Hit]) -> str:

@@ -15,6 +15,18 @@ from clipgraft.errors import ConfigError
 from clipgraft.yaml_files import load_yaml
 
 S = TypeVar("S", bound=Spec)
+_PLAIN = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
 _LONGEST = 100  # characters of a value in a message
 _LONG_NUMBER = 10**100
 
@@ -77,7 +89,7 @@ def _fault(kind: type[Spec], item: Any) -> str:
         return f"{label} is missing: " + (
             f"one of {', '.join(map(repr, choices))}" if choices else f"{kind.model_fields[name].description}"
         )
-    message = message.replace("String should have", "text with")
+    message = _PLAIN.get(item["type"], message.replace("String should have", "text with"))
     if item["type"] == "literal_error":
         message = f"one of {item['ctx']['expected']}"
     key = f" at '{where[1]}'" if len(where) > 1 else ""

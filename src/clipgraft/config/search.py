@@ -72,7 +72,9 @@ class SearchSpec(OverwriteSpec):
     """What to search, and for what."""
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")
-    text: Annotated[str | None, Positional()] = Field(None, description="text to look for")
+    text: Annotated[str | None, Positional()] = Field(
+        None, description="text to look for; - reads texts from standard input, one a line"
+    )
     image: UserPath | None = Field(None, description="image to look for, alone or together with the text")
     image_weight: float = Field(0.5, ge=0, le=1, description="share of the image where a text is given too")
     k: int = Field(10, ge=1, description="most results")
