@@ -13,7 +13,7 @@ import clipgraft as cg
 from clipgraft.cli.help import EXAMPLES
 from clipgraft.cli.main import VERBS, main
 from clipgraft.cli.parser import parse
-from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec
+from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec, flag
 
 KINDS: list[type[Spec]] = [ModelSpec, DataSpec, LoraSpec, TrainSpec, RunSpec]
 
