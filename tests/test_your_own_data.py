@@ -129,7 +129,7 @@ def spoil(folder: Path) -> None:
         "semicolons.csv": "image;caption\n0.png;a dog\n",
         "lost.csv": "image,caption\ngone.png,a dog\nlost.png,a cat\n",
         "broken.csv": "image,caption\nbroken.png,a dog\n0.png,a cat\n",
-        "mixed.csv": "image,caption\n0.png,a cat\ngone.png,a dog\n1.png,a dog, and a cat\n",
+        "mixed.csv": "caption,image\na cat,0.png\na dog,gone.png\na dog, and a cat,1.png\n",
     }
     for name, text in tables.items():
         (folder / name).write_text(text, encoding="utf-8")

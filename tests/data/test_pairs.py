@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from PIL import Image
 
 from clipgraft.data import pairs as pairs_module
 from clipgraft.data.pairs import Pairs, find_duplicates, read_pairs
+from clipgraft.data.summary import format_report
 from clipgraft.errors import ConfigError, DataError
 
 
@@ -135,10 +140,131 @@ def test_paths_relative_to_the_working_directory_are_explained(
     monkeypatch.chdir(folder)
     (folder / "lists").mkdir()
     path = table(folder, ("img/0.png", "a"), name="lists/train.csv")
-    with pytest.raises(
-        DataError, match="but in the working directory; move the table there or write full paths"
-    ):
+    with pytest.raises(DataError, match=r"but in the working directory; add --image-root \."):
         read_pairs(path)
+    pairs, _ = read_pairs(path, image_root=".")
+    assert pairs.images == (Path("img/0.png"),)
+    with pytest.raises(ConfigError, match="--image-root nowhere: there is no such folder"):
+        read_pairs(path, image_root="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "how"),
+    [
+        ("0", "img/0.png", "in img/ and with .png"),
+        ("img/0", "img/0.png", "with .png"),
+        ("img/0.PNG", "img/0.png", "in other case"),
+        ("IMG/1.png", "img/1.png", "in other spelling"),
+        ("2.png", "img/2.png", "in img/"),
+        ("3", "img/deep/3.JPG", ""),
+    ],
+)
+def test_images_that_are_nearly_where_the_table_says(folder: Path, text: str, found: str, how: str) -> None:
+    """Ids without a suffix, other case and sub-folders would each be `not found`, or be used unsaid."""
+    (folder / "img/3.png").unlink()
+    (folder / "img/deep").mkdir()
+    Image.new("RGB", (8, 6), "red").save(folder / "img/deep/3.JPG")
+    pairs, report = read_pairs(table(folder, (text, "a")))
+    assert pairs.images == (folder / found,)
+    assert how in " ".join(report.notes)
+    assert f"{text} is {found}" in " ".join(report.notes)
+
+
+def test_none_of_several_images_is_taken(folder: Path) -> None:
+    """Of two images of a name in two sub-folders, one would be taken at random."""
+    (folder / "other").mkdir()
+    Image.new("RGB", (8, 6), "red").save(folder / "other/0.png")
+    with pytest.raises(DataError, match=r"may be one of 2 files: img/0\.png, other/0\.png; write which"):
+        read_pairs(table(folder, ("0.png", "a")))
+    assert read_pairs(table(folder, ("0.png", "a")), image_root=folder / "other")[0].images == (
+        folder / "other/0.png",
+    )
+
+
+def test_rows_add_up(folder: Path) -> None:
+    """Rows would vanish between what is used and what is left out."""
+    rows = [
+        ("img/0.png", "a"),
+        ("img/1.png", "nan"),
+        ("img/2.png", ""),
+        ("x.png", "b"),
+        ("img/3.png", "c", "d"),
+    ]
+    _, report = read_pairs(table(folder, *rows))
+    assert report.rows == report.images + sum(count for _, count in report.reasons) == 5
+    assert dict(report.reasons) == {"caption is nan or the like": 1, "empty caption": 1, "image not found": 1}
+    assert (report.null_captions, report.empty_captions) == (1, 1)
+    assert any("1 rows have more cells than the header" in note for note in report.notes)
+    text = format_report(report)
+    assert "2 of them used" in text
+    assert "--keep-nulls" in text
+
+
+def test_coco_captions(folder: Path) -> None:
+    """COCO's captions, the form of most public sets, would need a script."""
+    images = [{"id": 7, "file_name": "0.png"}, {"id": 8, "file_name": "1.png"}]
+    notes = [
+        {"image_id": 8, "caption": "b"},
+        {"image_id": 7, "caption": "a"},
+        {"image_id": 9, "caption": "c"},
+    ]
+    path = folder / "captions_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": notes}))
+    pairs, report = read_pairs(path)
+    assert pairs == Pairs((folder / "img/1.png", folder / "img/0.png"), (("b",), ("a",)))
+    assert (report.rows, report.bad_rows) == (3, 1)
+    path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 8, "bbox": [1]}]}))
+    with pytest.raises(DataError, match="without captions"):
+        read_pairs(path)
+
+
+def test_the_advice_for_karpathys_json_works(folder: Path) -> None:
+    """The command in the message would not run, or mix test images into training."""
+    entry = {"filepath": "img", "filename": "0.png", "split": "train", "sentences": [{"raw": "a"}]}
+    test = {**entry, "filename": "1.png", "split": "test"}
+    path = folder / "dataset_coco.json"
+    path.write_text(json.dumps({"images": [entry, test], "dataset": "coco"}))
+    with pytest.raises(DataError) as error:
+        read_pairs(path)
+    command = str(error.value).partition("apart: ")[2]
+    subprocess.run(["bash", "-c", command], cwd=folder, check=True)
+    assert read_pairs(folder / "train.jsonl")[0] == Pairs((folder / "img/0.png",), (("a",),))
+
+
+def test_the_advice_for_tars_works(folder: Path) -> None:
+    """The command in the message would not run, or leave the captions behind."""
+    (folder / "img/0.txt").write_text("a dog")
+    with tarfile.open(folder / "shard-0.tar", "w") as tar:
+        for name in ("0.png", "0.txt"):
+            tar.add(folder / "img" / name, name)
+    with pytest.raises(DataError) as error:
+        read_pairs(folder / "shard-0.tar")
+    subprocess.run(["bash", "-c", str(error.value).partition("the folder: ")[2]], cwd=folder, check=True)
+    assert read_pairs(folder / "shard")[0].captions == (("a dog",),)
+
+
+def test_the_advice_for_images_inside_parquet_works(folder: Path) -> None:
+    """The command in the message would not run, or lose captions."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clipgraft.data import unpack
+
+    cells = [{"bytes": (folder / f"img/{n}.png").read_bytes(), "path": "../../x.png"} for n in range(3)]
+    path = folder / "train.parquet"
+    pq.write_table(pa.table({"image": cells, "caption": [["a", "b"], ["c"], ["d"]], "n": [1, 2, 3]}), path)
+    with pytest.raises(DataError) as error:
+        read_pairs(path)
+    words = shlex.split(str(error.value).partition("the folder: ")[2])
+    assert words[:3] == ["python", "-m", "clipgraft.data.unpack"]
+    out = folder / "photos"
+    assert unpack.main([words[3], str(out)]) == 0
+    pairs, report = read_pairs(out)
+    assert pairs.captions == (("a", "b"), ("c",), ("d",))
+    assert [image.read_bytes() for image in pairs.images] == [cell["bytes"] for cell in cells]
+    assert report.bad_rows == 0
+    assert unpack.main([str(path), str(out)]) == 2
+    assert unpack.main([]) == 2
 
 
 def test_unreadable_images_are_skipped_and_counted(folder: Path) -> None:
@@ -196,7 +322,7 @@ def test_strict_stops_at_the_first(folder: Path, fault: str) -> None:
         "missing": ("img/x.png", "b"),
         "empty caption": ("img/1.png", " "),
         "unreadable": ("img/bad.png", "b"),
-        "ragged": ("img/1.png", "b", "c"),
+        "ragged": ("img/1.png",),
     }[fault]
     path = table(folder, ("img/0.png", "a"), row, ("img/y.png", "later"))
     with pytest.raises(DataError, match="--strict") as error:

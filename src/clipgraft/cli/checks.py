@@ -19,6 +19,7 @@ from clipgraft.errors import ClipgraftError, ConfigError
 
 if TYPE_CHECKING:
     from clipgraft.adapters.native import AdapterFile
+    from clipgraft.data.table_options import TableOptions
     from clipgraft.models.clip import Clip
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -43,6 +44,15 @@ def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
     return []
 
 
+def missing_data(name: str, path: Path) -> list[str]:
+    """What is wrong with a path to data, before anything is read: nothing, or one line."""
+    from clipgraft.data.foreign import is_tar_name, tar_advice
+
+    if is_tar_name(path.name):
+        return [f"{name} {path}: is {tar_advice(str(path))}"]
+    return [] if path.exists() else [f"{name} {path}: there is no such file or folder; check the path"]
+
+
 def table_faults(
     name: str, path: Path | None, columns: ColumnSpec, classes: ClassSpec | None = None
 ) -> list[str]:
@@ -52,36 +62,35 @@ def table_faults(
     fault to tell.
     """
     from clipgraft.data.labels_table import open_labels
-    from clipgraft.data.tables import read_table
+    from clipgraft.data.table_options import TableOptions
+    from clipgraft.data.tables import open_table
 
     if path is None or not path.exists():
         return []
     if path.is_file() and path.suffix.lower() in _PICTURES:
         return [f"{name} {path}: is one picture; name a table of images and captions, or a folder"]
-    keys: dict[str, Any] = {"image_key": columns.csv_img_key, "separator": columns.csv_separator}
     if classes is not None and classes.task == "classification":
-        return fault_of(lambda: open_labels(path, label_key=classes.csv_label_key, **keys), name)
+        label = classes.csv_label_key
+        return fault_of(lambda: open_labels(path, TableOptions(caption_key=label, **columns.reading)), name)
+    return fault_of(lambda: open_table(path, _options(columns)), name)
+
+
+def _options(columns: ColumnSpec) -> TableOptions:
+    from clipgraft.data.table_options import TableOptions
+
     kind = getattr(columns, "dataset_type", "auto")
-    return fault_of(
-        lambda: read_table(path, dataset_type=kind, caption_key=columns.csv_caption_key, **keys), name
-    )
+    return TableOptions(kind, caption_key=columns.csv_caption_key, **columns.reading)
 
 
 def batch_faults(path: Path | None, columns: ColumnSpec, train: TrainSpec, processes: int = 1) -> list[str]:
     """Fewer rows than one step takes, of a table of one caption a row; only so many rows are read."""
-    from clipgraft.data.tables import read_table
+    from clipgraft.data.tables import open_table
 
     if path is None or not path.is_file():
         return []
     needed = train.batch_size * train.accum_freq * processes
     try:
-        table = read_table(
-            path,
-            dataset_type=getattr(columns, "dataset_type", "auto"),
-            image_key=columns.csv_img_key,
-            caption_key=columns.csv_caption_key,
-            separator=columns.csv_separator,
-        )
+        table = open_table(path, _options(columns))
         found = sum(len(getattr(row, "captions", ())) for row in islice(table.rows(), needed))
     except ClipgraftError:  # told by whoever looks at the header, or at the rows
         return []

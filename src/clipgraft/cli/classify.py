@@ -49,7 +49,8 @@ def read_class_data(data: DataSpec, classes: ClassTrainSpec, seed: int) -> Class
     train = read_images(data.train_data, data, classes, "training images")
     val = None
     if data.val_data is not None:
-        val = match_classes(read_images(data.val_data, data, classes, "validation images"), train.classes)
+        held_out = read_images(data.val_data, data, classes, "validation images", validation=True)
+        val = match_classes(held_out, train.classes)
     elif classes.val_size is not None:
         train, val = split_labelled(train, classes.val_size, seed)
         log.info("%d images to train on, %d held out", len(train), len(val))
@@ -59,14 +60,17 @@ def read_class_data(data: DataSpec, classes: ClassTrainSpec, seed: int) -> Class
     return ClassData(train, val, prompts_of(train.classes, classes))
 
 
-def read_images(path: Path, data: DataSpec, classes: ClassSpec, what: str) -> Labelled:
-    """One set of labelled images, with its summary."""
+def read_images(
+    path: Path, data: DataSpec, classes: ClassSpec, what: str, validation: bool = False
+) -> Labelled:
+    """One set of labelled images, with its summary; `validation` has columns of its own."""
+    columns = data.for_validation() if validation else data
+    label = (classes.for_validation() if validation else classes).csv_label_key
     with checking(what) as progress:
         images, report = read_labelled(
             path,
-            image_key=data.csv_img_key,
-            label_key=classes.csv_label_key,
-            separator=data.csv_separator,
+            label_key=label,
+            **columns.reading,
             strict=data.strict,
             max_bad_rows=data.max_bad_rows,
             workers=data.workers,
@@ -125,7 +129,7 @@ def measure_classes(
     """
     assert data.val_data is not None
     head = None if classifier is None else load_head(classifier)
-    images = read_images(data.val_data, data, classes, "images")
+    images = read_images(data.val_data, data, classes, "images", validation=True)
     if head is not None:
         images = match_classes(images, head[1])
     prompts = prompts_of(images.classes, classes)

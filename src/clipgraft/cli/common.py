@@ -192,9 +192,9 @@ def read_table(clip: Clip, path: Path, spec: TableSpec, what: str) -> Pairs:
         pairs, report = read_pairs(
             path,
             dataset_type=spec.dataset_type,
-            image_key=spec.csv_img_key,
             caption_key=spec.csv_caption_key,
-            separator=spec.csv_separator,
+            keep_nulls=spec.keep_nulls,
+            **spec.reading,
             strict=spec.strict,
             max_bad_rows=spec.max_bad_rows,
             workers=spec.workers,

@@ -105,9 +105,11 @@ def _cut(base: Clip, spec: CompactSpec, table: TableSpec) -> Compacted:
         found = read_texts(
             Path(source).expanduser(),
             dataset_type=table.dataset_type,
-            image_key=table.csv_img_key,
             caption_key=table.csv_caption_key,
+            image_key=table.csv_img_key,
             separator=table.csv_separator,
+            encoding=table.csv_encoding,
+            quoting=table.csv_quoting,
         )
         log.info("%s: %d texts", source, len(found))
         texts.update(dict.fromkeys(found))

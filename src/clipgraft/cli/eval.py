@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         measured = {name: result.measured for name, result in results.items()}
         print(class_table(results))
     else:
-        pairs = read_table(clip, data.val_data, data, "validation data")
+        pairs = read_table(clip, data.val_data, data.for_validation(), "validation data")
         measured = measure_all(models, pairs, **options)
         print(table({name: found.metrics for name, found in measured.items()}))
     verdicts = judge_all(measured)
@@ -91,11 +91,13 @@ def _faults(model: ModelSpec, data: DataSpec, classes: ClassSpec, spec: EvalSpec
     faults = class_faults(classes, data)
     if data.val_data is None:
         faults.append("--val-data is missing: a table of images and captions, or a folder of both")
-    elif not data.val_data.exists():
-        faults.append(f"--val-data {data.val_data}: there is no such file or folder; check the path")
+    else:
+        faults += checks.missing_data("--val-data", data.val_data)
     if spec.classifier is not None and classes.task == "retrieval":
         faults.append("--classifier given without --task classification: add it")
-    faults += checks.table_faults("--val-data", data.val_data, data, classes)
+    faults += checks.table_faults(
+        "--val-data", data.val_data, data.for_validation(), classes.for_validation()
+    )
     faults += checks.output_faults("--out", spec.out) + checks.prompt_faults(classes)
     if spec.out is not None and not spec.out.is_dir():
         faults += checks.fault_of(partial(refuse_foreign, spec.out, spec.overwrite, ConfigError, "--out"))

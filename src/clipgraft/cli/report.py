@@ -74,7 +74,7 @@ def _retained(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> Ret
     return Retained(
         spec.retained,
         spec.retained_task,
-        {"image_key": columns.csv_img_key, "separator": columns.csv_separator, **key},
+        {**columns.reading, **key},
         prompts.prompts,
         prompts.templates,
     )

@@ -100,8 +100,8 @@ def _check(
         faults.append("--val-data is missing: the table measures every cell on it")
     given = {"--train-data": data.train_data, "--val-data": data.val_data, "--test-data": sweep.test_data}
     for name, path in given.items():
-        if path is not None and not path.exists():
-            faults.append(f"{name} {path}: there is no such file or folder; check the path")
+        if path is not None:
+            faults += checks.missing_data(name, path)
     if sweep.test_data is not None and classes.head != "prompts":
         faults.append(
             f"--test-data is measured by prompts, not by --head {classes.head}: drop it, and measure a "
@@ -110,8 +110,9 @@ def _check(
     if len(set(sweep.targets)) < len(sweep.targets) or len(set(sweep.lora_r)) < len(sweep.lora_r):
         faults.append("--targets and --lora-r must not name the same thing twice")
     faults += train.epoch_faults() + checks.output_faults("--logs", sweep.logs / sweep.name, folder=True)
+    read_as = {"--val-data": (data.for_validation(), classes.for_validation())}
     for name, path in given.items():
-        faults += checks.table_faults(name, path, data, classes)
+        faults += checks.table_faults(name, path, *read_as.get(name, (data, classes)))
     if classes.task == "retrieval":
         faults += checks.batch_faults(data.train_data, data, train)
     faults += checks.prompt_faults(classes) + checks.device_faults(model.device)

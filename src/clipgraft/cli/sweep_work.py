@@ -84,7 +84,12 @@ def read_material(clip: Clip, specs: Sequence[Any]) -> Material:
         "validation data": data.val_data,
         "test data": sweep.test_data,
     }
-    found = {what: read_table(clip, path, data, what) for what, path in tables.items() if path is not None}
+    read_as = {"validation data": data.for_validation()}
+    found = {
+        what: read_table(clip, path, read_as.get(what, data), what)
+        for what, path in tables.items()
+        if path is not None
+    }
     pairs = (found["training data"], found["validation data"], found.get("test data"))
     return Material(
         autocast, pairs, None, None, _RETRIEVAL + (_RETRIEVAL_TEST if "test data" in found else ())

@@ -88,11 +88,12 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     model_spec, data, _, lora, train, where = specs
     clip = load_own_model(model_spec, peers)
 
-    def read(path: Path, what: str) -> Pairs:
-        return peers.at_root(lambda: read_table(clip, path, data, what))
+    def read(path: Path, spec: DataSpec, what: str) -> Pairs:
+        return peers.at_root(lambda: read_table(clip, path, spec, what))
 
-    train_pairs = read(data.train_data, "training data")
-    val_pairs = read(data.val_data, "validation data") if data.val_data else None
+    train_pairs = read(data.train_data, data, "training data")
+    val_spec = data.for_validation()
+    val_pairs = read(data.val_data, val_spec, "validation data") if data.val_data else None
     pairs = sum(len(captions) for captions in train_pairs.captions)
     if lora.use_lora:
         graft(clip, lora, where, train.seed, lambda: auto_rank(pairs, "retrieval"))
@@ -115,7 +116,9 @@ def cheap_faults(specs: Sequence[Any], several: Peers | None) -> list[str]:
     name = where.name or default_name(model_spec, lora, train)
     faults = checks.output_faults("--logs", where.logs / name, folder=True)
     faults += checks.table_faults("--train-data", data.train_data, data, classes)
-    faults += checks.table_faults("--val-data", data.val_data, data, classes)
+    faults += checks.table_faults(
+        "--val-data", data.val_data, data.for_validation(), classes.for_validation()
+    )
     if classes.task == "retrieval":
         faults += checks.batch_faults(data.train_data, data, train, several.size if several else 1)
     faults += checks.prompt_faults(classes)
@@ -163,8 +166,8 @@ def _data_faults(data: DataSpec) -> list[str]:
     if data.train_data is None:
         faults.append("--train-data is missing: a table of images and captions, or a folder of both")
     for name, path in (("--train-data", data.train_data), ("--val-data", data.val_data)):
-        if path is not None and not path.exists():
-            faults.append(f"{name} {path}: there is no such file or folder; check the path")
+        if path is not None:
+            faults += checks.missing_data(name, path)
     return faults
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -59,10 +59,32 @@ class ColumnSpec(Spec):
     """Where a table of images and captions has what."""
 
     csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
-    csv_caption_key: str | None = Field(None, description="column of captions (default: title, or guessed)")
+    csv_caption_key: str | None = Field(
+        None, description="column of captions, or several by commas (default: title, or guessed)"
+    )
     csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
         None, min_length=1, description="column separator (default: tab, or guessed)"
     )
+    csv_encoding: str | None = Field(
+        None, min_length=1, description="encoding of the table, such as cp1252 (default: UTF-8, or UTF-16)"
+    )
+    csv_quoting: Literal["auto", "minimal", "none"] = Field(
+        "auto", description="none leaves double quotes as they are (default: found out)"
+    )
+    image_root: UserPath | None = Field(
+        None, description="folder that paths of images are relative to (default: that of the table)"
+    )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a table of images is read, as every reader takes it; its other column is the reader's own."""
+        return {
+            "image_key": self.csv_img_key,
+            "separator": self.csv_separator,
+            "encoding": self.csv_encoding,
+            "quoting": self.csv_quoting,
+            "image_root": self.image_root,
+        }
 
 
 class CacheSpec(Spec):
@@ -85,6 +107,7 @@ class TableSpec(ColumnSpec, CacheSpec):
     )
     max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
     strict: bool = Field(False, description="stop at the first unreadable row")
+    keep_nulls: bool = Field(False, description="take captions like nan, None and N/A for captions")
     exact_preprocess: bool = Field(
         False, description="preprocess images with the base's own transform, to the last grey level"
     )
@@ -95,6 +118,22 @@ class DataSpec(TableSpec):
 
     train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
     val_data: UserPath | None = Field(None, description="the same for validation")
+    val_csv_img_key: str | None = Field(None, description="as --csv-img-key, where --val-data has another")
+    val_csv_caption_key: str | None = Field(None, description="the same for --csv-caption-key")
+    val_csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
+        None, min_length=1, description="the same for --csv-separator"
+    )
+    val_csv_encoding: str | None = Field(None, min_length=1, description="the same for --csv-encoding")
+    val_csv_quoting: Literal["auto", "minimal", "none"] | None = Field(
+        None, description="the same for --csv-quoting"
+    )
+    val_image_root: UserPath | None = Field(None, description="the same for --image-root")
+
+    def for_validation(self) -> DataSpec:
+        """The same, with the columns of the validation data in place of the training data's."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name.startswith("val_")}
+        other = {name.removeprefix("val_"): value for name, value in given.items() if value is not None}
+        return self.model_copy(update={name: other[name] for name in other if name != "data"})
 
 
 class PromptSpec(Spec):
@@ -110,9 +149,15 @@ class PromptSpec(Spec):
 class ClassSpec(PromptSpec):
     """Telling classes apart."""
 
+    val_csv_label_key: str | None = Field(None, description="the same for --val-data, if it has another")
     task: Literal["retrieval", "classification"] = Field(
         "retrieval", description="match images with their captions, or tell classes apart"
     )
+
+    def for_validation(self) -> ClassSpec:
+        """The same, with the label column of the validation data."""
+        key = self.val_csv_label_key or self.csv_label_key
+        return self.model_copy(update={"csv_label_key": key})
 
 
 class ClassTrainSpec(ClassSpec):

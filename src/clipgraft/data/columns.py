@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,6 +33,9 @@ _CAPTION = _Role(
 )
 
 
+_NUMBERED = re.compile(r"(caption|title|text|sentence|description|comment)[ _-]?\d+", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Keys:
     """The names a user gave, or None where the default or a usual name may be taken."""
@@ -42,22 +46,22 @@ class Keys:
 
 @dataclass(frozen=True)
 class Columns:
-    """The two columns to read, by name, and the flags that would have named those that had to be guessed."""
+    """The columns to read, by name, and the flags that would have named those that were guessed."""
 
     image: str
-    caption: str
+    captions: tuple[str, ...]
     guessed: tuple[str, ...]
 
 
 def find_columns(names: Sequence[str], keys: Keys) -> Columns | None:
     """Choose the columns among `names`; None where one of the two is not there."""
-    image = _find(names, keys.image, _IMAGE)
-    caption = _find(names, keys.caption, _CAPTION)
-    if image is None or caption is None:
+    image, captions = _find(names, keys.image, _IMAGE), caption_columns(names, keys.caption)
+    if image is None or not captions:
         return None
-    chosen = ((image, keys.image, _IMAGE), (caption, keys.caption, _CAPTION))
-    guessed = (f'{role.flag} "{name}"' for name, key, role in chosen if name not in (key, role.default))
-    return Columns(image, caption, tuple(guessed))
+    guessed = [f'{_IMAGE.flag} "{image}"'] if image not in (keys.image, _IMAGE.default) else []
+    if keys.caption is None and captions != (_CAPTION.default,):
+        guessed.append(f'{_CAPTION.flag} "{",".join(captions)}"')
+    return Columns(image, captions, tuple(guessed))
 
 
 def image_column(names: Sequence[str], key: str | None = None) -> str | None:
@@ -65,9 +69,24 @@ def image_column(names: Sequence[str], key: str | None = None) -> str | None:
     return _find(names, key, _IMAGE)
 
 
-def caption_column(names: Sequence[str], key: str | None = None) -> str | None:
-    """The column of captions alone; None where it is not there."""
-    return _find(names, key, _CAPTION)
+def caption_columns(names: Sequence[str], key: str | None = None) -> tuple[str, ...]:
+    """The columns of captions: those of a list by commas, one of a usual name, or `caption_0` and on."""
+    found = _find(names, key, _CAPTION)
+    if found is not None:
+        return (found,)
+    if key is not None:
+        parts = tuple(part.strip() for part in key.split(","))
+        return parts if len(parts) > 1 and all(part in names for part in parts) else ()
+    return tuple(name for name in names if _NUMBERED.fullmatch(name))
+
+
+def by_number(keys: Keys, width: int) -> Columns | None:
+    """The columns that keys name by their numbers from 1, as the names `1`, `2` and on; None for others."""
+    parts = [keys.image or "", *(keys.caption or "").split(",")]
+    numbers = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(numbers) < len(parts) or not all(1 <= number <= width for number in numbers):
+        return None
+    return Columns(str(numbers[0]), tuple(str(number) for number in numbers[1:]), ())
 
 
 def guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
@@ -79,6 +98,8 @@ def missing_columns(source: Path, names: Sequence[str], keys: Keys) -> DataError
     """The error where `find_columns` found nothing: the flag, the file, its columns, the nearest name."""
     role, key = (_CAPTION, keys.caption) if _find(names, keys.image, _IMAGE) else (_IMAGE, keys.image)
     wanted = role.default if key is None else key
+    if role is _CAPTION and "," in wanted:
+        wanted = next((part.strip() for part in wanted.split(",") if part.strip() not in names), wanted)
     there = ", ".join(f'"{_short(name)}"' for name in names[:12]) + (", ..." if len(names) > 12 else "")
     advice = _advice(role.flag, wanted, names)
     return DataError(f'{source}: {role.flag}: no column "{wanted}"; it has {there}; {advice}')
@@ -93,7 +114,10 @@ def _find(names: Sequence[str], key: str | None, role: _Role) -> str | None:
 
 def _advice(flag: str, wanted: str, names: Sequence[str]) -> str:
     if any(PurePath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
-        return "the first line must be a header that names the columns, such as filepath<TAB>title"
+        return (
+            "the first line must be a header that names the columns, such as filepath<TAB>title; or give "
+            f"their numbers from 1: {_IMAGE.flag} 1 {_CAPTION.flag} 2"
+        )
     if len(names) == 1 and any(mark in names[0] for mark in ",;|\t"):
         return "it reads as one column: give the separator with --csv-separator"
     folded = {name.casefold(): name for name in names}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from clipgraft.data.listing import Listing, list_images
-from clipgraft.data.paths import find_image
-from clipgraft.data.rows import BadRow, Row, Rows, Table, make_row, text_lines
+from clipgraft.data.rows import BadRow, Rows, Table, make_row
+from clipgraft.data.table_options import TableOptions
+from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 
 CAPTIONS_FILES = (
@@ -36,24 +36,7 @@ def find_captions_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     return there[0], (f"not read: {others} (name a file instead of the folder to read it)",) if others else ()
 
 
-def image_root(folder: Path, table: Table) -> tuple[Path, tuple[str, ...]]:
-    """Where the images are: in `folder`, or in the one sub-folder that holds the first row's image (Flickr's
-    layout).
-
-    Returns the folder that relative paths are relative to, and a note where it is not `folder`.
-    """
-    with closing(table.rows()) as rows:
-        first = next((row.image for row in rows if isinstance(row, Row)), None)
-    if first is None or isinstance(find_image(folder, first), Path):
-        return folder, ()
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
-    holding = [path for path in subfolders if isinstance(find_image(path, first), Path)]
-    if len(holding) != 1:
-        return folder, ()
-    return holding[0], (f"images are in the sub-folder {holding[0].name}",)
-
-
-def read_sidecars(folder: Path) -> Table:
+def read_sidecars(folder: Path, options: TableOptions) -> Table:
     """Open a folder in which `name.txt` holds the captions of `name.jpg`, one a line.
 
     Raises DataError when there is no image, or no image has such a file.
@@ -69,7 +52,7 @@ def read_sidecars(folder: Path) -> Table:
         names = ", ".join(CAPTIONS_FILES)
         advice = f"{_other_tables(folder)}add one of {names}, or a NAME.txt beside each image"
         raise DataError(f"{folder}: {len(images):,} images and no captions; {advice}")
-    rows = partial(_sidecar_rows, folder, images)
+    rows = partial(_sidecar_rows, folder, images, options)
     return Table(folder, folder, "folder, NAME.txt beside each image", "image", rows, listing.notes())
 
 
@@ -93,7 +76,7 @@ def _other_tables(folder: Path) -> str:
     return f"name the table with them ({', '.join(map(str, there[:3]))}), or " if there else ""
 
 
-def _sidecar_rows(folder: Path, images: list[Path]) -> Rows:
+def _sidecar_rows(folder: Path, images: list[Path], options: TableOptions) -> Rows:
     for number, image in enumerate(images, 1):
         name = str(image.relative_to(folder))
         text = sidecar(image)
@@ -101,8 +84,8 @@ def _sidecar_rows(folder: Path, images: list[Path]) -> Rows:
             yield BadRow(number, name, "no text file beside it")
             continue
         try:
-            captions = [line for line in text_lines(text) if line.strip()]
+            captions = [line for line in text_lines(text, options.encoding) if line.strip()]
         except DataError as error:
             yield BadRow(number, name, str(error), "its text file cannot be read")
         else:
-            yield make_row(number, name, captions or None)
+            yield make_row(number, name, captions or None, options.cells)

@@ -12,9 +12,10 @@ from clipgraft.data.labels import Labelled
 from clipgraft.data.labels_report import LabelReport
 from clipgraft.data.labels_table import LabelTable, open_labels
 from clipgraft.data.pairs import DECODE_UP_TO, find_duplicates
-from clipgraft.data.paths import find_image
+from clipgraft.data.paths import ImageFinder
 from clipgraft.data.rows import BadRow, Row, Table
-from clipgraft.data.summary import MAX_BAD_ROWS, BadRows
+from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, Remarks
+from clipgraft.data.table_options import TableOptions
 from clipgraft.errors import DataError
 from clipgraft.progress import Progress, Told, showing
 
@@ -36,6 +37,9 @@ def read_labelled(
     image_key: str | None = None,
     label_key: str | None = None,
     separator: str | None = None,
+    encoding: str | None = None,
+    quoting: str = "auto",
+    image_root: str | Path | None = None,
     strict: bool = False,
     max_bad_rows: int | None = MAX_BAD_ROWS,
     workers: int | None = None,
@@ -52,6 +56,7 @@ def read_labelled(
         source: the folder or file.
         image_key, label_key: names of the columns; where None, usual names are tried.
         separator: of a CSV; where None, the usual ones are tried.
+        encoding, quoting, image_root: see `TableOptions`.
         strict: stop at the first bad row.
         max_bad_rows: how many are skipped before reading stops; None for any number.
         workers: threads that check images. More than `pairs.DECODE_UP_TO` have only
@@ -63,29 +68,31 @@ def read_labelled(
         DataError: no class folders or label column, too many bad rows, an image with two different labels,
             or fewer than two classes with usable images.
     """
-    opened = open_labels(Path(source), image_key=image_key, label_key=label_key, separator=separator)
+    root = None if image_root is None else Path(image_root)
+    options = TableOptions("auto", image_key, label_key, separator, encoding, quoting, root, numbers=True)
+    opened = open_labels(Path(source), options)
     table = opened.table
     bad = BadRows(table.source, table.unit, strict=strict, limit=max_bad_rows)
-    gathered = _gather(table, bad)
+    finder = ImageFinder(table.folder)
+    remarks = Remarks(table.unit)
+    gathered = _gather(table, finder, bad, remarks)
     decode = len(gathered.images) <= DECODE_UP_TO
     with showing(progress, "checking images") as told:
         _drop_unreadable(gathered, bad, decode, workers, told)
     data = _labelled(table, gathered, bad)
-    return data, _report(opened, data, gathered, bad, decode)
+    return data, _report(opened, data, gathered, bad, decode, (*finder.notes(), *remarks.notes()))
 
 
-def _gather(table: Table, bad: BadRows) -> _Gathered:
+def _gather(table: Table, finder: ImageFinder, bad: BadRows, remarks: Remarks) -> _Gathered:
     gathered = _Gathered()
-    found: dict[str, Path | str] = {}
     with closing(table.rows()) as rows:
         for row in rows:
             gathered.rows += 1
             if isinstance(row, BadRow):
                 bad.add(row)
                 continue
-            if row.image not in found:
-                found[row.image] = find_image(table.folder, row.image)
-            _add(table, gathered, row, found[row.image], bad)
+            remarks.add(row)
+            _add(table, gathered, row, finder.find(row.image), bad)
     if gathered.rows == 0:
         raise DataError(f"{table.source}: has no rows, only a header; add images with labels")
     return gathered
@@ -96,7 +103,7 @@ def _add(table: Table, gathered: _Gathered, row: Row, found: Path | str, bad: Ba
     gathered.classes |= labels
     if isinstance(found, str):
         gathered.missing.add(row.image)
-        bad.add(BadRow(row.number, row.image, found))
+        bad.add(BadRow(row.number, row.image, found, "image not found"))
     elif not labels:
         bad.add(BadRow(row.number, row.image, "no label"))
     else:
@@ -142,7 +149,12 @@ def _labelled(table: Table, gathered: _Gathered, bad: BadRows) -> Labelled:
 
 
 def _report(
-    opened: LabelTable, data: Labelled, gathered: _Gathered, bad: BadRows, decode: bool
+    opened: LabelTable,
+    data: Labelled,
+    gathered: _Gathered,
+    bad: BadRows,
+    decode: bool,
+    found: tuple[str, ...],
 ) -> LabelReport:
     table = opened.table
     duplicates = find_duplicates(data.images)
@@ -165,5 +177,5 @@ def _report(
         mixed_duplicates=tuple(group for group in duplicates if len({label[path] for path in group}) > 1),
         reasons=tuple(bad.reasons.most_common()),
         first_bad=tuple(sorted(bad.first, key=lambda row: row.number)),
-        notes=table.notes if decode else (*table.notes, headers),
+        notes=(*table.notes, *found) if decode else (*table.notes, *found, headers),
     )

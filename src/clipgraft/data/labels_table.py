@@ -12,7 +12,8 @@ from clipgraft.data.columns import guess_notes
 from clipgraft.data.delimited import SEPARATOR
 from clipgraft.data.listing import Listing, list_images
 from clipgraft.data.rows import Row, Rows, Table
-from clipgraft.data.tables import read_headers, read_table
+from clipgraft.data.table_options import TableOptions
+from clipgraft.data.tables import open_table, read_headers
 from clipgraft.errors import DataError
 
 LABEL_FLAG = "--csv-label-key"
@@ -28,10 +29,8 @@ class LabelTable:
     empty_classes: tuple[str, ...] = ()
 
 
-def open_labels(
-    source: Path, *, image_key: str | None = None, label_key: str | None = None, separator: str | None = None
-) -> LabelTable:
-    """Open `source`: a folder whose sub-folders are classes, or a CSV, TSV, JSON Lines or Parquet file.
+def open_labels(source: Path, options: TableOptions) -> LabelTable:
+    """Open `source`: a folder whose sub-folders are classes, or a table, whose `caption_key` is the label's.
 
     Raises:
         DataError: the source is missing, has no class folder with an image, or lacks a column.
@@ -39,12 +38,11 @@ def open_labels(
     """
     if source.is_dir():
         return _class_folders(source)
-    readings = read_headers(source, separator=separator)
-    split_by, label = _label_column(source, readings, label_key)
-    table = read_table(
-        source, image_key=image_key, caption_key=label, separator=split_by or separator, numbers=True
-    )
-    guessed = [f'{LABEL_FLAG} "{label}"'] if label_key is None and label != LABEL_COLUMNS[0] else []
+    key, separator = options.caption_key, options.separator
+    readings = read_headers(source, options)
+    split_by, label = _label_column(source, readings, key)
+    table = open_table(source, replace(options, caption_key=label, separator=split_by or separator))
+    guessed = [f'{LABEL_FLAG} "{label}"'] if key is None and label != LABEL_COLUMNS[0] else []
     if separator is None and split_by not in (None, SEPARATOR):
         guessed.append(f'--csv-separator "{split_by}"')
     return LabelTable(replace(table, notes=(*guess_notes(guessed), *table.notes)))

@@ -12,10 +12,11 @@ from typing import Any, Literal, overload
 
 from clipgraft.data.images import ImageError, check_images
 from clipgraft.data.listing import Listing, list_images
-from clipgraft.data.paths import find_image
+from clipgraft.data.paths import ImageFinder
 from clipgraft.data.rows import BadRow, Row, Table
-from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, DataReport
-from clipgraft.data.tables import read_table
+from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, DataReport, Remarks
+from clipgraft.data.table_options import TableOptions
+from clipgraft.data.tables import open_table
 from clipgraft.errors import DataError
 from clipgraft.progress import Progress, Told, showing
 
@@ -74,6 +75,7 @@ class _Gathered:
     unreadable: set[Path] = field(default_factory=set)
     rows: int = 0
     empty_captions: int = 0
+    null_captions: int = 0
     repeated_captions: int = 0
 
 
@@ -84,6 +86,10 @@ def read_pairs(
     image_key: str | None = None,
     caption_key: str | None = None,
     separator: str | None = None,
+    encoding: str | None = None,
+    quoting: str = "auto",
+    image_root: str | Path | None = None,
+    keep_nulls: bool = False,
     strict: bool = False,
     max_bad_rows: int | None = MAX_BAD_ROWS,
     verify: Literal["auto", "decode", "header"] = "auto",
@@ -96,6 +102,9 @@ def read_pairs(
     paths are relative to the file's folder. A row is bad, and is skipped, when it cannot be parsed, its image
     is missing or unreadable, or it has no caption.
 
+    `image_key` to `keep_nulls` are told in `TableOptions`: names of columns (several captions by commas), and
+    how the file is written.
+
     `max_bad_rows` is how many are skipped before reading stops (None: any number); `strict` stops at the
     first. `verify="decode"` decodes each image, the only way to see that one is cut short; "header" is quick.
     `workers` is the number of threads for it, and `progress` None shows a bar in
@@ -103,22 +112,23 @@ def read_pairs(
 
     Raises DataError when the table cannot be read, has too many bad rows, or leaves nothing to train on.
     """
-    table = read_table(
-        Path(source),
-        dataset_type=dataset_type,
-        image_key=image_key,
-        caption_key=caption_key,
-        separator=separator,
+    root = None if image_root is None else Path(image_root)
+    options = TableOptions(
+        dataset_type, image_key, caption_key, separator, encoding, quoting, root, keep_nulls
     )
+    table = open_table(Path(source), options)
     bad = BadRows(table.source, table.unit, strict=strict, limit=max_bad_rows)
-    gathered = _gather(table, bad)
+    finder = ImageFinder(table.folder)
+    remarks = Remarks(table.unit)
+    gathered = _gather(table, finder, bad, remarks)
     decode = verify == "decode" or (verify == "auto" and len(gathered.images) <= DECODE_UP_TO)
     with showing(progress, "checking images") as told:
         _drop_unreadable(gathered, bad, decode, workers, told)
     if not gathered.images:
         raise DataError(_nothing_left(table, gathered, bad))
     pairs = Pairs(tuple(gathered.images), tuple(tuple(texts) for texts, _ in gathered.images.values()))
-    notes = (*table.notes, *_checked(decode, verify), *_left_over(Path(source), table, gathered))
+    found = (*table.notes, *finder.notes(), *remarks.notes())
+    notes = (*found, *_checked(decode, verify), *_left_over(Path(source), table, gathered))
     return pairs, _report(table, pairs, gathered, bad, notes)
 
 
@@ -129,18 +139,16 @@ def find_duplicates(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], ...]:
     )
 
 
-def _gather(table: Table, bad: BadRows) -> _Gathered:
+def _gather(table: Table, finder: ImageFinder, bad: BadRows, remarks: Remarks) -> _Gathered:
     gathered = _Gathered()
-    found: dict[str, Path | str] = {}
     with closing(table.rows()) as rows:
         for row in rows:
             gathered.rows += 1
             if isinstance(row, BadRow):
                 bad.add(row)
                 continue
-            if row.image not in found:
-                found[row.image] = find_image(table.folder, row.image)
-            _add(gathered, row, found[row.image], bad)
+            remarks.add(row)
+            _add(gathered, row, finder.find(row.image), bad)
     if gathered.rows == 0:
         raise DataError(f"{table.source}: has no rows, only a header; add at least one image with a caption")
     return gathered
@@ -148,12 +156,14 @@ def _gather(table: Table, bad: BadRows) -> _Gathered:
 
 def _add(gathered: _Gathered, row: Row, found: Path | str, bad: BadRows) -> None:
     texts = [caption for caption in row.captions if caption]
-    gathered.empty_captions += max(len(row.captions), 1) - len(texts)
+    gathered.null_captions += row.nulls
+    gathered.empty_captions += max(len(row.captions), 1) - len(texts) - row.nulls
     if isinstance(found, str):
         gathered.missing.add(row.image)
-        bad.add(BadRow(row.number, row.image, found))
+        bad.add(BadRow(row.number, row.image, found, "image not found"))
     elif not texts:
-        bad.add(BadRow(row.number, row.image, "empty caption"))
+        why = "caption is nan or the like" if row.nulls else "empty caption"
+        bad.add(BadRow(row.number, row.image, why))
     else:
         captions, rows = gathered.images.setdefault(found, ({}, []))
         before = len(captions)
@@ -214,6 +224,8 @@ def _report(
         fewest_captions=min(counts),
         most_captions=max(counts),
         empty_captions=gathered.empty_captions,
+        null_captions=gathered.null_captions,
+        reasons=tuple(bad.reasons.most_common()),
         repeated_captions=gathered.repeated_captions,
         missing_images=len(gathered.missing),
         unreadable_images=len(gathered.unreadable),

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
-
-from clipgraft.errors import DataError
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `image` is the path as written; captions have no surrounding blanks."""
+    """One row of the table. `image` is the path as written; captions have no surrounding blanks.
+
+    `nulls` of the captions were nan or the like, and are empty now. `remark` is what a person may not have
+    meant, though the row can be used.
+    """
 
     number: int
     image: str
     captions: tuple[str, ...]
+    nulls: int = 0
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,32 +55,10 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def make_row(number: int, image: object, captions: object, *, numbers: bool = False) -> Row | BadRow:
-    """Check the two cells of one row. `captions` is a string, None, or a list of strings.
-
-    With `numbers` a number is taken for the text it is written as: class labels often are numbers.
-    """
-    if image is not None and not isinstance(image, str):
-        return BadRow(number, "", f"the image is {_kind(image)}, not a path")
-    path = (image or "").strip()
-    if not path:
-        return BadRow(number, "", "no image path")
-    cells = captions if isinstance(captions, list | tuple) else [captions]
-    if numbers:
-        cells = [_number_as_text(cell) for cell in cells]
-    texts = []
-    for cell in cells:
-        if cell is not None and not isinstance(cell, str):
-            return BadRow(number, path, f"the caption is {_kind(cell)}, not text")
-        texts.append((cell or "").strip())
-    if not all(_is_unicode(text) for text in [path, *texts]):
-        return BadRow(number, ascii(path), "holds half a character (a lone surrogate)")
-    return Row(number, path, tuple(texts))
-
-
 _NULLS = frozenset(
     {"nan", "-nan", "none", "null", "n/a", "<na>", "#n/a", "#na", "#n/a n/a", "(null)", "\\n", "undefined"}
 )
+_NAN = frozenset({"nan", "-nan", "<na>", "#n/a", "#na", "n/a"})
 
 
 def is_null(text: str) -> bool:
@@ -88,44 +69,51 @@ def is_null(text: str) -> bool:
     return len(text) <= 9 and (text == "NA" or text.lower() in _NULLS)
 
 
-def text_encoding(path: Path) -> str:
-    """The encoding named by the file's byte order mark; UTF-8, marked or not, where it names none."""
-    with path.open("rb") as file:
-        mark = file.read(2)
-    return "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-
-
-def text_lines(path: Path) -> Generator[str, None, None]:
-    """The lines of a text file with their line ends as they are, decoded strictly.
-
-    Raises DataError with the line of the first byte that is not UTF-8.
+@dataclass(frozen=True)
+class Cells:
+    """What cells may hold. With `numbers`, a number is the text it is written as: class labels often are
+    numbers. With `keep_nulls`, nan and None are words like others.
     """
-    encoding = text_encoding(path)
-    with path.open(encoding=encoding, newline="") as file:
-        try:
-            yield from _refuse_binary(path, file)
-        except UnicodeDecodeError as error:
-            raise _undecodable(path, encoding) from error
+
+    numbers: bool = False
+    keep_nulls: bool = False
+
+    def is_null(self, text: str) -> bool:
+        """Whether a caption, or a label, is what a program writes where there is none."""
+        if self.keep_nulls or not is_null(text):
+            return False
+        return not self.numbers or text.lower() in _NAN  # "none" is a class of many data sets
 
 
-def _refuse_binary(path: Path, file: TextIO) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if number == 1 and "\0" in line:
-            wrong = "line 1 holds NUL bytes, so this is no UTF-8 text file"
-            raise DataError(f"{path}: {wrong}; save the table as UTF-8 (in Excel: CSV UTF-8)")
-        yield line
+_ANY = Cells()
 
 
-def _undecodable(path: Path, encoding: str) -> DataError:
-    data = path.read_bytes()
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        wrong = f"byte 0x{data[error.start]:02x} on line {line} is not valid {error.encoding.upper()}"
-        advice = "save the file as UTF-8 (in Excel: CSV UTF-8) or convert it: iconv -f WINDOWS-1258 -t UTF-8"
-        return DataError(f"{path}: {wrong}; {advice}")
-    return DataError(f"{path}: changed while it was read; run again")
+def make_row(
+    number: int, image: object, captions: object, cells_are: Cells = _ANY, *, remark: str = ""
+) -> Row | BadRow:
+    """Check the cells of one row. `captions` is a string, None, or a list of strings."""
+    if image is not None and not isinstance(image, str):
+        return BadRow(number, "", f"the image is {_kind(image)}, not a path")
+    path = (image or "").strip()
+    if not path:
+        return BadRow(number, "", "no image path")
+    cells = captions if isinstance(captions, list | tuple) else [captions]
+    if cells_are.numbers:
+        cells = [_number_as_text(cell) for cell in cells]
+    texts, nulls = [], 0
+    for cell in cells:
+        if cell != cell:  # NaN
+            nulls += 1
+            cell = None
+        if cell is not None and not isinstance(cell, str):
+            return BadRow(number, path, f"the caption is {_kind(cell)}, not text")
+        text = (cell or "").strip()
+        if text and cells_are.is_null(text):
+            text, nulls = "", nulls + 1
+        texts.append(text)
+    if not all(_is_unicode(text) for text in [path, *texts]):
+        return BadRow(number, ascii(path), "holds half a character (a lone surrogate)")
+    return Row(number, path, tuple(texts), nulls, remark)
 
 
 def _is_unicode(text: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from clipgraft.data.rows import BadRow
+from clipgraft.data.rows import BadRow, Row
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.readers import printable
 
@@ -38,6 +38,8 @@ class DataReport:
     duplicates: tuple[tuple[Path, ...], ...]
     first_bad: tuple[BadRow, ...]
     notes: tuple[str, ...] = ()
+    null_captions: int = 0
+    reasons: tuple[tuple[str, int], ...] = ()
     long_captions: int | None = None
     context_length: int | None = None
 
@@ -89,6 +91,28 @@ class BadRows:
         return "; ".join(describe_row(row, self._unit) for row in self.first[:_SHOWN])
 
 
+class Remarks:
+    """Counts rows that are used, but perhaps not as a person meant them, by remark."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, int] = {}
+
+    def add(self, row: Row) -> None:
+        """Count a row, where it has a remark."""
+        if row.remark:
+            self._counts[row.remark] += 1
+            self._first.setdefault(row.remark, row.number)
+
+    def notes(self) -> tuple[str, ...]:
+        """One line for each remark."""
+        return tuple(
+            f"{count:,} rows {remark} (the first is {self._unit} {self._first[remark]})"
+            for remark, count in self._counts.most_common()
+        )
+
+
 def count_long_captions(
     captions: Sequence[str], count_tokens: Callable[[Sequence[str]], Sequence[int]], context_length: int
 ) -> int:
@@ -112,6 +136,9 @@ def format_report(report: DataReport) -> str:
     """The report as aligned text, one line a fact; a line that tells of a problem says what to do."""
     lines = [f"{report.source} ({report.kind})", *(f"  note: {note}" for note in report.notes)]
     lines += fact_lines(_facts(report))
+    if len(report.reasons) > 1:
+        lines.append("  why rows were skipped:")
+        lines += [f"  {line}" for line in fact_lines([(why, count, "") for why, count in report.reasons])]
     if report.first_bad:
         more = ", the first of each image" if report.bad_rows > len(report.first_bad) else ""
         lines.append(f"  skipped rows{more}:")
@@ -134,7 +161,7 @@ def _facts(report: DataReport) -> list[tuple[str, int, str]]:
     if report.fewest_captions == report.most_captions:
         spread = f"{report.fewest_captions} an image"
     facts = [
-        ("rows", report.rows, ""),
+        ("rows", report.rows, f"{report.rows - report.bad_rows:,} of them used" if report.bad_rows else ""),
         ("images", report.images, ""),
         ("captions", report.captions, spread),
     ]
@@ -150,6 +177,7 @@ def _problems(report: DataReport) -> list[tuple[str, int, str]]:
             "listed below; --strict stops at the first, --max-bad-rows limits them",
         ),
         ("empty captions", report.empty_captions, "left out: write them, or leave it so"),
+        ("nan, None and the like", report.null_captions, "left out as captions: --keep-nulls takes them"),
         ("repeated captions", report.repeated_captions, "same words for the same image: each was kept once"),
         ("missing images", report.missing_images, "skipped: correct the paths, or add the files"),
         ("unreadable images", report.unreadable_images, "skipped: replace the files listed below"),

@@ -7,8 +7,10 @@ from contextlib import closing
 from pathlib import Path
 
 from clipgraft.data.delimited import is_token_file
-from clipgraft.data.rows import BadRow, text_lines
-from clipgraft.data.tables import read_table
+from clipgraft.data.rows import BadRow
+from clipgraft.data.table_options import TableOptions
+from clipgraft.data.tables import open_table
+from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 
 log = logging.getLogger("clipgraft")
@@ -21,6 +23,8 @@ def read_texts(
     image_key: str | None = None,
     caption_key: str | None = None,
     separator: str | None = None,
+    encoding: str | None = None,
+    quoting: str = "auto",
 ) -> tuple[str, ...]:
     """The distinct texts of a source, in order; images are not looked at.
 
@@ -32,35 +36,24 @@ def read_texts(
         DataError: the source cannot be read, or holds no text.
     """
     source = Path(source)
-    options = (image_key, caption_key, separator)
-    plain = source.suffix.lower() == ".txt" and dataset_type == "auto" and options == (None, None, None)
-    texts = _lines(source) if plain and source.is_file() else None
-    if texts is None or (texts and is_token_file(source)):
-        texts = _captions(source, dataset_type, image_key, caption_key, separator)
+    options = TableOptions(dataset_type, image_key, caption_key, separator, encoding, quoting)
+    named = (image_key, caption_key, separator) != (None, None, None)
+    plain = source.suffix.lower() == ".txt" and dataset_type == "auto" and not named
+    texts = _lines(source, encoding) if plain and source.is_file() else None
+    if texts is None or (texts and is_token_file(source, encoding)):
+        texts = _captions(source, options)
     if not texts:
         raise DataError(f"{source}: holds no text; give captions, or a .txt with one text a line")
     return tuple(texts)
 
 
-def _lines(source: Path) -> dict[str, None]:
-    with closing(text_lines(source)) as lines:
+def _lines(source: Path, encoding: str | None) -> dict[str, None]:
+    with closing(text_lines(source, encoding)) as lines:
         return dict.fromkeys(stripped for line in lines if (stripped := line.strip()))
 
 
-def _captions(
-    source: Path,
-    dataset_type: str,
-    image_key: str | None,
-    caption_key: str | None,
-    separator: str | None,
-) -> dict[str, None]:
-    table = read_table(
-        source,
-        dataset_type=dataset_type,
-        image_key=image_key,
-        caption_key=caption_key,
-        separator=separator,
-    )
+def _captions(source: Path, options: TableOptions) -> dict[str, None]:
+    table = open_table(source, options)
     texts: dict[str, None] = {}
     skipped = 0
     with closing(table.rows()) as rows:

@@ -201,6 +201,9 @@ def key_of(run: Run, *data: Path | None) -> str:
             "head",
         ),
         *("csv_img_key", "csv_caption_key", "csv_label_key", "csv_separator", "dataset_type"),
+        *("csv_encoding", "csv_quoting", "image_root", "keep_nulls"),
+        *("val_csv_img_key", "val_csv_caption_key", "val_csv_label_key", "val_csv_separator"),
+        *("val_csv_encoding", "val_csv_quoting", "val_image_root"),
     ]
     digest.update(repr([(name, run.params.get(name)) for name in names]).encode())
     for path in (run.saved, run.path / "head"):

@@ -86,9 +86,9 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
     pairs, report = read_pairs(
         _data_path(run, "val_data"),
         dataset_type=params.get("dataset_type") or "auto",
-        image_key=params.get("csv_img_key"),
-        caption_key=params.get("csv_caption_key"),
-        separator=params.get("csv_separator"),
+        caption_key=params.get("val_csv_caption_key") or params.get("csv_caption_key"),
+        keep_nulls=bool(params.get("keep_nulls")),
+        **_reading(run, "val_data"),
         max_bad_rows=None,
         verify="header",
     )
@@ -126,12 +126,28 @@ def read_validation_classes(run: Run) -> ClassData:
 def _read_images(run: Run, name: str) -> tuple[Labelled, int]:
     images, report = read_labelled(
         _data_path(run, name),
-        image_key=run.params.get("csv_img_key"),
-        label_key=run.params.get("csv_label_key"),
-        separator=run.params.get("csv_separator"),
+        label_key=_recorded(run, name, "csv_label_key"),
+        **_reading(run, name),
         max_bad_rows=None,
     )
     return images, report.bad_rows
+
+
+def _recorded(run: Run, name: str, key: str) -> Any:
+    """What a run was given for some data: validation data may have columns of their own."""
+    own = run.params.get(f"val_{key}") if name == "val_data" else None
+    return own or run.params.get(key)
+
+
+def _reading(run: Run, name: str) -> dict[str, Any]:
+    root = _recorded(run, name, "image_root")
+    return {
+        "image_key": _recorded(run, name, "csv_img_key"),
+        "separator": _recorded(run, name, "csv_separator"),
+        "encoding": _recorded(run, name, "csv_encoding"),
+        "quoting": _recorded(run, name, "csv_quoting") or "auto",
+        "image_root": None if root is None else find_path(str(root), run.path) or root,
+    }
 
 
 def _data_path(run: Run, name: str) -> Path:

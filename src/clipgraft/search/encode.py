@@ -25,6 +25,7 @@ from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps
 from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
+from clipgraft.data.table_options import TableOptions
 from clipgraft.engine.encoder import Encoder
 from clipgraft.engine.kernels import KERNELS, Attention
 from clipgraft.errors import ConfigError, DataError
@@ -92,6 +93,9 @@ def encode_folder(
     image_key: str | None = None,
     caption_key: str | None = None,
     separator: str | None = None,
+    encoding: str | None = None,
+    quoting: str = "auto",
+    image_root: str | Path | None = None,
     engine: str = "local",
     ray_address: str | None = None,
     ray_workers: int | None = None,
@@ -118,7 +122,8 @@ def encode_folder(
         autocast: compute in bf16; None does where that is faster, and later runs go on likewise.
         exact_preprocess: the model's own preprocessing, not its faster form.
         retry_errors: try again what could not be used and has not changed since.
-        dataset_type, image_key, caption_key, separator: for tables, as in `read_pairs`.
+        dataset_type, image_key, caption_key, separator, encoding, quoting, image_root: for tables, as in
+            `read_pairs`.
         engine: `local`, or `ray` to decode and encode on a Ray cluster; what is written is the same.
         ray_address, ray_workers, ray_gpus_per_worker: see `ray_engine.Cluster`.
         progress: told (done, of how many) after every batch.
@@ -138,18 +143,9 @@ def encode_folder(
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: the engines are {' and '.join(ENGINES)}")
     cluster = Cluster(ray_address, ray_workers, ray_gpus_per_worker) if engine == "ray" else None
-    if texts:
-        listed = open_texts(
-            str(source), dataset_type=dataset_type, caption_key=caption_key, separator=separator
-        )
-    else:
-        listed = open_images(
-            str(source),
-            dataset_type=dataset_type,
-            image_key=image_key,
-            caption_key=caption_key,
-            separator=separator,
-        )
+    root = None if image_root is None else Path(image_root)
+    options = TableOptions(dataset_type, image_key, caption_key, separator, encoding, quoting, root)
+    listed = (open_texts if texts else open_images)(str(source), options)
     for note in listed.notes:
         log.info("%s: %s", listed.name, note)
     with sole_writer(out):

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from clipgraft.data.columns import Keys, caption_column, image_column, missing_columns
+from clipgraft.data.columns import Keys, caption_columns, image_column, missing_columns
 from clipgraft.data.listing import Listing, Unlisted, walk_images
-from clipgraft.data.paths import find_image
-from clipgraft.data.rows import Row, Table, text_lines
-from clipgraft.data.tables import read_headers, read_table
+from clipgraft.data.paths import ImageFinder
+from clipgraft.data.rows import Row, Table
+from clipgraft.data.table_options import TableOptions
+from clipgraft.data.tables import open_table, read_headers
+from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.search.archives import is_archive_pattern, open_archives
 from clipgraft.search.items import Item, Source, is_address, relative_key, storable, tidy
 from clipgraft.search.remote import check_protocol, list_images_at
 
+_AUTO = TableOptions()
+_NULLS = "captions that are none"
 
-def open_images(
-    source: str,
-    *,
-    dataset_type: str = "auto",
-    image_key: str | None = None,
-    caption_key: str | None = None,
-    separator: str | None = None,
-) -> Source:
+
+def open_images(source: str, options: TableOptions = _AUTO) -> Source:
     """A folder tree, a table with a column of image paths, tar files; trees and tars also at an address.
 
     Args:
         source: a folder; a CSV, TSV, JSON Lines or Parquet file, whose paths are relative to it and may be
             addresses; a tar file, or a pattern of several (`a-{000..099}.tar`, `*.tar`), in WebDataset's
             layout; or the address of a folder or of tar files.
-        dataset_type, image_key, caption_key, separator: as in `read_pairs`, for tables. A table needs no
-            captions here.
+        options: for tables, which need no captions here.
 
     Raises:
         DataError: there is nothing of that name, or a table lacks a column.
@@ -48,38 +47,67 @@ def open_images(
         check_protocol(root.partition("://")[0])
         return _address_source(root)
     path = Path(os.path.abspath(source))  # noqa: PTH100 - links stay as the user wrote them
-    if path.is_dir() and dataset_type in ("auto", "folder"):
+    if path.is_dir() and options.dataset_type in ("auto", "folder"):
         return _folder_source(path)
-    table = _open_table(path, dataset_type, image_key, caption_key, separator)
-    return Source(str(path), str(path.parent), True, partial(_table_items, *table), table[0].notes)
+    return _table_source(path, *_open_table(path, options))
 
 
-def open_texts(
-    source: str, *, dataset_type: str = "auto", caption_key: str | None = None, separator: str | None = None
-) -> Source:
+def open_texts(source: str, options: TableOptions = _AUTO) -> Source:
     """A `.txt` file with a text a line, or a table with a column of texts. Equal texts are one.
 
     Raises DataError where there is no such file, or it lacks the column.
     """
     path = Path(os.path.abspath(source))  # noqa: PTH100
-    if path.suffix.lower() == ".txt" and dataset_type == "auto":
+    if path.suffix.lower() == ".txt" and options.dataset_type == "auto":
         if not path.is_file():
             raise DataError(f"{path}: not found; check the path")
-        return Source(str(path), "", True, partial(_lines, path))
+        return Source(str(path), "", True, partial(_lines, path, options.encoding))
     if path.is_dir():
         raise DataError(f"{path}: is a folder; with --texts name a text file or a table")
-    readings = read_headers(path, dataset_type, separator)
+    key, readings = options.caption_key, read_headers(path, options)
     found = [
-        (split, name) for split, names in readings.items() if (name := caption_column(names, caption_key))
+        (split, columns) for split, names in readings.items() if (columns := caption_columns(names, key))
     ]
     if not found:
-        raise missing_columns(path, max(readings.values(), key=len), Keys(None, caption_key))
-    split, column = found[0]
-    image = image_column(readings[split]) or column
-    table = read_table(
-        path, dataset_type=dataset_type, image_key=image, caption_key=column, separator=split or separator
+        raise missing_columns(path, max(readings.values(), key=len), Keys(None, key))
+    split, columns = found[0]
+    image, texts = image_column(readings[split]) or columns[0], ",".join(columns)
+    table = open_table(
+        path,
+        replace(options, image_key=image, caption_key=texts, separator=split or options.separator),
     )
-    return Source(str(path), "", True, partial(_table_texts, table), table.notes)
+    met: Counter[str] = Counter()
+
+    def items() -> Iterator[Item]:
+        met.clear()
+        return _table_texts(table, met)
+
+    return Source(str(path), "", True, items, table.notes, lambda: _row_notes(table, met))
+
+
+def _table_source(path: Path, table: Table, has_captions: bool) -> Source:
+    """A table of image paths as a source."""
+    met: Counter[str] = Counter()
+    root = Path(os.path.abspath(table.folder))  # noqa: PTH100
+    finders: list[ImageFinder] = []
+
+    def items() -> Iterator[Item]:
+        met.clear()
+        finders[:] = [ImageFinder(root)]
+        return _table_items(table, root, has_captions, finders[0], met)
+
+    def notes() -> tuple[str, ...]:
+        return (*_row_notes(table, met), *(note for finder in finders for note in finder.notes()))
+
+    return Source(str(path), str(root), True, items, table.notes, notes)
+
+
+def _row_notes(table: Table, met: Counter[str]) -> tuple[str, ...]:
+    """One line whose numbers add up to the rows of a table; one for captions that are none."""
+    nulls = met[_NULLS]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in met.items() if kind != _NULLS and count)
+    rows = f"{met.total() - nulls:,} {table.unit}s: {kinds}"
+    return (rows, f"{nulls:,} captions are nan, None or the like: left out") if nulls else (rows,)
 
 
 def _folder_source(root: Path) -> Source:
@@ -125,45 +153,43 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _open_table(
-    path: Path, dataset_type: str, image_key: str | None, caption_key: str | None, separator: str | None
-) -> tuple[Table, bool]:
+def _open_table(path: Path, options: TableOptions) -> tuple[Table, bool]:
     """A table, and whether it has captions; the column of paths stands in for captions that are not there."""
-    readings = read_headers(path, dataset_type, separator) if path.exists() else {}
-    has_captions = any(caption_column(names, caption_key) for names in readings.values())
-    split = separator
-    if readings and not has_captions and caption_key is None:
-        found = [(s, name) for s, names in readings.items() if (name := image_column(names, image_key))]
+    readings = read_headers(path, options) if path.exists() else {}
+    has_captions = any(caption_columns(names, options.caption_key) for names in readings.values())
+    if readings and not has_captions and options.caption_key is None:
+        key = options.image_key
+        found = [(split, name) for split, names in readings.items() if (name := image_column(names, key))]
         if found:
-            split, caption_key = found[0][0] or separator, found[0][1]
-    table = read_table(
-        path,
-        dataset_type=dataset_type,
-        image_key=image_key,
-        caption_key=caption_key,
-        separator=split,
-    )
-    return table, has_captions or table.kind == "Flickr token file"
+            split, name = found[0]
+            options = replace(options, separator=split or options.separator, caption_key=name)
+            return open_table(path, options), False
+    return open_table(path, options), True
 
 
-def _table_items(table: Table, has_captions: bool) -> Iterator[Item]:
-    root = Path(os.path.abspath(table.folder))  # noqa: PTH100
+def _table_items(
+    table: Table, root: Path, has_captions: bool, finder: ImageFinder, met: Counter[str]
+) -> Iterator[Item]:
     with closing(table.rows()) as rows:
         for row in rows:
             if not isinstance(row, Row):
+                met[f"without use: {row.kind or row.reason}"] += 1
                 where = row.image or f"{table.source.name}, {table.unit} {row.number}"
                 yield Item(where, reason=f"{table.unit} {row.number}: {row.reason}")
                 continue
             captions = [text for caption in row.captions if (text := tidy(caption))] if has_captions else []
-            yield _named(root, row.image, "\n".join(dict.fromkeys(captions)) or None)
+            item = _named(root, finder, row.image, "\n".join(dict.fromkeys(captions)) or None)
+            met["name an image" if item.reason is None else "whose image is not found"] += 1
+            met[_NULLS] += row.nulls if has_captions else 0
+            yield item
 
 
-def _named(root: Path, text: str, caption: str | None) -> Item:
+def _named(root: Path, finder: ImageFinder, text: str, caption: str | None) -> Item:
     """The image that a cell of a table names."""
     if is_address(text):
         check_protocol(text.partition("://")[0])
         return Item(text, caption=caption)
-    found = find_image(root, text)
+    found = finder.find(text)
     if isinstance(found, str):
         return Item(text, caption=caption, reason=found)
     try:
@@ -173,18 +199,20 @@ def _named(root: Path, text: str, caption: str | None) -> Item:
     return Item(relative_key(found, root), status.st_size, status.st_mtime_ns // 1000, caption)
 
 
-def _lines(path: Path) -> Iterator[Item]:
-    with closing(text_lines(path)) as lines:
+def _lines(path: Path, encoding: str | None) -> Iterator[Item]:
+    with closing(text_lines(path, encoding)) as lines:
         for line in lines:
             text = tidy(line)
             if text is not None:
                 yield Item(text, caption=text)
 
 
-def _table_texts(table: Table) -> Iterator[Item]:
+def _table_texts(table: Table, met: Counter[str]) -> Iterator[Item]:
     with closing(table.rows()) as rows:
         for row in rows:
-            for caption in row.captions if isinstance(row, Row) else ():
-                text = tidy(caption)
-                if text is not None:
-                    yield Item(text, caption=text)
+            texts = (
+                [text for caption in row.captions if (text := tidy(caption))] if isinstance(row, Row) else []
+            )
+            met["with text" if texts else "without text"] += 1
+            for text in texts:
+                yield Item(text, caption=text)

@@ -1,0 +1,129 @@
+"""Lines of text files in the encoding that they have: named by the user, by the file, or UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from clipgraft.data.foreign import what_it_is
+from clipgraft.errors import ConfigError, DataError
+
+_HEAD = 256  # bytes that tell UTF-16 without a mark: of its letters below U+0100, each second byte is 0
+_FEWEST_NULS = 4
+_SHOWN = 4  # readings of a line that are offered
+_CUT = 40  # characters of each
+_USUAL = (
+    *("cp1252", "cp1250", "cp1251", "cp1258", "cp1253", "cp1254", "cp1255", "cp1256", "cp874"),
+    *("big5", "gb18030", "cp932", "cp949"),
+)
+_MARKS = frozenset("«»“”‘’–—…¿¡·、。，")
+_TOGETHER = frozenset({"CJK", "HIRAGANA", "KATAKANA", "HANGUL"})  # scripts that share words
+
+
+def check_encoding(name: str) -> str:
+    """The name itself; raises ConfigError where Python knows no such encoding of text."""
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError) as error:
+        raise ConfigError(f"--csv-encoding {name}: no such encoding; write one such as cp1252") from error
+    return name
+
+
+def text_encoding(path: Path, given: str | None = None) -> str:
+    """The encoding that was given, or that the file shows by a mark or by its bytes; else UTF-8."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if given is not None:
+        check_encoding(given)
+        return "utf-8-sig" if codecs.lookup(given).name == "utf-8" else given
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if min(even, odd) == 0 and max(even, odd) >= _FEWEST_NULS and len(head) > _FEWEST_NULS * 2:
+        return "utf-16-le" if odd else "utf-16-be"
+    return "utf-8-sig"
+
+
+def text_lines(path: Path, given: str | None = None) -> Generator[str, None, None]:
+    """The lines of a text file with their line ends as they are, decoded strictly.
+
+    Raises DataError with the line of the first byte that cannot be decoded.
+    """
+    encoding = text_encoding(path, given)
+    with path.open(encoding=encoding, newline="") as file:
+        try:
+            yield from _refuse_binary(path, file)
+        except UnicodeError as error:  # UnicodeDecodeError; UTF-16 and UTF-32 also raise the base
+            raise _undecodable(path, encoding, error) from error
+
+
+def _refuse_binary(path: Path, file: TextIO) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if number == 1 and "\0" in line:
+            known = what_it_is(path)
+            wrong = f"is {known}" if known else "line 1 holds NUL bytes, so this is no UTF-8 text file; save"
+            raise DataError(f"{path}: {wrong}" + ("" if known else " the table as CSV UTF-8"))
+        yield line
+
+
+def _undecodable(path: Path, encoding: str, cause: UnicodeError) -> DataError:
+    known = what_it_is(path)
+    if known:
+        return DataError(f"{path}: is {known}")
+    data = path.read_bytes()
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wrong = f"byte 0x{data[error.start]:02x} on line {line} is not valid {error.encoding.upper()}"
+        return DataError(f"{path}: {wrong}; {_advice(data, error.start)}")
+    except UnicodeError:
+        return DataError(f"{path}: is not valid {encoding.upper()} ({cause}); save the table as CSV UTF-8")
+    return DataError(f"{path}: changed while it was read; run again")
+
+
+def _advice(data: bytes, place: int) -> str:
+    """How the line of a byte reads in other encodings. None is named as the right one: only who knows the
+    words can tell São from Săo, and detectors guess wrongly in half of such short texts.
+    """
+    start = data.rfind(b"\n", 0, place) + 1
+    end = data.find(b"\n", place)
+    line = data[start : len(data) if end < 0 else end]
+    found: dict[str, str] = {}
+    for encoding in _USUAL:
+        try:
+            data.decode(encoding)
+            text = unicodedata.normalize("NFC", line.decode(encoding))
+            before = len(line[: place - start].decode(encoding, "ignore"))
+        except (UnicodeDecodeError, LookupError):
+            continue
+        if _is_words(text):
+            shown = text[max(before - _CUT // 2, 0) :].strip()[:_CUT]
+            found.setdefault(" ".join(shown.split()), encoding)
+    save = "save the table as CSV UTF-8, or give its encoding with --csv-encoding"
+    readings = [f"{encoding} reads “{text}”" for text, encoding in list(found.items())[:_SHOWN]]
+    return f"{save}: {', '.join(readings)}; take the one whose words are right" if readings else save
+
+
+def _is_words(text: str) -> bool:
+    """Whether what is beside ASCII are letters, of one script a word, and Latin words are not all accents."""
+    accented = plain = 0
+    for word in "".join(c if c.isalpha() or unicodedata.combining(c) else " " for c in text).split():
+        scripts = {unicodedata.name(c, "?").split()[0] for c in word if c.isalpha()}
+        if unicodedata.combining(word[0]):
+            return False
+        if scripts == {"LATIN"} and not word.isascii():
+            accented += sum(not c.isascii() for c in word)
+            plain += sum(c.isascii() for c in word)
+        if len(scripts - _TOGETHER) + bool(scripts & _TOGETHER) > 1:
+            return False
+    if accented > 3 * plain:
+        return False
+    return all(
+        c.isascii() or c.isalpha() or unicodedata.combining(c) or c in "«»“”‘’–—…¿¡·、。，" for c in text
+    )
