@@ -37,6 +37,28 @@ def test_a_base_alone(cli: Any, base: list[str], table: Path) -> None:
     assert "adapter" not in outcome.out
 
 
+def test_validation_data_with_columns_of_their_own(
+    cli: Any, base: list[str], table: Path, tmp_path: Path
+) -> None:
+    """Validation data of another source would have to be rewritten with the training data's column names."""
+    pairs, _ = cg.read_pairs(table)
+    other = tmp_path / "other.csv"
+    rows = [f"{image.name};{text}" for image, texts in zip(*pairs_of(pairs), strict=True) for text in texts]
+    other.write_bytes("\n".join(["pic;words", *rows, "x.png;é"]).encode("cp1252"))
+    flags = {"img-key": "pic", "caption-key": "words", "separator": ";", "encoding": "cp1252"}
+    own = [word for name, value in flags.items() for word in (f"--val-csv-{name}", value)]
+    given = ["--csv-img-key", "image", "--csv-caption-key", "caption", "--val-image-root", table.parent]
+    found = cli("eval", *base, "--val-data", other, "--workers", 0, *given, *own)
+    assert found.code == 0, found.err
+    plain = cli("eval", *base, "--val-data", table, "--workers", 0)
+    assert found.out == plain.out
+    assert cli("eval", *base, "--val-data", other, "--workers", 0, *given).code == 2
+
+
+def pairs_of(pairs: cg.Pairs) -> tuple[Any, Any]:
+    return pairs.images, pairs.captions
+
+
 def test_an_adapter_beside_its_base(
     cli: Any, base: list[str], table: Path, adapter: Path, tmp_path: Path
 ) -> None:
