@@ -94,6 +94,16 @@ def test_compact(cli: Any, hf_folder: Path, table: Path, wrong: dict[str, Path],
     assert len(starts(outcome)) == 3
 
 
+def test_report_and_merge(cli: Any, wrong: dict[str, Path]) -> None:
+    """Everything is measured or merged, and then there is no place for it."""
+    below = wrong["file"] / "in"
+    outcome = cli(
+        "report", "logs", "--out", below / "page.html", "--retained", wrong["val"], "--device", "cuda:99"
+    )
+    assert len(starts(outcome)) == 3
+    assert starts(cli("merge", "adapter", below / "model"))[0].startswith("OUT ")
+
+
 def test_a_misspelt_model(cli: Any, table: Path) -> None:
     """A misspelt model is told after everything else is right."""
     outcome = cli("train", "--train-data", table, "--model", "ViT-B-31", "--use-lora", "--batch-size", 99)

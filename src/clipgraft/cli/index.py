@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.config import IndexSpec
 
@@ -15,6 +16,8 @@ _SUMMARY = "Build a FAISS index over the vectors of an encoded folder, beside th
 def run(argv: Sequence[str]) -> None:
     """Parse, build, and print how much the index finds."""
     (spec,) = parse("index", _SUMMARY, [IndexSpec], argv)
+    if spec.out.is_dir():
+        checks.refuse(checks.output_faults("OUT", spec.out, folder=True))
     from clipgraft.search.index import build_index
 
     for place, record in build_index(spec.out, spec.factory):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.config import MergeSpec, flag
 from clipgraft.errors import ConfigError
@@ -78,6 +79,7 @@ def _weights(spec: MergeSpec) -> tuple[float, ...]:
         faults.append("--rank belongs to --to adapter: a merged model has no rank")
     if spec.out.suffix == ".onnx":
         faults.append(f"{spec.out}: ONNX is two files, one a tower: name a folder, with --to onnx")
+    faults += checks.output_faults("OUT", spec.out, folder=spec.out.suffix not in (".pt", ".safetensors"))
     if spec.pretrained is not None and spec.model is None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
-from clipgraft.config import CacheSpec, ColumnSpec, PromptSpec, ReportSpec, Spec, flag
+from clipgraft.config import CacheSpec, ClassSpec, ColumnSpec, PromptSpec, ReportSpec, Spec, flag
 from clipgraft.errors import ConfigError
 from clipgraft.ours import refuse_foreign
 
@@ -59,6 +60,11 @@ def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
             faults.append(f"{flag(name)} {path}: there is no such file or folder; check the path")
     if spec.out.is_dir():
         faults.append(f"--out {spec.out} is a folder: name a file in it, like {spec.out / 'report.html'}")
+    else:
+        faults += checks.output_faults("--out", spec.out)
+    classification = ClassSpec(**prompts.model_dump(exclude_unset=True), task=spec.retained_task)
+    faults += checks.table_faults("--retained", spec.retained, columns, classification)
+    faults += checks.device_faults(spec.device)
     if faults:
         raise ConfigError("\n".join(faults))
     refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
