@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections import deque
@@ -134,12 +135,14 @@ def _is_unquoted(path: Path, encoding: str | None, header: _Header) -> bool:
     So it is where RFC 4180 would join or refuse lines, each of which has all cells as it stands, and an image
     name in its place. A quoted caption of several lines has other lines.
     """
-    mark = re.escape(header.separator)
-    # A quote that opens a cell and is not closed at the end of that cell on the same line.
-    open_quote = re.compile(rf'(?:^|{mark})"(?=((?:[^"]|"")*))\1(?!"(?:{mark}|\r?\n?$))')
     with closing(text_lines(path, encoding)) as lines:
-        if not any('"' in line and open_quote.search(line) for line in lines):
+        if not any('"' in line for line in lines):
             return False
+    with closing(text_lines(path, encoding)) as lines:
+        reader = csv.reader(lines, delimiter=header.separator, strict=True)
+        with contextlib.suppress(csv.Error):
+            if sum(1 for _ in reader) == reader.line_num:
+                return False
     images = set()
     with closing(text_lines(path, encoding)) as lines:
         for line in islice((line for line in lines if line.strip()), header.skip, None):
@@ -162,12 +165,12 @@ def _records(
     again: deque[str] = deque()
     record_lines: list[str] = []
 
-    def feed(line: str | None) -> Iterator[str]:
-        while line is not None:
+    def feed() -> Iterator[str]:
+        while (line := again.popleft() if again else next(lines, None)) is not None:
             record_lines.append(line)
             yield line
-            line = again.popleft() if again else next(lines, None)
 
+    reader = csv.reader(feed(), delimiter=separator, strict=True)
     number = 1
     while True:
         line = again.popleft() if again else next(lines, None)
@@ -180,11 +183,13 @@ def _records(
                 yield number, line.rstrip("\r\n").split(separator), 1
         else:
             record_lines.clear()
+            again.appendleft(line)
             try:
-                record = next(csv.reader(feed(line), delimiter=separator, strict=True))
+                record = next(reader)
             except csv.Error as error:
                 yield number, _broken(error, record_lines), 1
                 again.extendleft(reversed(record_lines[1:]))
+                reader = csv.reader(feed(), delimiter=separator, strict=True)
             else:
                 if any("\0" in part for part in record_lines):
                     yield number, "holds a NUL byte", len(record_lines)
