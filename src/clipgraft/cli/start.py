@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.config import LoraSpec, ModelSpec, RunSpec, flag
-from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
 
 if TYPE_CHECKING:
     from clipgraft.adapters.native import AdapterFile
@@ -35,6 +35,16 @@ def starts_from_adapter(path: Path) -> bool:
 
     found = None if is_adapter(path) else find_run_model(path)
     return found is None or found.kind == "adapter"
+
+
+def carries_adapter(model: ModelSpec) -> bool:
+    """Whether `--model` names an adapter on its base."""
+    from clipgraft.adapters.open import split_adapter
+
+    try:
+        return split_adapter(model.model, model.pretrained)[1] is not None
+    except ClipgraftError:  # told by whoever loads it
+        return False
 
 
 def resolve_start(

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
-from clipgraft.cli.start import attach_start, contradictions, read_start, resolve_start, starts_from_adapter
+from clipgraft.cli.start import (
+    attach_start,
+    carries_adapter,
+    contradictions,
+    read_start,
+    resolve_start,
+    starts_from_adapter,
+)
 from clipgraft.cli.together import launcher, run_together
 from clipgraft.config import (
     AdapterSpec,
@@ -132,7 +139,15 @@ def cheap_faults(specs: Sequence[Any], several: Peers | None) -> list[str]:
             faults += contradictions(clip, read_start(clip, where.from_, where), lora)
     elif lora.use_lora:
         faults += checks.target_faults(clip, lora)
+    elif _all_locked(train) and classes.head == "prompts" and not carries_adapter(model_spec):
+        faults.append("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
     return faults + checks.resume_faults(where.logs / name, lora, train, where)
+
+
+def _all_locked(train: TrainSpec) -> bool:
+    """Whether the lock flags leave nothing of the model to train."""
+    unlocked = train.lock_image_unlocked_groups or train.lock_text_unlocked_layers
+    return train.lock_image and train.lock_text and not unlocked
 
 
 def check_together(
