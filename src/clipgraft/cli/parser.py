@@ -53,7 +53,7 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     parser = _Parser(
         prog,
         usage=usage,
-        description=f"{summary}\n\nexample:\n  {EXAMPLES[verb]}",
+        description=summary + (f"\n\nexample:\n  {EXAMPLES[verb]}" if verb in EXAMPLES else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
