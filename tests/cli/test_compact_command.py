@@ -101,6 +101,8 @@ def test_says_how_to_go_on(
         1,
         "--distill-data",
         table,
+        "--batch-size",
+        8,
         *QUICK,
     ]
     outcome = cli(*words)
