@@ -48,9 +48,11 @@ def missing_data(name: str, path: Path) -> list[str]:
     """What is wrong with a path to data, before anything is read: nothing, or one line."""
     from clipgraft.data.foreign import is_tar_name, tar_advice
 
-    if is_tar_name(path.name):
+    if path.exists():
+        return []
+    if is_tar_name(path.name):  # a pattern of several
         return [f"{name} {path}: is {tar_advice(str(path))}"]
-    return [] if path.exists() else [f"{name} {path}: there is no such file or folder; check the path"]
+    return [f"{name} {path}: there is no such file or folder; check the path"]
 
 
 def table_faults(
