@@ -151,7 +151,7 @@ MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("number", lambda m: m["shards"][0].update(number="../x"), "shards[0].number is '../x'"),
     ("number twice", lambda m: m["shards"][1].update(number=0), "shards[1].number is 0, which is taken"),
     ("next", lambda m: m.update(next=0), "shards[0].number is 0, which is taken, or not below next"),
-    ("files", lambda m: m["shards"][0].update(files={}), "shards[0].files has no img_emb/img_emb_0.npy"),
+    ("files", lambda m: m["shards"][0].update(files={}), "shards[0].files has no 'img_emb/img_emb_0.npy'"),
 ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 
 from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.errors import DataError
+from clipgraft.readers import printable
 
 
 @dataclass(frozen=True)
@@ -126,4 +127,6 @@ def _advice(flag: str, wanted: str, names: Sequence[str]) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 40 else name[:37] + "..."
+    """A column's name in a message: a stranger's, which may hold line breaks."""
+    short = name if len(name) <= 40 else name[:37] + "..."
+    return printable(short)

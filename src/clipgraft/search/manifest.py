@@ -201,7 +201,7 @@ def _fault(manifest: Manifest) -> str | None:
         numbers.add(shard.number)
         names = set(_names(manifest, shard))
         if strange := sorted(names ^ shard.files.keys()):
-            wrong = f"has no {strange[0]}" if strange[0] in names else f"names {shown(strange[0])}"
+            wrong = f"has no {shown(strange[0])}" if strange[0] in names else f"names {shown(strange[0])}"
             return f"shards[{place}].files {wrong}"
     return None
 
