@@ -123,7 +123,7 @@ def _advice(flag: str, wanted: str, names: Sequence[str]) -> str:
         return "it reads as one column: give the separator with --csv-separator"
     folded = {name.casefold(): name for name in names}
     near = get_close_matches(wanted.casefold(), folded, n=1)
-    return f'did you mean "{folded[near[0]]}"?' if near else f"name the right one with {flag}"
+    return f'did you mean "{_short(folded[near[0]])}"?' if near else f"name the right one with {flag}"
 
 
 def _short(name: str) -> str:
