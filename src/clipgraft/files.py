@@ -111,6 +111,11 @@ def sweep_partial(folder: Path) -> None:
             _sweep(path)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a path is a staging folder, of a living writer or left by a killed one."""
+    return _STAGING.fullmatch(path.name) is not None and path.is_dir()
+
+
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A free path with the name of `target` in a locked folder beside it; both are gone afterwards."""

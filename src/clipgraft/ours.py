@@ -10,11 +10,12 @@ import json
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clipgraft.errors import ClipgraftError
-from clipgraft.files import write_json
+from clipgraft.files import is_partial, write_json
 
 MARK = "clipgraft"
 """Key in the metadata of `.safetensors` files and in the dictionaries of `.pt` files."""
@@ -62,7 +63,11 @@ def made_by_us(path: Path) -> bool:
 
 
 def refuse_foreign(
-    path: Path, overwrite: bool = False, error: type[ClipgraftError] = ClipgraftError, told: str = ""
+    path: Path,
+    overwrite: bool = False,
+    error: type[ClipgraftError] = ClipgraftError,
+    told: str = "",
+    ours: Callable[[Path], bool] = made_by_us,
 ) -> None:
     """Keep what is not ours from being replaced; an empty folder and a free place are nobody's.
 
@@ -71,13 +76,14 @@ def refuse_foreign(
         overwrite: the user has said that what is there may go.
         error: what to raise.
         told: the flag that names the path, for the message.
+        ours: whether what is there bears our record, of the kind that is about to be written.
 
     Raises:
         error: something is there that does not bear our record.
     """
-    if overwrite or not os.path.lexists(path) or made_by_us(path):
+    if overwrite or not os.path.lexists(path) or ours(path):
         return
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and all(is_partial(item) for item in path.iterdir()):
         return
     what = "folder" if path.is_dir() else "file"
     raise error(

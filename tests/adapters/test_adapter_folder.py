@@ -400,3 +400,17 @@ def test_any_bytes_are_read_or_refused(saved: Path, tmp_path: Path, data: st.Dat
     (folder / WEIGHTS).write_bytes(bytes(content))
     with pytest.raises(cg.AdapterError, match=r"truncated or damaged|is not the file clipgraft\.json"):
         cg.read_adapter(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "README.md", "model.pt"])
+def test_a_folder_of_others_is_left(name: str, tiny_openclip: nn.Module, tmp_path: Path) -> None:
+    """An adapter that PEFT trained, or a folder of other things, would be written over by a mistyped path."""
+    model = adapted(tiny_openclip)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(cg.AdapterError, match=r"not made by clipgraft[^\n]+overwrite=True\)$"):
+        cg.save_adapter(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+    cg.save_adapter(model, tmp_path, overwrite=True)
+    cg.save_adapter(model, tmp_path)  # which is ours now
+    assert (tmp_path / NATIVE).is_file()

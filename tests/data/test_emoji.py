@@ -174,6 +174,18 @@ def test_written_scenes_read_back(tmp_path: Path) -> None:
     assert (tmp_path / rows[0]["image"]).stat().st_mtime_ns == kept
 
 
+def test_files_of_a_user_stay(tmp_path: Path) -> None:
+    """A photo or table that happens to have a name of ours would be replaced."""
+    photo, table = tmp_path / "images" / "val_00001.png", tmp_path / "val.vi.csv"
+    photo.parent.mkdir()
+    for path, content in ((photo, b"\xff\xd8 a photo"), (table, b"name,age\nLan,7\n")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"of ours and is left as it is; write to an empty folder$"):
+            write_scenes(tmp_path, "val", 2, ["vi"])
+        assert path.read_bytes() == content
+        path.unlink()
+
+
 @settings(max_examples=20)
 @given(st.text(max_size=8))
 def test_wrong_names_are_refused(name: str) -> None:

@@ -139,6 +139,17 @@ def test_pictures_of_a_larger_run_are_not_mixed_in(tmp_path: Path) -> None:
         write_classes(tmp_path, "train", 1)
 
 
+def test_pictures_of_a_user_stay(tmp_path: Path) -> None:
+    """A photo that happens to have a name of ours would be replaced by a drawing."""
+    photo = tmp_path / "test" / "bird" / "00000.png"
+    photo.parent.mkdir(parents=True)
+    Image.new("RGB", (640, 480)).save(photo)
+    before = photo.read_bytes()
+    with pytest.raises(DataError, match=r"00000\.png: is no picture of ours and is left as it is; [^\n]+$"):
+        write_classes(tmp_path, "test", 1)
+    assert photo.read_bytes() == before
+
+
 @pytest.mark.parametrize(("split", "count"), [("trian", 1), ("val", 0)])
 def test_wrong_arguments(tmp_path: Path, split: str, count: int) -> None:
     """A mistyped split would write pictures that belong to none."""

@@ -17,7 +17,7 @@ log = logging.getLogger("clipgraft")
 
 
 def open_run(path: Path, resume: bool = False) -> RunFolder:
-    return RunFolder(path, {"lr": 1e-3, "name": "thử"}, resume)
+    return RunFolder(path, {"lr": 1e-3, "name": "thử", "source": {}}, resume)
 
 
 def test_out_log_begins_with_what_came_before_the_folder(tmp_path: Path) -> None:
@@ -210,3 +210,27 @@ def test_seconds_so_far(tmp_path: Path) -> None:
         run.finish({"seconds": 14.25})
         assert run.seconds() == 14.25
     assert not (tmp_path / "run" / "seconds.txt").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["params.txt", "params.json", "out.log", "notes.md", "checkpoints/1.pt"])
+def test_a_folder_of_a_user_is_left(name: str, resume: bool, tmp_path: Path) -> None:
+    """A run named like a folder of open_clip's, or of anything, would write over its params.txt and logs."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"lr": 1}')
+    with pytest.raises(cg.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another --name"):
+        open_run(tmp_path, resume)
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+    assert path.read_text() == '{"lr": 1}'
+
+
+def test_an_adapter_of_others_in_a_run_is_found_before_training(tmp_path: Path) -> None:
+    """The run would end with the error, or write over the adapter."""
+    with open_run(tmp_path):
+        pass
+    refuse_used(tmp_path, False)  # killed before its first step: begun anew
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(cg.AdapterError, match="adapter: this folder was not made by clipgraft"):
+        refuse_used(tmp_path, False)

@@ -8,6 +8,7 @@ the old adapter or the new one, never half of each.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from clipgraft.adapters.checkpoint import as_weight
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, write_json
 from clipgraft.models.weights_file import UnreadableError, check_is_weights, placeholder, read_weights
+from clipgraft.ours import refuse_foreign
 from clipgraft.records import read_json
 from clipgraft.writing import size_of, writing
 
@@ -49,6 +51,25 @@ class Contents:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     record: dict[str, Any] | None
+
+
+def refuse_other(folder: Path, overwrite: bool = False) -> None:
+    """Keep an adapter from being written into a folder with an adapter of PEFT's, or with anything else.
+
+    Raises:
+        AdapterError: the folder holds something, and no adapter of ours.
+    """
+    if folder.is_dir():
+        refuse_foreign(folder, overwrite, AdapterError, ours=_bears_record)
+
+
+def _bears_record(folder: Path) -> bool:
+    # The record of a save comes before its weights, so that one which was killed has it too.
+    for record in (folder / NATIVE_FILE, folder / PENDING_FILE):
+        with contextlib.suppress(AdapterError, OSError):
+            if record.is_file() and "weights_sha256" in _read_json(record):
+                return True
+    return False
 
 
 def write_folder(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, write_folder
+from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, refuse_other, write_folder
 from clipgraft.adapters.peft_config import config_json, named_base
 from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors, tower_prefix
 from clipgraft.adapters.uniform import site_scales
@@ -108,22 +108,31 @@ def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tenso
 
 
 def save_adapter(
-    model: ClipLike, path: str | Path, metrics: Mapping[str, Any] | None = None, *, name: str | None = None
+    model: ClipLike,
+    path: str | Path,
+    metrics: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter of a model as a folder.
 
     Args:
         model: a `Clip` or raw model that carries LoRA.
-        path: the folder; made if needed. An older adapter in it stays readable until the new one is whole.
+        path: the folder; made if needed. An older adapter in it stays readable until the new one is whole;
+            a folder with anything else in it, an adapter that PEFT wrote among it, is left as it is.
         metrics: numbers to keep with it.
         name: which adapter, by default the active one.
+        overwrite: write it into such a folder nevertheless; files of other names stay.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: the model carries no such adapter, or the folder cannot be written.
+        AdapterError: the model carries no such adapter, or the folder holds other things.
+        WriteError: the folder cannot be written.
     """
+    refuse_other(Path(path), overwrite)
     clip = as_clip(model)
     state = require_lora(clip)
     adapter = state.chosen() if name is None else state.named(name)

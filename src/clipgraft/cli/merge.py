@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         amounts[name] = weight
         log.info("%s: %s, %d sites, weight %g", name, file.path, len(file.weights), weight)
     if spec.to == "adapter":
-        _write_sum(clip, amounts, spec.out, spec.rank)
+        _write_sum(clip, amounts, spec)
     else:
         _write_model(clip, amounts, spec.out, _form(spec, clip), spec.overwrite)
 
@@ -94,16 +94,16 @@ def _form(spec: MergeSpec, clip: Clip) -> str:
     return "open_clip" if spec.out.suffix in (".pt", ".safetensors") else clip.family.name
 
 
-def _write_sum(clip: Clip, amounts: Mapping[str, float], out: Path, rank: int | None) -> None:
+def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeSpec) -> None:
     from clipgraft.adapters.native import save_adapter
     from clipgraft.lora.combine import combine_adapters
 
-    made = combine_adapters(clip, amounts, "+".join([*amounts, "sum"]), rank=rank)
+    made = combine_adapters(clip, amounts, "+".join([*amounts, "sum"]), rank=spec.rank)
     ranks = sorted(set(made.ranks.values()))
     log.info("the sum has rank %s", ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
-    if rank is not None:
-        log.info("cut to rank %d: %.2f %% of the sum is lost (Frobenius norm)", rank, 100 * made.error)
-    _report(save_adapter(clip, out), "adapter")
+    if spec.rank is not None:
+        log.info("cut to rank %d: %.2f %% of the sum is lost (Frobenius norm)", spec.rank, 100 * made.error)
+    _report(save_adapter(clip, spec.out, overwrite=spec.overwrite), "adapter")
 
 
 def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any, overwrite: bool) -> None:

@@ -22,6 +22,7 @@ from clipgraft.files import atomic_path
 from clipgraft.writing import writing
 
 __all__ = ["LANGUAGES", "EmojiScenes", "write_scenes"]
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + SIDE.to_bytes(4, "big") * 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def write_scenes(
         language -> path of its CSV.
 
     Raises:
-        DataError: unknown split or language, or a negative size.
+        DataError: unknown split or language, a negative size, or other files under these names.
     """
     scenes = EmojiScenes(split, size, seed)
     unknown = [language for language in languages if language not in LANGUAGES]
@@ -110,9 +111,15 @@ def write_scenes(
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole, unless the file is there already and shows the same."""
+    """Write a PNG whole, unless the file is there already and shows the same.
+
+    Raises:
+        DataError: something else is there than a picture of ours, be it of another seed or cut short.
+    """
     if _same(path, image):
         return
+    if path.is_file() and not _replaceable(path):
+        raise DataError(f"{path}: is no picture of ours and is left as it is; write to an empty folder")
     part = path.with_suffix(".part")
     with writing(path):
         image.save(part, format="PNG", compress_level=1)
@@ -130,7 +137,18 @@ def _same(path: Path, image: Image.Image) -> bool:
         return False
 
 
+def _replaceable(path: Path) -> bool:
+    """Whether a file is empty, a PNG of our size, or the beginning of one."""
+    with path.open("rb") as file:
+        head = file.read(len(_PNG_HEAD))
+    return _PNG_HEAD.startswith(head)
+
+
 def _write_table(rows: Sequence[tuple[str, str]], path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as found:
+            if found.readline(100).strip() not in (b"image,caption", b""):
+                raise DataError(f"{path}: is no table of ours and is left as it is; write to an empty folder")
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "caption"))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.adapters.folder import refuse_other
 from clipgraft.errors import ConfigError
-from clipgraft.files import sweep_partial, write_json, write_text
+from clipgraft.files import is_partial, sweep_partial, write_json, write_text
 from clipgraft.locks import LOCK, require_free, sole_owner
+from clipgraft.records import read_json
 from clipgraft.shown import ShownFormatter, shown
 from clipgraft.train.checkpoint import LATEST, Position
 from clipgraft.train.events import EVENTS, read_events
@@ -36,7 +39,7 @@ def refuse_used(path: Path, resume: bool) -> None:
 
     Raises:
         BusyError: a process is training there.
-        ConfigError: another run has taken a step there; with both ways out.
+        ConfigError: another run has taken a step there, with both ways out; or it holds what no run made.
     """
     require_free(path / LOCK, f"run {path}", _BUSY)
     _refuse_begun(path, resume)
@@ -47,6 +50,33 @@ def _refuse_begun(path: Path, resume: bool) -> None:
         raise ConfigError(
             f"run {path} exists already: add --resume latest to continue it, or choose another --name"
         )
+    others = () if _is_run(path) else _others(path)
+    if others:
+        raise ConfigError(
+            f"run {path}: the folder holds what no run of clipgraft made ({min(others)}), and is left as it "
+            "is: choose another --name, or an empty folder"
+        )
+    refuse_other(path / "adapter")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder bears our record of a run; it is written before all that could replace anything."""
+    if started(path) or latest_checkpoint(path).is_file():
+        return True
+    record = path / "params.json"
+    try:
+        return record.is_file() and "source" in read_json(record, dict[str, Any], ConfigError, "")
+    except (ConfigError, OSError):
+        return False
+
+
+def _others(path: Path) -> list[str]:
+    """Names in a folder that are not of a run which was killed as it began."""
+    if not path.is_dir():
+        return [path.name] if os.path.lexists(path) else []
+    left = [item for item in path.iterdir() if item.name != LOCK and not is_partial(item)]
+    made = [item for item in left if item.name == "checkpoints" and item.is_dir() and not any(item.iterdir())]
+    return [item.name for item in left if item not in made]
 
 
 def started(path: Path) -> bool:
@@ -119,8 +149,8 @@ class RunFolder:
         """Make the folder this run's."""
         sweep_partial(self.checkpoints)
         listed = "".join(shown(f"{key}: {value}") + "\n" for key, value in sorted(self._params.items()))
-        write_text(self.path / "params.txt", listed)
         write_json(self.path / "params.json", _plain(self._params))
+        write_text(self.path / "params.txt", listed)
         with writing(self.path / "out.log"):
             self._handler = _OutLog(self.path / "out.log", encoding="utf-8", errors="backslashreplace")
         stack.callback(self._handler.close)

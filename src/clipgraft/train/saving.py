@@ -30,14 +30,14 @@ class Saver:
         if lora_state(self.clip) is None:
             save_model(self.clip, target, epoch)
             return
-        save_adapter(self.clip, target, metrics)
+        save_adapter(self.clip, target, metrics, overwrite=True)  # the run folder is ours
         if not self.lora_only:
             self._save_with_base(target.with_name(f"epoch_{epoch}.pt"), epoch)
 
     def save_final(self, epoch: int, metrics: Mapping[str, float]) -> Path:
         """The epoch that the run keeps: `adapter/`, or where `save_epoch` puts, or has put, its model."""
         if lora_state(self.clip) is not None:
-            return save_adapter(self.clip, self.folder / "adapter", metrics)
+            return save_adapter(self.clip, self.folder / "adapter", metrics, overwrite=True)
         folder = self.folder / "checkpoints" / f"epoch_{epoch}"
         file = folder.with_name(f"epoch_{epoch}.pt")
         if not folder.is_dir() and not file.is_file():
