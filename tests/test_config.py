@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -106,3 +107,23 @@ def test_absurd_numbers_are_refused_with_what_would_come_of_them(name: str, valu
         build_specs([TrainSpec], {name: value})
     assert str(caught.value).startswith(f"--{name.replace('_', '-')}: got ")
     assert why in str(caught.value)
+
+
+# --max-bad-rows without end says: go on, however many; --lora-r is held against the sizes of the sites.
+FREE = {"max_bad_rows", "lora_r"}
+NUMBERS = [
+    (kind, name)
+    for kind in SPECS
+    for name, info in kind.model_fields.items()
+    if re.search(r"\b(int|float)\b", str(info.annotation)) and name not in FREE
+    if not re.search(r"tuple|dict", str(info.annotation))
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda part: getattr(part, "__name__", part))
+def test_no_number_is_without_end(kind: type[Spec], name: str) -> None:
+    """`--k 1e12` or `--cache-gb 1e300` would run out of memory, or long after the slip of the keyboard."""
+    with pytest.raises(cg.ConfigError) as caught:
+        build_specs([kind], {name: 10**40})
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith(f"{flag(name)}: got ")]
+    assert re.search(r"(from .* to .*: \w.*|less than .*)$", line), line

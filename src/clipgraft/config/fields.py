@@ -78,11 +78,16 @@ def within(least: float, most: float, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+_LONGEST_SIDE = 65_535
+
+
 def _size(value: Any) -> Any:
     """`480x640` -> (480, 640), height before width; `336` -> (336, 336)."""
     sides = str(value).lower().split("x") if isinstance(value, str | int) else value
     if not all(str(side).strip().isdecimal() and int(side) for side in sides) or not 1 <= len(sides) <= 2:
         raise ValueError("pixels of a side, or HEIGHTxWIDTH")
+    if any(len(str(side).strip()) > 5 or int(side) > _LONGEST_SIDE for side in sides):
+        raise ValueError(f"sides from 1 to {_LONGEST_SIDE} pixels: no JPEG has more")
     return tuple(int(side) for side in sides) * (2 // len(sides))
 
 
@@ -106,6 +111,28 @@ Decay = Annotated[float, within(0, 1000, "with more, weights change their sign a
 Epsilon = Annotated[float, within(1e-37, 1, "less is 0 in fp32, and more leaves nothing of a step")]
 Ratio = Annotated[float, within(1, 1e4, "with more, the first step throws them out of range")]
 Count = Annotated[int, within(0, 10**9, "with more, the run would not end")]
+_NEVER = "with more, it would never come"
+_MEMORY = "with more, memory does not hold them"
+Frequency = Annotated[int, within(0, 10**9, _NEVER)]
+Batch = Annotated[int, within(1, 10**6, _MEMORY)]
+ShardRows = Annotated[int, within(1, 10**8, _MEMORY)]
+Views = Annotated[int, within(1, 10**5, "with more, no disk holds their features")]
+Results = Annotated[int, within(1, 10**6, "with more, nobody reads them")]
+Seeds = Annotated[int, within(1, 1000, "with more, the sweep would not end")]
+Scenes = Annotated[int, within(100, 10**6, "with more, drawing them would not end")]
+Layers = Annotated[int, within(0, 10_000, "no model has more")]
+SumRank = Annotated[int, within(1, 10**6, "no site has more rows")]
+Tokens = Annotated[int, within(1, 10**9, "no model reads more")]
+Rate = Annotated[float, within(0, 1e38, "with more, it is infinite in fp32")]
+PeakRate = Annotated[float, within(1e-37, 1e38, "less is 0 in fp32, and more is infinite")]
+Beta = Annotated[float, within(0, 0.999999, "with more, no run is long enough for the average")]
+Power = Annotated[float, within(1e-3, 1e3, "beyond that, the cooldown is a single step")]
+ClipNorm = Annotated[float, within(1e-12, 1e12, "less stops all learning, and more clips nothing")]
+Dropout = Annotated[float, within(0, 0.99, "with more, next to nothing of the adapter's path is left")]
+Gigabytes = Annotated[float, within(1e-6, 1e6, "with less, nothing fits in; with more, no disk holds it")]
+LossWeight = Annotated[float, within(0, 1e6, "with more, the loss leaves the range of fp32")]
+AdapterWeight = Annotated[float, within(-1e6, 1e6, "beyond that, weights leave the range of fp32")]
+GpuShare = Annotated[float, within(0, 1024, "no machine has more")]
 Workers = Annotated[int, within(0, 1024, "with more, the system has no processes left")]
 AlphaPattern = Annotated[dict[str, Alpha], BeforeValidator(_pairs)]
 UserPath = Annotated[Path, BeforeValidator(_path)]

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from clipgraft.config.fields import OverwriteSpec, Positional, Spec, UserPath, Words
+from clipgraft.config.fields import (
+    Batch,
+    GpuShare,
+    OverwriteSpec,
+    Positional,
+    Results,
+    ShardRows,
+    Spec,
+    UserPath,
+    Words,
+    Workers,
+)
 from clipgraft.config.specs import ColumnSpec
 
 
@@ -26,9 +37,9 @@ class EncodeSpec(ColumnSpec):
         None, min_length=1, description="several in one pass over the images, each into a folder of its own"
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="type of the vectors")
-    shard_rows: int = Field(10_000, ge=1, description="items a file; what is unfinished is lost in a kill")
-    batch_size: int = Field(64, ge=1, description="images or texts encoded at once")
-    workers: int = Field(2, ge=0, description="processes that decode images; 0 is a thread")
+    shard_rows: ShardRows = Field(10_000, ge=1, description="items a file; a kill loses an unfinished one")
+    batch_size: Batch = Field(64, ge=1, description="images or texts encoded at once")
+    workers: Workers = Field(2, ge=0, description="processes that decode images; 0 is a thread")
     exact_preprocess: bool = Field(
         False, description="preprocess images with the base's own transform, to the last grey level"
     )
@@ -49,10 +60,10 @@ class EncodeSpec(ColumnSpec):
         description="auto, ray://HOST:PORT, or local for one on this machine as long as the run lasts; "
         "without it what RAY_ADDRESS says, else local",
     )
-    ray_workers: int | None = Field(
+    ray_workers: Workers | None = Field(
         None, ge=1, description="processes with a model; without it as many as there is room for"
     )
-    ray_gpus_per_worker: float | None = Field(
+    ray_gpus_per_worker: GpuShare | None = Field(
         None, ge=0, description="such as 0.5; without it 1 where --device is a GPU, else 0"
     )
 
@@ -77,7 +88,7 @@ class SearchSpec(OverwriteSpec):
     )
     image: UserPath | None = Field(None, description="image to look for, alone or together with the text")
     image_weight: float = Field(0.5, ge=0, le=1, description="share of the image where a text is given too")
-    k: int = Field(10, ge=1, description="most results")
+    k: Results = Field(10, ge=1, description="most results")
     adapter: str | None = Field(
         None, min_length=1, description="adapter to search with: a folder, or the name it was encoded under"
     )

@@ -10,16 +10,28 @@ from pydantic import BeforeValidator, Field
 from clipgraft.config.fields import (
     Alpha,
     AlphaPattern,
+    Batch,
+    Beta,
+    ClipNorm,
     Count,
     Decay,
+    Dropout,
     Epsilon,
+    Frequency,
+    Gigabytes,
+    Layers,
     OverwriteSpec,
+    PeakRate,
+    Power,
     Precision,
     Rank,
     RankPattern,
+    Rate,
     Ratio,
+    Seeds,
     Spec,
     UserPath,
+    Views,
     Words,
     Workers,
     expressions,
@@ -96,7 +108,7 @@ class CacheSpec(Spec):
         description="folder where features of a frozen image tower are kept for later runs, or 'none' "
         "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
     )
-    cache_gb: float = Field(20.0, gt=0, description="most that folder may grow to; what was used last stays")
+    cache_gb: Gigabytes = Field(20.0, gt=0, description="most that folder may grow to; the last used stay")
 
 
 class TableSpec(ColumnSpec, CacheSpec):
@@ -164,7 +176,7 @@ class ClassTrainSpec(ClassSpec):
     """Training to tell classes apart."""
 
     val_size: float | None = Field(None, gt=0, lt=1, description="share of each class to hold out")
-    shots: int | None = Field(None, ge=1, description="train on this many images of each class")
+    shots: Count | None = Field(None, ge=1, description="train on this many images of each class")
     head: Literal["prompts", "linear", "cosine"] = Field(
         "prompts", description="what tells classes apart: their prompts, or a classifier that starts there"
     )
@@ -175,7 +187,7 @@ class AdapterSpec(Spec):
     """The adapter, whatever its size."""
 
     lora_alpha: Alpha | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
+    lora_dropout: Dropout = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
     lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
     lora_dora: bool = Field(False, description="DoRA: train a magnitude of each output beside the direction")
     lora_bias: Literal["none", "lora_only", "all"] = Field(
@@ -217,10 +229,10 @@ class SweepSpec(AdapterSpec):
     lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(words)] = Field(
         (16,), min_length=1, description="ranks, joined by commas"
     )
-    seeds: int = Field(1, ge=1, description="runs of each cell, with seeds from --seed on")
+    seeds: Seeds = Field(1, ge=1, description="runs of each cell, with seeds from --seed on")
     base: bool = Field(True, description="a row for the untouched base")
     full: bool = Field(True, description="rows for full fine-tuning of what the adapters' towers are")
-    full_lr: float | None = Field(
+    full_lr: PeakRate | None = Field(
         None, gt=0, description="peak learning rate of full fine-tuning (default: --lr)"
     )
     test_data: UserPath | None = Field(
@@ -239,44 +251,44 @@ class TrainSpec(Spec):
     epochs: Count = Field(
         32, ge=1, description="passes over the captions; more than before extend a run that is resumed"
     )
-    epoch_parts: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
+    epoch_parts: Annotated[tuple[Annotated[Count, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
         None,
         min_length=1,
         description="epochs of each part of a run, such as 10,10: each has the learning rate's schedule for "
         "itself, as in a run of 10 epochs that is resumed with --epochs 20 (default: one part)",
     )
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    lr: PeakRate = Field(5e-4, gt=0, description="peak learning rate")
     wd: Decay = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
-    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
+    beta1: Beta = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
+    beta2: Beta = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
     eps: Epsilon = Field(1e-6, gt=0, description="AdamW epsilon")
     warmup: Count = Field(10000, ge=0, description="steps of linear warmup, at most a tenth of the run")
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = Field(
         "cosine", description="schedule after warmup"
     )
-    epochs_cooldown: int | None = Field(
+    epochs_cooldown: Count | None = Field(
         None, ge=1, description="epochs of cooldown at the end (const-cooldown)"
     )
-    lr_cooldown_end: float = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
-    lr_cooldown_power: float = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
+    lr_cooldown_end: Rate = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
+    lr_cooldown_power: Power = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
     lora_plus_ratio: Ratio = Field(
         1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of --lr"
     )
-    grad_clip_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm")
+    grad_clip_norm: ClipNorm | None = Field(None, gt=0, description="clip the gradient to this norm")
     accum_freq: Count = Field(
         1, ge=1, description="micro-batches of --batch-size a step, with the loss of all"
     )
     grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     lock_image: bool = Field(False, description="freeze the image tower")
-    lock_image_unlocked_groups: int = Field(0, ge=0, description="groups at its end to leave trainable")
+    lock_image_unlocked_groups: Layers = Field(0, ge=0, description="groups at its end to leave trainable")
     lock_text: bool = Field(False, description="freeze the text tower")
-    lock_text_unlocked_layers: int = Field(0, ge=0, description="layers at its end to leave trainable")
+    lock_text_unlocked_layers: Layers = Field(0, ge=0, description="layers at its end to leave trainable")
     negatives: Literal["batch", "gallery"] | None = Field(
         None,
         description="contrast with the batch, or with all features of a frozen tower (default: if it is one)",
     )
     augment: bool = Field(False, description="random crops of the training images")
-    cache_views: int | None = Field(
+    cache_views: Views | None = Field(
         None, ge=1, description="with --augment and a frozen image tower: encode this many crops of each once"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, dropout and crops")
@@ -299,8 +311,8 @@ class RunSpec(Spec):
 
     logs: UserPath = Field(Path("logs"), description="folder of all runs")
     name: str | None = Field(None, min_length=1, description="of this run (default: date, model, settings)")
-    save_frequency: int = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
-    val_frequency: int = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
+    save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
+    val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
     save_lora_only: bool = Field(
         True,
         description="save adapters alone; --no-save-lora-only adds the whole model as epoch_N.pt to each",
@@ -308,7 +320,9 @@ class RunSpec(Spec):
     resume: Literal["latest"] | None = Field(
         None, description="'latest' continues the run --name where it stopped, to the same bits"
     )
-    checkpoint_steps: int = Field(0, ge=0, description="also checkpoint every N steps; 0 is once an epoch")
+    checkpoint_steps: Frequency = Field(
+        0, ge=0, description="checkpoint every N steps too; 0 is once an epoch"
+    )
     from_: UserPath | None = Field(
         None, description="adapter or run whose weights a new run starts from, on these data"
     )
@@ -325,7 +339,7 @@ class EvalSpec(OverwriteSpec):
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="see `clipgraft convert --help`"
     )
-    batch_size: Count = Field(64, ge=1, description="images or captions encoded at once")
+    batch_size: Batch = Field(64, ge=1, description="images or captions encoded at once")
     classifier: UserPath | None = Field(
         None, description="head/ folder of a run with --head linear or cosine, to measure too"
     )

@@ -8,14 +8,22 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from clipgraft.config.fields import (
+    AdapterWeight,
+    Batch,
     Blocks,
+    Count,
+    Layers,
+    LossWeight,
     OverwriteSpec,
     Paths,
     Positional,
     Repeated,
+    Scenes,
     Settings,
     Size,
     Spec,
+    SumRank,
+    Tokens,
     UserPath,
     Words,
     expressions,
@@ -27,9 +35,9 @@ class DemoSpec(OverwriteSpec):
     """The demonstration on the embedded default."""
 
     out: UserPath = Field(Path("demo"), description="folder for data, adapter, table and picture")
-    train_scenes: int = Field(8000, ge=100, description="scenes to adapt on")
-    test_scenes: int = Field(1000, ge=100, description="scenes to test on")
-    epochs: int = Field(1, ge=1, description="passes over the captions, five an image")
+    train_scenes: Scenes = Field(8000, ge=100, description="scenes to adapt on")
+    test_scenes: Scenes = Field(1000, ge=100, description="scenes to test on")
+    epochs: Count = Field(1, ge=1, description="passes over the captions, five an image")
     language: str = Field("vi", description="language of the captions to adapt to")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
 
@@ -48,10 +56,10 @@ class MergeSpec(OverwriteSpec):
         description="open_clip, transformers, onnx: a model that stands alone; adapter: the sum of "
         "several as one; auto: the base's own library",
     )
-    weights: Annotated[tuple[float, ...] | None, BeforeValidator(words)] = Field(
+    weights: Annotated[tuple[AdapterWeight, ...] | None, BeforeValidator(words)] = Field(
         None, description="how much of each adapter, in their order (default: 1 each)"
     )
-    rank: int | None = Field(None, ge=1, description="with --to adapter: cut the sum down to this rank")
+    rank: SumRank | None = Field(None, ge=1, description="with --to adapter: cut the sum down to this rank")
     model: str | None = Field(
         None, min_length=1, description="base of adapters that do not name their own, as for training"
     )
@@ -82,10 +90,10 @@ class ConvertSpec(OverwriteSpec):
         description="updates of attention's out_proj that PEFT made on open_clip: as it computed them "
         "(twice, or not at all), or once",
     )
-    text_layers: int | None = Field(
+    text_layers: Layers | None = Field(
         None, ge=1, description="text blocks of the base, where a CLIP-LoRA file leaves it open"
     )
-    vision_layers: int | None = Field(None, ge=1, description="the same for vision blocks")
+    vision_layers: Layers | None = Field(None, ge=1, description="the same for vision blocks")
 
 
 class InspectSpec(Spec):
@@ -107,26 +115,26 @@ class InspectSpec(Spec):
         min_length=1,
         description="target sets, separated by semicolons; commas join the terms of one (default: all)",
     )
-    lora_r: int = Field(16, ge=1, description="rank of their adapters")
-    depth: int | None = Field(None, ge=0, description="levels of the table or tree to show (default: all)")
+    lora_r: SumRank = Field(16, ge=1, description="rank of their adapters")
+    depth: Layers | None = Field(None, ge=0, description="levels of the table or tree to show (default: all)")
     format: Literal["text", "json", "markdown"] = Field("text", description="how to print it")
 
 
 class ProfileSpec(InspectSpec):
     """What to profile."""
 
-    batch_size: int = Field(1, ge=1, description="images, and texts")
+    batch_size: Batch = Field(1, ge=1, description="images, and texts")
     image_size: Size | None = Field(
         None,
         description="pixels of a side, or HEIGHTxWIDTH; a CLIP is built for it (default: its own), for "
         "LLaVA-NeXT it is cut into crops (default: 480x640)",
     )
-    text_tokens: int | None = Field(
+    text_tokens: Tokens | None = Field(
         None, ge=1, description="length of the texts (default: the context; for LLaVA-NeXT 64)"
     )
-    crops: int | None = Field(None, ge=1, description="of LLaVA-NeXT: images of the tower's size")
-    language_tokens: int | None = Field(None, ge=1, description="of LLaVA-NeXT: those of images included")
-    logits: int | None = Field(None, ge=1, description="of LLaVA-NeXT: tokens whose next one is predicted")
+    crops: Tokens | None = Field(None, ge=1, description="of LLaVA-NeXT: images of the tower's size")
+    language_tokens: Tokens | None = Field(None, ge=1, description="of LLaVA-NeXT: those of images included")
+    logits: Tokens | None = Field(None, ge=1, description="of LLaVA-NeXT: tokens whose next one is predicted")
     adapter: UserPath | None = Field(None, description="adapter whose own cost is stated beside the base's")
     measure: bool = Field(False, description="also run it here, with random weights, and take the time")
     device: str = Field("auto", description="for --measure: auto, cpu, cuda or cuda:N")
@@ -143,10 +151,10 @@ class CompactSpec(Spec):
         description="folder to write, for transformers and clipgraft; must not exist yet"
     )
     pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of MODEL")
-    text_layers: int | None = Field(
+    text_layers: Layers | None = Field(
         None, description="text blocks to keep, spread evenly, the first and the last included"
     )
-    vision_layers: int | None = Field(None, description="the same for vision blocks")
+    vision_layers: Layers | None = Field(None, description="the same for vision blocks")
     text_blocks: Blocks | None = Field(None, description="text blocks to keep, by number: 0,5,11")
     vision_blocks: Blocks | None = Field(None, description="the same for vision blocks")
     vocab_from: Words | None = Field(
@@ -154,7 +162,7 @@ class CompactSpec(Spec):
         min_length=1,
         description="keep the tokens of these texts: tables of captions, or .txt with one text a line",
     )
-    vocab_size: int | None = Field(
+    vocab_size: Tokens | None = Field(
         None, ge=1, description="keep this many tokens: those of --vocab-from, then the base's first merges"
     )
     vocab_lossy: bool = Field(
@@ -169,9 +177,9 @@ class DistillSpec(Spec):
         None, description="table of images and captions, or a folder of both, to train the smaller model on"
     )
     val_data: UserPath | None = Field(None, description="the same for recall of base and smaller model")
-    contrastive: float = Field(0.1, ge=0, description="weight of the contrastive loss of the pairs")
-    feature: float = Field(10.0, ge=0, description="weight of the distance to the base's features")
-    similarity: float = Field(1.0, ge=0, description="weight of the divergence from the base's similarities")
+    contrastive: LossWeight = Field(0.1, ge=0, description="weight of the contrastive loss of the pairs")
+    feature: LossWeight = Field(10.0, ge=0, description="weight of the distance to the base's features")
+    similarity: LossWeight = Field(1.0, ge=0, description="weight of the distance to the base's similarities")
     run: UserPath | None = Field(None, description="folder of the training run (default: OUT-distill)")
     resume: Literal["latest"] | None = Field(
         None, description="'latest' continues the run where it stopped, to the same bits"
