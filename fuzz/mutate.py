@@ -55,7 +55,13 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def odd(value: Any, rng: Random, new: Callable[[Random], Any] = junk) -> Any:
     """A copy of nested dictionaries and lists with a few places replaced, removed, renamed or doubled."""
-    changed = copy.deepcopy(value)
+    try:
+        return _odd(copy.deepcopy(value), rng, new)
+    except (RecursionError, OverflowError, ValueError):  # of what was put in before
+        return new(rng)
+
+
+def _odd(changed: Any, rng: Random, new: Callable[[Random], Any]) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         known = places(changed)
         if len(known) == 1 or rng.random() < 0.02:
@@ -86,7 +92,16 @@ def _near(value: Any, rng: Random) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        return rng.choice((value + 1, value - 1, -value, value * 2**40, float(value), str(value)))
+        return rng.choice(
+            (
+                value + 1,
+                value - 1,
+                -value,
+                value * 2**40,
+                value + 0.5 if abs(value) < 2**60 else 0.5,
+                str(value),
+            )
+        )
     if isinstance(value, float):
         return rng.choice((-value, value * 1e300, str(value)))
     if isinstance(value, str):
