@@ -16,6 +16,7 @@ LAYERS = (
     ("records", "yaml_files", "ours"),
     ("config",),
     ("models",),
+    ("results",),
     ("lora",),
     ("engine",),
     ("adapters",),

@@ -164,16 +164,18 @@ def test_custom_text_models_keep_their_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["openclip_clip", "hf_clip"])
 def test_onnx_runtime_gives_the_same_features(
-    which: str, request: pytest.FixtureRequest, tmp_path: Path
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A deployed model gives other embeddings than the one that was evaluated, or takes one size only."""
     clip: Clip = request.getfixturevalue(which)
     folder = tmp_path / "model"
-    lines: list[str] = []
-    written = write_model(clip, folder, "onnx", lines.append)
+    steps: list[tuple[int, int]] = []
+    caplog.set_level("INFO", "clipgraft")
+    written = write_model(clip, folder, "onnx", lambda *now: steps.append(now))
+    assert steps == [(done, 4) for done in range(5)]
     assert set(written.differences) == {"text.onnx", "vision.onnx"}
     assert max(written.differences.values()) < 1e-5
-    assert any("text.onnx agrees with PyTorch" in line for line in lines)
+    assert any("text.onnx agrees with PyTorch" in line for line in caplog.messages)
     told = json.loads((folder / "clipgraft_onnx.json").read_text(encoding="utf-8"))
     text = onnxruntime.InferenceSession(folder / told["text"]["file"])
     vision = onnxruntime.InferenceSession(folder / told["vision"]["file"])

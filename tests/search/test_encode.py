@@ -311,3 +311,12 @@ def test_turned_photos_have_upright_sizes(clip: Clip, tmp_path: Path) -> None:
     encode_folder(clip, tmp_path / "in", tmp_path / "out", **SMALL)
     (row,) = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet").to_pylist()
     assert (row["width"], row["height"]) == (200, 400)
+
+
+@pytest.mark.parametrize("progress", [None, False])
+def test_progress_is_silent_where_nobody_looks(
+    clip: Clip, pictures: Path, tmp_path: Path, progress: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`progress=False` was a TypeError after the first batch, and a log file would be full of bars."""
+    encode_folder(clip, pictures, tmp_path / "out", progress=progress, **SMALL)
+    assert capfd.readouterr() == ("", "")

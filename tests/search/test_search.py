@@ -255,3 +255,10 @@ def test_a_gallery_of_an_archive(clip: Clip, tmp_path: Path) -> None:
 def test_without_results(tmp_path: Path) -> None:
     """An empty page would look like a broken one."""
     assert "Nothing was found" in write_gallery(tmp_path / "p.html", "x", list[Hit]()).read_text("utf-8")
+
+
+def test_building_an_index_tells_how_far_it_is(out: Path) -> None:
+    """Millions of vectors go in for minutes, without a word."""
+    told: list[tuple[int, int]] = []
+    ((_, record),) = build_index(out, progress=lambda *now: told.append(now))
+    assert told[-1] == (record.rows, record.rows)

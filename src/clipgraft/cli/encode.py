@@ -129,12 +129,9 @@ def _load_adapters(clip: Clip, spec: EncodeSpec) -> dict[str, str]:
 
 
 def _encode(clip: Clip, model: ModelSpec, spec: EncodeSpec, paths: dict[str, str]) -> EncodeResult:
-    from tqdm import tqdm
-
     from clipgraft.search.encode import encode_folder
     from clipgraft.search.sets import sharing
 
-    what = "texts" if spec.texts else "images"
     shared = sharing(clip, list(paths), "text" if spec.texts else "vision") if paths else []
     if shared:
         other, own = ("image", "text") if spec.texts else ("text", "image")
@@ -146,35 +143,28 @@ def _encode(clip: Clip, model: ModelSpec, spec: EncodeSpec, paths: dict[str, str
             other,
             own,
         )
-    with tqdm(desc=what, unit=what[:-1], disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return encode_folder(
-            clip,
-            spec.source,
-            spec.out,
-            texts=spec.texts,
-            adapters=None if spec.adapters is None else list(paths),
-            adapter_paths=paths,
-            dtype=spec.dtype,
-            shard_rows=spec.shard_rows,
-            batch_size=spec.batch_size,
-            workers=spec.workers,
-            autocast=model.autocast,
-            exact_preprocess=spec.exact_preprocess,
-            retry_errors=spec.retry_errors,
-            dataset_type=spec.dataset_type,
-            caption_key=spec.csv_caption_key,
-            **spec.reading,
-            engine=spec.engine,
-            ray_address=spec.ray_address,
-            ray_workers=spec.ray_workers,
-            ray_gpus_per_worker=spec.ray_gpus_per_worker,
-            progress=progress,
-        )
+    return encode_folder(
+        clip,
+        spec.source,
+        spec.out,
+        texts=spec.texts,
+        adapters=None if spec.adapters is None else list(paths),
+        adapter_paths=paths,
+        dtype=spec.dtype,
+        shard_rows=spec.shard_rows,
+        batch_size=spec.batch_size,
+        workers=spec.workers,
+        autocast=model.autocast,
+        exact_preprocess=spec.exact_preprocess,
+        retry_errors=spec.retry_errors,
+        dataset_type=spec.dataset_type,
+        caption_key=spec.csv_caption_key,
+        **spec.reading,
+        engine=spec.engine,
+        ray_address=spec.ray_address,
+        ray_workers=spec.ray_workers,
+        ray_gpus_per_worker=spec.ray_gpus_per_worker,
+    )
 
 
 def _report(result: EncodeResult, spec: EncodeSpec) -> None:

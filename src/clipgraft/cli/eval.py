@@ -189,16 +189,9 @@ def side_by_side(
 
 
 def _images(clip: Clip, files: Sequence[Path], **options: Any) -> Tensor:
-    from tqdm import tqdm
-
     from clipgraft.data.features import encode_images
 
-    with tqdm(desc="images", total=len(files), unit="image", disable=None) as bar:
-
-        def advance(images: int) -> None:
-            bar.update(images)
-
-        return encode_images(clip, files, progress=advance, **options)
+    return encode_images(clip, files, **options)
 
 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:

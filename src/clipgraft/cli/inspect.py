@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> None:
     (spec,) = parse("inspect", _SUMMARY, [InspectSpec], argv)
     from clipgraft.adapters.open import split_adapter
     from clipgraft.profile.inspection import inspect_model
-    from clipgraft.profile.plain import plain
+    from clipgraft.results import plain
 
     if _is_adapter(spec.model):
         _show_adapter(spec)
@@ -62,8 +62,8 @@ def _tag(pretrained: str) -> str | None:
 
 def _show_adapter(spec: InspectSpec) -> None:
     from clipgraft.profile.adapters import inspect_adapter
-    from clipgraft.profile.plain import plain
     from clipgraft.profile.tables import adapted_table
+    from clipgraft.results import plain
 
     if given := sorted(spec.model_fields_set - {"model", "format"}):
         raise ConfigError(

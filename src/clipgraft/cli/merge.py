@@ -65,7 +65,7 @@ def _export(whole: RunModel, spec: MergeSpec) -> None:
     clip = load(spec.adapters[0])
     log.info("%s: there is nothing to merge in a %s model", whole.run, whole.kind)
     form: Any = _form(spec, clip)
-    write_model(clip, spec.out, form, progress=lambda line: log.info("%s", line), overwrite=spec.overwrite)
+    write_model(clip, spec.out, form, progress=False, overwrite=spec.overwrite)
     _report(spec.out, form)
 
 
@@ -113,7 +113,7 @@ def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any,
 
     merge_lora(clip, amounts)
     remove_lora(clip, keep_merged=True)
-    write_model(clip, out, form, progress=lambda line: log.info("%s", line), overwrite=overwrite)
+    write_model(clip, out, form, progress=False, overwrite=overwrite)
     _report(out, form)
 
 

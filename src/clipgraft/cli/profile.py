@@ -40,8 +40,8 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.cli.profile_llava import is_llava, show_llava
     from clipgraft.models.unloaded import read_model_config
     from clipgraft.profile.forward import profile_clip
-    from clipgraft.profile.plain import plain
     from clipgraft.profile.training import training_costs
+    from clipgraft.results import plain
 
     config = read_model_config(spec.model, spec.set, spec.pretrained)
     if is_llava(config):

@@ -8,9 +8,9 @@ from clipgraft.config import ProfileSpec, flag
 from clipgraft.errors import ConfigError
 from clipgraft.models.unloaded import ModelConfig
 from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_on_meta, profile_llava
-from clipgraft.profile.plain import plain
 from clipgraft.profile.tables import llava_table
 from clipgraft.profile.tree import cost_tree
+from clipgraft.results import plain
 
 _OF_CLIP = ("targets", "lora_r", "batch_size", "adapter", "measure", "device", "precision", "pretrained")
 _COUNTS = ("crops", "language_tokens", "logits")

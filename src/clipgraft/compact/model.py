@@ -22,6 +22,7 @@ from clipgraft.models.quiet import quiet, undrawn
 from clipgraft.models.sites import TOWERS, Site, Tower
 from clipgraft.models.tokenizers import HfTokenizer
 from clipgraft.models.twins import require_bare, to_transformers
+from clipgraft.results import Result
 
 _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")
 _EMBEDDING = "text_model.embeddings.token_embedding.weight"
@@ -43,9 +44,12 @@ class Vocabulary:
     texts: int
     unchanged: int
 
+    def __repr__(self) -> str:
+        return f"{len(self.token_ids):,} of {self.before:,} tokens"
 
-@dataclass(frozen=True)
-class Compacted:
+
+@dataclass(frozen=True, repr=False)
+class Compacted(Result):
     """A smaller model and what was taken of the base.
 
     Attributes:
@@ -56,6 +60,9 @@ class Compacted:
         vocabulary: None if all tokens did.
         parameters, base_parameters: how many weights there are, and were.
     """
+
+    _shows = ("base", "parameters", "base_parameters", "text_blocks", "vision_blocks", "vocabulary")
+    _hidden = frozenset({"clip"})
 
     clip: Clip
     base: Source

@@ -20,9 +20,9 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
 from clipgraft.models.precision import use_autocast
+from clipgraft.progress import Progress, counting, showing
 
 log = logging.getLogger("clipgraft")
-Progress = Callable[[int], None]
 
 
 def encode_images(
@@ -33,7 +33,7 @@ def encode_images(
     workers: int = 2,
     autocast: bool | None = False,
     encoder: Encoder | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
     cache: FeatureCache | None = None,
     transform: Transform | None = None,
     exact_preprocess: bool = False,
@@ -41,10 +41,11 @@ def encode_images(
 ) -> Tensor:
     """Unit-norm fp32 features of image files, (N, D) on the CPU, in the order of `paths`.
 
-    The model runs in eval mode and is left in the mode it was in. `progress` is told how many images each
-    batch added. With a `cache`, only images it does not hold are encoded, unless LoRA acts on the image
-    tower; `label` names them where it says so. `autocast` computes in bf16, with None where the device is
-    fast at it; `encoder` takes the place of a new one with it.
+    The model runs in eval mode and is left in the mode it was in. `progress` is None for a bar in terminals
+    and notebooks, True for one anywhere, False for none, or a function of (done, of how many). With a
+    `cache`, only images it does not hold are encoded, unless LoRA acts on the image tower; `label` names them
+    where it says so. `autocast` computes in bf16, with None where the device is fast at it; `encoder` takes
+    the place of a new one with it.
 
     `transform` takes the place of the model's own preprocessing. Either runs in its faster form where
     `clipgraft.data.preprocessing` has one, which states how close that is; not with `exact_preprocess`.
@@ -62,19 +63,20 @@ def encode_images(
     if cache is not None and vision_lora_acts(clip):
         log.info("%s: features are not cached, the image tower carries LoRA", label)
         cache = None
-    return image_rows(
-        clip,
-        paths,
-        forward,
-        batch_size=batch_size,
-        workers=workers,
-        autocast=encoder.autocast,
-        progress=progress,
-        cache=cache,
-        transform=transform,
-        exact_preprocess=exact_preprocess,
-        label=label,
-    ).tensor()
+    with showing(progress, label) as told:
+        return image_rows(
+            clip,
+            paths,
+            forward,
+            batch_size=batch_size,
+            workers=workers,
+            autocast=encoder.autocast,
+            progress=counting(told, len(paths)),
+            cache=cache,
+            transform=transform,
+            exact_preprocess=exact_preprocess,
+            label=label,
+        ).tensor()
 
 
 def image_steps(clip: Clip, transform: Transform | None = None, exact_preprocess: bool = False) -> Transform:
@@ -94,7 +96,7 @@ def image_rows(
     batch_size: int = 64,
     workers: int = 2,
     autocast: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
     cache: FeatureCache | None = None,
     transform: Transform | None = None,
     exact_preprocess: bool = False,
@@ -105,8 +107,9 @@ def image_rows(
 
     `forward` maps pixels (n, 3, H, W) to (n, *item) and runs in eval mode without gradients. With a `cache`,
     `stored` must name what it computes, and no adapter may act on the way; rows stay on disk until they are
-    asked for. `dtype` is what rows are kept in. The other arguments are those of `encode_images`, of
-    `image_batches` (`shortest`) and of `FeatureCache.get_or_compute` (`item_shape`).
+    asked for. `dtype` is what rows are kept in. `progress` is told how many images each batch added. The
+    other arguments are those of `encode_images`, of `image_batches` (`shortest`) and of
+    `FeatureCache.get_or_compute` (`item_shape`).
     """
     if not paths:
         raise DataError("there is no image to encode; give at least one")

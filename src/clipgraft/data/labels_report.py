@@ -8,12 +8,13 @@ from pathlib import Path
 
 from clipgraft.data.rows import BadRow
 from clipgraft.data.summary import describe_row, fact_lines
+from clipgraft.results import Result
 
 _LISTED = 40  # classes that are listed one by one; beyond, only the largest and smallest are
 
 
-@dataclass(frozen=True)
-class LabelReport:
+@dataclass(frozen=True, repr=False)
+class LabelReport(Result):
     """Counts of one data set with labels.
 
     Attributes:
@@ -30,6 +31,8 @@ class LabelReport:
         first_bad: a few skipped rows.
         notes: choices made for the user.
     """
+
+    _shows = ("source", "kind", "rows", "bad_rows", "images", "classes", "missing_images", "notes")
 
     source: Path
     kind: str

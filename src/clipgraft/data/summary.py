@@ -11,6 +11,7 @@ from pathlib import Path
 from clipgraft.data.rows import BadRow, Row
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.readers import printable
+from clipgraft.results import Result
 
 MAX_BAD_ROWS = 100
 _KEPT = 10  # bad rows that are kept to be shown
@@ -19,7 +20,7 @@ _CHUNK = 4096  # captions tokenized at once
 
 
 @dataclass(frozen=True)
-class DataReport:
+class DataReport(Result):
     """Counts of one dataset. Rows are the table's; an image is missing once however many rows name it."""
 
     source: Path

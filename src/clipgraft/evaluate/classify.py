@@ -22,7 +22,7 @@ from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
-from clipgraft.progress import Progress, counting, showing
+from clipgraft.progress import Progress
 
 CALIBRATION_BINS = 15
 _ROWS = 4096  # rows whose float64 copy is made at once
@@ -174,17 +174,16 @@ def evaluate_classification(
     clip = as_clip(model)
     encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     if image_features is None:
-        with showing(progress, "images") as told:
-            image_features = encode_images(
-                clip,
-                data.images,
-                batch_size=batch_size,
-                workers=workers,
-                encoder=encoder,
-                progress=counting(told, len(data.images)),
-                cache=cache,
-                exact_preprocess=exact_preprocess,
-            )
+        image_features = encode_images(
+            clip,
+            data.images,
+            batch_size=batch_size,
+            workers=workers,
+            encoder=encoder,
+            progress=progress,
+            cache=cache,
+            exact_preprocess=exact_preprocess,
+        )
     if prototypes is None:
         prototypes = class_features(encoder, prompts)
     scale = clip.logit_scale.detach().float().exp().cpu()

@@ -14,7 +14,7 @@ from clipgraft.evaluate.metrics import metrics_of
 from clipgraft.evaluate.ranks import RetrievalRanks, retrieval_ranks
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
-from clipgraft.progress import Progress, counting, showing
+from clipgraft.progress import Progress
 
 
 def evaluate_retrieval(
@@ -53,17 +53,16 @@ def evaluate_retrieval(
     clip = as_clip(model)
     encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     if image_features is None:
-        with showing(progress, "images") as told:
-            image_features = encode_images(
-                clip,
-                pairs.images,
-                batch_size=batch_size,
-                workers=workers,
-                encoder=encoder,
-                progress=counting(told, len(pairs.images)),
-                cache=cache,
-                exact_preprocess=exact_preprocess,
-            )
+        image_features = encode_images(
+            clip,
+            pairs.images,
+            batch_size=batch_size,
+            workers=workers,
+            encoder=encoder,
+            progress=progress,
+            cache=cache,
+            exact_preprocess=exact_preprocess,
+        )
     return measure_retrieval(encoder, pairs, image_features, text_features).metrics
 
 

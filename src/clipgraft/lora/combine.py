@@ -30,10 +30,11 @@ from clipgraft.lora.switch import set_adapter
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_weight
 from clipgraft.models.sites import Site
+from clipgraft.results import Result
 
 
-@dataclass(frozen=True)
-class Combination:
+@dataclass(frozen=True, repr=False)
+class Combination(Result):
     """What `combine_adapters` made.
 
     Attributes:
@@ -43,6 +44,8 @@ class Combination:
         error: ‖ΔW - ΔW_r‖ / ‖ΔW‖ over all sites together, in the Frobenius norm; 0 without a cut.
         errors: the same by site.
     """
+
+    _shows = ("name", "weights", "error", "ranks")
 
     name: str
     weights: dict[str, float]

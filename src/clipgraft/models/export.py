@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,9 +18,10 @@ from clipgraft.models.save import save_checkpoint, save_transformers_files, weig
 from clipgraft.models.tokenizers import OpenClipTokenizer
 from clipgraft.models.twins import require_bare, to_open_clip, to_transformers
 from clipgraft.ours import FOLDER_MARK, mark_folder, refuse_foreign
+from clipgraft.progress import Progress, Told, showing
 
+log = logging.getLogger("clipgraft")
 Form = Literal["open_clip", "transformers", "onnx"]
-Progress = Callable[[str], None]
 
 _FILE_SUFFIXES = (".pt", ".safetensors")
 _WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -51,7 +52,7 @@ class Written:
 
 
 def write_model(
-    clip: Clip, out: Path, form: Form, progress: Progress | None = None, overwrite: bool = False
+    clip: Clip, out: Path, form: Form, progress: Progress = None, overwrite: bool = False
 ) -> Written:
     """Write a model without adapters, in the given form; merged weights go out as they are.
 
@@ -64,7 +65,8 @@ def write_model(
     export to the same place is replaced, which it is known for by a record in it.
 
     Args:
-        progress: is called with a line of text for each step that takes seconds.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many) steps. What each step does is logged.
         overwrite: replace whatever is there, unless the model was loaded from it.
 
     Raises:
@@ -73,45 +75,69 @@ def write_model(
     """
     if form not in get_args(Form):
         raise ModelError(f"form '{form}' is unknown: use one of {', '.join(get_args(Form))}")
-    tell = progress or _silent
     require_bare(clip)
     _check_place(clip, out, form, overwrite)
     if form == "onnx":
         require_onnx()
+    with showing(progress, "writing", "step") as told:
+        tell = _Steps(told, 4 if form == "onnx" else 2)
+        if form == "open_clip" and out.suffix in _FILE_SUFFIXES:
+            converted = _as_open_clip(clip, tell)
+            tell(f"writing {weights_size(clip) / 1e6:,.1f} MB")
+            save_checkpoint(converted, out, epoch=0)
+            tell.end()
+            return Written((out,))
+        differences = {}
         with atomic_folder(out, weights_size(clip)) as folder:
-            differences = write_onnx(clip, folder, tell)
+            if form == "onnx":
+                differences = write_onnx(clip, folder, tell)
+            elif form == "transformers":
+                _write_transformers(clip, folder, tell)
+            else:
+                _write_open_clip(_as_open_clip(clip, tell), folder, tell)
             mark_folder(folder, form=form)
-        return Written(_files(out), differences)
-    if form == "transformers":
-        with atomic_folder(out, weights_size(clip)) as folder:
-            _write_transformers(clip, folder, tell)
-            mark_folder(folder, form=form)
-        return Written(_files(out))
-    if out.suffix in _FILE_SUFFIXES:
-        save_checkpoint(_as_open_clip(clip, tell), out, epoch=0)
-        return Written((out,))
-    with atomic_folder(out, weights_size(clip)) as folder:
-        _write_open_clip(_as_open_clip(clip, tell), folder)
-        mark_folder(folder, form=form)
-    return Written(_files(out))
+        tell.end()
+    return Written(_files(out), differences)
 
 
-def _write_transformers(clip: Clip, folder: Path, tell: Progress) -> None:
+class _Steps:
+    """Logs what begins, and tells how many steps are behind it."""
+
+    def __init__(self, told: Told | None, total: int) -> None:
+        self._told = told
+        self._total = total
+        self._begun = 0
+
+    def __call__(self, line: str) -> None:
+        log.info("%s", line)
+        if self._told is not None:
+            self._told(self._begun, self._total)
+        self._begun += 1
+
+    def end(self) -> None:
+        """All is done; a step that was not needed counts too."""
+        if self._told is not None:
+            self._told(self._total, self._total)
+
+
+def _write_transformers(clip: Clip, folder: Path, tell: _Steps) -> None:
     if clip.family.name != "transformers":
         tell("converting to transformers")
     twin = to_transformers(clip)
     _require_inputs(twin)
+    tell(f"writing {weights_size(clip) / 1e6:,.1f} MB")
     save_transformers_files(twin, folder)
 
 
-def _as_open_clip(clip: Clip, tell: Progress) -> Clip:
+def _as_open_clip(clip: Clip, tell: _Steps) -> Clip:
     if clip.family.name != "open_clip":
         tell("converting to open_clip")
     return to_open_clip(clip)
 
 
-def _write_open_clip(clip: Clip, folder: Path) -> None:
+def _write_open_clip(clip: Clip, folder: Path, tell: _Steps) -> None:
     _require_inputs(clip)
+    tell(f"writing {weights_size(clip) / 1e6:,.1f} MB")
     preprocess = dict(clip.model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
     preprocess.pop("size", None)  # open_clip takes it from the model
     write_json(folder / CONFIG_FILE, {"model_cfg": config_of(clip), "preprocess_cfg": preprocess})
@@ -157,7 +183,3 @@ def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:
 
 def _files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
-
-
-def _silent(line: str) -> None:
-    """Progress that nobody asked for."""

@@ -24,6 +24,7 @@ from clipgraft.models.family import base_parameter, is_lora, submodule
 from clipgraft.models.sites import Site, SiteRef, Tower
 from clipgraft.profile.meta import on_meta
 from clipgraft.profile.trace import LayerCost, Product, Trace, join, trace
+from clipgraft.results import Result
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class SiteCost:
     adapter_macs: int = 0
 
 
-@dataclass(frozen=True)
-class TowerCost:
+@dataclass(frozen=True, repr=False)
+class TowerCost(Result):
     """One tower.
 
     Attributes:
@@ -59,6 +60,8 @@ class TowerCost:
         sites: in the order of the data flow.
         trace: the tower as it is, adapter included.
     """
+
+    _shows = ("tower", "input_shape", "parameters", "macs", "flops", "adapter_parameters", "adapter_macs")
 
     tower: Tower
     input_shape: tuple[int, ...]
@@ -73,8 +76,8 @@ class TowerCost:
     trace: Trace
 
 
-@dataclass(frozen=True)
-class ClipProfile:
+@dataclass(frozen=True, repr=False)
+class ClipProfile(Result):
     """A CLIP model on a batch of images and one of texts.
 
     Attributes:
@@ -86,6 +89,8 @@ class ClipProfile:
         text, vision: the towers.
         trace: both together.
     """
+
+    _shows = ("name", "batch", "image_size", "text_tokens", "parameters", "macs", "flops")
 
     name: str
     batch: int

@@ -16,6 +16,7 @@ from clipgraft.models.unloaded import ModelConfig, Overrides, build_model, read_
 from clipgraft.profile.forward import ClipProfile, profile_clip
 from clipgraft.profile.layers import structure
 from clipgraft.profile.targets import TargetCost, target_costs
+from clipgraft.results import Result
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class SiteInfo:
     lora_parameters: int
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
     """A model.
 
     Attributes:
@@ -42,6 +43,8 @@ class Inspection:
         sites: in the order of the data flow, with the weights of an update of rank r.
         targets: what an adapter on each target set would weigh.
     """
+
+    _shows = ("name", "library", "profile", "r", "sites")
 
     name: str
     library: str

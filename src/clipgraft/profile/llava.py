@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clipgraft.errors import ModelError
 from clipgraft.models.failures import one_line
 from clipgraft.profile.trace import Trace, trace
+from clipgraft.results import Result
 
 MODEL_TYPE = "llava_next"
 LLAVA_PARTS = {
@@ -44,8 +45,8 @@ class LlavaTokens:
     logits: int
 
 
-@dataclass(frozen=True)
-class LlavaProfile:
+@dataclass(frozen=True, repr=False)
+class LlavaProfile(Result):
     """A LLaVA-NeXT model on one request.
 
     Attributes:
@@ -55,6 +56,8 @@ class LlavaProfile:
         weight_bytes: of all weights, in the type of the configuration.
         dtype: that type.
     """
+
+    _shows = ("tokens", "image_size", "weight_bytes", "dtype")
 
     tokens: LlavaTokens
     image_size: tuple[int, int] | None

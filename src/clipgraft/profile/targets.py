@@ -11,12 +11,13 @@ from clipgraft.errors import TargetError
 from clipgraft.lora.targets import TARGET_SETS, select_sites
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.family import is_lora
+from clipgraft.results import Result
 
 _BYTES_OF_A_WEIGHT = 4
 
 
-@dataclass(frozen=True)
-class TargetCost:
+@dataclass(frozen=True, repr=False)
+class TargetCost(Result):
     """A LoRA adapter on a target set.
 
     Attributes:

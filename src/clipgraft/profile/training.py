@@ -31,6 +31,7 @@ from clipgraft.profile.forward import ClipInputs, inputs_of, trace_tower
 from clipgraft.profile.meta import on_meta
 from clipgraft.profile.targets import distinct_sets
 from clipgraft.profile.trace import Trace
+from clipgraft.results import Result
 
 FULL = "full"
 
@@ -55,8 +56,8 @@ class TowerTraining:
     saved_bytes: int
 
 
-@dataclass(frozen=True)
-class TrainingCost:
+@dataclass(frozen=True, repr=False)
+class TrainingCost(Result):
     """A step of training on a batch of pairs.
 
     Attributes:
@@ -68,6 +69,8 @@ class TrainingCost:
         optimizer_bytes: of AdamW's two moments.
         text, vision: the towers.
     """
+
+    _shows = ("targets", "r", "trainable", "macs", "cached_macs", "memory_bytes")
 
     targets: str
     r: int

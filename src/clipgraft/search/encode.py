@@ -32,6 +32,8 @@ from clipgraft.errors import ConfigError, DataError
 from clipgraft.files import inside
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.precision import use_autocast
+from clipgraft.progress import Progress, Told, showing
+from clipgraft.results import Result
 from clipgraft.search.engine import Engine, LocalEngine
 from clipgraft.search.items import Source
 from clipgraft.search.makers import Maker, image_maker, text_maker
@@ -41,7 +43,7 @@ from clipgraft.search.ray_engine import Cluster, RayEngine
 from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
 from clipgraft.search.store import Store, open_folder, sole_writer
-from clipgraft.search.stream import Progress, Reading, Sizes, stream
+from clipgraft.search.stream import Reading, Sizes, stream
 from clipgraft.search.tables import need_pyarrow
 
 log = logging.getLogger("clipgraft")
@@ -49,8 +51,8 @@ _AUTOCAST = " in bf16 autocast"
 ENGINES = ("local", "ray")
 
 
-@dataclass(frozen=True)
-class EncodeResult:
+@dataclass(frozen=True, repr=False)
+class EncodeResult(Result):
     """What a run did.
 
     Attributes:
@@ -63,6 +65,8 @@ class EncodeResult:
         sets: folders of vectors below `out`, "" for itself, and the adapter that made each.
         seconds: of the whole run.
     """
+
+    _shows = ("out", "encoded", "kept", "removed", "errors", "rows", "seconds")
 
     out: Path
     encoded: int
@@ -100,7 +104,7 @@ def encode_folder(
     ray_address: str | None = None,
     ray_workers: int | None = None,
     ray_gpus_per_worker: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> EncodeResult:
     """Write unit-norm vectors of all that `source` holds to `out`, or what differs since the last run.
 
@@ -126,7 +130,8 @@ def encode_folder(
             `read_pairs`.
         engine: `local`, or `ray` to decode and encode on a Ray cluster; what is written is the same.
         ray_address, ray_workers, ray_gpus_per_worker: see `ray_engine.Cluster`.
-        progress: told (done, of how many) after every batch.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many), which is told after every batch.
 
     Raises:
         DataError: the source cannot be listed, another process writes to `out`, or `out` holds other vectors.
@@ -162,8 +167,10 @@ def encode_folder(
         local = LocalEngine(encoder, maker, store.manifest.sets, adapters is not None, getattr(torch, dtype))
         with_whom = local if cluster is None else RayEngine(local, cluster)
         sizes = Sizes(batch_size, shard_rows)
-        run = _Run(store, listed, notes, with_whom, maker, sizes, retry_errors, progress)
-        counts = run.bring_up_to_date()
+        what = "texts" if texts else "images"
+        with showing(progress, what, what[:-1]) as told:
+            run = _Run(store, listed, notes, with_whom, maker, sizes, retry_errors, told)
+            counts = run.bring_up_to_date()
     return EncodeResult(
         out,
         encoded=counts.to_do,
@@ -187,7 +194,7 @@ class _Run:
     maker: Maker
     sizes: Sizes
     retry_errors: bool
-    progress: Progress | None
+    told: Told | None
 
     def bring_up_to_date(self) -> Counts:
         """Drop what is gone, encode what is new; returns how much of both there was."""
@@ -209,7 +216,7 @@ class _Run:
             self._compact(plan)
             log.info("%s", _summary(counts, store))
             reading = Reading(plan.to_do(), self.source.root, counts.to_do)
-            stream(store, reading, self.engine, self.maker, self.sizes, self.progress)
+            stream(store, reading, self.engine, self.maker, self.sizes, self.told)
             store.finish()
         finally:
             plan.close()

@@ -21,6 +21,7 @@ import numpy as np
 
 from clipgraft.errors import ClipgraftError, ConfigError, DataError
 from clipgraft.files import atomic_folder, inside, write_json
+from clipgraft.progress import Progress, showing
 from clipgraft.readers import reading
 from clipgraft.records import Finite, Whole, read_json
 from clipgraft.search.exact import nearest
@@ -69,7 +70,9 @@ class IndexRecord:
     sha256: str | None = None
 
 
-def build_index(folder: str | Path, factory: str = EXACT) -> list[tuple[Path, IndexRecord]]:
+def build_index(
+    folder: str | Path, factory: str = EXACT, *, progress: Progress = None
+) -> list[tuple[Path, IndexRecord]]:
     """Index every set of vectors of an encoded folder, or the one set that is named.
 
     An index that is not exact is made to search harder until it finds 95 % of the 10 nearest rows of 200
@@ -78,6 +81,8 @@ def build_index(folder: str | Path, factory: str = EXACT) -> list[tuple[Path, In
     Args:
         folder: what `encode_folder` wrote.
         factory: of FAISS, such as `IVF256,Flat`, `HNSW32`, `SQfp16`; `Flat` is exact.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many).
 
     Returns:
         The folder of each index, and its record.
@@ -90,7 +95,7 @@ def build_index(folder: str | Path, factory: str = EXACT) -> list[tuple[Path, In
     built = []
     for encoded in all_sets(folder):
         with sole_writer(encoded.folder):
-            built.append(_build(faiss, encoded, factory))
+            built.append(_build(faiss, encoded, factory, progress))
     return built
 
 
@@ -178,7 +183,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(faiss: Any, encoded: Encoded, factory: str) -> tuple[Path, IndexRecord]:
+def _build(faiss: Any, encoded: Encoded, factory: str, progress: Progress) -> tuple[Path, IndexRecord]:
     made, dim = encoded.manifest.made, encoded.manifest.dim
     if dim is None or not encoded.manifest.rows:
         raise DataError(f"{encoded.place}: holds no vectors, so there is nothing to index")
@@ -188,8 +193,11 @@ def _build(faiss: Any, encoded: Encoded, factory: str) -> tuple[Path, IndexRecor
     if not index.is_trained:
         _train(index, encoded, factory)
     with _faiss(f"--factory {factory}: cannot hold these vectors", "an index of another kind"):
-        for _, block in encoded.blocks():
-            index.add(block)
+        with showing(progress, "indexing", "vector") as told:
+            for first, block in encoded.blocks():
+                index.add(block)
+                if told is not None:
+                    told(first + len(block), encoded.manifest.rows)
         recall, settings = (None, None) if factory == EXACT else _tuned(faiss, index, encoded)
     rows = encoded.manifest.rows
     part = encoded.part
@@ -229,6 +237,7 @@ def _train(index: Any, encoded: Encoded, factory: str) -> None:
     """Train on rows at even distances."""
     rows = encoded.manifest.rows
     wanted = np.unique(np.linspace(0, rows - 1, min(rows, _TRAINING_ROWS)).astype(np.int64))
+    log.info("training %s on %s vectors", factory, f"{len(wanted):,}")
     vectors = _rows(encoded, wanted)
     wrong = f"--factory {factory}: cannot be trained on {len(wanted):,} vectors"
     with _faiss(wrong, "fewer cells, or an exact index without --factory"):
@@ -248,6 +257,7 @@ def _tuned(faiss: Any, index: Any, encoded: Encoded) -> tuple[float, dict[str, i
     """Search harder until enough is found; returns recall@10 and the setting, which the index keeps."""
     probes = np.linspace(0, encoded.manifest.rows - 1, min(_PROBES, encoded.manifest.rows)).astype(np.int64)
     probes = np.unique(probes)
+    log.info("measuring how much it finds, with %d vectors as queries", len(probes))
     queries = _rows(encoded, probes)
     _, truth = nearest(encoded, queries, _K + 1)
     recall, settings = _recall(index, queries, probes, truth), None

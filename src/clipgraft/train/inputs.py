@@ -195,19 +195,18 @@ def _encode_once(
     peers: Peers,
     transform: Transform | None = None,
 ) -> Tensor:
-    with _bar(what, len(pairs), progress, peers) as advance:
-        encode = partial(
-            encode_images,
-            clip,
-            workers=workers,
-            encoder=encoder,
-            progress=advance,
-            cache=cache,
-            transform=transform,
-            exact_preprocess=exact_preprocess,
-            label=what,
-        )
-        return in_shares(peers, pairs.images, encode)
+    encode = partial(
+        encode_images,
+        clip,
+        workers=workers,
+        encoder=encoder,
+        progress=None if progress and peers.root else False,
+        cache=cache,
+        transform=transform,
+        exact_preprocess=exact_preprocess,
+        label=what,
+    )
+    return in_shares(peers, pairs.images, encode)
 
 
 @contextlib.contextmanager

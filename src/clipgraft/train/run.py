@@ -25,6 +25,7 @@ from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.precision import use_autocast
 from clipgraft.models.save import size_on_disk
+from clipgraft.results import Result
 from clipgraft.train.checkpoint import recorded_settings
 from clipgraft.train.distributed import ALONE, Peers
 from clipgraft.train.feed import Feed
@@ -44,8 +45,8 @@ from clipgraft.train.verdict import Trained, Verdict
 log = logging.getLogger("clipgraft")
 
 
-@dataclass(frozen=True)
-class FitResult:
+@dataclass(frozen=True, repr=False)
+class FitResult(Result):
     """What a run made.
 
     Attributes:
@@ -59,6 +60,8 @@ class FitResult:
         best_epoch: the epoch that `saved` is, the best on the validation data; without them the last.
         verdict: whether that epoch is better than what the run began with; None where that is not known.
     """
+
+    _shows = ("saved", "bytes", "trainable", "seconds", "best_epoch", "metrics", "base", "verdict")
 
     folder: Path
     saved: Path

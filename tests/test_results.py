@@ -1,0 +1,85 @@
+"""Results print as a line of the numbers that matter, and are plain values for whoever wants to keep them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clipgraft as cg
+from clipgraft.data.labels_report import LabelReport
+from clipgraft.data.summary import DataReport
+from clipgraft.models.sites import Site
+from clipgraft.results import Result
+from clipgraft.search.manifest import VectorSet
+
+METRICS = {"epoch": 2.0, **{f"image_to_text_R@{k}": 0.123456 for k in (1, 5, 10)}, "text_to_image_R@1": 0.5}
+RUN = cg.FitResult(
+    Path("run"), Path("run/a"), 400_000, 28_672, 12.3456, [{"epoch": 1.0}, METRICS], {"x": 0.1}, 2
+)
+ENCODED = cg.EncodeResult(Path("out"), 1_200, 7, 3, 2, 1_207, (VectorSet("", None, None),), 4.5)
+LABELS = LabelReport(Path("t.csv"), "csv", "line", 5_000, 3, tuple(map(str, range(900))), (5,) * 900)
+DATA = DataReport(Path("t.csv"), "csv", "line", 5_000, 3, 4_000, 4_997, 1, 2, 0, 0, 1, 2, (), ())
+SITES = [Site("text", block, role) for block in range(12) for role in ("q", "v")]
+SUM = cg.Combination("a+b", {"a": 1.0, "b": -0.5}, dict.fromkeys(SITES, 8), 0.01, dict.fromkeys(SITES, 0.01))
+
+
+@pytest.fixture(scope="module")
+def clip() -> cg.Clip:
+    """The embedded base."""
+    return cg.load("emoji")
+
+
+@pytest.fixture(scope="module")
+def measured(clip: cg.Clip) -> dict[str, Any]:
+    """What the functions that count return."""
+    return {
+        "costs": cg.target_costs(clip, ["text-attention"])[0],
+        "training": cg.training_costs(clip, ["text-attention"])[0],
+        "profile": cg.profile_clip(clip),
+        "inspection": cg.inspect_model(clip),
+        "compacted": cg.compact_model(clip, text_layers=1),
+    }
+
+
+def short(result: Result, *needed: str) -> None:
+    """It prints on few lines with what is needed, and is JSON."""
+    told = repr(result)
+    assert str(result) == told
+    assert len(told.splitlines()) <= 15
+    assert len(told) < 900
+    for text in needed:
+        assert text in told
+    json.dumps(result.to_dict())
+
+
+def test_results_of_work_are_read_at_a_glance() -> None:
+    """Printing a result filled the screen with the history of a run, 900 classes or every site."""
+    short(RUN, "saved run/a", "trainable 28,672", "image_to_text_R@1 0.1235", "and 1 more")
+    short(ENCODED, "encoded 1,200", "errors 2", "seconds 4.5")
+    short(LABELS, "rows 5,000", "images 4,500", "[0, 1, 2, 3, and 896 more]")
+    short(DATA, "5,000", "4,000")
+    short(SUM, "name a+b", "b -0.5", "error 0.01", "text.0.q 8", "and 20 more")
+    assert "history" not in repr(RUN)
+    assert RUN.to_dict()["history"] == [{"epoch": 1.0}, METRICS]
+    assert SUM.to_dict()["ranks"]["text.11.v"] == 8
+    assert LABELS.to_dict()["images"] == 4_500
+
+
+def test_costs_and_models_are_read_at_a_glance(measured: dict[str, Any], clip: cg.Clip) -> None:
+    """Printing a profile filled the screen with every layer, and a smaller model with all its token ids."""
+    short(measured["costs"], f"parameters {measured['costs'].parameters:,}", "targets text-attention")
+    short(measured["training"], f"memory_bytes {measured['training'].memory_bytes:,}")
+    short(measured["profile"], f"macs {measured['profile'].macs:,}")
+    short(measured["inspection"], f"macs {measured['profile'].macs:,}", "library ")
+    short(measured["compacted"], f"parameters {measured['compacted'].parameters:,}")
+    assert "clip" not in measured["compacted"].to_dict()
+    assert measured["profile"].to_dict()["macs"] == measured["profile"].macs
+
+
+def test_names_of_strangers_stay_on_their_line() -> None:
+    """A class called after an escape sequence would clear the terminal of whoever prints the report."""
+    labels = LabelReport(Path("t.csv"), "csv", "line", 1, 0, ("a\x1b[2J\nb",), (1,))
+    short(labels, "a\\u001b[2J | b")
