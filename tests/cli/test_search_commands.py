@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,29 @@ def test_interrupted(
     outcome = cli("encode", table, tmp_path / "out", *base, *FAST)
     assert outcome.code == 130
     assert "the same command goes on" in outcome.err
+
+
+@pytest.mark.slow
+def test_an_interrupt_to_all_processes_of_encode(base: list[str], table: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the workers too: that must make no noise, lose nothing, and end with 130."""
+    script = (
+        "import os, signal, sys\nfrom clipgraft.cli import main\n"
+        "from clipgraft.search.store import Store\nadd = Store.add\n"
+        "def once(self, rows):\n    add(self, rows)\n    os.killpg(0, signal.SIGINT)\n"
+        "Store.add = once\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = ["--workers", "1", "--shard-rows", "4", "--batch-size", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "encode", str(table), str(tmp_path / "out"), *base, *flags],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    told = "clipgraft: interrupted: finished shards are kept, and the same command goes on from there\n"
+    assert done.stderr == told
+    assert len(list((tmp_path / "out" / "img_emb").glob("*.npy"))) == 1
 
 
 def test_lines_of_standard_input_are_answered(cli: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from hubserver import HubServer
 TAG = "some_tag"
 MEAN = [0.1, 0.2, 0.3]
 CHILD = f"""
-import json, sys, time, types
+import json, logging, sys, time, types
 import huggingface_hub.utils._http as http
 import open_clip, open_clip.pretrained
 import torch
@@ -42,6 +42,9 @@ tag = open_clip.pretrained._pcfg(hf_hub="owner/tiny-openclip/", mean={MEAN})
 gone = open_clip.pretrained._pcfg(hf_hub="owner/gone/")
 gated = open_clip.pretrained._pcfg(hf_hub="gated/tiny/")
 open_clip.pretrained._PRETRAINED["tiny-clip"] = {{"{TAG}": tag, "gone_tag": gone, "gated_tag": gated}}
+said = logging.FileHandler(sys.argv[2])
+logging.getLogger("clipgraft").addHandler(said)
+logging.getLogger("clipgraft").setLevel(logging.INFO)
 for line in sys.stdin:
     arguments, out = json.loads(line)
     try:
@@ -66,8 +69,9 @@ class Remote:
         kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
             kept.pop(name, None)
+        (folder / "said.txt").touch()
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", CHILD, str(config)],
+            [sys.executable, "-W", "ignore", "-c", CHILD, str(config), str(folder / "said.txt")],
             env={**kept, "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "cache")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -84,6 +88,19 @@ class Remote:
         self.process.stdin.flush()
         error, message = json.loads(self.process.stdout.readline())
         return (error, message) if error else (None, torch.load(out))
+
+    def said(self) -> list[str]:
+        """What was logged since it was last asked."""
+        file = self.folder / "said.txt"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        os.truncate(file, 0)
+        return lines
+
+    def forget(self, repository: str) -> None:
+        """Take a repository out of the cache, and what was logged out of the log."""
+        folder = f"models--{repository.replace('/', '--')}"
+        shutil.rmtree(self.folder / "cache" / "hub" / folder, ignore_errors=True)
+        self.said()
 
     def refusal(self, *arguments: str) -> str:
         """The message of the ModelError that `cg.load` ends with there."""
@@ -140,6 +157,7 @@ def _inputs(vocabulary: int, length: int) -> tuple[Tensor, Tensor]:
 def test_hub_id_gives_the_stock_model(remote: Remote, tiny_hf: nn.Module) -> None:
     """`cg.load("hf:owner/name")` gives other embeddings than transformers gives for that repository."""
     image, text = _inputs(100, 16)
+    remote.forget("owner/tiny-hf")
     error, result = remote.ask("hf:owner/tiny-hf", inputs=(image, text))
     assert error is None, result
     with torch.no_grad():
@@ -150,6 +168,10 @@ def test_hub_id_gives_the_stock_model(remote: Remote, tiny_hf: nn.Module) -> Non
     torch.testing.assert_close(result[0], expected[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(result[1], expected[1], atol=1e-6, rtol=0)
     assert any("model.safetensors" in request for request in remote.server.requests)
+    size = (remote.server.root / "owner" / "tiny-hf" / "model.safetensors").stat().st_size / 1e6
+    assert remote.said() == [f"fetching owner/tiny-hf from the hub (model.safetensors, about {size:,.1f} MB)"]
+    assert remote.ask("hf:owner/tiny-hf", inputs=(image, text))[0] is None
+    assert remote.said() == [], "it is here now"
 
 
 @pytest.mark.parametrize("arguments", [("tiny-clip", TAG), ("hf-hub:owner/tiny-openclip",)])
@@ -158,6 +180,7 @@ def test_openclip_tag_gives_the_stock_model(
 ) -> None:
     """An open_clip tag, or `hf-hub:` id, gives other embeddings or pixels than open_clip gives."""
     image, text = _inputs(49408, 77)
+    remote.forget("owner/tiny-openclip")
     error, result = remote.ask(*arguments, inputs=(image, text))
     assert error is None, result
     with torch.no_grad():
@@ -166,6 +189,8 @@ def test_openclip_tag_gives_the_stock_model(
     torch.testing.assert_close(result[1], expected[1], atol=1e-6, rtol=0)
     assert result[2].equal(open_clip.SimpleTokenizer()(["the cat"]))
     assert "0.1, 0.2, 0.3" in result[3]
+    (line,) = remote.said()
+    assert line.startswith("fetching owner/tiny-openclip from the hub (open_clip_pytorch_model.bin, about ")
 
 
 def test_unknown_repository(remote: Remote) -> None:

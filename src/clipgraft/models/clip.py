@@ -22,6 +22,7 @@ from clipgraft.models.family import Family, is_lora
 from clipgraft.models.gate import gate_of
 from clipgraft.models.hf import HfFamily
 from clipgraft.models.openclip import OpenClipFamily
+from clipgraft.models.quiet import say_reading
 from clipgraft.models.sites import Site, SiteRef, Tower
 
 Preprocess: TypeAlias = Callable[[Image], Tensor]
@@ -127,6 +128,8 @@ class Clip:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         weights = {n: w for n, w in self.family.canonical_weights(self.model) if n not in _NOT_IDENTITY}
+        size = sum(weight.nbytes for weight in weights.values() if not weight.is_meta)
+        say_reading("the weights for the fingerprint of the base", size)
         for name in sorted(weights):
             digest.update(f"{name}{tuple(weights[name].shape)}".encode())
             if weights[name].is_meta:

@@ -12,7 +12,7 @@ from clipgraft.errors import ModelError
 from clipgraft.models.allowed import clip_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.failures import check_preprocess, hf_failure
-from clipgraft.models.hub import hub_access
+from clipgraft.models.hub import hub_access, tell_fetch
 from clipgraft.models.quiet import undrawn
 from clipgraft.models.tokenizers import HfTokenizer
 from clipgraft.models.weights_file import UnreadableError, WeightsFile, placeholder, read_weights
@@ -112,6 +112,8 @@ def _file_of(path: str, name: str, required: bool = False) -> Path | None:
     """A file of a folder or hub id, fetched if need be; None where it is not there."""
     from transformers.utils import cached_file
 
+    if Path(name).suffix in _SHARDS and not Path(path).is_dir():
+        tell_fetch(path, [name])
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=required)
     return None if found is None else Path(found)
 

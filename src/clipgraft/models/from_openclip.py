@@ -26,7 +26,8 @@ from clipgraft.models.failures import (
     one_line,
     openclip_failure,
 )
-from clipgraft.models.hub import hub_access
+from clipgraft.models.hub import hub_access, tell_fetch
+from clipgraft.models.quiet import say
 from clipgraft.models.tokenizers import OpenClipTokenizer
 from clipgraft.models.weights_file import UnreadableError, placeholder, read_weights
 from clipgraft.models.weights_names import put_weights
@@ -36,6 +37,7 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 RANDOM_WEIGHTS = "none"
 HUB = "hf-hub:"
 _BIG_VISION = (".npz", ".npy")
+_HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip looks for them
 _PREFERRED = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -65,6 +67,8 @@ def load_name(name: str, pretrained: str, seed: int) -> Clip:
     with hub_access(not (is_file or random) or borrows(config)) as offline:
         try:
             check_text_tower(config, name)
+            if not (is_file or random):
+                _tell_tag(model_name, pretrained)
             model, train, evaluate = _named_model(model_name, None if is_file or random else pretrained, seed)
             inner = _tokenizer(config["text_cfg"], None, model_name)
         except ModelError:
@@ -122,6 +126,7 @@ def _load_hub(name: str) -> Clip:
     with hub_access(True) as offline:
         try:
             config = _read_config(Path(download_pretrained_from_hf(repository, filename=CONFIG_FILE)))
+            tell_fetch(repository, _HUB_WEIGHTS)
             weights = Path(download_pretrained_from_hf(repository))
         except ModelError:
             raise
@@ -177,6 +182,19 @@ def _named_model(name: str, tag: str | None, seed: int, random: bool = True) -> 
             weights_only=True,
         )
     return model, train, evaluate
+
+
+def _tell_tag(name: str, tag: str) -> None:
+    """Say what is fetched for a tag, as `open_clip.download_pretrained` chooses it."""
+    import open_clip
+
+    config = open_clip.get_pretrained_cfg(name, tag)
+    repository, _, file = str(config.get("hf_hub") or "").rpartition("/")
+    if repository:
+        safe = str(Path(file).with_suffix(".safetensors")) if file else ""
+        tell_fetch(repository, [safe, file] if file else _HUB_WEIGHTS)
+    elif url := config.get("url"):
+        say(f"{name} / {tag}: weights are from {url}, fetched if they are not here yet")
 
 
 def _put(model: nn.Module, weights: Path, name: str) -> list[str]:

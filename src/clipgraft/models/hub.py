@@ -1,11 +1,12 @@
-"""The Hugging Face hub: whether it answers at all, asked once before anything is fetched."""
+"""The Hugging Face hub: whether it answers at all, asked once before anything is fetched; what is fetched."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from clipgraft.models.failures import names_in_chain
+from clipgraft.models.quiet import say
 
 
 @contextlib.contextmanager
@@ -30,6 +31,25 @@ def hub_access(needed: bool) -> Iterator[str]:
             constants.HF_HUB_OFFLINE = False
     else:
         yield ""
+
+
+def tell_fetch(repository: str, names: Iterable[str]) -> None:
+    """Say how large the first of these files that the hub has is, before it is fetched, unless it is here.
+
+    What is wrong with the repository is said by whoever fetches from it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
+
+    for name in names:
+        if is_offline_mode() or isinstance(try_to_load_from_cache(repository, name), str):
+            return
+        try:
+            size = get_hf_file_metadata(hf_hub_url(repository, name)).size
+        except Exception:  # not there, gated, or no answer: each release has its own errors
+            continue
+        about = f", about {size / 1e6:,.1f} MB" if size else ""
+        say(f"fetching {repository} from the hub ({name}{about})")
+        return
 
 
 def _unreachable(endpoint: str) -> str:

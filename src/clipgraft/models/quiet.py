@@ -11,16 +11,26 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+log = logging.getLogger("clipgraft")
+_LARGE = 2e9  # bytes that take seconds to read or digest
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' own log lines and bars off the terminal while a model loads or is saved."""
+    """Keep the libraries' own log lines and bars off the terminal while a model loads or is saved.
+
+    Bars of downloads stay, where the output is a terminal; our own lines go through `say`.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as hf_logging
 
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(hf_logging.CRITICAL)
-    hf_logging.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
+    hf_logging.disable_progress_bar()  # of the hub too
+    if downloads:
+        enable_progress_bars()
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -32,6 +42,22 @@ def quiet() -> Iterator[None]:
         if bars:
             hf_logging.enable_progress_bar()
         hf_logging.set_verbosity(verbosity)
+
+
+def say(line: str) -> None:
+    """Log a line of our own, inside `quiet` too, for what takes seconds."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    try:
+        log.info("%s", line)
+    finally:
+        logging.disable(disabled)
+
+
+def say_reading(what: object, size: float) -> None:
+    """Say that many bytes are read, which takes seconds; nothing of few."""
+    if size >= _LARGE:
+        say(f"reading {what} ({size / 1e9:.1f} GB)")
 
 
 class _NoDraws(TorchFunctionMode):
