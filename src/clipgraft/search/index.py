@@ -131,11 +131,23 @@ def open_index(encoded: Encoded) -> Any | None:
     with reading(file, DataError, _AGAIN):
         if record.sha256 is not None and _digest(file) != record.sha256:
             raise DataError(f"{file}: is damaged: its bytes are not those that {RECORD} lists; {_AGAIN}")
-        index = faiss.read_index(str(file))
+        index = _read(faiss, file)
         held = (index.ntotal, index.d, index.metric_type)
     if held != (encoded.manifest.rows, encoded.manifest.dim, faiss.METRIC_INNER_PRODUCT):
         raise DataError(f"{file}: holds {held[0]} vectors of {held[1]}, not those of its folder; {_AGAIN}")
     return index
+
+
+def _read(faiss: Any, file: Path) -> Any:
+    """An index, none of whose parts may claim to be larger than the file, where this FAISS can be told so."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        return faiss.read_index(str(file))
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(file.stat().st_size + (1 << 20))
+    try:
+        return faiss.read_index(str(file))
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 def read_record(place: Path) -> IndexRecord | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
-from clipgraft.records import Finite, Whole, read_pt
+from clipgraft.records import Whole, read_pt
 from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
@@ -46,7 +46,7 @@ class _Group:
     """Which weights it has, and their last rate; how they are trained is in the run's settings."""
 
     params: list[Whole]
-    lr: Finite
+    lr: Annotated[float, Field(strict=True, ge=0, le=1e9)]
 
 
 @dataclass(frozen=True)
