@@ -9,7 +9,8 @@ import clipgraft
 
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
-    ("errors", "shown"),
+    ("shown",),
+    ("errors",),
     ("writing", "progress"),
     ("locks",),
     ("files", "readers"),

@@ -13,7 +13,7 @@ import pytest
 
 from clipgraft.data.tables import read_table
 from clipgraft.errors import AdapterError, DataError
-from clipgraft.readers import Tar, map_array, printable, read_parquet, reading
+from clipgraft.readers import Tar, map_array, read_parquet, reading
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,6 @@ def test_an_error_of_ours_goes_through() -> None:
     """A message that says what to do must not be wrapped in another."""
     with pytest.raises(DataError, match=r"^mine$"), reading("a.bin", AdapterError):
         raise DataError("mine")
-
-
-def test_text_of_strangers_stays_on_its_line() -> None:
-    """A path with a line break makes two lines of a message, the second of a stranger's choosing."""
-    assert printable("a\nb\x1b[2J\u202ec") == "a b [2J c"
-    assert printable("x" * 300) == "x" * 200 + "…"
 
 
 def test_arrays_of_objects_are_not_unpickled(tmp_path: Path) -> None:

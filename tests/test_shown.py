@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 
 from clipgraft.cli import eval as eval_command
 from clipgraft.cli.main import main
-from clipgraft.errors import DataError
+from clipgraft.errors import DataError, together
 from clipgraft.files import write_json
+from clipgraft.progress import showing
 from clipgraft.shown import shown, shown_line
 
 HARMFUL = "\x00\x07\x08\r\x1b\x7f\x85\x9b\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\u061c"
@@ -60,6 +63,51 @@ def test_no_way_to_the_terminal_is_open(
     assert code == (2 if by == "error" else 0)
     assert (told.out + told.err).strip().isprintable()
     assert "\\u001b" in told.out + told.err
+
+
+def test_text_of_strangers_stays_on_its_line() -> None:
+    """A path with a line break makes two lines of a message, the second of a stranger's choosing."""
+    assert shown_line("a\nb\x1b[2J\u202ec") == "a | b\\u001b[2J\\u202ec"
+    assert shown_line("x" * 300, 200) == "x" * 200 + "…"
+
+
+NAME = "a\nclipgraft: done\r\x1b[2J.jpg"
+
+
+@pytest.mark.parametrize("by", ["error", "faults", "system", "log", "warning", "bar"])
+def test_no_name_begins_a_line_of_ours(
+    by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file called `x, line end, clipgraft: saved` would say in our name what never happened."""
+
+    def say(_: Any) -> None:
+        if by == "error":
+            raise DataError(f"{NAME} is missing")
+        if by == "faults":
+            raise together([f"{NAME} is missing", "--lr: two faults"])
+        if by == "system":
+            raise FileNotFoundError(2, "No such file", NAME)
+        if by == "log":
+            logging.getLogger("clipgraft").info("%s: read", Path(NAME))
+        elif by == "warning":
+            sys.stderr.write(warnings.formatwarning(NAME.replace("\n", ""), UserWarning, "x.py", 1))
+        else:
+            with showing(True, NAME) as bar:
+                assert bar is not None
+                bar(1, 2)
+
+    monkeypatch.setattr(eval_command, "run", say)
+    main(["eval"])
+    told = capsys.readouterr()
+    lines = (told.out + told.err).split("\n")
+    assert not any(line.startswith("clipgraft: done") for line in lines)
+    assert "\\u001b[2J" in told.out + told.err
+    assert "\x1b[2J" not in told.out + told.err
+    assert len([line for line in lines if line.startswith("clipgraft: ")]) == {
+        "faults": 2,
+        "error": 1,
+        "system": 1,
+    }.get(by, 0)
 
 
 def test_json_files_hold_no_raw_controls(tmp_path: Path) -> None:

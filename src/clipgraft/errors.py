@@ -6,15 +6,33 @@ exception into its message and `exit_code`; anything that is not a `ClipgraftErr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from clipgraft.shown import one_line
+
 
 class ClipgraftError(Exception):
     """Base of every error clipgraft raises on purpose."""
 
     exit_code = 2
+    faults: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The message by lines: one, or one for each fault; line ends within it are those of names."""
+        return self.faults or (one_line(str(self)),)
 
 
 class ConfigError(ClipgraftError):
     """A flag, spec field or argument has a value that cannot be used."""
+
+
+def together(faults: Iterable[str]) -> ConfigError:
+    """One error that tells several faults, a line each."""
+    lines = tuple(one_line(fault) for fault in faults)
+    error = ConfigError("\n".join(lines))
+    error.faults = lines
+    return error
 
 
 class ModelError(ClipgraftError):

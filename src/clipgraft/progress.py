@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from clipgraft.errors import ConfigError
+from clipgraft.shown import shown_line
 
 Told: TypeAlias = Callable[[int, int], None]
 Progress: TypeAlias = bool | Told | None
@@ -38,7 +39,7 @@ def showing(progress: Progress, what: str, unit: str = "image") -> Iterator[Told
     from tqdm.auto import tqdm
 
     always = progress or _in_notebook()
-    with tqdm(desc=what, unit=unit, leave=False, disable=False if always else None) as bar:
+    with tqdm(desc=shown_line(what), unit=unit, leave=False, disable=False if always else None) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.total = total

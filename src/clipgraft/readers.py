@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.errors import ClipgraftError, DataError
+from clipgraft.shown import shown_line
 
 _MOST_REASON = 160
 _MOST_BYTES, _LAST_SECOND = 1 << 62, 1 << 40
@@ -35,7 +36,7 @@ def reading(path: str | Path, error: type[ClipgraftError] = DataError, advice: s
 def reason(cause: BaseException) -> str:
     """Why something failed, as a library says it, in one printable line."""
     told = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    line = printable(told, 4 * _MOST_REASON)
+    line = shown_line(" ".join(told[: 4 * _MOST_REASON].split()))
     if isinstance(cause, KeyError | RecursionError | MemoryError) or not line:
         line = f"{type(cause).__name__} {line}".strip()
     return line if len(line) <= _MOST_REASON else f"{line[:_MOST_REASON]}…"
@@ -47,12 +48,6 @@ def map_array(path: Path, error: type[ClipgraftError] = DataError, advice: str =
 
     with reading(path, error, advice):
         return open_memmap(path, mode=mode)
-
-
-def printable(text: str, most: int = 200) -> str:
-    """Text of a stranger's file on one line: other characters than printable ones are blanks."""
-    cut = text if len(text) <= most else f"{text[:most]}…"
-    return " ".join("".join(c if c.isprintable() else " " for c in cut).split())
 
 
 class Tar(tarfile.TarFile):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TextIO
 
 _KEPT = (0x09, 0x0A)  # tabs and the ends of our own lines
@@ -30,8 +31,18 @@ def shown(text: str) -> str:
     return text if text.isascii() and text.isprintable() else text.translate(_ESCAPES)
 
 
-def shown_line(text: str) -> str:
-    """`shown` for what must stay on its line, such as a cell of a table: ends of lines are bars."""
+def one_line(text: str) -> str:
+    """Text whose line ends are written as Python would: a name's must not begin what looks like our line."""
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def shown_line(text: str, most: int | None = None) -> str:
+    """`shown` for what must stay on its line, such as a cell of a table: ends of lines are bars.
+
+    `most` is how many characters of the text are wanted.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}…"
     return shown(" | ".join(text.splitlines()) if "\n" in text or "\r" in text else text).replace("\t", " ")
 
 
@@ -39,6 +50,8 @@ class ShownFormatter(logging.Formatter):
     """Writes log records without control and direction characters."""
 
     def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):  # paths have no lines; tables that are logged as text have
+            record.args = tuple(one_line(str(a)) if isinstance(a, Path) else a for a in record.args)
         return shown(super().format(record))
 
 

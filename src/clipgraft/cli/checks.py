@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.config import ClassSpec, ColumnSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec, flag
-from clipgraft.errors import ClipgraftError, ConfigError
+from clipgraft.errors import ClipgraftError, together
 
 if TYPE_CHECKING:
     from clipgraft.adapters.native import AdapterFile
@@ -30,17 +30,17 @@ _FREE = {"batch_size", "accum_freq", "epochs", "epoch_parts"}
 
 def refuse(faults: Iterable[str]) -> None:
     """Raise ConfigError with all faults, each once; nothing if there are none."""
-    lines = list(dict.fromkeys(line for fault in faults for line in fault.splitlines()))
-    if lines:
-        raise ConfigError("\n".join(lines))
+    if lines := list(dict.fromkeys(faults)):
+        raise together(lines)
 
 
 def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
-    """The error that a check raises as a fault, after the flag it belongs to."""
+    """The faults that a check raises, after the flag they belong to."""
     try:
         check()
     except ClipgraftError as error:
-        return [f"{prefix}: {error}" if prefix and not str(error).startswith(prefix) else str(error)]
+        lines = error.lines
+        return [f"{prefix}: {line}" if prefix and not line.startswith(prefix) else line for line in lines]
     return []
 
 
@@ -233,7 +233,7 @@ def resume_faults(folder: Path, lora: LoraSpec, train: TrainSpec, where: RunSpec
     try:
         settings = recorded_settings(latest)
     except ClipgraftError as error:
-        return [str(error)]
+        return [*error.lines]
     before, options = recorded_parts(settings), train_options(train, resume=True)
     faults = []
     if before is not None and (train.epoch_parts or options.get("epochs", sum(before)) < sum(before)):

@@ -23,6 +23,7 @@ from clipgraft.errors import AdapterError, ConfigError, ModelError
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.report.results import RESULTS, write_results
+from clipgraft.shown import shown_line
 from clipgraft.train.distributed import Peers
 
 log = logging.getLogger("clipgraft")
@@ -133,7 +134,7 @@ def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
 @contextlib.contextmanager
 def checking(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for images that are being checked; gives what is told how many are done, of how many."""
-    with tqdm(desc=f"checking {what}", unit="image", leave=False, disable=None) as bar:
+    with tqdm(desc=f"checking {shown_line(what)}", unit="image", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, cast
 
 from clipgraft.cli.sweep_cell import CELL_PROCESS
 from clipgraft.errors import ClipgraftError
-from clipgraft.shown import ShownFormatter, ShownStream, shown
+from clipgraft.shown import ShownFormatter, ShownStream, one_line, shown
 
 VERBS = {
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
@@ -45,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _dispatch(arguments)
             sys.stdout.flush()
         except ClipgraftError as error:
-            return _fail(str(error), error.exit_code)
+            return _fail(error.lines, error.exit_code)
         except KeyboardInterrupt as stop:
-            return _fail(str(stop) or "interrupted", _INTERRUPTED + _signal_of(stop))
+            return _fail([str(stop) or "interrupted"], _INTERRUPTED + _signal_of(stop))
         except BrokenPipeError:
             # Python flushes once more when it exits, and would complain about it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
             where = f"{error.filename}: " if error.filename is not None else ""
-            return _fail(f"{where}{error.strerror or ' '.join(str(error).split())}", 1)
+            return _fail([f"{where}{error.strerror or ' '.join(str(error).split())}"], 1)
         return code
 
 
@@ -69,7 +70,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        return _fail(f"there is no command '{verb}'{_nearest(verb)}; commands are {', '.join(VERBS)}")
+        return _fail([f"there is no command '{verb}'{_nearest(verb)}; commands are {', '.join(VERBS)}"])
     importlib.import_module(f"clipgraft.cli.{verb}").run(rest)
     return 0
 
@@ -95,10 +96,10 @@ def _signal_of(stop: KeyboardInterrupt) -> int:
     return int(getattr(stop, "signal", signal.SIGINT))
 
 
-def _fail(message: str, code: int = 2) -> int:
+def _fail(lines: Sequence[str], code: int = 2) -> int:
     sys.stdout.flush()
-    for line in shown(message.replace("\r", "\\r")).split("\n"):
-        print(f"clipgraft: {line}", file=sys.stderr)
+    for line in lines:
+        print(f"clipgraft: {shown(one_line(line))}", file=sys.stderr)
     return code
 
 
@@ -128,6 +129,8 @@ def plain_output() -> Iterator[None]:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     log, outer = logging.getLogger("clipgraft"), sys.stdout
     level, propagate, handler = log.level, log.propagate, _Lines(outer)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **named: shown(plain(*args, **named))
     handler.setFormatter(ShownFormatter())
     sys.stdout = cast(TextIO, ShownStream(outer))
     log.setLevel(logging.INFO)
@@ -137,6 +140,7 @@ def plain_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout = outer
+        warnings.formatwarning = plain
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate

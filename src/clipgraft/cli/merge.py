@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.config import MergeSpec, flag
-from clipgraft.errors import ConfigError
+from clipgraft.errors import ConfigError, together
 
 if TYPE_CHECKING:
     from clipgraft.adapters.runs import RunModel
@@ -83,7 +83,7 @@ def _weights(spec: MergeSpec) -> tuple[float, ...]:
     if spec.pretrained is not None and spec.model is None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
     return spec.weights or (1.0,) * len(spec.adapters)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from clipgraft.config import ProfileSpec, flag
-from clipgraft.errors import ConfigError
+from clipgraft.errors import together
 from clipgraft.models.unloaded import ModelConfig
 from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_on_meta, profile_llava
 from clipgraft.profile.tables import llava_table
@@ -71,7 +71,7 @@ def _tokens(spec: ProfileSpec) -> LlavaTokens | None:
         if counts and name in given
     ]
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
     if spec.crops is None or spec.language_tokens is None or spec.logits is None:
         return None
     return LlavaTokens(spec.crops, spec.language_tokens, spec.logits)

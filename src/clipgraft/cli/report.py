@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.config import CacheSpec, ClassSpec, ColumnSpec, PromptSpec, ReportSpec, Spec, flag
-from clipgraft.errors import ConfigError
+from clipgraft.errors import ConfigError, together
 from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
     faults += checks.table_faults("--retained", spec.retained, columns, classification)
     faults += checks.device_faults(spec.device)
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
     refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
 
 

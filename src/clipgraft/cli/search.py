@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.parser import parse
 from clipgraft.config import SearchSpec
-from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
+from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 from clipgraft.ours import refuse_foreign
 from clipgraft.shown import shown, shown_line
 
@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     if spec.pretrained is not None and spec.model is None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
     if spec.text == "-" and (spec.html is not None or spec.image is not None):
         raise ConfigError("- reads texts from standard input: drop --html and --image, or give one text")
     if spec.html is not None:

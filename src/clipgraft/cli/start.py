@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.config import LoraSpec, ModelSpec, RunSpec, flag
-from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
+from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 
 if TYPE_CHECKING:
     from clipgraft.adapters.native import AdapterFile
@@ -136,7 +136,7 @@ def attach_start(clip: Clip, path: Path, lora: LoraSpec, where: RunSpec) -> None
 
     file = read_start(clip, path, where)
     if faults := contradictions(clip, file, lora):
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
     if file.fingerprint not in (None, clip.fingerprint):
         named = " / ".join(part for part in (file.base.get("name"), file.base.get("pretrained")) if part)
         raise AdapterError(

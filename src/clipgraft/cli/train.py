@@ -56,7 +56,7 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
     try:
         model_spec, lora, _ = resolve_start(specs[0], lora, where)
     except ClipgraftError as error:
-        checks.refuse([*faults, str(error)])
+        checks.refuse([*faults, *error.lines])
         raise
     specs = [model_spec, data, classes, lora, train, where]
     checks.refuse([*faults, *cheap_faults(specs, several)])

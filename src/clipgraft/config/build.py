@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from clipgraft.config.fields import Positional, Spec
-from clipgraft.errors import ConfigError
+from clipgraft.errors import ConfigError, together
 from clipgraft.yaml_files import load_yaml
 
 S = TypeVar("S", bound=Spec)
@@ -68,7 +68,7 @@ def build_specs(
         except ValidationError as error:
             faults.extend(_fault(kind, item) for item in error.errors())
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
     return specs
 
 

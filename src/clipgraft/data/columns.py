@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 
 from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.errors import DataError
-from clipgraft.readers import printable
+from clipgraft.shown import shown_line
 
 
 @dataclass(frozen=True)
@@ -129,4 +129,4 @@ def _advice(flag: str, wanted: str, names: Sequence[str]) -> str:
 def _short(name: str) -> str:
     """A column's name in a message: a stranger's, which may hold line breaks."""
     short = name if len(name) <= 40 else name[:37] + "..."
-    return printable(short)
+    return shown_line(short)

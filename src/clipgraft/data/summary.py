@@ -10,8 +10,8 @@ from pathlib import Path
 
 from clipgraft.data.rows import BadRow, Row
 from clipgraft.errors import ConfigError, DataError
-from clipgraft.readers import printable
 from clipgraft.results import Result
+from clipgraft.shown import shown_line
 
 MAX_BAD_ROWS = 100
 _KEPT = 10  # bad rows that are kept to be shown
@@ -201,4 +201,6 @@ def _duplicates_advice(report: DataReport) -> str:
 
 def describe_row(row: BadRow, unit: str) -> str:
     """`line 7: a.jpg not found in data`: where, which image, why."""
-    return " ".join(part for part in (f"{unit} {row.number}:", printable(row.image), row.reason) if part)
+    return " ".join(
+        part for part in (f"{unit} {row.number}:", shown_line(row.image, 200), row.reason) if part
+    )

@@ -20,6 +20,7 @@ from clipgraft.data.views import SeededView
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
+from clipgraft.shown import shown_line
 from clipgraft.train.activations import Activations, plan_activations
 from clipgraft.train.augmented import FrozenImages, ViewedImages
 from clipgraft.train.distributed import ALONE, Peers, in_shares
@@ -213,7 +214,9 @@ def _encode_once(
 def _bar(what: str, total: int, progress: bool, peers: Peers) -> Iterator[Callable[[int], None]]:
     """Gives what is told how many more images are done; of several processes rank 0 shows its share."""
     own = len(range(total)[peers.share(total)])
-    with tqdm(desc=what, total=own, unit="image", disable=None if progress and peers.root else True) as bar:
+    with tqdm(
+        desc=shown_line(what), total=own, unit="image", disable=None if progress and peers.root else True
+    ) as bar:
 
         def advance(images: int) -> None:
             bar.update(images)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.config import TrainSpec, build_specs
-from clipgraft.errors import CheckpointError, ConfigError
+from clipgraft.errors import CheckpointError, together
 from clipgraft.train.checkpoint import EPOCHS, PARTS, recorded_parts, recorded_position, recorded_settings
 from clipgraft.train.distributed import ALONE, Peers
 from clipgraft.train.optim import Schedule, make_schedule
@@ -44,7 +44,7 @@ def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peer
 
 def _check(spec: TrainSpec) -> None:
     if faults := spec.epoch_faults():
-        raise ConfigError("\n".join(faults))
+        raise together(faults)
 
 
 def parts_of(spec: TrainSpec) -> tuple[int, ...]:
