@@ -15,6 +15,12 @@ from typing import Any
 from clipgraft.errors import ClipgraftError, DataError
 from clipgraft.shown import shown_line
 
+POINTER = (
+    "it is a git-lfs pointer, not the file itself, which was never downloaded: run `git lfs pull` in that "
+    "repository, or download the file from its page"
+)
+_LFS = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype", b"<html", b"<?xml")
 _MOST_REASON = 160
 _MOST_BYTES, _LAST_SECOND = 1 << 62, 1 << 40
 
@@ -40,6 +46,31 @@ def reason(cause: BaseException) -> str:
     if isinstance(cause, KeyError | RecursionError | MemoryError) or not line:
         line = f"{type(cause).__name__} {line}".strip()
     return line if len(line) <= _MOST_REASON else f"{line[:_MOST_REASON]}…"
+
+
+def placeholder(path: Path) -> str:
+    """What stands in place of a file that was not downloaded: a git-lfs pointer, a web page; "" if none."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200)
+    except OSError:
+        return ""
+    if is_pointer(start):
+        return POINTER
+    if start.lstrip().lower().startswith(_PAGES):
+        return "it is damaged: a web page stands in its place, as where a login was needed; download it again"
+    return ""
+
+
+def is_pointer(source: str | Path | bytes) -> bool:
+    """Whether a file, or its content, is what git keeps in place of a file that git-lfs was to fetch."""
+    if isinstance(source, bytes):
+        return source.startswith(_LFS)
+    try:
+        with Path(source).open("rb") as file:
+            return file.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def map_array(path: Path, error: type[ClipgraftError] = DataError, advice: str = "", mode: str = "r") -> Any:

@@ -380,3 +380,31 @@ def test_folder_counts_images_without_caption(folder: Path, monkeypatch: pytest.
     assert len(pairs) == 2
     assert any("4 images in the folder have no caption" in note for note in report.notes)
     assert report.unreadable_images == 1
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def test_pointers_of_git_lfs_are_called_that(folder: Path) -> None:
+    """`git clone` without git-lfs leaves small text files: they are neither damaged nor captions."""
+    (folder / "img/0.png").write_bytes(POINTER)
+    (folder / "img/1.png").write_bytes(b"x")
+    pairs, report = read_pairs(table(folder, *((f"img/{i}.png", f"c{i}") for i in range(6))))
+    assert len(pairs.images) == 4
+    assert [count for why, count in report.reasons if "git-lfs pointer" in why and "git lfs pull" in why] == [
+        1
+    ]
+    assert report.unreadable_images == 2
+    for name in ("t.csv", "t.tsv", "t.parquet", "t.jsonl", "t.json"):
+        (folder / name).write_bytes(POINTER)
+        with pytest.raises(DataError, match=rf"{name}: it is a git-lfs pointer.*git lfs pull"):
+            read_pairs(folder / name)
+
+
+def test_captions_are_no_pointers_of_git_lfs(folder: Path) -> None:
+    """The pictures would be trained to be "version https://git-lfs.github.com/spec/v1"."""
+    for i in range(6):
+        (folder / f"img/{i}.txt").write_bytes(POINTER if i < 2 else b"a cat")
+    pairs, report = read_pairs(folder / "img")
+    assert {caption for captions in pairs.captions for caption in captions} == {"a cat"}
+    assert report.bad_rows == 2

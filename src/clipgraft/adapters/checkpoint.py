@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path
-from clipgraft.models.weights_file import placeholder
+from clipgraft.readers import placeholder
 from clipgraft.writing import size_of
 
 _HUGE = 10**15

@@ -22,8 +22,9 @@ from torch import Tensor
 from clipgraft.adapters.checkpoint import as_weight
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, write_json
-from clipgraft.models.weights_file import UnreadableError, check_is_weights, placeholder, read_weights
+from clipgraft.models.weights_file import UnreadableError, check_is_weights, read_weights
 from clipgraft.ours import refuse_foreign
+from clipgraft.readers import placeholder
 from clipgraft.records import read_json
 from clipgraft.writing import size_of, writing
 

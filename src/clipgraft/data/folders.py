@@ -11,6 +11,7 @@ from clipgraft.data.rows import BadRow, Rows, Table, make_row
 from clipgraft.data.table_options import TableOptions
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
+from clipgraft.readers import is_pointer
 
 CAPTIONS_FILES = (
     "metadata.jsonl",  # Hugging Face imagefolder
@@ -86,6 +87,7 @@ def _sidecar_rows(folder: Path, images: list[Path], options: TableOptions) -> Ro
         try:
             captions = [line for line in text_lines(text, options.encoding) if line.strip()]
         except DataError as error:
-            yield BadRow(number, name, str(error), "its text file cannot be read")
+            kind = "git-lfs pointer" if is_pointer(text) else "cannot be read"
+            yield BadRow(number, name, str(error), f"its text file: {kind}")
         else:
             yield make_row(number, name, captions or None, options.cells)

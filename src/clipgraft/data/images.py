@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clipgraft.errors import DataError
+from clipgraft.readers import POINTER, is_pointer
 
 MAX_PIXELS = 89_478_485
 """Largest width x height that is decoded: 256 MiB as RGB, the size at which Pillow itself starts to warn."""
@@ -139,6 +140,8 @@ def _open(name: str, source: str | Path | bytes) -> Image.Image:
     try:
         return Image.open(_file(source))
     except UnidentifiedImageError:
+        if is_pointer(source):
+            raise ImageError(name, POINTER) from None
         if not _is_heic(source):
             raise
         if not _read_heic():

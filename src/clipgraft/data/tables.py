@@ -22,7 +22,7 @@ from clipgraft.data.rows import BadRow, Rows, Table, make_row
 from clipgraft.data.table_options import TableOptions
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import ConfigError, DataError
-from clipgraft.readers import reading_parquet
+from clipgraft.readers import POINTER, is_pointer, reading_parquet
 
 DATASET_TYPES = ("auto", "csv", "tsv", "jsonl", "parquet", "folder")
 
@@ -96,6 +96,8 @@ def _kind(source: Path, dataset_type: str) -> str:
         return "folder"
     if dataset_type == "folder":
         raise DataError(f"{source}: is a file, and --dataset-type is folder; name a folder, or use auto")
+    if is_pointer(source):
+        raise DataError(f"{source}: {POINTER}")
     if source.suffix.lower() == ".json" and dataset_type in ("auto", "jsonl"):
         return "json" if not is_json_lines(source) else "jsonl"
     if dataset_type != "auto":

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from clipgraft.data.foreign import what_it_is
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.readers import POINTER, is_pointer
 
 _HEAD = 256  # bytes that tell UTF-16 without a mark: of its letters below U+0100, each second byte is 0
 _FEWEST_NULS = 4
@@ -54,6 +55,8 @@ def text_lines(path: Path, given: str | None = None) -> Generator[str, None, Non
 
     Raises DataError with the line of the first byte that cannot be decoded.
     """
+    if is_pointer(path):
+        raise DataError(f"{path}: {POINTER}")
     encoding = text_encoding(path, given)
     with path.open(encoding=encoding, newline="") as file:
         try:

@@ -15,8 +15,9 @@ from clipgraft.models.failures import check_preprocess, hf_failure
 from clipgraft.models.hub import hub_access, tell_fetch
 from clipgraft.models.quiet import undrawn
 from clipgraft.models.tokenizers import HfTokenizer
-from clipgraft.models.weights_file import UnreadableError, WeightsFile, placeholder, read_weights
+from clipgraft.models.weights_file import UnreadableError, WeightsFile, read_weights
 from clipgraft.models.weights_names import MisfitError, put_weights
+from clipgraft.readers import placeholder
 
 _WEIGHTS = (
     "model.safetensors",

@@ -29,8 +29,9 @@ from clipgraft.models.failures import (
 from clipgraft.models.hub import hub_access, tell_fetch
 from clipgraft.models.quiet import say
 from clipgraft.models.tokenizers import OpenClipTokenizer
-from clipgraft.models.weights_file import UnreadableError, placeholder, read_weights
+from clipgraft.models.weights_file import UnreadableError, read_weights
 from clipgraft.models.weights_names import put_weights
+from clipgraft.readers import placeholder
 
 CONFIG_FILE = "open_clip_config.json"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from clipgraft.models.quiet import say_reading
 from clipgraft.models.torchscript import is_torchscript, read_torchscript
+from clipgraft.readers import placeholder
 
 # Where training loops keep the weights, the most telling first.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "clip", "weights", "params")
 # Where they keep an average of them over steps.
 _AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "ema")
-_LFS = b"version https://git-lfs.github.com/spec/"
-_PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 @dataclass(frozen=True)
@@ -98,23 +97,6 @@ def check_is_weights(path: Path) -> None:
     """Refuse what download tools leave in place of a file; raises UnreadableError that names it."""
     if problem := placeholder(path):
         raise UnreadableError(problem)
-
-
-def placeholder(path: Path) -> str:
-    """What stands in place of a file that was not downloaded: a git-lfs pointer, a web page; "" if none."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(200)
-    except OSError:
-        return ""
-    if start.startswith(_LFS):
-        return (
-            "it is a git-lfs pointer, not the file itself, which was never downloaded: run `git lfs pull` in "
-            "that repository, or download the file from its page"
-        )
-    if start.lstrip().lower().startswith(_PAGES):
-        return "it is damaged: a web page stands in its place, as where a login was needed; download it again"
-    return ""
 
 
 def reason(error: Exception) -> str:
