@@ -27,7 +27,7 @@ from clipgraft.readers import Tar, map_array, read_parquet, reading
         (ValueError(""), "ValueError"),
         (OSError(2, "No such file or directory"), "No such file or directory"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "'utf-8' codec can't decode byte 0xff"),
-        (RuntimeError("two\nlines\x1b[2J" + "x" * 1000), "two lines [2Jxxx"),
+        (RuntimeError("two\nlines\x1b[2J" + "x" * 1000), "two lines\\u001b[2Jxxx"),
     ],
 )
 def test_any_error_of_a_library_names_the_file(cause: Exception, told: str) -> None:

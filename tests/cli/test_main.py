@@ -15,6 +15,7 @@ import pytest
 import clipgraft as cg
 from clipgraft.cli import eval as eval_command
 from clipgraft.cli.main import VERBS, main
+from clipgraft.errors import together
 
 
 def test_help_lists_every_command(cli: Any) -> None:
@@ -79,7 +80,8 @@ def raising(error: BaseException) -> Callable[..., None]:
     ("error", "code", "told"),
     [
         (cg.DataError("the table is empty; add rows"), 2, "clipgraft: the table is empty; add rows\n"),
-        (cg.ConfigError("one\ntwo"), 2, "clipgraft: one\nclipgraft: two\n"),
+        (together(["one", "two"]), 2, "clipgraft: one\nclipgraft: two\n"),
+        (cg.DataError("a\nb.jpg: lost"), 2, "clipgraft: a\\nb.jpg: lost\n"),
         (cg.TrainingError("the loss is nan"), 1, "clipgraft: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "clipgraft: interrupted\n"),
         (KeyboardInterrupt("saved; go on"), 130, "clipgraft: saved; go on\n"),

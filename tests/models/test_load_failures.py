@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import clipgraft as cg
+from clipgraft.models import from_hf
 
 
 def refusal(*arguments: Any, **keywords: Any) -> str:
@@ -219,6 +220,27 @@ def test_incomplete_folders(hf_folder: Path, tmp_path: Path) -> None:
     assert f"lacks 1 of the model's weights, such as {name}" in refusal(folder)
     save_file({**weights, name: torch.ones(3, 3)}, folder / "model.safetensors", {"format": "pt"})
     assert "cannot be read" in refusal(folder)
+
+
+def test_a_configuration_that_lost_a_tower_is_refused_unbuilt(
+    hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers fills in a tower of its default size, maybe of gigabytes, before it looks at weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(hf_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["vision_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    devices: list[str] = []
+
+    def put(model: nn.Module, *rest: Any) -> list[str]:
+        devices.append(next(model.parameters()).device.type)
+        return original(model, *rest)
+
+    original = from_hf._put
+    monkeypatch.setattr(from_hf, "_put", put)
+    assert f"cannot be read as weights of {folder}" in refusal(folder)
+    assert devices == ["meta"]
 
 
 def test_foreign_folders(hf_folder: Path, tmp_path: Path) -> None:

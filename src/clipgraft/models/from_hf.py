@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
@@ -46,9 +47,13 @@ def load_hf(path: str, name: str) -> Clip:
             _check_model_type(path, values.get("model_type"))
             config = clip_config(values, path)
             config.name_or_path = path  # the model copies it when it is made
+            weights, notes = _read(path)
+            with undrawn(), torch.device("meta"):
+                # A configuration that lost settings is of another size: found out before that is built.
+                _put(CLIPModel(config), weights, path)
             with undrawn():
                 model = CLIPModel(config)
-            notes = _put(model, path)
+            notes += _put(model, weights, path)
             _check_parts(path)
             inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
@@ -64,8 +69,8 @@ def load_hf(path: str, name: str) -> Clip:
     return Clip(model, family, tokenizer, preprocess, None, Source(name), tuple(notes))
 
 
-def _put(model: nn.Module, path: str) -> list[str]:
-    """Give a model the weights of a folder or hub id; returns what the user is to know of them."""
+def _read(path: str) -> tuple[WeightsFile, list[str]]:
+    """The weights of a folder or hub id, and what the user is to know of their files."""
     notes: list[str] = []
     merged: dict[str, Tensor] = {}
     files = _weight_files(path)
@@ -78,12 +83,16 @@ def _put(model: nn.Module, path: str) -> list[str]:
         raise ModelError(
             f"{file} cannot be read as weights of a transformers CLIP folder: {error}"
         ) from error
-    whole = WeightsFile(files[0], merged)
+    return WeightsFile(files[0], merged), notes
+
+
+def _put(model: nn.Module, weights: WeightsFile, path: str) -> list[str]:
+    """Give a model its weights; returns what the user is to know of them."""
     try:
-        return [*notes, *(f"{path}: {note}" for note in put_weights(model, whole))]
+        return [f"{path}: {note}" for note in put_weights(model, weights)]
     except MisfitError as error:
         raise ModelError(
-            f"{files[0]} cannot be read as weights of {path}: {error}; fetch or save the model again"
+            f"{weights.path} cannot be read as weights of {path}: {error}; fetch or save the model again"
         ) from error
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ConfigError
+from clipgraft.shown import shown_line
 from clipgraft.train.watch import Watch
 
 _Value = TypeVar("_Value")
@@ -210,10 +211,7 @@ def in_shares(peers: Peers, items: Sequence[_Item], encode: Callable[[Sequence[_
 
 def _brief(value: str | None) -> str:
     """A setting in a message."""
-    if value is None:
-        return "nothing"
-    line = " ".join("".join(c if c.isprintable() else " " for c in value).split())
-    return line if len(line) <= 60 else f"{line[:60]}…"
+    return "nothing" if value is None else shown_line(value, 60)
 
 
 def _by_type(tensors: Iterable[Tensor], type_of: Callable[[Tensor], torch.dtype]) -> Iterable[list[Tensor]]:
