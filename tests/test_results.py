@@ -79,6 +79,14 @@ def test_costs_and_models_are_read_at_a_glance(measured: dict[str, Any], clip: c
     assert measured["profile"].to_dict()["macs"] == measured["profile"].macs
 
 
+def test_an_adapter_file_is_read_at_a_glance(clip: cg.Clip, tmp_path: Path) -> None:
+    """Printing an adapter filled the screen with its matrices."""
+    cg.apply_lora(clip, r=2, targets="text-attention")
+    cg.save_adapter(clip, tmp_path / "a")
+    short(cg.read_adapter(tmp_path / "a"), "text.0.q", "base {name emoji", f"fingerprint {clip.fingerprint}")
+    cg.remove_lora(clip)
+
+
 def test_names_of_strangers_stay_on_their_line() -> None:
     """A class called after an escape sequence would clear the terminal of whoever prints the report."""
     labels = LabelReport(Path("t.csv"), "csv", "line", 1, 0, ("a\x1b[2J\nb",), (1,))

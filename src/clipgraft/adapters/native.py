@@ -28,10 +28,11 @@ from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
+from clipgraft.results import Result
 
 
-@dataclass(frozen=True)
-class AdapterFile:
+@dataclass(frozen=True, repr=False)
+class AdapterFile(Result):
     """An adapter apart from any model.
 
     Attributes:
@@ -51,6 +52,9 @@ class AdapterFile:
         started_from: the adapter file that its training began with; empty for one that began anew.
     """
 
+    _shows = ("path", "sites", "base", "fingerprint", "metrics")
+    _hidden = frozenset({"weights", "magnitudes", "biases", "offsets", "full"})
+
     path: Path
     weights: dict[Site, tuple[Tensor, Tensor]]
     settings: LoraSettings
@@ -65,6 +69,11 @@ class AdapterFile:
     full: dict[Site, Tensor] = field(default_factory=dict)
     path_prefix: str = ""
     started_from: str = ""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where it acts with A and B."""
+        return tuple(self.weights)
 
     @property
     def scales(self) -> dict[Site, float]:
