@@ -193,7 +193,9 @@ def _class_of(spec: Any) -> Any:
 
 def _plain(value: Any, key: str, where: object) -> Any:
     """A number, word, flag or short list of those; raises ModelError for anything else."""
-    items = value if _is_list(value) else [value]
+    rows = value if _is_list(value) else [value]
+    pairs = key.rpartition(".")[2] == "image_grid_pinpoints"  # of LLaVA-NeXT
+    items = [item for row in rows[:65] for item in (row[:65] if pairs and _is_list(row) else [row])]
     if len(items) > 64 or not all(_is_scalar(item) for item in items):
         raise ModelError(f"{where}: {key} is {_shown(value)} where a number, a word or a short list belongs")
     limit = _MOST_BLOCKS if key.rpartition(".")[2] in ("layers", "num_hidden_layers") else _LARGEST
