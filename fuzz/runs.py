@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgraft.adapters.native import write_adapter
 from clipgraft.data.feature_cache import FeatureCache, FeatureKey
 from clipgraft.engine import kernels
 from clipgraft.files import write_json
@@ -38,6 +39,7 @@ from clipgraft.train.run_folder import RunFolder
 from fuzz.mutate import damaged, odd_json
 from fuzz.subject import Subject
 from fuzz.tables import pictures
+from fuzz.weights import make_adapter
 
 METRICS = {
     "image_to_text_R@1": 0.5,
@@ -93,8 +95,7 @@ def run_files(folder: Path) -> None:
     write_json(folder / "results.json", RESULTS)
     (folder / "events.jsonl").write_text(_lines(EVENTS))
     (folder / "out.log").write_text(LOG)
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    write_adapter(make_adapter(folder / "adapter"), folder / "adapter")
 
 
 def report(folder: Path) -> Subject:

@@ -128,7 +128,7 @@ def latest(folder: Path) -> Subject:
     return Subject(folder, read, [pt(value, path)], (path.name,))
 
 
-def _adapter(folder: Path) -> AdapterFile:
+def make_adapter(folder: Path) -> AdapterFile:
     generator = torch.Generator().manual_seed(0)
 
     def pair() -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def _read(path: Path) -> None:
 def guide(folder: Path) -> Subject:
     """The guide's adapters, a `.pt` file each."""
     folder.mkdir()
-    path = write_guide(_adapter(folder), folder / "a.pt")
+    path = write_guide(make_adapter(folder), folder / "a.pt")
     value = torch.load(path, weights_only=True)
     return Subject(folder, partial(_read, path), [pt(value, path)], (path.name,))
 
@@ -160,14 +160,14 @@ def guide(folder: Path) -> Subject:
 def clip_lora(folder: Path) -> Subject:
     """Adapters of MaxZanella/CLIP-LoRA."""
     folder.mkdir()
-    path = write_clip_lora(_adapter(folder), folder / "a.pt", 12, 12)
+    path = write_clip_lora(make_adapter(folder), folder / "a.pt", 12, 12)
     value = torch.load(path, weights_only=True)
     return Subject(folder, partial(_read, path), [pt(value, path)], (path.name,))
 
 
 def adapter(folder: Path) -> Subject:
     """Adapter folders, ours and those of PEFT alone: either JSON file, or the weights."""
-    write_adapter(_adapter(folder), folder)
+    write_adapter(make_adapter(folder), folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"rank_pattern": {"text_model.encoder.layers.0.self_attn.q_proj": RANK}}
     record = json.loads((folder / "clipgraft.json").read_text())

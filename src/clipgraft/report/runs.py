@@ -297,4 +297,7 @@ def _dates(log: Path) -> tuple[datetime | None, datetime | None]:
     stamps = _STAMP.findall(log.read_text(encoding="utf-8", errors="replace"))
     if not stamps:
         return None, None
-    return datetime.fromisoformat(stamps[0]), datetime.fromisoformat(stamps[-1])
+    try:
+        return datetime.fromisoformat(stamps[0]), datetime.fromisoformat(stamps[-1])
+    except ValueError:  # the 31st of February, as after damage
+        return None, None
