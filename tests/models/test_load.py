@@ -87,8 +87,8 @@ def test_hf_folder_equals_transformers(hf_folder: Path) -> None:
         assert clip.tokenize(CAPTIONS).equal(inputs["input_ids"])
         with torch.no_grad():
             images, texts = model.get_image_features(pixels), model.get_text_features(**inputs)
-            torch.testing.assert_close(clip.encode_image(pixels), images.pooler_output, atol=1e-6, rtol=0)
-            torch.testing.assert_close(clip.encode_text(CAPTIONS), texts.pooler_output, atol=1e-6, rtol=0)
+            torch.testing.assert_close(clip.encode_image(pixels), images.pooler_output, atol=2e-6, rtol=0)
+            torch.testing.assert_close(clip.encode_text(CAPTIONS), texts.pooler_output, atol=2e-6, rtol=0)
 
 
 def test_openclip_folder_equals_open_clip(

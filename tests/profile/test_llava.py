@@ -118,7 +118,8 @@ def test_attention_is_counted(profile: LlavaProfile) -> None:
     missing = vision + language
     assert profile.trace.total.macs / 1e12 == pytest.approx(977.124 + missing / 1e12, abs=0.001)
     found = sum(product.macs for product in profile.trace.products if product.weight is None)
-    assert found == missing
+    # Some releases of transformers compute the 64 rotary angles of each token by a matrix product.
+    assert found in (missing, missing + TOKENS.language * 64)
     assert profile.trace.unpriced == ()
 
 

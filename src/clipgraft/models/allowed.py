@@ -37,7 +37,7 @@ _REMOTE = ("trust_remote_code", "auto_map", "custom_objects")
 _LARGEST, _MOST_BLOCKS = 10**7, 1000
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Of every configuration class of transformers: what decides how a model is built, and runs nothing.
-_SHARED = ("pad_token_id", "bos_token_id", "eos_token_id")
+_SHARED = ("pad_token_id", "bos_token_id", "eos_token_id", "rope_theta")
 _UNSAFE = re.compile(r"auto_map|trust_remote_code|_implementation|quantization_config|kernel|custom_", re.I)
 
 
@@ -167,10 +167,24 @@ def _declared(kind: Any, values: Mapping[str, Any], where: object) -> dict[str, 
         # Early repositories say `text_config_dict` beside, or in place of, `text_config`.
         part = inner.get(key.removesuffix("_dict"))
         if part is not None and value is not None:
-            kept[key] = _declared(part, _mapping(value, key, where), where)
+            inside = _mapping(value, key, where)
+            kept[key] = _declared(_named(part, inside, where), inside, where)
         elif key in own:
             kept[key] = _plain(value, key, where)
     return kept
+
+
+def _named(part: Any, values: Mapping[str, Any], where: object) -> Any:
+    """The class of a part; LLaVA's parts are of whatever type they name themselves."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if part is not AutoConfig:
+        return part
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ModelError(f"{where}: transformers has no model of type {_shown(kind)}: correct model_type")
+    return CONFIG_MAPPING[kind]
 
 
 def _fields(kind: Any) -> set[str]:

@@ -92,8 +92,8 @@ def build_model(config: ModelConfig, device: str | torch.device = "meta") -> Cli
     """
     build = _build_hf if config.library == "transformers" else _build_openclip
     try:
-        with quiet(), torch.device(device):
-            model = build(config)
+        with quiet():
+            model = build(config, torch.device(device))
     except ModelError:
         raise
     except Exception as error:
@@ -142,27 +142,28 @@ def _hf_config(values: Mapping[str, Any], name: str) -> Any:
     return transformers_config(CONFIG_MAPPING[kind], values, name)
 
 
-def _build_hf(config: ModelConfig) -> nn.Module:
-    from transformers import AutoModel
+def _build_hf(config: ModelConfig, device: torch.device) -> nn.Module:
+    # Early releases of transformers 5 make tensors as they are imported: none may be a meta tensor.
+    from transformers import AutoModel, GenerationMixin  # noqa: F401
 
-    model = AutoModel.from_config(_hf_config(config.values, config.name), trust_remote_code=False)
+    values = _hf_config(config.values, config.name)
+    with device:
+        model = AutoModel.from_config(values, trust_remote_code=False)
     assert isinstance(model, nn.Module)
     return model
 
 
-def _build_openclip(config: ModelConfig) -> nn.Module:
+def _build_openclip(config: ModelConfig, device: torch.device) -> nn.Module:
     import open_clip
 
     values = openclip_config(config.values, config.name)
     check_text_tower(values, config.name)
     with hub_access(borrows(values)), tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / CONFIG_FILE, {"model_cfg": values, "preprocess_cfg": {}})
-        model = open_clip.create_model(
-            f"local-dir:{folder}",
-            device=torch.get_default_device(),
-            load_weights=False,
-            pretrained_text=False,
-        )
+        with device:
+            model = open_clip.create_model(
+                f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False
+            )
     assert isinstance(model, nn.Module)
     return model
 
