@@ -111,6 +111,16 @@ def test_a_misspelt_model(cli: Any, table: Path) -> None:
     assert "--model ViT-B-31: no model 'ViT-B-31'" in outcome.err
 
 
+def test_a_misspelt_run(cli: Any, table: Path, tmp_path: Path) -> None:
+    """Who misspells a run's name is told about hubs and open_clip, not which runs are there."""
+    (tmp_path / "logs" / "one" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "logs" / "one" / "events.jsonl").write_text("", encoding="utf-8")
+    (tmp_path / "logs" / "one" / "params.json").write_text("{}", encoding="utf-8")
+    outcome = cli("eval", "--model", tmp_path / "logs" / "on", "--val-data", table)
+    assert outcome.code == 2
+    assert f"logs/on is not there; {tmp_path}/logs holds 1 run: name one, like" in outcome.err
+
+
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     """A place that cannot be written is found when the run is over, or a check leaves files behind."""
     (tmp_path / "file").write_text("")

@@ -106,12 +106,14 @@ def split_adapter(name: str, pretrained: str | None = None) -> tuple[Source, Pat
     Raises:
         AdapterError: the adapter does not name its base.
         CheckpointError: the run has saved nothing yet.
+        ModelError: it is no model, but runs lie there or beside it.
     """
     path = Path(name)
     found = None if is_adapter(path) else find_run_model(path)
     if found is not None and found.kind != "adapter":
         return found.weights, None
     if found is None and not is_adapter(path):
+        _refuse_parents(path)
         return Source(name, pretrained or ""), None
     place = path if found is None else found.saved
     base = read_any(place).base

@@ -160,7 +160,8 @@ def structure_of(model: ModelSpec) -> tuple[Clip | None, list[str]]:
         return clip_on_meta(source.name, pretrained=None if tag == "none" else tag), []
     except ClipgraftError as error:
         there = Path(model.model.removeprefix("hf:")).exists() or model.model.startswith(("hf:", "hf-hub:"))
-        return None, [] if there else [f"--model {model.model}: {error}"]
+        said = str(error) if str(error).startswith(model.model) else f"{model.model}: {error}"
+        return None, [] if there else [f"--model {said}"]
 
 
 def target_faults(clip: Clip | None, lora: LoraSpec) -> list[str]:
