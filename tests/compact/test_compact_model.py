@@ -74,6 +74,8 @@ def test_texts_of_the_corpus_keep_their_features(emoji: Clip, tmp_path: Path) ->
     assert emoji.fingerprint == before
 
 
+# Early releases of transformers 5 read these two files in a way that tokenizers has deprecated.
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")
 @pytest.mark.parametrize("how", ["tokenizer.json", "vocab.json and merges.txt"])
 def test_stock_tokenizers_read_the_folder(emoji: Clip, how: str, tmp_path: Path) -> None:
     """transformers finds other ids in the folder than clipgraft, or none."""

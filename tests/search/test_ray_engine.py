@@ -33,6 +33,10 @@ from encoded import BAD, GOOD, MakeAdapter, read_errors, tree_bytes, write_pictu
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 RAY = {**SMALL, "engine": "ray", "ray_workers": 2}
 ALONE = {**RAY, "ray_workers": 1}
+# Ray leaves log files open, and processes running when it is shut down, in its earlier releases.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Exception ignored in. <(_io.FileIO|function Popen):pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @pytest.fixture(scope="module")
