@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -54,7 +55,9 @@ def matrix(session: nox.Session, resolution: str) -> None:
     report = home / "suite.xml"
     try:
         session.install("--resolution", RESOLUTIONS[resolution], "--editable", ".[test]")
-        listed = session.run("uv", "pip", "list", "--format", "json", external=True, silent=True)
+        listed = session.run(
+            *("uv", "pip", "list", "--format", "json"), external=True, silent=True, stderr=subprocess.DEVNULL
+        )
         versions = {package["name"].lower(): package["version"] for package in json.loads(str(listed))}
         cell["versions"] = {name: versions.get(name, "-") for name in SHOWN}
         session.run(

@@ -115,6 +115,8 @@ def _compiled(expression: str) -> Matches:
         told = error.args[0] if error.args else ""
         text = told.decode("utf-8", "replace") if isinstance(told, bytes) else str(told)
         raise PatternError(f"it is no pattern ({text[:80]})") from error
+    except UnicodeEncodeError as error:
+        raise PatternError("it is no pattern (half of a surrogate pair)") from error
     return lambda path: compiled.match(path) is not None
 
 
