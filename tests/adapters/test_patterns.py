@@ -60,6 +60,7 @@ def test_python_and_re2_agree(pattern: str) -> None:
 
 
 HOSTILE = [
+    "q_proj\ud800",
     "(([a-z_.0-9]+)+)+!",
     "(.*a){30}",
     "a{99999999999999999999}",

@@ -25,7 +25,7 @@ from clipgraft.models.load import load
 from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.feed import Feed, MicroBatch
 
-TESTS = Path(__file__).parents[1]
+HELPERS = Path(__file__).parents[1] / "helpers"
 OTHERS = tuple(name for name in gang.CASES if name not in gang.QUICK)
 
 
@@ -36,7 +36,7 @@ def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProces
         port = free.getsockname()[1]
     flags = ["--nproc-per-node", processes, "--master-addr", "127.0.0.1", "--master-port", port, "--"]
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, flags), *map(str, arguments)]
-    path = os.pathsep.join([str(Path(cg.__file__).parents[1]), str(TESTS)])
+    path = os.pathsep.join([str(Path(cg.__file__).parents[1]), str(HELPERS)])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
 
@@ -54,7 +54,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, pictures
 
 
 def in_gang(config: Path, table: Path, out: Path, names: Sequence[str]) -> Path:
-    done = launch(TESTS / "gang.py", config, table, out, *names)
+    done = launch(HELPERS / "gang.py", config, table, out, *names)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -233,7 +233,7 @@ def train_and_fail(how: str, at: int, out: Path, config: Path, table: Path) -> t
         500,
         *flags.split(),
     ]
-    done = launch(TESTS / "failing.py", how, 1, at, *command, "--checkpoint-steps", 2, "--workers", 0)
+    done = launch(HELPERS / "failing.py", how, 1, at, *command, "--checkpoint-steps", 2, "--workers", 0)
     assert done.returncode == 1, "torchrun's own code"
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
     code = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: 1 ", done.stderr)
