@@ -1,4 +1,4 @@
-"""Make the files that tests/before reads, with the clipgraft of the day: `python tests/before/make.py FOLDER`.
+"""Make the files that tests/before reads: `python tests/before/make.py FOLDER`.
 
 What stands in this folder was made on 2026-11-27 by the version before the house was rebuilt. It is not made
 again when a format changes: that is what it is for.
@@ -58,7 +58,8 @@ def flags() -> dict[str, Any]:
     """The flags of every verb, as `--help` lists them."""
     import re
 
-    verbs = "train eval sweep report encode index search merge convert inspect profile compact demo".split()
+    verbs = ("train", "eval", "sweep", "report", "encode", "index", "search", "merge", "convert", "inspect")
+    verbs += ("profile", "compact", "demo")
     found = {}
     for verb in verbs:
         done = clipgraft(Path(), verb, "--help")
