@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipgraft.data.emoji import EmojiScenes
+from clipgraft.emoji.scenes import EmojiScenes
 
 WIDTH, HEIGHT = 500, 375
 SHORTEST, LONGEST = 12, 40

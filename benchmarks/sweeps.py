@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from clipgraft.cli import main as clipgraft
-from clipgraft.data.emoji import write_scenes
-from clipgraft.data.emoji_classes import class_prompts, write_classes
+from clipgraft.emoji.classes import emoji_prompts, write_classes
+from clipgraft.emoji.scenes import write_scenes
 
 _PROMPTS_A_CLASS = 4
 _COMMON = ("--model", "emoji", "--seeds", "3", "--wd", "0.1", "--logs", "logs")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     write_scenes(Path("scenes"), "test", 1000, ["vi", "en"])
     for split, per_class in (("train", 40), ("val", 20), ("test", 20)):
         write_classes(Path("classes"), split, per_class)
-    prompts = {name: list(texts[:_PROMPTS_A_CLASS]) for name, texts in class_prompts().items()}
+    prompts = {name: list(texts[:_PROMPTS_A_CLASS]) for name, texts in emoji_prompts().items()}
     Path("prompts.yaml").write_text(yaml.safe_dump(prompts, allow_unicode=True), encoding="utf-8")
     for words in (_RANKS, _SETS):
         if code := clipgraft(["sweep", *_COMMON, *words]):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clipgraft.data.emoji import LANGUAGES, EmojiScenes
-from clipgraft.data.emoji_art import load_art, sprite
-from clipgraft.data.emoji_scene import ANGLES, COLOURS, PATTERNS, SHIFT, SIDE, Stream, background
+from clipgraft.emoji.art import load_art, sprite
+from clipgraft.emoji.drawing import ANGLES, COLOURS, PATTERNS, SHIFT, SIDE, Stream, background
+from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes
 
 PATCH, WINDOW = 12, 48
 ENGLISH_SHARE, VIETNAMESE_SHARE = 0.90, 0.015

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from clipgraft.data.emoji import LANGUAGES, EmojiScenes
+from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes
 
 BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "base"
 

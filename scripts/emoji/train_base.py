@@ -32,9 +32,9 @@ from bpe import learn_tokenizer
 from evaluate_base import recalls
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from clipgraft.data.emoji import LANGUAGES, EmojiScenes
-from clipgraft.data.emoji_captions import name_group
-from clipgraft.data.emoji_scene import SIDE, Group
+from clipgraft.emoji.captions import name_group
+from clipgraft.emoji.drawing import SIDE, Group
+from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes
 
 CONTEXT = 48
 BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "base"

@@ -36,11 +36,11 @@ _PUBLIC = {
         "compact_model",
     ),
     "clipgraft.compact.write": ("write_compact",),
-    "clipgraft.data.emoji": (
+    "clipgraft.emoji.scenes": (
         "EmojiScenes",
         "write_scenes",
     ),
-    "clipgraft.data.emoji_classes": ("write_classes",),
+    "clipgraft.emoji.classes": ("write_classes",),
     "clipgraft.data.feature_cache": ("FeatureCache",),
     "clipgraft.data.labels": (
         "Labelled",
@@ -160,9 +160,6 @@ if TYPE_CHECKING:
     from clipgraft.compact.model import Compacted as Compacted
     from clipgraft.compact.model import compact_model as compact_model
     from clipgraft.compact.write import write_compact as write_compact
-    from clipgraft.data.emoji import EmojiScenes as EmojiScenes
-    from clipgraft.data.emoji import write_scenes as write_scenes
-    from clipgraft.data.emoji_classes import write_classes as write_classes
     from clipgraft.data.feature_cache import FeatureCache as FeatureCache
     from clipgraft.data.labels import Labelled as Labelled
     from clipgraft.data.labels import few_shot as few_shot
@@ -173,6 +170,9 @@ if TYPE_CHECKING:
     from clipgraft.data.prompts import class_prompts as class_prompts
     from clipgraft.data.prompts import read_prompts as read_prompts
     from clipgraft.data.texts import read_texts as read_texts
+    from clipgraft.emoji.classes import write_classes as write_classes
+    from clipgraft.emoji.scenes import EmojiScenes as EmojiScenes
+    from clipgraft.emoji.scenes import write_scenes as write_scenes
     from clipgraft.errors import AdapterError as AdapterError
     from clipgraft.errors import BusyError as BusyError
     from clipgraft.errors import CheckpointError as CheckpointError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipgraft.data.emoji import LANGUAGES, EmojiScenes
+from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes
 
 BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "base"
 SCENES = EmojiScenes("test", 200)

@@ -20,7 +20,7 @@ from benchmarks.data import (
 )
 from PIL import Image
 
-from clipgraft.data.emoji import EmojiScenes
+from clipgraft.emoji.scenes import EmojiScenes
 
 
 def test_photos_are_the_same_every_time_and_as_large_as_camera_files() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from clipgraft.cli import sweep_cell
-from clipgraft.data.emoji_classes import write_classes
+from clipgraft.emoji.classes import write_classes
 
 
 @pytest.fixture

@@ -289,7 +289,7 @@ def test_an_encoded_folder_is_the_cpus(
 
 def test_classes_are_learnt(tmp_path: Path) -> None:
     """`--task classification` fails on a GPU, or learns something else there."""
-    from clipgraft.data.emoji_classes import write_classes
+    from clipgraft.emoji.classes import write_classes
 
     read: Any = cg.read_labelled(write_classes(tmp_path / "classes", "train", 2))
     data = read[0] if isinstance(read, tuple) else read

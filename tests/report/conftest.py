@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipgraft.cli import main
-from clipgraft.data.emoji_classes import write_classes
+from clipgraft.emoji.classes import write_classes
 from pictures import write_pictures
 from reading import Page, read_page
 

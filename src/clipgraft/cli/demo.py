@@ -116,9 +116,9 @@ def load_base() -> Clip:
 
 def make_world(spec: DemoSpec, base: Clip) -> World:
     """Write the scenes and captions as a user's data would be, read them back, encode the images once."""
-    from clipgraft.data.emoji import write_scenes
     from clipgraft.data.features import encode_images
     from clipgraft.data.pairs import read_pairs
+    from clipgraft.emoji.scenes import write_scenes
     from clipgraft.models.precision import bf16_is_fast, what_auto_chooses
 
     log.info("making %d training and %d test scenes in %s", spec.train_scenes, spec.test_scenes, spec.out)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgraft.data import emoji_captions
-from clipgraft.data.emoji import LANGUAGES, EmojiScenes, write_scenes
-from clipgraft.data.emoji_art import ART, load_art, sprite
-from clipgraft.data.emoji_scene import COLOURS, PATTERNS, Stream, cells, combination_split
-from clipgraft.data.emoji_words import WORDS
+from clipgraft.emoji.art import ART, load_art, sprite
+from clipgraft.emoji.captions import name_group
+from clipgraft.emoji.drawing import COLOURS, PATTERNS, Group, Stream, cells, combination_split
+from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes, write_scenes
+from clipgraft.emoji.words import WORDS
 from clipgraft.errors import DataError
 
 
@@ -88,7 +88,7 @@ def test_captions_tell_left_from_right_as_painted() -> None:
     for i in range(200):
         scene = scenes.scene(i)
         if scene.layout == "row" and len(scene.groups) == 2:
-            first, last = (emoji_captions.name_group(group, "en") for group in scene.groups)
+            first, last = (name_group(group, "en") for group in scene.groups)
             left, right = f"on the left {first}", f"on the right {last}"
             assert scenes.captions(i)[4] in (f"{left}, {right}", f"{right}, {left}")
             assert max(x + w for x, _, w, _ in cells(scene, 0)) <= min(x for x, _, _, _ in cells(scene, 1))
@@ -112,11 +112,11 @@ def test_sentences_are_grammatical() -> None:
         text = " ".join(scenes.captions(i))
         assert not any(f" a {vowel}" in f" {text}" for vowel in "aeio")
         for group in scenes.scene(i).groups:
-            phrase = emoji_captions.name_group(group, "vi")
+            phrase = name_group(group, "vi")
             assert phrase.split()[0] == ("một", "hai", "ba", "bốn")[group.count - 1]
     apples = next(n for n, o in enumerate(load_art().objects) if o.code == "1F34E")
-    group = emoji_captions.Group(apples, 3)
-    assert [emoji_captions.name_group(group, language) for language in ("en", "vi", "tr")] == [
+    group = Group(apples, 3)
+    assert [name_group(group, language) for language in ("en", "vi", "tr")] == [
         "three red apples",
         "ba quả táo đỏ",
         "üç kırmızı elma",

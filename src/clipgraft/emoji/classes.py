@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipgraft.data.emoji import write_image
-from clipgraft.data.emoji_art import load_art
-from clipgraft.data.emoji_scene import COLOURS, PATTERNS, SPLITS, Group, Scene, Stream, paint
+from clipgraft.emoji.art import load_art
+from clipgraft.emoji.drawing import COLOURS, PATTERNS, SPLITS, Group, Scene, Stream, paint
+from clipgraft.emoji.scenes import write_image
 from clipgraft.errors import DataError
 from clipgraft.writing import writing
 
@@ -37,7 +37,7 @@ def class_objects() -> dict[str, tuple[int, ...]]:
     return {name: tuple(objects[name]) for name in sorted(objects)}
 
 
-def class_prompts() -> dict[str, tuple[str, ...]]:
+def emoji_prompts() -> dict[str, tuple[str, ...]]:
     """English prompts of each class from the names of its objects: "a picture of an owl", ...
 
     The emoji base has learnt from captions that name objects and never their category, so it cannot read the

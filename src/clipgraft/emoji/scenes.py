@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipgraft.data.emoji_captions import describe
-from clipgraft.data.emoji_scene import SIDE, SPLITS, Scene, draw_scene, paint
-from clipgraft.data.emoji_words import LANGUAGES
+from clipgraft.emoji.captions import describe
+from clipgraft.emoji.drawing import SIDE, SPLITS, Scene, draw_scene, paint
+from clipgraft.emoji.words import LANGUAGES
 from clipgraft.errors import DataError
 from clipgraft.files import atomic_path
 from clipgraft.writing import writing

@@ -13,7 +13,7 @@ class Words:
     """The words of one language that captions are put together from.
 
     Attributes:
-        colours: the colour words, in the order of `emoji_scene.COLOURS`.
+        colours: the colour words, in the order of `drawing.COLOURS`.
         grounds: pattern ("plain", "striped", "dotted", "checked") -> background with a `{colour}` field.
         row, column: words for the first, middle and last place.
         counts: how two, three and four of a thing begin.

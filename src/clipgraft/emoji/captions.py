@@ -6,9 +6,9 @@ catalogue ("links: Katze, rechts: 3 × roter Apfel; blauer Hintergrund"), which 
 
 from __future__ import annotations
 
-from clipgraft.data.emoji_art import load_art
-from clipgraft.data.emoji_scene import Group, Scene, Stream
-from clipgraft.data.emoji_words import WORDS
+from clipgraft.emoji.art import load_art
+from clipgraft.emoji.drawing import Group, Scene, Stream
+from clipgraft.emoji.words import WORDS
 
 # One caption comes from each of the five sets, so that the five of an image always differ. Fields: a, b, c
 # the groups; is_a and so on the verb that agrees; bg the background with its pattern; colour only its colour.

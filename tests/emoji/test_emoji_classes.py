@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipgraft.data.emoji_art import load_art, sprite
-from clipgraft.data.emoji_classes import (
+from clipgraft.data.labels_read import read_labelled
+from clipgraft.data.prompts import class_prompts
+from clipgraft.emoji.art import load_art, sprite
+from clipgraft.emoji.classes import (
     TEST_STYLE,
     class_objects,
-    class_prompts,
     class_scene,
     draw_class,
+    emoji_prompts,
     write_classes,
 )
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.prompts import class_prompts as prompts_of
 from clipgraft.errors import DataError
 
 
@@ -160,7 +160,7 @@ def test_wrong_arguments(tmp_path: Path, split: str, count: int) -> None:
 
 def test_every_class_has_prompts_in_words() -> None:
     """The base could not be measured zero-shot: the prompts would not fit the classes."""
-    prompts = prompts_of(tuple(class_objects()), class_prompts())
+    prompts = class_prompts(tuple(class_objects()), emoji_prompts())
     objects = load_art().objects
     for members, texts in zip(class_objects().values(), prompts, strict=True):
         assert len(texts) == len(members)

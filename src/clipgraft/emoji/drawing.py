@@ -10,7 +10,7 @@ from functools import cache
 
 from PIL import Image, ImageDraw
 
-from clipgraft.data.emoji_art import load_art, sprite
+from clipgraft.emoji.art import load_art, sprite
 
 SIDE = 96
 SPLITS = ("train", "val", "test")
