@@ -14,7 +14,7 @@ LAYERS = (
     ("writing", "progress"),
     ("locks",),
     ("files", "readers"),
-    ("records", "yaml_files", "ours", "emoji"),
+    ("records", "yaml_files", "ours", "emoji", "pictures"),
     ("config",),
     ("models",),
     ("results",),

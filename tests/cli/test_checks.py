@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from clipgraft import pictures
 from clipgraft.cli import checks, common
 from clipgraft.config import TableSpec, TrainSpec
-from clipgraft.data import images
 from clipgraft.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ from clipgraft.errors import ConfigError
 def _nothing_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a model is loaded nor an image opened."""
     monkeypatch.setattr(common, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(images, "open_image", lambda *_, **__: pytest.fail("an image was opened"))
+    monkeypatch.setattr(pictures, "open_image", lambda *_, **__: pytest.fail("an image was opened"))
 
 
 @pytest.fixture

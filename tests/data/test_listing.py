@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipgraft.data import images as images_module
-from clipgraft.data.images import IMAGE_SUFFIXES, ImageError, open_image
+from clipgraft import pictures
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.listing import Listing, list_images
 from clipgraft.data.pairs import read_pairs
 from clipgraft.errors import DataError
+from clipgraft.pictures import IMAGE_SUFFIXES, ImageError, open_image
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 200
 
@@ -107,11 +107,11 @@ def test_heic_without_and_with_the_package(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "IMG_0001.jpg"
     path.write_bytes(HEIC)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    images_module._read_heic.cache_clear()
+    pictures._read_heic.cache_clear()
     for source in (path, HEIC):
         with pytest.raises(ImageError, match=r"is a HEIC photo; pip install 'clipgraft\[heic\]'"):
             open_image(source)
-    images_module._read_heic.cache_clear()
+    pictures._read_heic.cache_clear()
     fake = types.ModuleType("pillow_heif")
 
     def register() -> None:
@@ -120,5 +120,5 @@ def test_heic_without_and_with_the_package(tmp_path: Path, monkeypatch: pytest.M
     fake.register_heif_opener = register  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
     assert open_image(path).size == (3, 2)
-    images_module._read_heic.cache_clear()
+    pictures._read_heic.cache_clear()
     assert ".jpg" in IMAGE_SUFFIXES

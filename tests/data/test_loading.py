@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from clipgraft.data.images import ImageError
 from clipgraft.data.loading import ImageDataset, PairBatch, PairBatches, epoch_batches, image_batches
 from clipgraft.data.pairs import Pairs
 from clipgraft.errors import DataError
+from clipgraft.pictures import ImageError
 
 Transform = Callable[[Image.Image], Tensor]
 PLAIN: Transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])

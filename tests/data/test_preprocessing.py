@@ -17,10 +17,10 @@ from torch import Tensor
 from torchvision import transforms as T
 from transformers import CLIPImageProcessor
 
-from clipgraft.data.images import open_image
 from clipgraft.data.loading import image_batches
 from clipgraft.data.preprocessing import DECODE_FACTOR, fast_preprocess
 from clipgraft.models.from_hf import HfPreprocess
+from clipgraft.pictures import open_image
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

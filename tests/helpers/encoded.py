@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipgraft.data.features import image_steps
-from clipgraft.data.images import open_image
 from clipgraft.models.clip import Clip
+from clipgraft.pictures import open_image
 
 MakeAdapter = Callable[[str, str], Path]
 GOOD = 21

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import clipgraft as cg
-from clipgraft.data.images import open_image
 from clipgraft.models.clip import Clip
+from clipgraft.pictures import open_image
 from clipgraft.search.encode import encode_folder
 from clipgraft.search.sources import open_images
 from encoded import BAD, GOOD, plain_vectors, read_encoded, read_errors, tree_bytes, write_picture

@@ -177,7 +177,7 @@ def test_activations_are_stored_beside_features(
     ids = torch.tensor([11, 0, 5])
     assert torch.equal(first[ids], again[ids])
     steps = clip.require_preprocess()
-    from clipgraft.data.images import open_image
+    from clipgraft.pictures import open_image
 
     with torch.no_grad():
         alone = forward(torch.stack([steps(open_image(pairs.images[index])) for index in ids.tolist()]))

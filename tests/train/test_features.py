@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import clipgraft as cg
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.images import open_image
 from clipgraft.models.clip import Clip
+from clipgraft.pictures import open_image
 
 
 # The fast preprocessing may be a grey level of 255 off where it decodes at full size.

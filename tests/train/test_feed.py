@@ -49,7 +49,7 @@ def test_equal_captions_have_equal_ids(pairs: cg.Pairs) -> None:
 @pytest.mark.parametrize("accum_freq", [1, 3])
 def test_pixels_belong_to_their_ids(pairs: cg.Pairs, clip: Clip, accum_freq: int) -> None:
     """Images would be trained with the captions of others."""
-    from clipgraft.data.images import open_image
+    from clipgraft.pictures import open_image
 
     assert clip.preprocess is not None
     feed = Feed(pairs, 4, accum_freq, 0, clip.preprocess, 0)

@@ -1,1 +1,1 @@
-"""Images and captions: reading, checking, loading, and the embedded EmojiScenes."""
+"""Images with captions or classes: reading, checking, loading, and cached features."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 
-from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.errors import DataError
+from clipgraft.pictures import IMAGE_SUFFIXES
 from clipgraft.shown import shown_line
 
 

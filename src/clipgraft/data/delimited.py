@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from clipgraft.data.columns import Keys, by_number, find_columns, guess_notes, missing_columns
-from clipgraft.data.images import IMAGE_SUFFIXES
 from clipgraft.data.rows import BadRow, Rows, Table, make_row
 from clipgraft.data.table_options import TableOptions
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.pictures import IMAGE_SUFFIXES
 
 SEPARATOR = "\t"  # open_clip's default, for .csv files too
 USUAL_SEPARATORS = (SEPARATOR, ",", ";", "|")

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipgraft.data.images import check_images
 from clipgraft.data.labels import Labelled
 from clipgraft.data.labels_report import LabelReport
 from clipgraft.data.labels_table import LabelTable, open_labels
@@ -17,6 +16,7 @@ from clipgraft.data.rows import BadRow, Row, Table
 from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, Remarks
 from clipgraft.data.table_options import TableOptions
 from clipgraft.errors import DataError
+from clipgraft.pictures import check_images
 from clipgraft.progress import Progress, Told, showing
 
 

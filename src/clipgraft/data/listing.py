@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from clipgraft.data.images import HEIC_ADVICE, HEIC_SUFFIXES, IMAGE_SUFFIXES
 from clipgraft.errors import DataError
+from clipgraft.pictures import HEIC_ADVICE, HEIC_SUFFIXES, IMAGE_SUFFIXES
 
 _HIDDEN = "hidden"
 _NAMED = 3  # folders that are named in one line

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from clipgraft.data.images import ImageError, open_image
 from clipgraft.data.pairs import Pairs
 from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.errors import DataError
+from clipgraft.pictures import ImageError, open_image
 
 Transform = Callable[[Image.Image], Tensor]
 Indices = npt.NDArray[np.int64]

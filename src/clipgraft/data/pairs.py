@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from clipgraft.data.images import ImageError, check_images
 from clipgraft.data.listing import Listing, list_images
 from clipgraft.data.paths import ImageFinder
 from clipgraft.data.rows import BadRow, Row, Table
@@ -18,6 +17,7 @@ from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, DataReport, Remarks
 from clipgraft.data.table_options import TableOptions
 from clipgraft.data.tables import open_table
 from clipgraft.errors import DataError
+from clipgraft.pictures import ImageError, check_images
 from clipgraft.progress import Progress, Told, showing
 
 DECODE_UP_TO = 50_000

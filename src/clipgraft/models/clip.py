@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -24,6 +23,7 @@ from clipgraft.models.hf import HfFamily
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.models.quiet import say_reading
 from clipgraft.models.sites import Site, SiteRef, Tower
+from clipgraft.pictures import open_image
 
 Preprocess: TypeAlias = Callable[[Image], Tensor]
 Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
@@ -186,8 +186,6 @@ class Clip:
         return torch.stack([self._pixels(image) for image in images])
 
     def _pixels(self, image: Picture) -> Tensor:
-        # Reading files belongs to data, which stands above this module and is loaded with the first picture.
-        data = importlib.import_module("clipgraft.data.images")
         if isinstance(image, Tensor):
             return image
         if isinstance(image, np.ndarray):
@@ -196,7 +194,7 @@ class Clip:
                 raise DataError(f"{shape} is no picture: pass uint8 (height, width, 3)")
             picture = PIL.Image.fromarray(image)
         else:
-            picture = image if isinstance(image, Image) else data.open_image(Path(image))
+            picture = image if isinstance(image, Image) else open_image(Path(image))
         return self.require_preprocess()(picture.convert("RGB"))
 
     def encode_image(self, images: Images, normalize: bool = False, adapters: Names | None = None) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipgraft.data.images import ImageError, open_sized
 from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
+from clipgraft.pictures import ImageError, open_sized
 from clipgraft.search.items import Ref, is_address
 from clipgraft.search.remote import read_at
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from clipgraft.data.images import ImageError, open_image
 from clipgraft.errors import DataError
 from clipgraft.files import write_text
 from clipgraft.ours import refuse_foreign
+from clipgraft.pictures import ImageError, open_image
 from clipgraft.search.archives import read_member
 from clipgraft.search.items import IN_TAR, Ref, is_address
 from clipgraft.search.query import Hit

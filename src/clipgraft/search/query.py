@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.data.features import evaluating, image_steps
-from clipgraft.data.images import open_image
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.pictures import open_image
 from clipgraft.readers import reading
 from clipgraft.search.exact import nearest
 from clipgraft.search.filters import Condition, parse_where

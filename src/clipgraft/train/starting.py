@@ -7,11 +7,11 @@ import random
 
 import torch
 
-from clipgraft.data.images import open_image
 from clipgraft.data.pairs import Pairs
 from clipgraft.lora.starts import is_new, start_from_data
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
+from clipgraft.pictures import open_image
 
 log = logging.getLogger("clipgraft")
 _PAIRS, _BATCH = 256, 32

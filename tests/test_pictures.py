@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgraft.data.images import MAX_PIXELS, ImageError, check_image, check_images, open_image
 from clipgraft.errors import DataError
+from clipgraft.pictures import MAX_PIXELS, ImageError, check_image, check_images, open_image
 
 quick = settings(
     max_examples=60,
