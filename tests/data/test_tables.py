@@ -274,6 +274,7 @@ def test_encodings_that_show_in_the_bytes(tmp_path: Path, encoding: str, name: s
         ("cp1250", "żółty kwiat"),
         ("cp1253", "μια κόκκινη μπάλα"),
         ("gb18030", "草地上有一个红色的球"),
+        ("gb18030", "草地上有一个红色的球" * 1000),
     ],
 )
 def test_the_offered_encoding_gives_back_what_was_typed(tmp_path: Path, encoding: str, words: str) -> None:
@@ -284,7 +285,7 @@ def test_the_offered_encoding_gives_back_what_was_typed(tmp_path: Path, encoding
     offered = dict(re.findall(r"(\w+) reads “(.*?)”", one_line(error)))
     assert "iconv" not in str(error.value)
     assert encoding in offered
-    assert words[:15] in offered[encoding]
+    assert words[:10] in offered[encoding]
     assert good(open_table(path, TableOptions(encoding=encoding))) == [("a.jpg", words)]
 
 

@@ -16,6 +16,7 @@ _HEAD = 256  # bytes that tell UTF-16 without a mark: of its letters below U+010
 _FEWEST_NULS = 4
 _SHOWN = 4  # readings of a line that are offered
 _CUT = 40  # characters of each
+_AROUND = 2_000  # bytes before and after one that cannot be decoded; a line may be the whole file
 _USUAL = (
     *("cp1252", "cp1250", "cp1251", "cp1258", "cp1253", "cp1254", "cp1255", "cp1256", "cp874"),
     *("big5", "gb18030", "cp932", "cp949"),
@@ -96,12 +97,16 @@ def _advice(data: bytes, place: int) -> str:
     """
     start = data.rfind(b"\n", 0, place) + 1
     end = data.find(b"\n", place)
-    line = data[start : len(data) if end < 0 else end]
+    end = len(data) if end < 0 else end
+    around = slice(max(start, place - _AROUND), min(end, place + _AROUND))
+    whole = around == slice(start, end)
+    line, start = data[around], around.start
     found: dict[str, str] = {}
     for encoding in _USUAL:
         try:
             data.decode(encoding)
-            text = unicodedata.normalize("NFC", line.decode(encoding))
+            # A cut may go through a character of several bytes.
+            text = unicodedata.normalize("NFC", line.decode(encoding, "strict" if whole else "ignore"))
             before = len(line[: place - start].decode(encoding, "ignore"))
         except (UnicodeDecodeError, LookupError):
             continue
