@@ -30,14 +30,14 @@ _GRID: tuple[tuple[int, int, int, tuple[float, ...], tuple[float, ...]], ...] = 
 def main(argv: Sequence[str]) -> None:
     """Make the data, train every cell, print its row as soon as it is known."""
     folder = Path(argv[0] if argv else "amounts")
-    cache = cg.FeatureCache(folder / "features")
-    tests = cg.write_scenes(folder / "data", "test", _TESTS, ["vi", "en"])
+    cache = cg.data.FeatureCache(folder / "features")
+    tests = cg.emoji.write_scenes(folder / "data", "test", _TESTS, ["vi", "en"])
     pairs = {language: cg.read_pairs(table)[0] for language, table in tests.items()}
     print("| pairs | trained | learning rate | steps | I→T R@1 | T→I R@1 | English T→I R@1 |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     print(f"| 0 | nothing | | | {_numbers(cg.load('emoji'), pairs, cache)} |", flush=True)
     for scenes, targets, lr, options in cells():
-        table = cg.write_scenes(folder / "data", "train", scenes, ["vi"])["vi"]
+        table = cg.emoji.write_scenes(folder / "data", "train", scenes, ["vi"])["vi"]
         train, _ = cg.read_pairs(table)
         clip = cg.load("emoji")
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ def cells() -> Iterator[tuple[int, str, float, dict[str, Any]]]:
         yield from ((scenes, FULL, lr, {**options, "lock_image": True}) for lr in full_rates)
 
 
-def _numbers(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.FeatureCache) -> str:
+def _numbers(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.data.FeatureCache) -> str:
     """Recalls in percent, as cells of the table."""
     found = {name: cg.evaluate_retrieval(clip, pairs, cache=cache) for name, pairs in tests.items()}
     both, english = found["vi"], found["en"]["text_to_image_R@1"]

@@ -119,7 +119,8 @@ def make_world(folder: Path, scenes: int) -> World:
     _tell("scenes")
     sizes = {"train": scenes, "test": _TEST}
     tables = {
-        split: cg.write_scenes(folder / split, split, size, ["en"])["en"] for split, size in sizes.items()
+        split: cg.emoji.write_scenes(folder / split, split, size, ["en"])["en"]
+        for split, size in sizes.items()
     }
     pairs = {split: cg.read_pairs(table, verify="header")[0] for split, table in tables.items()}
     return World(pairs["train"], pairs["test"])
@@ -129,10 +130,10 @@ def make_models(world: World, folder: Path, epochs: int) -> tuple[dict[str, Clip
     """The base and what is made of it, by name; and the seconds that training took."""
     base = cg.load("emoji")
     texts = [caption for captions in world.train.captions for caption in captions]
-    cut = [cg.compact_model(base, **_LAYERS, texts=texts).clip for _ in range(3)]
+    cut = [cg.compact.compact_model(base, **_LAYERS, texts=texts).clip for _ in range(3)]
     models = {
         "base": base,
-        "fewer tokens": cg.compact_model(base, texts=texts).clip,
+        "fewer tokens": cg.compact.compact_model(base, texts=texts).clip,
         "fewer tokens and blocks": cut[0],
         "the same, trained on the pairs": cut[1],
         "the same, distilled": cut[2],

@@ -24,7 +24,7 @@ from benchmarks.environment import describe
 from benchmarks.report import Table, machine, markdown_table
 from clipgraft.lora.inject import apply_lora
 from clipgraft.models.clip import as_clip
-from clipgraft.profile.forward import profile_clip
+from clipgraft.profile.forward import costs
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _text(end: int) -> Tensor:
 
 
 def by_us(subject: Subject) -> Count:
-    profile = profile_clip(subject.model)
+    profile = costs(subject.model)
     return Count(profile.parameters, profile.macs, profile.flops)
 
 

@@ -22,7 +22,7 @@ SITES = "linear-text,text.token_embedding,text.proj"  # all matrices of the text
 TRAINING: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 20, "autocast": None, "progress": False}
 
 
-def recalls(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.FeatureCache) -> dict[str, float]:
+def recalls(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.data.FeatureCache) -> dict[str, float]:
     """Share of captions that find their own picture first, by the name of the test."""
     found = {name: cg.evaluate_retrieval(clip, pairs, cache=cache) for name, pairs in tests.items()}
     return {name: metrics["text_to_image_R@1"] for name, metrics in found.items()}
@@ -34,8 +34,8 @@ def compare(
     """Recalls of base, adapter and fully tuned model."""
     # %% The data
     # Generated scenes with five captions each. What a test scene combines, no training scene does.
-    train, report = cg.read_pairs(cg.write_scenes(out / "data", "train", train_scenes, ["vi"])["vi"])
-    tables = cg.write_scenes(out / "data", "test", test_scenes, ["vi", "en"])
+    train, report = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", train_scenes, ["vi"])["vi"])
+    tables = cg.emoji.write_scenes(out / "data", "test", test_scenes, ["vi", "en"])
     tests = {language: cg.read_pairs(table)[0] for language, table in tables.items()}
     print(f"{report.images:,} pictures, {report.captions:,} captions, such as: {train.captions[0][0]}")
 
@@ -47,7 +47,7 @@ def compare(
 
     # %% Training
     # Both runs take the same steps. The second finds the features of the images in the cache.
-    runs, cache = out / time.strftime("runs-%Y%m%d-%H%M%S"), cg.FeatureCache(out / "features")
+    runs, cache = out / time.strftime("runs-%Y%m%d-%H%M%S"), cg.data.FeatureCache(out / "features")
     recorded = {"model": "emoji", "val_data": str(tables["vi"].resolve())}  # for the page
     common = {**TRAINING, "epochs": epochs, "cache": cache, "params": recorded}
     lora = cg.fit(clip, train, tests["vi"], out=runs / "lora", lr=3e-3, **common)

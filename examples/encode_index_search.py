@@ -23,7 +23,7 @@ def train_adapter(out: Path, scenes: int) -> Path:
     """An adapter for Vietnamese captions; the one of an earlier call, if there was one."""
     adapter = out / "adapter"
     if not adapter.exists():
-        pairs, _ = cg.read_pairs(cg.write_scenes(out / "data", "train", scenes, ["vi"])["vi"])
+        pairs, _ = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", scenes, ["vi"])["vi"])
         clip = cg.load("emoji")
         torch.manual_seed(0)
         cg.apply_lora(clip, r=16, alpha=32, targets="linear-text,text.token_embedding,text.proj")
@@ -37,13 +37,13 @@ def train_adapter(out: Path, scenes: int) -> Path:
 def found_in_five(clip: cg.Clip, encoded: Path, pairs: cg.Pairs) -> float:
     """Share of pictures that are among the first five for their first caption."""
     hits = [
-        image.name in {Path(hit.path or "").name for hit in cg.search_folder(clip, encoded, captions[0], k=5)}
+        image.name in {Path(hit.path or "").name for hit in cg.search.query(clip, encoded, captions[0], k=5)}
         for image, captions in zip(pairs.images, pairs.captions, strict=True)
     ]
     return sum(hits) / len(hits)
 
 
-def show(title: str, hits: Sequence[cg.Hit]) -> None:
+def show(title: str, hits: Sequence[cg.search.Hit]) -> None:
     print(title)
     for hit in hits:
         print(f"  {hit.rank}  {hit.score:.3f}  {hit.metadata['path']}  {str(hit.caption).splitlines()[0]}")
@@ -57,22 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     adapter = train_adapter(flags.out, flags.train_scenes)
 
-    table = cg.write_scenes(flags.out / "data", "test", flags.pictures, ["vi"])["vi"]
+    table = cg.emoji.write_scenes(flags.out / "data", "test", flags.pictures, ["vi"])["vi"]
     pairs, _ = cg.read_pairs(table)
     clip, encoded = cg.load("emoji"), flags.out / "encoded"
-    done = cg.encode_folder(clip, table, encoded)  # again, it does the difference: nothing
+    done = cg.search.encode_folder(clip, table, encoded)  # again, it does the difference: nothing
     print(f"{done.encoded:,} pictures encoded, {done.kept:,} known, {done.rows:,} vectors")
-    for place, index in cg.build_index(encoded):
+    for place, index in cg.search.build_index(encoded):
         print(f"{place}: {index.factory}, {index.rows:,} vectors")
 
     before = found_in_five(clip, encoded, pairs)
     cg.load_adapter(clip, adapter, name="vi")  # the same vectors, the same index
     print(f"found in the first five: base {before:.1%}, adapter {found_in_five(clip, encoded, pairs):.1%}")
     query = pairs.captions[0][0]
-    show(f"text: {query}", cg.search_folder(clip, encoded, query, k=3))
-    show("the same, if it says 'hai'", cg.search_folder(clip, encoded, query, k=3, where="caption~hai"))
-    show(f"picture: {pairs.images[1].name}", cg.search_folder(clip, encoded, image=pairs.images[1], k=3))
-    both = cg.search_folder(clip, encoded, "nền màu trắng", image=pairs.images[1], image_weight=0.6, k=3)
+    show(f"text: {query}", cg.search.query(clip, encoded, query, k=3))
+    show("the same, if it says 'hai'", cg.search.query(clip, encoded, query, k=3, where="caption~hai"))
+    show(f"picture: {pairs.images[1].name}", cg.search.query(clip, encoded, image=pairs.images[1], k=3))
+    both = cg.search.query(clip, encoded, "nền màu trắng", image=pairs.images[1], image_weight=0.6, k=3)
     show("the same, and text: nền màu trắng", both)
 
 

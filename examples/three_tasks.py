@@ -25,7 +25,7 @@ STYLES = ("noto", "twemoji", "openmoji")  # in the order of `Scene.style`
 STYLE_CAPTIONS = ("{} artwork", "drawn by {}", "an emoji of {}", "{} style", "a picture by {}")
 LORA: dict[str, Any] = {"r": 16, "alpha": 32, "targets": "linear-text,text.token_embedding,text.proj"}
 TRAINING: dict[str, Any] = {"epochs": 1, "batch_size": 128, "lr": 3e-3, "wd": 0.1, "warmup": 20}
-Captions: TypeAlias = Callable[[cg.EmojiScenes, int], tuple[str, ...]]
+Captions: TypeAlias = Callable[[cg.emoji.EmojiScenes, int], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def in_language(language: str) -> Captions:
     return lambda scenes, index: scenes.captions(index, language)
 
 
-def of_style(scenes: cg.EmojiScenes, index: int) -> tuple[str, ...]:
+def of_style(scenes: cg.emoji.EmojiScenes, index: int) -> tuple[str, ...]:
     """Who drew the emoji of a scene; the base has never read these names."""
     return tuple(words.format(STYLES[scenes.scene(index).style]) for words in STYLE_CAPTIONS)
 
@@ -107,7 +107,7 @@ def train_what_is_missing(out: Path, size: int) -> None:
     if not missing:
         return
     scenes, files = pictures(out, "train", size)
-    cache = cg.FeatureCache(out / "features")
+    cache = cg.data.FeatureCache(out / "features")
     for task in missing:
         clip = cg.load("emoji")
         torch.manual_seed(0)
@@ -126,14 +126,14 @@ def train_what_is_missing(out: Path, size: int) -> None:
         print(f"trained {task.name!r} in {result.seconds:.0f} s", flush=True)
 
 
-def pictures(out: Path, split: str, size: int) -> tuple[cg.EmojiScenes, tuple[Path, ...]]:
+def pictures(out: Path, split: str, size: int) -> tuple[cg.emoji.EmojiScenes, tuple[Path, ...]]:
     """Scenes, and the files that show them."""
-    cg.write_scenes(out / "data", split, size, [])
+    cg.emoji.write_scenes(out / "data", split, size, [])
     files = tuple(out / "data" / "images" / f"{split}_{i:05d}.png" for i in range(size))
-    return cg.EmojiScenes(split, size), files
+    return cg.emoji.EmojiScenes(split, size), files
 
 
-def pairs_of(task: Task, scenes: cg.EmojiScenes, files: tuple[Path, ...]) -> cg.Pairs:
+def pairs_of(task: Task, scenes: cg.emoji.EmojiScenes, files: tuple[Path, ...]) -> cg.Pairs:
     return cg.Pairs(files, tuple(task.captions(scenes, i) for i in range(len(scenes))))
 
 
@@ -148,7 +148,7 @@ def image_features(clip: cg.Clip, files: Sequence[Path]) -> Tensor:
         return torch.cat([clip.encode_image(part, normalize=True) for part in torch.split(pixels, 64)])
 
 
-def print_table(clip: cg.Clip, scenes: cg.EmojiScenes, files: tuple[Path, ...], images: Tensor) -> None:
+def print_table(clip: cg.Clip, scenes: cg.emoji.EmojiScenes, files: tuple[Path, ...], images: Tensor) -> None:
     """Every adapter on every task; an adapter is to win its own column."""
     tests = {task: pairs_of(task, scenes, files) for task in TASKS}
     print("\n" + "adapter".ljust(10) + "".join(task.about.rjust(34) for task in TASKS))
@@ -158,7 +158,7 @@ def print_table(clip: cg.Clip, scenes: cg.EmojiScenes, files: tuple[Path, ...], 
         print((name or "none").ljust(10) + "".join(f"{100 * score:.1f} %".rjust(34) for score in scores))
 
 
-def print_mixed_batch(clip: cg.Clip, scenes: cg.EmojiScenes, images: Tensor, count: int = 8) -> None:
+def print_mixed_batch(clip: cg.Clip, scenes: cg.emoji.EmojiScenes, images: Tensor, count: int = 8) -> None:
     """Queries of all tasks, and of none, encoded together; each row runs with its own adapter."""
     sources: list[tuple[str | None, Captions]] = [
         (None, in_language("en")),
@@ -184,7 +184,7 @@ def print_mixed_batch(clip: cg.Clip, scenes: cg.EmojiScenes, images: Tensor, cou
 
 def print_memory(clip: cg.Clip, base_bytes: int) -> None:
     """What three tasks take beside three fine-tuned copies of the base."""
-    sizes = {task.name: bytes_of(cg.lora_state_dict(clip, task.name).values()) for task in TASKS}
+    sizes = {task.name: bytes_of(cg.adapters.lora_state_dict(clip, task.name).values()) for task in TASKS}
     listed = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sizes.items())
     print(f"\nMB in memory: base {base_bytes / 1e6:.2f}, adapters {listed}")
     print(f"together {(base_bytes + sum(sizes.values())) / 1e6:.1f}, three copies {3 * base_bytes / 1e6:.1f}")

@@ -24,8 +24,8 @@ from clipgraft.data.summary import format_report
 
 def write_spreadsheet(folder: Path, size: int) -> Path:
     """Pictures, and `list.csv` with Vietnamese captions and some of the usual faults. Returns the table."""
-    scenes = cg.EmojiScenes("test", size)  # not one of them was in the training of the base
-    cg.write_scenes(folder, "test", size, [])
+    scenes = cg.emoji.EmojiScenes("test", size)  # not one of them was in the training of the base
+    cg.emoji.write_scenes(folder, "test", size, [])
     files = [f"images/test_{i:05d}.png" for i in range(size)]
     rows = [(file, "shelf 3; A", text) for i, file in enumerate(files) for text in scenes.captions(i, "vi")]
     (folder / "images" / "damaged.png").write_bytes((folder / files[0]).read_bytes()[:300])
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("image_to_text_R@1", "text_to_image_R@1", "text_to_image_R@5"):
         print(f"{name:<20}{base[name]:>8.1%} -> {adapted[name]:.1%}")
 
-    done = cg.encode_folder(clip, table, flags.out / "encoded", **keys)
+    done = cg.search.encode_folder(clip, table, flags.out / "encoded", **keys)
     print(f"{done.rows:,} pictures encoded, {done.errors:,} could not be used; adapter {run / 'adapter'}")
-    for hit in cg.search_folder(clip, flags.out / "encoded", "hai con chó", k=5):
+    for hit in cg.search.query(clip, flags.out / "encoded", "hai con chó", k=5):
         print(f"{hit.rank}  {hit.score:.3f}  {hit.metadata['path']}  {str(hit.caption).splitlines()[0]}")
 
 

@@ -20,7 +20,7 @@ from clipgraft.search.folder import all_sets, read_folder
 from clipgraft.search.index import build_index
 from clipgraft.search.manifest import AdapterNote, Made, Manifest, VectorSet
 from clipgraft.search.plan import Kept
-from clipgraft.search.query import _hits, _nearest
+from clipgraft.search.searcher import _hits, _nearest
 from clipgraft.search.store import Rows, Store, open_folder
 from clipgraft.search.tables import ErrorRow, MetaRow, metadata_table
 from fuzz.mutate import damaged, odd, odd_json

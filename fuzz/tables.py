@@ -22,7 +22,7 @@ from clipgraft.data.prompts import read_prompts
 from clipgraft.errors import ConfigError
 from clipgraft.search.gallery import write_gallery
 from clipgraft.search.items import location
-from clipgraft.search.query import Hit
+from clipgraft.search.searcher import Hit
 from clipgraft.search.sources import open_images, open_texts
 from fuzz.mutate import ESCAPES, NUMBERS, TEXTS, damaged, odd, odd_json, odd_lines
 from fuzz.subject import Subject

@@ -61,7 +61,7 @@ def test_specs_do_not_change() -> None:
 
 def test_faults_of_several_specs_come_together() -> None:
     """Each spec that is checked alone costs the user another run."""
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         build_specs([LoraSpec, TrainSpec, RunSpec], {"lora_r": 0, "lr": 0, "resume": "x", "nmae": "y"})
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "--nmae",
@@ -81,7 +81,7 @@ def test_any_settings_give_specs_or_lines(values: dict[str, object]) -> None:
     told = "--"
     try:
         build_specs([TrainSpec], values)
-    except cg.ConfigError as error:
+    except cg.errors.ConfigError as error:
         told = str(error)
     assert all(line.startswith("--") for line in told.splitlines())
 
@@ -103,7 +103,7 @@ def test_flag_spelling() -> None:
 )
 def test_absurd_numbers_are_refused_with_what_would_come_of_them(name: str, value: float, why: str) -> None:
     """A slip of the keyboard would cost a night, or end with a loss that is nan and advice about --lr."""
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         build_specs([TrainSpec], {name: value})
     assert str(caught.value).startswith(f"--{name.replace('_', '-')}: got ")
     assert why in str(caught.value)
@@ -123,7 +123,7 @@ NUMBERS = [
 @pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda part: getattr(part, "__name__", part))
 def test_no_number_is_without_end(kind: type[Spec], name: str) -> None:
     """`--k 1e12` or `--cache-gb 1e300` would run out of memory, or long after the slip of the keyboard."""
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         build_specs([kind], {name: 10**40})
     (line,) = [line for line in str(caught.value).splitlines() if line.startswith(f"{flag(name)}: got ")]
     assert re.search(r"(from .* to .*: \w.*|less than .*)$", line), line

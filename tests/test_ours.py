@@ -43,8 +43,8 @@ def test_files_are_known_by_their_record(name: str, tmp_path: Path) -> None:
     path.write_bytes((OURS.get(name) or FOREIGN.get(name, "")).encode("latin-1"))
     assert made_by_us(path) == (name in OURS)
     if name in FOREIGN:
-        with pytest.raises(cg.ConfigError, match=r"not made by clipgraft .* say --overwrite"):
-            refuse_foreign(path, error=cg.ConfigError)
+        with pytest.raises(cg.errors.ConfigError, match=r"not made by clipgraft .* say --overwrite"):
+            refuse_foreign(path, error=cg.errors.ConfigError)
     refuse_foreign(path, overwrite=True)
 
 
@@ -60,8 +60,8 @@ def test_folders_are_known_by_their_record(tmp_path: Path) -> None:
     """A user's folder with a file of our name in it is still the user's."""
     refuse_foreign(tmp_path)
     (tmp_path / "clipgraft_model.json").write_text("{}")
-    with pytest.raises(cg.ModelError, match="this folder was not made by clipgraft"):
-        refuse_foreign(tmp_path, error=cg.ModelError)
+    with pytest.raises(cg.errors.ModelError, match="this folder was not made by clipgraft"):
+        refuse_foreign(tmp_path, error=cg.errors.ModelError)
     mark_folder(tmp_path)
     refuse_foreign(tmp_path)
     assert json.loads((tmp_path / "clipgraft_model.json").read_text())["version"] == cg.__version__
@@ -77,7 +77,7 @@ def test_models_are_replaced_where_they_are_ours(name: str, openclip_clip: Clip,
         (out / "clipgraft_model.json").unlink()
     else:
         out.write_text("precious")
-    with pytest.raises(cg.ModelError, match="say --overwrite"):
+    with pytest.raises(cg.errors.ModelError, match="say --overwrite"):
         write_model(openclip_clip, out, "open_clip")
     write_model(openclip_clip, out, "open_clip", overwrite=True)
     assert made_by_us(out)
@@ -88,7 +88,7 @@ def test_pages_replace_pages_alone(tmp_path: Path) -> None:
     page = write_gallery(tmp_path / "a.html", "cat", [])
     write_gallery(page, "dog", [])
     page.write_text("<p>thesis")
-    with pytest.raises(cg.DataError, match=r"--html .*a\.html: this file was not made by clipgraft"):
+    with pytest.raises(cg.errors.DataError, match=r"--html .*a\.html: this file was not made by clipgraft"):
         write_gallery(page, "cat", [])
     assert page.read_text() == "<p>thesis"
     write_gallery(page, "cat", [], overwrite=True)

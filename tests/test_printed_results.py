@@ -16,14 +16,16 @@ from clipgraft.results import Result
 from clipgraft.search.manifest import VectorSet
 
 METRICS = {"epoch": 2.0, **{f"image_to_text_R@{k}": 0.123456 for k in (1, 5, 10)}, "text_to_image_R@1": 0.5}
-RUN = cg.FitResult(
+RUN = cg.train.FitResult(
     Path("run"), Path("run/a"), 400_000, 28_672, 12.3456, [{"epoch": 1.0}, METRICS], {"x": 0.1}, 2
 )
-ENCODED = cg.EncodeResult(Path("out"), 1_200, 7, 3, 2, 1_207, (VectorSet("", None, None),), 4.5)
+ENCODED = cg.search.EncodeResult(Path("out"), 1_200, 7, 3, 2, 1_207, (VectorSet("", None, None),), 4.5)
 LABELS = LabelReport(Path("t.csv"), "csv", "line", 5_000, 3, tuple(map(str, range(900))), (5,) * 900)
 DATA = DataReport(Path("t.csv"), "csv", "line", 5_000, 3, 4_000, 4_997, 1, 2, 0, 0, 1, 2, (), ())
 SITES = [Site("text", block, role) for block in range(12) for role in ("q", "v")]
-SUM = cg.Combination("a+b", {"a": 1.0, "b": -0.5}, dict.fromkeys(SITES, 8), 0.01, dict.fromkeys(SITES, 0.01))
+SUM = cg.lora.Combination(
+    "a+b", {"a": 1.0, "b": -0.5}, dict.fromkeys(SITES, 8), 0.01, dict.fromkeys(SITES, 0.01)
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,11 @@ def clip() -> cg.Clip:
 def measured(clip: cg.Clip) -> dict[str, Any]:
     """What the functions that count return."""
     return {
-        "costs": cg.target_costs(clip, ["text-attention"])[0],
-        "training": cg.training_costs(clip, ["text-attention"])[0],
-        "profile": cg.profile_clip(clip),
-        "inspection": cg.inspect_model(clip),
-        "compacted": cg.compact_model(clip, text_layers=1),
+        "costs": cg.profile.target_costs(clip, ["text-attention"])[0],
+        "training": cg.profile.training_costs(clip, ["text-attention"])[0],
+        "profile": cg.profile.costs(clip),
+        "inspection": cg.profile.inspect(clip),
+        "compacted": cg.compact.compact_model(clip, text_layers=1),
     }
 
 

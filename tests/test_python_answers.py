@@ -28,7 +28,7 @@ def test_pairs_print_slice_and_iterate() -> None:
 
 def test_hits_are_flat_rows() -> None:
     """A DataFrame of hits had one column of dicts."""
-    hit = cg.Hit(1, 0.5, "a.png", "một\ncon mèo", {"path": "a.png", "width": 3})
+    hit = cg.search.Hit(1, 0.5, "a.png", "một\ncon mèo", {"path": "a.png", "width": 3})
     assert hit.to_dict() == {"path": "a.png", "width": 3, "rank": 1, "score": 0.5}
     assert repr(hit) == "Hit(1, 0.5000, a.png 'một | con mèo')"
 
@@ -57,7 +57,7 @@ def test_progress_calls_and_refuses() -> None:
         advance(2)
         advance(3)
     assert seen == [(2, 5), (5, 5)]
-    with pytest.raises(cg.ConfigError, match="progress: got 'no', allowed is None, True, False"):
+    with pytest.raises(cg.errors.ConfigError, match="progress: got 'no', allowed is None, True, False"):
         showing("no", "x").__enter__()  # type: ignore[arg-type]
 
 
@@ -83,26 +83,26 @@ def test_pictures_are_encoded_as_they_come(clip: cg.Clip, tmp_path: Path) -> Non
         for each in given:
             torch.testing.assert_close(clip.encode_image(each, normalize=True), once)
         assert clip.encode_image(given).shape == (4, once.shape[1])
-    with pytest.raises(cg.DataError, match=r"nowhere\.png"):
+    with pytest.raises(cg.errors.DataError, match=r"nowhere\.png"):
         clip.encode_image("nowhere.png")
-    with pytest.raises(cg.DataError, match="no image to encode"):
+    with pytest.raises(cg.errors.DataError, match="no image to encode"):
         clip.encode_image([])
-    with pytest.raises(cg.DataError, match="uint8"):
+    with pytest.raises(cg.errors.DataError, match="uint8"):
         clip.encode_image(np.zeros((3, 3)))
 
 
 def test_a_model_in_memory_is_inspected(clip: cg.Clip) -> None:
-    """`cg.inspect_model(clip)` was an OSError: File name too long."""
-    by_name, found = cg.inspect_model("emoji"), cg.inspect_model(clip)
+    """`cg.profile.inspect(clip)` was an OSError: File name too long."""
+    by_name, found = cg.profile.inspect("emoji"), cg.profile.inspect(clip)
     assert (found.profile.parameters, found.sites) == (by_name.profile.parameters, by_name.sites)
-    assert cg.inspect_model(clip.model).profile.parameters == by_name.profile.parameters  # type: ignore[arg-type]
+    assert cg.profile.inspect(clip.model).profile.parameters == by_name.profile.parameters  # type: ignore[arg-type]
     cg.apply_lora(clip, r=2, targets="text-attention")
-    assert cg.inspect_model(clip).profile.parameters == by_name.profile.parameters
+    assert cg.profile.inspect(clip).profile.parameters == by_name.profile.parameters
 
 
 def test_evaluation_takes_no_progress(clip: cg.Clip, tmp_path: Path) -> None:
     """The same argument meant another thing in `fit`."""
-    pairs, report = cg.read_pairs(cg.write_scenes(tmp_path, "train", 6, ["vi"])["vi"], progress=False)
+    pairs, report = cg.read_pairs(cg.emoji.write_scenes(tmp_path, "train", 6, ["vi"])["vi"], progress=False)
     assert len(repr(report).splitlines()) < 20
     seen: list[tuple[int, int]] = []
     told: Callable[[int, int], None] = lambda done, total: seen.append((done, total))  # noqa: E731

@@ -25,7 +25,7 @@ _LANGUAGE = "vi"
 def prepare(train: int, test: int) -> dict[str, Any]:
     """Scenes, captions, and the fresh adapter that both start from."""
     for split, size in (("train", train), ("test", test)):
-        cg.write_scenes(_folder(train), split, size, [_LANGUAGE])
+        cg.emoji.write_scenes(_folder(train), split, size, [_LANGUAGE])
     clip = _with_lora()
     cg.save_adapter(clip, _folder(train) / "adapter")
     return {"base": _recall(clip, train)}

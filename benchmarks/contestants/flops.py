@@ -38,11 +38,11 @@ def by_clipgraft() -> dict[str, Any]:
     started = time.perf_counter()
     from transformers import CLIPConfig, CLIPModel
 
-    from clipgraft.profile.forward import profile_clip
+    from clipgraft.profile.forward import costs
 
     with torch.device("meta"):
         model = CLIPModel(CLIPConfig())
-    profile = profile_clip(model)
+    profile = costs(model)
     return _values(started, profile.flops, profile.macs, profile.parameters)
 
 
@@ -50,9 +50,9 @@ def llava_by_clipgraft() -> dict[str, Any]:
     """clipgraft on LLaVA-NeXT-8B, from its configuration alone."""
     reset_peak()
     started = time.perf_counter()
-    from clipgraft.profile.llava import llava_on_meta, profile_llava
+    from clipgraft.profile.llava import llava_costs, llava_on_meta
 
-    total = profile_llava(llava_on_meta(_LLAVA)).trace.total
+    total = llava_costs(llava_on_meta(_LLAVA)).trace.total
     return _values(started, total.flops, total.macs, total.parameters)
 
 

@@ -135,7 +135,7 @@ def encode_to_disk(images: list[str], autocast: bool = False) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             table, out = Path(folder) / "images.csv", Path(folder) / "out"
             table.write_text("\n".join(["filepath", *paths]) + "\n", encoding="utf-8")
-            cg.encode_folder(clip, table, out, autocast=autocast)
+            cg.search.encode_folder(clip, table, out, autocast=autocast)
             rows = pq.read_table(out / "metadata" / "metadata_0.parquet")["path"].to_pylist()
             vectors = np.load(out / "img_emb" / "img_emb_0.npy")
         place = {Path(path).name: row for row, path in enumerate(rows)}
@@ -151,5 +151,5 @@ def retrieval(rows: int, images: int, captions_an_image: int, seed: int) -> dict
     features = made_up_features(rows, images, captions_an_image, seed)
     reset_peak()
     started = time.perf_counter()
-    metrics = cg.retrieval_metrics(*features)
+    metrics = cg.evaluate.retrieval_metrics(*features)
     return {"seconds": time.perf_counter() - started, "metrics": metrics}

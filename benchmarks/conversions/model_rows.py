@@ -213,7 +213,7 @@ def _two(world: World) -> tuple[cg.Clip, dict[str, dict[str, Update]]]:
     for seed, (name, given) in enumerate(options.items()):
         apply_trained(clip, seed, **given, name=name)
         scale = 12 / 16 if name == "one" else 5 / math.sqrt(8)
-        state = cg.lora_state_dict(clip)
+        state = cg.adapters.lora_state_dict(clip)
         sites = [key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")]
         updates[name] = {s: (state[f"{s}.lora_A"], state[f"{s}.lora_B"], scale) for s in sites}
     return clip, copy.deepcopy(updates)

@@ -41,7 +41,7 @@ def adapted(base: nn.Module, seed: int = 0, **options: object) -> nn.Module:
 
 
 def equal_adapters(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = cg.lora_state_dict(one), cg.lora_state_dict(other)
+    ours, theirs = cg.adapters.lora_state_dict(one), cg.adapters.lora_state_dict(other)
     scales = [[layer.scaling for layer in require_lora(m).layers.values()] for m in (one, other)]
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     return same and scales[0] == scales[1]
@@ -118,7 +118,7 @@ def test_a_failed_load_leaves_the_model_as_it_was(
     config = json.loads((damaged / CONFIG).read_text())
     (damaged / CONFIG).write_text(json.dumps({**config, "lora_dropout": 3}))
     for path in (foreign, damaged, tmp_path / "nothing"):
-        with pytest.raises(cg.AdapterError):
+        with pytest.raises(cg.errors.AdapterError):
             cg.load_adapter(model, path)
         assert largest(features(model, *inputs(model)), before) == 0
 
@@ -133,7 +133,9 @@ def test_another_base_is_refused(layout: str, request: pytest.FixtureRequest, tm
         next(p for p in other.parameters() if p.ndim == 4).mul_(1.5)
     ours, theirs = as_clip(base).fingerprint, as_clip(other).fingerprint
     assert ours != theirs
-    with pytest.raises(cg.AdapterError, match=f"fingerprint {ours}, but this model's is {theirs}.*--force"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=f"fingerprint {ours}, but this model's is {theirs}.*--force"
+    ):
         cg.load_adapter(other, folder)
     cg.load_adapter(other, folder, force=True)
     assert equal_adapters(other, adapted(base))
@@ -144,11 +146,11 @@ def test_another_architecture_is_refused_even_by_force(
 ) -> None:
     """An adapter for another width or depth ends in a traceback."""
     folder = cg.save_adapter(adapted(tiny_openclip), tmp_path / "wide")
-    with pytest.raises(cg.AdapterError, match=r"has A \(\d, \d+\), B .* where this model needs"):
+    with pytest.raises(cg.errors.AdapterError, match=r"has A \(\d, \d+\), B .* where this model needs"):
         cg.load_adapter(tiny_hf, folder, force=True)
     deep = cg.save_adapter(adapted(tiny_hf), tmp_path / "deep")
     tiny_hf.text_model.encoder.layers = tiny_hf.text_model.encoder.layers[:1]
-    with pytest.raises(cg.AdapterError, match=r"no site text\.1\.\w+; load the base it was made for"):
+    with pytest.raises(cg.errors.AdapterError, match=r"no site text\.1\.\w+; load the base it was made for"):
         cg.load_adapter(tiny_hf, deep, force=True)
 
 
@@ -206,11 +208,11 @@ def test_a_base_that_cannot_be_found(hf_folder: Path, tiny_openclip: nn.Module, 
     folder = cg.save_adapter(clip, tmp_path / "adapter")
     shutil.rmtree(moved)
     with pytest.raises(
-        cg.AdapterError, match=f"needs its base .fingerprint {clip.fingerprint}.*load_adapter"
+        cg.errors.AdapterError, match=f"needs its base .fingerprint {clip.fingerprint}.*load_adapter"
     ):
         cg.load(str(folder))
     unnamed = cg.save_adapter(adapted(tiny_openclip), tmp_path / "unnamed")
-    with pytest.raises(cg.AdapterError, match="does not say which base"):
+    with pytest.raises(cg.errors.AdapterError, match="does not say which base"):
         cg.load(str(unnamed))
 
 
@@ -247,7 +249,7 @@ def test_a_killed_save(
         else:
             assert renames == 4
     if fresh and renames < 3:
-        with pytest.raises(cg.AdapterError, match="no adapter at"):
+        with pytest.raises(cg.errors.AdapterError, match="no adapter at"):
             cg.read_adapter(folder)
     else:
         model = copy.deepcopy(tiny_hf)
@@ -261,10 +263,10 @@ def test_a_folder_that_cannot_be_written(tiny_hf: nn.Module, tmp_path: Path) -> 
     """A full disk or a file in the way ends in a traceback."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
-        cg.WriteError, match=r"cannot write .*file.*: (Not a directory|File exists); choose another"
+        cg.errors.WriteError, match=r"cannot write .*file.*: (Not a directory|File exists); choose another"
     ):
         cg.save_adapter(adapted(tiny_hf), tmp_path / "file")
-    with pytest.raises(cg.AdapterError, match="carries no LoRA"):
+    with pytest.raises(cg.errors.AdapterError, match="carries no LoRA"):
         cg.save_adapter(tiny_hf, tmp_path / "none")
 
 
@@ -345,7 +347,7 @@ def test_damaged_files(folder: Path, damage: str) -> None:
     """A truncated, mixed or foreign file ends in a traceback, or loads as something it is not."""
     harm, message = DAMAGE[damage]
     harm(folder)
-    with pytest.raises(cg.AdapterError, match=message) as caught:
+    with pytest.raises(cg.errors.AdapterError, match=message) as caught:
         cg.read_adapter(folder)
     assert len(str(caught.value).splitlines()) == 1
     assert str(folder) in str(caught.value)
@@ -379,7 +381,7 @@ def test_any_json_is_read_or_refused(saved: Path, tmp_path: Path, data: st.DataO
     path.write_text(json.dumps(content))
     try:
         cg.read_adapter(folder)
-    except cg.AdapterError as error:
+    except cg.errors.AdapterError as error:
         message = str(error)
     else:
         return
@@ -398,7 +400,7 @@ def test_any_bytes_are_read_or_refused(saved: Path, tmp_path: Path, data: st.Dat
     else:
         content[at] ^= data.draw(st.integers(1, 255))
     (folder / WEIGHTS).write_bytes(bytes(content))
-    with pytest.raises(cg.AdapterError, match=r"truncated or damaged|is not the file clipgraft\.json"):
+    with pytest.raises(cg.errors.AdapterError, match=r"truncated or damaged|is not the file clipgraft\.json"):
         cg.read_adapter(folder)
 
 
@@ -407,7 +409,7 @@ def test_a_folder_of_others_is_left(name: str, tiny_openclip: nn.Module, tmp_pat
     """An adapter that PEFT trained, or a folder of other things, would be written over by a mistyped path."""
     model = adapted(tiny_openclip)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(cg.AdapterError, match=r"not made by clipgraft[^\n]+overwrite=True\)$"):
+    with pytest.raises(cg.errors.AdapterError, match=r"not made by clipgraft[^\n]+overwrite=True\)$"):
         cg.save_adapter(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "precious"

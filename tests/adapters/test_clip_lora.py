@@ -175,7 +175,7 @@ def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
 def test_towers_of_one_width(tmp_path: Path) -> None:
     """Layers of two towers of equal width are shared out by guessing."""
     data = file_of([64] * 7)
-    with pytest.raises(cg.AdapterError, match=r"7 layers and does not tell.*--text-layers N"):
+    with pytest.raises(cg.errors.AdapterError, match=r"7 layers and does not tell.*--text-layers N"):
         clip_lora_adapter(data, tmp_path / "x.pt")
     for given_depth in ({"text_layers": 3}, {"vision_layers": 4}, {"text_layers": 3, "vision_layers": 4}):
         adapter = clip_lora_adapter(data, tmp_path / "x.pt", **given_depth)
@@ -196,7 +196,7 @@ def test_towers_of_one_width(tmp_path: Path) -> None:
 )
 def test_layers_that_do_not_fit(change: dict[str, Any], depths: dict[str, int], tmp_path: Path) -> None:
     """A file whose layers are not those its metadata names is read all the same."""
-    with pytest.raises(cg.AdapterError, match="are not those of position"):
+    with pytest.raises(cg.errors.AdapterError, match="are not those of position"):
         clip_lora_adapter(file_of(**change), tmp_path / "x.pt", **depths)
 
 
@@ -209,10 +209,12 @@ def handmade(sites: list[str], width: int = 32) -> AdapterFile:
 
 def test_sites_clip_lora_has_not(tmp_path: Path) -> None:
     """Updates that CLIP-LoRA cannot hold, or would never load, vanish without a word."""
-    with pytest.raises(cg.AdapterError, match=r"not text\.proj, text\.0\.fc1, vision\.3\.fc2;"):
+    with pytest.raises(cg.errors.AdapterError, match=r"not text\.proj, text\.0\.fc1, vision\.3\.fc2;"):
         write_clip_lora(handmade(["text.0.q", "text.proj", "text.0.fc1", "vision.3.fc2"]), tmp_path / "x.pt")
     deep = handmade([f"text.{block}.q" for block in range(14)])
-    with pytest.raises(cg.AdapterError, match=r"first 12 text and .*, and not text\.12\.q, text\.13\.q;"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=r"first 12 text and .*, and not text\.12\.q, text\.13\.q;"
+    ):
         write_clip_lora(deep, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
     path = write_clip_lora(deep, tmp_path / "x.pt", text_layers=14)

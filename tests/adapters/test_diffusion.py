@@ -119,7 +119,9 @@ def test_two_text_encoders(made: tuple[nn.Module, dict[str, Tensor]], tmp_path: 
     path = tmp_path / "sdxl.safetensors"
     save_file({**kohya(weights, "lora_te1"), **kohya(deeper, "lora_te2")}, path)
     same(path, model)
-    with pytest.raises(cg.AdapterError, match=r"lora_te1 of 2 blocks, lora_te2 of 8 blocks: say which"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=r"lora_te1 of 2 blocks, lora_te2 of 8 blocks: say which"
+    ):
         read_any(path)
 
 
@@ -148,9 +150,9 @@ def test_refused(tmp_path: Path, kind: str) -> None:
     """A file that is of something else loads in part, or is refused without the name of its format."""
     tensors, told = REFUSED[kind]
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(cg.AdapterError, match=told) as caught:
+    with pytest.raises(cg.errors.AdapterError, match=told) as caught:
         read_any(tmp_path / "a.safetensors")
     assert "a.safetensors" in str(caught.value)
     (tmp_path / "a.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(cg.AdapterError, match="damaged"):
+    with pytest.raises(cg.errors.AdapterError, match="damaged"):
         read_any(tmp_path / "a.safetensors")

@@ -84,7 +84,7 @@ def test_peft_on_open_clip_folders(tiny_openclip: nn.Module, tmp_path: Path) -> 
     config = peft.LoraConfig(r=4, target_modules=["attn"], init_lora_weights=False)
     peft.get_peft_model(copy.deepcopy(tiny_openclip), config).save_pretrained(tmp_path / "p")
     assert detect(tmp_path / "p") == "peft-openclip"
-    with pytest.raises(cg.AdapterError, match="--peft-out-proj"):
+    with pytest.raises(cg.errors.AdapterError, match="--peft-out-proj"):
         read_any(tmp_path / "p")
     adapter = read_any(tmp_path / "p", peft_out_proj="as-meant")
     assert len(adapter.weights) == 16
@@ -120,7 +120,7 @@ def test_no_code_is_run(kind: str, tmp_path: Path) -> None:
     path = evil_files(tmp_path, planted)[kind]
     for function in (detect, read_any):
         with pytest.raises(
-            cg.AdapterError, match="pickled code or objects, which are never loaded"
+            cg.errors.AdapterError, match="pickled code or objects, which are never loaded"
         ) as caught:
             function(path)
         assert "\n" not in str(caught.value)
@@ -162,7 +162,7 @@ def test_files_that_are_no_adapters(name: str, tmp_path: Path) -> None:
     """A wrong or half-downloaded file ends in a traceback instead of one line that names it."""
     path = tmp_path / "bộ chuyển.pt"
     path.write_bytes(bad_files()[name])
-    with pytest.raises(cg.AdapterError) as caught:
+    with pytest.raises(cg.errors.AdapterError) as caught:
         read_any(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
@@ -186,7 +186,7 @@ def test_damaged_bytes(data: Any, tmp_path: Path) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "x.pt").write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    with pytest.raises(cg.AdapterError):  # it lacks B, whatever else happens to it
+    with pytest.raises(cg.errors.AdapterError):  # it lacks B, whatever else happens to it
         read_any(tmp_path / "x.pt")
 
 
@@ -194,7 +194,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     """A misspelt path is told as something else."""
     (tmp_path / "empty").mkdir()
     for path, told in (("nothing.pt", "no such file"), ("empty", "an adapter is a folder with")):
-        with pytest.raises(cg.AdapterError, match=told):
+        with pytest.raises(cg.errors.AdapterError, match=told):
             read_any(tmp_path / path)
 
 
@@ -208,13 +208,13 @@ def test_nothing_is_overwritten(form: Form, tiny_openclip: nn.Module, tmp_path: 
     empty.mkdir()
     dangling.symlink_to(tmp_path / "elsewhere")
     for out in (full, full / "thesis.txt", dangling):
-        with pytest.raises(cg.AdapterError, match=r"left as it is|is a folder"):
+        with pytest.raises(cg.errors.AdapterError, match=r"left as it is|is a folder"):
             write(adapter, out, form, tiny_openclip)
     assert (full / "thesis.txt").read_text() == "all of it"
     if form == "peft":
         assert read_any(write(adapter, empty, form, tiny_openclip)).weights.keys() == adapter.weights.keys()
     else:
-        with pytest.raises(cg.AdapterError, match=r"is a folder: name the \.pt file"):
+        with pytest.raises(cg.errors.AdapterError, match=r"is a folder: name the \.pt file"):
             write(adapter, empty, form, tiny_openclip)
 
 
@@ -231,9 +231,9 @@ def test_failed_writes_leave_nothing(
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(cg.WriteError, match=r"cannot write.*no space left on the disk"):
+        with pytest.raises(cg.errors.WriteError, match=r"cannot write.*no space left on the disk"):
             write(adapter, tmp_path / "out" / "new", form, tiny_openclip)
     assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(cg.WriteError, match="cannot write"):
+    with pytest.raises(cg.errors.WriteError, match="cannot write"):
         write(adapter, tmp_path / "file" / "new", form, tiny_openclip)

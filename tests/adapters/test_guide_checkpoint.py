@@ -167,10 +167,10 @@ def test_full_file_needs_its_own_base(tiny_openclip: nn.Module, tiny_hf: nn.Modu
     adapter = adapter_of(tiny_openclip, tmp_path)
     shallow = {n: w for n, w in tiny_openclip.state_dict().items() if ".resblocks.1." not in n}
     for base in (tiny_hf.state_dict(), shallow):
-        with pytest.raises(cg.AdapterError, match="the base has no text"):
+        with pytest.raises(cg.errors.AdapterError, match="the base has no text"):
             write_guide_full(adapter, base, tmp_path / "full.pt")
     cg.apply_lora(tiny_openclip)
-    with pytest.raises(cg.AdapterError, match="carries LoRA itself"):
+    with pytest.raises(cg.errors.AdapterError, match="carries LoRA itself"):
         write_guide_full(adapter, tiny_openclip.state_dict(), tmp_path / "full.pt")
     assert not (tmp_path / "full.pt").exists()
 
@@ -211,10 +211,12 @@ def test_a_checkpoint_made_with_our_aliases(tiny_openclip: nn.Module, tmp_path: 
 def test_sites_the_guide_has_not(tiny_openclip: nn.Module, tmp_path: Path) -> None:
     """Updates of other sites vanish without a word."""
     adapter = adapter_of(tiny_openclip, tmp_path, targets="text.*.q+fc1,vision.0.out,text.proj")
-    with pytest.raises(cg.AdapterError, match=r"not text\.0\.fc1, text\.1\.fc1, text\.proj, vision\.0\.out;"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=r"not text\.0\.fc1, text\.1\.fc1, text\.proj, vision\.0\.out;"
+    ):
         write_guide(adapter, tmp_path / "lora.pt")
     unnamed = AdapterFile(**{**vars(adapter_of(tiny_openclip, tmp_path)), "base": {}})
-    with pytest.raises(cg.AdapterError, match=r"does not name its base.*--model"):
+    with pytest.raises(cg.errors.AdapterError, match=r"does not name its base.*--model"):
         write_guide(unnamed, tmp_path / "lora.pt")
     assert not (tmp_path / "lora.pt").exists()
 
@@ -255,7 +257,7 @@ def test_strange_names(names: list[str], depth: int) -> None:
     weights |= {f"transformer.resblocks.{depth}.lora_q.lora_{p}": torch.ones(4, 4) for p in "AB"}
     data = {"lora_state_dict": weights, "lora_config": {"r": 4, "alpha": 4}}
     if names or depth >= 10**9:
-        with pytest.raises(cg.AdapterError, match="belong to no site"):
+        with pytest.raises(cg.errors.AdapterError, match="belong to no site"):
             guide_adapter(data, Path("x.pt"))
     else:
         assert [site.block for site in guide_adapter(data, Path("x.pt")).weights] == [depth]

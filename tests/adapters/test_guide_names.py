@@ -70,5 +70,5 @@ def test_wrong_module_names(clip: cg.Clip) -> None:
         (["q_proj"], "'q_proj' is unknown; allowed are in_proj, out_proj"),
         ([], "is empty"),
     ):
-        with pytest.raises(cg.TargetError, match=message):
+        with pytest.raises(cg.errors.TargetError, match=message):
             clip.apply_lora_to_text_encoder(target_modules=modules)

@@ -85,7 +85,7 @@ def test_hostile_patterns_are_refused(tiny_hf: nn.Module, tmp_path: Path, patter
     get_peft_model(tiny_hf, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: {pattern: 4}}), encoding="utf-8")
-    with pytest.raises(cg.AdapterError) as caught:
+    with pytest.raises(cg.errors.AdapterError) as caught:
         cg.read_adapter(tmp_path)
     message = str(caught.value)
     assert key in message
@@ -155,5 +155,5 @@ def test_a_missing_target_of_a_pattern(tiny_hf: nn.Module, tmp_path: Path) -> No
     weights = load_file(tmp_path / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "layers.1.self_attn.v_proj" not in name}
     save_file(kept, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(cg.AdapterError, match=r"lacks 1 of its target sites, text\.1\.v"):
+    with pytest.raises(cg.errors.AdapterError, match=r"lacks 1 of its target sites, text\.1\.v"):
         cg.load_adapter(build_hf(), tmp_path)

@@ -89,7 +89,7 @@ def test_one_tower_without_its_name(tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "auto_mapping": None}), encoding="utf-8")
-    with pytest.raises(cg.AdapterError, match='"base_model_class": "CLIPTextModel"') as caught:
+    with pytest.raises(cg.errors.AdapterError, match='"base_model_class": "CLIPTextModel"') as caught:
         cg.read_adapter(tmp_path)
     advised = json.loads("{" + str(caught.value).partition("add to it ")[2].partition(" or ")[0] + "}")
     advised["auto_mapping"]["base_model_class"] = "CLIPVisionModel"
@@ -133,7 +133,7 @@ def test_code_in_adapter_model_bin(peft_folder: Path, tmp_path: Path) -> None:
     """An adapter_model.bin from a stranger runs the stranger's program."""
     (peft_folder / "adapter_model.safetensors").unlink()
     torch.save({"a": Evil(tmp_path / "trace")}, peft_folder / "adapter_model.bin")
-    with pytest.raises(cg.AdapterError, match=r"adapter_model\.bin cannot be read.*never run"):
+    with pytest.raises(cg.errors.AdapterError, match=r"adapter_model\.bin cannot be read.*never run"):
         cg.read_adapter(peft_folder)
     assert not (tmp_path / "trace").exists()
 
@@ -142,7 +142,7 @@ def test_code_in_adapter_model_bin(peft_folder: Path, tmp_path: Path) -> None:
 def test_git_lfs_pointers(peft_folder: Path, name: str) -> None:
     """A pointer that git-lfs left in place of an adapter's file is called damaged."""
     (peft_folder / name).write_text(POINTER, encoding="utf-8")
-    with pytest.raises(cg.AdapterError, match="git-lfs pointer") as caught:
+    with pytest.raises(cg.errors.AdapterError, match="git-lfs pointer") as caught:
         cg.read_adapter(peft_folder)
     assert name in str(caught.value)
 
@@ -150,7 +150,7 @@ def test_git_lfs_pointers(peft_folder: Path, name: str) -> None:
 def test_weights_without_their_configuration(peft_folder: Path) -> None:
     """A folder that lacks adapter_config.json alone does not say so."""
     (peft_folder / "adapter_config.json").unlink()
-    with pytest.raises(cg.AdapterError, match=r"adapter_model\.safetensors without adapter_config"):
+    with pytest.raises(cg.errors.AdapterError, match=r"adapter_model\.safetensors without adapter_config"):
         cg.read_adapter(peft_folder)
 
 
@@ -167,7 +167,7 @@ def test_the_base_that_peft_recorded(
 ) -> None:
     """`cg.load` of a PEFT folder denies that it names its base, or loads a local folder without a word."""
     clip = cg.load(named(peft_folder, str(hf_folder)))
-    assert any(name.startswith("text.0.q.") for name in cg.lora_state_dict(clip))
+    assert any(name.startswith("text.0.q.") for name in cg.adapters.lora_state_dict(clip))
     assert f"base {hf_folder} (on this machine), as the adapter {peft_folder} names it" in caplog.messages
     assert clip.fingerprint == cg.load(hf_folder).fingerprint
 
@@ -177,7 +177,7 @@ def test_a_base_of_the_hub(
 ) -> None:
     """A base that cannot be fetched is not named, or not said before it is fetched."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(cg.AdapterError, match="hf:owner/some-clip"):
+    with pytest.raises(cg.errors.AdapterError, match="hf:owner/some-clip"):
         cg.load(named(peft_folder, "owner/some-clip"))
     assert any(message.startswith("base hf:owner/some-clip (of the") for message in caplog.messages)
 
@@ -185,7 +185,7 @@ def test_a_base_of_the_hub(
 @pytest.mark.parametrize("base", [None, "", 3, "a\0b", ["x"]])
 def test_no_base(peft_folder: Path, base: object) -> None:
     """A configuration without a base, or with something else in its place, ends in a traceback."""
-    with pytest.raises(cg.AdapterError, match="does not say which base"):
+    with pytest.raises(cg.errors.AdapterError, match="does not say which base"):
         cg.load(named(peft_folder, base))
 
 
@@ -211,5 +211,7 @@ def test_layer_norms_to_save(peft_folder: Path) -> None:
     path = peft_folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "modules_to_save": ["post_layernorm"]}), encoding="utf-8")
-    with pytest.raises(cg.AdapterError, match=r"modules_to_save announces, vision_model\.post_layernorm"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=r"modules_to_save announces, vision_model\.post_layernorm"
+    ):
         cg.read_adapter(peft_folder)

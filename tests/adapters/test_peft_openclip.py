@@ -96,9 +96,9 @@ def test_out_proj_alone(tiny_openclip: nn.Module, tiny_openclip_4x: nn.Module, t
     model, sample = trained(tiny_openclip, tmp_path / "3", **options), inputs(tiny_openclip)
     with torch.no_grad():
         assert largest(features(model, *sample), features(tiny_openclip, *sample)) < 1e-5
-    with pytest.raises(cg.AdapterError, match=r"PEFT ignored them on open_clip 3.*as-run.*as-meant"):
+    with pytest.raises(cg.errors.AdapterError, match=r"PEFT ignored them on open_clip 3.*as-run.*as-meant"):
         read(tmp_path / "3")
-    with pytest.raises(cg.AdapterError, match=r"never ran what it holds.*as-meant"):
+    with pytest.raises(cg.errors.AdapterError, match=r"never ran what it holds.*as-meant"):
         read(tmp_path / "3", "as-run")
     model = trained(tiny_openclip_4x, tmp_path / "4", **options)
     meant = updates_of(read(tmp_path / "4", "as-meant"))
@@ -110,7 +110,7 @@ def test_out_proj_alone(tiny_openclip: nn.Module, tiny_openclip_4x: nn.Module, t
 def test_the_choice_is_explained(tiny_openclip: nn.Module, tmp_path: Path) -> None:
     """A user gets one of two different models without having been asked."""
     trained(tiny_openclip, tmp_path, **ATTENTION)
-    with pytest.raises(cg.AdapterError) as caught:
+    with pytest.raises(cg.errors.AdapterError) as caught:
         read(tmp_path)
     told = str(caught.value)
     assert "\n" not in told
@@ -119,7 +119,7 @@ def test_the_choice_is_explained(tiny_openclip: nn.Module, tmp_path: Path) -> No
     trained(tiny_openclip, tmp_path / "mlp", target_modules=["c_fc"])
     assert len(read(tmp_path / "mlp").weights) == 4
     trained(tiny_openclip, tmp_path / "twice", **OPTIONS["out_proj as well"])
-    with pytest.raises(cg.AdapterError, match=r"two updates of .*out.*as-run"):
+    with pytest.raises(cg.errors.AdapterError, match=r"two updates of .*out.*as-run"):
         read(tmp_path / "twice", "as-meant")
 
 
@@ -140,7 +140,7 @@ def test_strange_names_are_listed(name: str, tiny_openclip: nn.Module, tmp_path:
     """Trained weights are dropped without a word."""
     trained(tiny_openclip, tmp_path, target_modules=["c_fc"])
     save_file({**load_file(tmp_path / WEIGHTS), name: torch.ones(4, 32)}, tmp_path / WEIGHTS)
-    with pytest.raises(cg.AdapterError, match=f"holds 1 weights .*'{name}'"):
+    with pytest.raises(cg.errors.AdapterError, match=f"holds 1 weights .*'{name}'"):
         read(tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_configurations_that_say_something_else(tiny_openclip: nn.Module, tmp_pa
         ({"lora_alpha": -1}, "alpha must be a positive number"),
         ({"rank_pattern": {"(": 4}}, "no pattern"),
     ):
-        with pytest.raises(cg.AdapterError, match=told):
+        with pytest.raises(cg.errors.AdapterError, match=told):
             read_peft_openclip(tensors, {**config, **change}, tmp_path)
 
 

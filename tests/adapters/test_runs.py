@@ -46,7 +46,7 @@ def test_a_run_of_all_weights_is_a_model(
     found = find_run_model(run)
     assert found is not None
     assert (found.kind, found.unfinished, found.base.name) == ("fine-tuned", None, base[0])
-    with pytest.raises(cg.ModelError, match="brings its own weights: leave out --pretrained none"):
+    with pytest.raises(cg.errors.ModelError, match="brings its own weights: leave out --pretrained none"):
         cg.load(run, "none")
     kept = run / "checkpoints" / ("epoch_1.pt" if kind == "open_clip" else "epoch_1")
     assert same(cg.load(kept), clip)
@@ -95,7 +95,9 @@ def test_an_unfinished_run_says_so(
             assert same(cg.load(run), clip)
         assert f"{run} has not come to its end: what it saved after epoch 2 is used" in caplog.text
         shutil.rmtree(run / "checkpoints")
-        with pytest.raises(cg.CheckpointError, match="has saved no model yet: finish the run with --resume"):
+        with pytest.raises(
+            cg.errors.CheckpointError, match="has saved no model yet: finish the run with --resume"
+        ):
             cg.load(run)
 
 
@@ -107,10 +109,10 @@ def test_records_lead_to_no_other_folder(tiny_config: Path, pairs: cg.Pairs, tmp
     shutil.move(run / "checkpoints" / "epoch_1.pt", other)
     record = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**record, "saved": str(other)}))
-    with pytest.raises(cg.CheckpointError, match="has saved no model yet"):
+    with pytest.raises(cg.errors.CheckpointError, match="has saved no model yet"):
         cg.load(run)
     (run / "results.json").write_text("[1]")
-    with pytest.raises(cg.CheckpointError, match=r"results\.json"):
+    with pytest.raises(cg.errors.CheckpointError, match=r"results\.json"):
         cg.load(run)
 
 
@@ -122,7 +124,7 @@ def test_runs_that_recorded_less(tiny_config: Path, pairs: cg.Pairs, tmp_path: P
     (run / "params.txt").write_text(f"model: {tiny_config}\npretrained: none\n")
     assert same(cg.load(run), clip)
     (run / "params.txt").write_text("epochs: 1\n")
-    with pytest.raises(cg.CheckpointError, match="does not record its base: name that, and give"):
+    with pytest.raises(cg.errors.CheckpointError, match="does not record its base: name that, and give"):
         cg.load(run)
 
 
@@ -132,12 +134,16 @@ def test_places_near_runs(tiny_config: Path, pairs: cg.Pairs, tmp_path: Path) ->
     cg.fit(cg.load(tiny_config, "none"), pairs, out=logs / "one", **QUICK)
     shutil.copytree(logs / "one", logs / "grid" / "cells" / "full-seed0" / "run")
     with pytest.raises(
-        cg.ModelError, match=rf"logs is no model, but a folder that holds 1 run: .* {logs}/one"
+        cg.errors.ModelError, match=rf"logs is no model, but a folder that holds 1 run: .* {logs}/one"
     ):
         cg.load(logs)
-    with pytest.raises(cg.ModelError, match=rf"logs/on is not there; {logs} holds 1 run: .* {logs}/one"):
+    with pytest.raises(
+        cg.errors.ModelError, match=rf"logs/on is not there; {logs} holds 1 run: .* {logs}/one"
+    ):
         cg.load(logs / "on")
-    with pytest.raises(cg.ModelError, match=r"grid is no model, but a folder that holds 1 run: .*full-seed0"):
+    with pytest.raises(
+        cg.errors.ModelError, match=r"grid is no model, but a folder that holds 1 run: .*full-seed0"
+    ):
         cg.load(logs / "grid")
     assert same(cg.load(logs / "grid" / "cells" / "full-seed0"), cg.load(logs / "one"))
 
@@ -153,5 +159,7 @@ def test_where_a_model_is_taken_from(tiny_config: Path, pairs: cg.Pairs, tmp_pat
     source, adapter = split_adapter(str(tmp_path / "full"))
     assert (source.name, adapter) == (str(tiny_config), None)
     assert source.pretrained == str(tmp_path / "full" / "checkpoints" / "epoch_1.pt")
-    with pytest.raises(cg.AdapterError, match="a run that made no adapter, but a fine-tuned model: name it"):
+    with pytest.raises(
+        cg.errors.AdapterError, match="a run that made no adapter, but a fine-tuned model: name it"
+    ):
         cg.load_adapter(clip, tmp_path / "full")

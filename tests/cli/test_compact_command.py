@@ -57,7 +57,7 @@ def test_an_open_clip_base(tiny_config: Path, table: Path, cli: Any, tmp_path: P
     outcome = cli("compact", tiny_config, out, "--pretrained", "none", "--vocab-from", table, *QUICK)
     assert (outcome.code, outcome.err) == (0, "")
     assert "converting to transformers" in outcome.out
-    texts = list(cg.read_texts(table))
+    texts = list(cg.data.read_texts(table))
     with torch.no_grad():
         wanted = load(str(tiny_config), "none").encode_text(texts)
         assert torch.allclose(cg.load(out).encode_text(texts), wanted, atol=1e-5)

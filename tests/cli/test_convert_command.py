@@ -214,9 +214,9 @@ def test_places_go_anywhere_between_flags(
 
 def test_faults_of_places_stand_with_the_others() -> None:
     """A missing path hides what else is wrong."""
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         parse("x", "", [Places], ["--number", "many", "--nmber", "3"])
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["--nmber", "--number"]
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         parse("x", "", [Places], ["--number", "many"])
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["FIRST is missing", "--number"]

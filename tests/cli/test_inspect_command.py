@@ -60,11 +60,11 @@ def test_json_and_markdown(b32: Path, cli: Any) -> None:
     assert "## target sets\n\n| targets |" in markdown
 
 
-def clip_sites() -> list[cg.Site]:
+def clip_sites() -> list[cg.models.Site]:
     blocks = [f"{tower}.{n}.{role}" for tower in ("text", "vision") for n in range(3) for role in ROLES]
     outside = ("text.token_embedding", "vision.patch_embedding")
     both = [f"{tower}.{role}" for tower in ("text", "vision") for role in ("position_embedding", "proj")]
-    return [cg.Site.parse(name) for name in (*blocks, *outside, *both)]
+    return [cg.models.Site.parse(name) for name in (*blocks, *outside, *both)]
 
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")

@@ -79,10 +79,10 @@ def raising(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (cg.DataError("the table is empty; add rows"), 2, "clipgraft: the table is empty; add rows\n"),
+        (cg.errors.DataError("the table is empty; add rows"), 2, "clipgraft: the table is empty; add rows\n"),
         (together(["one", "two"]), 2, "clipgraft: one\nclipgraft: two\n"),
-        (cg.DataError("a\nb.jpg: lost"), 2, "clipgraft: a\\nb.jpg: lost\n"),
-        (cg.TrainingError("the loss is nan"), 1, "clipgraft: the loss is nan\n"),
+        (cg.errors.DataError("a\nb.jpg: lost"), 2, "clipgraft: a\\nb.jpg: lost\n"),
+        (cg.errors.TrainingError("the loss is nan"), 1, "clipgraft: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "clipgraft: interrupted\n"),
         (KeyboardInterrupt("saved; go on"), 130, "clipgraft: saved; go on\n"),
         (

@@ -28,7 +28,7 @@ def values(*words: str) -> dict[str, Any]:
 
 
 def faults(*words: str) -> list[str]:
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         values(*words)
     return str(caught.value).splitlines()
 

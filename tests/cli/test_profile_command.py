@@ -11,7 +11,7 @@ import pytest
 import clipgraft as cg
 from clipgraft.models.load import load
 from clipgraft.profile import measure as measuring
-from clipgraft.profile.forward import profile_clip
+from clipgraft.profile.forward import costs
 from clipgraft.profile.training import training_costs
 
 JSON = ("--format", "json", "--targets", "mlp")
@@ -34,14 +34,14 @@ def test_json_is_what_the_library_says(cli: Any, tiny_config: Path) -> None:
         cli("profile", tiny_config, "--format", "json", "--lora-r", 4, "--targets", "mlp").out
     )
     clip = load(tiny_config, "none")
-    profile = profile_clip(clip)
+    profile = costs(clip)
     assert document["profile"]["macs"] == profile.macs
     assert document["profile"]["vision"]["flops"] == profile.vision.flops
     assert document["profile"]["text"]["sites"][2]["site"] == "text.0.q"
     assert sum(layer["own_macs"] for layer in document["profile"]["layers"]) == profile.macs
-    costs = training_costs(clip, ("mlp",), r=4)
+    training = training_costs(clip, ("mlp",), r=4)
     assert [cost["targets"] for cost in document["training"]] == ["full", "mlp"]
-    assert [cost["macs"] for cost in document["training"]] == [cost.macs for cost in costs]
+    assert [cost["macs"] for cost in document["training"]] == [cost.macs for cost in training]
     assert document["measured"] is None
 
 
@@ -53,7 +53,7 @@ def test_an_adapter(family: str, cli: Any, tiny_config: Path, hf_folder: Path, t
     cg.apply_lora(clip, r=4, targets="linear", dropout=0.1)
     cg.save_adapter(clip, tmp_path / "adapter")
     found = json.loads(cli("profile", name, "--adapter", tmp_path / "adapter", *JSON).out)
-    profile = profile_clip(clip)
+    profile = costs(clip)
     for tower in profile.towers:
         assert found["profile"][tower.tower]["adapter_macs"] == tower.adapter_macs > 0
         assert found["profile"][tower.tower]["macs"] == tower.macs

@@ -63,7 +63,7 @@ def test_encode_index_search(cli: Any, out: Path, table: Path, tmp_path: Path) -
     rows = json.loads(cli("search", out, "một con mèo", "--k", 5, "--format", "json").out)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
     clip = load(str(rows_base(out)), "none")
-    hits = cg.search_folder(clip, out, "một con mèo", k=5)
+    hits = cg.search.query(clip, out, "một con mèo", k=5)
     assert [row["path"] for row in rows] == [hit.path for hit in hits]
     assert rows[0]["caption"] == hits[0].caption
 
@@ -248,16 +248,16 @@ def test_an_interrupt_to_all_processes_of_encode(base: list[str], table: Path, t
 
 def test_lines_of_standard_input_are_answered(cli: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A query by command costs ten seconds of loading; a bad line must not end the others."""
-    import clipgraft.search.query as query
+    from clipgraft.search import searcher
 
-    search = query.search_folder
+    search = searcher.query
 
     def sometimes(clip: Any, folder: Any, text: str, **options: Any) -> Any:
         if text == "bad":
-            raise cg.DataError("no such thing")
+            raise cg.errors.DataError("no such thing")
         return search(clip, folder, text, **options)
 
-    monkeypatch.setattr(query, "search_folder", sometimes)
+    monkeypatch.setattr(searcher, "query", sometimes)
     monkeypatch.setattr(sys, "stdin", io.StringIO("một con mèo\n\nbad\ncat\n"))
     outcome = cli("search", out, "-", "--k", 2, "--format", "json")
     answers = [json.loads(line) for line in outcome.out.splitlines()]

@@ -163,7 +163,7 @@ def test_any_text_in_any_script(tokenizer: CLIPTokenizer, texts: list[str], othe
 
 def test_eight_languages(emoji: Clip) -> None:
     """A vocabulary cut for real captions loses one of them."""
-    scenes = cg.EmojiScenes("test", 60)
+    scenes = cg.emoji.EmojiScenes("test", 60)
     texts = [
         text for i in range(60) for language in ("en", "vi", "de") for text in scenes.captions(i, language)
     ]

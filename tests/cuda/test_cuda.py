@@ -280,7 +280,7 @@ def test_an_encoded_folder_is_the_cpus(
 
     vectors = []
     for device in ("cpu", "cuda"):
-        cg.encode_folder(make_clip(device), pairs.images[0].parent, tmp_path / device, workers=0)
+        cg.search.encode_folder(make_clip(device), pairs.images[0].parent, tmp_path / device, workers=0)
         vectors.append(np.load(tmp_path / device / "img_emb" / "img_emb_0.npy").astype(np.float32))
     assert vectors[0].shape == (12, 24)
     cosine = F.cosine_similarity(*(torch.from_numpy(rows) for rows in vectors))

@@ -115,18 +115,18 @@ def test_bf16_bases(clip: Clip) -> None:
 def test_what_is_refused(clip: Clip) -> None:
     """A misspelt name runs the base, and a short list of names shifts all rows."""
     _, ids = inputs(clip.model)
-    with pytest.raises(cg.AdapterError, match=r"no adapter 'vi' on this model: load it"):
+    with pytest.raises(cg.errors.AdapterError, match=r"no adapter 'vi' on this model: load it"):
         clip.encode_text(ids, adapters="vi")
     assert close(clip.encode_text(ids, adapters=[None] * 3), clip.encode_text(ids))
     add(clip.model, "text")
-    with pytest.raises(cg.AdapterError, match=r"no adapter 'vi' on this model: loaded are 'text'"):
+    with pytest.raises(cg.errors.AdapterError, match=r"no adapter 'vi' on this model: loaded are 'text'"):
         clip.encode_text(ids, adapters=["vi", None, "text"])
-    with pytest.raises(cg.AdapterError, match="2 names for 3 rows"):
+    with pytest.raises(cg.errors.AdapterError, match="2 names for 3 rows"):
         clip.encode_text(ids, adapters=["text", None])
-    with pytest.raises(cg.AdapterError, match="an empty batch"):
+    with pytest.raises(cg.errors.AdapterError, match="an empty batch"):
         clip.encode_text(ids[:0], adapters=[])
     cg.merge_lora(clip)
-    with pytest.raises(cg.AdapterError, match="'text' is merged"):
+    with pytest.raises(cg.errors.AdapterError, match="'text' is merged"):
         clip.encode_text(ids, adapters="text")
 
 

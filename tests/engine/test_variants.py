@@ -52,7 +52,7 @@ def test_training_is_that_of_the_models_own_forward(
         if grad.numel():
             tolerance = 1e-5 * max(1.0, grad.abs().max().item())
             assert (grads[name] - grad).abs().max() <= tolerance, name
-    assert cg.verify_gradients(clip) == sum(1 for g in grads.values() if g.numel())
+    assert cg.lora.verify_gradients(clip) == sum(1 for g in grads.values() if g.numel())
 
 
 def test_dropout_acts_on_the_update_alone(tiny_openclip: nn.Module) -> None:

@@ -102,9 +102,9 @@ def test_the_seed_decides() -> None:
 
 def test_other_queries_are_refused() -> None:
     """A difference between evaluations of other data means nothing."""
-    with pytest.raises(cg.DataError, match="acc1 is of 3 queries before and 4 after"):
+    with pytest.raises(cg.errors.DataError, match="acc1 is of 3 queries before and 4 after"):
         compare_outcomes(outcomes(np.ones(3)), outcomes(np.ones(4)))
-    with pytest.raises(cg.DataError, match="no query to resample"):
+    with pytest.raises(cg.errors.DataError, match="no query to resample"):
         bootstrap_means([np.array([])], [np.array([])])
 
 

@@ -43,8 +43,8 @@ def test_it_gets_through_a_messy_spreadsheet(
 
 def test_it_takes_another_table(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--table` and the two keys are not what is read."""
-    cg.write_scenes(tmp_path / "photos", "val", 80, [])
-    scenes = cg.EmojiScenes("val", 80)
+    cg.emoji.write_scenes(tmp_path / "photos", "val", 80, [])
+    scenes = cg.emoji.EmojiScenes("val", 80)
     rows = [(scenes.captions(i)[0], f"photos/images/val_{i:05d}.png") for i in range(80)]
     with (tmp_path / "own.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("Words", "File"), *rows])

@@ -81,7 +81,7 @@ def read_or_one_line(read: Callable[[], _T], start: str) -> _T | None:
     """What `read` gives; None if it raises an AdapterError, whose message must be one line that begins so."""
     try:
         return read()
-    except cg.AdapterError as error:
+    except cg.errors.AdapterError as error:
         message = str(error)
     assert message.startswith(start)
     assert "\n" not in message

@@ -108,11 +108,11 @@ def test_what_is_refused(tiny_openclip: nn.Module) -> None:
     """A misspelt name or a weight that is no number makes a broken adapter."""
     cg.apply_lora(tiny_openclip, name="vi")
     for weights, name, options, error, message in (
-        ({"en": 1.0}, "sum", {}, cg.AdapterError, "no adapter 'en' on this model: loaded are 'vi'"),
-        ({"vi": 1.0}, "vi", {}, cg.AdapterError, "the name 'vi' is taken"),
-        ({"vi": 1.0}, "a/b", {}, cg.AdapterError, "adapter name 'a/b'"),
-        ({}, "sum", {}, cg.ConfigError, "no adapter is given"),
-        ({"vi": math.nan}, "sum", {"rank": 0}, cg.ConfigError, "weight of 'vi' is nan; rank is 0"),
+        ({"en": 1.0}, "sum", {}, cg.errors.AdapterError, "no adapter 'en' on this model: loaded are 'vi'"),
+        ({"vi": 1.0}, "vi", {}, cg.errors.AdapterError, "the name 'vi' is taken"),
+        ({"vi": 1.0}, "a/b", {}, cg.errors.AdapterError, "adapter name 'a/b'"),
+        ({}, "sum", {}, cg.errors.ConfigError, "no adapter is given"),
+        ({"vi": math.nan}, "sum", {"rank": 0}, cg.errors.ConfigError, "weight of 'vi' is nan; rank is 0"),
     ):
         with pytest.raises(error, match=message):
             cg.combine_adapters(tiny_openclip, weights, name, **options)
@@ -135,13 +135,15 @@ def test_named_adapters_are_switched(tiny_hf: nn.Module) -> None:
     pixels, ids = inputs(tiny_hf)
     cg.set_adapter(tiny_hf, "med")
     sum(t.sum() for t in features(tiny_hf, pixels, ids)).backward()
-    assert cg.verify_gradients(tiny_hf) == sum(1 for p in tiny_hf.parameters() if p.requires_grad)
-    with pytest.raises(cg.AdapterError, match="no adapter 'fr' on this model: loaded are 'vi', 'med'"):
+    assert cg.lora.verify_gradients(tiny_hf) == sum(1 for p in tiny_hf.parameters() if p.requires_grad)
+    with pytest.raises(cg.errors.AdapterError, match="no adapter 'fr' on this model: loaded are 'vi', 'med'"):
         cg.set_adapter(tiny_hf, "fr")
     cg.remove_lora(tiny_hf, "med")
     assert largest(run(tiny_hf), outputs[None]) == 0
-    with pytest.raises(cg.AdapterError, match="no adapter is active: call set_adapter with one of 'vi'"):
-        cg.lora_state_dict(tiny_hf)
+    with pytest.raises(
+        cg.errors.AdapterError, match="no adapter is active: call set_adapter with one of 'vi'"
+    ):
+        cg.adapters.lora_state_dict(tiny_hf)
     cg.remove_lora(tiny_hf, "vi")
     assert not any("lora" in name for name, _ in tiny_hf.named_parameters())
 

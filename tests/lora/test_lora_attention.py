@@ -111,7 +111,7 @@ def test_a_small_update_survives_bf16_weights() -> None:
     base = randomise(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP))).eval().bfloat16()
     model = copy.deepcopy(base)
     cg.apply_lora(model, r=1, alpha=1, targets="vision.0.v")
-    layer = require_lora(model).layers[cg.Site.parse("vision.0.v")]
+    layer = require_lora(model).layers[cg.models.Site.parse("vision.0.v")]
     weight = base.visual.transformer.resblocks[0].attn.in_proj_weight.detach()[64:].float()
     u, _, v = torch.linalg.svd(weight, full_matrices=False)
     layer.lora_B.data.copy_(u[:, :1] * weight.std() * 2**-4)

@@ -105,7 +105,7 @@ def test_only_the_adapter_trains(model: nn.Module) -> None:
     for _ in range(2):  # after one step either A or B is still where it started
         optimiser.zero_grad()
         loss_of(features(model, *inputs(model))).backward()
-        assert cg.verify_gradients(model) == 2 * len(layers)
+        assert cg.lora.verify_gradients(model) == 2 * len(layers)
         optimiser.step()
     assert all(layer.lora_A.any() and layer.lora_B.any() for layer in layers.values())
     cg.remove_lora(model)
@@ -129,7 +129,7 @@ def test_removal_restores_names_order_and_training(model: nn.Module) -> None:
     assert not any(
         "clipgraft" in key for module in model.modules() for key in vars(module) if key not in kept
     )
-    with pytest.raises(cg.AdapterError, match="carries no LoRA"):
+    with pytest.raises(cg.errors.AdapterError, match="carries no LoRA"):
         cg.remove_lora(model)
 
 
@@ -240,7 +240,7 @@ def test_dropout_acts_on_the_adapter_path_only(model: nn.Module) -> None:
                 plain.train()
                 one, two = features(plain, pixels, ids), features(plain, pixels, ids)
                 assert largest(one, two) > 1e-3, targets
-                require_lora(plain).layers[cg.Site.parse(targets)].lora_B.data.zero_()
+                require_lora(plain).layers[cg.models.Site.parse(targets)].lora_B.data.zero_()
                 assert largest(features(plain, pixels, ids), base) < 1e-5, targets
             randomise_lora(plain)
 
@@ -336,7 +336,7 @@ def test_scaling(tiny_hf: nn.Module, rslora: bool) -> None:
 )
 def test_values_out_of_range(tiny_hf: nn.Module, options: dict, message: str) -> None:
     """A nonsense rank, alpha or dropout trains something useless instead of being refused."""
-    with pytest.raises(cg.ConfigError, match=message):
+    with pytest.raises(cg.errors.ConfigError, match=message):
         cg.apply_lora(tiny_hf, **options)
     assert all(p.requires_grad for p in tiny_hf.parameters())
 
@@ -344,16 +344,20 @@ def test_values_out_of_range(tiny_hf: nn.Module, options: dict, message: str) ->
 def test_lora_is_not_applied_twice(tiny_hf: nn.Module) -> None:
     """A second apply_lora silently stacks on the first."""
     assert cg.apply_lora(tiny_hf) == 8
-    with pytest.raises(cg.AdapterError, match="already carries LoRA"):
+    with pytest.raises(cg.errors.AdapterError, match="already carries LoRA"):
         cg.apply_lora(tiny_hf)
     for function in (cg.enable_lora, cg.disable_lora, cg.remove_lora):
-        with pytest.raises(cg.AdapterError, match="carries no LoRA"):
+        with pytest.raises(cg.errors.AdapterError, match="carries no LoRA"):
             function(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP)))
 
 
 def test_a_rank_far_above_what_a_weight_has_is_refused(tiny_hf: nn.Module) -> None:
     """`--lora-r 100000` would fill the memory, and train for hours what a small rank does."""
-    with pytest.raises(cg.ConfigError, match=r"r=100000 at text\.0\.\w+, whose weight is \d+x\d+: a rank"):
+    with pytest.raises(
+        cg.errors.ConfigError, match=r"r=100000 at text\.0\.\w+, whose weight is \d+x\d+: a rank"
+    ):
         cg.apply_lora(tiny_hf, r=100_000)
-    with pytest.raises(cg.ConfigError, match=r"alpha above 1e\+09 takes updates out of the range of fp32"):
+    with pytest.raises(
+        cg.errors.ConfigError, match=r"alpha above 1e\+09 takes updates out of the range of fp32"
+    ):
         cg.apply_lora(tiny_hf, r=2, alpha=1e300)

@@ -186,7 +186,7 @@ def test_expressions_mean_what_they_say(expression: list[tuple[str, Pattern | st
             break
         expected = expected - part if sign else expected | part
     if not expected:
-        with pytest.raises(cg.TargetError):
+        with pytest.raises(cg.errors.TargetError):
             select_sites(SITES, text)
         return
     found = select_sites(SITES, text)
@@ -205,7 +205,7 @@ def test_any_text_is_matched_or_refused(expression: str) -> None:
     message = ""
     try:
         assert select_sites(SITES, expression)
-    except cg.TargetError as error:
+    except cg.errors.TargetError as error:
         message = str(error)
     assert len(message.splitlines()) <= 1
     assert not message or re.search("near misses|target sets are|leave no site", message)
@@ -242,7 +242,7 @@ def test_written_examples(expression: str, expected: set[str]) -> None:
 def test_near_misses(expression: str, near: str) -> None:
     """A misspelt target is refused without saying what it could have been."""
     with pytest.raises(
-        cg.TargetError, match=f"'{re.escape(expression)}' matches no site.*near misses: .*{near}"
+        cg.errors.TargetError, match=f"'{re.escape(expression)}' matches no site.*near misses: .*{near}"
     ):
         select_sites(SITES, expression)
 
@@ -250,7 +250,7 @@ def test_near_misses(expression: str, near: str) -> None:
 def test_overrides_that_match_nothing(tiny_hf: nn.Module) -> None:
     """A rank for a site that is not adapted is ignored, and the run trains at another rank than asked."""
     for patterns in ({"rank_pattern": {"text.1.fc1": 4}}, {"alpha_pattern": {"text.*.qq": 4.0}}):
-        with pytest.raises(cg.TargetError, match=r"near misses: .*text\.[01]\.|target sets are"):
+        with pytest.raises(cg.errors.TargetError, match=r"near misses: .*text\.[01]\.|target sets are"):
             cg.apply_lora(tiny_hf, targets="text.*.q,v", **patterns)
     assert all(p.requires_grad for p in tiny_hf.parameters())
     cg.apply_lora(tiny_hf, targets="text.*.q,v", rank_pattern={"text.0.*": 4})
@@ -270,7 +270,7 @@ def test_overrides_mean_what_they_say(overrides: list[tuple[Pattern, int]], adap
     pattern = {written(term): value for term, value in overrides}
     sites = [site for site in SITES if str(site) in chosen]
     if refused:
-        with pytest.raises(cg.TargetError):
+        with pytest.raises(cg.errors.TargetError):
             override_values(SITES, sites, pattern)
     else:
         assert {
@@ -284,5 +284,5 @@ def test_guide_targets() -> None:
     assert found == select_sites(SITES, "text-attention")
     assert select_sites(SITES, guide_targets([" c_fc ", "c_proj"])) == select_sites(SITES, "text-mlp")
     for wrong, message in ((["in_pro"], "'in_pro' is unknown; allowed are in_proj"), ([], "is empty")):
-        with pytest.raises(cg.TargetError, match=message):
+        with pytest.raises(cg.errors.TargetError, match=message):
             guide_targets(wrong)

@@ -135,15 +135,15 @@ def test_every_bit_after_several_adapters_and_saves(model: nn.Module, layout: st
 @pytest.mark.parametrize("layout", ["CLIP", "CLIPModel"])
 def test_what_makes_no_sense_while_merged(model: nn.Module, tmp_path: Path) -> None:
     """Weights are merged twice, or a run trains an adapter whose update stands in the base as well."""
-    with pytest.raises(cg.AdapterError, match="carries no LoRA"):
+    with pytest.raises(cg.errors.AdapterError, match="carries no LoRA"):
         cg.merge_lora(model)
     cg.apply_lora(model, targets="attention")
     folder = cg.save_adapter(model, tmp_path / "a")
-    with pytest.raises(cg.AdapterError, match="nothing is merged"):
+    with pytest.raises(cg.errors.AdapterError, match="nothing is merged"):
         cg.unmerge_lora(model)
-    with pytest.raises(cg.AdapterError, match=r"no adapter 'vi' on this model: loaded are 'default'"):
+    with pytest.raises(cg.errors.AdapterError, match=r"no adapter 'vi' on this model: loaded are 'default'"):
         cg.merge_lora(model, "vi")
-    with pytest.raises(cg.AdapterError, match="nothing to merge"):
+    with pytest.raises(cg.errors.AdapterError, match="nothing to merge"):
         cg.merge_lora(model, [])
     cg.merge_lora(model)
     for attempt in (
@@ -152,10 +152,12 @@ def test_what_makes_no_sense_while_merged(model: nn.Module, tmp_path: Path) -> N
         lambda: cg.load_adapter(model, folder),
         lambda: cg.set_adapter(model, None),
         lambda: cg.disable_lora(model),
-        lambda: cg.verify_gradients(model),
+        lambda: cg.lora.verify_gradients(model),
         lambda: cg.combine_adapters(model, {"default": 1.0}, "sum"),
     ):
-        with pytest.raises(cg.AdapterError, match=r"while 'default' is merged .* call unmerge_lora first"):
+        with pytest.raises(
+            cg.errors.AdapterError, match=r"while 'default' is merged .* call unmerge_lora first"
+        ):
             attempt()
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -167,7 +169,7 @@ def test_a_merge_for_good(model: nn.Module) -> None:
     cg.apply_lora(model, targets="all", train_logit_scale=True)
     randomise_active(model)
     wanted, scale = run(model), as_clip(model).logit_scale.item()
-    with pytest.raises(cg.AdapterError, match="call merge_lora first"):
+    with pytest.raises(cg.errors.AdapterError, match="call merge_lora first"):
         cg.remove_lora(model, keep_merged=True)
     cg.merge_lora(model)
     cg.remove_lora(model, keep_merged=True)

@@ -66,9 +66,9 @@ def test_eva_points_where_the_data_is(model: nn.Module) -> None:
     pixels, ids = inputs(model, batch=4)
     seen: dict[str, torch.Tensor] = {}
     layers = require_lora(model).layers
-    site = cg.Site.parse("vision.1.fc2")
+    site = cg.models.Site.parse("vision.1.fc2")
     hook = layers[site].register_forward_pre_hook(lambda layer, args: seen.setdefault("x", args[0]))
-    started = cg.start_from_data(model, lambda: features(model, pixels, ids))
+    started = cg.lora.start_from_data(model, lambda: features(model, pixels, ids))
     hook.remove()
     assert not model.training
     assert largest(run(model), wanted) <= bound(wanted)
@@ -80,16 +80,16 @@ def test_eva_points_where_the_data_is(model: nn.Module) -> None:
     x = seen["x"].reshape(-1, seen["x"].shape[-1])
     best = torch.linalg.svdvals(x)[:2].square().sum()
     assert torch.isclose((x @ layers[site].lora_A.detach().T).square().sum(), best, rtol=1e-3)
-    q, v = (layers[cg.Site.parse(f"text.0.{role}")].lora_A for role in "qv")
+    q, v = (layers[cg.models.Site.parse(f"text.0.{role}")].lora_A for role in "qv")
     assert torch.allclose(q.abs(), v.abs(), atol=1e-4)
 
 
 def test_eva_refuses_what_cannot_be_started(tiny_openclip: nn.Module) -> None:
     """A trained adapter is thrown away, or a start from no data goes unnoticed."""
     cg.apply_lora(tiny_openclip)
-    with pytest.raises(cg.AdapterError, match="no batch went through the adapted tower"):
-        cg.start_from_data(tiny_openclip, lambda: None)
+    with pytest.raises(cg.errors.AdapterError, match="no batch went through the adapted tower"):
+        cg.lora.start_from_data(tiny_openclip, lambda: None)
     with torch.no_grad():
-        require_lora(tiny_openclip).layers[cg.Site.parse("text.0.q")].lora_B.fill_(1)
-    with pytest.raises(cg.AdapterError, match="trained already"):
-        cg.start_from_data(tiny_openclip, lambda: None)
+        require_lora(tiny_openclip).layers[cg.models.Site.parse("text.0.q")].lora_B.fill_(1)
+    with pytest.raises(cg.errors.AdapterError, match="trained already"):
+        cg.lora.start_from_data(tiny_openclip, lambda: None)

@@ -36,22 +36,22 @@ def test_verify_gradients_finds(tiny_openclip: nn.Module, fault: Callable, messa
     cg.apply_lora(tiny_openclip)
     fault(tiny_openclip)
     backward(tiny_openclip)
-    with pytest.raises(cg.TrainingError, match=message):
-        cg.verify_gradients(tiny_openclip)
+    with pytest.raises(cg.errors.TrainingError, match=message):
+        cg.lora.verify_gradients(tiny_openclip)
 
 
 def layer_of(model: nn.Module, site: str) -> nn.Module:
-    return require_lora(model).layers[cg.Site.parse(site)]
+    return require_lora(model).layers[cg.models.Site.parse(site)]
 
 
 def test_verify_gradients_without_lora(tiny_openclip: nn.Module) -> None:
     """Full fine-tuning with a locked tower is refused, or a gradient in the locked tower is not seen."""
     tiny_openclip.logit_scale.requires_grad_(False)
     backward(tiny_openclip)
-    assert cg.verify_gradients(tiny_openclip) == sum(p.requires_grad for p in tiny_openclip.parameters())
+    assert cg.lora.verify_gradients(tiny_openclip) == sum(p.requires_grad for p in tiny_openclip.parameters())
     tiny_openclip.visual.requires_grad_(False)
-    with pytest.raises(cg.TrainingError, match="have gradients"):
-        cg.verify_gradients(tiny_openclip)
+    with pytest.raises(cg.errors.TrainingError, match="have gradients"):
+        cg.lora.verify_gradients(tiny_openclip)
 
 
 def test_counts(tiny_openclip: nn.Module) -> None:

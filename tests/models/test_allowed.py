@@ -28,7 +28,7 @@ def refused(folder: Path, key: str, value: Any) -> str:
     inner[leaf] = value
     path = folder / "model.json"
     path.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(cg.ModelError) as caught:
+    with pytest.raises(cg.errors.ModelError) as caught:
         cg.load(path, "none")
     message = str(caught.value)
     assert str(path) in message
@@ -109,7 +109,7 @@ def test_transformers_configurations() -> None:
     assert "/" not in f"{built._attn_implementation} {built.text_config._attn_implementation}"
     siglip = SiglipConfig().to_dict()
     assert transformers_config(SiglipConfig, siglip, "here").to_dict() == siglip
-    with pytest.raises(cg.ModelError, match="text_config is list of 1"):
+    with pytest.raises(cg.errors.ModelError, match="text_config is list of 1"):
         clip_config({"text_config": [1]}, "here")
 
 

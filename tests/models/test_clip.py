@@ -199,7 +199,7 @@ def test_count_tokens(hf_folder: Path, tiny_config: Path, text: str) -> None:
 def test_raw_models_take_no_strings(tiny_hf: nn.Module) -> None:
     """Strings for a model without a tokenizer end with a traceback that does not say what to do."""
     for call in (as_clip(tiny_hf).encode_text, as_clip(tiny_hf).tokenize, as_clip(tiny_hf).count_tokens):
-        with pytest.raises(cg.ModelError, match="pass token ids instead of strings"):
+        with pytest.raises(cg.errors.ModelError, match="pass token ids instead of strings"):
             call(["a cat"])
 
 
@@ -214,7 +214,9 @@ def test_logit_scale_is_the_models_own(tiny_openclip: nn.Module, tiny_hf: nn.Mod
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), "ViT-B-32", None])
 def test_other_objects_are_no_clip(model: Any) -> None:
     """A model that is no CLIP fails somewhere deep inside instead of at the door."""
-    with pytest.raises(cg.ModelError, match=r"is no CLIP model clipgraft knows: pass an open_clip") as caught:
+    with pytest.raises(
+        cg.errors.ModelError, match=r"is no CLIP model clipgraft knows: pass an open_clip"
+    ) as caught:
         cg.apply_lora(model)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -226,7 +228,7 @@ def test_clip_like_models_with_other_towers() -> None:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"image_size": 32, "patch_size": 8}
     config = ChineseCLIPConfig(text_config={**tower, "vocab_size": 50}, vision_config={**tower, **sizes})
-    with pytest.raises(cg.ModelError, match="ChineseCLIPModel is no CLIP model clipgraft knows"):
+    with pytest.raises(cg.errors.ModelError, match="ChineseCLIPModel is no CLIP model clipgraft knows"):
         as_clip(ChineseCLIPModel(config))
 
 
@@ -338,9 +340,9 @@ def test_functions_take_raw_models(
     assert stock_features(raw, tokens).equal(base)
     cg.enable_lora(model)
     as_clip(model).encode_text(tokens).sum().backward()
-    assert cg.verify_gradients(model) == 16
+    assert cg.lora.verify_gradients(model) == 16
     cg.save_adapter(model, tmp_path / "adapter")
-    assert len(cg.lora_state_dict(model)) == 16
+    assert len(cg.adapters.lora_state_dict(model)) == 16
     cg.remove_lora(model)
     assert stock_features(raw, tokens).equal(base)
     cg.load_adapter(model, tmp_path / "adapter")

@@ -43,7 +43,7 @@ def test_raw_transformers_model_uses_its_own_folder(hf_folder: Path) -> None:
 
 def test_models_that_do_not_tell_say_what_to_do(tiny_hf: nn.Module) -> None:
     """A model built from a bare configuration must end in one clear line, not in a NoneType error."""
-    with pytest.raises(cg.ModelError, match=r"no tokenizer: load it with clipgraft\.load"):
+    with pytest.raises(cg.errors.ModelError, match=r"no tokenizer: load it with clipgraft\.load"):
         as_clip(tiny_hf).tokenize("a")
-    with pytest.raises(cg.ModelError, match=r"no preprocessing: load it with clipgraft\.load"):
+    with pytest.raises(cg.errors.ModelError, match=r"no preprocessing: load it with clipgraft\.load"):
         as_clip(tiny_hf).require_preprocess()

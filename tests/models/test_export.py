@@ -146,7 +146,7 @@ def test_models_of_open_clip_alone_keep_their_own_form(tmp_path: Path) -> None:
     clip = cg.load(file, "none")
     write_model(clip, tmp_path / "model", "open_clip")
     assert cg.load(tmp_path / "model").fingerprint == clip.fingerprint
-    with pytest.raises(cg.ModelError, match="cannot leave its own family"):
+    with pytest.raises(cg.errors.ModelError, match="cannot leave its own family"):
         write_model(clip, tmp_path / "other", "transformers")
     assert not (tmp_path / "other").exists()
 
@@ -236,7 +236,7 @@ def test_a_graph_that_computes_something_else_is_not_written(
 
     export = onnx_graphs._export
     monkeypatch.setattr(onnx_graphs, "_export", wrong)
-    with pytest.raises(cg.ModelError, match=r"text\.onnx differs from PyTorch by 1\.0e\+00"):
+    with pytest.raises(cg.errors.ModelError, match=r"text\.onnx differs from PyTorch by 1\.0e\+00"):
         write_model(hf_clip, tmp_path / "model", "onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +249,7 @@ def test_missing_onnx_packages_say_what_to_install(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name)
     )
-    with pytest.raises(cg.ModelError, match=r"needs onnxscript: pip install 'clipgraft\[onnx\]'"):
+    with pytest.raises(cg.errors.ModelError, match=r"needs onnxscript: pip install 'clipgraft\[onnx\]'"):
         write_model(hf_clip, tmp_path / "model", "onnx")
 
 
@@ -258,17 +258,21 @@ def test_other_folders_are_not_replaced(hf_clip: Clip, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "cat.jpg").write_text("a photo")
-    with pytest.raises(cg.ModelError, match=r"holds cat\.jpg, which is no part of a transformers model"):
+    with pytest.raises(
+        cg.errors.ModelError, match=r"holds cat\.jpg, which is no part of a transformers model"
+    ):
         write_model(hf_clip, folder, "transformers")
-    with pytest.raises(cg.ModelError, match="is what the model was loaded from"):
+    with pytest.raises(cg.errors.ModelError, match="is what the model was loaded from"):
         write_model(hf_clip, Path(hf_clip.source.name), "transformers")
-    with pytest.raises(cg.ModelError, match="is a file: the onnx form is a folder"):
+    with pytest.raises(cg.errors.ModelError, match="is a file: the onnx form is a folder"):
         write_model(hf_clip, folder / "cat.jpg", "onnx")
     (tmp_path / "a.pt").mkdir()
-    with pytest.raises(cg.ModelError, match="is a folder: a checkpoint is a file"):
+    with pytest.raises(cg.errors.ModelError, match="is a folder: a checkpoint is a file"):
         write_model(hf_clip, tmp_path / "a.pt", "open_clip")
     write_model(hf_clip, tmp_path / "model", "transformers")
-    with pytest.raises(cg.ModelError, match=r"holds config\.json, which is no part of a open_clip model"):
+    with pytest.raises(
+        cg.errors.ModelError, match=r"holds config\.json, which is no part of a open_clip model"
+    ):
         write_model(hf_clip, tmp_path / "model", "open_clip")
     write_model(hf_clip, tmp_path / "model", "transformers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "model", "photos"]
@@ -278,17 +282,17 @@ def test_other_folders_are_not_replaced(hf_clip: Clip, tmp_path: Path) -> None:
 def test_adapters_and_unknown_forms_are_refused(hf_clip: Clip, tmp_path: Path) -> None:
     """A model would be written without the adapter on it, or in a form nobody asked for."""
     with pytest.raises(
-        cg.ModelError, match="form 'tflite' is unknown: use one of open_clip, transformers, onnx"
+        cg.errors.ModelError, match="form 'tflite' is unknown: use one of open_clip, transformers, onnx"
     ):
         write_model(hf_clip, tmp_path / "model", "tflite")  # type: ignore[arg-type]
     cg.apply_lora(hf_clip, r=2)
-    with pytest.raises(cg.ModelError, match="carries an adapter"):
+    with pytest.raises(cg.errors.ModelError, match="carries an adapter"):
         write_model(hf_clip, tmp_path / "model", "transformers")
 
 
 def test_models_without_tokenizer_say_what_to_do(make_hf: Callable[..., nn.Module], tmp_path: Path) -> None:
     """A folder without a tokenizer would be found to be useless only where it is used."""
-    with pytest.raises(cg.ModelError, match=r"no tokenizer: load it with clipgraft\.load"):
+    with pytest.raises(cg.errors.ModelError, match=r"no tokenizer: load it with clipgraft\.load"):
         write_model(as_clip(make_hf()), tmp_path / "model", "transformers")
     assert list(tmp_path.iterdir()) == []
 

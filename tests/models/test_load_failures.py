@@ -24,7 +24,7 @@ from clipgraft.models import from_hf
 
 def refusal(*arguments: Any, **keywords: Any) -> str:
     """The message of the ModelError that loading ends with; always one line."""
-    with pytest.raises(cg.ModelError) as caught:
+    with pytest.raises(cg.errors.ModelError) as caught:
         cg.load(*arguments, **keywords)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
@@ -275,7 +275,7 @@ def test_adapter_whose_base_is_gone(hf_folder: Path, tmp_path: Path) -> None:
     cg.apply_lora(clip, r=2)
     cg.save_adapter(clip, tmp_path / "adapter")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(cg.AdapterError) as caught:
+    with pytest.raises(cg.errors.AdapterError) as caught:
         cg.load(tmp_path / "adapter")
     message = str(caught.value)
     assert len(message.splitlines()) == 1

@@ -49,7 +49,7 @@ def test_texts_that_are_no_sites(text: str) -> None:
     """A typing error in a target ends with a traceback, or names another site than it seems to."""
     try:
         site = Site.parse(text)
-    except cg.TargetError:
+    except cg.errors.TargetError:
         return
     assert str(site) == text
 
@@ -66,7 +66,7 @@ def test_paths_that_are_no_modules(path: str) -> None:
     """Weights of a foreign adapter file land in a module they were not written for."""
     try:
         site = path_site(path)
-    except cg.AdapterError:
+    except cg.errors.AdapterError:
         return
     assert site_path(site) == path
 

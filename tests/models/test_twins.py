@@ -224,23 +224,23 @@ def test_what_has_no_twin_is_refused(tiny_openclip: nn.Module, make_hf: Callable
     tower = {"layers": 1, "width": 32, "ls_init_value": 0.1}
     scaled = copy.deepcopy(TINY_OPENCLIP)
     scaled["vision_cfg"] |= tower
-    with pytest.raises(cg.ModelError, match="its vision tower is not CLIP's own transformer"):
+    with pytest.raises(cg.errors.ModelError, match="its vision tower is not CLIP's own transformer"):
         to_transformers(as_clip(open_clip.CLIP(**scaled)))
-    with pytest.raises(cg.ModelError, match="logit_bias"):
+    with pytest.raises(cg.errors.ModelError, match="logit_bias"):
         to_transformers(as_clip(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP), init_logit_bias=-10.0)))
-    with pytest.raises(cg.ModelError, match="resized to 32x32 in mode 'longest'"):
+    with pytest.raises(cg.errors.ModelError, match="resized to 32x32 in mode 'longest'"):
         to_transformers(with_settings(tiny_openclip, resize_mode="longest"))
     oblong = copy.deepcopy(TINY_OPENCLIP)
     oblong["vision_cfg"]["image_size"] = [32, 64]
-    with pytest.raises(cg.ModelError, match="squares only"):
+    with pytest.raises(cg.errors.ModelError, match="squares only"):
         to_transformers(as_clip(open_clip.CLIP(**oblong)))
     clip = as_clip(make_hf())
     cg.apply_lora(clip, r=2)
-    with pytest.raises(cg.ModelError, match="carries an adapter"):
+    with pytest.raises(cg.errors.ModelError, match="carries an adapter"):
         to_open_clip(clip)
 
 
 def test_mixed_activations_have_no_open_clip_twin(make_hf: Callable[..., nn.Module]) -> None:
     """open_clip would quietly compute QuickGELU in both towers."""
-    with pytest.raises(cg.ModelError, match="QuickGELU"):
+    with pytest.raises(cg.errors.ModelError, match="QuickGELU"):
         to_open_clip(as_clip(make_hf(hidden_act="gelu")))

@@ -109,7 +109,7 @@ def test_random_weights_on_a_real_device(hf_folder: Path, tiny_config: Path) -> 
 )
 def test_faults(name: str, overrides: dict[str, Any], message: str) -> None:
     """A slip in a name or a setting ends in a traceback, or in a model that was not meant."""
-    with pytest.raises(cg.ModelError, match=message) as caught:
+    with pytest.raises(cg.errors.ModelError, match=message) as caught:
         clip_on_meta(name, overrides)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -119,7 +119,7 @@ def test_configs_of_something_else(content: str, tmp_path: Path) -> None:
     """A JSON file that is no CLIP configuration ends in a traceback."""
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(cg.ModelError) as caught:
+    with pytest.raises(cg.errors.ModelError) as caught:
         clip_on_meta(path)
     assert len(str(caught.value).splitlines()) == 1
 

@@ -148,7 +148,7 @@ def test_wrapped_weights_in_a_folder(tiny_hf: nn.Module, hf_folder: Path, tmp_pa
     index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
     assert cg.load(folder).fingerprint == as_clip(tiny_hf).fingerprint
     index.write_text(json.dumps({"weight_map": dict.fromkeys(places, "../part-0.safetensors")}))
-    with pytest.raises(cg.ModelError, match="outside its folder"):
+    with pytest.raises(cg.errors.ModelError, match="outside its folder"):
         cg.load(folder)
 
 
@@ -157,7 +157,7 @@ def test_lora_in_a_base(tiny_openclip: nn.Module, tiny_config: Path, tmp_path: P
     clip = as_clip(tiny_openclip)
     cg.apply_lora(clip, r=2)
     torch.save(clip.model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(cg.ModelError, match="holds LoRA beside the base"):
+    with pytest.raises(cg.errors.ModelError, match="holds LoRA beside the base"):
         cg.load(tiny_config, tmp_path / "weights.pt")
 
 
@@ -215,7 +215,7 @@ def test_other_context_is_refused(tiny_openclip: nn.Module, tmp_path: Path, leng
     """Text positions are stretched without a word, which changes the features of every caption."""
     torch.save(tiny_openclip.state_dict(), tmp_path / "weights.pt")
     (tmp_path / "other.json").write_text(json.dumps(resized(text_cfg={"context_length": length})))
-    with pytest.raises(cg.ModelError, match=f"has 77 positions and this model {length}"):
+    with pytest.raises(cg.errors.ModelError, match=f"has 77 positions and this model {length}"):
         cg.load(tmp_path / "other.json", tmp_path / "weights.pt")
 
 
@@ -226,13 +226,13 @@ def test_git_lfs_pointers(hf_folder: Path, tiny_config: Path, tmp_path: Path) ->
     """A pointer that git-lfs left in place of a file is called damaged, or too large a header."""
     for name in ("weights.pt", "weights.safetensors"):
         (tmp_path / name).write_text(POINTER, encoding="utf-8")
-        with pytest.raises(cg.ModelError, match="git-lfs pointer"):
+        with pytest.raises(cg.errors.ModelError, match="git-lfs pointer"):
             cg.load(tiny_config, tmp_path / name)
     for name in ("model.safetensors", "tokenizer.json", "preprocessor_config.json", "config.json"):
         folder = tmp_path / name.partition(".")[0]
         shutil.copytree(hf_folder, folder)
         (folder / name).write_text(POINTER, encoding="utf-8")
-        with pytest.raises(cg.ModelError, match="git-lfs pointer") as caught:
+        with pytest.raises(cg.errors.ModelError, match="git-lfs pointer") as caught:
             cg.load(folder)
         assert name in str(caught.value)
 
@@ -240,7 +240,7 @@ def test_git_lfs_pointers(hf_folder: Path, tiny_config: Path, tmp_path: Path) ->
 def test_a_model_that_was_saved_alone(tiny_hf: nn.Module, hf_folder: Path, tmp_path: Path) -> None:
     """`model.save_pretrained` alone makes a folder whose missing files nobody names."""
     tiny_hf.save_pretrained(tmp_path / "bare")
-    with pytest.raises(cg.ModelError) as caught:
+    with pytest.raises(cg.errors.ModelError) as caught:
         cg.load(tmp_path / "bare")
     assert "tokenizer.json" in str(caught.value)
     assert "preprocessor_config.json" in str(caught.value)

@@ -146,7 +146,7 @@ def test_other_kinds_of_adapters_are_refused(tiny_hf: nn.Module, kind: str, tmp_
         for name in ("one", "two"):
             base.add_module(name, nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4))}))
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
-    with pytest.raises(cg.AdapterError, match=message) as caught:
+    with pytest.raises(cg.errors.AdapterError, match=message) as caught:
         cg.load_adapter(tiny_hf, tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert all(p.requires_grad for p in tiny_hf.parameters())
@@ -161,11 +161,15 @@ def test_a_layer_that_is_missing(tiny_hf: nn.Module, tmp_path: Path) -> None:
         name: t for name, t in load_file(path).items() if "text_model.encoder.layers.1.mlp" not in name
     }
     save_file(tensors, path)
-    with pytest.raises(cg.AdapterError, match=r"lacks 1 of its target sites, text\.1\.fc1: it is incomplete"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=r"lacks 1 of its target sites, text\.1\.fc1: it is incomplete"
+    ):
         cg.load_adapter(tiny_hf, tmp_path)
     text_only = {name: tensor for name, tensor in tensors.items() if "text_model.encoder.layers.0" in name}
     save_file(text_only, path)
-    with pytest.raises(cg.AdapterError, match=r"lacks 2 of its target sites, text\.1\.q, text\.1\.fc1"):
+    with pytest.raises(
+        cg.errors.AdapterError, match=r"lacks 2 of its target sites, text\.1\.q, text\.1\.fc1"
+    ):
         cg.load_adapter(tiny_hf, tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_named_adapters_of_peft_lie_in_subfolders(tiny_hf: nn.Module, tmp_path: 
     cg.load_adapter(tiny_hf, tmp_path)
     assert {layer.r for layer in require_lora(tiny_hf).layers.values()} == {2}
     stock.save_pretrained(tmp_path)
-    with pytest.raises(cg.AdapterError, match=r"several adapters, cats, dogs: give the folder of one"):
+    with pytest.raises(cg.errors.AdapterError, match=r"several adapters, cats, dogs: give the folder of one"):
         cg.load_adapter(tiny_hf, tmp_path)
     cg.load_adapter(tiny_hf, tmp_path, name="dogs")
     assert {layer.r for layer in require_lora(tiny_hf).layers.values()} == {4}
@@ -162,9 +162,9 @@ def test_missing_and_surplus_keys_are_listed(
     peft.get_peft_model(copy.deepcopy(tiny_hf), config).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
-    with pytest.raises(cg.AdapterError, match=message):
+    with pytest.raises(cg.errors.AdapterError, match=message):
         cg.load_adapter(tiny_hf, tmp_path)
-    with pytest.raises(cg.AdapterError, match="carries no LoRA"):
+    with pytest.raises(cg.errors.AdapterError, match="carries no LoRA"):
         require_lora(tiny_hf)
 
 

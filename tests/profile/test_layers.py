@@ -13,7 +13,7 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.unloaded import clip_on_meta
-from clipgraft.profile.forward import profile_clip
+from clipgraft.profile.forward import costs
 from clipgraft.profile.layers import layer_table, structure
 from clipgraft.profile.trace import trace
 
@@ -64,7 +64,7 @@ def rows(table: str) -> dict[str, list[str]]:
 
 def test_the_published_table_of_the_compact_clip(b32: Path) -> None:
     """The compact model of the documentation comes out with other layers or another size."""
-    profile = profile_clip(clip_on_meta(b32, compact(b32)))
+    profile = costs(clip_on_meta(b32, compact(b32)))
     assert profile.parameters == 36_347_393
     table = layer_table(profile.trace, depth=3)
     found = rows(table)
@@ -82,7 +82,7 @@ def test_the_published_table_of_the_compact_clip(b32: Path) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3, None])
 def test_columns_add_up(tiny_openclip: nn.Module, depth: int | None) -> None:
     """Weights or products are missing from the table, or in two of its rows, at some depth."""
-    profile = profile_clip(tiny_openclip)
+    profile = costs(tiny_openclip)
     body = list(rows(layer_table(profile.trace, depth)).values())
     for column, total in ((2, profile.parameters), (5, profile.macs)):
         numbers = [row[column].strip("()").replace(",", "") for row in body]
@@ -92,7 +92,7 @@ def test_columns_add_up(tiny_openclip: nn.Module, depth: int | None) -> None:
 def test_frozen_weights_are_marked(tiny_hf: nn.Module) -> None:
     """The table says that the base trains while only an adapter does."""
     cg.apply_lora(tiny_hf, r=4, targets="text.0.q")
-    found = rows(layer_table(profile_clip(tiny_hf).trace, depth=2))
+    found = rows(layer_table(costs(tiny_hf).trace, depth=2))
     assert found["CLIPEncoder: 2-2"][-1] == "Partial"
     assert found["CLIPEncoder: 2-6"][-1] == "False"
     assert found["CLIPEncoder: 2-6"][2].startswith("(")

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from clipgraft.errors import ModelError
-from clipgraft.profile.llava import LlavaProfile, LlavaTokens, llava_on_meta, profile_llava
+from clipgraft.profile.llava import LlavaProfile, LlavaTokens, llava_costs, llava_on_meta
 
 CONFIG = Path(__file__).parents[2] / "examples" / "llava_next_8b.json"
 # A report by calflops of LLaVA-NeXT-8B on 5,120 crops: weights, and multiply-adds in 10⁹.
@@ -81,7 +81,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def profile(model: nn.Module) -> LlavaProfile:
-    return profile_llava(model, tokens=TOKENS)
+    return llava_costs(model, tokens=TOKENS)
 
 
 def rounded(number: float) -> str:
@@ -143,7 +143,7 @@ def test_weights_in_bytes(profile: LlavaProfile) -> None:
 )
 def test_tokens_of_a_real_image(size: tuple[int, int], crops: int, tokens: int) -> None:
     """An image is cut into other crops, or leaves other tokens, than in the model."""
-    found = profile_llava(llava_on_meta(small()), image_size=size, text_tokens=10).tokens
+    found = llava_costs(llava_on_meta(small()), image_size=size, text_tokens=10).tokens
     assert (found.crops, found.language, found.logits) == (crops, tokens + 10, 1)
 
 
@@ -160,7 +160,7 @@ def test_the_processor_makes_as_many_tokens() -> None:
     model = llava_on_meta(small())
     for height, width in ((480, 640), (100, 900), (1080, 1920), (333, 334)):
         wanted = processor._get_number_of_features(height, width, 336, 336)
-        found = profile_llava(model, image_size=(height, width), text_tokens=1).tokens.language
+        found = llava_costs(model, image_size=(height, width), text_tokens=1).tokens.language
         assert found == wanted + 1, (height, width)
 
 
@@ -181,4 +181,4 @@ def test_other_configurations(config: dict[str, Any], message: str) -> None:
 def test_an_image_of_no_size() -> None:
     """An empty image is profiled."""
     with pytest.raises(ModelError, match="all must be 1 or more"):
-        profile_llava(llava_on_meta(small()), image_size=(0, 10))
+        llava_costs(llava_on_meta(small()), image_size=(0, 10))

@@ -7,7 +7,7 @@ from torch import nn
 
 from clipgraft.models.clip import as_clip
 from clipgraft.profile import measure as measuring
-from clipgraft.profile.forward import profile_clip
+from clipgraft.profile.forward import costs
 from clipgraft.profile.units import Table, percent, short
 
 
@@ -18,7 +18,7 @@ def test_a_measurement_belongs_to_its_profile(
     monkeypatch.setattr(measuring, "_REPEATS", 1)
     monkeypatch.setattr(measuring, "_MATRIX", 32)
     clip = as_clip(tiny_openclip)
-    profile = profile_clip(clip, batch=3, text_tokens=9)
+    profile = costs(clip, batch=3, text_tokens=9)
     found = measuring.measure(clip, profile)
     for time, cost in zip(found.towers, profile.towers, strict=True):
         assert time.tower == cost.tower

@@ -13,7 +13,7 @@ from clipgraft.lora.targets import select_sites
 from clipgraft.models.clip import as_clip
 from clipgraft.models.sites import Site
 from clipgraft.models.unloaded import clip_on_meta
-from clipgraft.profile.forward import ClipProfile, profile_clip
+from clipgraft.profile.forward import ClipProfile, costs
 from tinies import in_every_layout
 
 LAYOUTS = ["CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel"]
@@ -44,7 +44,7 @@ def test_sites_cost_the_same_in_every_layout(
 ) -> None:
     """The same model costs something else in the other library, or a site has another site's cost."""
     model = in_every_layout(tiny_openclip, tiny_openclip_4x)[layout]
-    profile = profile_clip(model, batch=3, text_tokens=7)
+    profile = costs(model, batch=3, text_tokens=7)
     assert site_macs(profile) == SITES
     for tower in profile.towers:
         own = sum(macs for site, macs in SITES.items() if site.startswith(tower.tower))
@@ -82,7 +82,7 @@ def test_an_adapter_beside_its_base(
     """The cost of an adapter is hidden in the base's, or counted where it does not act."""
     clip = as_clip(in_every_layout(tiny_openclip, tiny_openclip_4x)[layout])
     cg.apply_lora(clip, r=4, targets=targets)
-    profile = profile_clip(clip, batch=3, text_tokens=7)
+    profile = costs(clip, batch=3, text_tokens=7)
     assert site_macs(profile) == SITES
     found = {c.site: c.adapter_macs for t in profile.towers for c in t.sites if c.adapter_parameters}
     assert found == {site: lora_macs(str(site), 4) for site in select_sites(clip.sites, targets)}
@@ -92,14 +92,14 @@ def test_an_adapter_beside_its_base(
     assert sum(tower.adapter_parameters for tower in profile.towers) == count.lora
     assert profile.text.parameters + profile.vision.parameters == count.total - count.lora - 1
     with cg.lora_disabled(clip):
-        assert all(tower.adapter_macs == 0 for tower in profile_clip(clip).towers)
+        assert all(tower.adapter_macs == 0 for tower in costs(clip).towers)
 
 
 @pytest.mark.parametrize("kwargs", [{"targets": "all"}, {"targets": "linear", "init": "pissa"}])
 def test_every_kind_of_update_is_an_adapters_own(kwargs: dict[str, Any], tiny_openclip: nn.Module) -> None:
     """What updates of position tables, or ones with a frozen start, cost is nobody's."""
     cg.apply_lora(tiny_openclip, r=4, **kwargs)
-    profile = profile_clip(tiny_openclip, batch=3, text_tokens=7)
+    profile = costs(tiny_openclip, batch=3, text_tokens=7)
     for tower in profile.towers:
         assert sum(cost.adapter_macs for cost in tower.sites) == tower.adapter_macs > 0
         assert tower.adapter_flops >= 2 * tower.adapter_macs
@@ -114,7 +114,7 @@ def test_sizes_of_the_published_model() -> None:
         **{"vision_config.num_hidden_layers": 24, "vision_config.num_attention_heads": 16},
         **{"vision_config.image_size": 336, "vision_config.patch_size": 14},
     }
-    profile = profile_clip(clip_on_meta("emoji", {**overrides, **_STANDARD}))
+    profile = costs(clip_on_meta("emoji", {**overrides, **_STANDARD}))
     assert profile.parameters == 427_944_193
     d, length = 1024, 577
     blocks = 24 * (12 * d * d * length + 2 * length * length * d)
@@ -133,17 +133,17 @@ _STANDARD = {
 def test_sizes_that_a_model_does_not_take(tiny_openclip: nn.Module, tiny_hf: nn.Module) -> None:
     """`--image-size` and `--text-tokens` beyond the model's end in a traceback."""
     for model, limit in ((tiny_openclip, 77), (tiny_hf, 16)):
-        with pytest.raises(cg.ModelError, match=f"this model takes 1 to {limit}"):
-            profile_clip(model, text_tokens=limit + 1)
-        with pytest.raises(cg.ModelError, match="vision tower does not take an input of 1x3x64x40: "):
-            profile_clip(model, image_size=(64, 40))
-    assert profile_clip(tiny_hf, text_tokens=1).text.input_shape == (1, 1)
+        with pytest.raises(cg.errors.ModelError, match=f"this model takes 1 to {limit}"):
+            costs(model, text_tokens=limit + 1)
+        with pytest.raises(cg.errors.ModelError, match="vision tower does not take an input of 1x3x64x40: "):
+            costs(model, image_size=(64, 40))
+    assert costs(tiny_hf, text_tokens=1).text.input_shape == (1, 1)
 
 
 def test_half_precision_counts_half_the_bytes(tiny_hf: nn.Module) -> None:
     """Memory of a bf16 model is given as that of an fp32 one."""
-    full = profile_clip(tiny_hf)
-    half = profile_clip(tiny_hf.to(torch.bfloat16))
+    full = costs(tiny_hf)
+    half = costs(tiny_hf.to(torch.bfloat16))
     assert half.trace.total.parameter_bytes * 2 == full.trace.total.parameter_bytes
     assert half.trace.forward_bytes * 2 == full.trace.forward_bytes
     assert half.macs == full.macs

@@ -129,7 +129,7 @@ def test_sets_are_listed_once(tiny_openclip: nn.Module) -> None:
     chosen = [frozenset(cost_sites(tiny_openclip, name)) for name in names]
     assert len(set(chosen)) == len(names)
     only_text = as_clip(tiny_openclip)
-    with pytest.raises(cg.TargetError, match="near misses"):
+    with pytest.raises(cg.errors.TargetError, match="near misses"):
         target_costs(only_text, ("text-atention",))
 
 

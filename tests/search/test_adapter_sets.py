@@ -116,5 +116,5 @@ def test_a_merged_adapter_is_refused(
     """Vectors of base and adapter would be passed off as the base's."""
     cg.load_adapter(clip, make_adapter("eye", "vision.*.*"))
     cg.merge_lora(clip)
-    with pytest.raises(cg.AdapterError, match="unmerge_lora"):
+    with pytest.raises(cg.errors.AdapterError, match="unmerge_lora"):
         encode_folder(clip, pictures, tmp_path / "out", **SMALL)

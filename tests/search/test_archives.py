@@ -217,7 +217,7 @@ def test_the_second_image_of_a_name_is_shown(clip: Clip, tmp_path: Path) -> None
     assert result.rows == 2
     for key, content in zip(("a.png", "a.png::2"), pictures, strict=True):
         assert read_member(f"{tmp_path / 'x.tar'}::{key}") == content
-    with pytest.raises(cg.DataError, match="is no file in the archive"):
+    with pytest.raises(cg.errors.DataError, match="is no file in the archive"):
         read_member(f"{tmp_path / 'x.tar'}::a.png::3")
 
 
@@ -246,5 +246,5 @@ def test_braces(pattern: str, names: list[str]) -> None:
 )
 def test_wrong_patterns(tmp_path: Path, pattern: str, says: str) -> None:
     """A typing error in the pattern would look like an empty data set."""
-    with pytest.raises(cg.DataError, match=says):
+    with pytest.raises(cg.errors.DataError, match=says):
         open_archives(str(tmp_path / pattern))

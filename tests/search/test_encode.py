@@ -199,13 +199,13 @@ def test_no_more_than_a_shard_is_held(clip: Clip, pictures: Path, tmp_path: Path
 def test_an_empty_source(clip: Clip, tmp_path: Path) -> None:
     """A wrong folder would give an empty result that looks like success."""
     (tmp_path / "in").mkdir()
-    with pytest.raises(cg.DataError, match="holds no images"):
+    with pytest.raises(cg.errors.DataError, match="holds no images"):
         encode_folder(clip, tmp_path / "in", tmp_path / "out", **SMALL)
 
 
 def test_an_address_with_a_kind_nobody_knows(clip: Clip, tmp_path: Path) -> None:
     """A missing package or a typing error would end in a page of traceback."""
-    with pytest.raises(cg.DataError, match="nosuch://"):
+    with pytest.raises(cg.errors.DataError, match="nosuch://"):
         encode_folder(clip, "nosuch://bucket/x", tmp_path / "out", **SMALL)
 
 
@@ -229,7 +229,7 @@ def test_a_foreign_folder_is_left_alone(clip: Clip, pictures: Path, tmp_path: Pa
     """Files of somebody else would be mixed with ours, or swept away."""
     (tmp_path / "out" / "img_emb").mkdir(parents=True)
     (tmp_path / "out" / "img_emb" / "img_emb_0.npy").write_bytes(b"mine")
-    with pytest.raises(cg.DataError, match="is not empty"):
+    with pytest.raises(cg.errors.DataError, match="is not empty"):
         encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     assert (tmp_path / "out" / "img_emb" / "img_emb_0.npy").read_bytes() == b"mine"
 

@@ -202,7 +202,7 @@ def test_a_worker_that_always_dies(clip: Clip, pictures: Path, tmp_path: Path) -
         return plain(image)
 
     clip.preprocess = deadly
-    with pytest.raises(cg.ClusterError, match="4 workers in turn were lost") as failed:
+    with pytest.raises(cg.errors.ClusterError, match="4 workers in turn were lost") as failed:
         encode_folder(clip, pictures, tmp_path / "out", exact_preprocess=True, **ALONE)
     named = re.search(r"from (\S+) to (\S+);", str(failed.value))
     assert named is not None
@@ -219,7 +219,9 @@ def test_a_fault_in_a_worker(clip: Clip, pictures: Path, tmp_path: Path) -> None
         raise RuntimeError("no memory\nis left")
 
     clip.preprocess = wrong
-    with pytest.raises(cg.ClusterError, match=r"worker on [\d.]+: RuntimeError: is left; what is finished"):
+    with pytest.raises(
+        cg.errors.ClusterError, match=r"worker on [\d.]+: RuntimeError: is left; what is finished"
+    ):
         encode_folder(clip, pictures, tmp_path / "out", exact_preprocess=True, **ALONE)
 
 
@@ -231,7 +233,9 @@ def test_images_that_workers_cannot_see(clip: Clip, pictures: Path, tmp_path: Pa
 
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/only-here/x.png", (pictures / "00.png").read_bytes())
-    with pytest.raises(cg.DataError, match=r"only-here/x.png: is not there for the worker on .*same paths"):
+    with pytest.raises(
+        cg.errors.DataError, match=r"only-here/x.png: is not there for the worker on .*same paths"
+    ):
         encode_folder(clip, "memory://only-here", tmp_path / "out", **ALONE)
 
 
@@ -285,7 +289,7 @@ def test_ray_flags_without_ray(pictures: Path, tmp_path: Path, capsys: pytest.Ca
 def test_wrong_arguments(clip: Clip, pictures: Path, words: dict[str, Any], says: str) -> None:
     """A typing error would run something else, or end in Ray's own words."""
     pytest.importorskip("ray")
-    with pytest.raises(cg.ConfigError, match=says):
+    with pytest.raises(cg.errors.ConfigError, match=says):
         encode_folder(clip, pictures, pictures.parent / "out", **words)
 
 
@@ -305,7 +309,7 @@ def test_no_cluster_at_the_address(
     monkeypatch.setenv("RAY_ADDRESS", "ray://there:1")
     for address, expected in ((None, "ray://there:1"), ("auto", "auto")):
         with pytest.raises(
-            cg.ConfigError, match=r"cannot be reached .*: connection timed out.*ray start"
+            cg.errors.ConfigError, match=r"cannot be reached .*: connection timed out.*ray start"
         ) as no:
             encode_folder(clip, pictures, tmp_path / "out", **RAY, ray_address=address)
         assert "\n" not in str(no.value)
@@ -340,7 +344,7 @@ def test_a_cluster_without_gpus() -> None:
     """The run would wait silently for a machine that nobody is going to add."""
     pytest.importorskip("ray")
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8}}])
-    with pytest.raises(cg.ConfigError, match="no machine of the cluster has that many"):
+    with pytest.raises(cg.errors.ConfigError, match="no machine of the cluster has that many"):
         ray_engine._crew(ray, ray_engine.Cluster(), "cuda", 1, 10)
 
 

@@ -229,7 +229,7 @@ def test_another_source_is_refused(clip: Clip, pictures: Path, tmp_path: Path) -
     """A folder that is not mounted, or another one, would take every row away."""
     encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     write_picture(tmp_path / "other" / "x.png", 1)
-    with pytest.raises(cg.DataError, match="none of its images is in"):
+    with pytest.raises(cg.errors.DataError, match="none of its images is in"):
         encode_folder(clip, tmp_path / "other", tmp_path / "out", **SMALL)
     assert len(read_encoded(tmp_path / "out")) == GOOD
 
@@ -258,7 +258,7 @@ def test_other_settings_are_refused(
 ) -> None:
     """Vectors of two kinds in one folder cannot be compared, and nobody would see it."""
     encode_folder(clip, pictures, tmp_path / "out", **SMALL)
-    with pytest.raises(cg.DataError, match=says) as refused:
+    with pytest.raises(cg.errors.DataError, match=says) as refused:
         encode_folder(clip, pictures, tmp_path / "out", **{**SMALL, **changes})
     assert "\n" not in str(refused.value)
 
@@ -271,18 +271,18 @@ def test_another_base_or_adapter_is_refused(
     encode_folder(clip, pictures, out, **SMALL)
     other = Clip(tiny_openclip, clip.family, clip.tokenizer, clip.preprocess)
     with pytest.raises(
-        cg.DataError, match=f"made by base .*{clip.fingerprint}.*not by .*{other.fingerprint}"
+        cg.errors.DataError, match=f"made by base .*{clip.fingerprint}.*not by .*{other.fingerprint}"
     ):
         encode_folder(other, pictures, out, **SMALL)
     cg.load_adapter(clip, make_adapter("eye", "vision.*.*"))
-    with pytest.raises(cg.DataError, match="vectors of the base, not of adapter default"):
+    with pytest.raises(cg.errors.DataError, match="vectors of the base, not of adapter default"):
         encode_folder(clip, pictures, out, **SMALL)
 
 
 def test_two_writers(clip: Clip, pictures: Path, tmp_path: Path) -> None:
     """Two runs into one folder would take each other's files away."""
     out = tmp_path / "out"
-    with sole_writer(out), pytest.raises(cg.BusyError, match=r"is in use by process \d+"):
+    with sole_writer(out), pytest.raises(cg.errors.BusyError, match=r"is in use by process \d+"):
         encode_folder(clip, pictures, out, **SMALL)
     assert encode_folder(clip, pictures, out, **SMALL).rows == GOOD
 
@@ -302,7 +302,7 @@ with sole_writer(Path({str(tmp_path / "out")!r})):
     assert holder.stdout is not None
     assert holder.stdin is not None
     assert holder.stdout.readline() == "mine\n"
-    with pytest.raises(cg.BusyError, match=f"is in use by process {holder.pid}"):
+    with pytest.raises(cg.errors.BusyError, match=f"is in use by process {holder.pid}"):
         encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     holder.kill()
     holder.wait()

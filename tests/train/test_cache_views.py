@@ -136,7 +136,7 @@ def test_what_contradicts_itself_is_refused(
     clip: Clip, pairs: cg.Pairs, options: dict[str, Any], told: str
 ) -> None:
     """A setting would be ignored without a word."""
-    with pytest.raises(cg.ConfigError, match=told):
+    with pytest.raises(cg.errors.ConfigError, match=told):
         prepare(clip, pairs, **options)
 
 
@@ -144,7 +144,7 @@ def test_views_of_a_trained_image_tower_are_refused(make_clip: MakeClip, pairs: 
     """Features of a tower that changes at every step cannot be kept."""
     clip = make_clip()
     cg.apply_lora(clip, r=2, targets="vision-attention")
-    with pytest.raises(cg.ConfigError, match="this run trains it: drop --cache-views"):
+    with pytest.raises(cg.errors.ConfigError, match="this run trains it: drop --cache-views"):
         prepare(clip, pairs, cache_views=2)
 
 
@@ -152,5 +152,5 @@ def test_a_base_without_crops_is_named(hf_clip: Clip, pairs: cg.Pairs) -> None:
     """transformers bases bring no augmenting transform: `--augment` would be accepted and do nothing."""
     cg.apply_lora(hf_clip, r=2)
     for options in ({}, {"cache_views": 2}):
-        with pytest.raises(cg.ConfigError, match="brings no augmenting transform"):
+        with pytest.raises(cg.errors.ConfigError, match="brings no augmenting transform"):
             prepare(hf_clip, pairs, **options)

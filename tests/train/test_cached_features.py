@@ -47,12 +47,12 @@ def text_adapter(clip: Clip) -> Clip:
     return clip
 
 
-def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.FitResult:
+def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
     settings: dict[str, Any] = {"batch_size": 6, "epochs": 2, "lr": 1e-2, "workers": 0, "progress": False}
     return cg.fit(clip, pairs, pairs, out=out, **{**settings, **options})
 
 
-def weights(result: cg.FitResult) -> bytes:
+def weights(result: cg.train.FitResult) -> bytes:
     return (result.saved / "adapter_model.safetensors").read_bytes()
 
 

@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(cg.WriteError, match=r"latest\.pt: no space left on the disk.*; make room"):
+    with pytest.raises(cg.errors.WriteError, match=r"latest\.pt: no space left on the disk.*; make room"):
         save_checkpoint(path, model, optimizer, Position(0, 2, 2), SETTINGS)
     assert load_checkpoint(path, *trained(), SETTINGS) == Position(0, 1, 1)
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
@@ -137,7 +137,7 @@ def test_damaged_files_are_refused_in_one_line(data: st.DataObject, good_file: b
     told = "start the run again"
     try:
         load_checkpoint(tmp_path / "latest.pt", model, optimizer, SETTINGS)
-    except cg.CheckpointError as error:
+    except cg.errors.CheckpointError as error:
         told = str(error)
     else:  # a bit between the archive's parts is nobody's
         assert kind == "flipped"
@@ -162,7 +162,7 @@ def test_foreign_files_are_refused(foreign: object, tmp_path: Path, monkeypatch:
     """Another program's checkpoint must be named as such, and never run code."""
     monkeypatch.chdir(tmp_path)
     torch.save(foreign, "latest.pt")
-    with pytest.raises(cg.CheckpointError, match="start the run again"):
+    with pytest.raises(cg.errors.CheckpointError, match="start the run again"):
         load_checkpoint(Path("latest.pt"), *trained(), SETTINGS)
     assert not Path("trapped").exists()
 
@@ -171,7 +171,9 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     """A run that goes on with another learning rate is neither the old run nor a new one."""
     path = tmp_path / "latest.pt"
     save_checkpoint(path, *trained(), Position(), SETTINGS)
-    with pytest.raises(cg.CheckpointError, match=r"lr \(was 0.001, now 0.002\); use the same settings"):
+    with pytest.raises(
+        cg.errors.CheckpointError, match=r"lr \(was 0.001, now 0.002\); use the same settings"
+    ):
         load_checkpoint(path, *trained(), {**SETTINGS, "lr": 2e-3})
 
 
@@ -181,12 +183,12 @@ def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     other = nn.Linear(4, 3)
     before = other.weight.detach().clone()
     optimizer = make_optimizer(other, 1e-2, 0.1, 0.9, 0.98, 1e-6)
-    with pytest.raises(cg.CheckpointError, match="other trainable weights"):
+    with pytest.raises(cg.errors.CheckpointError, match="other trainable weights"):
         load_checkpoint(tmp_path / "latest.pt", other, optimizer, SETTINGS)
     assert torch.equal(other.weight, before)
 
 
 def test_no_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
     """`--resume` of a path that does not exist must not look like a damaged file."""
-    with pytest.raises(cg.CheckpointError, match="no checkpoint at"):
+    with pytest.raises(cg.errors.CheckpointError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "latest.pt", *trained(), SETTINGS)

@@ -82,7 +82,7 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_loaded(
     torch.save(state, path)
     model, optimizer = trained()
     before, rates = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["param_groups"])
-    with pytest.raises(cg.CheckpointError) as caught:
+    with pytest.raises(cg.errors.CheckpointError) as caught:
         load_checkpoint(path, model, optimizer, SETTINGS)
     message = str(caught.value)
     assert message.startswith(str(path))
@@ -90,7 +90,7 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_loaded(
     assert message.isprintable()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert optimizer.state_dict()["param_groups"] == rates
-    with contextlib.suppress(cg.CheckpointError):  # of what it reads, all may be in order
+    with contextlib.suppress(cg.errors.CheckpointError):  # of what it reads, all may be in order
         recorded_settings(path)
 
 
@@ -126,7 +126,7 @@ def test_a_wrong_event_is_named(line: str, fault: str, tmp_path: Path) -> None:
     """A step that is text makes the resumed run compare it with a number; a report would draw a list."""
     path = tmp_path / "events.jsonl"
     path.write_text(f'{{"kind": "train", "step": 1, "loss": 1}}\n{line}\n{{"kind": "tr')
-    with pytest.raises(cg.CheckpointError) as caught:
+    with pytest.raises(cg.errors.CheckpointError) as caught:
         read_events(path)
     assert str(caught.value).startswith(f"{path}, line 2: {fault}")
     assert str(caught.value).endswith("; delete that line")
@@ -155,7 +155,7 @@ def test_a_wrong_cell_is_named(where: tuple[str, ...], value: Any, fault: str, t
         owner = owner[key]
     owner[where[-1]] = value
     (tmp_path / "cell.json").write_text(json.dumps(record))
-    with pytest.raises(cg.CheckpointError) as caught:
+    with pytest.raises(cg.errors.CheckpointError) as caught:
         read_cell(tmp_path, SETTINGS)
     assert str(caught.value).startswith(f"{tmp_path / 'cell.json'}: {fault}")
     assert str(caught.value).endswith("; remove it to run the cell again")

@@ -25,7 +25,7 @@ from clipgraft.train.agreement import Distilled, Teacher, Weights, feature_dista
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.loop import Loop
 
-Distil = Callable[..., cg.FitResult]
+Distil = Callable[..., cg.train.FitResult]
 
 
 def make_student(teacher: Clip) -> Clip:
@@ -37,7 +37,7 @@ def make_student(teacher: Clip) -> Clip:
 def distil(pairs: cg.Pairs, tmp_path: Path) -> Distil:
     """Two epochs of six steps of four pairs."""
 
-    def run(student: Clip, teacher: Clip, **options: Any) -> cg.FitResult:
+    def run(student: Clip, teacher: Clip, **options: Any) -> cg.train.FitResult:
         given = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "out": tmp_path / "run", **options}
         return cg.distill(student, teacher, pairs, workers=0, progress=False, **given)
 

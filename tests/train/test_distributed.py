@@ -152,7 +152,7 @@ def test_one_process_goes_on_where_two_stopped(
     assert len(events(stopped)) == 6, "the base, four steps and one evaluation"
     with monkeypatch.context() as patch:
         patch.setattr(gang, "PAIRS_IN_A_STEP", 4)
-        with pytest.raises(cg.CheckpointError, match=r"pairs in a step \(was 8, now 4\)"):
+        with pytest.raises(cg.errors.CheckpointError, match=r"pairs in a step \(was 8, now 4\)"):
             train(stopped, resume=True)
     train(tmp_path / "whole")
     train(stopped, resume=True, accum_freq=2)
@@ -188,7 +188,9 @@ def ids(micro: MicroBatch) -> list[tuple[int, int]]:
 
 def test_too_few_pairs_for_all_processes(pairs: cg.Pairs) -> None:
     """The number that is advised must be one that works."""
-    with pytest.raises(cg.DataError, match=r"--batch-size 9 x 3 processes: use --batch-size 8 or less"):
+    with pytest.raises(
+        cg.errors.DataError, match=r"--batch-size 9 x 3 processes: use --batch-size 8 or less"
+    ):
         Feed(pairs, 9, 1, 0, None, 0, Peers(0, 3))
     assert Feed(pairs, 8, 1, 0, None, 0, Peers(0, 3)).steps == 1
 
@@ -302,7 +304,7 @@ def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Peers, "_call", gather)
     Peers(1, 4).require_same({"device": "cuda:1"})
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         Peers(1, 4).require_same({**theirs[1], "teacher": None})
     assert "rank 2 has data b2, not a1; rank 3 has lora None, not {'r': 4}; teacher x, not nothing" in str(
         caught.value

@@ -65,9 +65,9 @@ def test_features_can_be_trained_with(clip: Clip, pairs: cg.Pairs) -> None:
 
 def test_nothing_to_encode_is_said(clip: Clip) -> None:
     """An empty list would end in an error about torch.cat."""
-    with pytest.raises(cg.DataError, match="no image to encode"):
+    with pytest.raises(cg.errors.DataError, match="no image to encode"):
         encode_images(clip, [])
-    with pytest.raises(cg.DataError, match="no caption to encode"):
+    with pytest.raises(cg.errors.DataError, match="no caption to encode"):
         encode_captions(clip, [])
 
 
@@ -75,5 +75,5 @@ def test_a_model_without_preprocessing_is_named(tiny_openclip: torch.nn.Module) 
     """A raw model cannot read files: the message says how to get one that can."""
     from clipgraft.models.clip import as_clip
 
-    with pytest.raises(cg.ModelError, match="no preprocessing: load it with"):
+    with pytest.raises(cg.errors.ModelError, match="no preprocessing: load it with"):
         encode_images(as_clip(tiny_openclip), [Path("0.png")])

@@ -80,7 +80,7 @@ def test_too_few_pairs_say_what_would_fit(
     pairs: cg.Pairs, batch_size: int, accum_freq: int, told: str
 ) -> None:
     """An epoch without a step would train nothing, and silently."""
-    with pytest.raises(cg.DataError, match=f"24 captions do not fill one batch .*{told}"):
+    with pytest.raises(cg.errors.DataError, match=f"24 captions do not fill one batch .*{told}"):
         Feed(pairs, batch_size, accum_freq, 0, None, 0)
 
 

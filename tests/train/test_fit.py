@@ -108,9 +108,9 @@ def test_every_kind_of_site_trains_alone(
         return
     cg.apply_lora(clip, r=2, targets=f"{tower}.{role}")
     assert [trains(clip, "text"), trains(clip, "vision")] == [tower == "text", tower == "vision"]
-    before = {name: tensor.clone() for name, tensor in cg.lora_state_dict(clip).items()}
+    before = {name: tensor.clone() for name, tensor in cg.adapters.lora_state_dict(clip).items()}
     fit(clip, pairs, tmp_path / "run", epochs=1)
-    after = cg.lora_state_dict(clip)
+    after = cg.adapters.lora_state_dict(clip)
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -145,14 +145,14 @@ def test_a_frozen_tower_is_encoded_once(
 
 def test_both_towers_locked_is_an_error(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """The run would train the temperature alone, for hours."""
-    with pytest.raises(cg.ConfigError, match="nothing to train: both towers are frozen"):
+    with pytest.raises(cg.errors.ConfigError, match="nothing to train: both towers are frozen"):
         fit(clip, pairs, tmp_path / "run", lock_image=True, lock_text=True)
 
 
 def test_a_failed_start_does_not_take_the_name(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """After a corrected flag the same --name must work."""
     cg.apply_lora(clip, r=2)
-    with pytest.raises(cg.DataError, match="do not fill one batch"):
+    with pytest.raises(cg.errors.DataError, match="do not fill one batch"):
         fit(clip, pairs, tmp_path / "run", batch_size=100)
     assert fit(clip, pairs, tmp_path / "run").history
 
@@ -160,7 +160,9 @@ def test_a_failed_start_does_not_take_the_name(clip: Clip, pairs: cg.Pairs, tmp_
 def test_nan_loss_names_step_and_cause(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """A run that diverged would go on for hours and save an adapter of NaN."""
     cg.apply_lora(clip, r=2, targets="linear")
-    with pytest.raises(cg.TrainingError, match=r"loss is nan at step 2: likely the learning rate \(1e\+30\)"):
+    with pytest.raises(
+        cg.errors.TrainingError, match=r"loss is nan at step 2: likely the learning rate \(1e\+30\)"
+    ):
         fit(clip, pairs, tmp_path / "run", lr=1e30, lr_scheduler="const")
     assert not (tmp_path / "run" / "adapter").exists()
     assert "TrainingError: the loss is nan" in (tmp_path / "run" / "out.log").read_text()
@@ -173,9 +175,13 @@ def test_nan_at_the_first_step_is_not_blamed_on_the_learning_rate(
     with torch.no_grad():
         clip.model.ln_final.weight[0] = math.nan
     cg.apply_lora(clip, r=2)
-    with pytest.raises(cg.TrainingError, match="nan at step 1: likely the base or an image holds broken"):
+    with pytest.raises(
+        cg.errors.TrainingError, match="nan at step 1: likely the base or an image holds broken"
+    ):
         cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
-    with pytest.raises(cg.TrainingError, match="before the first step: likely the base or an image holds"):
+    with pytest.raises(
+        cg.errors.TrainingError, match="before the first step: likely the base or an image holds"
+    ):
         fit(clip, pairs, tmp_path / "measured")
 
 
@@ -188,7 +194,7 @@ def test_out_of_memory_says_what_to_change(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(Encoder, "encode_image", full)
-    with pytest.raises(cg.TrainingError, match="halve --batch-size and double --accum-freq"):
+    with pytest.raises(cg.errors.TrainingError, match="halve --batch-size and double --accum-freq"):
         cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
 
 
@@ -254,7 +260,7 @@ def test_the_temperature_moves_over_a_bf16_base(tiny_config: Path, pairs: cg.Pai
 def test_augment_needs_an_augmenting_base(hf_clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """`--augment` would be accepted and do nothing."""
     cg.apply_lora(hf_clip, r=2, targets="vision-attention")
-    with pytest.raises(cg.ConfigError, match="--augment: this base brings no augmenting transform"):
+    with pytest.raises(cg.errors.ConfigError, match="--augment: this base brings no augmenting transform"):
         fit(hf_clip, pairs, tmp_path / "run", augment=True)
 
 
@@ -323,7 +329,7 @@ def test_events_hold_the_numbers_and_tensorboard_the_same(
 
 def test_options_are_checked_all_at_once(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """From Python, too, every wrong option is named in one go."""
-    with pytest.raises(cg.ConfigError) as caught:
+    with pytest.raises(cg.errors.ConfigError) as caught:
         fit(clip, pairs, tmp_path / "run", lr=-1, epochs="many", batchsize=3)
     told = str(caught.value).splitlines()
     assert len(told) == 3

@@ -50,7 +50,7 @@ def test_it_learns_the_classes(
     before = evaluate_classification(clip, data, PROMPTS).metrics
     cg.apply_lora(clip, r=4, targets=targets)
     if head != "prompts" and not targets.startswith("vision"):
-        with pytest.raises(cg.ConfigError, match=f"--head {head} reads no texts"):
+        with pytest.raises(cg.errors.ConfigError, match=f"--head {head} reads no texts"):
             fit_classifier(clip, data, prompts=PROMPTS, out=tmp_path / "run", head=head, **OPTIONS)
         return
     result = fit_classifier(clip, data, data, prompts=PROMPTS, out=tmp_path / "run", head=head, **OPTIONS)
@@ -77,7 +77,7 @@ def test_a_head_alone(make_clip: Any, data: Labelled, tmp_path: Path) -> None:
         clip, data, data, prompts=PROMPTS, out=tmp_path / "run", head="linear", **{**options, "lr": 1e-12}
     )
     assert result.history[0]["loss"] == pytest.approx(zero_shot.metrics["loss"], rel=1e-3)
-    with pytest.raises(cg.ConfigError, match="nothing to train"):
+    with pytest.raises(cg.errors.ConfigError, match="nothing to train"):
         fit_classifier(make_clip(), data, prompts=PROMPTS, out=tmp_path / "none", **options)
 
 
@@ -110,10 +110,10 @@ def test_what_is_refused(make_clip: Any, data: Labelled, tmp_path: Path) -> None
     """Prompts of another data set, or other classes in validation, train a classifier of nothing."""
     clip = make_clip()
     cg.apply_lora(clip)
-    with pytest.raises(cg.DataError, match="2 of 3 classes have a prompt"):
+    with pytest.raises(cg.errors.DataError, match="2 of 3 classes have a prompt"):
         fit_classifier(clip, data, prompts=PROMPTS[:2], out=tmp_path / "a", **OPTIONS)
     other = Labelled(data.images[:1], (0,), ("purple",))
-    with pytest.raises(cg.DataError, match="different classes, blue, green, purple, red"):
+    with pytest.raises(cg.errors.DataError, match="different classes, blue, green, purple, red"):
         fit_classifier(clip, data, other, prompts=PROMPTS, out=tmp_path / "b", **OPTIONS)
 
 

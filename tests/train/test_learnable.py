@@ -12,7 +12,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.train.learnable import nothing_learnt
 
 
-def train(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.FitResult:
+def train(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
     cg.apply_lora(clip, r=2)
     settings: dict[str, Any] = {"batch_size": 2, "epochs": 1, "workers": 0, "progress": False, **options}
     return cg.fit(clip, pairs, out=out, **settings)
@@ -32,7 +32,7 @@ def test_pairs_without_contrast_are_refused(
     files = {letter: pairs.images[number] for number, letter in enumerate("abcd")}
     texts = captions * (len(images) // len(captions))
     same = cg.Pairs(tuple(files[letter] for letter in images), tuple((text,) for text in texts))
-    with pytest.raises(cg.DataError, match=f"nothing to learn: {told}"):
+    with pytest.raises(cg.errors.DataError, match=f"nothing to learn: {told}"):
         train(clip, same, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -43,7 +43,7 @@ def test_copies_of_one_image_are_refused(clip: Clip, pairs: cg.Pairs, tmp_path: 
     for file in files:
         file.write_bytes(pairs.images[0].read_bytes())
     copies = cg.Pairs(tuple(files), tuple((f"text {number}",) for number in range(4)))
-    with pytest.raises(cg.DataError, match="the same features for all 4 images"):
+    with pytest.raises(cg.errors.DataError, match="the same features for all 4 images"):
         train(clip, copies, tmp_path / "run")
 
 
@@ -51,7 +51,7 @@ def test_one_class_is_refused(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> No
     """Any classifier is right about one class."""
     one = cg.Labelled(pairs.images[:4], (0, 0, 0, 0), ("cat",))
     cg.apply_lora(clip, r=2)
-    with pytest.raises(cg.DataError, match="all 4 images are of one class, 'cat'"):
+    with pytest.raises(cg.errors.DataError, match="all 4 images are of one class, 'cat'"):
         cg.fit_classifier(clip, one, prompts=[["a cat"]], out=tmp_path / "run", batch_size=2)
 
 

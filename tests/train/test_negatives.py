@@ -118,6 +118,6 @@ def test_the_gallery_is_the_default_where_a_tower_is_frozen(
 def test_a_gallery_needs_a_frozen_tower(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """`--negatives gallery` would be accepted and ignored where both towers train."""
     cg.apply_lora(clip, r=2, targets="attention")
-    with pytest.raises(cg.ConfigError, match="--negatives gallery needs a frozen tower"):
+    with pytest.raises(cg.errors.ConfigError, match="--negatives gallery needs a frozen tower"):
         cg.fit(clip, pairs, out=tmp_path / "run", negatives="gallery", **OPTIONS)
     cg.fit(clip, pairs, out=tmp_path / "default", **OPTIONS)

@@ -17,14 +17,14 @@ from clipgraft.train import loop
 from clipgraft.train.parts import schedule_of
 from lastbit import death, differences, events, kept
 
-Train = Callable[..., cg.FitResult]
+Train = Callable[..., cg.train.FitResult]
 
 
 @pytest.fixture
 def train(make_clip: Callable[[], Clip], pairs: cg.Pairs) -> Train:
     """A text adapter with dropout; six steps an epoch, a checkpoint every four."""
 
-    def run(out: Path, **options: Any) -> cg.FitResult:
+    def run(out: Path, **options: Any) -> cg.train.FitResult:
         clip = make_clip()
         torch.manual_seed(0)
         cg.apply_lora(clip, r=2, dropout=0.3)
@@ -116,17 +116,19 @@ def test_the_epochs_of_a_resumed_run(train: Train, tmp_path: Path, caplog: pytes
         "epoch 4 and falls to 0 by a cosine" in caplog.text
     )
     with pytest.raises(
-        cg.CheckpointError, match=r"--epochs 2: .* has done 4 epochs already; ask for 4 or more"
+        cg.errors.CheckpointError, match=r"--epochs 2: .* has done 4 epochs already; ask for 4 or more"
     ):
         train(run, epochs=2, resume=True)
     with pytest.raises(
-        cg.CheckpointError, match=re.escape("has epochs in parts of 3 + 1, and --epoch-parts")
+        cg.errors.CheckpointError, match=re.escape("has epochs in parts of 3 + 1, and --epoch-parts")
     ):
         train(run, epoch_parts=(4, 4), resume=True)
     other = tmp_path / "other"
     with death(loop, "save_checkpoint", 3, before=False):
         train(other, epochs=3)
-    with pytest.raises(cg.CheckpointError, match=r"--epochs 2: .* is under way to 3 epochs"):
+    with pytest.raises(cg.errors.CheckpointError, match=r"--epochs 2: .* is under way to 3 epochs"):
         train(other, epochs=2, resume=True)
-    with pytest.raises(cg.ConfigError, match="--epoch-parts 1,1 sum to 2, but --epochs is 3: drop one"):
+    with pytest.raises(
+        cg.errors.ConfigError, match="--epoch-parts 1,1 sum to 2, but --epochs is 3: drop one"
+    ):
         train(tmp_path / "new", epoch_parts=(1, 1), epochs=3)

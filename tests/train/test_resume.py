@@ -163,7 +163,7 @@ def test_a_resumed_run_keeps_its_precision(
     train(tmp_path / "killed", resume=True, autocast=None)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert f"autocast: {fast}\n" in (tmp_path / "killed" / "params.txt").read_text()
-    with pytest.raises(cg.CheckpointError, match=f"autocast \\(was {fast}, now {not fast}\\)"):
+    with pytest.raises(cg.errors.CheckpointError, match=f"autocast \\(was {fast}, now {not fast}\\)"):
         train(tmp_path / "killed", resume=True, autocast=not fast)
 
 
@@ -200,7 +200,7 @@ def test_a_used_folder_is_refused(train: Train, tmp_path: Path) -> None:
     """Two runs in one folder would mix their events and overwrite each other's adapters."""
     train(tmp_path / "run", epochs=1)
     with pytest.raises(
-        cg.ConfigError, match=r"exists already: add --resume latest .* or choose another --name"
+        cg.errors.ConfigError, match=r"exists already: add --resume latest .* or choose another --name"
     ):
         train(tmp_path / "run", epochs=1)
 
@@ -208,7 +208,7 @@ def test_a_used_folder_is_refused(train: Train, tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(train: Train, tmp_path: Path) -> None:
     """A resumed run with a typo in its learning rate would be neither the old run nor a new one."""
     train(tmp_path / "run", epochs=1)
-    with pytest.raises(cg.CheckpointError, match=r"lr \(was 0.01, now 0.02\)"):
+    with pytest.raises(cg.errors.CheckpointError, match=r"lr \(was 0.01, now 0.02\)"):
         train(tmp_path / "run", resume=True, epochs=1, lr=0.02)
 
 
@@ -226,7 +226,9 @@ def test_a_damaged_event_is_named(train: Train, tmp_path: Path) -> None:
     train(tmp_path / "run", epochs=1)
     with (tmp_path / "run" / "events.jsonl").open("a") as file:
         file.write("\0\0\0\n")
-    with pytest.raises(cg.CheckpointError, match=r"events\.jsonl, line 9: is not JSON .*; delete that line"):
+    with pytest.raises(
+        cg.errors.CheckpointError, match=r"events\.jsonl, line 9: is not JSON .*; delete that line"
+    ):
         train(tmp_path / "run", resume=True, epochs=1)
 
 

@@ -48,9 +48,9 @@ def test_a_failure_is_the_last_line_of_out_log(tmp_path: Path) -> None:
 
     def fail() -> None:
         with open_run(tmp_path / "run"):
-            raise cg.TrainingError("the loss is nan at step 3")
+            raise cg.errors.TrainingError("the loss is nan at step 3")
 
-    with pytest.raises(cg.TrainingError):
+    with pytest.raises(cg.errors.TrainingError):
         fail()
     last = (tmp_path / "run" / "out.log").read_text(encoding="utf-8").splitlines()[-1]
     assert last.endswith("| ERROR | TrainingError: the loss is nan at step 3")
@@ -102,7 +102,7 @@ def test_only_a_run_that_took_a_step_is_in_the_way(tmp_path: Path) -> None:
     refuse_used(tmp_path / "run", resume=False)
     with open_run(tmp_path / "run") as run:
         run.start(Position())
-    with pytest.raises(cg.ConfigError, match="exists already"):
+    with pytest.raises(cg.errors.ConfigError, match="exists already"):
         refuse_used(tmp_path / "run", resume=False)
     refuse_used(tmp_path / "run", resume=True)
 
@@ -123,7 +123,9 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path: Path) -> None:
     """`--logs` on a file would end in a traceback."""
     (tmp_path / "file").touch()
-    with pytest.raises(cg.ConfigError, match=r"--logs: cannot make .*file/run/checkpoints: Not a directory"):
+    with pytest.raises(
+        cg.errors.ConfigError, match=r"--logs: cannot make .*file/run/checkpoints: Not a directory"
+    ):
         open_run(tmp_path / "file" / "run")
 
 
@@ -142,9 +144,9 @@ def test_two_runs_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     told = rf"run .*run is in use by process {os.getpid()} on .*: wait until it ends, or choose another name"
     with open_run(tmp_path / "run"):
         for resume in (False, True):
-            with pytest.raises(cg.BusyError, match=told):
+            with pytest.raises(cg.errors.BusyError, match=told):
                 open_run(tmp_path / "run", resume)
-            with pytest.raises(cg.BusyError, match=told):
+            with pytest.raises(cg.errors.BusyError, match=told):
                 refuse_used(tmp_path / "run", resume)
     with open_run(tmp_path / "run"):
         pass
@@ -171,9 +173,9 @@ def test_a_refused_resume_touches_nothing(tmp_path: Path) -> None:
     def refuse() -> None:
         with RunFolder(tmp_path / "run", {"lr": 2.0}, True):
             log.warning("settings differ")
-            raise cg.CheckpointError("lr was 0.001, now 2.0")
+            raise cg.errors.CheckpointError("lr was 0.001, now 2.0")
 
-    with pytest.raises(cg.CheckpointError):
+    with pytest.raises(cg.errors.CheckpointError):
         refuse()
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
@@ -219,7 +221,9 @@ def test_a_folder_of_a_user_is_left(name: str, resume: bool, tmp_path: Path) -> 
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text('{"lr": 1}')
-    with pytest.raises(cg.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another --name"):
+    with pytest.raises(
+        cg.errors.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another --name"
+    ):
         open_run(tmp_path, resume)
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
     assert path.read_text() == '{"lr": 1}'
@@ -232,5 +236,5 @@ def test_an_adapter_of_others_in_a_run_is_found_before_training(tmp_path: Path) 
     refuse_used(tmp_path, False)  # killed before its first step: begun anew
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(cg.AdapterError, match="adapter: this folder was not made by clipgraft"):
+    with pytest.raises(cg.errors.AdapterError, match="adapter: this folder was not made by clipgraft"):
         refuse_used(tmp_path, False)

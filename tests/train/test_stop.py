@@ -115,11 +115,11 @@ def test_a_failed_evaluation_costs_no_epoch(run: Run, monkeypatch: pytest.Monkey
     """An unreadable validation image after hours of training would lose them."""
 
     def failing() -> None:
-        raise cg.DataError("an image has gone")
+        raise cg.errors.DataError("an image has gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(fit_module, "measure_retrieval", at_the_first_epoch(failing))
-        with pytest.raises(cg.DataError):
+        with pytest.raises(cg.errors.DataError):
             run()
     monkeypatch.setattr(Feed, "batches", once(Feed.batches))
     assert len(run(resume=True).history) == 2

@@ -22,7 +22,7 @@ MakeClip = Callable[[], Clip]
 WORDS = ["a picture of thing number 3", "the same words"]
 
 
-def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.FitResult:
+def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
     settings: dict[str, Any] = {"batch_size": 8, "epochs": 3, "lr": 1e-2, "workers": 0, "progress": False}
     return cg.fit(clip, pairs, pairs, out=out, **{**settings, **options})
 
@@ -71,7 +71,7 @@ def test_measuring_the_base_changes_no_bit_of_the_run(
         torch.manual_seed(0)
         cg.apply_lora(clip, r=2, dropout=0.3, targets="linear")
         cg.fit(clip, pairs, val, out=tmp_path / name, batch_size=8, epochs=1, workers=0, progress=False)
-        saved.append({key: tensor.clone() for key, tensor in cg.lora_state_dict(clip).items()})
+        saved.append({key: tensor.clone() for key, tensor in cg.adapters.lora_state_dict(clip).items()})
     assert all(torch.equal(saved[1][name], tensor) for name, tensor in saved[0].items())
 
 
@@ -215,7 +215,7 @@ def test_a_damaged_record_is_named(clip: Clip, pairs: cg.Pairs, tmp_path: Path) 
     fit(clip, pairs, tmp_path / "run", epochs=1)
     record = tmp_path / "run" / "validation.json"
     record.write_text('{"best": 3}')
-    with pytest.raises(cg.CheckpointError, match=r"validation\.json: best is 3, .* remove it"):
+    with pytest.raises(cg.errors.CheckpointError, match=r"validation\.json: best is 3, .* remove it"):
         fit(clip, pairs, tmp_path / "run", epochs=1, resume=True)
     record.unlink()
     assert fit(clip, pairs, tmp_path / "run", epochs=1, resume=True).verdict is None

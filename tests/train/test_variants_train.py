@@ -29,7 +29,7 @@ def test_a_run_with(variant: str, targets: str, make_clip: Any, pairs: cg.Pairs,
     """A run with this option fails, trains nothing, or saves an adapter that computes something else."""
     clip = make_clip()
     cg.apply_lora(clip, r=2, targets=targets, **VARIANTS[variant])
-    before = {name: tensor.clone() for name, tensor in cg.lora_state_dict(clip).items()}
+    before = {name: tensor.clone() for name, tensor in cg.adapters.lora_state_dict(clip).items()}
     result = cg.fit(
         clip,
         pairs,
@@ -41,7 +41,7 @@ def test_a_run_with(variant: str, targets: str, make_clip: Any, pairs: cg.Pairs,
         progress=False,
         lora_plus_ratio=4.0,
     )
-    after = cg.lora_state_dict(clip)
+    after = cg.adapters.lora_state_dict(clip)
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     frozen = [name for name in after if "start" in name]
     assert sorted(moved) == sorted(set(after) - set(frozen))
@@ -74,6 +74,6 @@ def test_a_merged_model_does_not_train(make_clip: Any, pairs: cg.Pairs, tmp_path
     clip = make_clip()
     cg.apply_lora(clip)
     cg.merge_lora(clip)
-    with pytest.raises(cg.AdapterError, match=r"cannot train while 'default' is merged"):
+    with pytest.raises(cg.errors.AdapterError, match=r"cannot train while 'default' is merged"):
         cg.fit(clip, pairs, out=tmp_path / "run", epochs=1, batch_size=6)
     assert not (tmp_path / "run").exists()

@@ -22,14 +22,14 @@ def run(argv: Sequence[str]) -> None:
     """Parse, look, print."""
     (spec,) = parse("inspect", _SUMMARY, [InspectSpec], argv)
     from clipgraft.adapters.open import split_adapter
-    from clipgraft.profile.inspection import inspect_model
+    from clipgraft.profile.inspection import inspect
     from clipgraft.results import plain
 
     if _is_adapter(spec.model):
         _show_adapter(spec)
         return
     source, _ = split_adapter(spec.model, spec.pretrained)
-    found = inspect_model(
+    found = inspect(
         source.name, spec.set, pretrained=_tag(source.pretrained), targets=spec.targets, r=spec.lora_r
     )
     if spec.format == "json":

@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     spec = _apart(spec)
     from clipgraft.cli.profile_llava import is_llava, show_llava
     from clipgraft.models.unloaded import read_model_config
-    from clipgraft.profile.forward import profile_clip
+    from clipgraft.profile.forward import costs
     from clipgraft.profile.training import training_costs
     from clipgraft.results import plain
 
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
     clip = _model(spec, "meta")
     batch, length = spec.batch_size, spec.text_tokens
     report = Report(
-        profile=profile_clip(clip, batch=batch, text_tokens=length),
+        profile=costs(clip, batch=batch, text_tokens=length),
         training=training_costs(clip, _targets(spec, clip), spec.lora_r, batch=batch, text_tokens=length),
         measured=_measured(spec) if spec.measure else None,
     )
@@ -110,11 +110,11 @@ def _targets(spec: ProfileSpec, clip: Clip) -> tuple[str, ...]:
 
 def _measured(spec: ProfileSpec) -> Measurement:
     from clipgraft.cli.common import pick_device
-    from clipgraft.profile.forward import profile_clip
+    from clipgraft.profile.forward import costs
     from clipgraft.profile.measure import measure
 
     clip = _model(spec, str(pick_device(spec.device)))
-    profile = profile_clip(clip, batch=spec.batch_size, text_tokens=spec.text_tokens)
+    profile = costs(clip, batch=spec.batch_size, text_tokens=spec.text_tokens)
     return measure(clip, profile)
 
 

@@ -7,7 +7,7 @@ import json
 from clipgraft.config import ProfileSpec, flag
 from clipgraft.errors import together
 from clipgraft.models.unloaded import ModelConfig
-from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_on_meta, profile_llava
+from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_costs, llava_on_meta
 from clipgraft.profile.tables import llava_table
 from clipgraft.profile.tree import cost_tree
 from clipgraft.results import plain
@@ -31,7 +31,7 @@ def show_llava(config: ModelConfig, spec: ProfileSpec) -> None:
     """
     tokens = _tokens(spec)
     model = llava_on_meta(config.values)
-    profile = profile_llava(
+    profile = llava_costs(
         model,
         image_size=spec.image_size or _IMAGE,
         text_tokens=spec.text_tokens or _TEXT_TOKENS,

@@ -19,7 +19,7 @@ from clipgraft.shown import shown, shown_line
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
     from clipgraft.search.manifest import Manifest, VectorSet
-    from clipgraft.search.query import Hit
+    from clipgraft.search.searcher import Hit
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Find encoded images or texts by text, by image, or by both."
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     if spec.format == "json":
         _log_to_stderr()
     from clipgraft.search.folder import read_folder
-    from clipgraft.search.query import search_folder
+    from clipgraft.search.searcher import query
 
     _, manifest, part = read_folder(spec.out)
     clip = _load(spec, manifest)
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     if spec.text == "-":
         _answer_lines(clip, spec)
         return
-    hits = search_folder(
+    hits = query(
         clip,
         spec.out,
         spec.text,
@@ -76,7 +76,7 @@ def _answer_lines(clip: Clip, spec: SearchSpec) -> None:
 
     A line that cannot be answered is told, in its place, and the next one is read.
     """
-    from clipgraft.search.query import search_folder
+    from clipgraft.search.searcher import query
 
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
@@ -86,7 +86,7 @@ def _answer_lines(clip: Clip, spec: SearchSpec) -> None:
             continue
         as_lines = spec.format == "json"
         try:
-            hits = search_folder(clip, spec.out, text, k=spec.k, where=spec.where)
+            hits = query(clip, spec.out, text, k=spec.k, where=spec.where)
         except ClipgraftError as error:
             answer = _json_line({"query": text, "error": str(error)}) if as_lines else f"{text}: {error}"
         else:

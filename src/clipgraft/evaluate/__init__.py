@@ -1,1 +1,5 @@
 """How good a model is: numbers from features, and pictures of them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

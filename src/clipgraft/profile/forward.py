@@ -121,7 +121,7 @@ class ClipProfile(Result):
         return self.trace.total.flops
 
 
-def profile_clip(
+def costs(
     model: ClipLike,
     *,
     batch: int = 1,

@@ -13,7 +13,7 @@ from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.openclip_config import config_of
 from clipgraft.models.sites import SiteKind
 from clipgraft.models.unloaded import ModelConfig, Overrides, build_model, read_model_config
-from clipgraft.profile.forward import ClipProfile, profile_clip
+from clipgraft.profile.forward import ClipProfile, costs
 from clipgraft.profile.layers import structure
 from clipgraft.profile.targets import TargetCost, target_costs
 from clipgraft.results import Result
@@ -56,7 +56,7 @@ class Inspection(Result):
     targets: tuple[TargetCost, ...]
 
 
-def inspect_model(
+def inspect(
     name: str | Path | ClipLike,
     overrides: Overrides | None = None,
     *,
@@ -88,7 +88,7 @@ def inspect_model(
         library=config.library,
         config=config.values,
         structure=structure(clip.model),
-        profile=profile_clip(clip),
+        profile=costs(clip),
         r=r,
         sites=tuple(_sites(clip, r)),
         targets=target_costs(clip, targets, r),

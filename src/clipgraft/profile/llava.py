@@ -98,7 +98,7 @@ def llava_on_meta(config: str | Path | Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def profile_llava(
+def llava_costs(
     model: nn.Module,
     *,
     image_size: tuple[int, int] = (480, 640),

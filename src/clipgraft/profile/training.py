@@ -123,7 +123,7 @@ def training_costs(
     """Full tuning, then LoRA of rank r on each target set. Nothing is computed; adapters the model has go.
 
     Args:
-        model, batch, text_tokens, image_size: as for `profile_clip`.
+        model, batch, text_tokens, image_size: as for `costs`.
         targets: sets or expressions; by default every named set that fits the model.
         r: rank.
 

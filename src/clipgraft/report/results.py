@@ -9,7 +9,7 @@ import torch
 
 from clipgraft.files import write_json, write_text
 from clipgraft.models.clip import Clip
-from clipgraft.profile.forward import profile_clip
+from clipgraft.profile.forward import costs
 from clipgraft.profile.layers import layer_table, structure
 from clipgraft.profile.timing import median_seconds
 
@@ -40,7 +40,7 @@ def write_results(
     Raises:
         ModelError: a tower that does not take images of its own size.
     """
-    profile = profile_clip(clip)
+    profile = costs(clip)
     total = profile.trace.total
     write_json(
         folder / "result.json",

@@ -1,1 +1,5 @@
 """Encode what a folder, a table or an archive holds, index it, and search it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,8 +17,8 @@ from clipgraft.ours import refuse_foreign
 from clipgraft.pictures import ImageError, open_image
 from clipgraft.search.archives import read_member
 from clipgraft.search.items import IN_TAR, Ref, is_address
-from clipgraft.search.query import Hit
 from clipgraft.search.remote import read_at
+from clipgraft.search.searcher import Hit
 from clipgraft.search.tables import INSTALL
 
 _SIDE = 240  # pixels of a thumbnail

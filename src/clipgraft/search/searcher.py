@@ -55,7 +55,7 @@ class Hit:
         return {**self.metadata, "rank": self.rank, "score": self.score, "path": self.path}
 
 
-def search_folder(
+def query(
     model: ClipLike,
     folder: str | Path,
     text: str | None = None,
@@ -93,8 +93,8 @@ def search_folder(
     clip = as_clip(model)
     conditions = parse_where(where) if where is not None else ()
     encoded = fitting_set(folder, clip)
-    query = query_vector(clip, text, image, image_weight).cpu().numpy()[None]
-    scores, rows = _nearest(encoded, query, k, conditions)
+    vector = query_vector(clip, text, image, image_weight).cpu().numpy()[None]
+    scores, rows = _nearest(encoded, vector, k, conditions)
     return _hits(encoded, scores[0], rows[0])
 
 

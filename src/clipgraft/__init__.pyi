@@ -1,0 +1,44 @@
+"""The public names of clipgraft, in one list: type checkers read it, and at run time `lazy_loader` does."""
+
+from . import adapters as adapters
+from . import compact as compact
+from . import data as data
+from . import emoji as emoji
+from . import errors as errors
+from . import evaluate as evaluate
+from . import lora as lora
+from . import models as models
+from . import profile as profile
+from . import search as search
+from . import train as train
+from .adapters.guide import apply_lora_to_text_encoder as apply_lora_to_text_encoder
+from .adapters.guide import get_lora_state_dict as get_lora_state_dict
+from .adapters.guide import load_lora_adapters as load_lora_adapters
+from .adapters.guide import save_lora_adapters as save_lora_adapters
+from .adapters.loading import load_adapter as load_adapter
+from .adapters.native import read_adapter as read_adapter
+from .adapters.native import save_adapter as save_adapter
+from .adapters.open import Clip as Clip
+from .adapters.open import load as load
+from .data.labels import Labelled as Labelled
+from .data.labels_read import read_labelled as read_labelled
+from .data.pairs import Pairs as Pairs
+from .data.pairs import read_pairs as read_pairs
+from .errors import ClipgraftError as ClipgraftError
+from .evaluate.classify import evaluate_classification as evaluate_classification
+from .evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
+from .lora.combine import combine_adapters as combine_adapters
+from .lora.counting import count_parameters as count_parameters
+from .lora.inject import apply_lora as apply_lora
+from .lora.inject import remove_lora as remove_lora
+from .lora.merge import merge_lora as merge_lora
+from .lora.merge import unmerge_lora as unmerge_lora
+from .lora.switch import disable_lora as disable_lora
+from .lora.switch import enable_lora as enable_lora
+from .lora.switch import lora_disabled as lora_disabled
+from .lora.switch import set_adapter as set_adapter
+from .train.distill import distill as distill
+from .train.fit import fit as fit
+from .train.fit_classes import fit_classifier as fit_classifier
+
+__version__: str
