@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipgraft.adapters.native import write_adapter
 from clipgraft.data.feature_cache import FeatureCache, FeatureKey
-from clipgraft.engine import kernels
+from clipgraft.engine import attention
 from clipgraft.files import write_json
 from clipgraft.report import charts, page
 from clipgraft.report.examples import (
@@ -224,7 +224,7 @@ def cache(folder: Path) -> Subject:
 
 
 def kept(folder: Path) -> Subject:
-    """Small records that are made anew where they are wrong: examples of a report, choices of kernels."""
+    """Small records that are made anew where they are wrong: examples of a report, choices of attention."""
     run_files(folder)
     (run,) = read_sources([folder])
     assert isinstance(run, Run)
@@ -238,10 +238,10 @@ def kept(folder: Path) -> Subject:
         store_examples(run, examples)
     value = json.loads((folder / EXAMPLES_FILE).read_text())
     choices = {"here": {"float32 2 77": "math"}}
-    write_json(folder / "kernels.json", choices)
+    write_json(folder / "attention.json", choices)
 
     def read() -> object:
-        known = kernels._read(folder / "kernels.json")
+        known = attention._read(folder / "attention.json")
         assert all(isinstance(name, str) for keys in known.values() for name in keys.values())
         again = stored_examples(run)
         if again is None:
@@ -251,7 +251,7 @@ def kept(folder: Path) -> Subject:
 
     breaks: list[Callable[[Random], None]] = [
         lambda rng: _put(folder / EXAMPLES_FILE, odd_json(value, rng)),
-        lambda rng: _put(folder / "kernels.json", odd_json(choices, rng)),
+        lambda rng: _put(folder / "attention.json", odd_json(choices, rng)),
     ]
     return Subject(folder, read, breaks)
 

@@ -21,7 +21,7 @@ from clipgraft.adapters.clip_lora import write_clip_lora
 from clipgraft.adapters.formats import detect, read_any
 from clipgraft.adapters.guide_checkpoint import write_guide
 from clipgraft.adapters.native import AdapterFile, write_adapter
-from clipgraft.lora.state import LoraSettings
+from clipgraft.lora.config import LoraConfig
 from clipgraft.models.from_hf import load_hf
 from clipgraft.models.from_openclip import load_config, with_weights
 from clipgraft.models.sites import Site
@@ -135,7 +135,7 @@ def make_adapter(folder: Path) -> AdapterFile:
         return torch.randn(RANK, WIDTH, generator=generator), torch.randn(WIDTH, RANK, generator=generator)
 
     weights = {Site("text", block, role): pair() for block in range(2) for role in ("q", "v")}
-    settings = LoraSettings(r=RANK, alpha=4, targets="text-attention")
+    settings = LoraConfig(r=RANK, alpha=4, targets="text-attention")
     base = {"name": "ViT-B-32", "pretrained": "openai", "family": "open_clip"}
     return AdapterFile(
         folder, weights, settings, base=base, fingerprint="0123456789abcdef", metrics={"R@1": 0.5}

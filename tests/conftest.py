@@ -90,7 +90,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(autouse=True)
 def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention kernels tie for speed, so that no test depends on what else the machine is doing."""
-    monkeypatch.setattr("clipgraft.engine.kernels._seconds", lambda run: (run(), 1.0)[1])
+    monkeypatch.setattr("clipgraft.engine.attention._seconds", lambda run: (run(), 1.0)[1])
 
 
 @pytest.fixture(scope="session")

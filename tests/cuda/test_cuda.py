@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgraft as cg
-import clipgraft.engine.rows  # raw models know of mixed batches once it is imported
+import clipgraft.engine.mixed_batches  # raw models know of mixed batches once it is imported
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip, as_clip

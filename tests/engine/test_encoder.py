@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgraft as cg
+from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
-from clipgraft.engine.kernels import Attention
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit import (

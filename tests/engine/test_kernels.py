@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgraft.engine import kernels, products
-from clipgraft.engine.attention import causal_mask, length_mask, sdpa
+from clipgraft.engine import attention as kernels
+from clipgraft.engine import frozen_weights as products
+from clipgraft.engine.attention import Attention, causal_mask, length_mask, sdpa
 from clipgraft.engine.attention import products as two_products
-from clipgraft.engine.dropout import masked, random_mask
-from clipgraft.engine.kernels import Attention
+from clipgraft.engine.linear import masked, random_mask
 
 
 def qkv(length: int = 9, queries: int = 9) -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ def test_frozen_products_are_those_of_the_plain_weight(
     weight, bias = torch.randn(48, 32, generator=generator), torch.randn(48, generator=generator)
     x, grad = torch.randn(11, 32, generator=generator), torch.randn(11, 48, generator=generator)
     weight, bias, x, grad = (t.to(torch.bfloat16) for t in (weight, bias, x, grad))
-    frozen = products.Frozen(lambda: list(weight.split([20, 28])), bias.split([20, 28]))
+    frozen = products.FrozenWeight(lambda: list(weight.split([20, 28])), bias.split([20, 28]))
     assert frozen.packs == packing
     exact = F.linear(x.float(), weight.float(), bias.float())
     torch.testing.assert_close(frozen.forward(x).float(), exact, atol=0.1, rtol=0.01)

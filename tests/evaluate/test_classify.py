@@ -24,8 +24,8 @@ from clipgraft.evaluate.classify import (
     evaluate_classification,
     pool_prompts,
 )
+from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.inject import apply_lora
-from clipgraft.lora.switch import lora_disabled
 from clipgraft.models.clip import Clip
 from pictures import write_pictures
 

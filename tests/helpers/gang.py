@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.labels import Labelled
-from clipgraft.engine import kernels
+from clipgraft.engine import attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
@@ -156,7 +156,7 @@ def run_case(name: str, config: Path, table: Path, out: Path, peers: Peers = ALO
 def main(config: Path, table: Path, out: Path, *names: str) -> None:
     """What two processes do for the tests: cases by name, and runs that are stopped and resumed."""
     torch.set_num_threads(1)
-    kernels._seconds = lambda run: (run(), 1.0)[1]  # every process takes the first kernel
+    attention._seconds = lambda run: (run(), 1.0)[1]  # every process takes the first kernel
     encode, shares = fit_module.encode_images, []
 
     def counted(clip: Clip, paths: Any, **options: Any) -> Tensor:

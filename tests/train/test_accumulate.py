@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.data.features import encode_images
+from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
-from clipgraft.engine.kernels import Attention
 from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import contrastive_backward
 from clipgraft.train.feed import Feed, MicroBatch

@@ -32,7 +32,7 @@ from clipgraft.adapters.extras import KEY, extras, with_extras
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.uniform import Uniform, rescaled, uniform
 from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.state import LoraSettings, check_settings
+from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.models.sites import TOWERS, Site, Tower
 
 _ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "out"}
@@ -90,7 +90,7 @@ def clip_lora_adapter(
     }
     if not weights:
         raise AdapterError(f"{path} holds no LoRA weights: it is no adapter; check the path")
-    settings = LoraSettings(
+    settings = LoraConfig(
         r=rank(metadata, path),
         alpha=number(metadata, "alpha", path),
         dropout=number(metadata, "dropout_rate", path, 0.0),

@@ -24,7 +24,7 @@ from torch import Tensor
 from clipgraft.adapters.checkpoint import as_weight, number, paired, some
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.state import LoraSettings, check_settings
+from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.models.hf import path_site
 from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, read_weights
@@ -227,7 +227,7 @@ def _adapter(path: Path, encoder: _Encoder, alphas: Mapping[Site, float]) -> Ada
     weights = dict(sorted(pairs.items(), key=lambda item: item[0].order))
     ranks = {site: a.shape[0] for site, (a, _) in weights.items()}
     r, alpha = _most(ranks.values()), _most(alphas[site] for site in weights)
-    settings = LoraSettings(
+    settings = LoraConfig(
         r=int(r),
         alpha=alpha,
         dropout=0.0,

@@ -16,7 +16,7 @@ from clipgraft.adapters.checkpoint import mapping, number, shown, text
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.uniform import Weights, site_scale
 from clipgraft.errors import AdapterError
-from clipgraft.lora.state import LoraSettings
+from clipgraft.lora.config import LoraConfig
 
 KEY = "clipgraft"
 
@@ -60,7 +60,7 @@ def with_extras(adapter: AdapterFile, data: Mapping[str, Any]) -> AdapterFile:
     )
 
 
-def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, Any]) -> tuple[Weights, LoraSettings]:
+def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, Any]) -> tuple[Weights, LoraConfig]:
     """Weights without the zeros that evened out their ranks, at the scales they had with them."""
     weights: Weights = {}
     settings = adapter.settings

@@ -31,7 +31,7 @@ from clipgraft.adapters.lora_names import bare_name, guide_name, lora_site
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.uniform import Weights, plain, uniform
 from clipgraft.errors import AdapterError, ConfigError, TargetError
-from clipgraft.lora.state import LoraSettings, check_settings
+from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.lora.targets import override_values
 from clipgraft.models.family import is_lora
 from clipgraft.models.sites import ATTENTION_ROLES, BLOCK_ROLES, EMBEDDING_ROLES, TOWERS, Site
@@ -104,13 +104,13 @@ def _temperature(state: Mapping[str, Any]) -> float | None:
 
 def _settings(
     weights: Weights, config: Mapping[str, Any], state: Mapping[str, Any], path: Path
-) -> LoraSettings:
+) -> LoraConfig:
     r, alpha = rank(config, path), number(config, "alpha", path)
     sites = _all_sites(weights, state)
     try:
         ranks = override_values(sites, list(weights), _pattern(config, "rank_pattern", path))
         alphas = override_values(sites, list(weights), _pattern(config, "alpha_pattern", path))
-        settings = LoraSettings(
+        settings = LoraConfig(
             r=r,
             alpha=alpha,
             dropout=number(config, "dropout", path, 0.0),

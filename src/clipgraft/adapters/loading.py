@@ -15,18 +15,13 @@ from clipgraft.adapters.formats import read_any
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.peft_config import missing_sites
 from clipgraft.adapters.peft_openclip import OutProj
-from clipgraft.engine import rows as _rows  # noqa: F401 - gives Clip batches of several adapters
+from clipgraft.engine import mixed_batches as _mixed_batches  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError
+from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.initialization import start_on_base
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer
-from clipgraft.lora.starts import start_on_base
-from clipgraft.lora.state import (
-    DEFAULT,
-    Adapter,
-    LoraSettings,
-    check_name,
-    require_unmerged,
-)
+from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.gate import gate_of
@@ -131,8 +126,8 @@ def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
 
 
 def _with_starts(
-    clip: Clip, file: AdapterFile, settings: LoraSettings, weights: dict[Site, tuple[Tensor, Tensor]]
-) -> tuple[LoraSettings, dict[Site, tuple[Tensor, Tensor]]]:
+    clip: Clip, file: AdapterFile, settings: LoraConfig, weights: dict[Site, tuple[Tensor, Tensor]]
+) -> tuple[LoraConfig, dict[Site, tuple[Tensor, Tensor]]]:
     """PEFT's PiSSA: s·(B·A - B₀·A₀) beside a base that is as it was."""
     refs, scales = clip.site_refs, file.scales
     ranks, alphas, both = {}, {}, dict(weights)

@@ -22,8 +22,9 @@ from clipgraft.adapters.peft_config import config_json, named_base
 from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors, tower_prefix
 from clipgraft.adapters.uniform import site_scales
 from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.state import Adapter, LoraSettings, check_settings, require_lora, require_unmerged
-from clipgraft.lora.switch import adapter_logit_scale
+from clipgraft.lora.config import LoraConfig, check_settings
+from clipgraft.lora.control import adapter_logit_scale
+from clipgraft.lora.state import Adapter, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.hf import site_path
@@ -57,7 +58,7 @@ class AdapterFile(Result):
 
     path: Path
     weights: dict[Site, tuple[Tensor, Tensor]]
-    settings: LoraSettings
+    settings: LoraConfig
     config: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
@@ -191,8 +192,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _exact(
-    settings: LoraSettings, weights: Mapping[Site, tuple[Tensor, Tensor]], scales: Mapping[Site, float]
-) -> LoraSettings:
+    settings: LoraConfig, weights: Mapping[Site, tuple[Tensor, Tensor]], scales: Mapping[Site, float]
+) -> LoraConfig:
     """The settings with ranks and alphas as the weights have them, the most frequent ones as the default."""
     ranks = {site: a.shape[0] for site, (a, _) in weights.items()}
     root = settings.use_rslora

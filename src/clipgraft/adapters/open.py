@@ -12,7 +12,7 @@ from clipgraft.adapters.folder import is_adapter
 from clipgraft.adapters.formats import read_any
 from clipgraft.adapters.loading import load_adapter
 from clipgraft.adapters.runs import RunModel, find_run_model, is_model_folder, runs_near
-from clipgraft.engine import rows as _rows  # noqa: F401 - gives Clip batches of several adapters
+from clipgraft.engine import mixed_batches as _mixed_batches  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError, ModelError
 from clipgraft.models.clip import Clip as Clip
 from clipgraft.models.clip import Source

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgraft.adapters.checkpoint import number, rank, shown
 from clipgraft.adapters.patterns import Matches, PatternError, end_of_path, targeted
 from clipgraft.errors import AdapterError
-from clipgraft.lora.state import LoraSettings
+from clipgraft.lora.config import LoraConfig
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
 
@@ -41,7 +41,7 @@ _NOT_PLAIN = ("use_dora", "lora_bias", "modules_to_save")
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def config_json(settings: LoraSettings, sites: Iterable[Site], base_name: str) -> dict[str, Any]:
+def config_json(settings: LoraConfig, sites: Iterable[Site], base_name: str) -> dict[str, Any]:
     """`adapter_config.json`: what stock PEFT needs to rebuild these very layers.
 
     The patterns of the settings are by `str(site)`.
@@ -152,7 +152,7 @@ class Rules:
 
 def read_settings(
     weights: Mapping[Site, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path, prefix: str = ""
-) -> LoraSettings:
+) -> LoraConfig:
     """The settings that scale A and B; raises AdapterError if they do not fit them.
 
     `prefix` is what PEFT's module paths lacked of those of `CLIPModel`.
@@ -167,7 +167,7 @@ def read_settings(
                 f"{folder}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where the configuration says "
                 f"rank {ranks[site]}: the files are of two adapters; copy them together again"
             )
-    return LoraSettings(
+    return LoraConfig(
         r=rules.r,
         alpha=rules.alpha,
         dropout=rules.dropout,

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgraft.adapters.checkpoint import some
 from clipgraft.adapters.peft_config import check_config, read_settings
 from clipgraft.errors import AdapterError
-from clipgraft.lora.state import LoraSettings
+from clipgraft.lora.config import LoraConfig
 from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import Site
 
@@ -110,7 +110,7 @@ def tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
 
 def read_tensors(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, prefix: str = ""
-) -> tuple[Tensors, LoraSettings]:
+) -> tuple[Tensors, LoraConfig]:
     """What the file holds, by site, and the settings that scale it; `prefix` as `tower_prefix` says.
 
     Raises:

@@ -21,7 +21,7 @@ from clipgraft.adapters.checkpoint import as_weight, paired, some
 from clipgraft.adapters.peft_config import Rules, check_config
 from clipgraft.adapters.uniform import Weights
 from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.state import LoraSettings, check_settings
+from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.models.openclip import path_site, split_path
 from clipgraft.models.sites import Site
 
@@ -59,7 +59,7 @@ def is_peft_openclip(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 def read_peft_openclip(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, out_proj: OutProj | None = None
-) -> tuple[Weights, LoraSettings]:
+) -> tuple[Weights, LoraConfig]:
     """A and B by site, and the settings that scale them.
 
     Args:
@@ -182,8 +182,8 @@ def _settings(
     ranks: Mapping[Site, int],
     alphas: Mapping[Site, float],
     folder: Path,
-) -> LoraSettings:
-    settings = LoraSettings(
+) -> LoraConfig:
+    settings = LoraConfig(
         r=rules.r,
         alpha=rules.alpha,
         dropout=rules.dropout,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.lora.state import LoraSettings
+from clipgraft.lora.config import LoraConfig
 from clipgraft.models.sites import Site
 
 Weights = dict[Site, tuple[Tensor, Tensor]]
@@ -31,18 +31,18 @@ class Uniform:
     scale: float
 
 
-def site_scale(settings: LoraSettings, site: Site, r: int) -> float:
+def site_scale(settings: LoraConfig, site: Site, r: int) -> float:
     """α/r or α/√r of one site of rank `r`."""
     alpha = settings.alpha_pattern.get(str(site), settings.alpha)
     return alpha / (math.sqrt(r) if settings.use_rslora else r)
 
 
-def site_scales(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraSettings) -> dict[Site, float]:
+def site_scales(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> dict[Site, float]:
     """The scale of every site."""
     return {site: site_scale(settings, site, a.shape[0]) for site, (a, _) in weights.items()}
 
 
-def uniform(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraSettings) -> Uniform:
+def uniform(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> Uniform:
     """Linear weights brought to their largest rank and their most frequent scale."""
     r = max(a.shape[0] for a, _ in weights.values())
     scales = site_scales(weights, settings)

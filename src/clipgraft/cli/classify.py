@@ -25,7 +25,7 @@ from clipgraft.evaluate.classify import (
     classification_metrics,
     evaluate_classification,
 )
-from clipgraft.lora.rank import auto_rank
+from clipgraft.lora.config import auto_rank
 from clipgraft.models.clip import Clip
 from clipgraft.train.classes import Head, load_head
 from clipgraft.train.distributed import Peers

@@ -174,8 +174,8 @@ def side_by_side(
     clip: Clip, files: Sequence[Path], evaluate: Callable[[Tensor], _R], **options: Any
 ) -> dict[str, _R]:
     """What `evaluate` makes of unit-norm image features with the base and, if there is one, the adapter."""
+    from clipgraft.lora.control import lora_disabled
     from clipgraft.lora.state import lora_state
-    from clipgraft.lora.switch import lora_disabled
 
     state = lora_state(clip)
     if state is None:

@@ -89,7 +89,7 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
 def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     """Load what the specs name, and train it into `folder`; rank 0 reads the tables."""
     from clipgraft.cli.common import fit_options, hand_over, load_own_model, read_table
-    from clipgraft.lora.rank import auto_rank
+    from clipgraft.lora.config import auto_rank
     from clipgraft.train.fit import fit
 
     model_spec, data, _, lora, train, where = specs
@@ -296,7 +296,7 @@ def announce(clip: Clip, rows: int, unit: str, train: TrainSpec, processes: int 
     """One line on what is about to train; `unit` is what the rows are: pairs, or images."""
     import torch
 
-    from clipgraft.lora.counting import count_parameters
+    from clipgraft.lora.raw_parameters import count_parameters
     from clipgraft.lora.state import lora_state
 
     count = count_parameters(clip)

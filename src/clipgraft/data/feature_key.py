@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipgraft.data.feature_cache import FeatureKey
 from clipgraft.data.loading import Transform
 from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
-from clipgraft.lora.parameters import AdaptedProjection
+from clipgraft.lora.raw_parameters import AdaptedProjection
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from clipgraft.engine import towers
-from clipgraft.engine.acting import Acting, Mix, Share
-from clipgraft.engine.kernels import Attention
+from clipgraft.engine.attention import Attention
+from clipgraft.engine.frozen_weights import WeightCache
+from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters
 from clipgraft.engine.packing import Packed, pack
-from clipgraft.engine.weights import Weights
 from clipgraft.lora.state import Adapter, lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower
@@ -48,7 +48,7 @@ class Encoder:
         self.attention = Attention() if attention is None else attention
         self.autocast = autocast
         self._checkpointing = grad_checkpointing
-        self._weights = Weights(self.dtype, pack)
+        self._weights = WeightCache(self.dtype, pack)
         self._norms = clip.family.norms(clip.model)
         self._text = clip.family.text_tower(clip.model)
         self._vision = clip.family.vision_tower(clip.model)
@@ -125,7 +125,7 @@ class Encoder:
 
     def _run(self) -> towers.Run:
         state = lora_state(self.clip)
-        acting = Acting.of(None if state is None else state.acting, self._norms)
+        acting = ActiveAdapter.of(None if state is None else state.acting, self._norms)
         kernel = self.attention.kernel(trains=self.clip.model.training)
         return towers.Run(self._weights, acting, kernel, self._checkpointing)
 
@@ -143,7 +143,7 @@ class Encoder:
             (B, D) features, not normalised.
         """
         order = torch.cat([rows for _, rows in groups])
-        actings = [Acting.of(adapter, self._norms) for adapter, _ in groups]
+        actings = [ActiveAdapter.of(adapter, self._norms) for adapter, _ in groups]
         counts = [len(rows) for _, rows in groups]
         with torch.no_grad():
             ordered = inputs[order.to(inputs.device)]
@@ -154,22 +154,22 @@ class Encoder:
         """Whether a tower is computed here, and not by its own forward."""
         return (self._text if tower == "text" else self._vision) is not None
 
-    def _mixed_text(self, tokens: Tensor, actings: list[Acting], counts: list[int]) -> Tensor:
+    def _mixed_text(self, tokens: Tensor, actings: list[ActiveAdapter], counts: list[int]) -> Tensor:
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         assert self._text is not None
         assert ends is not None
         kinds = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         packed = pack(tokens.cpu(), ends.cpu(), kinds).to(self.clip.device)
-        shares = [Share(*parts) for parts in zip(actings, *packed.shares, strict=True)]
+        shares = [AdapterShare(*parts) for parts in zip(actings, *packed.shares, strict=True)]
         return towers.run_text(self._text, packed, self._mixed_run(shares))
 
-    def _mixed_images(self, pixels: Tensor, actings: list[Acting], counts: list[int]) -> Tensor:
+    def _mixed_images(self, pixels: Tensor, actings: list[ActiveAdapter], counts: list[int]) -> Tensor:
         assert self._vision is not None
         stops = list(itertools.accumulate(counts))
         rows = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
-        shares = [Share(acting, own, own) for acting, own in zip(actings, rows, strict=True)]
+        shares = [AdapterShare(acting, own, own) for acting, own in zip(actings, rows, strict=True)]
         return towers.run_vision(self._vision, self._moved(pixels), self._mixed_run(shares))
 
-    def _mixed_run(self, shares: list[Share]) -> towers.Run:
+    def _mixed_run(self, shares: list[AdapterShare]) -> towers.Run:
         kernel = self.attention.kernel(trains=False)
-        return towers.Run(self._weights, Acting(), kernel, mix=Mix(tuple(shares)))
+        return towers.Run(self._weights, ActiveAdapter(), kernel, mix=MixedAdapters(tuple(shares)))

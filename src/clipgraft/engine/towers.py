@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipgraft.engine.acting import Acting, Mix
-from clipgraft.engine.activation import activate
 from clipgraft.engine.attention import (
     Attend,
     causal_mask,
@@ -21,10 +19,13 @@ from clipgraft.engine.attention import (
     look_up,
     split_heads,
 )
+from clipgraft.engine.frozen_weights import WeightCache
 from clipgraft.engine.linear import frozen_linear, trained_linear
+from clipgraft.engine.mixed_adapters import ActiveAdapter, MixedAdapters
 from clipgraft.engine.packing import Group, Packed
-from clipgraft.engine.weights import Weights
-from clipgraft.models.anatomy import Block, Linear, Part, TextTower, VisionTower
+from clipgraft.models.anatomy import Activation, Block, Linear, Part, TextTower, VisionTower
+
+_SLOPE = 1.702
 
 
 class Layout(Protocol):
@@ -111,11 +112,11 @@ class Run:
         mix: adapters that act on some rows each, without gradients; None for one adapter, or none, on all.
     """
 
-    weights: Weights
-    acting: Acting
+    weights: WeightCache
+    acting: ActiveAdapter
     kernel: Attend
     checkpointing: bool = False
-    mix: Mix | None = None
+    mix: MixedAdapters | None = None
 
     def times(self, length: int) -> Run:
         """For rows that are to be `length` nodes each."""
@@ -265,3 +266,27 @@ def run_to_block(tower: VisionTower, x: Tensor, run: Run, stop: int) -> Tensor:
 
 def _images(x: Tensor) -> Images:
     return Images(x.shape[0], x.shape[1], x.device)
+
+
+def activate(x: Tensor, kind: Activation) -> Tensor:
+    """Elementwise, in the type of `x`."""
+    if kind == "quick_gelu":
+        y: Tensor = _QuickGelu.apply(x)
+        return y
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+class _QuickGelu(torch.autograd.Function):
+    """x·σ(1.702·x) through SiLU, which is one pass forward and one back, where the formula takes five."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        steep = x * _SLOPE
+        ctx.save_for_backward(steep)
+        return F.silu(steep).mul_(1 / _SLOPE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (steep,) = ctx.saved_tensors
+        grad_x: Tensor = torch.ops.aten.silu_backward(grad, steep)
+        return grad_x

@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.control import set_adapter
+from clipgraft.lora.initialization import principal
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.merge import weight_change
-from clipgraft.lora.starts import principal
-from clipgraft.lora.state import (
-    Adapter,
-    LoraSettings,
-    LoraState,
-    check_name,
-    require_lora,
-    require_unmerged,
-)
-from clipgraft.lora.switch import set_adapter
+from clipgraft.lora.state import Adapter, LoraState, check_name, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_weight
 from clipgraft.models.sites import Site
@@ -161,7 +155,7 @@ def _attach(
     sources = {given: state.adapters[given] for given in weights}
     ranks = {str(site): a.shape[0] for site, (a, _) in factors.items()}
     biases = {adapter.settings.bias for adapter in sources.values()}
-    settings = LoraSettings(
+    settings = LoraConfig(
         r=max(ranks.values()),
         alpha=max(ranks.values()),
         targets=",".join(ranks),

@@ -10,30 +10,27 @@ from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.attention import graft_attention, ungraft_attention
+from clipgraft.lora.config import Bias, LoraConfig, Start, check_settings
+from clipgraft.lora.control import make_active
+from clipgraft.lora.initialization import start_on_base
 from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
 from clipgraft.lora.merge import restore
-from clipgraft.lora.parameters import (
+from clipgraft.lora.raw_parameters import (
     graft_projection,
     graft_table,
     ungraft_projection,
     ungraft_table,
 )
-from clipgraft.lora.starts import start_on_base
 from clipgraft.lora.state import (
     DEFAULT,
     STATE,
     Adapter,
-    Bias,
-    LoraSettings,
     LoraState,
-    Start,
     check_name,
-    check_settings,
     lora_state,
     require_lora,
     require_unmerged,
 )
-from clipgraft.lora.switch import choose
 from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight, submodule
@@ -87,7 +84,7 @@ def apply_lora(
         AdapterError: the model already carries an adapter of that name, or others are merged into it.
     """
     expression = targets if isinstance(targets, str) else ",".join(targets)
-    settings = LoraSettings(
+    settings = LoraConfig(
         r=r,
         alpha=r if alpha is None else alpha,
         dropout=dropout,
@@ -106,7 +103,7 @@ def apply_lora(
     return sum(layer.r > 0 for layer in adapter.layers.values())
 
 
-def _check_ranks(clip: Clip, settings: LoraSettings) -> None:
+def _check_ranks(clip: Clip, settings: LoraConfig) -> None:
     """Refuse ranks far above what a site's weight can have, which fill the memory and gain nothing.
 
     A little above is wasteful and no slip: tiny models are tried with the usual rank.
@@ -126,7 +123,7 @@ def _check_ranks(clip: Clip, settings: LoraSettings) -> None:
 
 def attach(
     clip: Clip,
-    settings: LoraSettings,
+    settings: LoraConfig,
     name: str = DEFAULT,
     *,
     activate: bool = True,
@@ -158,11 +155,11 @@ def attach(
             _take_off(clip, state, {name})
             _hang(clip, state, name, adapter)
             state.enabled = state.enabled or activate
-            choose(clip, state, active)
+            make_active(clip, state, active)
         return adapter
 
 
-def _build(clip: Clip, settings: LoraSettings) -> Adapter:
+def _build(clip: Clip, settings: LoraConfig) -> Adapter:
     """New updates for the sites that the settings choose; the model is not touched."""
     refs = clip.site_refs
     chosen = select_sites(list(refs), settings.targets)
@@ -296,7 +293,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
             if keep_merged:
                 state.merged = None
             restore(clip, state)
-            choose(clip, state, state.active)
+            make_active(clip, state, state.active)
             _take_off(clip, state, gone)
             if not state.adapters:
                 _ungraft_all(clip, state)
@@ -307,7 +304,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
 def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:
     """Empty the slots of some adapters, if the model carries them."""
     if state.active in names:
-        choose(clip, state, None)
+        make_active(clip, state, None)
     for slot in state.slots.values():
         for name in names:
             slot.drop(name)

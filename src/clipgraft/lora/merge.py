@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from clipgraft.errors import AdapterError
+from clipgraft.lora.control import make_active
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import LoraState, Merged, require_lora, require_unmerged
-from clipgraft.lora.switch import choose
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.gate import gate_of
@@ -44,7 +44,7 @@ def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float]
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 weight.copy_(weight.to(wide) + change.to(wide))
             state.merged = Merged(weights, originals)
-            choose(clip, state, state.active)
+            make_active(clip, state, state.active)
 
 
 def unmerge_lora(model: ClipLike) -> None:
@@ -60,7 +60,7 @@ def unmerge_lora(model: ClipLike) -> None:
             raise AdapterError("nothing is merged into this model: call merge_lora first")
         with gate_of(clip.model).alone():
             restore(clip, state)
-            choose(clip, state, state.active)
+            make_active(clip, state, state.active)
 
 
 def restore(clip: Clip, state: LoraState) -> None:

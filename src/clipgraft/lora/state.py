@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from clipgraft.errors import AdapterError, ConfigError
+from clipgraft.errors import AdapterError
+from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
 from clipgraft.models.clip import Clip, ClipLike
 from clipgraft.models.sites import Site, Tower
 
 STATE = "_clipgraft_lora"
-_MOST_ALPHA = 1e9
 DEFAULT = "default"
-Bias = Literal["none", "lora_only", "all"]
-Start = Literal["default", "pissa", "eva"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What `apply_lora` was asked for, as adapter files record it."""
-
-    r: int = 16
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: str = "text-attention"
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    train_logit_scale: bool = False
-    use_dora: bool = False
-    bias: Bias = "none"
-    init: Start = "default"
 
 
 @dataclass
@@ -52,7 +32,7 @@ class Adapter:
         origin: the file that its weights were loaded from; empty for a new one.
     """
 
-    settings: LoraSettings
+    settings: LoraConfig
     layers: dict[Site, LoraLayer] = field(default_factory=dict)
     norms: dict[str, BiasLayer] = field(default_factory=dict)
     logit_scale: Tensor | None = None
@@ -172,27 +152,3 @@ def check_name(name: str) -> str:
             f"adapter name {name!r}: write letters, digits, '_', '-' and '+', the first a letter or digit"
         )
     return name
-
-
-def check_settings(settings: LoraSettings, ranks: Iterable[int], alphas: Iterable[float]) -> None:
-    """Raise ConfigError, with all faults at once, if a rank, alpha or dropout is out of range."""
-    faults = [f"r must be a whole number from 1 up, got {r}" for r in (settings.r, *ranks) if not _is_rank(r)]
-    faults += [
-        f"alpha must be a positive number, got {alpha:g}"
-        if not alpha > _MOST_ALPHA
-        else f"alpha above {_MOST_ALPHA:g} takes updates out of the range of fp32, got {alpha:g}"
-        for alpha in (settings.alpha, *alphas)
-        if not 0 < alpha <= _MOST_ALPHA
-    ]
-    if not 0 <= settings.dropout < 1:
-        faults.append(f"dropout must be in [0, 1), got {settings.dropout:g}")
-    for name, allowed in (("bias", Bias), ("init", Start)):
-        if getattr(settings, name) not in allowed.__args__:  # type: ignore[attr-defined]
-            choices = ", ".join(allowed.__args__)  # type: ignore[attr-defined]
-            faults.append(f"{name} must be one of {choices}, got {getattr(settings, name)!r}")
-    if faults:
-        raise ConfigError("LoRA: " + "; ".join(dict.fromkeys(faults)))
-
-
-def _is_rank(r: object) -> bool:
-    return isinstance(r, int) and not isinstance(r, bool) and r >= 1

@@ -261,7 +261,7 @@ _registered: list[RowsEncoder] = []
 
 
 def register_rows_encoder(encoder: RowsEncoder) -> None:
-    """Tell how rows of several adapters are encoded; `clipgraft.engine.rows`, which stands above, does so."""
+    """Set the function that encodes batches of several adapters (`clipgraft.engine.mixed_batches`)."""
     _registered[:] = [encoder]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipgraft.adapters.formats import adapter_place, detect, read_any
 from clipgraft.adapters.native import AdapterFile
-from clipgraft.lora.state import LoraSettings
+from clipgraft.lora.config import LoraConfig
 from clipgraft.models.save import size_on_disk
 
 
@@ -45,7 +45,7 @@ class AdapterInspection:
     format: str
     base: dict[str, str]
     fingerprint: str | None
-    settings: LoraSettings
+    settings: LoraConfig
     sites: tuple[AdaptedSite, ...]
     parameters: int
     bytes: int

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
+from clipgraft.lora.control import disable_lora
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import lora_state
-from clipgraft.lora.switch import disable_lora
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.failures import one_line
 from clipgraft.models.family import base_parameter, is_lora, submodule

@@ -18,7 +18,7 @@ from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.errors import DataError, ModelError
-from clipgraft.lora.switch import lora_disabled
+from clipgraft.lora.control import lora_disabled
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.report.runs import Run

@@ -26,8 +26,8 @@ from clipgraft.data.features import image_steps
 from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.data.table_options import TableOptions
+from clipgraft.engine.attention import KERNELS, Attention
 from clipgraft.engine.encoder import Encoder
-from clipgraft.engine.kernels import KERNELS, Attention
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.files import inside
 from clipgraft.models.clip import Clip, ClipLike, as_clip

@@ -14,7 +14,7 @@ from torch import Tensor
 from clipgraft.data.features import evaluating
 from clipgraft.data.loading import made_ahead
 from clipgraft.engine.encoder import Encoder
-from clipgraft.lora.switch import set_adapter
+from clipgraft.lora.control import set_adapter
 from clipgraft.search.decoding import Decoded
 from clipgraft.search.makers import Maker
 from clipgraft.search.manifest import VectorSet

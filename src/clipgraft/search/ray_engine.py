@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
-from clipgraft.engine.kernels import Attention
 from clipgraft.errors import ClusterError, ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip
 from clipgraft.search.engine import Encoded, LocalEngine

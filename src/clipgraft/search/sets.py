@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError
+from clipgraft.lora.control import disable_lora, set_adapter
 from clipgraft.lora.state import Adapter, lora_state, require_lora, require_unmerged
-from clipgraft.lora.switch import disable_lora, set_adapter
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower
 from clipgraft.search.manifest import AdapterNote, VectorSet, is_set_folder

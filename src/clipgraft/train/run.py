@@ -19,8 +19,8 @@ from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.bootstrap import Measured
-from clipgraft.lora.counting import count_parameters
-from clipgraft.lora.starts import changes_nothing
+from clipgraft.lora.initialization import changes_nothing
+from clipgraft.lora.raw_parameters import count_parameters
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.precision import use_autocast

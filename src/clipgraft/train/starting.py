@@ -8,7 +8,7 @@ import random
 import torch
 
 from clipgraft.data.pairs import Pairs
-from clipgraft.lora.starts import is_new, start_from_data
+from clipgraft.lora.initialization import is_new, start_from_data
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.pictures import open_image

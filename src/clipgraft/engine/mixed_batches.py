@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import AdapterError
+from clipgraft.lora.control import make_active
 from clipgraft.lora.state import Adapter, LoraState, lora_state, require_unmerged
-from clipgraft.lora.switch import choose
 from clipgraft.models.clip import Clip, Names, register_rows_encoder
 from clipgraft.models.gate import gate_of
 from clipgraft.models.sites import Tower
@@ -108,7 +108,7 @@ def _one_by_one(clip: Clip, tower: Tower, inputs: Tensor, groups: _Groups) -> Te
                 if name is not None:
                     state.named(name)
                 state.enabled = True
-                choose(clip, state, name)
+                make_active(clip, state, name)
             own = encode(clip.model, inputs[rows.to(inputs.device)])
             if features is None:
                 features = own.new_empty(len(inputs), *own.shape[1:])
@@ -130,7 +130,7 @@ def _as_it_was(clip: Clip, state: LoraState | None) -> Iterator[None]:
     finally:
         clip.model.train(training)
         state.enabled = enabled
-        choose(clip, state, active)
+        make_active(clip, state, active)
 
 
 register_rows_encoder(encode_rows)

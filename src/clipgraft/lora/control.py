@@ -26,7 +26,7 @@ def set_adapter(model: ClipLike, name: str | None) -> None:
         require_unmerged(clip, "change the adapter")
         with gate_of(clip.model).alone():
             state.enabled = True
-            choose(clip, state, name)
+            make_active(clip, state, name)
 
 
 def enable_lora(model: ClipLike) -> None:
@@ -71,10 +71,10 @@ def _set_enabled(model: ClipLike, enabled: bool) -> None:
         require_unmerged(clip, "enable an adapter" if enabled else "disable it")
         with gate_of(clip.model).alone():
             state.enabled = enabled
-            choose(clip, state, state.active)
+            make_active(clip, state, state.active)
 
 
-def choose(clip: Clip, state: LoraState, name: str | None) -> None:
+def make_active(clip: Clip, state: LoraState, name: str | None) -> None:
     """Bring the model into line with its state and a new choice; to be called by who is alone with it."""
     _put_scale_aside(clip, state)
     state.active = name

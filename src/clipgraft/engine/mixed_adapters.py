@@ -18,14 +18,14 @@ from clipgraft.models.sites import Site
 
 
 @dataclass(frozen=True)
-class Acting:
+class ActiveAdapter:
     """One adapter as the engine reads it: its updates by site, and what it adds to the biases of norms."""
 
     layers: Mapping[Site, LoraLayer] = field(default_factory=dict)
     norms: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter | None, norms: Mapping[str, nn.LayerNorm]) -> Acting:
+    def of(cls, adapter: Adapter | None, norms: Mapping[str, nn.LayerNorm]) -> ActiveAdapter:
         """An adapter, or none, given the model's norms by path."""
         if adapter is None:
             return cls()
@@ -42,26 +42,26 @@ class Acting:
 
 
 @dataclass(frozen=True)
-class Share:
+class AdapterShare:
     """The nodes that one adapter acts on: `nodes` of all, and `pooled` among the pooled ones."""
 
-    acting: Acting
+    acting: ActiveAdapter
     nodes: slice
     pooled: slice | Tensor
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixedAdapters:
     """Adapters on some nodes each. Nothing here has gradients, and dropout does not act.
 
     What the base gives is computed for all nodes at once; each adapter adds its part in place.
     """
 
-    shares: tuple[Share, ...]
+    shares: tuple[AdapterShare, ...]
 
-    def times(self, length: int) -> Mix:
+    def times(self, length: int) -> MixedAdapters:
         """The same with `length` nodes for each one here."""
-        return Mix(
+        return MixedAdapters(
             tuple(
                 replace(share, nodes=slice(share.nodes.start * length, share.nodes.stop * length))
                 for share in self.shares

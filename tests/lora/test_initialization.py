@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.lora.starts import principal
+from clipgraft.lora.initialization import principal
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from clipgraft.models.family import site_weight

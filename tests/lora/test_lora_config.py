@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipgraft.lora.rank import Task, auto_rank
+from clipgraft.lora.config import Task, auto_rank
 
 
 @pytest.mark.parametrize(
