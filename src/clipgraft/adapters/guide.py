@@ -12,7 +12,7 @@ from clipgraft.adapters.native import AdapterFile, lora_state_dict, save_adapter
 from clipgraft.lora.control import disable_lora, enable_lora
 from clipgraft.lora.inject import apply_lora
 from clipgraft.lora.merge import merge_lora, unmerge_lora
-from clipgraft.lora.raw_parameters import count_parameters, verify_gradients
+from clipgraft.lora.parameters import count_parameters, verify_gradients
 from clipgraft.lora.state import require_lora
 from clipgraft.lora.targets import guide_targets
 from clipgraft.models.clip import Clip, ClipLike

@@ -296,7 +296,7 @@ def announce(clip: Clip, rows: int, unit: str, train: TrainSpec, processes: int 
     """One line on what is about to train; `unit` is what the rows are: pairs, or images."""
     import torch
 
-    from clipgraft.lora.raw_parameters import count_parameters
+    from clipgraft.lora.parameters import count_parameters
     from clipgraft.lora.state import lora_state
 
     count = count_parameters(clip)

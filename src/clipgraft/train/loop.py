@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipgraft.errors import TrainingError
-from clipgraft.lora.raw_parameters import verify_gradients
+from clipgraft.lora.parameters import verify_gradients
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.train.accumulate import contrastive_backward

@@ -20,7 +20,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.lora.initialization import changes_nothing
-from clipgraft.lora.raw_parameters import count_parameters
+from clipgraft.lora.parameters import count_parameters
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.precision import use_autocast
