@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from clipgraft.config import TrainSpec, build_specs, read_yaml
+from clipgraft.cli.flags.groups import build_options, read_yaml
+from clipgraft.config import TrainSpec
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import read_pairs
 from clipgraft.data.prompts import read_prompts
@@ -230,7 +231,7 @@ def settings(folder: Path) -> Subject:
     def read() -> object:
         values = read_yaml(path)
         try:
-            return build_specs([TrainSpec], values)
+            return build_options([TrainSpec], values)
         except ConfigError as error:  # one line for each flag, which it names
             raise ConfigError(str(error).splitlines()[0]) from error
 

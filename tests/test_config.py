@@ -12,14 +12,16 @@ from pydantic import ValidationError
 
 import clipgraft as cg
 from clipgraft import config
-from clipgraft.config import LoraSpec, RunSpec, Spec, TrainSpec, build_specs, flag
+from clipgraft.cli.flags.groups import build_options, flag
+from clipgraft.config import LoraSpec, RunSpec, TrainSpec
+from clipgraft.options import Options
 
 SPECS = [
     kind
     for kind in vars(config).values()
-    if inspect.isclass(kind) and issubclass(kind, Spec) and kind is not Spec
+    if inspect.isclass(kind) and issubclass(kind, Options) and kind is not Options
 ]
-REQUIRED: dict[type[Spec], dict[str, str]] = {
+REQUIRED: dict[type[Options], dict[str, str]] = {
     config.CompactSpec: {"model": "a", "out": "b"},
     config.ConvertSpec: {"src": "a", "out": "b", "to": "peft"},
     config.InspectSpec: {"model": "a"},
@@ -34,14 +36,14 @@ REQUIRED: dict[type[Spec], dict[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
-def test_every_flag_is_explained(kind: type[Spec]) -> None:
+def test_every_flag_is_explained(kind: type[Options]) -> None:
     """`--help` would list a flag without a word on it."""
     assert all(info.description for info in kind.model_fields.values())
     assert kind.__doc__
 
 
 @pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
-def test_defaults_are_valid(kind: type[Spec]) -> None:
+def test_defaults_are_valid(kind: type[Options]) -> None:
     """A default that its own check refuses fails for whoever writes it out."""
     spec = kind(**REQUIRED.get(kind, {}))
     assert kind(**spec.model_dump()) == spec
@@ -49,7 +51,7 @@ def test_defaults_are_valid(kind: type[Spec]) -> None:
 
 def test_a_field_goes_to_every_spec_that_has_it() -> None:
     """`--seed` would reach the order of batches but not what else is seeded."""
-    train, demo = build_specs([TrainSpec, config.DemoSpec], {"seed": 3, "epochs": 2})
+    train, demo = build_options([TrainSpec, config.DemoSpec], {"seed": 3, "epochs": 2})
     assert (train.seed, demo.seed, train.epochs, demo.epochs) == (3, 3, 2, 2)  # type: ignore[attr-defined]
 
 
@@ -62,7 +64,7 @@ def test_specs_do_not_change() -> None:
 def test_faults_of_several_specs_come_together() -> None:
     """Each spec that is checked alone costs the user another run."""
     with pytest.raises(cg.errors.ConfigError) as caught:
-        build_specs([LoraSpec, TrainSpec, RunSpec], {"lora_r": 0, "lr": 0, "resume": "x", "nmae": "y"})
+        build_options([LoraSpec, TrainSpec, RunSpec], {"lora_r": 0, "lr": 0, "resume": "x", "nmae": "y"})
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "--nmae",
         "--lora-r",
@@ -80,7 +82,7 @@ def test_any_settings_give_specs_or_lines(values: dict[str, object]) -> None:
     """A YAML file can hold anything; the user must never meet pydantic."""
     told = "--"
     try:
-        build_specs([TrainSpec], values)
+        build_options([TrainSpec], values)
     except cg.errors.ConfigError as error:
         told = str(error)
     assert all(line.startswith("--") for line in told.splitlines())
@@ -104,7 +106,7 @@ def test_flag_spelling() -> None:
 def test_absurd_numbers_are_refused_with_what_would_come_of_them(name: str, value: float, why: str) -> None:
     """A slip of the keyboard would cost a night, or end with a loss that is nan and advice about --lr."""
     with pytest.raises(cg.errors.ConfigError) as caught:
-        build_specs([TrainSpec], {name: value})
+        build_options([TrainSpec], {name: value})
     assert str(caught.value).startswith(f"--{name.replace('_', '-')}: got ")
     assert why in str(caught.value)
 
@@ -121,9 +123,9 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda part: getattr(part, "__name__", part))
-def test_no_number_is_without_end(kind: type[Spec], name: str) -> None:
+def test_no_number_is_without_end(kind: type[Options], name: str) -> None:
     """`--k 1e12` or `--cache-gb 1e300` would run out of memory, or long after the slip of the keyboard."""
     with pytest.raises(cg.errors.ConfigError) as caught:
-        build_specs([kind], {name: 10**40})
+        build_options([kind], {name: 10**40})
     (line,) = [line for line in str(caught.value).splitlines() if line.startswith(f"{flag(name)}: got ")]
     assert re.search(r"(from .* to .*: \w.*|less than .*)$", line), line

@@ -15,6 +15,7 @@ LAYERS = (
     ("locks",),
     ("files", "readers"),
     ("records", "yaml_files", "ours", "emoji", "pictures"),
+    ("options",),
     ("config",),
     ("models",),
     ("results",),

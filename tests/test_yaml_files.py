@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clipgraft.config import read_yaml
+from clipgraft.cli.flags.groups import read_yaml
 from clipgraft.data.prompts import read_prompts
 from clipgraft.errors import ClipgraftError, ConfigError
 

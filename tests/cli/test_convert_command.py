@@ -18,8 +18,8 @@ import clipgraft as cg
 from clipgraft.adapters.formats import read_any
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.cli.parser import parse
-from clipgraft.config import Positional, Spec
 from clipgraft.models.load import load
+from clipgraft.options import Options, Positional
 from explicit import explicit_model, features, inputs, largest, randomise_lora
 from guidelayers import apply_guide, deltas, updates_of
 
@@ -182,7 +182,7 @@ def test_help_shows_the_places(cli: Any, capsys: pytest.CaptureFixture[str]) -> 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-class Places(Spec):
+class Places(Options):
     """A spec with places."""
 
     first: Annotated[Path, Positional()]

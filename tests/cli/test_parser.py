@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 import clipgraft as cg
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.help import EXAMPLES
 from clipgraft.cli.main import VERBS, main
 from clipgraft.cli.parser import parse
-from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, Spec, TrainSpec, flag
+from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
+from clipgraft.options import Options
 
-KINDS: list[type[Spec]] = [ModelSpec, DataSpec, LoraSpec, TrainSpec, RunSpec]
+KINDS: list[type[Options]] = [ModelSpec, DataSpec, LoraSpec, TrainSpec, RunSpec]
 
 
 def values(*words: str) -> dict[str, Any]:

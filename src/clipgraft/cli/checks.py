@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgraft.config import ClassSpec, ColumnSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec, flag
+from clipgraft.cli.flags.groups import flag
+from clipgraft.config import ClassSpec, ColumnSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
 from clipgraft.errors import ClipgraftError, together
 
 if TYPE_CHECKING:

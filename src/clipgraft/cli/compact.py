@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
-from clipgraft.config import (
-    CompactSpec,
-    DeviceSpec,
-    DistillSpec,
-    ModelSpec,
-    Spec,
-    TableSpec,
-    TrainSpec,
-    flag,
-)
+from clipgraft.config import CompactSpec, DeviceSpec, DistillSpec, ModelSpec, TableSpec, TrainSpec
 from clipgraft.locks import sole_owner
+from clipgraft.options import Options
 
 if TYPE_CHECKING:
     from clipgraft.compact.model import Compacted
@@ -35,7 +28,7 @@ _SUMMARY = (
 
 def run(argv: Sequence[str]) -> None:
     """Parse, cut, distil if asked to, write, and say what was written."""
-    kinds: list[type[Spec]] = [CompactSpec, DistillSpec, TableSpec, TrainSpec, DeviceSpec]
+    kinds: list[type[Options]] = [CompactSpec, DistillSpec, TableSpec, TrainSpec, DeviceSpec]
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
     _check_together(spec, teaching, table, train, device)
     folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
-from clipgraft.config import EncodeSpec, ModelSpec, flag
+from clipgraft.config import EncodeSpec, ModelSpec
 from clipgraft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
-from clipgraft.config import ClassSpec, DataSpec, EvalSpec, ModelSpec, Spec
+from clipgraft.config import ClassSpec, DataSpec, EvalSpec, ModelSpec
 from clipgraft.errors import ConfigError
+from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _SHOWN = (
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, evaluate, print a table and optionally write JSON."""
-    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassSpec, EvalSpec]
+    kinds: list[type[Options]] = [ModelSpec, DataSpec, ClassSpec, EvalSpec]
     model_spec, data, classes, spec = parse("eval", _SUMMARY, kinds, argv)
     checks.refuse(_faults(model_spec, data, classes, spec))
     from clipgraft.adapters.loading import load_adapter

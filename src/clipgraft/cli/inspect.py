@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
-from clipgraft.config import InspectSpec, flag
+from clipgraft.config import InspectSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:

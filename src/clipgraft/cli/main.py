@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, cast
 
+from clipgraft.cli.flags.wording import reworded, wording
 from clipgraft.cli.sweep_cell import CELL_PROCESS
 from clipgraft.errors import ClipgraftError
 from clipgraft.shown import ShownFormatter, ShownStream, one_line, shown
@@ -99,7 +100,7 @@ def _signal_of(stop: KeyboardInterrupt) -> int:
 def _fail(lines: Sequence[str], code: int = 2) -> int:
     sys.stdout.flush()
     for line in lines:
-        print(f"clipgraft: {shown(one_line(line))}", file=sys.stderr)
+        print(f"clipgraft: {shown(one_line(wording(line)))}", file=sys.stderr)
     return code
 
 
@@ -120,7 +121,7 @@ class _Lines(_Handler):
 
 @contextlib.contextmanager
 def plain_output() -> Iterator[None]:
-    """The library's own log lines go to the terminal; UTF-8 whatever the locale says.
+    """The library's own log lines go to the terminal, with flags for options; UTF-8 whatever the locale says.
 
     Control characters of names and captions, which are a stranger's, are written out.
     """
@@ -137,7 +138,8 @@ def plain_output() -> Iterator[None]:
     log.propagate = False
     log.addHandler(handler)
     try:
-        yield
+        with reworded(log):
+            yield
     finally:
         sys.stdout = outer
         warnings.formatwarning = plain

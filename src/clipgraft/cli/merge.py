@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
-from clipgraft.config import MergeSpec, flag
+from clipgraft.config import MergeSpec
 from clipgraft.errors import ConfigError, together
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Flags from specs: the command line, the YAML file and Python share one declaration and one check."""
+"""Parse a command's arguments: the command line, the YAML file and Python share one declaration and check."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
-from clipgraft.cli.help import EXAMPLES, first, heading, in_order
-from clipgraft.config import (
-    Repeated,
-    Spec,
-    build_specs,
+from clipgraft.cli.flags.groups import (
+    AnyGroup,
+    Group,
+    build_options,
     flag,
+    grouped,
     positional_fields,
     read_yaml,
-    takes_many,
 )
+from clipgraft.cli.flags.wording import wording
+from clipgraft.cli.help import EXAMPLES, first, heading, in_order
 from clipgraft.errors import ConfigError
+from clipgraft.options import Options, Repeated
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 _NO_VALUE = "{flag} is a switch and takes no value: write {flag} alone, or {off}"
@@ -39,15 +41,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
-def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[str]) -> list[Any]:
-    """The specs of a command from its arguments; `--config` values give way to flags.
+def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str]) -> list[Any]:
+    """The options of a command from its arguments; `--config` values give way to flags.
 
     Raises:
         ConfigError: every unknown flag and unusable value, one line each.
     """
     prog = f"clipgraft {verb}"
-    places = [name for kind in kinds for name in positional_fields(kind)]
-    many = [name for kind in kinds for name in positional_fields(kind) if takes_many(kind, name)]
+    wording.learn(kinds)
+    groups_of = grouped(kinds)
+    by_place = positional_fields(kinds)
+    places, many = list(by_place), [name for name, takes_many in by_place.items() if takes_many]
     shown = [f"{name.upper()}…" if name in many else name.upper() for name in places]
     usage = " ".join([f"{prog} [--flags]", *shown])
     parser = _Parser(
@@ -58,9 +62,9 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
         allow_abbrev=False,
     )
     fields = [
-        (heading(kind.__name__, name, _title(kind)), name, info)
-        for kind in kinds
-        for name, info in kind.model_fields.items()
+        (heading(group.kind.__name__, name, _title(group.kind)), name, info)
+        for group in groups_of
+        for name, info in group.fields.items()
     ]
     titles = in_order(list(dict.fromkeys(title for title, _, _ in fields)))
     groups = {title: parser.add_argument_group(title) for title in titles}
@@ -81,23 +85,23 @@ def parse(verb: str, summary: str, kinds: Sequence[type[Spec]], argv: Sequence[s
     flags = [argument.partition("=")[0] for argument in unknown if _looks_like_a_flag(argument)]
     if len(words) > len(places) and not flags:
         extra = words[len(places)]
-        if (switch := _switch_before(extra, argv, kinds)) is not None:
+        if (switch := _switch_before(extra, argv, groups_of)) is not None:
             raise ConfigError(_NO_VALUE.format(flag=flag(switch), off=flag(f"no_{switch}")))
         raise ConfigError(f"'{extra}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
-    return build_specs(list(kinds), merged, unknown_flags=flags)
+    return build_options(kinds, merged, unknown_flags=flags)
 
 
-def _title(kind: type[Spec]) -> str:
+def _title(kind: type[Options]) -> str:
     return (kind.__doc__ or "").split(";")[0].rstrip(".\n").lower()
 
 
-def _switch_before(word: Any, argv: Sequence[str], kinds: Sequence[type[Spec]]) -> str | None:
+def _switch_before(word: Any, argv: Sequence[str], groups: Sequence[Group]) -> str | None:
     """The switch that `true` or the like was written after, if it was."""
     at = list(argv).index(word) if word in argv else 0
     if not at or str(word).lower() not in _TRUTHS:
         return None
     name = argv[at - 1].removeprefix("--").replace("-", "_")
-    infos = [kind.model_fields[name] for kind in kinds if name in kind.model_fields]
+    infos = [group.fields[name] for group in groups if name in group.fields]
     return name if infos and infos[0].annotation is bool else None
 
 

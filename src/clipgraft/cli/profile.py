@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
-from clipgraft.config import ProfileSpec, flag
+from clipgraft.config import ProfileSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:

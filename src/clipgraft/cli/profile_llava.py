@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from clipgraft.config import ProfileSpec, flag
+from clipgraft.cli.flags.groups import flag
+from clipgraft.config import ProfileSpec
 from clipgraft.errors import together
 from clipgraft.models.unloaded import ModelConfig
 from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_costs, llava_on_meta

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
-from clipgraft.config import CacheSpec, ClassSpec, ColumnSpec, PromptSpec, ReportSpec, Spec, flag
+from clipgraft.config import CacheSpec, ClassSpec, ColumnSpec, PromptSpec, ReportSpec
 from clipgraft.errors import ConfigError, together
+from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ _SUMMARY = "Put runs and sweeps on one HTML page: table, curves, retrieved image
 
 def run(argv: Sequence[str]) -> None:
     """Parse, read, measure what is not known yet, and write the page."""
-    kinds: list[type[Spec]] = [ReportSpec, ColumnSpec, PromptSpec, CacheSpec]
+    kinds: list[type[Options]] = [ReportSpec, ColumnSpec, PromptSpec, CacheSpec]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
     _check(spec, columns, prompts)
     from clipgraft.report.build import require_packages, write_report

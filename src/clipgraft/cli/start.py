@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgraft.config import LoraSpec, ModelSpec, RunSpec, flag
+from clipgraft.cli.flags.groups import flag
+from clipgraft.config import LoraSpec, ModelSpec, RunSpec
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 
 if TYPE_CHECKING:

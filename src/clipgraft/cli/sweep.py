@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.cli import checks
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
-from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, Spec, SweepSpec, TrainSpec
+from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, SweepSpec, TrainSpec
 from clipgraft.locks import LOCK, require_free, sole_owner
+from clipgraft.options import Options
 
 if TYPE_CHECKING:
     from clipgraft.cli.sweep_work import Material
@@ -38,7 +39,7 @@ _TEST = {_RETRIEVAL: ("image_to_text_R@1", "text_to_image_R@1"), _CLASSIFICATION
 
 def run(argv: Sequence[str]) -> None:
     """Parse, run the cells that are not finished, and write the table."""
-    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, SweepSpec, TrainSpec]
+    kinds: list[type[Options]] = [ModelSpec, DataSpec, ClassTrainSpec, SweepSpec, TrainSpec]
     specs = parse("sweep", _SUMMARY, kinds, argv)
     model_spec, data, classes, sweep, train = specs
     _check(model_spec, data, classes, sweep, train)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.parser import parse
 from clipgraft.cli.start import (
     attach_start,
@@ -28,11 +29,10 @@ from clipgraft.config import (
     LoraSpec,
     ModelSpec,
     RunSpec,
-    Spec,
     TrainSpec,
-    flag,
 )
 from clipgraft.errors import ClipgraftError, ConfigError
+from clipgraft.options import Options
 
 if TYPE_CHECKING:
     from clipgraft.data.pairs import Pairs
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], several: Peers | None) -> None:
-    kinds: list[type[Spec]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
+    kinds: list[type[Options]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
     specs = parse("train", _SUMMARY, kinds, argv)
     _, data, classes, lora, train, where = specs
     faults = check_together(data, classes, lora, train, where)

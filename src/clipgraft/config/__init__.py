@@ -7,8 +7,6 @@ library's functions take plain arguments.
 
 from __future__ import annotations
 
-from clipgraft.config.build import build_specs, flag, positional_fields, read_yaml, takes_many
-from clipgraft.config.fields import Positional, Repeated, Spec
 from clipgraft.config.search import EncodeSpec, IndexSpec, SearchSpec
 from clipgraft.config.specs import (
     AdapterSpec,
@@ -57,20 +55,12 @@ __all__ = [
     "LoraSpec",
     "MergeSpec",
     "ModelSpec",
-    "Positional",
     "ProfileSpec",
     "PromptSpec",
-    "Repeated",
     "ReportSpec",
     "RunSpec",
     "SearchSpec",
-    "Spec",
     "SweepSpec",
     "TableSpec",
     "TrainSpec",
-    "build_specs",
-    "flag",
-    "positional_fields",
-    "read_yaml",
-    "takes_many",
 ]

@@ -6,19 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from clipgraft.config.fields import (
+from clipgraft.config.specs import ColumnSpec, OverwriteSpec
+from clipgraft.options import (
     Batch,
     GpuShare,
-    OverwriteSpec,
+    Options,
     Positional,
     Results,
     ShardRows,
-    Spec,
     UserPath,
     Words,
     Workers,
 )
-from clipgraft.config.specs import ColumnSpec
 
 
 class EncodeSpec(ColumnSpec):
@@ -68,7 +67,7 @@ class EncodeSpec(ColumnSpec):
     )
 
 
-class IndexSpec(Spec):
+class IndexSpec(Options):
     """What to index, and how."""
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from clipgraft.config.fields import (
+from clipgraft.options import (
     Alpha,
     AlphaPattern,
     Batch,
@@ -20,7 +20,7 @@ from clipgraft.config.fields import (
     Frequency,
     Gigabytes,
     Layers,
-    OverwriteSpec,
+    Options,
     PeakRate,
     Power,
     Precision,
@@ -29,7 +29,6 @@ from clipgraft.config.fields import (
     Rate,
     Ratio,
     Seeds,
-    Spec,
     UserPath,
     Views,
     Words,
@@ -40,7 +39,15 @@ from clipgraft.config.fields import (
 )
 
 
-class DeviceSpec(Spec):
+class OverwriteSpec(Options):
+    """What may be replaced."""
+
+    overwrite: bool = Field(
+        False, description="replace what is there, even if clipgraft did not make it; without it that is left"
+    )
+
+
+class DeviceSpec(Options):
     """Where a model runs, and in what precision."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -67,7 +74,7 @@ class ModelSpec(DeviceSpec):
     )
 
 
-class ColumnSpec(Spec):
+class ColumnSpec(Options):
     """Where a table of images and captions has what."""
 
     csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
@@ -99,7 +106,7 @@ class ColumnSpec(Spec):
         }
 
 
-class CacheSpec(Spec):
+class CacheSpec(Options):
     """How images are decoded, and where features of frozen towers are kept."""
 
     workers: Workers = Field(2, ge=0, description="processes or threads that decode images")
@@ -148,7 +155,7 @@ class DataSpec(TableSpec):
         return self.model_copy(update={name: other[name] for name in other if name != "data"})
 
 
-class PromptSpec(Spec):
+class PromptSpec(Options):
     """What the classes are, and what is said for them."""
 
     csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
@@ -183,7 +190,7 @@ class ClassTrainSpec(ClassSpec):
     class_weights: bool = Field(False, description="weigh classes in the loss by how rare they are")
 
 
-class AdapterSpec(Spec):
+class AdapterSpec(Options):
     """The adapter, whatever its size."""
 
     lora_alpha: Alpha | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
@@ -242,7 +249,7 @@ class SweepSpec(AdapterSpec):
     name: str = Field("sweep", min_length=1, description="of this sweep; the same name continues it")
 
 
-class TrainSpec(Spec):
+class TrainSpec(Options):
     """Optimisation; names and defaults are open_clip's."""
 
     batch_size: Count = Field(
@@ -306,7 +313,7 @@ class TrainSpec(Spec):
         return faults
 
 
-class RunSpec(Spec):
+class RunSpec(Options):
     """Where a run is kept and what it reports."""
 
     logs: UserPath = Field(Path("logs"), description="folder of all runs")

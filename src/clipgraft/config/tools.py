@@ -7,21 +7,21 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from clipgraft.config.fields import (
+from clipgraft.config.specs import OverwriteSpec
+from clipgraft.options import (
     AdapterWeight,
     Batch,
     Blocks,
     Count,
     Layers,
     LossWeight,
-    OverwriteSpec,
+    Options,
     Paths,
     Positional,
     Repeated,
     Scenes,
     Settings,
     Size,
-    Spec,
     SumRank,
     Tokens,
     UserPath,
@@ -96,7 +96,7 @@ class ConvertSpec(OverwriteSpec):
     vision_layers: Layers | None = Field(None, ge=1, description="the same for vision blocks")
 
 
-class InspectSpec(Spec):
+class InspectSpec(Options):
     """What to look at."""
 
     model: Annotated[str, Positional()] = Field(
@@ -141,7 +141,7 @@ class ProfileSpec(InspectSpec):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of the weights")
 
 
-class CompactSpec(Spec):
+class CompactSpec(Options):
     """Which model to make smaller, and what of it stays."""
 
     model: Annotated[str, Positional()] = Field(
@@ -170,7 +170,7 @@ class CompactSpec(Spec):
     )
 
 
-class DistillSpec(Spec):
+class DistillSpec(Options):
     """Distillation of the smaller model from its base."""
 
     distill_data: UserPath | None = Field(

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from clipgraft.config import TrainSpec, build_specs
+from clipgraft.config import TrainSpec
 from clipgraft.errors import CheckpointError, together
 from clipgraft.train.checkpoint import EPOCHS, PARTS, recorded_parts, recorded_position, recorded_settings
 from clipgraft.train.distributed import ALONE, Peers
@@ -34,7 +34,7 @@ def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peer
         ConfigError: options out of range.
         CheckpointError: fewer epochs than the run has done or was to have, or other parts than it has had.
     """
-    (asked,) = build_specs([TrainSpec], options)
+    asked = TrainSpec(**options)
     _check(asked)
     parts = peers.at_root(lambda: _parts(asked, out, resume))
     spec = asked.model_copy(update={EPOCHS: sum(parts), PARTS: parts if len(parts) > 1 else None})

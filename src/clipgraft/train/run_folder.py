@@ -230,7 +230,9 @@ class RunFolder:
     ) -> None:
         if kind is not None and self._handler is not None:
             reason = f"{kind.__name__}: {error}"
-            self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None))
+            record = log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None)
+            log.filter(record)  # what a program adds to its logger rewrites this line as all others
+            self._handler.handle(record)
         self.close()
 
 

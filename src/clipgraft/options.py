@@ -1,13 +1,51 @@
-"""What flags are made of: the base of every spec, and types that read what a shell passes."""
+"""The base of every option group: a frozen value, checked when it is made, with all faults told at once.
+
+An option group is a class derived from `Options`, with an annotated field for each option. It stands in the
+folder that uses it, in `args.py` (`train/args.py`: `TrainArgs`, `RunArgs`) or, for LoRA, in
+`lora/config.py`, and is the only declaration of its options:
+
+    class TrainArgs(Options):
+        epochs: Count = Field(32, ge=1, description="passes over the captions")
+
+Python calls `TrainArgs(epochs=3)`. `clipgraft.cli.flags` makes `--epochs` of the same field, with its
+description as the help. A YAML file has the key `epochs`, and a run records `train.model_dump()`.
+Options that only the command line has are groups in `clipgraft.cli.flags`.
+
+A message of the library names an option as it is written in Python, in backticks: `` `epochs` ``,
+`` `epochs=3` ``, `` `save_lora_only=False` ``. The command line rewrites them as `--epochs`,
+`--epochs 3` and `--no-save-lora-only` (`clipgraft.cli.flags.wording`).
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from clipgraft.errors import together
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PLAIN = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
+_LONGEST = 100  # characters of a value in a message
+_LONG_NUMBER = 10**100
 
 
 def _pairs(value: Any) -> Any:
@@ -147,10 +185,10 @@ Blocks = Annotated[tuple[int, ...], BeforeValidator(words)]
 
 @dataclass(frozen=True)
 class Positional:
-    """Marks a field that is given by its place on the command line instead of by a flag.
+    """Marks a field that the command line takes by its place instead of by a flag.
 
     Attributes:
-        many: it takes all words from its place on; the last of a spec alone may.
+        many: it takes all words from its place on; the last of a group alone may.
     """
 
     many: bool = False
@@ -161,18 +199,97 @@ class Repeated:
     """Marks a field whose flag may be given several times; it receives the list."""
 
 
-class Spec(BaseModel):
-    """Base of every spec: frozen, and no unknown fields."""
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one option.
+
+    Attributes:
+        field: its name; empty where several do not go together.
+        text: what was given and what is allowed, to be written after the name.
+    """
+
+    field: str
+    text: str
+
+
+class Options(BaseModel):
+    """Base of every option group: frozen, checked, and without unknown fields.
+
+    Raises:
+        ConfigError: every fault, one line each: the field, what was given, what is allowed.
+    """
 
     # YAML reads `name: 2024` as a number; NaN and infinity pass every other check.
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
     )
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = [_fault(type(self), item) for item in error.errors()]
+        else:
+            return
+        name = type(self).__name__
+        raise together(f"{name}: {fault.field}{_joint(fault.text)}{fault.text}" for fault in found)
 
-class OverwriteSpec(Spec):
-    """What may be replaced."""
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Self | list[Fault]:
+        """The options with these values, or what is wrong with them."""
+        try:
+            made = cls.__new__(cls)
+            cls.__pydantic_validator__.validate_python(dict(values), self_instance=made)
+        except ValidationError as error:
+            return [_fault(cls, item) for item in error.errors()]
+        return made
 
-    overwrite: bool = Field(
-        False, description="replace what is there, even if clipgraft did not make it; without it that is left"
-    )
+    def replace(self, **changes: Any) -> Self:
+        """The same options with other values for some; `model_fields_set` tells both apart from defaults.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+
+def given(*groups: Options) -> dict[str, Any]:
+    """All options of some groups as one mapping, as a run records them."""
+    return {name: value for group in groups for name, value in group.model_dump().items()}
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The known names that somebody may have meant, at most two."""
+    return [name] if name in known else difflib.get_close_matches(name, known, n=2)
+
+
+def _joint(text: str) -> str:
+    return " " if text.startswith("is missing") else ": "
+
+
+def _fault(kind: type[Options], item: Any) -> Fault:
+    where, message = item["loc"], item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not where:
+        return Fault("", message)
+    name = str(where[0])
+    if item["type"] == "missing":
+        info = kind.model_fields[name]
+        choices = [repr(c) for c in get_args(info.annotation) if isinstance(c, str)]
+        allowed = f"one of {', '.join(choices)}" if choices else info.description
+        return Fault(name, f"is missing: {allowed}")
+    if item["type"] == "extra_forbidden":
+        close = " or ".join(nearest(name, list(kind.model_fields)))
+        return Fault(name, f"there is no such option{f' (did you mean {close}?)' if close else ''}")
+    message = _PLAIN.get(item["type"], message.replace("String should have", "text with"))
+    if item["type"] == "literal_error":
+        message = f"one of {item['ctx']['expected']}"
+    key = f" at '{where[1]}'" if len(where) > 1 else ""
+    return Fault(name, f"got {_short(item['input'])}{key}, allowed is {message}")
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, cut to what fits into a line."""
+    if isinstance(value, int) and abs(value) >= _LONG_NUMBER:
+        return "a number of more than 100 digits"
+    told = repr(value)
+    return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 1]}…"
