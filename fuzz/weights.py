@@ -22,8 +22,8 @@ from clipgraft.adapters.formats import detect, read_any
 from clipgraft.adapters.guide_checkpoint import write_guide
 from clipgraft.adapters.native import AdapterFile, write_adapter
 from clipgraft.lora.config import LoraConfig
-from clipgraft.models.from_hf import load_hf
-from clipgraft.models.from_openclip import load_config, with_weights
+from clipgraft.models.load_hf import load_hf
+from clipgraft.models.load_openclip import load_config, with_weights
 from clipgraft.models.sites import Site
 from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
 from clipgraft.train.classes import Head, load_head, save_head

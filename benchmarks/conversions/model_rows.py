@@ -31,7 +31,7 @@ from benchmarks.conversions.world import (
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from clipgraft.models.export import write_model
-from clipgraft.models.quiet import quiet
+from clipgraft.models.library_calls import quiet
 
 _MERGED: dict[str, dict[str, Any]] = {
     "r=16, every site": {"targets": "all"},

@@ -16,7 +16,7 @@ import clipgraft as cg
 from benchmarks.conversions.file_rows import write_as
 from benchmarks.conversions.peft_rows import inner, open_in_peft, train_with_peft
 from benchmarks.conversions.world import World, adapted, differences
-from clipgraft.models.quiet import quiet
+from clipgraft.models.library_calls import quiet
 
 _LONGEST = 150
 # Sets of names, which come in another order each time, and temporary files.
@@ -163,7 +163,7 @@ def _no_twin(world: World) -> str:
     import open_clip
 
     from clipgraft.models.clip import as_clip
-    from clipgraft.models.twins import to_transformers
+    from clipgraft.models.convert import to_transformers
 
     config: dict[str, Any] = {
         "embed_dim": 24,

@@ -8,8 +8,7 @@ import clipgraft as cg
 from benchmarks.conversions.file_rows import write_as
 from benchmarks.conversions.model_rows import for_good
 from benchmarks.conversions.world import World, adapted
-from clipgraft.models.export import write_model
-from clipgraft.models.save import size_on_disk
+from clipgraft.models.export import size_on_disk, write_model
 
 _WHOLE = (
     ("open_clip checkpoint, .pt", "merged.pt", "open_clip"),

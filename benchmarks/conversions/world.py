@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import clipgraft as cg
+from clipgraft.models.convert import to_transformers
 from clipgraft.models.sites import Tower
-from clipgraft.models.twins import to_transformers
 
 FAMILIES = ("open_clip", "transformers")
 START, END = 49406, 49407

@@ -14,7 +14,7 @@ import clipgraft as cg
 from clipgraft.cli.eval import measure
 from clipgraft.cli.eval import table as print_table
 from clipgraft.data import features
-from clipgraft.models import precision
+from clipgraft.models import device
 from clipgraft.models.load import load
 
 
@@ -223,7 +223,7 @@ def test_precision_is_measured_unless_it_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Evaluation would be several times slower than it could be, and nobody would know."""
-    monkeypatch.setattr(precision, "bf16_speed", lambda device: fp32)
+    monkeypatch.setattr(device, "bf16_speed", lambda device: fp32)
     words = ["--val-data", table, "--workers", 0]
     assert f"computing in {chosen}" in cli("eval", *base, *words, "--precision", "auto").out
     assert f"computing in {chosen}" in cli("eval", *base[:-2], *words).out

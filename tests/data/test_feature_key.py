@@ -20,7 +20,7 @@ import clipgraft as cg
 from clipgraft.data.feature_key import UnknownError, describe, image_key, tower_fingerprint, vision_lora_acts
 from clipgraft.data.views import SeededView
 from clipgraft.models.clip import as_clip
-from clipgraft.models.from_hf import HfPreprocess
+from clipgraft.models.processors import HfPreprocess
 from tinies import in_every_layout
 
 

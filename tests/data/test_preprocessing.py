@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor
 
 from clipgraft.data.loading import image_batches
 from clipgraft.data.preprocessing import DECODE_FACTOR, fast_preprocess
-from clipgraft.models.from_hf import HfPreprocess
+from clipgraft.models.processors import HfPreprocess
 from clipgraft.pictures import open_image
 
 

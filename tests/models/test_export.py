@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProce
 
 import clipgraft as cg
 from clipgraft.files import atomic_folder
-from clipgraft.models import onnx_graphs
+from clipgraft.models import onnx
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.export import write_model
 from tinies import TINY_OPENCLIP, randomise
@@ -234,8 +234,8 @@ def test_a_graph_that_computes_something_else_is_not_written(
             export(graph, path)
             hf_clip_weights.div_(2)
 
-    export = onnx_graphs._export
-    monkeypatch.setattr(onnx_graphs, "_export", wrong)
+    export = onnx._export
+    monkeypatch.setattr(onnx, "_export", wrong)
     with pytest.raises(cg.errors.ModelError, match=r"text\.onnx differs from PyTorch by 1\.0e\+00"):
         write_model(hf_clip, tmp_path / "model", "onnx")
     assert list(tmp_path.iterdir()) == []

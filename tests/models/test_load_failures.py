@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.models import from_hf
+from clipgraft.models import load_hf
 
 
 def refusal(*arguments: Any, **keywords: Any) -> str:
@@ -237,8 +237,8 @@ def test_a_configuration_that_lost_a_tower_is_refused_unbuilt(
         devices.append(next(model.parameters()).device.type)
         return original(model, *rest)
 
-    original = from_hf._put
-    monkeypatch.setattr(from_hf, "_put", put)
+    original = load_hf._put
+    monkeypatch.setattr(load_hf, "_put", put)
     assert f"cannot be read as weights of {folder}" in refusal(folder)
     assert devices == ["meta"]
 

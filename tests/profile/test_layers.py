@@ -12,7 +12,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
-from clipgraft.models.unloaded import clip_on_meta
+from clipgraft.models.meta import clip_on_meta
 from clipgraft.profile.forward import costs
 from clipgraft.profile.layers import layer_table, structure
 from clipgraft.profile.trace import trace

@@ -11,8 +11,8 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.lora.targets import select_sites
 from clipgraft.models.clip import as_clip
+from clipgraft.models.meta import clip_on_meta
 from clipgraft.models.sites import Site
-from clipgraft.models.unloaded import clip_on_meta
 from clipgraft.profile.forward import ClipProfile, costs
 from tinies import in_every_layout
 

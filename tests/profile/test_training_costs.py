@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
+from clipgraft.models.meta import clip_on_meta
 from clipgraft.models.sites import TOWERS
-from clipgraft.models.unloaded import clip_on_meta
 from clipgraft.profile.meta import on_meta
 from clipgraft.profile.targets import distinct_sets, target_costs
 from clipgraft.profile.training import FULL, training_costs

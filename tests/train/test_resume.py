@@ -18,7 +18,7 @@ import torch
 
 import clipgraft as cg
 from clipgraft.data.feature_cache import FeatureCache
-from clipgraft.models import precision
+from clipgraft.models import device
 from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder
@@ -155,7 +155,7 @@ def test_a_resumed_run_keeps_its_precision(
 ) -> None:
     """A measurement that came out the other way would make a run impossible to resume, or change its bits."""
     measured = [4.0, 1.0] if fast else [1.0, 4.0]
-    monkeypatch.setattr(precision, "bf16_speed", lambda device: measured[0])
+    monkeypatch.setattr(device, "bf16_speed", lambda device: measured[0])
     train(tmp_path / "whole", autocast=None)
     with death(RunFolder, "event", 9, before=False):
         train(tmp_path / "killed", autocast=None)
@@ -171,7 +171,7 @@ def test_a_run_without_a_checkpoint_measures_its_precision(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run killed in its first steps is resumed before there is anything to go by."""
-    monkeypatch.setattr(precision, "bf16_speed", lambda device: 4.0)
+    monkeypatch.setattr(device, "bf16_speed", lambda device: 4.0)
     with death(RunFolder, "event", 2, before=False):
         train(tmp_path / "killed", autocast=None)
     train(tmp_path / "killed", resume=True, autocast=None)

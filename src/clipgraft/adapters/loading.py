@@ -24,8 +24,8 @@ from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
-from clipgraft.models.gate import gate_of
 from clipgraft.models.hf import path_site, site_path
+from clipgraft.models.rwlock import gate_of
 from clipgraft.models.sites import Site, SiteRef
 
 

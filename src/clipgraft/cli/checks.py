@@ -146,7 +146,7 @@ def structure_of(model: ModelSpec) -> tuple[Clip | None, list[str]]:
     What is no name and no path of a model is a fault.
     """
     from clipgraft.adapters.open import split_adapter
-    from clipgraft.models.unloaded import clip_on_meta
+    from clipgraft.models.meta import clip_on_meta
 
     place = Path(model.model)
     if place.is_file() and place.suffix.lower() in _TABLES:

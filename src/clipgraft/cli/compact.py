@@ -192,6 +192,6 @@ def _measure(name: str, clip: Clip, val: Pairs, table: TableSpec, device: Device
 
 
 def _report(out: Path) -> None:
-    from clipgraft.models.save import size_on_disk
+    from clipgraft.models.export import size_on_disk
 
     log.info("wrote transformers: %s (%.1f MB)", out, size_on_disk(out) / 1e6)

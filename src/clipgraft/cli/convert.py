@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.adapters.formats import check_free, detect, read_any, write_any
     from clipgraft.adapters.loading import in_terms_of
     from clipgraft.cli.common import base_of, with_base
-    from clipgraft.models.save import size_on_disk
+    from clipgraft.models.export import size_on_disk
 
     check_free(spec.out, spec.to, spec.overwrite)
     adapter = read_any(

@@ -119,7 +119,7 @@ def make_world(spec: DemoSpec, base: Clip) -> World:
     from clipgraft.data.features import encode_images
     from clipgraft.data.pairs import read_pairs
     from clipgraft.emoji.scenes import write_scenes
-    from clipgraft.models.precision import bf16_is_fast, what_auto_chooses
+    from clipgraft.models.device import bf16_is_fast, what_auto_chooses
 
     log.info("making %d training and %d test scenes in %s", spec.train_scenes, spec.test_scenes, spec.out)
     data = spec.out / "data"

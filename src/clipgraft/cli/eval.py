@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     from clipgraft.adapters.runs import find_run_model
     from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.files import write_json
-    from clipgraft.models.precision import use_autocast
+    from clipgraft.models.device import use_autocast
 
     models = {"base": load_model(model_spec)}
     clip = models["base"]

@@ -119,6 +119,6 @@ def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any,
 
 
 def _report(path: Path, form: str) -> None:
-    from clipgraft.models.save import size_on_disk
+    from clipgraft.models.export import size_on_disk
 
     log.info("wrote %s: %s (%.1f MB)", form, path, size_on_disk(path) / 1e6)

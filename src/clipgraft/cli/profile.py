@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     (spec,) = parse("profile", _SUMMARY, [ProfileSpec], argv)
     spec = _apart(spec)
     from clipgraft.cli.profile_llava import is_llava, show_llava
-    from clipgraft.models.unloaded import read_model_config
+    from clipgraft.models.meta import read_model_config
     from clipgraft.profile.forward import costs
     from clipgraft.profile.training import training_costs
     from clipgraft.results import plain
@@ -86,7 +86,7 @@ def _model(spec: ProfileSpec, device: str) -> Clip:
     import torch
 
     from clipgraft.adapters.loading import load_adapter
-    from clipgraft.models.unloaded import build_model, read_model_config
+    from clipgraft.models.meta import build_model, read_model_config
 
     settings = dict(spec.set)
     if spec.image_size is not None:

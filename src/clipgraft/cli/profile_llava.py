@@ -7,7 +7,7 @@ import json
 from clipgraft.cli.flags.groups import flag
 from clipgraft.config import ProfileSpec
 from clipgraft.errors import together
-from clipgraft.models.unloaded import ModelConfig
+from clipgraft.models.meta import ModelConfig
 from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_costs, llava_on_meta
 from clipgraft.profile.tables import llava_table
 from clipgraft.profile.tree import cost_tree

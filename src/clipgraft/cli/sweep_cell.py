@@ -153,7 +153,7 @@ def _run(job: Job) -> CellResult:
     from clipgraft.cli.main import plain_output
     from clipgraft.cli.sweep_work import work_of
     from clipgraft.cli.train import attach_adapter
-    from clipgraft.models.peak import peak_memory
+    from clipgraft.models.device import peak_memory
     from clipgraft.train.grid import CellResult
     from clipgraft.train.run_folder import early_lines, started
     from clipgraft.train.stop import Interrupted

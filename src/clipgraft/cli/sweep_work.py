@@ -14,7 +14,7 @@ from clipgraft.data.pairs import Pairs
 from clipgraft.evaluate.classify import evaluate_classification
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.models.clip import Clip
-from clipgraft.models.precision import use_autocast
+from clipgraft.models.device import use_autocast
 from clipgraft.train.fit import fit
 from clipgraft.train.fit_classes import fit_classifier
 from clipgraft.train.run import FitResult

@@ -16,12 +16,11 @@ from clipgraft.compact.bpe import kept_merges, most_used, needed_tokens
 from clipgraft.compact.tokens import bpe_of, count_tokens, count_unchanged, cut_tokenizer
 from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
-from clipgraft.models.companions import find_preprocess, find_tokenizer
+from clipgraft.models.convert import require_bare, to_transformers
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
-from clipgraft.models.quiet import quiet, undrawn
+from clipgraft.models.library_calls import quiet, undrawn
+from clipgraft.models.processors import HfTokenizer, find_preprocess, find_tokenizer
 from clipgraft.models.sites import TOWERS, Site, Tower
-from clipgraft.models.tokenizers import HfTokenizer
-from clipgraft.models.twins import require_bare, to_transformers
 from clipgraft.results import Result
 
 _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")
@@ -97,7 +96,7 @@ def compact_model(
 
     With all blocks kept, every text of `texts` has the features it had, to the last bit, and any other text
     can still be encoded: words that lost their tokens fall back on smaller pieces. An open_clip base becomes
-    one of transformers first (`models.twins.to_transformers`).
+    one of transformers first (`models.convert.to_transformers`).
 
     Args:
         model: a plain CLIP without adapters, with its tokenizer if tokens are to be cut.
@@ -125,7 +124,7 @@ def compact_model(
         "text": choose_blocks("text", _depth(base, "text"), text_layers, text_blocks),
         "vision": choose_blocks("vision", _depth(base, "vision"), vision_layers, vision_blocks),
     }
-    tokenizer = base.tokenizer or find_tokenizer(base)
+    tokenizer = base.tokenizer or find_tokenizer(base.family, base.model)
     cut = None
     if texts is not None or vocab_size is not None:
         cut = _cut(base, getattr(tokenizer, "inner", None), texts, vocab_size, lossy)
@@ -135,7 +134,7 @@ def compact_model(
             small,
             base.family,
             tokenizer if cut is None else HfTokenizer(cut.inner, base.context_length),
-            base.preprocess or find_preprocess(base),
+            base.preprocess or find_preprocess(base.family, base.model),
             base.preprocess_train,
         ),
         base=clip.source,

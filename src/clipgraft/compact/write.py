@@ -9,8 +9,8 @@ from clipgraft.compact.model import Compacted
 from clipgraft.compact.tokens import write_vocabulary
 from clipgraft.errors import ModelError
 from clipgraft.files import atomic_folder, write_json
-from clipgraft.models.save import save_transformers_files, weights_size
-from clipgraft.models.tokenizers import HfTokenizer
+from clipgraft.models.export import save_transformers_files, weights_size
+from clipgraft.models.processors import HfTokenizer
 
 RECORD = "compact.json"
 

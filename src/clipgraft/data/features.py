@@ -19,7 +19,7 @@ from clipgraft.data.stored_rows import StoredRows, computed_rows
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
-from clipgraft.models.precision import use_autocast
+from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress, counting, showing
 
 log = logging.getLogger("clipgraft")

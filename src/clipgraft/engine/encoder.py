@@ -22,7 +22,7 @@ class Encoder:
     """Encodes what `clip.encode_text` and `clip.encode_image` encode, to within rounding (1e-5 in fp32).
 
     Gradients flow as there, and dropout acts while the model is in training mode. A tower that is not the
-    plain transformer of CLIP (`clipgraft.models.anatomy`) runs its own forward.
+    plain transformer of CLIP (`clipgraft.models.architecture`) runs its own forward.
 
     Attributes:
         clip: the model; its adapters act as they are enabled at each call.

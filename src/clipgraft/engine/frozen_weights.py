@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.models.anatomy import Linear
+from clipgraft.models.architecture import Linear
 from clipgraft.models.sites import Site, Tower
 
 

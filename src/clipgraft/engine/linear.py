@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipgraft.engine.frozen_weights import FrozenWeight
 from clipgraft.lora.layers import LoraLayer
-from clipgraft.models.anatomy import Part
+from clipgraft.models.architecture import Part
 
 _BITS = {
     torch.float64: torch.int64,

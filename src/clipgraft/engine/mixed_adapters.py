@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipgraft.engine.linear import Update, rescale
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter
-from clipgraft.models.anatomy import Linear, Part
+from clipgraft.models.architecture import Linear, Part
 from clipgraft.models.sites import Site
 
 

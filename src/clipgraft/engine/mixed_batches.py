@@ -13,7 +13,7 @@ from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
 from clipgraft.lora.state import Adapter, LoraState, lora_state, require_unmerged
 from clipgraft.models.clip import Clip, Names, register_rows_encoder
-from clipgraft.models.gate import gate_of
+from clipgraft.models.rwlock import gate_of
 from clipgraft.models.sites import Tower
 
 _KEPT = "_clipgraft_rows"

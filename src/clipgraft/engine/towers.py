@@ -23,7 +23,7 @@ from clipgraft.engine.frozen_weights import WeightCache
 from clipgraft.engine.linear import frozen_linear, trained_linear
 from clipgraft.engine.mixed_adapters import ActiveAdapter, MixedAdapters
 from clipgraft.engine.packing import Group, Packed
-from clipgraft.models.anatomy import Activation, Block, Linear, Part, TextTower, VisionTower
+from clipgraft.models.architecture import Activation, Block, Linear, Part, TextTower, VisionTower
 
 _SLOPE = 1.702
 

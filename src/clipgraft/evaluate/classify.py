@@ -21,7 +21,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.models.clip import ClipLike, as_clip
-from clipgraft.models.precision import use_autocast
+from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress
 
 CALIBRATION_BINS = 15

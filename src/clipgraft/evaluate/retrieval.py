@@ -13,7 +13,7 @@ from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.evaluate.metrics import metrics_of
 from clipgraft.evaluate.ranks import RetrievalRanks, retrieval_ranks
 from clipgraft.models.clip import ClipLike, as_clip
-from clipgraft.models.precision import use_autocast
+from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress
 
 

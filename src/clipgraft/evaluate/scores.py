@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.errors import TrainingError
-from clipgraft.models.precision import bf16_is_fast
+from clipgraft.models.device import bf16_is_fast
 
 _PLAIN = 4  # rows up to 2^4 long, or down to 2^-4, are used unscaled
 _CACHE_BYTES = 2**20

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from clipgraft.lora.state import LoraState, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.gate import gate_of
+from clipgraft.models.rwlock import gate_of
 
 
 def set_adapter(model: ClipLike, name: str | None) -> None:

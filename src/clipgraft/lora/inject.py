@@ -34,7 +34,7 @@ from clipgraft.lora.state import (
 from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight, submodule
-from clipgraft.models.gate import gate_of
+from clipgraft.models.rwlock import gate_of
 from clipgraft.models.sites import Site, SiteRef
 
 _MOST_OVER = 4

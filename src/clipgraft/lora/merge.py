@@ -13,7 +13,7 @@ from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import LoraState, Merged, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
-from clipgraft.models.gate import gate_of
+from clipgraft.models.rwlock import gate_of
 
 
 def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float] | None = None) -> None:

@@ -1,5 +1,5 @@
 """The public names of `clipgraft.models`."""
 
 from .clip import Clip as Clip
+from .meta import clip_on_meta as clip_on_meta
 from .sites import Site as Site
-from .unloaded import clip_on_meta as clip_on_meta

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from clipgraft.errors import DataError, ModelError
 from clipgraft.models.family import Family, is_lora
-from clipgraft.models.gate import gate_of
 from clipgraft.models.hf import HfFamily
+from clipgraft.models.library_calls import say_reading
 from clipgraft.models.openclip import OpenClipFamily
-from clipgraft.models.quiet import say_reading
+from clipgraft.models.processors import Preprocess, Tokenizer, find_preprocess, find_tokenizer
+from clipgraft.models.rwlock import gate_of
 from clipgraft.models.sites import Site, SiteRef, Tower
 from clipgraft.pictures import open_image
 
-Preprocess: TypeAlias = Callable[[Image], Tensor]
 Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
 Images: TypeAlias = Picture | Sequence[Picture]
 Names: TypeAlias = str | Sequence[str | None]
@@ -33,16 +33,6 @@ RowsEncoder: TypeAlias = Callable[["Clip", Tower, Tensor, Names], Tensor]
 FAMILIES: tuple[Family, ...] = (HfFamily(), OpenClipFamily())
 _FINGERPRINT = "_clipgraft_fingerprint"
 _NOT_IDENTITY = ("logit_scale", "logit_bias")
-
-
-class Tokenizer(Protocol):
-    """Strings to ids, and how long each would be without the context's limit."""
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (N, context length) int64 ids, truncated and padded."""
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of every text, start and end tokens included, before truncation."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +140,14 @@ class Clip:
     def require_preprocess(self) -> Preprocess:
         """The deterministic image transform; raises ModelError for a raw model that does not tell its own."""
         if self.preprocess is None:
-            from clipgraft.models.companions import find_preprocess
-
-            self.preprocess = find_preprocess(self)
+            self.preprocess = find_preprocess(self.family, self.model)
         if self.preprocess is None:
             raise ModelError("this model has no preprocessing: load it with clipgraft.load(...)")
         return self.preprocess
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            from clipgraft.models.companions import find_tokenizer
-
-            self.tokenizer = find_tokenizer(self)
+            self.tokenizer = find_tokenizer(self.family, self.model)
         if self.tokenizer is None:
             raise ModelError(
                 "this model has no tokenizer: load it with clipgraft.load(...), "

@@ -1,4 +1,4 @@
-"""A model as something that stands alone: for open_clip, for transformers, or for ONNX Runtime."""
+"""Write a whole model: for open_clip, for transformers, or for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+from safetensors.torch import save_file
+
 from clipgraft.errors import ModelError
-from clipgraft.files import atomic_folder, write_json
+from clipgraft.files import atomic_folder, atomic_path, write_json
 from clipgraft.models.clip import Clip
-from clipgraft.models.from_openclip import CONFIG_FILE
-from clipgraft.models.onnx_graphs import DESCRIPTION, require_onnx, write_onnx
-from clipgraft.models.openclip_config import config_of
-from clipgraft.models.save import save_checkpoint, save_transformers_files, weights_size
-from clipgraft.models.tokenizers import OpenClipTokenizer
-from clipgraft.models.twins import require_bare, to_open_clip, to_transformers
-from clipgraft.ours import FOLDER_MARK, mark_folder, refuse_foreign
+from clipgraft.models.convert import config_of, require_bare, to_open_clip, to_transformers
+from clipgraft.models.library_calls import quiet
+from clipgraft.models.onnx import DESCRIPTION, require_onnx, write_onnx
+from clipgraft.models.openclip_config import CONFIG_FILE
+from clipgraft.models.processors import HfPreprocess, HfTokenizer, OpenClipTokenizer
+from clipgraft.ours import FOLDER_MARK, MARK, mark_folder, refuse_foreign, version_mark
 from clipgraft.progress import Progress, Told, showing
+from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
 Form = Literal["open_clip", "transformers", "onnx"]
@@ -59,7 +62,7 @@ def write_model(
     - `open_clip`: where `out` ends in .pt or .safetensors, a checkpoint that `open_clip.create_model(name,
       pretrained=out)` opens; otherwise a folder for `local-dir:` with configuration and tokenizer.
     - `transformers`: a folder for `CLIPModel`, `AutoTokenizer` and `AutoImageProcessor`.
-    - `onnx`: a folder with `text.onnx`, `vision.onnx`, a description and the tokenizer (`onnx_graphs.py`).
+    - `onnx`: a folder with `text.onnx`, `vision.onnx`, a description and the tokenizer (`onnx.py`).
 
     A model of the other family is converted first. Everything is whole or not there at all; an earlier
     export to the same place is replaced, which it is known for by a record in it.
@@ -183,3 +186,51 @@ def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:
 
 def _files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
+def save_model(clip: Clip, path: Path, epoch: int) -> Path:
+    """Write all weights: `<path>.pt` as open_clip's checkpoints are, or a transformers folder `<path>`.
+
+    Returns:
+        What was written.
+    """
+    if clip.family.name == "open_clip":
+        target = path.with_name(f"{path.name}.pt")
+        save_checkpoint(clip, target, epoch)
+        return target
+    with atomic_folder(path, weights_size(clip)) as folder:
+        save_transformers_files(clip, folder)
+    return path
+
+
+def save_checkpoint(clip: Clip, target: Path, epoch: int) -> None:
+    """The state dict in one file: `.safetensors`, or with epoch and name as open_clip's training writes."""
+    state = clip.model.state_dict()
+    with atomic_path(target, size_of(state)) as temporary:
+        if target.suffix == ".safetensors":
+            whole = {name: weight.contiguous() for name, weight in state.items()}
+            save_file(whole, temporary, metadata={"format": "pt", MARK: version_mark()})
+        else:
+            made = {"epoch": epoch, "name": clip.source.name, MARK: version_mark()}
+            torch.save({**made, "state_dict": state}, temporary)
+
+
+def save_transformers_files(clip: Clip, folder: Path) -> None:
+    """A transformers model with its tokenizer and image processor, as far as it has them."""
+    with quiet():
+        clip.model.save_pretrained(folder)  # type: ignore[operator]
+    if isinstance(clip.tokenizer, HfTokenizer):
+        clip.tokenizer.inner.save_pretrained(folder)
+    if isinstance(clip.preprocess, HfPreprocess):
+        clip.preprocess.processor.save_pretrained(folder)
+
+
+def weights_size(clip: Clip) -> int:
+    """Bytes of a model's weights: nearly what a file of them needs."""
+    return size_of(clip.model.state_dict())
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

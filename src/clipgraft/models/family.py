@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from clipgraft.models.anatomy import TextTower, VisionTower
+from clipgraft.models.architecture import TextTower, VisionTower
 from clipgraft.models.sites import Site, SiteRef, Tower
 
 LARGEST_ID = -1

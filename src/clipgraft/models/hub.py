@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from clipgraft.models.failures import names_in_chain
-from clipgraft.models.quiet import say
+from clipgraft.models.library_calls import say
+from clipgraft.models.load_errors import names_in_chain
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from clipgraft.errors import ModelError
-from clipgraft.models import from_openclip
+from clipgraft.models import load_openclip
 from clipgraft.models.clip import Clip
-from clipgraft.models.from_hf import load_hf
-from clipgraft.models.quiet import quiet
+from clipgraft.models.library_calls import quiet
+from clipgraft.models.load_hf import load_hf
+from clipgraft.models.openclip_config import CONFIG_FILE
 
 log = logging.getLogger("clipgraft")
 EMOJI_BASE = Path(__file__).parent.parent / "assets" / "emoji" / "base"
@@ -57,8 +58,8 @@ def _dispatch(name: str, pretrained: str, seed: int) -> Clip:
     path = Path(name)
     brings_weights = name == "emoji" or name.startswith(("hf:", "hf-hub:")) or path.is_dir()
     if brings_weights and pretrained:
-        if from_openclip.is_openclip(name) and Path(pretrained).is_file():
-            return from_openclip.with_weights(_dispatch(name, "", seed), pretrained)
+        if load_openclip.is_openclip(name) and Path(pretrained).is_file():
+            return load_openclip.with_weights(_dispatch(name, "", seed), pretrained)
         raise ModelError(f"'{name}' brings its own weights: leave out --pretrained {pretrained}")
     if name == "emoji":
         return load_hf(str(EMOJI_BASE), name)
@@ -66,22 +67,22 @@ def _dispatch(name: str, pretrained: str, seed: int) -> Clip:
         return load_hf(name.removeprefix("hf:"), name)
     if path.is_dir():
         return _load_folder(path, name)
-    if path.suffix in from_openclip.CHECKPOINT_SUFFIXES:
+    if path.suffix in load_openclip.CHECKPOINT_SUFFIXES:
         raise ModelError(
             f"'{name}' is a checkpoint and does not say which architecture it is for: "
             f"give the model's name and the file apart, e.g. --model ViT-B-32 --pretrained {name}"
         )
     if path.suffix == ".json":
-        return from_openclip.load_config(path, pretrained, seed)
-    return from_openclip.load_name(name, pretrained, seed)
+        return load_openclip.load_config(path, pretrained, seed)
+    return load_openclip.load_name(name, pretrained, seed)
 
 
 def _load_folder(folder: Path, name: str) -> Clip:
-    if (folder / from_openclip.CONFIG_FILE).is_file():
-        return from_openclip.load_folder(folder, name)
+    if (folder / CONFIG_FILE).is_file():
+        return load_openclip.load_folder(folder, name)
     if (folder / "config.json").is_file():
         return load_hf(name, name)
     raise ModelError(
-        f"{folder} holds neither config.json (transformers) nor {from_openclip.CONFIG_FILE} (open_clip): "
+        f"{folder} holds neither config.json (transformers) nor {CONFIG_FILE} (open_clip): "
         "point at the folder that has one of them"
     )

@@ -1,100 +1,112 @@
-"""Configurations of open_clip models: measured from a plain model, looked up by name for others."""
+"""Read the configuration of an open_clip model: by name, from a JSON file, from a folder, from the hub."""
 
 from __future__ import annotations
 
-import math
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from clipgraft.errors import ModelError
-from clipgraft.models.clip import Clip
-from clipgraft.models.family import LARGEST_ID
-from clipgraft.models.from_openclip import model_config
-from clipgraft.models.inputs import tokenizer_config
-from clipgraft.models.shape import ClipShape, TowerShape, is_plain, shape_of
+from clipgraft.models.allowed import openclip_config, preprocess_config, text_tower_config
+from clipgraft.models.load_errors import (
+    KNOWN_HUB_IDS,
+    config_failure,
+    nearest,
+    one_line,
+)
+from clipgraft.readers import placeholder
 
-_DEFAULT_EPS, _DEFAULT_RATIO = 1e-5, 4.0
+CONFIG_FILE = "open_clip_config.json"
+HUB = "hf-hub:"
 
 
-def config_of(clip: Clip) -> dict[str, Any]:
-    """The `model_cfg` of an open_clip model, its tokenizer's files taken to lie beside it.
+def model_config(name: str) -> dict[str, Any]:
+    """The `model_cfg` of a base that `load` loaded under this name.
 
     Raises:
-        ModelError: the model is not a plain CLIP and the name it was loaded by does not tell either.
+        ModelError: there is none, or not any more.
     """
-    if not is_plain(clip):
-        return model_config(clip.source.name)
-    config = config_of_shape(shape_of(clip))
-    config["text_cfg"] |= tokenizer_config(clip.tokenizer)
-    bias = clip.family.logit_bias(clip.model)
-    if bias is not None:
-        config["init_logit_bias"] = float(bias.detach())
-    split = getattr(clip.model, "text", None)
-    if isinstance(split, nn.Module):
-        config["custom_text"] = True
-    owner = split if isinstance(split, nn.Module) else clip.model
-    if isinstance(owner.text_projection, nn.Linear):
-        config["text_cfg"]["proj_bias"] = True
-    _check(clip.model, config)
+    import open_clip
+
+    path = Path(name)
+    config: dict[str, Any] | None = None
+    if path.suffix == ".json":
+        config = read_config(path)["model_cfg"]
+    elif name and path.is_dir():
+        config = read_config(path / CONFIG_FILE)["model_cfg"]
+    elif name:
+        try:
+            config = open_clip.get_model_config(name if name.startswith(HUB) else name.replace("/", "-"))
+        except Exception as error:
+            raise config_failure(name, error) from error
+        config = None if config is None else openclip_config(config, name)
+    if config is None:
+        raise ModelError(
+            f"'{name}' has no known open_clip configuration: write a checkpoint (.pt), which needs none"
+        )
     return config
 
 
-def config_of_shape(shape: ClipShape) -> dict[str, Any]:
-    """What `open_clip.CLIP` is built from (its `model_cfg`); raises ModelError if it cannot be."""
-    quick = {tower.act == "quick_gelu" for tower in (shape.text, shape.vision)}
-    if len(quick) > 1:
-        raise ModelError("one tower uses QuickGELU and the other GELU, which open_clip has no setting for")
-    square = shape.image_size[0] == shape.image_size[1]
-    patch = shape.patch_size
-    text: dict[str, Any] = {
-        "context_length": shape.context,
-        "vocab_size": shape.vocabulary,
-        "width": shape.text.width,
-        "heads": shape.text.heads,
-        "layers": shape.text.layers,
-        **_openclip_extras(shape.text),
-    }
-    if shape.pooled_id not in (LARGEST_ID, shape.vocabulary - 1):
-        text |= {"pool_type": "eos", "eos_id": shape.pooled_id}
-    vision = {
-        "image_size": shape.image_size[0] if square else list(shape.image_size),
-        "layers": shape.vision.layers,
-        "width": shape.vision.width,
-        "head_width": shape.vision.width // shape.vision.heads,
-        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
-        **_openclip_extras(shape.vision),
-    }
-    return {"embed_dim": shape.dim, "quick_gelu": quick == {True}, "vision_cfg": vision, "text_cfg": text}
-
-
-def _openclip_extras(tower: TowerShape) -> dict[str, Any]:
-    """Settings of a tower that are not open_clip's defaults."""
-    extras: dict[str, Any] = {}
-    ratio = tower.inner / tower.width
-    if ratio != _DEFAULT_RATIO:
-        # open_clip rounds width·ratio down, which may end one below.
-        exact = int(tower.width * ratio) == tower.inner
-        extras["mlp_ratio"] = ratio if exact else math.nextafter(ratio, math.inf)
-    if tower.act == "gelu_tanh":
-        extras["act_kwargs"] = {"approximate": "tanh"}
-    if tower.eps != _DEFAULT_EPS:
-        extras["norm_kwargs"] = {"eps": tower.eps}
-    return extras
-
-
-def _check(model: nn.Module, config: dict[str, Any]) -> None:
-    """Raise ModelError where open_clip would build a model of other weights than the one measured."""
+def check_known(name: str) -> None:
+    """Raise ModelError, with the nearest names, for a name that is not open_clip's."""
     import open_clip
 
-    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    with torch.device("meta"):
-        built = kind(**{name: value for name, value in config.items() if name != "custom_text"})
-    given = {name: weight.numel() for name, weight in model.state_dict().items()}
-    wanted = {name: weight.numel() for name, weight in built.state_dict().items()}
-    if odd := sorted(given.items() ^ wanted.items()):
+    models = open_clip.list_models()
+    if name.replace("/", "-") not in models:
+        near = nearest(name, [*models, "emoji", *(f"hf:{hub_id}" for hub_id in KNOWN_HUB_IDS)])
         raise ModelError(
-            f"open_clip has no configuration for a model with {odd[0][0]} like this one's: write a "
-            "checkpoint (.pt), which needs none"
+            f"no model '{name}': it is no open_clip name, local folder or JSON config{near}; "
+            "transformers models are written hf:owner/name"
         )
+
+
+def check_text_tower(settings: Mapping[str, Any], where: object) -> None:
+    """Look at the configuration of a text tower of transformers before open_clip builds one from it."""
+    name = settings["text_cfg"].get("hf_model_name")
+    if not name:
+        return
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(name)
+    text_tower_config(values, f"{where}: text_cfg.hf_model_name {name}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The parts `model_cfg` and `preprocess_cfg` of a JSON file, which may be the former alone."""
+    if problem := placeholder(path):
+        raise ModelError(f"model config {path} cannot be read: {problem}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"model config {path}: there is no such file") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"model config {path} is not readable JSON: {one_line(error)}") from error
+    whole = value if isinstance(value, dict) else {}
+    model = whole.get("model_cfg", whole)
+    towers = ("vision_cfg", "text_cfg")
+    missing = [key for key in ("embed_dim", *towers) if not isinstance(model, dict) or key not in model]
+    if missing:
+        raise ModelError(
+            f"model config {path} lacks {', '.join(missing)}: it must be an open_clip model config"
+        )
+    flat = [key for key in towers if not isinstance(model[key], dict)]
+    if flat:
+        raise ModelError(f"model config {path}: {' and '.join(flat)} must be an object of settings")
+    return {
+        "model_cfg": openclip_config(model, path),
+        "preprocess_cfg": preprocess_config(whole.get("preprocess_cfg"), path),
+    }
+
+
+def named_config(model_name: str, name: object) -> dict[str, Any]:
+    """open_clip's own configuration of a name, checked as a stranger's is."""
+    import open_clip
+
+    return openclip_config(open_clip.get_model_config(model_name) or {}, name)
+
+
+def borrows(config: Mapping[str, Any] | None, tokenizer: bool = True) -> bool:
+    """Whether a model's text tower, or its tokenizer, is one of transformers and comes from the hub."""
+    text = (config or {}).get("text_cfg", {})
+    return bool(text.get("hf_model_name") or (tokenizer and text.get("hf_tokenizer_name")))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.models.quiet import say_reading
+from clipgraft.models.library_calls import say_reading
 from clipgraft.models.torchscript import is_torchscript, read_torchscript
 from clipgraft.readers import placeholder
 

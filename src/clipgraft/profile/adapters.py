@@ -9,7 +9,7 @@ from typing import Any
 from clipgraft.adapters.formats import adapter_place, detect, read_any
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.lora.config import LoraConfig
-from clipgraft.models.save import size_on_disk
+from clipgraft.models.export import size_on_disk
 
 
 @dataclass(frozen=True)

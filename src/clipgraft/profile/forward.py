@@ -19,8 +19,8 @@ from clipgraft.lora.control import disable_lora
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.failures import one_line
 from clipgraft.models.family import base_parameter, is_lora, submodule
+from clipgraft.models.load_errors import one_line
 from clipgraft.models.sites import Site, SiteRef, Tower
 from clipgraft.profile.meta import on_meta
 from clipgraft.profile.trace import LayerCost, Product, Trace, join, trace

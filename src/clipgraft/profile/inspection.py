@@ -10,9 +10,9 @@ from typing import Any
 
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.openclip_config import config_of
+from clipgraft.models.convert import config_of
+from clipgraft.models.meta import ModelConfig, Overrides, build_model, read_model_config
 from clipgraft.models.sites import SiteKind
-from clipgraft.models.unloaded import ModelConfig, Overrides, build_model, read_model_config
 from clipgraft.profile.forward import ClipProfile, costs
 from clipgraft.profile.layers import structure
 from clipgraft.profile.targets import TargetCost, target_costs

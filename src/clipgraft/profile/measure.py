@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.models.clip import Clip
-from clipgraft.models.peak import peak_memory
+from clipgraft.models.device import peak_memory
 from clipgraft.models.sites import Tower
 from clipgraft.profile.forward import ClipInputs, ClipProfile, inputs_of
 from clipgraft.profile.timing import median_seconds

@@ -31,7 +31,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.files import inside
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.precision import use_autocast
+from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress, Told, showing
 from clipgraft.results import Result
 from clipgraft.search.engine import Engine, LocalEngine

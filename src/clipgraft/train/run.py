@@ -23,8 +23,8 @@ from clipgraft.lora.initialization import changes_nothing
 from clipgraft.lora.parameters import count_parameters
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
-from clipgraft.models.precision import use_autocast
-from clipgraft.models.save import size_on_disk
+from clipgraft.models.device import use_autocast
+from clipgraft.models.export import size_on_disk
 from clipgraft.results import Result
 from clipgraft.train.checkpoint import recorded_settings
 from clipgraft.train.distributed import ALONE, Peers

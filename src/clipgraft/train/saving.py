@@ -12,7 +12,7 @@ from clipgraft.adapters.native import save_adapter
 from clipgraft.files import atomic_path
 from clipgraft.lora.state import lora_state, require_lora
 from clipgraft.models.clip import Clip
-from clipgraft.models.save import save_model
+from clipgraft.models.export import save_model
 from clipgraft.writing import size_of
 
 

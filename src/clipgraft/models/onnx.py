@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
+from clipgraft.models.architecture import image_features, text_features
 from clipgraft.models.clip import Clip
-from clipgraft.models.failures import one_line
+from clipgraft.models.convert_processors import cleaning_of, hf_tokenizer_files, image_settings
 from clipgraft.models.family import LARGEST_ID
-from clipgraft.models.inputs import cleaning_of, hf_tokenizer_files, image_settings
-from clipgraft.models.plain import image_features, text_features
-from clipgraft.models.quiet import quiet
+from clipgraft.models.library_calls import quiet
+from clipgraft.models.load_errors import one_line
 from clipgraft.models.sites import Site
 
 DESCRIPTION = "clipgraft_onnx.json"

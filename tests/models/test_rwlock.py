@@ -14,7 +14,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
-from clipgraft.models.gate import Gate
+from clipgraft.models.rwlock import Gate
 
 
 @pytest.fixture(autouse=True)

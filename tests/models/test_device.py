@@ -1,8 +1,9 @@
-"""Which number type features are computed in."""
+"""Which number type features are computed in, and the largest memory of a stretch of work."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipgraft.models import precision
+from clipgraft.models import device
 from clipgraft.models.clip import as_clip
+from clipgraft.models.device import peak_memory
 
 CPU = torch.device("cpu")
 
@@ -19,9 +21,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Each test measures anew, and leaves nothing of it behind."""
-    precision.bf16_speed.cache_clear()
+    device.bf16_speed.cache_clear()
     yield
-    precision.bf16_speed.cache_clear()
+    device.bf16_speed.cache_clear()
 
 
 def take(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[torch.dtype]:
@@ -32,7 +34,7 @@ def take(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[torc
         measured.append(dtype)
         return {torch.float32: fp32, torch.bfloat16: bf16}[dtype]
 
-    monkeypatch.setattr(precision, "_matmul_seconds", seconds)
+    monkeypatch.setattr(device, "_matmul_seconds", seconds)
     return measured
 
 
@@ -42,21 +44,21 @@ def test_auto_follows_the_measurement(
 ) -> None:
     """Encoding on a processor without bf16 units would be thirty times slower, or miss a fast one."""
     take(monkeypatch, fp32, bf16)
-    assert precision.use_autocast(None, CPU) is fast
+    assert device.use_autocast(None, CPU) is fast
 
 
 @pytest.mark.parametrize("choice", [True, False])
 def test_a_choice_is_not_measured(choice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--precision fp32` would still compute in bf16."""
     measured = take(monkeypatch, 1.0, 1.0)
-    assert precision.use_autocast(choice, CPU) is choice
+    assert device.use_autocast(choice, CPU) is choice
     assert measured == []
 
 
 def test_a_device_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls of one run could disagree, and its features would not compare."""
     measured = take(monkeypatch, 6.0, 1.0)
-    assert [precision.use_autocast(None, CPU) for _ in range(3)] == [True] * 3
+    assert [device.use_autocast(None, CPU) for _ in range(3)] == [True] * 3
     assert len(measured) == 2
 
 
@@ -87,7 +89,7 @@ def test_what_was_measured_is_told(
     """Results would differ from another machine's, and nothing would say why."""
     caplog.set_level(logging.INFO, "clipgraft")
     take(monkeypatch, fp32, bf16)
-    precision.use_autocast(None, CPU)
+    device.use_autocast(None, CPU)
     assert caplog.messages == [told]
 
 
@@ -116,3 +118,21 @@ def test_features_are_normalised_in_full_precision(tiny_openclip: nn.Module) -> 
     for features in found:
         assert features.dtype == torch.float32
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the mark")
+def test_a_stretch_is_charged_for_its_own_memory() -> None:
+    """The table blames a small run for what a larger one before it took, or misses what is freed."""
+    with peak_memory() as small:
+        before = small()
+    assert before is not None
+    with peak_memory() as large:
+        held = [torch.ones(64, 1024) for _ in range(400)]
+        del held
+        high = large()
+    with peak_memory() as again:
+        after = again()
+    assert high is not None
+    assert after is not None
+    assert high > before + 90
+    assert after < before + 30

@@ -19,10 +19,13 @@ from clipgraft.errors import ModelError
 from clipgraft.files import write_json
 from clipgraft.models.allowed import openclip_config, transformers_config
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.failures import hf_failure, one_line
-from clipgraft.models.from_hf import check_path
-from clipgraft.models.from_openclip import (
-    CHECKPOINT_SUFFIXES,
+from clipgraft.models.hub import hub_access
+from clipgraft.models.library_calls import quiet
+from clipgraft.models.load import EMOJI_BASE
+from clipgraft.models.load_errors import hf_failure, one_line
+from clipgraft.models.load_hf import check_path
+from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
+from clipgraft.models.openclip_config import (
     CONFIG_FILE,
     HUB,
     borrows,
@@ -30,9 +33,6 @@ from clipgraft.models.from_openclip import (
     check_text_tower,
     model_config,
 )
-from clipgraft.models.hub import hub_access
-from clipgraft.models.load import EMOJI_BASE
-from clipgraft.models.quiet import quiet
 
 Overrides = Mapping[str, object]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,28 +14,31 @@ from torch import nn
 
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
-from clipgraft.models.allowed import openclip_config, preprocess_config, text_tower_config
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.failures import (
-    KNOWN_HUB_IDS,
-    check_preprocess,
+from clipgraft.models.hub import hub_access, tell_fetch
+from clipgraft.models.library_calls import say
+from clipgraft.models.load_errors import (
     checkpoint_failure,
     config_failure,
     nearest,
     one_line,
     openclip_failure,
 )
-from clipgraft.models.hub import hub_access, tell_fetch
-from clipgraft.models.quiet import say
-from clipgraft.models.tokenizers import OpenClipTokenizer
+from clipgraft.models.openclip_config import (
+    CONFIG_FILE,
+    HUB,
+    borrows,
+    check_known,
+    check_text_tower,
+    named_config,
+    read_config,
+)
+from clipgraft.models.processors import OpenClipTokenizer, check_preprocess
+from clipgraft.models.state_dict import put_weights
 from clipgraft.models.weights_file import UnreadableError, read_weights
-from clipgraft.models.weights_names import put_weights
-from clipgraft.readers import placeholder
 
-CONFIG_FILE = "open_clip_config.json"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 RANDOM_WEIGHTS = "none"
-HUB = "hf-hub:"
 _BIG_VISION = (".npz", ".npy")
 _HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip looks for them
 _PREFERRED = (
@@ -63,7 +65,7 @@ def load_name(name: str, pretrained: str, seed: int) -> Clip:
     model_name = name.replace("/", "-")
     _check_name(name, model_name, pretrained)
     is_file, random = Path(pretrained).is_file(), pretrained == RANDOM_WEIGHTS
-    config = _model_cfg(model_name, name)
+    config = named_config(model_name, name)
     notes: list[str] = []
     with hub_access(not (is_file or random) or borrows(config)) as offline:
         try:
@@ -87,7 +89,7 @@ def load_folder(folder: Path, name: str) -> Clip:
     Raises:
         ModelError: open_clip cannot build a model from it.
     """
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     weights = find_weights(folder)
     if weights is None:
         raise ModelError(
@@ -103,7 +105,7 @@ def load_config(path: Path, pretrained: str, seed: int) -> Clip:
     Raises:
         ModelError: the config is not one of open_clip, or the checkpoint is damaged or of another model.
     """
-    config = _read_config(path)
+    config = read_config(path)
     random = pretrained == RANDOM_WEIGHTS
     if not random:
         _check_checkpoint(path, pretrained)
@@ -126,7 +128,7 @@ def _load_hub(name: str) -> Clip:
     repository = name.removeprefix(HUB)
     with hub_access(True) as offline:
         try:
-            config = _read_config(Path(download_pretrained_from_hf(repository, filename=CONFIG_FILE)))
+            config = read_config(Path(download_pretrained_from_hf(repository, filename=CONFIG_FILE)))
             tell_fetch(repository, _HUB_WEIGHTS)
             weights = Path(download_pretrained_from_hf(repository))
         except ModelError:
@@ -229,24 +231,6 @@ def _is_quick(model: nn.Module) -> bool:
     return any(type(module).__name__ == "QuickGELU" for module in model.modules())
 
 
-def _model_cfg(model_name: str, name: object) -> dict[str, Any]:
-    """open_clip's own configuration of a name, checked as a stranger's is."""
-    import open_clip
-
-    return openclip_config(open_clip.get_model_config(model_name) or {}, name)
-
-
-def check_text_tower(settings: Mapping[str, Any], where: object) -> None:
-    """Look at the configuration of a text tower of transformers before open_clip builds one from it."""
-    name = settings["text_cfg"].get("hf_model_name")
-    if not name:
-        return
-    from transformers import PreTrainedConfig
-
-    values, _ = PreTrainedConfig.get_config_dict(name)
-    text_tower_config(values, f"{where}: text_cfg.hf_model_name {name}")
-
-
 def is_openclip(name: str) -> bool:
     """Whether a name that brings its own weights is of open_clip: a hub id, or a local folder."""
     return name.startswith(HUB) or (Path(name) / CONFIG_FILE).is_file()
@@ -260,46 +244,6 @@ def with_weights(clip: Clip, pretrained: str) -> Clip:
     """
     notes = _put(clip.model, Path(pretrained), clip.source.name)
     return replace(clip, source=Source(clip.source.name, pretrained), notes=(*clip.notes, *notes))
-
-
-def model_config(name: str) -> dict[str, Any]:
-    """The `model_cfg` of a base that one of the loaders above loaded under this name.
-
-    Raises:
-        ModelError: there is none, or not any more.
-    """
-    import open_clip
-
-    path = Path(name)
-    config: dict[str, Any] | None = None
-    if path.suffix == ".json":
-        config = _read_config(path)["model_cfg"]
-    elif name and path.is_dir():
-        config = _read_config(path / CONFIG_FILE)["model_cfg"]
-    elif name:
-        try:
-            config = open_clip.get_model_config(name if name.startswith(HUB) else name.replace("/", "-"))
-        except Exception as error:
-            raise config_failure(name, error) from error
-        config = None if config is None else openclip_config(config, name)
-    if config is None:
-        raise ModelError(
-            f"'{name}' has no known open_clip configuration: write a checkpoint (.pt), which needs none"
-        )
-    return config
-
-
-def check_known(name: str) -> None:
-    """Raise ModelError, with the nearest names, for a name that is not open_clip's."""
-    import open_clip
-
-    models = open_clip.list_models()
-    if name.replace("/", "-") not in models:
-        near = nearest(name, [*models, "emoji", *(f"hf:{hub_id}" for hub_id in KNOWN_HUB_IDS)])
-        raise ModelError(
-            f"no model '{name}': it is no open_clip name, local folder or JSON config{near}; "
-            "transformers models are written hf:owner/name"
-        )
 
 
 def _check_name(name: str, model_name: str, pretrained: str) -> None:
@@ -333,39 +277,6 @@ def _check_checkpoint(path: Path, pretrained: str) -> None:
         )
     if not Path(pretrained).is_file():
         raise ModelError(f"--pretrained {pretrained}: there is no such file, and a JSON config has no tags")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The parts `model_cfg` and `preprocess_cfg` of a JSON file, which may be the former alone."""
-    if problem := placeholder(path):
-        raise ModelError(f"model config {path} cannot be read: {problem}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"model config {path}: there is no such file") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"model config {path} is not readable JSON: {one_line(error)}") from error
-    whole = value if isinstance(value, dict) else {}
-    model = whole.get("model_cfg", whole)
-    towers = ("vision_cfg", "text_cfg")
-    missing = [key for key in ("embed_dim", *towers) if not isinstance(model, dict) or key not in model]
-    if missing:
-        raise ModelError(
-            f"model config {path} lacks {', '.join(missing)}: it must be an open_clip model config"
-        )
-    flat = [key for key in towers if not isinstance(model[key], dict)]
-    if flat:
-        raise ModelError(f"model config {path}: {' and '.join(flat)} must be an object of settings")
-    return {
-        "model_cfg": openclip_config(model, path),
-        "preprocess_cfg": preprocess_config(whole.get("preprocess_cfg"), path),
-    }
-
-
-def borrows(config: Mapping[str, Any] | None, tokenizer: bool = True) -> bool:
-    """Whether a model's text tower, or its tokenizer, is one of transformers and comes from the hub."""
-    text = (config or {}).get("text_cfg", {})
-    return bool(text.get("hf_model_name") or (tokenizer and text.get("hf_tokenizer_name")))
 
 
 def _tokenizer(text: Mapping[str, Any], folder: Path | None, name: str = "") -> Any:

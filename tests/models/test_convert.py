@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import clipgraft as cg
 from clipgraft.models.clip import Clip, as_clip
-from clipgraft.models.twins import to_open_clip, to_transformers
+from clipgraft.models.convert import to_open_clip, to_transformers
 from tinies import EOS_ID, TINY_HF_TOWER, TINY_OPENCLIP, in_every_layout, randomise
 from tinies import to_transformers as by_hand
 

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.models.unloaded import build_model, clip_on_meta, read_model_config
+from clipgraft.models.meta import build_model, clip_on_meta, read_model_config
 from tinies import TINY_OPENCLIP
 
 

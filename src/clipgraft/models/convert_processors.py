@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipgraft.errors import ModelError
-from clipgraft.models.clip import Clip, Tokenizer
-from clipgraft.models.companions import find_preprocess, find_tokenizer
-from clipgraft.models.from_hf import HfPreprocess
-from clipgraft.models.quiet import quiet
-from clipgraft.models.tokenizers import HfTokenizer, OpenClipTokenizer
+from clipgraft.models.clip import Clip
+from clipgraft.models.library_calls import quiet
+from clipgraft.models.processors import (
+    HfPreprocess,
+    HfTokenizer,
+    OpenClipTokenizer,
+    Tokenizer,
+    find_preprocess,
+    find_tokenizer,
+)
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -45,7 +50,7 @@ def image_settings(clip: Clip) -> ImageSettings | None:
     """
     if clip.family.name == "open_clip":
         return _recorded_settings(getattr(clip.model.visual, "preprocess_cfg", None))
-    preprocess = clip.preprocess or find_preprocess(clip)
+    preprocess = clip.preprocess or find_preprocess(clip.family, clip.model)
     return _processor_settings(preprocess.processor) if isinstance(preprocess, HfPreprocess) else None
 
 
@@ -97,7 +102,7 @@ def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    tokenizer = clip.tokenizer or find_tokenizer(clip)
+    tokenizer = clip.tokenizer or find_tokenizer(clip.family, clip.model)
     if tokenizer is None or isinstance(tokenizer, HfTokenizer):
         return tokenizer
     inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else tokenizer
@@ -121,7 +126,7 @@ def to_openclip_tokenizer(clip: Clip) -> OpenClipTokenizer | None:
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    tokenizer = clip.tokenizer or find_tokenizer(clip)
+    tokenizer = clip.tokenizer or find_tokenizer(clip.family, clip.model)
     if tokenizer is None:
         return None
     if not isinstance(tokenizer, HfTokenizer):

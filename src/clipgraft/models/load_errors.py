@@ -5,9 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from clipgraft.errors import ModelError
 
@@ -85,21 +82,3 @@ def nearest(given: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(given.lower(), by_lower, n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(by_lower[name] for name in close)}?)" if close else ""
-
-
-def check_preprocess(preprocess: Any, size: tuple[int, int], where: object) -> None:
-    """Try a preprocessing of a stranger's file on one small image.
-
-    Raises:
-        ModelError: it gives something else than the pixels that the model takes.
-    """
-    image = Image.new("RGB", (9, 8))
-    try:
-        given = tuple(preprocess(image).shape)
-    except Exception as error:
-        raise ModelError(f"{where}: its image preprocessing cannot be used: {one_line(error)}") from error
-    if given != (3, *size):
-        raise ModelError(
-            f"{where}: its image preprocessing gives {given} where the model takes {(3, *size)}: "
-            "correct its preprocessor_config.json or preprocess_cfg"
-        )

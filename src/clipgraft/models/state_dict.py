@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import Clip, family_of
+from clipgraft.models.convert import config_of_shape, shape_of
 from clipgraft.models.family import is_lora
+from clipgraft.models.library_calls import undrawn
 from clipgraft.models.weights_file import WeightsFile
 
 Layout = Mapping[str, Tensor]
@@ -107,10 +109,6 @@ def _openclip_twin(model: nn.Module) -> nn.Module | None:
     if family_of(model).name != "transformers":
         return None
     import open_clip
-
-    from clipgraft.models.openclip_config import config_of_shape
-    from clipgraft.models.quiet import undrawn
-    from clipgraft.models.shape import shape_of
 
     try:
         config = config_of_shape(shape_of(Clip(model, family_of(model))))

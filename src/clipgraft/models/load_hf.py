@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from clipgraft.errors import ModelError
 from clipgraft.models.allowed import clip_config
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.failures import check_preprocess, hf_failure
 from clipgraft.models.hub import hub_access, tell_fetch
-from clipgraft.models.quiet import undrawn
-from clipgraft.models.tokenizers import HfTokenizer
+from clipgraft.models.library_calls import undrawn
+from clipgraft.models.load_errors import hf_failure
+from clipgraft.models.processors import HfPreprocess, HfTokenizer, check_preprocess
+from clipgraft.models.state_dict import MisfitError, put_weights
 from clipgraft.models.weights_file import UnreadableError, WeightsFile, read_weights
-from clipgraft.models.weights_names import MisfitError, put_weights
 from clipgraft.readers import placeholder
 
 _WEIGHTS = (
@@ -183,17 +183,3 @@ def _check_vocabulary(path: str, inner: Any, rows: int) -> None:
             f"{path}: the tokenizer has ids up to {max(ids)} but the model only {rows} token embeddings; "
             "they are not of one model"
         )
-
-
-class HfPreprocess:
-    """A transformers image processor as a transform, PIL image -> (3, H, W), that workers can carry."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Any) -> Tensor:
-        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
-    def __repr__(self) -> str:
-        return repr(self.processor)
