@@ -25,7 +25,7 @@ from clipgraft.lora.inject import require_lora
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from conftest import TINY_OPENCLIP, build_hf, randomise
-from explicit import (
+from explicit_lora import (
     ROLES,
     explicit_model,
     explicit_run,
@@ -36,7 +36,7 @@ from explicit import (
     randomise_lora,
     target,
 )
-from standins import to_4x
+from open_clip_4 import to_4x
 
 
 def layouts() -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from tinies import BOS_ID, EOS_ID, TINY_OPENCLIP, build_hf, randomise
+from tiny_models import BOS_ID, EOS_ID, TINY_OPENCLIP, build_hf, randomise
 
 # Machines that run tests are busy: no example fails for having been slow.
 settings.register_profile("clipgraft", deadline=None)
@@ -123,7 +123,7 @@ def tiny_openclip(_openclip_master: nn.Module) -> nn.Module:
 @pytest.fixture
 def tiny_openclip_4x(tiny_openclip: nn.Module) -> nn.Module:
     """The weights of `tiny_openclip` in the layout of open_clip 4.x."""
-    from standins import to_4x
+    from open_clip_4 import to_4x
 
     return to_4x(copy.deepcopy(tiny_openclip))
 

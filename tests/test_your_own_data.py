@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clipgraft.cli import main
-from pictures import write_pictures
+from tiny_pictures import write_pictures
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")

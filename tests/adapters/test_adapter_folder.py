@@ -18,7 +18,7 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import features, inputs, largest, randomise_lora
+from explicit_lora import features, inputs, largest, randomise_lora
 
 LAYOUTS = ("tiny_openclip", "tiny_openclip_4x", "tiny_hf")
 WEIGHTS, CONFIG, NATIVE = "adapter_model.safetensors", "adapter_config.json", "clipgraft.json"

@@ -16,9 +16,9 @@ from clipgraft.adapters.clip_lora import clip_lora_adapter, read_clip_lora, writ
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.lora.inject import LoraConfig
 from clipgraft.models.sites import Site
-from explicit import explicit_model, features, inputs, largest, randomise_lora
-from guidelayers import deltas, updates_of
-from mangle import mangled, read_or_one_line
+from damaged_values import damaged, read_or_one_line
+from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
+from guide_lora import deltas, updates_of
 
 MODULES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "proj"}
 # What CLIP-LoRA's tables say, for the text tower and for the vision tower of each backbone it takes.
@@ -244,8 +244,8 @@ def valid() -> dict[str, Any]:
 
 
 @settings(max_examples=300)
-@given(data=mangled(valid()))
-def test_mangled_files(data: Any) -> None:
+@given(data=damaged(valid()))
+def test_damaged_files(data: Any) -> None:
     """A damaged or hostile file ends in a traceback instead of one line."""
     if not isinstance(data, dict):
         return

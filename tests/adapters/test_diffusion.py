@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.adapters.formats import detect, read_any
-from pefting import outputs
-from tinies import build_hf
+from peft_models import outputs
+from tiny_models import build_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

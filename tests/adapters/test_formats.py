@@ -21,9 +21,9 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.adapters.formats import Form, detect, read_any, write_any
 from clipgraft.adapters.native import AdapterFile
-from explicit import explicit_model, features, inputs, largest, randomise_lora
-from guidelayers import deltas, updates_of
-from tinies import to_transformers
+from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
+from guide_lora import deltas, updates_of
+from tiny_models import to_transformers
 
 FORMS: tuple[Form, ...] = ("peft", "guide", "guide-full", "clip-lora")
 LAYERS = {"text_layers": 2, "vision_layers": 2}

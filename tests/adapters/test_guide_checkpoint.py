@@ -18,9 +18,9 @@ from clipgraft.adapters.guide_checkpoint import guide_adapter, read_guide, write
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.models.clip import as_clip
 from clipgraft.train.saving import Saver
-from explicit import explicit_model, features, inputs, largest, randomise_lora
-from guidelayers import apply_guide, deltas, updates_of
-from mangle import mangled, read_or_one_line
+from damaged_values import damaged, read_or_one_line
+from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
+from guide_lora import apply_guide, deltas, updates_of
 
 # Options of apply_lora, and whether the update keeps every bit: ratios of scales are powers of two, or not.
 ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -239,8 +239,8 @@ def valid() -> dict[str, Any]:
 
 
 @settings(max_examples=300)
-@given(data=mangled(valid()))
-def test_mangled_files(data: Any) -> None:
+@given(data=damaged(valid()))
+def test_damaged_files(data: Any) -> None:
     """A damaged or hostile file ends in a traceback instead of one line."""
     if not isinstance(data, dict):
         return

@@ -10,7 +10,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
-from explicit import features, inputs, largest, randomise_lora
+from explicit_lora import features, inputs, largest, randomise_lora
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.adapters.patterns import PatternError, end_of_path, targeted, whole_path
 from clipgraft.models.clip import as_clip
-from pefting import outputs
-from tinies import build_hf
+from peft_models import outputs
+from tiny_models import build_hf
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning"),

@@ -18,7 +18,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
-from tinies import build_hf
+from tiny_models import build_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 605000000\n"

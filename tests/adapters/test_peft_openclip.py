@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
-from explicit import explicit_model, features, inputs, largest
-from guidelayers import updates_of
-from mangle import mangled, read_or_one_line
-from tinies import to_custom_text
+from damaged_values import damaged, read_or_one_line
+from explicit_lora import explicit_model, features, inputs, largest
+from guide_lora import updates_of
+from tiny_models import to_custom_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -184,8 +184,8 @@ def valid() -> dict[str, Any]:
 
 
 @settings(max_examples=300)
-@given(data=mangled(valid()))
-def test_mangled_adapters(data: Any) -> None:
+@given(data=damaged(valid()))
+def test_damaged_adapters(data: Any) -> None:
     """A damaged or hostile adapter ends in a traceback instead of one line."""
     parts = [data.get(key) if isinstance(data, dict) else None for key in ("tensors", "config")]
     if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):

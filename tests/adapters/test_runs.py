@@ -14,7 +14,7 @@ import clipgraft as cg
 from clipgraft.adapters.open import split_adapter
 from clipgraft.adapters.runs import find_run_model
 from clipgraft.models.clip import Clip
-from pictures import write_pictures
+from tiny_pictures import write_pictures
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "workers": 0, "progress": False}
 

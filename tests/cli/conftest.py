@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipgraft.cli import main
-from pictures import write_pictures
+from tiny_pictures import write_pictures
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from clipgraft.adapters.native import AdapterFile
 from clipgraft.cli.parser import parse
 from clipgraft.models.load import load
 from clipgraft.options import Options, Positional
-from explicit import explicit_model, features, inputs, largest, randomise_lora
-from guidelayers import apply_guide, deltas, updates_of
+from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
+from guide_lora import apply_guide, deltas, updates_of
 
 CONFIG = {"model": "ViT-B-32", "pretrained": "openai", "r": 4, "alpha": 6, "dropout": 0.1}
 

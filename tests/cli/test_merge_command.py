@@ -14,7 +14,7 @@ from torch import Tensor
 
 import clipgraft as cg
 from clipgraft.models.load import load
-from explicit import bound, features, inputs, largest, randomise_active
+from explicit_lora import bound, features, inputs, largest, randomise_active
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vi": {"targets": "all", "use_dora": True},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reading import read_page
+from html_pages import read_page
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

@@ -16,7 +16,7 @@ import torch
 
 import clipgraft as cg
 from clipgraft.models.load import load
-from pictures import IMAGES
+from tiny_pictures import IMAGES
 
 FAST = ["--workers", 0, "--batch-size", 4, "--shard-rows", 5]
 

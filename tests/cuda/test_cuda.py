@@ -20,8 +20,8 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.load import load
-from explicit import explicit_run, features, inputs, largest, loss_of, randomise_active, randomise_lora
-from pictures import write_pictures
+from explicit_lora import explicit_run, features, inputs, largest, loss_of, randomise_active, randomise_lora
+from tiny_pictures import write_pictures
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),

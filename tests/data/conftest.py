@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cached import ROW_BYTES
 from clipgraft.data.feature_cache import FeatureCache
+from feature_caches import ROW_BYTES
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cached import KEY, ROW_BYTES, Encoder, ask, names, rows_of, shards
 from clipgraft.data import cache_shards, feature_cache
 from clipgraft.data.cache_room import ENTRY
 from clipgraft.data.feature_cache import FeatureCache
+from feature_caches import KEY, ROW_BYTES, Encoder, ask, names, rows_of, shards
 
 
 def entry_bytes(cache: FeatureCache) -> int:

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from cached import KEY, ROW_BYTES, Encoder, ask, names, rows_of, shards
 from clipgraft.data import cache_shards, feature_cache
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.stored_rows import StoredRows, computed_rows
+from feature_caches import KEY, ROW_BYTES, Encoder, ask, names, rows_of, shards
 
 
 def test_the_second_time_nothing_is_computed(

@@ -21,7 +21,7 @@ from clipgraft.data.feature_key import UnknownError, describe, image_key, tower_
 from clipgraft.data.views import SeededView
 from clipgraft.models.clip import as_clip
 from clipgraft.models.processors import HfPreprocess
-from tinies import in_every_layout
+from tiny_models import in_every_layout
 
 
 def test_adapters_and_training_leave_the_tower_what_it_is(

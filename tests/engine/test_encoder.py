@@ -15,7 +15,7 @@ from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import (
+from explicit_lora import (
     CONTEXT_END,
     HF_END,
     custom_text,
@@ -28,7 +28,7 @@ from explicit import (
     loss_of,
     randomise_lora,
 )
-from tinies import TINY_OPENCLIP, randomise
+from tiny_models import TINY_OPENCLIP, randomise
 
 LAYOUTS = ("tiny_openclip", "tiny_openclip_4x", "tiny_hf", "custom_text", "linear_text_projection")
 

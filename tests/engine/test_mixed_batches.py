@@ -14,8 +14,8 @@ import clipgraft as cg
 from clipgraft.adapters.open import Clip
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import custom_text, inputs, randomise_active
-from tinies import TINY_OPENCLIP, in_every_layout, randomise
+from explicit_lora import custom_text, inputs, randomise_active
+from tiny_models import TINY_OPENCLIP, in_every_layout, randomise
 
 LAYOUTS = ("CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel", "not causal")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

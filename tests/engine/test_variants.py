@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import as_clip
-from explicit import bound, features, inputs, largest, loss_of, randomise_active
-from tinies import in_every_layout
+from explicit_lora import bound, features, inputs, largest, loss_of, randomise_active
+from tiny_models import in_every_layout
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"targets": "all", "use_dora": True},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import as_clip
-from explicit import inputs, randomise_lora
+from explicit_lora import inputs, randomise_lora
 
 
 def input_of_block(model: nn.Module, pixels: Tensor, block: int) -> Tensor:

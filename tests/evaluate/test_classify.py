@@ -27,7 +27,7 @@ from clipgraft.evaluate.classify import (
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.inject import apply_lora
 from clipgraft.models.clip import Clip
-from pictures import write_pictures
+from tiny_pictures import write_pictures
 
 CLASSES = ("cat", "fire_engine", "dog")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from tinies import in_every_layout
+from tiny_models import in_every_layout
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import clipgraft as cg
 from clipgraft.lora.combine import cut
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import (
+from explicit_lora import (
     bound,
     explicit_model,
     features,

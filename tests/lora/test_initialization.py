@@ -14,7 +14,7 @@ from clipgraft.lora.initialization import principal
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from clipgraft.models.family import site_weight
-from explicit import bound, features, inputs, largest, run
+from explicit_lora import bound, features, inputs, largest, run
 
 layouts = pytest.mark.parametrize("layout", ["CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel"])
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
-from explicit import explicit_model, features, inputs, largest, randomise_lora
-from tinies import TINY_OPENCLIP, randomise
+from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
+from tiny_models import TINY_OPENCLIP, randomise
 
 
 def attention_pair(base: nn.Module, **options: object) -> tuple[nn.Module, nn.Module]:

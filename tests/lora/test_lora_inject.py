@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import explicit_model, features, inputs, largest, loss_of, randomise_lora
-from tinies import TINY_OPENCLIP
+from explicit_lora import explicit_model, features, inputs, largest, loss_of, randomise_lora
+from tiny_models import TINY_OPENCLIP
 
 LAYOUTS = ("tiny_openclip", "tiny_openclip_4x", "tiny_hf")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

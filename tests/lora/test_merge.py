@@ -13,7 +13,7 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import bound, explicit_model, largest, randomise_active, randomise_lora, run
+from explicit_lora import bound, explicit_model, largest, randomise_active, randomise_lora, run
 
 LAYOUTS = ("CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

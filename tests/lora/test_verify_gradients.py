@@ -9,7 +9,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
-from explicit import features, inputs, loss_of
+from explicit_lora import features, inputs, loss_of
 
 
 def backward(model: nn.Module) -> None:

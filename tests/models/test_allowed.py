@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, RobertaConfig, SiglipConfig
 
 import clipgraft as cg
 from clipgraft.models.allowed import clip_config, openclip_config, transformers_config
-from tinies import TINY_OPENCLIP
+from tiny_models import TINY_OPENCLIP
 
 
 def refused(folder: Path, key: str, value: Any) -> str:

@@ -19,7 +19,7 @@ from transformers import SiglipConfig, SiglipModel
 
 import clipgraft as cg
 from clipgraft.models.clip import ClipLike, as_clip
-from tinies import EOS_ID, TINY_OPENCLIP, in_every_layout, randomise, to_transformers
+from tiny_models import EOS_ID, TINY_OPENCLIP, in_every_layout, randomise, to_transformers
 
 Make = Callable[..., nn.Module]
 # Hypothesis reuses a test's fixtures for all its examples; nothing here changes the models.

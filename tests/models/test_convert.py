@@ -21,8 +21,8 @@ from transformers import CLIPConfig, CLIPModel
 import clipgraft as cg
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.convert import to_open_clip, to_transformers
-from tinies import EOS_ID, TINY_HF_TOWER, TINY_OPENCLIP, in_every_layout, randomise
-from tinies import to_transformers as by_hand
+from tiny_models import EOS_ID, TINY_HF_TOWER, TINY_OPENCLIP, in_every_layout, randomise
+from tiny_models import to_transformers as by_hand
 
 CAPTIONS = ["a photo of a cat", "một con mèo trên ghế 😀", "it's 42 things, isn't it?", "", "word " * 100]
 MEAN_STD = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))

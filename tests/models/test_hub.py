@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipgraft.models.clip import as_clip
 from clipgraft.models.load_errors import KNOWN_HUB_IDS
-from hubserver import HubServer
+from hub_server import HubServer
 
 TAG = "some_tag"
 MEAN = [0.1, 0.2, 0.3]

@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.export import save_model
-from tinies import TINY_OPENCLIP
+from tiny_models import TINY_OPENCLIP
 
 CAPTIONS = ["a photo of a cat", "con mèo trên ghế"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.models.meta import build_model, clip_on_meta, read_model_config
-from tinies import TINY_OPENCLIP
+from tiny_models import TINY_OPENCLIP
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from clipgraft.models.clip import as_clip
 from clipgraft.models.family import site_weight
 from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import BLOCK_ROLES, ROLES, TOWERS, Site
-from tinies import TINY_OPENCLIP, in_every_layout, randomise
+from tiny_models import TINY_OPENCLIP, in_every_layout, randomise
 
 BLOCK_SITES = st.builds(Site, st.sampled_from(TOWERS), st.integers(0, 999), st.sampled_from(BLOCK_ROLES))
 WHOLE_SITES = st.sampled_from(

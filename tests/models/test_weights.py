@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.torchscript import read_torchscript
-from tinies import TINY_OPENCLIP, to_transformers
+from tiny_models import TINY_OPENCLIP, to_transformers
 
 State = dict[str, Tensor]
 
@@ -123,11 +123,11 @@ def test_transformers_folder_with_open_clips_names(
     tiny_hf: nn.Module, hf_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A transformers folder whose weights were saved from open_clip is refused, or loads in part."""
-    from pefting import openclip_of
+    from peft_models import to_openclip
 
     folder = tmp_path / "folder"
     shutil.copytree(hf_folder, folder)
-    save_file(dict(openclip_of(tiny_hf).state_dict()), folder / "model.safetensors")
+    save_file(dict(to_openclip(tiny_hf).state_dict()), folder / "model.safetensors")
     assert cg.load(folder).fingerprint == as_clip(tiny_hf).fingerprint
     assert any("names are open_clip's" in message for message in caplog.messages)
 

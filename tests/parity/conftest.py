@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from pefting import openclip_of
+from peft_models import to_openclip
 
 
 @pytest.fixture
 def openclip_twin(tiny_hf: nn.Module) -> nn.Module:
     """An open_clip model with the weights of `tiny_hf`."""
-    return openclip_of(tiny_hf)
+    return to_openclip(tiny_hf)
 
 
 @pytest.fixture(params=["open_clip", "transformers"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
-from explicit import ROLES, randomise_active, target
-from pefting import openclip_of, outputs
+from explicit_lora import ROLES, randomise_active, target
+from peft_models import outputs, to_openclip
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **{role: {"targets": target(role)} for role in ROLES},
@@ -39,7 +39,7 @@ def test_an_adapter_works_in_the_other_family(
     made_on: str, options: str, tiny_hf: nn.Module, tmp_path: Path
 ) -> None:
     """An adapter trained with one library is useless, or another one, in the other."""
-    bases = {"open_clip": openclip_of(tiny_hf), "transformers": copy.deepcopy(tiny_hf)}
+    bases = {"open_clip": to_openclip(tiny_hf), "transformers": copy.deepcopy(tiny_hf)}
     model, other = bases.pop(made_on), next(iter(bases.values()))
     plain = logits(other)
     cg.apply_lora(model, r=3, alpha=2, **OPTIONS[options])

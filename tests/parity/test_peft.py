@@ -15,8 +15,8 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
-from explicit import ROLES, largest, randomise_lora, target
-from pefting import ALL_MODULES, outputs
+from explicit_lora import ROLES, largest, randomise_lora, target
+from peft_models import ALL_MODULES, outputs
 
 # PEFT 0.21 reads an attribute that transformers 5.23 is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

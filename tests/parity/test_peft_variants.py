@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
-from explicit import ROLES, largest, target
-from pefting import ALL_MODULES, outputs
+from explicit_lora import ROLES, largest, target
+from peft_models import ALL_MODULES, outputs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),

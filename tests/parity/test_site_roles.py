@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
-from explicit import (
+from explicit_lora import (
     ROLES,
     custom_text,
     explicit_model,
@@ -25,7 +25,7 @@ from explicit import (
     randomise_lora,
     target,
 )
-from tinies import TINY_OPENCLIP, randomise
+from tiny_models import TINY_OPENCLIP, randomise
 
 LAYOUTS = ("tiny_openclip", "tiny_openclip_4x", "tiny_hf")
 TEXT_LAYOUTS = ("custom_text", "linear_text_projection")

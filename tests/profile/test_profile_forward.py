@@ -14,7 +14,7 @@ from clipgraft.models.clip import as_clip
 from clipgraft.models.meta import clip_on_meta
 from clipgraft.models.sites import Site
 from clipgraft.profile.forward import ClipProfile, costs
-from tinies import in_every_layout
+from tiny_models import in_every_layout
 
 LAYOUTS = ["CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel"]
 # The tiny models: width 32, MLP 128, features 24, 16 patches of 8×8, 7 tokens, batch 3.

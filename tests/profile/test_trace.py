@@ -21,8 +21,8 @@ from clipgraft.models.clip import as_clip
 from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.profile.ops import price
 from clipgraft.profile.trace import Trace, join, trace
-from counting import attention_backward_flops, attention_flops, counted, flop_counter, slow_path
-from tinies import EOS_ID
+from flop_counting import attention_backward_flops, attention_flops, counted, flop_counter, slow_path
+from tiny_models import EOS_ID
 
 
 def full_size(kind: str) -> nn.Module:

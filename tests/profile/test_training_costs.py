@@ -17,7 +17,7 @@ from clipgraft.models.sites import TOWERS
 from clipgraft.profile.meta import on_meta
 from clipgraft.profile.targets import distinct_sets, target_costs
 from clipgraft.profile.training import FULL, training_costs
-from counting import flop_counter
+from flop_counting import flop_counter
 
 SETS = ("text-attention", "vision.-1.fc1", "linear", "all", "projection")
 

@@ -12,8 +12,8 @@ import torch
 
 from clipgraft.cli import main
 from clipgraft.emoji.classes import write_classes
-from pictures import write_pictures
-from reading import Page, read_page
+from html_pages import Page, read_page
+from tiny_pictures import write_pictures
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageStat
 
-from reading import Page
+from html_pages import Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

@@ -21,8 +21,8 @@ from clipgraft.report.choose import _spread
 from clipgraft.report.examples import Examples, stored_examples
 from clipgraft.report.measure import Computing, compute_examples
 from clipgraft.report.runs import read_run, read_sweep
-from pictures import IMAGES
-from reading import read_page
+from html_pages import read_page
+from tiny_pictures import IMAGES
 
 CPU = Computing(torch.device("cpu"), workers=0)
 

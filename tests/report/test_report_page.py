@@ -16,7 +16,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.report import charts
 from clipgraft.report.build import write_report
 from clipgraft.report.table import Line
-from reading import Element, Page, read_page
+from html_pages import Element, Page, read_page
 
 _RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
 _CLASSES = ("acc1", "acc5", "mean_per_class_recall")

@@ -12,7 +12,7 @@ import pytest
 from clipgraft.errors import ClipgraftError
 from clipgraft.report.build import write_report
 from clipgraft.report.runs import Run, Sweep, best_run, read_run, read_sources, read_sweep
-from reading import read_page
+from html_pages import read_page
 
 
 def test_a_run_as_its_files_say(world: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import clipgraft as cg
 from clipgraft.models.load import load
 from clipgraft.report.results import write_results
-from counting import counted
+from flop_counting import counted
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
-from encoded import MakeAdapter, write_tree
+from encoded_folders import MakeAdapter, write_tree
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.search.encode import encode_folder
 from clipgraft.search.manifest import read_manifest
 from clipgraft.search.sets import adapter_digest
-from encoded import GOOD, MakeAdapter, plain_vectors, read_encoded, tree_bytes
+from encoded_folders import GOOD, MakeAdapter, read_encoded, tree_bytes, vectors_one_by_one
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 
@@ -29,7 +29,7 @@ def test_one_adapter_on_the_image_tower(
     found, base = read_encoded(tmp_path / "out"), read_encoded(tmp_path / "base")
     keys = list(found)
     vectors = np.stack([found[key] for key in keys])
-    assert vectors == pytest.approx(plain_vectors(clip, pictures, keys), abs=1e-2)
+    assert vectors == pytest.approx(vectors_one_by_one(clip, pictures, keys), abs=1e-2)
     assert np.abs(vectors - np.stack([base[key] for key in keys])).max() > 0.1
     assert set(pq.read_table(tmp_path / "out/metadata/metadata_0.parquet").column("adapter").to_pylist()) == {
         "eye"
@@ -85,7 +85,7 @@ def test_several_adapters_in_one_pass(
         cg.set_adapter(clip, active)
         found = read_encoded(tmp_path / "out" / folder)
         vectors = np.stack(list(found.values()))
-        assert vectors == pytest.approx(plain_vectors(clip, pictures, list(found)), abs=1e-2)
+        assert vectors == pytest.approx(vectors_one_by_one(clip, pictures, list(found)), abs=1e-2)
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None
     assert [(note.name, sorted(note.digests)) for note in manifest.adapters] == [

@@ -14,7 +14,7 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.search.archives import expand_braces, open_archives
 from clipgraft.search.encode import encode_folder
-from encoded import read_encoded, read_errors, write_picture
+from encoded_folders import read_encoded, read_errors, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 

@@ -19,7 +19,15 @@ from clipgraft.models.clip import Clip
 from clipgraft.pictures import open_image
 from clipgraft.search.encode import encode_folder
 from clipgraft.search.sources import open_images
-from encoded import BAD, GOOD, plain_vectors, read_encoded, read_errors, tree_bytes, write_picture
+from encoded_folders import (
+    BAD,
+    GOOD,
+    read_encoded,
+    read_errors,
+    tree_bytes,
+    vectors_one_by_one,
+    write_picture,
+)
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 
@@ -43,7 +51,7 @@ def test_the_default_is_fp16_and_close(clip: Clip, pictures: Path, tmp_path: Pat
     found = read_encoded(tmp_path / "out")
     vectors = np.stack(list(found.values()))
     assert vectors.dtype == np.float16
-    assert vectors == pytest.approx(plain_vectors(clip, pictures, list(found)), abs=1e-2)
+    assert vectors == pytest.approx(vectors_one_by_one(clip, pictures, list(found)), abs=1e-2)
 
 
 def test_layout_and_metadata(clip: Clip, pictures: Path, tmp_path: Path) -> None:
@@ -248,7 +256,7 @@ def test_the_other_family(hf_folder: Path, pictures: Path, tmp_path: Path) -> No
     clip = cg.load(f"hf:{hf_folder}")
     encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     found = read_encoded(tmp_path / "out")
-    expected = plain_vectors(clip, pictures, list(found))
+    expected = vectors_one_by_one(clip, pictures, list(found))
     assert np.stack(list(found.values())) == pytest.approx(expected, abs=1e-2)
 
 
@@ -256,7 +264,7 @@ def test_bf16_is_close(clip: Clip, pictures: Path, tmp_path: Path) -> None:
     """The faster precision would give vectors that find other images."""
     encode_folder(clip, pictures, tmp_path / "out", **{**SMALL, "autocast": True})
     found = read_encoded(tmp_path / "out")
-    expected = plain_vectors(clip, pictures, list(found))
+    expected = vectors_one_by_one(clip, pictures, list(found))
     assert (np.stack(list(found.values())) * expected).sum(1).min() > 0.999
     again = encode_folder(clip, pictures, tmp_path / "out", **{**SMALL, "autocast": None})
     assert (again.encoded, again.kept) == (0, GOOD)

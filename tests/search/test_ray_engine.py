@@ -28,7 +28,7 @@ from clipgraft.search.items import Item
 from clipgraft.search.plan import Plan
 from clipgraft.search.ray_worker import _WINDOW, Crew
 from clipgraft.search.stream import Sizes, _batches, _how_many
-from encoded import BAD, GOOD, MakeAdapter, read_errors, tree_bytes, write_picture
+from encoded_folders import BAD, GOOD, MakeAdapter, read_errors, tree_bytes, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 RAY = {**SMALL, "engine": "ray", "ray_workers": 2}

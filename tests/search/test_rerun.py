@@ -19,7 +19,7 @@ from clipgraft.search import encode
 from clipgraft.search.encode import encode_folder
 from clipgraft.search.manifest import read_manifest
 from clipgraft.search.store import sole_writer
-from encoded import BAD, GOOD, MakeAdapter, read_encoded, read_errors, tree_bytes, write_picture
+from encoded_folders import BAD, GOOD, MakeAdapter, read_encoded, read_errors, tree_bytes, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 PROGRAM = """

@@ -19,7 +19,7 @@ from clipgraft.search.folder import fitting_set
 from clipgraft.search.gallery import write_gallery
 from clipgraft.search.index import build_index
 from clipgraft.search.searcher import Hit, query, query_vector
-from encoded import GOOD, MakeAdapter, read_encoded, write_picture
+from encoded_folders import GOOD, MakeAdapter, read_encoded, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
 

@@ -13,7 +13,7 @@ import torch
 import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
-from pictures import write_pictures
+from tiny_pictures import write_pictures
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from clipgraft.train.activations import first_trained_block
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.towers import LiveImages, PartlyFixedImages
-from explicit import randomise_lora
+from explicit_lora import randomise_lora
 
 MakeClip = Callable[[], Clip]
 ROW = 17 * 32

@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clipgraft as cg
-import gang
+import distributed_runs
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.train.distributed import ALONE, Peers, in_shares
 from clipgraft.train.feed import Feed, MicroBatch
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-OTHERS = tuple(name for name in gang.CASES if name not in gang.QUICK)
+OTHERS = tuple(name for name in distributed_runs.CASES if name not in distributed_runs.QUICK)
 
 
 def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -43,18 +43,18 @@ def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, pictures: Path) -> Path:
-    """What two processes made of the quick cases in `gang`."""
-    return in_gang(tiny_config, pictures, tmp_path_factory.mktemp("both"), gang.QUICK)
+    """What two processes made of the quick cases in `distributed_runs`."""
+    return in_two_processes(tiny_config, pictures, tmp_path_factory.mktemp("both"), distributed_runs.QUICK)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, pictures: Path) -> Path:
     """The same of all other cases."""
-    return in_gang(tiny_config, pictures, tmp_path_factory.mktemp("others"), OTHERS)
+    return in_two_processes(tiny_config, pictures, tmp_path_factory.mktemp("others"), OTHERS)
 
 
-def in_gang(config: Path, table: Path, out: Path, names: Sequence[str]) -> Path:
-    done = launch(HELPERS / "gang.py", config, table, out, *names)
+def in_two_processes(config: Path, table: Path, out: Path, names: Sequence[str]) -> Path:
+    done = launch(HELPERS / "distributed_runs.py", config, table, out, *names)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_whole_batch(
 ) -> None:
     """Gradients that are averaged, or lack the negatives of other processes, train another model."""
     clip = load(str(tiny_config), "none")
-    loss, wanted = gang.gradients(clip, pictures, ALONE, accum_freq)
+    loss, wanted = distributed_runs.gradients(clip, pictures, ALONE, accum_freq)
     for rank in (0, 1):
         found_loss, found = torch.load(both / f"gradients-{accum_freq}-{rank}.pt", weights_only=True)
         torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=0, check_dtype=False)
@@ -101,12 +101,12 @@ def test_gradients_are_those_of_the_whole_batch(
             assert error < 1e-5, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("name", gang.QUICK)
+@pytest.mark.parametrize("name", distributed_runs.QUICK)
 def test_two_processes_equal_one(
     name: str, both: Path, tiny_config: Path, pictures: Path, tmp_path: Path
 ) -> None:
     """Who adds a second GPU at the same global batch would get another model, or other metrics."""
-    gang.run_case(name, tiny_config, pictures, tmp_path)
+    distributed_runs.run_case(name, tiny_config, pictures, tmp_path)
     assert_close(both / name, tmp_path / name)
     assert files(both / name) == files(tmp_path / name)
     assert len(list((both / name / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
@@ -147,11 +147,12 @@ def test_one_process_goes_on_where_two_stopped(
     stopped = both / "left"
 
     def train(out: Path, **options: Any) -> None:
-        gang.on_pairs(load(str(tiny_config), "none"), pictures, out, ALONE, targets=gang.BOTH, **options)
+        clip = load(str(tiny_config), "none")
+        distributed_runs.on_pairs(clip, pictures, out, ALONE, targets=distributed_runs.BOTH, **options)
 
     assert len(events(stopped)) == 6, "the base, four steps and one evaluation"
     with monkeypatch.context() as patch:
-        patch.setattr(gang, "PAIRS_IN_A_STEP", 4)
+        patch.setattr(distributed_runs, "PAIRS_IN_A_STEP", 4)
         with pytest.raises(cg.errors.CheckpointError, match=r"pairs in a step \(was 8, now 4\)"):
             train(stopped, resume=True)
     train(tmp_path / "whole")
@@ -235,7 +236,9 @@ def train_and_fail(how: str, at: int, out: Path, config: Path, table: Path) -> t
         500,
         *flags.split(),
     ]
-    done = launch(HELPERS / "failing.py", how, 1, at, *command, "--checkpoint-steps", 2, "--workers", 0)
+    done = launch(
+        HELPERS / "failing_process.py", how, 1, at, *command, "--checkpoint-steps", 2, "--workers", 0
+    )
     assert done.returncode == 1, "torchrun's own code"
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
     code = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: 1 ", done.stderr)

@@ -15,7 +15,7 @@ from clipgraft.config import TrainSpec
 from clipgraft.models.clip import Clip
 from clipgraft.train import loop
 from clipgraft.train.parts import schedule_of
-from lastbit import death, differences, events, kept
+from run_comparison import dies_at, differences, events, run_contents
 
 Train = Callable[..., cg.train.FitResult]
 
@@ -36,7 +36,7 @@ def train(make_clip: Callable[[], Clip], pairs: cg.Pairs) -> Train:
 
 def assert_same(left: Path, right: Path) -> None:
     """Adapters, checkpoints with their settings, and events are the same to the last bit."""
-    assert differences(kept(left), kept(right)) == []
+    assert differences(run_contents(left), run_contents(right)) == []
     assert events(left) == events(right)
 
 
@@ -56,7 +56,7 @@ def test_interrupted_anywhere(call: int, train: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(run, epochs=1)
     # The end of the first part is reached again, then six steps twice, with checkpoints between them.
-    with death(loop, "save_checkpoint", call, before=False):
+    with dies_at(loop, "save_checkpoint", call, before=False):
         train(run, epochs=3, resume=True)
     train(run, epochs=3, resume=True)
     assert_same(run, tmp_path / "whole")
@@ -65,7 +65,7 @@ def test_interrupted_anywhere(call: int, train: Train, tmp_path: Path) -> None:
 def test_extended_before_its_end(train: Train, tmp_path: Path) -> None:
     """A run that was stopped in its first part forgets that part when more epochs are asked for."""
     run = tmp_path / "run"
-    with death(loop, "save_checkpoint", 3, before=False):
+    with dies_at(loop, "save_checkpoint", 3, before=False):
         train(run, epochs=2)
     train(run, epochs=3, resume=True)
     train(tmp_path / "whole", epoch_parts=(2, 1))
@@ -78,7 +78,7 @@ def test_a_constant_rate_knows_no_parts(train: Train, tmp_path: Path) -> None:
     train(tmp_path / "extended", epochs=1, **same)
     train(tmp_path / "extended", epochs=3, resume=True, **same)
     train(tmp_path / "whole", epochs=3, **same)
-    left, right = kept(tmp_path / "extended"), kept(tmp_path / "whole")
+    left, right = run_contents(tmp_path / "extended"), run_contents(tmp_path / "whole")
     for found in (left, right):
         found["latest"]["settings"].pop("epoch_parts")
     assert differences(left, right) == []
@@ -124,7 +124,7 @@ def test_the_epochs_of_a_resumed_run(train: Train, tmp_path: Path, caplog: pytes
     ):
         train(run, epoch_parts=(4, 4), resume=True)
     other = tmp_path / "other"
-    with death(loop, "save_checkpoint", 3, before=False):
+    with dies_at(loop, "save_checkpoint", 3, before=False):
         train(other, epochs=3)
     with pytest.raises(cg.errors.CheckpointError, match=r"--epochs 2: .* is under way to 3 epochs"):
         train(other, epochs=2, resume=True)

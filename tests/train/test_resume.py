@@ -24,7 +24,7 @@ from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.saving import Saver
 from clipgraft.train.validation import Validation
-from lastbit import death, differences, events, kept
+from run_comparison import dies_at, differences, events, run_contents
 
 MakeClip = Callable[[], Clip]
 Train = Callable[..., None]
@@ -53,7 +53,7 @@ def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
 
 
 def assert_same_run(resumed: Path, whole: Path) -> None:
-    assert differences(kept(resumed), kept(whole)) == []
+    assert differences(run_contents(resumed), run_contents(whole)) == []
     assert events(resumed) == events(whole)
     assert len(events(whole)) == 1 + STEPS * EPOCHS + EPOCHS
 
@@ -100,7 +100,7 @@ def whole(whole_runs: Path, train: Train) -> Path:
 def test_death_at_any_moment_changes_nothing(moment: str, train: Train, whole: Path, tmp_path: Path) -> None:
     """A preempted machine would give another adapter, or events twice, than a run left alone."""
     where, name, call, before = MOMENTS[moment]
-    with death(where, name, call, before=before):
+    with dies_at(where, name, call, before=before):
         train(tmp_path / "killed")
     train(tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "killed", whole)
@@ -109,7 +109,7 @@ def test_death_at_any_moment_changes_nothing(moment: str, train: Train, whole: P
 def test_two_deaths_in_one_run(train: Train, whole: Path, tmp_path: Path) -> None:
     """A machine that is preempted again and again must still come to the same end."""
     for resume, call in ((False, 5), (True, 3)):
-        with death(RunFolder, "event", call, before=False):
+        with dies_at(RunFolder, "event", call, before=False):
             train(tmp_path / "killed", resume=resume)
     train(tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "killed", whole)
@@ -119,7 +119,7 @@ def test_image_tower_with_crops_dropout_and_accumulation(train: Train, tmp_path:
     """Random crops, dropout in both passes and the place inside the epoch must all be replayed."""
     options = {"targets": "vision-attention,text.*.fc1", "augment": True, "accum_freq": 2, "batch_size": 2}
     train(tmp_path / "whole", **options)
-    with death(RunFolder, "event", 9, before=False):
+    with dies_at(RunFolder, "event", 9, before=False):
         train(tmp_path / "killed", **options)
     train(tmp_path / "killed", resume=True, **options)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -130,7 +130,7 @@ def test_a_frozen_image_tower_with_crops(cache_views: int | None, train: Train, 
     """The second epoch of a resumed run would see other crops, or views, than that of a run left alone."""
     options = {"augment": True, "cache_views": cache_views, "cache": FeatureCache(tmp_path / "features")}
     train(tmp_path / "whole", **options)
-    with death(RunFolder, "event", 9, before=False):
+    with dies_at(RunFolder, "event", 9, before=False):
         train(tmp_path / "killed", **options)
     train(tmp_path / "killed", resume=True, **options)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -142,7 +142,7 @@ def test_an_image_adapter_on_stored_activations(train: Train, tmp_path: Path) ->
     options = {"targets": "vision.1.*,text.*.fc1", "cache": cache}
     train(tmp_path / "whole", **options)
     assert list(cache.folder.glob("*/*.npy"))
-    with death(RunFolder, "event", 9, before=False):
+    with dies_at(RunFolder, "event", 9, before=False):
         train(tmp_path / "killed", **options)
     shutil.rmtree(cache.folder)
     train(tmp_path / "killed", resume=True, **options)
@@ -157,7 +157,7 @@ def test_a_resumed_run_keeps_its_precision(
     measured = [4.0, 1.0] if fast else [1.0, 4.0]
     monkeypatch.setattr(device, "bf16_speed", lambda device: measured[0])
     train(tmp_path / "whole", autocast=None)
-    with death(RunFolder, "event", 9, before=False):
+    with dies_at(RunFolder, "event", 9, before=False):
         train(tmp_path / "killed", autocast=None)
     measured.pop(0)
     train(tmp_path / "killed", resume=True, autocast=None)
@@ -172,7 +172,7 @@ def test_a_run_without_a_checkpoint_measures_its_precision(
 ) -> None:
     """A run killed in its first steps is resumed before there is anything to go by."""
     monkeypatch.setattr(device, "bf16_speed", lambda device: 4.0)
-    with death(RunFolder, "event", 2, before=False):
+    with dies_at(RunFolder, "event", 2, before=False):
         train(tmp_path / "killed", autocast=None)
     train(tmp_path / "killed", resume=True, autocast=None)
     assert "autocast: True\n" in (tmp_path / "killed" / "params.txt").read_text()
@@ -181,7 +181,7 @@ def test_a_run_without_a_checkpoint_measures_its_precision(
 def test_a_cache_that_was_deleted_meanwhile(train: Train, whole: Path, tmp_path: Path) -> None:
     """Whoever makes room on a disk would have to start the run again."""
     cache = FeatureCache(tmp_path / "features")
-    with death(RunFolder, "event", 5, before=False):
+    with dies_at(RunFolder, "event", 5, before=False):
         train(tmp_path / "killed", cache=cache)
     shutil.rmtree(cache.folder)
     train(tmp_path / "killed", resume=True, cache=cache)
@@ -191,9 +191,9 @@ def test_a_cache_that_was_deleted_meanwhile(train: Train, whole: Path, tmp_path:
 def test_resuming_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
     """A job that is restarted once too often must not train on, or lose its metrics."""
     train(tmp_path / "run")
-    before = kept(tmp_path / "run")
+    before = run_contents(tmp_path / "run")
     train(tmp_path / "run", resume=True)
-    assert differences(kept(tmp_path / "run"), before) == []
+    assert differences(run_contents(tmp_path / "run"), before) == []
 
 
 def test_a_used_folder_is_refused(train: Train, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_sigkill_and_resume_from_the_command_line(tmp_path: Path, pictures: Path
 
 def test_seconds_are_those_of_all_parts(train: Train, tmp_path: Path) -> None:
     """A run that was interrupted after ten hours would say that it took ten minutes."""
-    with death(loop, "save_checkpoint", 2, before=False):
+    with dies_at(loop, "save_checkpoint", 2, before=False):
         train(tmp_path / "run")
     assert float((tmp_path / "run" / "seconds.txt").read_text()) > 0
     (tmp_path / "run" / "seconds.txt").write_text("36000")

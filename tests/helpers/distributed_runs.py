@@ -1,4 +1,7 @@
-"""Training runs that one process and two must do alike; run as a program, what each of the two does."""
+"""Training runs whose result must be the same in one process and in two.
+
+Run as a program, this is what each of the two processes does.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ PROMPTS = (("an even picture", "even"), ("an odd picture",), ("a third picture",
 Case = Callable[[Clip, Path, Path, Peers], object]
 
 
-def grafted(clip: Clip, targets: str, **options: Any) -> Clip:
-    """Adapters that already do something, so that no gradient is zero."""
+def with_adapters(clip: Clip, targets: str, **options: Any) -> Clip:
+    """Apply LoRA with a random B, so that no gradient is zero."""
     torch.manual_seed(1)
     cg.apply_lora(clip, **{"r": 2, "targets": targets, "train_logit_scale": True, **options})
     for name, parameter in clip.model.named_parameters():
@@ -54,16 +57,16 @@ def grafted(clip: Clip, targets: str, **options: Any) -> Clip:
 
 
 def step(peers: Peers, accum_freq: int = 1) -> dict[str, int]:
-    """Flags that give a step as many pairs, however many processes there are."""
+    """Choose the batch size that gives a step the same number of pairs in any number of processes."""
     return {"batch_size": PAIRS_IN_A_STEP // peers.size // accum_freq, "accum_freq": accum_freq}
 
 
 def on_pairs(
     clip: Clip, table: Path, out: Path, peers: Peers, *, targets: str | None, accum_freq: int = 1, **more: Any
 ) -> object:
-    """`fit`; without targets all weights train."""
+    """Run `fit`; without targets all weights train."""
     if targets is not None:
-        grafted(clip, targets, **more.pop("lora", {}))
+        with_adapters(clip, targets, **more.pop("lora", {}))
     if more.pop("cached", False):
         more["cache"] = FeatureCache(out.parent / f"cache-{out.name}")
     pairs = cg.read_pairs(table)[0]
@@ -73,13 +76,13 @@ def on_pairs(
 def on_classes(
     clip: Clip, table: Path, out: Path, peers: Peers, *, targets: str | None, head: Any = "prompts"
 ) -> object:
-    """`fit_classifier` on classes of unequal size and weight; without targets the head alone."""
+    """Run `fit_classifier` on classes of unequal size and weight; without targets the head alone trains."""
     options: dict[str, Any] = {"weights": [1.0, 2.0, 4.0], "head": head}
     if targets is None:
         options |= {"lock_image": True, "lock_text": True}
         clip.logit_scale.requires_grad_(False)
     else:
-        grafted(clip, targets, train_logit_scale=head == "prompts")
+        with_adapters(clip, targets, train_logit_scale=head == "prompts")
     images = cg.read_pairs(table)[0].images
     data = Labelled(images, tuple(index % 5 % 3 for index in range(len(images))), CLASSES)
     options |= {**SETTINGS, **step(peers)}
@@ -87,13 +90,13 @@ def on_classes(
 
 
 def from_teacher(clip: Clip, table: Path, out: Path, peers: Peers) -> object:
-    """`distill`, from a teacher that differs from the student."""
+    """Run `distill` from a teacher that differs from the student."""
     teacher = load(clip.source.name, "none")
     with torch.no_grad():
         for parameter in teacher.model.parameters():
             parameter.mul_(1.1)
     pairs = cg.read_pairs(table)[0]
-    return distill(grafted(clip, BOTH), teacher, pairs, out=out, peers=peers, **SETTINGS, **step(peers))
+    return distill(with_adapters(clip, BOTH), teacher, pairs, out=out, peers=peers, **SETTINGS, **step(peers))
 
 
 CASES: dict[str, Case] = {
@@ -116,8 +119,8 @@ DROPPING = {"targets": BOTH, "lora": {"dropout": 0.3}, "augment": True, "accum_f
 
 
 def gradients(clip: Clip, table: Path, peers: Peers, accum_freq: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one step in fp64."""
-    grafted(clip, BOTH).train().model.double()
+    """Compute loss and gradients of one step in fp64."""
+    with_adapters(clip, BOTH).train().model.double()
     clip.logit_scale.data = clip.logit_scale.data.double()
     pairs, encoder = cg.read_pairs(table)[0], Encoder(clip)
     size = step(peers, accum_freq)
@@ -131,7 +134,7 @@ def gradients(clip: Clip, table: Path, peers: Peers, accum_freq: int) -> tuple[T
 
 @contextlib.contextmanager
 def asked_to_stop(peers: Peers, rank: int, at: int) -> Iterator[None]:
-    """Rank `rank` alone gets a SIGTERM in step `at`; all raise Interrupted."""
+    """Send SIGTERM to one rank alone in step `at`, and expect Interrupted in all."""
     real = Loop._step
 
     def stepping(self: Loop, batch: Any, number: int) -> Any:
@@ -149,12 +152,12 @@ def asked_to_stop(peers: Peers, rank: int, at: int) -> Iterator[None]:
 
 
 def run_case(name: str, config: Path, table: Path, out: Path, peers: Peers = ALONE) -> None:
-    """Train as the case says, into a folder of `out` with its name."""
+    """Train as a case says, into `out / name`."""
     CASES[name](load(str(config), "none"), table, out / name, peers)
 
 
 def main(config: Path, table: Path, out: Path, *names: str) -> None:
-    """What two processes do for the tests: cases by name, and runs that are stopped and resumed."""
+    """Run the named cases, then runs that are stopped and resumed; each of the two processes calls this."""
     torch.set_num_threads(1)
     attention._seconds = lambda run: (run(), 1.0)[1]  # every process takes the first kernel
     encode, shares = fit_module.encode_images, []

@@ -1,4 +1,4 @@
-"""`clipgraft` in which one process of several fails at a step: failing.py HOW RANK STEP, then the command."""
+"""Run `clipgraft` so that one rank fails at a step: failing_process.py HOW RANK STEP COMMAND…"""
 
 from __future__ import annotations
 

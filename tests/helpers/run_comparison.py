@@ -1,4 +1,4 @@
-"""What two runs left behind, compared to the last bit, and runs that die."""
+"""Compare two run folders bit by bit, and let a run die at a chosen call."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 
 
 class Killed(BaseException):
-    """Stands for the death of the process: nothing in the library catches it."""
+    """Stands for a SIGKILL: a BaseException that nothing in the library catches."""
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    """What was reported, but for the time it took."""
+    """Read `events.jsonl`, without the timings."""
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
 
 
-def kept(run: Path) -> dict[str, Any]:
-    """Everything of a run that must be the same: adapters by their bytes, the checkpoint by its values.
+def run_contents(run: Path) -> dict[str, Any]:
+    """Read all of a run that must be reproducible: adapters as bytes, the checkpoint as tensors.
 
-    What it was called and how long it took may differ.
+    The name of the run and its timings may differ, and are left out.
     """
     files = {str(file.relative_to(run)): file for file in sorted(run.rglob("*")) if file.is_file()}
     found: dict[str, Any] = {
@@ -40,6 +40,7 @@ def kept(run: Path) -> dict[str, Any]:
 
 
 def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """List the paths at which two nested values differ."""
     if isinstance(left, torch.Tensor):
         return [] if torch.equal(left, right) else [path]
     if isinstance(left, dict):
@@ -55,8 +56,8 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
 
 
 @contextlib.contextmanager
-def death(where: object, name: str, call: int, *, before: bool) -> Iterator[None]:
-    """The process dies before or after the given call (from 1) of a function."""
+def dies_at(where: object, name: str, call: int, *, before: bool) -> Iterator[None]:
+    """Raise Killed before or after the given call (from 1) of a function, and catch it."""
     real, count = getattr(where, name), [0]
 
     def dying(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Valid dictionaries with one place broken, for readers that must survive whatever a file holds."""
+"""Hypothesis strategies that damage valid nested dictionaries, to test readers of files from strangers."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ JUNK: list[Any] = [
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every path into nested dictionaries, the whole included."""
+    """List every path into nested dictionaries, the empty path included."""
     inner = [places(part, (*path, key)) for key, part in value.items()] if isinstance(value, dict) else []
     return [path, *(place for found in inner for place in found)]
 
 
 def changed(value: Any, path: tuple[Any, ...], change: tuple[str, Any]) -> Any:
-    """A copy of nested dictionaries with the place at `path` replaced, removed or renamed."""
+    """Copy nested dictionaries with the value at `path` replaced, removed or renamed."""
     kind, new = change
     if not path:
         return {**value, "surplus.lora_A": new} if kind == "add" and isinstance(value, dict) else new
@@ -62,8 +62,8 @@ def changed(value: Any, path: tuple[Any, ...], change: tuple[str, Any]) -> Any:
     return copied
 
 
-def mangled(valid: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """`valid` with one or two places broken."""
+def damaged(valid: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Draw copies of `valid` with one or two places damaged."""
     change = st.tuples(st.sampled_from(["replace", "remove", "rename", "add"]), st.sampled_from(JUNK))
     once = st.tuples(st.sampled_from(places(valid)[1:]), change).map(lambda both: changed(valid, *both))
 
@@ -78,7 +78,7 @@ _T = TypeVar("_T")
 
 
 def read_or_one_line(read: Callable[[], _T], start: str) -> _T | None:
-    """What `read` gives; None if it raises an AdapterError, whose message must be one line that begins so."""
+    """Call `read`; None if it raises an AdapterError whose message is one line that begins with `start`."""
     try:
         return read()
     except cg.errors.AdapterError as error:

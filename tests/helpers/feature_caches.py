@@ -1,4 +1,4 @@
-"""A stand-in for a tower, and what tests of the feature cache ask of it."""
+"""A fake image encoder that records which files it was given, and helpers to look into a feature cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROW_BYTES = 4 * 4
 
 
 class Encoder:
-    """Stands for a tower: the row of a file is its number, four times; remembers what it was asked for."""
+    """A fake image encoder: the row of a file that holds N is N / 7, four times; `asked` lists the files."""
 
     def __init__(self, batch: int = 2, after_batch: Callable[[], None] = lambda: None) -> None:
         self.asked: list[str] = []
@@ -32,7 +32,7 @@ class Encoder:
 
 
 def rows_of(paths: Sequence[Path]) -> Tensor:
-    """What every path's row must be."""
+    """The rows that `Encoder` gives for these files."""
     return torch.tensor([float(path.read_text()) for path in paths])[:, None].expand(-1, 4) / 7
 
 
@@ -45,7 +45,7 @@ def shards(cache: FeatureCache, suffix: str = ".npy", key: FeatureKey = KEY) -> 
 def ask(
     cache: FeatureCache, paths: Sequence[Path], key: FeatureKey = KEY, encoder: Encoder | None = None
 ) -> tuple[Tensor, list[str]]:
-    """The rows, and which files were encoded for them."""
+    """Get rows from the cache; returns them and the names of the files that had to be encoded."""
     encoder = encoder or Encoder()
     return cache.get_or_compute(key, paths, encoder).tensor(), encoder.asked
 

@@ -1,4 +1,4 @@
-"""Trees of pictures to encode, and encoded folders read without clipgraft."""
+"""Write folders of images to encode, and read encoded folders without clipgraft."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD = {"a/broken.jpg", "b/empty.png"}
 
 
 def write_picture(path: Path, seed: int) -> Path:
-    """A noise image of a size of its own."""
+    """Write a noise image; its size depends on the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed)
     pixels = noise.integers(0, 255, (40 + seed % 5, 36 + seed % 7, 3), dtype=np.uint8)
@@ -32,7 +32,7 @@ def write_picture(path: Path, seed: int) -> Path:
 
 
 def write_tree(root: Path) -> Path:
-    """21 images in three folders, a damaged and an empty one, and files that are none."""
+    """Write 21 images in three folders, one damaged and one empty image, and files that are not images."""
     for number in range(GOOD):
         folder = ("", "a", "b/c")[number % 3]
         write_picture(root / folder / f"{number:02d}.{('png', 'jpg')[number % 2]}", number)
@@ -46,7 +46,7 @@ def write_tree(root: Path) -> Path:
 
 
 def tree_bytes(out: Path) -> dict[str, bytes]:
-    """Every file of an encoded folder by its path, but for the lock."""
+    """Read every file of an encoded folder except the lock, by relative path."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -55,7 +55,7 @@ def tree_bytes(out: Path) -> dict[str, bytes]:
 
 
 def read_encoded(out: Path, kind: str = "img_emb", key: str = "path") -> dict[str, npt.NDArray[Any]]:
-    """Vectors by path, read as any user of clip-retrieval's layout would: files paired by their number."""
+    """Read vectors by path as any user of clip-retrieval's layout would: files are paired by their number."""
     found: dict[str, npt.NDArray[Any]] = {}
     for file in sorted((out / kind).glob("*.npy")):
         number = file.stem.rsplit("_", 1)[1]
@@ -68,13 +68,13 @@ def read_encoded(out: Path, kind: str = "img_emb", key: str = "path") -> dict[st
 
 
 def read_errors(out: Path) -> dict[str, str]:
-    """Reasons by path."""
+    """Read `errors.parquet`: the reason for each path."""
     table = pq.read_table(out / "errors.parquet")
     return dict(zip(table.column("path").to_pylist(), table.column("reason").to_pylist(), strict=True))
 
 
-def plain_vectors(clip: Clip, root: Path, keys: list[str]) -> npt.NDArray[Any]:
-    """What a loop over `clip.encode_image` makes of the images, one by one."""
+def vectors_one_by_one(clip: Clip, root: Path, keys: list[str]) -> npt.NDArray[Any]:
+    """Encode images one by one with `clip.encode_image`: the reference for `encode_folder`."""
     steps = image_steps(clip)
     with torch.inference_mode():
         rows = [clip.encode_image(steps(open_image(root / key))[None])[0] for key in keys]

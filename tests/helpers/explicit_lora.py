@@ -1,7 +1,7 @@
-"""The explicit model W + s·B·A, in plain torch: what every way of running an adapter must agree with.
+"""Compute W + s·B·A in plain torch: the reference for every way of running an adapter.
 
-Nothing here asks clipgraft where a weight lives or how an update is made: names, orientation and the formula
-are written out a second time, so that a mistake in one of them shows.
+Nothing here asks clipgraft where a weight is stored or how an update is computed. Names, orientation and the
+formula are written a second time, so that a mistake in one of them shows.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Update = tuple[Tensor, Tensor, float]
 
 
 def is_hf(model: nn.Module) -> bool:
-    """Whether a model is transformers' rather than open_clip's."""
+    """Tell whether a model is from transformers rather than from open_clip."""
     return hasattr(model, "text_model")
 
 
 def custom_text(config: Mapping[str, Any], **text: Any) -> nn.Module:
-    """A `CustomTextCLIP` of an open_clip configuration: its text tower is a module of its own."""
+    """Build a `CustomTextCLIP`, whose text tower is a module of its own, from an open_clip configuration."""
     config = copy.deepcopy(dict(config))
     config["text_cfg"].update(text)
     torch.manual_seed(0)
@@ -56,13 +56,13 @@ def custom_text(config: Mapping[str, Any], **text: Any) -> nn.Module:
 
 
 def target(site_role: str) -> str:
-    """`text.q` -> the expression for that role in all blocks."""
+    """Turn `text.q` into the target expression for that role in all blocks, `text.*.q`."""
     tower, role = site_role.split(".")
     return f"{tower}.*.{role}" if role in BLOCK_ROLES else site_role
 
 
 def inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(N, 3, 32, 32) pixels and (N, context) ids that end in the middle, each row elsewhere."""
+    """Make (N, 3, 32, 32) pixels and (N, context) ids; every row of ids ends at another position."""
     generator = torch.Generator().manual_seed(seed)
     length, vocabulary, end = (16, 98, HF_END) if is_hf(model) else (77, 49000, CONTEXT_END)
     ids = torch.randint(1, vocabulary, (batch, length), generator=generator)
@@ -73,7 +73,7 @@ def inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def features(model: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and text features by the model's own public functions, not normalised."""
+    """Compute image and text features with the model's own public functions, not normalised."""
     dtype = next(p.dtype for p in model.parameters() if p.ndim == 4)
     if is_hf(model):
         image = model.get_image_features(pixel_values=pixels.to(dtype)).pooler_output
@@ -82,7 +82,7 @@ def features(model: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 
 
 def weight_name(model: nn.Module, site: str) -> str:
-    """The state-dict name of the weight a site lives in, on a model without adapters."""
+    """Name the state-dict entry that holds a site's weight, in a model without adapters."""
     tower, *block, role = site.split(".")
     if is_hf(model):
         if role == "proj":
@@ -106,9 +106,9 @@ def weight_name(model: nn.Module, site: str) -> str:
 
 
 def explicit_weights(base: nn.Module, updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """New values of the weights that carry updates, W + s·B·A, differentiable in A and B.
+    """Compute W + s·B·A for every weight that has an update, differentiable in A and B.
 
-    The base's weights are brought to fp32 first, the type of the updates.
+    The base's weights are converted to fp32 first, the type of the updates.
     """
     state = {name: weight.detach().float() for name, weight in base.state_dict().items()}
     changed: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ def explicit_weights(base: nn.Module, updates: Mapping[str, Update]) -> dict[str
 
 
 def explicit_model(base: nn.Module, updates: Mapping[str, Update]) -> nn.Module:
-    """A deep copy of the base with W + s·B·A written into its weights."""
+    """Copy the base and write W + s·B·A into its weights."""
     model = copy.deepcopy(base).float()
     with torch.no_grad():
         for name, weight in explicit_weights(base, updates).items():
@@ -143,7 +143,7 @@ def explicit_model(base: nn.Module, updates: Mapping[str, Update]) -> nn.Module:
 def explicit_run(
     base: nn.Module, updates: Mapping[str, Update], run: Callable[[nn.Module], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """What `run` makes of the explicit model, with a graph back to A and B."""
+    """Call `run` on the model with weights W + s·B·A, with a graph back to A and B."""
     from torch.func import functional_call
 
     weights = {f"model.{name}": weight for name, weight in explicit_weights(base, updates).items()}
@@ -152,7 +152,7 @@ def explicit_run(
 
 
 class _Runner(nn.Module):
-    """functional_call replaces weights for the length of a forward, and encode_text is not one."""
+    """Make `run` a forward, as `functional_call` replaces weights only during a forward."""
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class _Runner(nn.Module):
 
 
 def randomise_lora(model: nn.Module, seed: int = 0, size: float = 0.3) -> dict[str, Update]:
-    """Give every update of a model random A and B; returns detached fp32 copies with their scales."""
+    """Set every A and B of a model to random values; returns detached fp32 copies with their scales."""
     generator = torch.Generator().manual_seed(seed)
     updates: dict[str, Update] = {}
     for site, layer in require_lora(model).layers.items():
@@ -175,12 +175,12 @@ def randomise_lora(model: nn.Module, seed: int = 0, size: float = 0.3) -> dict[s
 
 
 def largest(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
-    """The largest absolute difference of two tuples of tensors."""
+    """Return the largest absolute difference between two tuples of tensors."""
     return max((a.float() - b.float()).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
 def loss_of(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """A scalar in which every feature has a weight of its own."""
+    """Sum all features, each times another weight."""
     weights = (torch.linspace(-1, 1, t.numel()).reshape(t.shape) for t in outputs)
     return sum((t.float() * w).mean() for t, w in zip(outputs, weights, strict=True))
 

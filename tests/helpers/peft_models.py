@@ -1,4 +1,4 @@
-"""What the tests against PEFT share: one set of weights in both families, and their outputs."""
+"""Models and outputs for tests against PEFT: one set of weights in open_clip and in transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from explicit import ROLES, features, weight_name
+from explicit_lora import ROLES, features, weight_name
 
 ALL_MODULES = [
     "token_embedding",
@@ -26,9 +26,9 @@ _TOWERS = {"text_model": "", "vision_model": "visual."}
 _BLOCK_PARTS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 
 
-def openclip_of(tiny_hf: nn.Module) -> nn.Module:
-    """An open_clip model with the weights of `tiny_hf`, copied name by name."""
-    twin = open_clip.CLIP(
+def to_openclip(tiny_hf: nn.Module) -> nn.Module:
+    """Build an open_clip model with the weights of `tiny_hf`, copied name by name."""
+    converted = open_clip.CLIP(
         embed_dim=24,
         quick_gelu=True,
         vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
@@ -52,13 +52,13 @@ def openclip_of(tiny_hf: nn.Module) -> nn.Module:
     state["logit_scale"] = source["logit_scale"]
     for site in (role for role in ROLES if role.endswith(("embedding", "proj"))):
         weight = source[weight_name(tiny_hf, site)]
-        state[weight_name(twin, site)] = weight.T if site.endswith("proj") else weight
-    twin.load_state_dict(state)
-    return twin.eval()
+        state[weight_name(converted, site)] = weight.T if site.endswith("proj") else weight
+    converted.load_state_dict(state)
+    return converted.eval()
 
 
 def outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Features of a model of either family on the same pixels and ids."""
+    """Compute features of a model of either family on fixed pixels and ids."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(3, 3, 32, 32, generator=generator)
     ids = torch.randint(1, 98, (3, 16), generator=generator)

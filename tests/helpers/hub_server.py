@@ -1,8 +1,8 @@
-"""A small local server that speaks the part of the Hugging Face hub's protocol that downloads use.
+"""Serve folders at a local address like the Hugging Face hub, as far as downloads need it.
 
 A file is at `/<owner>/<name>/resolve/<revision>/<path>`, with its commit in `X-Repo-Commit` and its hash in
-`ETag`; `/api/models/<owner>/<name>` tells what a repository holds. Why something cannot be had is said in
-`X-Error-Code`. Repositories are the folders `<root>/<owner>/<name>`; those of the owner `gated` refuse.
+`ETag`; `/api/models/<owner>/<name>` lists the files of a repository. A refusal gives its reason in
+`X-Error-Code`. Repositories are the folders `<root>/<owner>/<name>`; those of the owner `gated` are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?P<tree>/tree/[^/]+)?(/.*)
 
 
 class HubServer:
-    """Serves `root`; `with server.down():` nothing answers at its address."""
+    """Serve the folder `root` until `stop`; `requests` lists what was asked for."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -31,7 +31,7 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT must be set to."""
+        """The address for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The guide's LoRA on open_clip's text tower, written a second time from what it says the layer computes.
+"""The guide's LoRA for open_clip's text tower, written independently from its description of the layer.
 
 A block has `lora_q`, `lora_k`, `lora_v` and `lora_out`, each Δ(x) = (α/r)·B·A·x; the first three are added to
 the projections of the normalised input, the last to the output projection of what attention gives.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.adapters.native import AdapterFile
-from explicit import Update
+from explicit_lora import Update
 
 
 class GuideLayer(nn.Module):
@@ -32,7 +32,7 @@ class GuideLayer(nn.Module):
 
 
 class GuideAttention:
-    """Attention of one block with its guide layers, for (N, L, dim) inputs."""
+    """Compute the attention of one block with its LoRA layers, for (N, L, dim) inputs."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -65,7 +65,7 @@ def apply_guide(model: nn.Module, r: int, alpha: float, target_modules: Sequence
 
 
 def updates_of(adapter: AdapterFile) -> dict[str, Update]:
-    """An adapter for `explicit_model`: A, B and the scale of every site, by the formula written out again."""
+    """Turn an adapter file into updates for `explicit_model`: A, B and the scale of every site."""
     settings, updates = adapter.settings, {}
     for site, (a, b) in adapter.weights.items():
         alpha = settings.alpha_pattern.get(str(site), settings.alpha)
@@ -76,5 +76,5 @@ def updates_of(adapter: AdapterFile) -> dict[str, Update]:
 
 
 def deltas(adapter: AdapterFile) -> dict[str, Tensor]:
-    """s·B·A of every linear site in fp64."""
+    """Compute s·B·A of every linear site in fp64."""
     return {site: scale * (b.double() @ a.double()) for site, (a, b, scale) in updates_of(adapter).items()}

@@ -1,7 +1,7 @@
-"""How the tests' tiny models are made, and one set of weights in every layout that clipgraft takes.
+"""Build tiny models, and convert one set of weights to every layout that clipgraft takes.
 
-Every bias, norm and table is randomised: in fresh models they are zero or one, and a mapping that loses or
-swaps one of them would go unnoticed. Projections are (32, 24), so that a forgotten transpose fails.
+Every bias, norm and embedding is randomised: in fresh models many are zero or one, and a mapping that loses
+or swaps one of them would go unnoticed. Projections are (32, 24), so that a forgotten transpose fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BOS_ID, EOS_ID = 98, 99
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Move every weight but the scalars off its initial value, in place."""
+    """Add noise to every weight but the scalars, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,7 +38,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def build_hf(**text: Any) -> nn.Module:
-    """A `transformers.CLIPModel` of 2 + 2 layers; keywords change the text configuration."""
+    """Build a `transformers.CLIPModel` of 2 + 2 layers; keywords change the text configuration."""
     from transformers import CLIPConfig, CLIPModel
 
     ids = {"vocab_size": 100, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
@@ -52,7 +52,7 @@ def build_hf(**text: Any) -> nn.Module:
 
 
 def to_transformers(model: nn.Module) -> nn.Module:
-    """The open_clip CLIP as a `CLIPModel`, weight by weight from the published meaning of each layout."""
+    """Convert an open_clip CLIP to a `CLIPModel`, weight by weight."""
     from transformers import CLIPConfig, CLIPModel
 
     text, vision = TINY_OPENCLIP["text_cfg"], TINY_OPENCLIP["vision_cfg"]
@@ -75,8 +75,8 @@ def to_transformers(model: nn.Module) -> nn.Module:
             "patch_size": vision["patch_size"],
         },
     )
-    twin = CLIPModel(config).eval()
-    named = dict(twin.named_parameters())
+    converted = CLIPModel(config).eval()
+    named = dict(converted.named_parameters())
 
     def put(name: str, value: Tensor) -> None:
         assert named[name].shape == value.shape
@@ -115,22 +115,22 @@ def to_transformers(model: nn.Module) -> nn.Module:
             norm(f"{stem}.layer_norm1", block.ln_1)
             norm(f"{stem}.layer_norm2", block.ln_2)
     assert not named
-    return twin
+    return converted
 
 
 def to_custom_text(model: nn.Module) -> nn.Module:
-    """The same weights in a `CustomTextCLIP`."""
+    """Convert an open_clip CLIP to a `CustomTextCLIP`."""
     import open_clip
 
-    twin = open_clip.CustomTextCLIP(**copy.deepcopy(TINY_OPENCLIP)).eval()
+    converted = open_clip.CustomTextCLIP(**copy.deepcopy(TINY_OPENCLIP)).eval()
     text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
     state = {f"text.{n}" if n.startswith(text) else n: t for n, t in model.state_dict().items()}
-    twin.load_state_dict(state)
-    return twin
+    converted.load_state_dict(state)
+    return converted
 
 
 def in_every_layout(model: nn.Module, model_4x: nn.Module) -> dict[str, nn.Module]:
-    """One set of weights as each kind of model that clipgraft takes."""
+    """Convert one set of weights to each kind of model that clipgraft takes."""
     return {
         "CLIP": model,
         "CLIP of open_clip 4": model_4x,

@@ -1,7 +1,7 @@
-"""Stand-ins for open_clip 4.x: its blocks hold open_clip's own fused attention instead of torch's.
+"""Convert a model of open_clip 3.x to the layout of 4.x, whose blocks use open_clip's own fused attention.
 
-Both releases cannot be installed at once, so that a 3.x model is put into the 4.x layout here: the same
-weights under the same names, `out_proj` called as a module, and masks and inputs passed as 4.x passes them.
+Both releases cannot be installed at once. The converted model has the same weights under the same names,
+calls `out_proj` as a module, and passes masks and inputs as 4.x does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class FusedAttention(nn.Module):
     """Batch-first attention with one (3·dim, dim) input weight and a called output projection."""
 
     def __init__(self, stock: nn.MultiheadAttention) -> None:
-        """Take over the very Parameters of torch's attention."""
+        """Take over the Parameters of an `nn.MultiheadAttention`, without copying."""
         super().__init__()
         self.num_heads = stock.num_heads
         self.head_dim = stock.head_dim
@@ -67,7 +67,7 @@ class Block4x(ResidualAttentionBlock):
 
 
 def to_4x(model: nn.Module) -> nn.Module:
-    """Put an open_clip 3.x model into the 4.x layout, in place; state-dict names do not change."""
+    """Convert an open_clip 3.x model to the 4.x layout in place; state-dict names do not change."""
     for block in [module for module in model.modules() if isinstance(module, ResidualAttentionBlock)]:
         block.attn = FusedAttention(block.attn)
         block.__class__ = Block4x

@@ -1,8 +1,8 @@
-"""Torch's own counter of multiply-adds, whole on every version of torch that is supported.
+"""Count multiply-adds with torch's `FlopCounterMode`, completely on every supported version of torch.
 
-`FlopCounterMode` counts only operators of its registry, and nothing for others. Until 2.14 the registry
-lacks attention's fused operator on CPU, so that real passes seem to have no attention at all: there, and
-only there, closed formulas stand in for it.
+`FlopCounterMode` counts the operators of its registry and takes all others as free. Until torch 2.14 the
+registry lacks the fused attention operator of the CPU, so a forward pass seems to have no attention at all.
+On those versions, closed formulas are registered for it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
-    """Queries × keys, and scores × values, of tensors with these shapes."""
+    """FLOPs of queries × keys and scores × values, from the shapes of the arguments."""
     rows, heads, length, _width = query
     return 2 * rows * heads * length * key[-2] * (query[-1] + value[-1])
 
 
 def attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
-    """The scores anew, then two products for each of the two."""
+    """FLOPs of the backward pass: the scores again, then two products for each of the two products."""
     rows, heads, length, width = query
     return 2 * rows * heads * length * key[-2] * (3 * width + 2 * value[-1])
 
@@ -33,14 +33,14 @@ FORMULAS: dict[Any, Callable[..., int]] = {_CPU: attention_flops, _CPU_BACKWARD:
 
 
 def flop_counter() -> FlopCounterMode:
-    """A `FlopCounterMode` that knows attention on CPU."""
+    """Make a `FlopCounterMode` that knows attention on CPU."""
     unknown = {operator: formula for operator, formula in FORMULAS.items() if operator not in flop_registry}
     return FlopCounterMode(display=False, custom_mapping=unknown)
 
 
 @contextlib.contextmanager
 def slow_path() -> Iterator[None]:
-    """Keep `nn.MultiheadAttention` from its fused operator, which no counter knows."""
+    """Switch off the fused operator of `nn.MultiheadAttention`, which no counter knows."""
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
@@ -49,7 +49,7 @@ def slow_path() -> Iterator[None]:
 
 
 def counted(run: Callable[[], object]) -> int:
-    """Multiply-adds that torch's own counter sees."""
+    """Count the multiply-adds of a call with torch's own counter."""
     with slow_path(), flop_counter() as counter:
         _ = run()
     return int(counter.get_total_flops()) // 2

@@ -1,4 +1,4 @@
-"""An independent reading of HTML: elements in order, with attributes and text; nesting is checked."""
+"""Parse HTML into a flat list of elements with attributes and text, and check that tags nest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 @dataclass(eq=False)
 class Element:
-    """A tag with all text inside it, and the elements around it."""
+    """A tag, the text inside it, and the elements around it."""
 
     tag: str
     attributes: dict[str, str]
@@ -25,14 +25,14 @@ class Element:
 
 @dataclass
 class Page:
-    """A file and its elements in order."""
+    """An HTML file and its elements in order."""
 
     path: Path
     html: str = field(repr=False)
     elements: list[Element] = field(default_factory=list, repr=False)
 
     def all(self, tag: str, **attributes: str) -> list[Element]:
-        """The elements of a tag that have these attributes; `class` is `class_`."""
+        """List the elements of a tag that have these attributes; write `class_` for `class`."""
         wanted = {name.rstrip("_"): value for name, value in attributes.items()}.items()
         return [e for e in self.elements if e.tag == tag and wanted <= e.attributes.items()]
 

@@ -1,4 +1,4 @@
-"""A dozen tiny pictures with captions, for tests that train."""
+"""Write twelve small noise images with captions, for tests that train."""
 
 from __future__ import annotations
 
