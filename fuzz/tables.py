@@ -16,7 +16,6 @@ import yaml
 from PIL import Image
 
 from clipgraft.cli.flags.groups import build_options, read_yaml
-from clipgraft.config import TrainSpec
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import read_pairs
 from clipgraft.data.prompts import read_prompts
@@ -25,6 +24,7 @@ from clipgraft.search.gallery import write_gallery
 from clipgraft.search.items import location
 from clipgraft.search.searcher import Hit
 from clipgraft.search.sources import open_images, open_texts
+from clipgraft.train.args import TrainArgs
 from fuzz.mutate import ESCAPES, NUMBERS, TEXTS, damaged, odd, odd_json, odd_lines
 from fuzz.subject import Subject
 
@@ -231,7 +231,7 @@ def settings(folder: Path) -> Subject:
     def read() -> object:
         values = read_yaml(path)
         try:
-            return build_options([TrainSpec], values)
+            return build_options([TrainArgs], values)
         except ConfigError as error:  # one line for each flag, which it names
             raise ConfigError(str(error).splitlines()[0]) from error
 

@@ -16,7 +16,6 @@ LAYERS = (
     ("files", "readers"),
     ("records", "yaml_files", "ours", "emoji", "pictures"),
     ("options",),
-    ("config",),
     ("models",),
     ("results",),
     ("lora",),
@@ -62,12 +61,14 @@ def test_every_part_has_a_level() -> None:
     assert parts <= set(LEVEL)
 
 
-def test_config_stops_at_the_door() -> None:
-    """A spec deeper inside than fit and the command line ties the library to the command line's flags."""
-    users = {part_of(path) for path in SOURCE.rglob("*.py") if "config" in imported_parts(path)}
-    assert users <= {"config", "train", "cli"}
-    inside = [path.name for path in (SOURCE / "train").glob("*.py") if "config" in imported_parts(path)]
-    assert sorted(inside) == ["parts.py", "run.py"]
+def test_flags_stay_in_the_command_line() -> None:
+    """A library that speaks of flags, or knows them, cannot be used from Python alone."""
+    users = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if "clipgraft.cli" in path.read_text(encoding="utf-8") and part_of(path) not in ("cli", "options")
+    }
+    assert users <= {"__main__.py"}
 
 
 def test_files_fit_in_one_sitting() -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from clipgraft import pictures
 from clipgraft.cli import checks, common
-from clipgraft.config import TableSpec, TrainSpec
+from clipgraft.cli.flags.shared import TableFlags
 from clipgraft.errors import ConfigError
+from clipgraft.train.args import TrainArgs
 
 
 @pytest.fixture(autouse=True)
@@ -140,14 +141,14 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_a_table_that_fills_a_step(table: Path) -> None:
     """Data that are enough are refused, or all of a huge table is read to find out."""
-    spec = TableSpec()
-    assert checks.batch_faults(table, spec, TrainSpec(batch_size=24)) == []
-    (fault,) = checks.batch_faults(table, spec, TrainSpec(batch_size=4, accum_freq=7))
+    spec = TableFlags()
+    assert checks.batch_faults(table, spec, TrainArgs(batch_size=24)) == []
+    (fault,) = checks.batch_faults(table, spec, TrainArgs(batch_size=4, accum_freq=7))
     assert (
         fault
         == "24 captions do not fill one batch of --batch-size 4 x --accum-freq 7: use --batch-size 3 or less"
     )
-    assert len(checks.batch_faults(table, spec, TrainSpec(batch_size=13), processes=2)) == 1
+    assert len(checks.batch_faults(table, spec, TrainArgs(batch_size=13), processes=2)) == 1
 
 
 def test_each_fault_once() -> None:

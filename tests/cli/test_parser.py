@@ -11,13 +11,15 @@ import pytest
 
 import clipgraft as cg
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags
+from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.cli.help import EXAMPLES
 from clipgraft.cli.main import VERBS, main
 from clipgraft.cli.parser import parse
-from clipgraft.config import DataSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
 from clipgraft.options import Options
+from clipgraft.train.args import TrainArgs
 
-KINDS: list[type[Options]] = [ModelSpec, DataSpec, LoraSpec, TrainSpec, RunSpec]
+KINDS: list[type[Options]] = [ModelFlags, DataFlags, LoraFlags, TrainArgs, RunFlags]
 
 
 def values(*words: str) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def test_switches_switch(flag: str) -> None:
 )
 def test_precision_in_open_clips_words(given: str, wanted: bool | None) -> None:
     """A command copied from open_clip would stop at its `--precision amp`."""
-    (spec,) = parse("eval", "", [ModelSpec], ["--precision", given])
+    (spec,) = parse("eval", "", [ModelFlags], ["--precision", given])
     assert spec.autocast is wanted
     assert spec.precision == ("amp_bf16" if wanted else given)
 

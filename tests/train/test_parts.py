@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import clipgraft as cg
-from clipgraft.config import TrainSpec
 from clipgraft.models.clip import Clip
 from clipgraft.train import loop
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.parts import schedule_of
 from run_comparison import dies_at, differences, events, run_contents
 
@@ -87,7 +87,7 @@ def test_a_constant_rate_knows_no_parts(train: Train, tmp_path: Path) -> None:
 
 def test_the_learning_rate_of_an_added_part() -> None:
     """The added epochs train at a rate of zero, or warm up again."""
-    spec = TrainSpec(epochs=30, epoch_parts=(20, 10), lr=1.0, warmup=10)
+    spec = TrainArgs(epochs=30, epoch_parts=(20, 10), lr=1.0, warmup=10)
     lr = schedule_of(spec, steps_per_epoch=10)
     assert lr(0) == 0.1
     assert lr(10) == 1.0
@@ -95,7 +95,7 @@ def test_the_learning_rate_of_an_added_part() -> None:
     assert lr(200) == 1.0
     assert lr(250) == pytest.approx(0.5)
     assert lr(299) < 1e-3
-    cooldown = TrainSpec(
+    cooldown = TrainArgs(
         epochs=6, epoch_parts=(3, 3), lr=1.0, warmup=0, lr_scheduler="const-cooldown", epochs_cooldown=1
     )
     lr = schedule_of(cooldown, steps_per_epoch=10)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.config import ClassSpec, ColumnSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
+from clipgraft.cli.flags.shared import ClassFlags, ColumnFlags, ModelFlags
+from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.errors import ClipgraftError, together
+from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.adapters.native import AdapterFile
@@ -57,7 +59,7 @@ def missing_data(name: str, path: Path) -> list[str]:
 
 
 def table_faults(
-    name: str, path: Path | None, columns: ColumnSpec, classes: ClassSpec | None = None
+    name: str, path: Path | None, columns: ColumnFlags, classes: ClassFlags | None = None
 ) -> list[str]:
     """A table whose header lacks a column, of which no row is read; of a folder its captions file's.
 
@@ -78,14 +80,14 @@ def table_faults(
     return fault_of(lambda: open_table(path, _options(columns)), name)
 
 
-def _options(columns: ColumnSpec) -> TableOptions:
+def _options(columns: ColumnFlags) -> TableOptions:
     from clipgraft.data.table_options import TableOptions
 
     kind = getattr(columns, "dataset_type", "auto")
     return TableOptions(kind, caption_key=columns.csv_caption_key, **columns.reading)
 
 
-def batch_faults(path: Path | None, columns: ColumnSpec, train: TrainSpec, processes: int = 1) -> list[str]:
+def batch_faults(path: Path | None, columns: ColumnFlags, train: TrainArgs, processes: int = 1) -> list[str]:
     """Fewer rows than one step takes, of a table of one caption a row; only so many rows are read."""
     from clipgraft.data.tables import open_table
 
@@ -140,7 +142,7 @@ def device_faults(name: str) -> list[str]:
     return fault_of(lambda: pick_device(name))
 
 
-def structure_of(model: ModelSpec) -> tuple[Clip | None, list[str]]:
+def structure_of(model: ModelFlags) -> tuple[Clip | None, list[str]]:
     """A model without its weights, to check sites against; None where only loading it will tell.
 
     What is no name and no path of a model is a fault.
@@ -165,7 +167,7 @@ def structure_of(model: ModelSpec) -> tuple[Clip | None, list[str]]:
         return None, [] if there else [f"--model {said}"]
 
 
-def target_faults(clip: Clip | None, lora: LoraSpec) -> list[str]:
+def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
     """Targets and patterns that name no site of the model."""
     from clipgraft.lora.targets import guide_targets, override_values, select_sites
 
@@ -211,7 +213,7 @@ def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = Non
     return fault_of(read, name)
 
 
-def prompt_faults(classes: ClassSpec) -> list[str]:
+def prompt_faults(classes: ClassFlags) -> list[str]:
     """Prompts and templates that cannot be read."""
     from clipgraft.data.prompts import find_templates, read_prompts
 
@@ -222,7 +224,7 @@ def prompt_faults(classes: ClassSpec) -> list[str]:
     return faults + fault_of(lambda: find_templates(classes.templates))
 
 
-def resume_faults(folder: Path, lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
+def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str]:
     """Flags that do not fit the checkpoint to go on from."""
     from clipgraft.cli.common import train_options
     from clipgraft.train.checkpoint import recorded_parts, recorded_settings

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from clipgraft.cli.common import checking, fit_options, hand_over, load_own_model
 from clipgraft.cli.eval import side_by_side
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags
+from clipgraft.cli.flags.training import ClassTrainFlags
 from clipgraft.cli.train import announce, graft
-from clipgraft.config import ClassSpec, ClassTrainSpec, DataSpec
 from clipgraft.data.labels import Labelled, class_weights, few_shot, match_classes, split_labelled
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.labels_report import format_label_report
@@ -43,7 +44,7 @@ class ClassData:
     prompts: tuple[tuple[str, ...], ...]
 
 
-def read_class_data(data: DataSpec, classes: ClassTrainSpec, seed: int) -> ClassData:
+def read_class_data(data: DataFlags, classes: ClassTrainFlags, seed: int) -> ClassData:
     """Read and check labelled images, with what is held out and what prompts say, and print the summary."""
     assert data.train_data is not None
     train = read_images(data.train_data, data, classes, "training images")
@@ -61,7 +62,7 @@ def read_class_data(data: DataSpec, classes: ClassTrainSpec, seed: int) -> Class
 
 
 def read_images(
-    path: Path, data: DataSpec, classes: ClassSpec, what: str, validation: bool = False
+    path: Path, data: DataFlags, classes: ClassFlags, what: str, validation: bool = False
 ) -> Labelled:
     """One set of labelled images, with its summary; `validation` has columns of its own."""
     columns = data.for_validation() if validation else data
@@ -80,7 +81,7 @@ def read_images(
     return images
 
 
-def prompts_of(names: Sequence[str], classes: ClassSpec) -> tuple[tuple[str, ...], ...]:
+def prompts_of(names: Sequence[str], classes: ClassFlags) -> tuple[tuple[str, ...], ...]:
     """The prompts of each class, from the YAML and the templates."""
     given = None if classes.prompts is None else read_prompts(classes.prompts)
     return class_prompts(names, given, find_templates(classes.templates))
@@ -113,8 +114,8 @@ def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
 
 def measure_classes(
     models: Mapping[str, Clip],
-    data: DataSpec,
-    classes: ClassSpec,
+    data: DataFlags,
+    classes: ClassFlags,
     classifier: Path | None = None,
     **options: Any,
 ) -> dict[str, ClassificationResult]:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from clipgraft.adapters.native import AdapterFile
 from clipgraft.adapters.open import load, tell_base
-from clipgraft.config import DataSpec, ModelSpec, RunSpec, TableSpec, TrainSpec
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags, TableFlags
+from clipgraft.cli.flags.training import RunFlags
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
@@ -24,12 +25,13 @@ from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.report.results import RESULTS, write_results
 from clipgraft.shown import shown_line
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.distributed import Peers
 
 log = logging.getLogger("clipgraft")
 
 
-def load_model(spec: ModelSpec) -> Clip:
+def load_model(spec: ModelFlags) -> Clip:
     """The base of a command on its device, with one line on what it is."""
     precision = "bf16" if spec.precision == "bf16" else "fp32"
     clip = load(spec.model, spec.pretrained, device=pick_device(spec.device), precision=precision)
@@ -37,7 +39,7 @@ def load_model(spec: ModelSpec) -> Clip:
     return clip
 
 
-def load_own_model(spec: ModelSpec, peers: Peers) -> Clip:
+def load_own_model(spec: ModelFlags, peers: Peers) -> Clip:
     """The base of a command for one of several processes, each of which has a GPU of its own."""
     return load_model(spec.model_copy(update={"device": own_device(spec.device, peers)}))
 
@@ -119,7 +121,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_cache(spec: TableSpec) -> FeatureCache | None:
+def open_cache(spec: TableFlags) -> FeatureCache | None:
     """The feature cache that the flags name; None for `--feature-cache none`."""
     return open_features(spec.feature_cache, spec.cache_gb)
 
@@ -146,7 +148,7 @@ def checking(what: str) -> Iterator[Callable[[int, int], None]]:
 def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
     """What every kind of training takes from the flags: of saving, precision, loading and optimising."""
     of = {type(spec): spec for spec in specs}
-    model, data, train, where = of[ModelSpec], of[DataSpec], of[TrainSpec], of[RunSpec]
+    model, data, train, where = of[ModelFlags], of[DataFlags], of[TrainArgs], of[RunFlags]
     return {
         "resume": where.resume is not None,
         "save_frequency": where.save_frequency,
@@ -162,7 +164,7 @@ def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def train_options(train: TrainSpec, resume: bool) -> dict[str, Any]:
+def train_options(train: TrainArgs, resume: bool) -> dict[str, Any]:
     """What `fit` takes of the flags of optimisation; a resumed run has the epochs it had, unless told."""
     options = train.model_dump()
     parts = options["epoch_parts"]
@@ -187,7 +189,7 @@ def hand_over(
         log.warning("%s is left out: %s", run / RESULTS, error)
 
 
-def read_table(clip: Clip, path: Path, spec: TableSpec, what: str) -> Pairs:
+def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
     """Read and check pairs, and print the summary of them."""
     with checking(what) as progress:
         pairs, report = read_pairs(

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.shared import DeviceFlags, ModelFlags, TableFlags
+from clipgraft.cli.flags.tools import CompactFlags, DistillFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import CompactSpec, DeviceSpec, DistillSpec, ModelSpec, TableSpec, TrainSpec
 from clipgraft.locks import sole_owner
 from clipgraft.options import Options
+from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.compact.model import Compacted
@@ -28,7 +30,7 @@ _SUMMARY = (
 
 def run(argv: Sequence[str]) -> None:
     """Parse, cut, distil if asked to, write, and say what was written."""
-    kinds: list[type[Options]] = [CompactSpec, DistillSpec, TableSpec, TrainSpec, DeviceSpec]
+    kinds: list[type[Options]] = [CompactFlags, DistillFlags, TableFlags, TrainArgs, DeviceFlags]
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
     _check_together(spec, teaching, table, train, device)
     folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")
@@ -53,7 +55,7 @@ def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
 
     try:
         with early_lines():
-            base = load_model(ModelSpec(model=spec.model, pretrained=spec.pretrained, **device.model_dump()))
+            base = load_model(ModelFlags(model=spec.model, pretrained=spec.pretrained, **device.model_dump()))
             compacted = _cut(base, spec, table)
             _train(base, compacted, specs, folder)
     except Interrupted as stop:
@@ -66,7 +68,7 @@ def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
 
 
 def _check_together(
-    spec: CompactSpec, teaching: DistillSpec, table: TableSpec, train: TrainSpec, device: DeviceSpec
+    spec: CompactFlags, teaching: DistillFlags, table: TableFlags, train: TrainArgs, device: DeviceFlags
 ) -> None:
     """Raise ConfigError for flags that do not go together, and for data that is not there."""
     faults = []
@@ -89,7 +91,7 @@ def _check_together(
     checks.refuse(faults)
 
 
-def _cut(base: Clip, spec: CompactSpec, table: TableSpec) -> Compacted:
+def _cut(base: Clip, spec: CompactFlags, table: TableFlags) -> Compacted:
     from clipgraft.compact.model import compact_model
     from clipgraft.data.texts import read_texts
 
@@ -177,7 +179,7 @@ def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path)
     )
 
 
-def _measure(name: str, clip: Clip, val: Pairs, table: TableSpec, device: DeviceSpec) -> None:
+def _measure(name: str, clip: Clip, val: Pairs, table: TableFlags, device: DeviceFlags) -> None:
     from clipgraft.evaluate.retrieval import evaluate_retrieval
     from clipgraft.train.fit import headline
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from clipgraft.cli.flags.tools import ConvertFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import ConvertSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _SUMMARY = "Rewrite an adapter in another format. What it computes stays what it
 
 def run(argv: Sequence[str]) -> None:
     """Parse, read, write, and print what was read and written."""
-    (spec,) = parse("convert", _SUMMARY, [ConvertSpec], argv)
+    (spec,) = parse("convert", _SUMMARY, [ConvertFlags], argv)
     if spec.pretrained is not None and spec.model is None:
         raise ConfigError(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     from clipgraft.adapters.formats import check_free, detect, read_any, write_any

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli.flags.tools import DemoFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import DemoSpec
 from clipgraft.errors import ConfigError
 from clipgraft.ours import DEMO_MARK, mark_folder, refuse_foreign
 
@@ -69,7 +69,7 @@ class World:
 
 def run(argv: Sequence[str]) -> None:
     """Make the data, train both ways, print the table, draw the picture."""
-    (spec,) = parse("demo", _SUMMARY, [DemoSpec], argv)
+    (spec,) = parse("demo", _SUMMARY, [DemoFlags], argv)
     started = time.perf_counter()
     refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
     mark_folder(spec.out, DEMO_MARK)
@@ -114,7 +114,7 @@ def load_base() -> Clip:
     return load("emoji")
 
 
-def make_world(spec: DemoSpec, base: Clip) -> World:
+def make_world(spec: DemoFlags, base: Clip) -> World:
     """Write the scenes and captions as a user's data would be, read them back, encode the images once."""
     from clipgraft.data.features import encode_images
     from clipgraft.data.pairs import read_pairs
@@ -138,7 +138,7 @@ def make_world(spec: DemoSpec, base: Clip) -> World:
     return World(train_pairs, test, english, train_images, test_images, autocast)
 
 
-def train(clip: Clip, world: World, spec: DemoSpec, out: Path, lr: float, **options: Any) -> FitResult:
+def train(clip: Clip, world: World, spec: DemoFlags, out: Path, lr: float, **options: Any) -> FitResult:
     """One training run with the demo's settings."""
     from clipgraft.train.fit import fit
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.search import EncodeFlags
+from clipgraft.cli.flags.shared import ModelFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import EncodeSpec, ModelSpec
 from clipgraft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _SUMMARY = (
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, encode, and print what was done."""
-    model_spec, spec = parse("encode", _SUMMARY, [ModelSpec, EncodeSpec], argv)
+    model_spec, spec = parse("encode", _SUMMARY, [ModelFlags, EncodeFlags], argv)
     checks.refuse(_faults(model_spec, spec))
     from clipgraft.cli.common import load_model
 
@@ -40,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     _report(result, spec)
 
 
-def _faults(model: ModelSpec, spec: EncodeSpec) -> list[str]:
+def _faults(model: ModelFlags, spec: EncodeFlags) -> list[str]:
     """All that is wrong and can be known without weights or pixels, missing packages included."""
     from clipgraft.search.tables import need_pyarrow
 
@@ -71,7 +72,7 @@ def _faults(model: ModelSpec, spec: EncodeSpec) -> list[str]:
     return faults
 
 
-def _adapter_apart(model: ModelSpec, spec: EncodeSpec) -> tuple[ModelSpec, EncodeSpec]:
+def _adapter_apart(model: ModelFlags, spec: EncodeFlags) -> tuple[ModelFlags, EncodeFlags]:
     """`--model ADAPTER`, or a run that made one, as its base and `--adapter`, whose path is recorded."""
     from clipgraft.adapters.open import split_adapter
 
@@ -86,7 +87,7 @@ def _adapter_apart(model: ModelSpec, spec: EncodeSpec) -> tuple[ModelSpec, Encod
     return model.model_copy(update=named), spec.model_copy(update={"adapter": adapter})
 
 
-def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:
+def _with_known_base(model: ModelFlags, spec: EncodeFlags) -> ModelFlags:
     """Without --model, the base of what is in the folder already, or of the adapter."""
     if "model" in model.model_fields_set:
         return model
@@ -108,7 +109,7 @@ def _with_known_base(model: ModelSpec, spec: EncodeSpec) -> ModelSpec:
     return model.model_copy(update={"model": base["name"], "pretrained": base.get("pretrained") or None})
 
 
-def _load_adapters(clip: Clip, spec: EncodeSpec) -> dict[str, str]:
+def _load_adapters(clip: Clip, spec: EncodeFlags) -> dict[str, str]:
     """Put the adapters on the model; returns where each was read, by name."""
     from clipgraft.adapters.loading import load_adapter
     from clipgraft.cli.common import name_after
@@ -129,7 +130,7 @@ def _load_adapters(clip: Clip, spec: EncodeSpec) -> dict[str, str]:
     return paths
 
 
-def _encode(clip: Clip, model: ModelSpec, spec: EncodeSpec, paths: dict[str, str]) -> EncodeResult:
+def _encode(clip: Clip, model: ModelFlags, spec: EncodeFlags, paths: dict[str, str]) -> EncodeResult:
     from clipgraft.search.encode import encode_folder
     from clipgraft.search.sets import sharing
 
@@ -168,7 +169,7 @@ def _encode(clip: Clip, model: ModelSpec, spec: EncodeSpec, paths: dict[str, str
     )
 
 
-def _report(result: EncodeResult, spec: EncodeSpec) -> None:
+def _report(result: EncodeResult, spec: EncodeFlags) -> None:
     what = "texts" if spec.texts else "images"
     errors = result.out / "errors.parquet"
     if not result.rows:

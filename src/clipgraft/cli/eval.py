@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
+from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
-from clipgraft.config import ClassSpec, DataSpec, EvalSpec, ModelSpec
 from clipgraft.errors import ConfigError
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
@@ -43,7 +44,7 @@ _SHOWN = (
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, evaluate, print a table and optionally write JSON."""
-    kinds: list[type[Options]] = [ModelSpec, DataSpec, ClassSpec, EvalSpec]
+    kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassFlags, EvalFlags]
     model_spec, data, classes, spec = parse("eval", _SUMMARY, kinds, argv)
     checks.refuse(_faults(model_spec, data, classes, spec))
     from clipgraft.adapters.loading import load_adapter
@@ -87,7 +88,7 @@ def run(argv: Sequence[str]) -> None:
         log.info("wrote %s", spec.out)
 
 
-def _faults(model: ModelSpec, data: DataSpec, classes: ClassSpec, spec: EvalSpec) -> list[str]:
+def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
     """All that is wrong and can be known without weights or pixels."""
     faults = class_faults(classes, data)
     if data.val_data is None:
@@ -110,7 +111,7 @@ def _faults(model: ModelSpec, data: DataSpec, classes: ClassSpec, spec: EvalSpec
     return faults
 
 
-def _beginning(whole: RunModel, spec: ModelSpec) -> dict[str, Clip]:
+def _beginning(whole: RunModel, spec: ModelFlags) -> dict[str, Clip]:
     """What a run of all weights began with, to be measured beside it; nothing where it cannot be had."""
     from clipgraft.cli.common import load_model
     from clipgraft.errors import ClipgraftError

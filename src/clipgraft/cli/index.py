@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.search import IndexFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import IndexSpec
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Build a FAISS index over the vectors of an encoded folder, beside them."
@@ -15,7 +15,7 @@ _SUMMARY = "Build a FAISS index over the vectors of an encoded folder, beside th
 
 def run(argv: Sequence[str]) -> None:
     """Parse, build, and print how much the index finds."""
-    (spec,) = parse("index", _SUMMARY, [IndexSpec], argv)
+    (spec,) = parse("index", _SUMMARY, [IndexFlags], argv)
     if spec.out.is_dir():
         checks.refuse(checks.output_faults("OUT", spec.out, folder=True))
     from clipgraft.search.index import build_index

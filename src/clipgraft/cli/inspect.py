@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.tools import InspectFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import InspectSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _SUMMARY = "Show what a model, a run or an adapter is. A model's weights are nei
 
 def run(argv: Sequence[str]) -> None:
     """Parse, look, print."""
-    (spec,) = parse("inspect", _SUMMARY, [InspectSpec], argv)
+    (spec,) = parse("inspect", _SUMMARY, [InspectFlags], argv)
     from clipgraft.adapters.open import split_adapter
     from clipgraft.profile.inspection import inspect
     from clipgraft.results import plain
@@ -61,7 +61,7 @@ def _tag(pretrained: str) -> str | None:
     return pretrained if pretrained and not Path(pretrained).exists() else None
 
 
-def _show_adapter(spec: InspectSpec) -> None:
+def _show_adapter(spec: InspectFlags) -> None:
     from clipgraft.profile.adapters import inspect_adapter
     from clipgraft.profile.tables import adapted_table
     from clipgraft.results import plain
@@ -108,7 +108,7 @@ def _numbers(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
     return [(name, float(value)) for name, value in metrics.items() if isinstance(value, int | float)]
 
 
-def _sections(found: Inspection, spec: InspectSpec) -> list[str]:
+def _sections(found: Inspection, spec: InspectFlags) -> list[str]:
     from clipgraft.profile.layers import layer_table
     from clipgraft.profile.tables import sites_table, targets_table
 

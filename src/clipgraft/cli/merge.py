@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.tools import MergeFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import MergeSpec
 from clipgraft.errors import ConfigError, together
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _SUMMARY = "Fold adapters into their base, and write a model that stands alone; 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, merge, write, and print what was written."""
-    (spec,) = parse("merge", _SUMMARY, [MergeSpec], argv)
+    (spec,) = parse("merge", _SUMMARY, [MergeFlags], argv)
     weights = _weights(spec)
     from clipgraft.adapters.formats import check_free, read_any
     from clipgraft.adapters.loading import put_on
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
         _write_model(clip, amounts, spec.out, _form(spec, clip), spec.overwrite)
 
 
-def _export(whole: RunModel, spec: MergeSpec) -> None:
+def _export(whole: RunModel, spec: MergeFlags) -> None:
     """Write the whole model that a run made, in which there is nothing to merge."""
     from clipgraft.adapters.open import load
     from clipgraft.models.export import write_model
@@ -70,7 +70,7 @@ def _export(whole: RunModel, spec: MergeSpec) -> None:
     _report(spec.out, form)
 
 
-def _weights(spec: MergeSpec) -> tuple[float, ...]:
+def _weights(spec: MergeFlags) -> tuple[float, ...]:
     """One for each adapter; raises ConfigError for flags that do not go together."""
     faults = []
     given = 1 if spec.weights is None else len(spec.weights)
@@ -88,14 +88,14 @@ def _weights(spec: MergeSpec) -> tuple[float, ...]:
     return spec.weights or (1.0,) * len(spec.adapters)
 
 
-def _form(spec: MergeSpec, clip: Clip) -> str:
+def _form(spec: MergeFlags, clip: Clip) -> str:
     """What to write: as asked for, else what the name says, else a model of the base's own library."""
     if spec.to != "auto":
         return spec.to
     return "open_clip" if spec.out.suffix in (".pt", ".safetensors") else clip.family.name
 
 
-def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeSpec) -> None:
+def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> None:
     from clipgraft.adapters.native import save_adapter
     from clipgraft.lora.combine import combine_adapters
 

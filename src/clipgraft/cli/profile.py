@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.tools import ProfileFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import ProfileSpec
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Report:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, profile, measure if asked to, print."""
-    (spec,) = parse("profile", _SUMMARY, [ProfileSpec], argv)
+    (spec,) = parse("profile", _SUMMARY, [ProfileFlags], argv)
     spec = _apart(spec)
     from clipgraft.cli.profile_llava import is_llava, show_llava
     from clipgraft.models.meta import read_model_config
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         print("\n\n".join(_sections(clip, report, spec)))
 
 
-def _apart(spec: ProfileSpec) -> ProfileSpec:
+def _apart(spec: ProfileFlags) -> ProfileFlags:
     """A run or an adapter as the structure of its base, and `--adapter`."""
     from clipgraft.adapters.open import split_adapter
 
@@ -81,7 +81,7 @@ def _apart(spec: ProfileSpec) -> ProfileSpec:
     return spec.model_copy(update=named if adapter is None else {**named, "adapter": adapter})
 
 
-def _model(spec: ProfileSpec, device: str) -> Clip:
+def _model(spec: ProfileFlags, device: str) -> Clip:
     """The model with its adapter, without weights on the meta device, with random ones elsewhere."""
     import torch
 
@@ -103,13 +103,13 @@ def _model(spec: ProfileSpec, device: str) -> Clip:
     return clip
 
 
-def _targets(spec: ProfileSpec, clip: Clip) -> tuple[str, ...]:
+def _targets(spec: ProfileFlags, clip: Clip) -> tuple[str, ...]:
     from clipgraft.profile.targets import distinct_sets
 
     return spec.targets or distinct_sets(clip, _TRAINED)
 
 
-def _measured(spec: ProfileSpec) -> Measurement:
+def _measured(spec: ProfileFlags) -> Measurement:
     from clipgraft.cli.common import pick_device
     from clipgraft.profile.forward import costs
     from clipgraft.profile.measure import measure
@@ -119,7 +119,7 @@ def _measured(spec: ProfileSpec) -> Measurement:
     return measure(clip, profile)
 
 
-def _sections(clip: Clip, report: Report, spec: ProfileSpec) -> list[str]:
+def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
     from clipgraft.profile.tables import (
         measured_table,
         site_costs_table,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.config import ProfileSpec
+from clipgraft.cli.flags.tools import ProfileFlags
 from clipgraft.errors import together
 from clipgraft.models.meta import ModelConfig
 from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava_costs, llava_on_meta
@@ -23,7 +23,7 @@ def is_llava(config: ModelConfig) -> bool:
     return config.values.get("model_type") == MODEL_TYPE
 
 
-def show_llava(config: ModelConfig, spec: ProfileSpec) -> None:
+def show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
     """Profile and print.
 
     Raises:
@@ -54,7 +54,7 @@ def show_llava(config: ModelConfig, spec: ProfileSpec) -> None:
         print("\n\n".join([head, tree, table.text()]))
 
 
-def _tokens(spec: ProfileSpec) -> LlavaTokens | None:
+def _tokens(spec: ProfileFlags) -> LlavaTokens | None:
     """The counts that were given, if any."""
     given = spec.model_fields_set
     faults = [

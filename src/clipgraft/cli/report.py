@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.shared import CacheFlags, ClassFlags, ColumnFlags, PromptFlags
+from clipgraft.cli.flags.tools import ReportFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import CacheSpec, ClassSpec, ColumnSpec, PromptSpec, ReportSpec
 from clipgraft.errors import ConfigError, together
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
@@ -24,7 +25,7 @@ _SUMMARY = "Put runs and sweeps on one HTML page: table, curves, retrieved image
 
 def run(argv: Sequence[str]) -> None:
     """Parse, read, measure what is not known yet, and write the page."""
-    kinds: list[type[Options]] = [ReportSpec, ColumnSpec, PromptSpec, CacheSpec]
+    kinds: list[type[Options]] = [ReportFlags, ColumnFlags, PromptFlags, CacheFlags]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
     _check(spec, columns, prompts)
     from clipgraft.report.build import require_packages, write_report
@@ -50,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
     log.info("wrote %s (%.1f MB)", out, out.stat().st_size / 1e6)
 
 
-def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
+def _check(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> None:
     """What no field alone can see; raises ConfigError with all faults."""
     faults = []
     given = sorted(columns.model_fields_set | prompts.model_fields_set)
@@ -64,7 +65,7 @@ def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
         faults.append(f"--out {spec.out} is a folder: name a file in it, like {spec.out / 'report.html'}")
     else:
         faults += checks.output_faults("--out", spec.out)
-    classification = ClassSpec(**prompts.model_dump(exclude_unset=True), task=spec.retained_task)
+    classification = ClassFlags(**prompts.model_dump(exclude_unset=True), task=spec.retained_task)
     faults += checks.table_faults("--retained", spec.retained, columns, classification)
     faults += checks.device_faults(spec.device)
     if faults:
@@ -72,7 +73,7 @@ def _check(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> None:
     refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
 
 
-def _retained(spec: ReportSpec, columns: ColumnSpec, prompts: PromptSpec) -> Retained | None:
+def _retained(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> Retained | None:
     from clipgraft.report.forgotten import Retained
 
     if spec.retained is None:

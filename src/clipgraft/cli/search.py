@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli.flags.search import SearchFlags
 from clipgraft.cli.parser import parse
-from clipgraft.config import SearchSpec
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 from clipgraft.ours import refuse_foreign
 from clipgraft.shown import shown, shown_line
@@ -28,7 +28,7 @@ _CAPTION = 60  # characters of a caption in the table
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load the base that the folder names, search, and print the results."""
-    (spec,) = parse("search", _SUMMARY, [SearchSpec], argv)
+    (spec,) = parse("search", _SUMMARY, [SearchFlags], argv)
     faults = []
     if spec.text is None and spec.image is None:
         faults.append('nothing to search for: give a text in quotes, "a red shoe", or --image, or both')
@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
         log.info("wrote %s", write_gallery(spec.html, title, hits, spec.image, spec.overwrite))
 
 
-def _answer_lines(clip: Clip, spec: SearchSpec) -> None:
+def _answer_lines(clip: Clip, spec: SearchFlags) -> None:
     """Answer each line of standard input at once; with --format json, each with a line of JSON.
 
     A line that cannot be answered is told, in its place, and the next one is read.
@@ -132,7 +132,7 @@ def _log_to_stderr() -> None:
             handler.setStream(sys.stderr)
 
 
-def _load(spec: SearchSpec, manifest: Manifest) -> Clip:
+def _load(spec: SearchFlags, manifest: Manifest) -> Clip:
     from clipgraft.adapters.open import load, tell_base
     from clipgraft.cli.common import pick_device
 
@@ -146,7 +146,7 @@ def _load(spec: SearchSpec, manifest: Manifest) -> Clip:
     return load(name, pretrained, device=pick_device(spec.device))
 
 
-def _load_adapter(clip: Clip, spec: SearchSpec, manifest: Manifest, part: VectorSet | None) -> None:
+def _load_adapter(clip: Clip, spec: SearchFlags, manifest: Manifest, part: VectorSet | None) -> None:
     """Put the adapter on the model that was asked for, or else the one that made the vectors."""
     from clipgraft.adapters.loading import load_adapter
     from clipgraft.search.sets import acting_digest

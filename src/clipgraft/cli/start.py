@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.config import LoraSpec, ModelSpec, RunSpec
+from clipgraft.cli.flags.shared import ModelFlags
+from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def starts_from_adapter(path: Path) -> bool:
     return found is None or found.kind == "adapter"
 
 
-def carries_adapter(model: ModelSpec) -> bool:
+def carries_adapter(model: ModelFlags) -> bool:
     """Whether `--model` names an adapter on its base."""
     from clipgraft.adapters.open import split_adapter
 
@@ -49,8 +50,8 @@ def carries_adapter(model: ModelSpec) -> bool:
 
 
 def resolve_start(
-    model: ModelSpec, lora: LoraSpec, where: RunSpec
-) -> tuple[ModelSpec, LoraSpec, Path | None]:
+    model: ModelFlags, lora: LoraFlags, where: RunFlags
+) -> tuple[ModelFlags, LoraFlags, Path | None]:
     """What `--from` means: the base, whether an adapter trains, and the adapter to load, if it is one.
 
     Raises:
@@ -87,7 +88,7 @@ def resolve_start(
     return model.model_copy(update=update), lora, path
 
 
-def read_start(clip: Clip, path: Path, where: RunSpec) -> AdapterFile:
+def read_start(clip: Clip, path: Path, where: RunFlags) -> AdapterFile:
     """The adapter to start from, as it is on this base."""
     from clipgraft.adapters.formats import read_any
     from clipgraft.adapters.loading import in_terms_of
@@ -102,7 +103,7 @@ def read_start(clip: Clip, path: Path, where: RunSpec) -> AdapterFile:
     return file if file.needs_base and clip.device.type == "meta" else in_terms_of(clip, file)
 
 
-def contradictions(clip: Clip, file: AdapterFile, lora: LoraSpec) -> list[str]:
+def contradictions(clip: Clip, file: AdapterFile, lora: LoraFlags) -> list[str]:
     """Flags that say another adapter than the one to start from; one line, or none."""
     from clipgraft.lora.targets import guide_targets, select_sites
 
@@ -126,7 +127,7 @@ def contradictions(clip: Clip, file: AdapterFile, lora: LoraSpec) -> list[str]:
     return [f"--from {file.path} brings its adapter's settings: drop {', '.join(differing)}"]
 
 
-def attach_start(clip: Clip, path: Path, lora: LoraSpec, where: RunSpec) -> None:
+def attach_start(clip: Clip, path: Path, lora: LoraFlags, where: RunFlags) -> None:
     """Put the adapter to start from on its base, to be trained on.
 
     Raises:

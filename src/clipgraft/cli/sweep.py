@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags
+from clipgraft.cli.flags.training import ClassTrainFlags, SweepFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.train import class_faults
-from clipgraft.config import ClassTrainSpec, DataSpec, ModelSpec, SweepSpec, TrainSpec
 from clipgraft.locks import LOCK, require_free, sole_owner
 from clipgraft.options import Options
+from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.cli.sweep_work import Material
@@ -39,7 +41,7 @@ _TEST = {_RETRIEVAL: ("image_to_text_R@1", "text_to_image_R@1"), _CLASSIFICATION
 
 def run(argv: Sequence[str]) -> None:
     """Parse, run the cells that are not finished, and write the table."""
-    kinds: list[type[Options]] = [ModelSpec, DataSpec, ClassTrainSpec, SweepSpec, TrainSpec]
+    kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassTrainFlags, SweepFlags, TrainArgs]
     specs = parse("sweep", _SUMMARY, kinds, argv)
     model_spec, data, classes, sweep, train = specs
     _check(model_spec, data, classes, sweep, train)
@@ -89,7 +91,7 @@ def _run_cells(
 
 
 def _check(
-    model: ModelSpec, data: DataSpec, classes: ClassTrainSpec, sweep: SweepSpec, train: TrainSpec
+    model: ModelFlags, data: DataFlags, classes: ClassTrainFlags, sweep: SweepFlags, train: TrainArgs
 ) -> None:
     """What each spec alone cannot see, before anything slow; raises ConfigError with all faults."""
     from clipgraft.lora.targets import select_sites

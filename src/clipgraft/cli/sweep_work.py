@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from clipgraft.cli.classify import ClassData, read_class_data, read_images
 from clipgraft.cli.common import open_cache, read_table
-from clipgraft.config import ClassTrainSpec
+from clipgraft.cli.flags.training import ClassTrainFlags
 from clipgraft.data.labels import Labelled, class_weights, match_classes
 from clipgraft.data.pairs import Pairs
 from clipgraft.evaluate.classify import evaluate_classification
@@ -122,7 +122,7 @@ def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, shared: dict[str, A
 
 
 def _classification(
-    read: ClassData, classes: ClassTrainSpec, test: Labelled | None, shared: dict[str, Any]
+    read: ClassData, classes: ClassTrainFlags, test: Labelled | None, shared: dict[str, Any]
 ) -> Work:
     val = read.val
     assert val is not None

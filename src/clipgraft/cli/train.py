@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
+from clipgraft.cli.flags.training import AdapterFlags, ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.start import (
     attach_start,
@@ -21,18 +23,9 @@ from clipgraft.cli.start import (
     starts_from_adapter,
 )
 from clipgraft.cli.together import launcher, run_together
-from clipgraft.config import (
-    AdapterSpec,
-    ClassSpec,
-    ClassTrainSpec,
-    DataSpec,
-    LoraSpec,
-    ModelSpec,
-    RunSpec,
-    TrainSpec,
-)
 from clipgraft.errors import ClipgraftError, ConfigError
 from clipgraft.options import Options
+from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.data.pairs import Pairs
@@ -49,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], several: Peers | None) -> None:
-    kinds: list[type[Options]] = [ModelSpec, DataSpec, ClassTrainSpec, LoraSpec, TrainSpec, RunSpec]
+    kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RunFlags]
     specs = parse("train", _SUMMARY, kinds, argv)
     _, data, classes, lora, train, where = specs
     faults = check_together(data, classes, lora, train, where)
@@ -95,7 +88,7 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     model_spec, data, _, lora, train, where = specs
     clip = load_own_model(model_spec, peers)
 
-    def read(path: Path, spec: DataSpec, what: str) -> Pairs:
+    def read(path: Path, spec: DataFlags, what: str) -> Pairs:
         return peers.at_root(lambda: read_table(clip, path, spec, what))
 
     train_pairs = read(data.train_data, data, "training data")
@@ -144,14 +137,14 @@ def cheap_faults(specs: Sequence[Any], several: Peers | None) -> list[str]:
     return faults + checks.resume_faults(where.logs / name, lora, train, where)
 
 
-def _all_locked(train: TrainSpec) -> bool:
+def _all_locked(train: TrainArgs) -> bool:
     """Whether the lock flags leave nothing of the model to train."""
     unlocked = train.lock_image_unlocked_groups or train.lock_text_unlocked_layers
     return train.lock_image and train.lock_text and not unlocked
 
 
 def check_together(
-    data: DataSpec, classes: ClassTrainSpec, lora: LoraSpec, train: TrainSpec, where: RunSpec
+    data: DataFlags, classes: ClassTrainFlags, lora: LoraFlags, train: TrainArgs, where: RunFlags
 ) -> list[str]:
     """Faults that each spec alone cannot see."""
     faults = [*_data_faults(data), *class_faults(classes, data)]
@@ -163,20 +156,20 @@ def check_together(
     return faults
 
 
-def class_faults(classes: ClassSpec, data: DataSpec) -> list[str]:
+def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
     """Flags of classification that do not go together."""
     faults = []
     given = sorted(name for name in classes.model_fields_set if name != "task")
     if given and classes.task == "retrieval":
         faults.append(f"{', '.join(map(flag, given))} given without --task classification: add it")
-    if isinstance(classes, ClassTrainSpec) and classes.val_size is not None and data.val_data is not None:
+    if isinstance(classes, ClassTrainFlags) and classes.val_size is not None and data.val_data is not None:
         faults.append("--val-size and --val-data both say what to evaluate on: give one of them")
     if classes.prompts is not None and not classes.prompts.exists():
         faults.append(f"--prompts {classes.prompts}: there is no such file; check the path")
     return faults
 
 
-def _data_faults(data: DataSpec) -> list[str]:
+def _data_faults(data: DataFlags) -> list[str]:
     faults = []
     if data.train_data is None:
         faults.append("--train-data is missing: a table of images and captions, or a folder of both")
@@ -186,7 +179,7 @@ def _data_faults(data: DataSpec) -> list[str]:
     return faults
 
 
-def _lora_faults(lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
+def _lora_faults(lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str]:
     faults = []
     given = sorted(name for name in lora.model_fields_set if name != "use_lora")
     given += [name for name in ("lora_plus_ratio",) if name in train.model_fields_set]
@@ -204,7 +197,7 @@ def _lora_faults(lora: LoraSpec, train: TrainSpec, where: RunSpec) -> list[str]:
     return faults
 
 
-def _lock_faults(lora: LoraSpec, train: TrainSpec) -> list[str]:
+def _lock_faults(lora: LoraFlags, train: TrainArgs) -> list[str]:
     faults = []
     unlocked = (
         ("--lock-image", "--lock-image-unlocked-groups", train.lock_image, train.lock_image_unlocked_groups),
@@ -229,7 +222,7 @@ def continuation(argv: Sequence[str], name: str) -> str:
     return f"{launcher()} {shlex.join(['train', *argv, *added])}"
 
 
-def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
+def default_name(model: ModelFlags, lora: LoraFlags, train: TrainArgs) -> str:
     """Date, model and the settings that differ most between runs, as open_clip names its runs."""
     stem = Path(model.model.removeprefix("hf:")).stem.replace("/", "-")
     kind = f"lora_r{lora.lora_r}" if lora.use_lora else "full"
@@ -237,7 +230,7 @@ def default_name(model: ModelSpec, lora: LoraSpec, train: TrainSpec) -> str:
 
 
 def graft(
-    clip: Clip, lora: LoraSpec, where: RunSpec, seed: int, choose_rank: Callable[[], tuple[int, str]]
+    clip: Clip, lora: LoraFlags, where: RunFlags, seed: int, choose_rank: Callable[[], tuple[int, str]]
 ) -> None:
     """Attach the adapter that the flags describe, or that of `--from`.
 
@@ -267,7 +260,7 @@ def graft(
     attach_adapter(clip, lora, targets, rank, seed)
 
 
-def attach_adapter(clip: Clip, lora: AdapterSpec, targets: str, rank: int, seed: int) -> None:
+def attach_adapter(clip: Clip, lora: AdapterFlags, targets: str, rank: int, seed: int) -> None:
     """Attach an adapter of a rank to a target set, with all other options as they are given."""
     import torch
 
@@ -292,7 +285,7 @@ def attach_adapter(clip: Clip, lora: AdapterSpec, targets: str, rank: int, seed:
     log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
 
 
-def announce(clip: Clip, rows: int, unit: str, train: TrainSpec, processes: int = 1) -> None:
+def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int = 1) -> None:
     """One line on what is about to train; `unit` is what the rows are: pairs, or images."""
     import torch
 

@@ -80,7 +80,7 @@ def distill(
         save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast: as in `clipgraft.fit`.
         workers, progress, exact_preprocess, params, peers: as in `clipgraft.fit`.
         cache: where image features of the teacher, and of a student's frozen image tower, are kept.
-        **options: fields of `clipgraft.config.TrainSpec`. With `augment` the student sees crops of the images
+        **options: fields of `clipgraft.train.args.TrainArgs`. With `augment` the student sees crops of images
             whose whole the teacher saw.
 
     Raises:

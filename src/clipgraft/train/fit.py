@@ -85,7 +85,7 @@ def fit(
             what a frozen tower gives for them is computed once (`clipgraft.data.preprocessing`).
         params: what else params.txt is to record.
         peers: the processes that train together, each of which calls this (`clipgraft.train.joining`).
-        **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
+        **options: fields of `clipgraft.train.args.TrainArgs`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
         AdapterError: adapters are merged into the base, or none is active.

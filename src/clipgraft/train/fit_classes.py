@@ -86,7 +86,7 @@ def fit_classifier(
         weights: of each class in the loss, where they differ in size (`clipgraft.data.labels.class_weights`).
         resume, save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast, workers, progress,
             cache, exact_preprocess, params, peers: as for `fit`.
-        **options: fields of `clipgraft.config.TrainSpec`: `lr`, `epochs`, `batch_size`, …
+        **options: fields of `clipgraft.train.args.TrainArgs`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
         AdapterError: adapters are merged into the base, or none is active.

@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from clipgraft.config import TrainSpec
 from clipgraft.errors import CheckpointError, together
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.checkpoint import EPOCHS, PARTS, recorded_parts, recorded_position, recorded_settings
 from clipgraft.train.distributed import ALONE, Peers
 from clipgraft.train.optim import Schedule, make_schedule
@@ -25,7 +25,7 @@ from clipgraft.train.run_folder import latest_checkpoint
 log = logging.getLogger("clipgraft")
 
 
-def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peers = ALONE) -> TrainSpec:
+def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peers = ALONE) -> TrainArgs:
     """The spec of a run from its options; of one that is resumed with the parts it has had so far.
 
     More epochs than the run was to have are one more part. Without `epochs` it has those it was to have.
@@ -34,7 +34,7 @@ def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peer
         ConfigError: options out of range.
         CheckpointError: fewer epochs than the run has done or was to have, or other parts than it has had.
     """
-    asked = TrainSpec(**options)
+    asked = TrainArgs(**options)
     _check(asked)
     parts = peers.at_root(lambda: _parts(asked, out, resume))
     spec = asked.model_copy(update={EPOCHS: sum(parts), PARTS: parts if len(parts) > 1 else None})
@@ -42,22 +42,22 @@ def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peer
     return spec
 
 
-def _check(spec: TrainSpec) -> None:
+def _check(spec: TrainArgs) -> None:
     if faults := spec.epoch_faults():
         raise together(faults)
 
 
-def parts_of(spec: TrainSpec) -> tuple[int, ...]:
+def parts_of(spec: TrainArgs) -> tuple[int, ...]:
     """Epochs of each part, in order."""
     return spec.epoch_parts or (spec.epochs,)
 
 
-def part_ends(spec: TrainSpec) -> frozenset[int]:
+def part_ends(spec: TrainArgs) -> frozenset[int]:
     """The number of finished epochs at the end of each part."""
     return frozenset(accumulate(parts_of(spec)))
 
 
-def schedule_of(spec: TrainSpec, steps_per_epoch: int) -> Schedule:
+def schedule_of(spec: TrainArgs, steps_per_epoch: int) -> Schedule:
     """Learning rate by step of the whole run, counted from 0, part after part."""
     starts, schedules = [], []
     for number, epochs in enumerate(parts_of(spec)):
@@ -71,7 +71,7 @@ def schedule_of(spec: TrainSpec, steps_per_epoch: int) -> Schedule:
     return at
 
 
-def _schedule(spec: TrainSpec, epochs: int, steps_per_epoch: int, *, first: bool) -> Schedule:
+def _schedule(spec: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool) -> Schedule:
     total = steps_per_epoch * epochs
     warmup = min(spec.warmup, total // 10) if first else 0
     if first and warmup < spec.warmup:
@@ -82,7 +82,7 @@ def _schedule(spec: TrainSpec, epochs: int, steps_per_epoch: int, *, first: bool
     )
 
 
-def _parts(spec: TrainSpec, out: Path, resume: bool) -> tuple[int, ...]:
+def _parts(spec: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
     latest = latest_checkpoint(out)
     if not (resume and latest.exists()):
         return parts_of(spec)
@@ -123,7 +123,7 @@ def _too_few(out: Path, asked: int, planned: int, done: int) -> str:
     )
 
 
-def _told(spec: TrainSpec, first: int) -> str:
+def _told(spec: TrainArgs, first: int) -> str:
     """The learning rate of an added part, in words."""
     if spec.lr_scheduler == "const":
         return f"with the same learning rate, {spec.lr:g}"

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from clipgraft.adapters.native import findable
-from clipgraft.config import TrainSpec
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.bootstrap import Measured
@@ -26,6 +25,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.device import use_autocast
 from clipgraft.models.export import size_on_disk
 from clipgraft.results import Result
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.checkpoint import recorded_settings
 from clipgraft.train.distributed import ALONE, Peers
 from clipgraft.train.feed import Feed
@@ -118,7 +118,7 @@ class Keeping:
 
 def run_task(
     clip: Clip,
-    spec: TrainSpec,
+    spec: TrainArgs,
     out: Path,
     prepare: Callable[[Encoder], Task],
     *,
@@ -197,7 +197,7 @@ def _finish(
     saver: Saver,
     validation: Validation | None,
     kept: int | None,
-    spec: TrainSpec,
+    spec: TrainArgs,
     task: Task,
     loop: Loop,
 ) -> FitResult:
@@ -256,7 +256,7 @@ def _began_with(clip: Clip) -> str:
     return BASE if state is None or changes_nothing(state.chosen()) else STARTED
 
 
-def _as_trained(clip: Clip, spec: TrainSpec, task: Task, losses: list[float]) -> Trained:
+def _as_trained(clip: Clip, spec: TrainArgs, task: Task, losses: list[float]) -> Trained:
     state, steps = lora_state(clip), task.feed.steps
     first, last = losses[:steps], losses[-steps:]
     return Trained(
@@ -345,7 +345,7 @@ def _began(clip: Clip) -> dict[str, str]:
     return {"started_from": origin} if origin else {}
 
 
-def choose_trainable(clip: Clip, spec: TrainSpec) -> None:
+def choose_trainable(clip: Clip, spec: TrainArgs) -> None:
     """The adapter if there is one; else everything but what the lock flags freeze."""
     if lora_state(clip) is None:
         clip.model.requires_grad_(True)
@@ -376,7 +376,7 @@ def _choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) -
 
 
 def common_settings(
-    clip: Clip, spec: TrainSpec, autocast: bool, exact_preprocess: bool, peers: Peers = ALONE
+    clip: Clip, spec: TrainArgs, autocast: bool, exact_preprocess: bool, peers: Peers = ALONE
 ) -> dict[str, Any]:
     """What no kind of run may change before it is resumed, its data aside."""
     state = lora_state(clip)

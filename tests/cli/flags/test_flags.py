@@ -1,4 +1,4 @@
-"""Specs: one declaration of every flag, frozen and complete."""
+"""Option groups as flags: one declaration of each, explained, bounded and complete."""
 
 from __future__ import annotations
 
@@ -11,38 +11,41 @@ from hypothesis import given
 from pydantic import ValidationError
 
 import clipgraft as cg
-from clipgraft import config
+from clipgraft.cli.flags import search, shared, tools, training
 from clipgraft.cli.flags.groups import build_options, flag
-from clipgraft.config import LoraSpec, RunSpec, TrainSpec
+from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.options import Options
+from clipgraft.train import args
+from clipgraft.train.args import TrainArgs
 
-SPECS = [
+GROUPS = [
     kind
-    for kind in vars(config).values()
-    if inspect.isclass(kind) and issubclass(kind, Options) and kind is not Options
+    for module in (shared, training, tools, search, args)
+    for kind in vars(module).values()
+    if inspect.isclass(kind) and issubclass(kind, Options) and kind.__module__ == module.__name__
 ]
 REQUIRED: dict[type[Options], dict[str, str]] = {
-    config.CompactSpec: {"model": "a", "out": "b"},
-    config.ConvertSpec: {"src": "a", "out": "b", "to": "peft"},
-    config.InspectSpec: {"model": "a"},
-    config.MergeSpec: {"adapters": "a", "out": "b"},
-    config.ProfileSpec: {"model": "a"},
-    config.ReportSpec: {"runs": "a"},
-    config.EncodeSpec: {"source": "a", "out": "b"},
-    config.IndexSpec: {"out": "b"},
-    config.MergeSpec: {"adapters": "a", "out": "b"},
-    config.SearchSpec: {"out": "b"},
+    tools.CompactFlags: {"model": "a", "out": "b"},
+    tools.ConvertFlags: {"src": "a", "out": "b", "to": "peft"},
+    tools.InspectFlags: {"model": "a"},
+    tools.MergeFlags: {"adapters": "a", "out": "b"},
+    tools.ProfileFlags: {"model": "a"},
+    tools.ReportFlags: {"runs": "a"},
+    search.EncodeFlags: {"source": "a", "out": "b"},
+    search.IndexFlags: {"out": "b"},
+    tools.MergeFlags: {"adapters": "a", "out": "b"},
+    search.SearchFlags: {"out": "b"},
 }
 
 
-@pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", GROUPS, ids=lambda kind: kind.__name__)
 def test_every_flag_is_explained(kind: type[Options]) -> None:
     """`--help` would list a flag without a word on it."""
     assert all(info.description for info in kind.model_fields.values())
     assert kind.__doc__
 
 
-@pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", GROUPS, ids=lambda kind: kind.__name__)
 def test_defaults_are_valid(kind: type[Options]) -> None:
     """A default that its own check refuses fails for whoever writes it out."""
     spec = kind(**REQUIRED.get(kind, {}))
@@ -51,20 +54,20 @@ def test_defaults_are_valid(kind: type[Options]) -> None:
 
 def test_a_field_goes_to_every_spec_that_has_it() -> None:
     """`--seed` would reach the order of batches but not what else is seeded."""
-    train, demo = build_options([TrainSpec, config.DemoSpec], {"seed": 3, "epochs": 2})
+    train, demo = build_options([TrainArgs, tools.DemoFlags], {"seed": 3, "epochs": 2})
     assert (train.seed, demo.seed, train.epochs, demo.epochs) == (3, 3, 2, 2)  # type: ignore[attr-defined]
 
 
 def test_specs_do_not_change() -> None:
     """What a run records must be what it ran with."""
     with pytest.raises(ValidationError):
-        LoraSpec().lora_r = 4  # type: ignore[misc]
+        LoraFlags().lora_r = 4  # type: ignore[misc]
 
 
 def test_faults_of_several_specs_come_together() -> None:
     """Each spec that is checked alone costs the user another run."""
     with pytest.raises(cg.errors.ConfigError) as caught:
-        build_options([LoraSpec, TrainSpec, RunSpec], {"lora_r": 0, "lr": 0, "resume": "x", "nmae": "y"})
+        build_options([LoraFlags, TrainArgs, RunFlags], {"lora_r": 0, "lr": 0, "resume": "x", "nmae": "y"})
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "--nmae",
         "--lora-r",
@@ -82,7 +85,7 @@ def test_any_settings_give_specs_or_lines(values: dict[str, object]) -> None:
     """A YAML file can hold anything; the user must never meet pydantic."""
     told = "--"
     try:
-        build_options([TrainSpec], values)
+        build_options([TrainArgs], values)
     except cg.errors.ConfigError as error:
         told = str(error)
     assert all(line.startswith("--") for line in told.splitlines())
@@ -106,7 +109,7 @@ def test_flag_spelling() -> None:
 def test_absurd_numbers_are_refused_with_what_would_come_of_them(name: str, value: float, why: str) -> None:
     """A slip of the keyboard would cost a night, or end with a loss that is nan and advice about --lr."""
     with pytest.raises(cg.errors.ConfigError) as caught:
-        build_options([TrainSpec], {name: value})
+        build_options([TrainArgs], {name: value})
     assert str(caught.value).startswith(f"--{name.replace('_', '-')}: got ")
     assert why in str(caught.value)
 
@@ -115,7 +118,7 @@ def test_absurd_numbers_are_refused_with_what_would_come_of_them(name: str, valu
 FREE = {"max_bad_rows", "lora_r"}
 NUMBERS = [
     (kind, name)
-    for kind in SPECS
+    for kind in GROUPS
     for name, info in kind.model_fields.items()
     if re.search(r"\b(int|float)\b", str(info.annotation)) and name not in FREE
     if not re.search(r"tuple|dict", str(info.annotation))

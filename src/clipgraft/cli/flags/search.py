@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from clipgraft.config.specs import ColumnSpec, OverwriteSpec
+from clipgraft.cli.flags.shared import ColumnFlags, OverwriteFlags
 from clipgraft.options import (
     Batch,
     GpuShare,
@@ -20,7 +20,7 @@ from clipgraft.options import (
 )
 
 
-class EncodeSpec(ColumnSpec):
+class EncodeFlags(ColumnFlags):
     """What to encode, and where to."""
 
     source: Annotated[str, Positional()] = Field(
@@ -67,7 +67,7 @@ class EncodeSpec(ColumnSpec):
     )
 
 
-class IndexSpec(Options):
+class IndexFlags(Options):
     """What to index, and how."""
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")
@@ -78,7 +78,7 @@ class IndexSpec(Options):
     )
 
 
-class SearchSpec(OverwriteSpec):
+class SearchFlags(OverwriteFlags):
     """What to search, and for what."""
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from clipgraft.config.specs import OverwriteSpec
+from clipgraft.cli.flags.shared import OverwriteFlags
 from clipgraft.options import (
     AdapterWeight,
     Batch,
@@ -31,7 +31,7 @@ from clipgraft.options import (
 )
 
 
-class DemoSpec(OverwriteSpec):
+class DemoFlags(OverwriteFlags):
     """The demonstration on the embedded default."""
 
     out: UserPath = Field(Path("demo"), description="folder for data, adapter, table and picture")
@@ -42,7 +42,7 @@ class DemoSpec(OverwriteSpec):
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
 
 
-class MergeSpec(OverwriteSpec):
+class MergeFlags(OverwriteFlags):
     """What to merge, and into what."""
 
     adapters: Annotated[Words, Positional()] = Field(
@@ -70,7 +70,7 @@ class MergeSpec(OverwriteSpec):
     force: bool = Field(False, description="use adapters that were made for another base")
 
 
-class ConvertSpec(OverwriteSpec):
+class ConvertFlags(OverwriteFlags):
     """What to convert, and into which format."""
 
     src: Annotated[UserPath, Positional()] = Field(
@@ -96,7 +96,7 @@ class ConvertSpec(OverwriteSpec):
     vision_layers: Layers | None = Field(None, ge=1, description="the same for vision blocks")
 
 
-class InspectSpec(Options):
+class InspectFlags(Options):
     """What to look at."""
 
     model: Annotated[str, Positional()] = Field(
@@ -120,7 +120,7 @@ class InspectSpec(Options):
     format: Literal["text", "json", "markdown"] = Field("text", description="how to print it")
 
 
-class ProfileSpec(InspectSpec):
+class ProfileFlags(InspectFlags):
     """What to profile."""
 
     batch_size: Batch = Field(1, ge=1, description="images, and texts")
@@ -141,7 +141,7 @@ class ProfileSpec(InspectSpec):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of the weights")
 
 
-class CompactSpec(Options):
+class CompactFlags(Options):
     """Which model to make smaller, and what of it stays."""
 
     model: Annotated[str, Positional()] = Field(
@@ -170,7 +170,7 @@ class CompactSpec(Options):
     )
 
 
-class DistillSpec(Options):
+class DistillFlags(Options):
     """Distillation of the smaller model from its base."""
 
     distill_data: UserPath | None = Field(
@@ -186,7 +186,7 @@ class DistillSpec(Options):
     )
 
 
-class ReportSpec(OverwriteSpec):
+class ReportFlags(OverwriteFlags):
     """What to report on, and where to write the page."""
 
     runs: Annotated[Paths, Positional(many=True)] = Field(

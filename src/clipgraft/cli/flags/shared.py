@@ -1,0 +1,156 @@
+"""Flags that several commands have: the model, the machine, tables, classes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from clipgraft.options import (
+    Gigabytes,
+    Options,
+    Precision,
+    UserPath,
+    Workers,
+    separator,
+)
+
+
+class OverwriteFlags(Options):
+    """What may be replaced."""
+
+    overwrite: bool = Field(
+        False, description="replace what is there, even if clipgraft did not make it; without it that is left"
+    )
+
+
+class DeviceFlags(Options):
+    """Where a model runs, and in what precision."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Precision = Field(
+        "auto",
+        description="amp_bf16 computes in bf16 where it is safe, auto does if that is faster here; bf16 also "
+        "stores the base so",
+    )
+
+    @property
+    def autocast(self) -> bool | None:
+        """Whether to compute in bf16 on a base that is stored in fp32; None leaves it to a measurement."""
+        return None if self.precision == "auto" else self.precision == "amp_bf16"
+
+
+class ModelFlags(DeviceFlags):
+    """Which base, and where it runs."""
+
+    model: str = Field(
+        "emoji", description="emoji, an open_clip name or JSON config, hf:ID, or a local folder"
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip tag, local checkpoint, or 'none' for random weights"
+    )
+
+
+class ColumnFlags(Options):
+    """Where a table of images and captions has what."""
+
+    csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
+    csv_caption_key: str | None = Field(
+        None, description="column of captions, or several by commas (default: title, or guessed)"
+    )
+    csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
+        None, min_length=1, description="column separator (default: tab, or guessed)"
+    )
+    csv_encoding: str | None = Field(
+        None, min_length=1, description="encoding of the table, such as cp1252 (default: UTF-8, or UTF-16)"
+    )
+    csv_quoting: Literal["auto", "minimal", "none"] = Field(
+        "auto", description="none leaves double quotes as they are (default: found out)"
+    )
+    image_root: UserPath | None = Field(
+        None, description="folder that paths of images are relative to (default: that of the table)"
+    )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a table of images is read, as every reader takes it; its other column is the reader's own."""
+        return {
+            "image_key": self.csv_img_key,
+            "separator": self.csv_separator,
+            "encoding": self.csv_encoding,
+            "quoting": self.csv_quoting,
+            "image_root": self.image_root,
+        }
+
+
+class CacheFlags(Options):
+    """How images are decoded, and where features of frozen towers are kept."""
+
+    workers: Workers = Field(2, ge=0, description="processes or threads that decode images")
+    feature_cache: UserPath | None = Field(
+        None,
+        description="folder where features of a frozen image tower are kept for later runs, or 'none' "
+        "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
+    )
+    cache_gb: Gigabytes = Field(20.0, gt=0, description="most that folder may grow to; the last used stay")
+
+
+class TableFlags(ColumnFlags, CacheFlags):
+    """How tables of images and captions are read."""
+
+    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="how to read the data; auto goes by the file name"
+    )
+    max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
+    strict: bool = Field(False, description="stop at the first unreadable row")
+    keep_nulls: bool = Field(False, description="take captions like nan, None and N/A for captions")
+    exact_preprocess: bool = Field(
+        False, description="preprocess images with the base's own transform, to the last grey level"
+    )
+
+
+class DataFlags(TableFlags):
+    """Images and captions."""
+
+    train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
+    val_data: UserPath | None = Field(None, description="the same for validation")
+    val_csv_img_key: str | None = Field(None, description="as --csv-img-key, where --val-data has another")
+    val_csv_caption_key: str | None = Field(None, description="the same for --csv-caption-key")
+    val_csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
+        None, min_length=1, description="the same for --csv-separator"
+    )
+    val_csv_encoding: str | None = Field(None, min_length=1, description="the same for --csv-encoding")
+    val_csv_quoting: Literal["auto", "minimal", "none"] | None = Field(
+        None, description="the same for --csv-quoting"
+    )
+    val_image_root: UserPath | None = Field(None, description="the same for --image-root")
+
+    def for_validation(self) -> DataFlags:
+        """The same, with the columns of the validation data in place of the training data's."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name.startswith("val_")}
+        other = {name.removeprefix("val_"): value for name, value in given.items() if value is not None}
+        return self.model_copy(update={name: other[name] for name in other if name != "data"})
+
+
+class PromptFlags(Options):
+    """What the classes are, and what is said for them."""
+
+    csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
+    prompts: UserPath | None = Field(None, description="YAML of class: prompt, or class: [prompts]")
+    templates: str = Field(
+        "photo", description="for classes without prompts: photo, ensemble, or a text with {} in it"
+    )
+
+
+class ClassFlags(PromptFlags):
+    """Telling classes apart."""
+
+    val_csv_label_key: str | None = Field(None, description="the same for --val-data, if it has another")
+    task: Literal["retrieval", "classification"] = Field(
+        "retrieval", description="match images with their captions, or tell classes apart"
+    )
+
+    def for_validation(self) -> ClassFlags:
+        """The same, with the label column of the validation data."""
+        key = self.val_csv_label_key or self.csv_label_key
+        return self.model_copy(update={"csv_label_key": key})

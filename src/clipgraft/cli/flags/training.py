@@ -1,0 +1,137 @@
+"""Flags of training, sweeps and evaluation that only the command line has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from clipgraft.cli.flags.shared import ClassFlags, OverwriteFlags
+from clipgraft.options import (
+    Alpha,
+    AlphaPattern,
+    Batch,
+    Count,
+    Dropout,
+    Frequency,
+    Options,
+    PeakRate,
+    Rank,
+    RankPattern,
+    Seeds,
+    UserPath,
+    Words,
+    expressions,
+    words,
+)
+
+
+class ClassTrainFlags(ClassFlags):
+    """Training to tell classes apart."""
+
+    val_size: float | None = Field(None, gt=0, lt=1, description="share of each class to hold out")
+    shots: Count | None = Field(None, ge=1, description="train on this many images of each class")
+    head: Literal["prompts", "linear", "cosine"] = Field(
+        "prompts", description="what tells classes apart: their prompts, or a classifier that starts there"
+    )
+    class_weights: bool = Field(False, description="weigh classes in the loss by how rare they are")
+
+
+class AdapterFlags(Options):
+    """The adapter, whatever its size."""
+
+    lora_alpha: Alpha | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
+    lora_dropout: Dropout = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
+    lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
+    lora_dora: bool = Field(False, description="DoRA: train a magnitude of each output beside the direction")
+    lora_bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="biases to train too: of the adapted sites, or all"
+    )
+    lora_init: Literal["default", "pissa", "eva"] = Field(
+        "default", description="start on random directions, on the base's principal ones, or on the data's"
+    )
+    lora_rank_pattern: RankPattern = Field(
+        {}, description="other ranks for some sites: text.0.*=4,text.11.*=32"
+    )
+    lora_alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
+    lora_train_logit_scale: bool = Field(False, description="train the temperature with the adapter")
+
+
+class LoraFlags(AdapterFlags):
+    """The adapter."""
+
+    use_lora: bool = Field(
+        False, description="train a LoRA adapter; without it the model itself is fine-tuned"
+    )
+    lora_r: Rank = Field(16, description="rank, or 'auto' to choose one by the number of training pairs")
+    lora_targets: str | None = Field(
+        None, description="target set or sites, e.g. text-attention or text.*.q,v"
+    )
+    lora_target_modules: Words | None = Field(
+        None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
+    )
+
+
+class SweepFlags(AdapterFlags):
+    """The grid, and the adapters in it."""
+
+    targets: Annotated[tuple[str, ...], BeforeValidator(expressions)] = Field(
+        ("text-attention",),
+        min_length=1,
+        description="target sets to compare, separated by semicolons; commas join the terms of one set",
+    )
+    lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(words)] = Field(
+        (16,), min_length=1, description="ranks, joined by commas"
+    )
+    seeds: Seeds = Field(1, ge=1, description="runs of each cell, with seeds from --seed on")
+    base: bool = Field(True, description="a row for the untouched base")
+    full: bool = Field(True, description="rows for full fine-tuning of what the adapters' towers are")
+    full_lr: PeakRate | None = Field(
+        None, gt=0, description="peak learning rate of full fine-tuning (default: --lr)"
+    )
+    test_data: UserPath | None = Field(
+        None, description="more data to measure every cell on at its end: what it may forget, say"
+    )
+    logs: UserPath = Field(Path("logs"), description="folder of all runs")
+    name: str = Field("sweep", min_length=1, description="of this sweep; the same name continues it")
+
+
+class RunFlags(Options):
+    """Where a run is kept and what it reports."""
+
+    logs: UserPath = Field(Path("logs"), description="folder of all runs")
+    name: str | None = Field(None, min_length=1, description="of this run (default: date, model, settings)")
+    save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
+    val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
+    save_lora_only: bool = Field(
+        True,
+        description="save adapters alone; --no-save-lora-only adds the whole model as epoch_N.pt to each",
+    )
+    resume: Literal["latest"] | None = Field(
+        None, description="'latest' continues the run --name where it stopped, to the same bits"
+    )
+    checkpoint_steps: Frequency = Field(
+        0, ge=0, description="checkpoint every N steps too; 0 is once an epoch"
+    )
+    from_: UserPath | None = Field(
+        None, description="adapter or run whose weights a new run starts from, on these data"
+    )
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="of --from: see `clipgraft convert --help`"
+    )
+
+
+class EvalFlags(OverwriteFlags):
+    """Evaluation of a base or an adapter on pairs."""
+
+    adapter: UserPath | None = Field(None, description="adapter folder to evaluate beside its base")
+    force: bool = Field(False, description="use an adapter that was made for another base")
+    peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
+        None, description="see `clipgraft convert --help`"
+    )
+    batch_size: Batch = Field(64, ge=1, description="images or captions encoded at once")
+    classifier: UserPath | None = Field(
+        None, description="head/ folder of a run with --head linear or cosine, to measure too"
+    )
+    out: UserPath | None = Field(None, description="write the metrics to this JSON file")

@@ -1,0 +1,87 @@
+"""Options of training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from clipgraft.options import (
+    Beta,
+    ClipNorm,
+    Count,
+    Decay,
+    Epsilon,
+    Layers,
+    Options,
+    PeakRate,
+    Power,
+    Rate,
+    Ratio,
+    Views,
+    words,
+)
+
+
+class TrainArgs(Options):
+    """Optimisation; names and defaults are open_clip's."""
+
+    batch_size: Count = Field(
+        64, ge=2, description="pairs in memory at once, in each process: a step, or a part of it"
+    )
+    epochs: Count = Field(
+        32, ge=1, description="passes over the captions; more than before extend a run that is resumed"
+    )
+    epoch_parts: Annotated[tuple[Annotated[Count, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
+        None,
+        min_length=1,
+        description="epochs of each part of a run, such as 10,10: each has the learning rate's schedule for "
+        "itself, as in a run of 10 epochs that is resumed with --epochs 20 (default: one part)",
+    )
+    lr: PeakRate = Field(5e-4, gt=0, description="peak learning rate")
+    wd: Decay = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
+    beta1: Beta = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
+    beta2: Beta = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
+    eps: Epsilon = Field(1e-6, gt=0, description="AdamW epsilon")
+    warmup: Count = Field(10000, ge=0, description="steps of linear warmup, at most a tenth of the run")
+    lr_scheduler: Literal["cosine", "const", "const-cooldown"] = Field(
+        "cosine", description="schedule after warmup"
+    )
+    epochs_cooldown: Count | None = Field(
+        None, ge=1, description="epochs of cooldown at the end (const-cooldown)"
+    )
+    lr_cooldown_end: Rate = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
+    lr_cooldown_power: Power = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
+    lora_plus_ratio: Ratio = Field(
+        1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of --lr"
+    )
+    grad_clip_norm: ClipNorm | None = Field(None, gt=0, description="clip the gradient to this norm")
+    accum_freq: Count = Field(
+        1, ge=1, description="micro-batches of --batch-size a step, with the loss of all"
+    )
+    grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    lock_image: bool = Field(False, description="freeze the image tower")
+    lock_image_unlocked_groups: Layers = Field(0, ge=0, description="groups at its end to leave trainable")
+    lock_text: bool = Field(False, description="freeze the text tower")
+    lock_text_unlocked_layers: Layers = Field(0, ge=0, description="layers at its end to leave trainable")
+    negatives: Literal["batch", "gallery"] | None = Field(
+        None,
+        description="contrast with the batch, or with all features of a frozen tower (default: if it is one)",
+    )
+    augment: bool = Field(False, description="random crops of the training images")
+    cache_views: Views | None = Field(
+        None, ge=1, description="with --augment and a frozen image tower: encode this many crops of each once"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, dropout and crops")
+
+    def epoch_faults(self) -> list[str]:
+        """What is wrong between `epochs` and `epoch_parts`, and with a cooldown that does not fit a part."""
+        parts, faults = self.epoch_parts or (self.epochs,), []
+        if self.epoch_parts is not None and "epochs" in self.model_fields_set and sum(parts) != self.epochs:
+            given = ",".join(map(str, parts))
+            faults.append(
+                f"--epoch-parts {given} sum to {sum(parts)}, but --epochs is {self.epochs}: drop one"
+            )
+        if self.lr_scheduler == "const-cooldown" and not 0 < (self.epochs_cooldown or 0) <= min(parts):
+            faults.append(f"--lr-scheduler const-cooldown needs --epochs-cooldown from 1 to {min(parts)}")
+        return faults
