@@ -11,7 +11,7 @@ SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
     ("shown",),
     ("errors",),
-    ("writing", "progress"),
+    ("writing", "progress", "text_tables"),
     ("locks",),
     ("files", "readers"),
     ("records", "yaml_files", "ours", "emoji", "pictures"),

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import clipgraft as cg
-from clipgraft.cli.eval import measure
-from clipgraft.cli.eval import table as print_table
+from clipgraft.cli.eval import measure, metrics_table
 from clipgraft.data import features
 from clipgraft.models import device
 from clipgraft.models.load import load
@@ -85,7 +84,7 @@ def test_an_adapter_brings_its_base(cli: Any, table: Path, adapter: Path) -> Non
     """`--model ADAPTER` needs to know nothing else."""
     outcome = cli("eval", "--model", adapter, "--val-data", table, "--workers", 0)
     assert outcome.code == 0
-    assert "base   adapter" in outcome.out
+    assert "base  adapter" in outcome.out
     assert re.search(r"^adapter: (better|no better|worse) than the base: .* chance is", outcome.out, re.M)
 
 
@@ -162,9 +161,8 @@ def test_the_table_is_in_percent_and_aligned() -> None:
         for way in ("image_to_text", "text_to_image")
         for name in ("R@1", "R@5", "R@10", "mean_rank", "median_rank")
     ]
-    shown = print_table(
-        {"base": dict.fromkeys(names, 0.5), "adapter": dict.fromkeys(names, 1.0)}
-    ).splitlines()
+    table = metrics_table({"base": dict.fromkeys(names, 0.5), "adapter": dict.fromkeys(names, 1.0)})
+    shown = table.text().splitlines()
     assert len({len(line) for line in shown}) == 1
     assert shown[1].split() == ["image_to_text_R@1", "50.0", "100.0"]
     assert shown[4].split() == ["image_to_text_mean_rank", "0.5", "1.0"]

@@ -61,11 +61,17 @@ def test_the_grid_in_one_table(sweep: Any, tmp_path: Path) -> None:
             assert row["mean"][name] == pytest.approx(sum(values) / 2)
             assert row["deviation"][name] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
         assert row["trained"] == own[0]["trained"]
+        runs = [folder / "cells" / f"{stem}-seed{seed}" / "run" / "results.json" for seed in (0, 1)]
+        gains = [json.loads(run.read_text())["verdict"]["difference"] for run in runs]
+        assert row["gain"]["value"] == pytest.approx(sum(gain["value"] for gain in gains) / 2)
+        assert row["gain"]["low"] == min(gain["low"] for gain in gains)
+        assert row["gain"]["high"] == max(gain["high"] for gain in gains)
     by_rank = {(row["targets"], row["r"]): row["trained"] for row in rows}
     assert by_rank["text-attention", 2] == 2 * by_rank["text-attention", 1]
     lines = outcome.out.splitlines()
-    assert any(line.startswith("full fine-tuning") and "±" in line for line in lines)
-    assert (folder / "table.md").read_text().count("\n") == 2 + len(rows)
+    assert any(line.startswith("full fine-tuning") and "±" in line and " to " in line for line in lines)
+    assert any(line.startswith("gain: ") and "95 % interval" in line for line in lines)
+    assert (folder / "table.md").read_text().count("\n| ") == 1 + len(rows)
     assert (folder / "table.csv").read_text().count("\n") == 1 + len(rows)
 
 
@@ -124,7 +130,7 @@ def test_classification(cli: Any, base: list[str], tmp_path: Path) -> None:
     )
     assert (outcome.code, outcome.err) == (0, "")
     header = next(line for line in outcome.out.splitlines() if line.startswith("model"))
-    assert header.split()[-4:] == ["acc1", "acc5", "mean_per_class_recall", "test_acc1"]
+    assert header.split()[-5:] == ["acc1", "acc5", "mean_per_class_recall", "test_acc1", "gain"]
 
 
 def test_what_is_forgotten_is_a_column(

@@ -28,6 +28,7 @@ from clipgraft.evaluate.classify import (
 )
 from clipgraft.lora.config import auto_rank
 from clipgraft.models.clip import Clip
+from clipgraft.text_tables import NOTHING, Table, terminal_width
 from clipgraft.train.classes import Head, load_head
 from clipgraft.train.distributed import Peers
 
@@ -160,18 +161,23 @@ def _judge_head(head: Head, features: Tensor, images: Labelled, folder: Path | N
         return classification_metrics(head(features.cpu()), torch.tensor(images.labels), images.classes)
 
 
-def class_table(columns: dict[str, ClassificationResult]) -> str:
-    """Metrics as aligned rows, one column a model, and recall of each class below; in percent."""
-    width = max([24, *(len(row.name) for result in columns.values() for row in result.per_class)])
-    wide = max(10, *(len(name) + 2 for name in columns))
-    lines = [f"{'':<{width}}" + "".join(f"{name:>{wide}}" for name in columns)]
-    for metric in _SHOWN:
-        factor = 1 if metric == "loss" else 100
-        values = (factor * result.metrics[metric] for result in columns.values())
-        lines.append(f"{metric:<{width}}" + "".join(f"{value:>{wide}.2f}" for value in values))
-    lines.append("recall of")
-    for rows in zip(*(result.per_class for result in columns.values()), strict=True):
-        shown = ("-" if row.recall is None else f"{100 * row.recall:.1f}" for row in rows)
-        recalls = (f"{text:>{wide}}" for text in shown)
-        lines.append(f"{rows[0].name:<{width}}" + "".join(recalls) + f"   of {rows[0].count}")
-    return "\n".join(lines)
+def class_table(columns: Mapping[str, ClassificationResult]) -> str:
+    """Metrics with one column a model, and below them the recall of each class; in percent."""
+    factors = {metric: 1 if metric == "loss" else 100 for metric in _SHOWN}
+    metrics = [
+        (metric, *(f"{factor * result.metrics[metric]:.2f}" for result in columns.values()))
+        for metric, factor in factors.items()
+    ]
+    recalls = [
+        (
+            rows[0].name,
+            *(NOTHING if r.recall is None else f"{100 * r.recall:.1f}" for r in rows),
+            f"{rows[0].count:,}",
+        )
+        for rows in zip(*(result.per_class for result in columns.values()), strict=True)
+    ]
+    tables = (
+        Table("", ("", *columns), tuple(metrics)),
+        Table("", ("recall of", *columns, "images"), tuple(recalls)),
+    )
+    return "\n\n".join(table.text(terminal_width()) for table in tables)

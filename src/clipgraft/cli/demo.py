@@ -13,6 +13,7 @@ from clipgraft.cli.flags.tools import DemoFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError
 from clipgraft.ours import DEMO_MARK, mark_folder, refuse_foreign
+from clipgraft.text_tables import Table, terminal_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,7 @@ def run(argv: Sequence[str]) -> None:
     }
     draw(picture, world, queries)
     write_json(spec.out / "results.json", [asdict(row) for row in rows])
-    print(f"\n{table(rows, spec.language)}\n")
+    print(f"\n{table(rows, spec.language).text(terminal_width())}\n")
     print(verdict(rows))
     print(f"adapter  {lora.saved}\npicture  {picture}\nseconds  {time.perf_counter() - started:.0f}")
 
@@ -213,27 +214,24 @@ def place_of(row: int, top: list[int]) -> int | None:
     return top.index(row) if row in top else None
 
 
-def table(rows: Sequence[Row], language: str) -> str:
+def table(rows: Sequence[Row], language: str) -> Table:
     """The demo's table: recalls in percent, both ways, and what they cost."""
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("model", lambda row: f"{row.model:<16}"),
-        ("I->T R@1", lambda row: f"{row.image_to_text_r1:.1f}"),
-        ("R@5", lambda row: f"{row.image_to_text_r5:.1f}"),
-        ("T->I R@1", lambda row: f"{row.text_to_image_r1:.1f}"),
-        ("R@5", lambda row: f"{row.text_to_image_r5:.1f}"),
-        ("trained", lambda row: f"{row.trainable:,}"),
-        ("MB", lambda row: f"{row.megabytes:.2f}"),
-        ("seconds", lambda row: f"{row.seconds:.0f}"),
-        ("en I->T R@1", lambda row: f"{row.english_image_to_text_r1:.1f}"),
-        ("en T->I R@1", lambda row: f"{row.english_text_to_image_r1:.1f}"),
-    ]
-    cells = [[head for head, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    lines[0] = cells[0][0].ljust(widths[0]) + lines[0][widths[0] :]
-    return (
-        f"retrieval on unseen scenes, captions in '{language}' (en: English, what was forgotten)\n"
-        + "\n".join(lines)
+    columns: dict[str, Callable[[Row], str]] = {
+        "model": lambda row: row.model,
+        "I->T R@1": lambda row: f"{row.image_to_text_r1:.1f}",
+        "I->T R@5": lambda row: f"{row.image_to_text_r5:.1f}",
+        "T->I R@1": lambda row: f"{row.text_to_image_r1:.1f}",
+        "T->I R@5": lambda row: f"{row.text_to_image_r5:.1f}",
+        "trained": lambda row: f"{row.trainable:,}",
+        "MB": lambda row: f"{row.megabytes:.2f}",
+        "seconds": lambda row: f"{row.seconds:.0f}",
+        "en I->T R@1": lambda row: f"{row.english_image_to_text_r1:.1f}",
+        "en T->I R@1": lambda row: f"{row.english_text_to_image_r1:.1f}",
+    }
+    return Table(
+        f"retrieval on unseen scenes, captions in '{language}' (en: English, what was forgotten)",
+        tuple(columns),
+        tuple(tuple(show(row) for show in columns.values()) for row in rows),
     )
 
 

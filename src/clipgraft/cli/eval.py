@@ -16,6 +16,7 @@ from clipgraft.cli.train import class_faults
 from clipgraft.errors import ConfigError
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
+from clipgraft.text_tables import Table, terminal_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,14 +78,15 @@ def run(argv: Sequence[str]) -> None:
     else:
         pairs = read_table(clip, data.val_data, data.for_validation(), "validation data")
         measured = measure_all(models, pairs, **options)
-        print(table({name: found.metrics for name, found in measured.items()}))
+        columns = {name: found.metrics for name, found in measured.items()}
+        print(metrics_table(columns).text(terminal_width()))
     verdicts = judge_all(measured)
     for name, verdict in verdicts.items():
         print(f"{name}: {verdict}")
     if spec.out is not None:
-        columns: dict[str, Any] = {name: found.metrics for name, found in measured.items()}
+        numbers = {name: found.metrics for name, found in measured.items()}
         told = {name: verdict.to_dict() for name, verdict in verdicts.items()}
-        write_json(spec.out, columns | ({"verdict": told} if told else {}))
+        write_json(spec.out, numbers | ({"verdict": told} if told else {}))
         log.info("wrote %s", spec.out)
 
 
@@ -196,12 +198,11 @@ def _images(clip: Clip, files: Sequence[Path], **options: Any) -> Tensor:
     return encode_images(clip, files, **options)
 
 
-def table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics as aligned rows, one column a model; recalls in percent."""
-    width = max(10, *(len(name) + 2 for name in columns))
-    lines = [f"{'':<26}" + "".join(f"{name:>{width}}" for name in columns)]
-    for metric in _SHOWN:
-        percent = "_R@" in metric
-        values = (100 * column[metric] if percent else column[metric] for column in columns.values())
-        lines.append(f"{metric:<26}" + "".join(f"{value:>{width}.1f}" for value in values))
-    return "\n".join(lines)
+def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Metrics with one column a model; recalls in percent."""
+    factors = {metric: 100 if "_R@" in metric else 1 for metric in _SHOWN}
+    rows = [
+        (metric, *(f"{factor * column[metric]:.1f}" for column in columns.values()))
+        for metric, factor in factors.items()
+    ]
+    return Table("", ("", *columns), tuple(rows))

@@ -11,6 +11,7 @@ from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.tools import InspectFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError
+from clipgraft.text_tables import terminal_width
 
 if TYPE_CHECKING:
     from clipgraft.profile.adapters import AdapterInspection
@@ -79,7 +80,7 @@ def _show_adapter(spec: InspectFlags) -> None:
     if spec.format == "markdown":
         print(f"# {found.path}\n\n```text\n{facts}\n```\n\n{table.markdown()}")
     else:
-        print(f"{found.path}\n{facts}\n\n{table.text()}")
+        print(f"{found.path}\n{facts}\n\n{table.text(terminal_width())}")
 
 
 def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
@@ -122,5 +123,5 @@ def _sections(found: Inspection, spec: InspectFlags) -> list[str]:
         shown = [f"## layers\n\n```text\n{layers}\n```", *(table.markdown() for table in tables)]
         return [f"# {head}", *fenced, *shown]
     return [head, f"configuration\n{config}", f"structure\n{found.structure}", f"layers\n{layers}"] + [
-        table.text() for table in tables
+        table.text(terminal_width()) for table in tables
     ]

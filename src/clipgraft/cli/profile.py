@@ -12,13 +12,14 @@ from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.tools import ProfileFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError
+from clipgraft.text_tables import terminal_width
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
     from clipgraft.profile.forward import ClipProfile
     from clipgraft.profile.measure import Measurement
     from clipgraft.profile.training import TrainingCost
-    from clipgraft.profile.units import Table
+    from clipgraft.text_tables import Table
 
 _IMAGE_SIZE = {"transformers": "vision_config.image_size", "open_clip": "vision_cfg.image_size"}
 _SUMMARY = "Show what a model costs to run and to train. Weights are neither needed nor loaded."
@@ -141,4 +142,4 @@ def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
     )
     if spec.format == "markdown":
         return [f"# {head}", f"## modules\n\n```text\n{tree}\n```", *(t.markdown() for t in tables)]
-    return [head, tree, *(table.text() for table in tables)]
+    return [head, tree, *(table.text(terminal_width()) for table in tables)]

@@ -12,6 +12,7 @@ from clipgraft.profile.llava import MODEL_TYPE, LlavaProfile, LlavaTokens, llava
 from clipgraft.profile.tables import llava_table
 from clipgraft.profile.tree import cost_tree
 from clipgraft.results import plain
+from clipgraft.text_tables import terminal_width
 
 _OF_CLIP = ("targets", "lora_r", "batch_size", "adapter", "measure", "device", "precision", "pretrained")
 _COUNTS = ("crops", "language_tokens", "logits")
@@ -51,7 +52,7 @@ def show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
     if spec.format == "markdown":
         print("\n\n".join([f"# {head}", f"```text\n{tree}\n```", table.markdown()]))
     else:
-        print("\n\n".join([head, tree, table.text()]))
+        print("\n\n".join([head, tree, table.text(terminal_width())]))
 
 
 def _tokens(spec: ProfileFlags) -> LlavaTokens | None:

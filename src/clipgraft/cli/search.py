@@ -15,6 +15,7 @@ from clipgraft.cli.parser import parse
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 from clipgraft.ours import refuse_foreign
 from clipgraft.shown import shown, shown_line
+from clipgraft.text_tables import aligned
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
@@ -100,23 +101,20 @@ def _json_line(value: dict[str, Any]) -> str:
 
 
 def as_table(hits: Sequence[Hit]) -> str:
-    """One line a result; captions on one line, cut."""
+    """One line a result: rank, score, path and caption; a long caption is cut."""
     if not hits:
         return "nothing was found"
-    paths = [shown_line(hit.path or "") for hit in hits]
-    width = max(map(len, paths))
-    lines = []
-    for hit, path in zip(hits, paths, strict=True):
-        caption = shown_line(hit.caption or "")
-        short = caption if len(caption) <= _CAPTION else caption[: _CAPTION - 1] + "…"
-        cells = [
-            f"{hit.rank:>4}",
-            f"{hit.score:7.4f}",
-            *([path.ljust(width)] if width else []),
-            short,
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    paths = any(hit.path for hit in hits)
+    rows = [
+        (f"{hit.rank:>4}", f"{hit.score:.4f}", *((hit.path or "",) if paths else ()), _cut(hit.caption or ""))
+        for hit in hits
+    ]
+    return "\n".join(aligned(rows, left=(2, 3)))
+
+
+def _cut(caption: str) -> str:
+    caption = shown_line(caption)
+    return caption if len(caption) <= _CAPTION else caption[: _CAPTION - 1] + "…"
 
 
 def as_json(hits: Sequence[Hit]) -> str:

@@ -137,12 +137,13 @@ def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
 def _write(folder: Path, results: Sequence[CellResult], metrics: tuple[str, ...]) -> None:
     """Print the table, and write it as text, CSV and JSON."""
     from clipgraft.files import write_json, write_text
-    from clipgraft.train.grid import aligned, markdown, rows_of, table
+    from clipgraft.text_tables import terminal_width
+    from clipgraft.train.grid import rows_of, table
 
     rows = rows_of(results)
-    lines = table(rows, metrics)
-    print(f"\n{aligned(lines)}\n")
-    write_text(folder / "table.md", markdown(lines))
+    shown = table(rows, metrics)
+    print(f"\n{shown.text(terminal_width())}\n")
+    write_text(folder / "table.md", f"{shown.markdown()}\n")
     write_json(folder / "table.json", {"metrics": list(metrics), "rows": [asdict(row) for row in rows]})
     _write_csv(folder / "table.csv", rows, metrics)
     log.info("wrote %s, table.csv and table.json", folder / "table.md")
@@ -154,8 +155,10 @@ def _write_csv(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         fixed = ("kind", "targets", "r", "seeds", "trained", "bytes", "seconds", "peak_mb")
-        writer.writerow([*fixed, *(f"{m}{part}" for m in metrics for part in ("", " deviation"))])
+        gain = ("gain", "gain low", "gain high")
+        writer.writerow([*fixed, *(f"{m}{part}" for m in metrics for part in ("", " deviation")), *gain])
         for row in rows:
             values: Mapping[str, Any] = asdict(row)
             numbers = [v for m in metrics for v in (row.mean[m], row.deviation[m])]
-            writer.writerow([*(values[name] for name in fixed), *numbers])
+            ends = ("", "", "") if row.gain is None else (row.gain.value, row.gain.low, row.gain.high)
+            writer.writerow([*(values[name] for name in fixed), *numbers, *ends])

@@ -185,4 +185,5 @@ def _run(job: Job) -> CellResult:
         metrics = {name: float(value) for name, value in done.metrics.items() if name != "epoch"}
         metrics |= work.tested(clip)
         hand_over(clip, job.place, metrics, done.base)
-        return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high)
+        gain = None if done.verdict is None else done.verdict.difference
+        return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high, gain)

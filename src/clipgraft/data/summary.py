@@ -12,6 +12,7 @@ from clipgraft.data.rows import BadRow, Row
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.results import Result
 from clipgraft.shown import shown_line
+from clipgraft.text_tables import aligned
 
 MAX_BAD_ROWS = 100
 _KEPT = 10  # bad rows that are kept to be shown
@@ -149,11 +150,8 @@ def format_report(report: DataReport) -> str:
 
 def fact_lines(facts: Sequence[tuple[str, int, str]]) -> list[str]:
     """(name, count, remark) as indented lines with names and counts in columns."""
-    name_width = max(len(name) for name, _, _ in facts)
-    count_width = max(len(f"{count:,}") for _, count, _ in facts)
-    return [
-        f"  {name:<{name_width}}  {count:>{count_width},}  {remark}".rstrip() for name, count, remark in facts
-    ]
+    rows = [(f"  {name}", f"{count:,}", remark) for name, count, remark in facts]
+    return aligned(rows, left=(0, 2))
 
 
 def _facts(report: DataReport) -> list[tuple[str, int, str]]:

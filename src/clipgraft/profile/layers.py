@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from clipgraft.profile.trace import LayerCost, Trace
+from clipgraft.text_tables import aligned
 
 _COLUMNS = (
     "Layer (type:depth-idx)",
@@ -32,8 +33,7 @@ def layer_table(trace: Trace, depth: int | None = None) -> str:
     rows = [_COLUMNS, *(_row(trace, layer, unfolded=_is_unfolded(shown, layer)) for layer in shown)]
     labels = [_COLUMNS[0], *_tree(shown)]
     cells = [(label, *row[1:]) for label, row in zip(labels, rows, strict=True)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
-    lines = ["   ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    lines = aligned(cells, left=range(len(_COLUMNS)), gap="   ")
     rule = "=" * max(map(len, lines))
     parts = [[lines[0]], lines[1:], _counts(trace), _sizes(trace)]
     return "\n".join(line for part in parts for line in (rule, *part)) + f"\n{rule}"

@@ -13,7 +13,7 @@ from clipgraft.profile.llava import LLAVA_PARTS, LlavaProfile
 from clipgraft.profile.measure import Measurement
 from clipgraft.profile.targets import TargetCost
 from clipgraft.profile.training import TrainingCost
-from clipgraft.profile.units import Table, percent, short
+from clipgraft.text_tables import Table, percent, short
 
 _V = TypeVar("_V")
 

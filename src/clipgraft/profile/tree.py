@@ -6,7 +6,7 @@ from torch import nn
 
 from clipgraft.profile.layers import structure
 from clipgraft.profile.trace import LayerCost, Trace
-from clipgraft.profile.units import percent, short
+from clipgraft.text_tables import percent, short
 
 
 def cost_tree(model: nn.Module, trace: Trace, depth: int | None = None) -> str:

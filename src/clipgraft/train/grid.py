@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipgraft.errors import CheckpointError
+from clipgraft.evaluate.bootstrap import Interval
 from clipgraft.files import write_json
 from clipgraft.records import Finite, Whole, read_json
+from clipgraft.text_tables import Table, with_deviation, with_interval
 
 CELL_FILE = "cell.json"
 Kind = Literal["base", "lora", "full"]
+_GAIN = (
+    "gain: R@1 of both directions, or accuracy, above the base in points, with its 95 % interval over the "
+    "validation images; of several seeds from the lowest to the highest end."
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class CellResult:
         bytes: of what was saved.
         seconds: of the run, evaluation included.
         peak_mb: largest resident memory of the process during the run; None where it is not known.
+        gain: how much better the run is than the base on the validation data, in shares; None for the base.
     """
 
     cell: Cell
@@ -59,6 +66,7 @@ class CellResult:
     bytes: Whole = 0
     seconds: Finite = 0.0
     peak_mb: Finite | None = None
+    gain: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Row:
     bytes: Finite
     seconds: Finite
     peak_mb: Finite | None
+    gain: Interval | None = None
 
 
 def grid(
@@ -142,48 +151,55 @@ def _row(kind: Kind, targets: str, r: int, cells: Sequence[CellResult]) -> Row:
         bytes=statistics.fmean(cell.bytes for cell in cells),
         seconds=statistics.fmean(cell.seconds for cell in cells),
         peak_mb=max(peaks) if peaks else None,
+        gain=_widest([cell.gain for cell in cells if cell.gain is not None]),
     )
 
 
-def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
-    """Header and rows as text: names, ranks, costs, and each metric in percent as mean ± deviation."""
-    lines = [["model", "r", "trained", "MB", "seconds", "peak MB", *metrics]]
-    for row in rows:
-        name = {"base": "base", "full": "full fine-tuning", "lora": row.targets}[row.kind]
-        trains = row.kind != "base"
-        lines.append(
-            [
-                name,
-                str(row.r) if row.kind == "lora" else "",
-                f"{row.trained:,}",
-                f"{row.bytes / 1e6:.2f}" if trains else "",
-                f"{row.seconds:.0f}" if trains else "",
-                f"{row.peak_mb:,.0f}" if row.peak_mb is not None else "",
-                *(_percent(row, metric) for metric in metrics),
-            ]
-        )
-    return lines
+def _widest(gains: Sequence[Interval]) -> Interval | None:
+    """The mean gain of the seeds, and from the lowest to the highest end of their intervals."""
+    if not gains:
+        return None
+    mean = statistics.fmean(gain.value for gain in gains)
+    return Interval(mean, min(gain.low for gain in gains), max(gain.high for gain in gains), gains[0].level)
+
+
+def table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
+    """Show of each row its name, rank, costs, metrics in percent (mean ± deviation of the seeds) and gain."""
+    gains = any(row.gain is not None for row in rows)
+    return Table(
+        title="",
+        columns=(
+            "model",
+            "r",
+            "trained",
+            "MB",
+            "seconds",
+            "peak MB",
+            *metrics,
+            *(("gain",) if gains else ()),
+        ),
+        rows=tuple((*_named(row, metrics), *((_gain(row),) if gains else ())) for row in rows),
+        note=_GAIN if gains else "",
+    )
+
+
+def _named(row: Row, metrics: Sequence[str]) -> tuple[str, ...]:
+    trains = row.kind != "base"
+    return (
+        {"base": "base", "full": "full fine-tuning", "lora": row.targets}[row.kind],
+        str(row.r) if row.kind == "lora" else "",
+        f"{row.trained:,}",
+        f"{row.bytes / 1e6:.2f}" if trains else "",
+        f"{row.seconds:.0f}" if trains else "",
+        f"{row.peak_mb:,.0f}" if row.peak_mb is not None else "",
+        *(_percent(row, metric) for metric in metrics),
+    )
 
 
 def _percent(row: Row, metric: str) -> str:
-    mean = f"{100 * row.mean[metric]:.1f}"
-    return f"{mean} ± {100 * row.deviation[metric]:.1f}" if row.seeds > 1 else mean
+    return with_deviation(100 * row.mean[metric], 100 * row.deviation[metric] if row.seeds > 1 else None)
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns side by side: the first to the left, numbers to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table."""
-    header, *body = lines
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body)) + "\n"
+def _gain(row: Row) -> str:
+    gain = row.gain
+    return "" if gain is None else with_interval(100 * gain.value, 100 * gain.low, 100 * gain.high)
