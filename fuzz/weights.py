@@ -17,10 +17,10 @@ from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile, write_adapter
 from clipgraft.adapters.clip_lora import write_clip_lora
-from clipgraft.adapters.formats import detect, read_any
-from clipgraft.adapters.guide_checkpoint import write_guide
-from clipgraft.adapters.native import AdapterFile, write_adapter
+from clipgraft.adapters.convert import detect, read_any
+from clipgraft.adapters.guide_format import write_guide
 from clipgraft.lora.config import LoraConfig
 from clipgraft.models.load_hf import load_hf
 from clipgraft.models.load_openclip import load_config, with_weights

@@ -25,7 +25,7 @@ from benchmarks.conversions.world import (
     explicit,
     pair,
 )
-from clipgraft.adapters.formats import Form, write_any
+from clipgraft.adapters.convert import Form, write_any
 
 _BETWEEN: dict[str, dict[str, Any]] = {
     "every site, trained temperature": {"targets": "all", "train_logit_scale": True},

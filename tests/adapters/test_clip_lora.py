@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import clipgraft as cg
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.clip_lora import clip_lora_adapter, read_clip_lora, write_clip_lora
-from clipgraft.adapters.native import AdapterFile
 from clipgraft.lora.inject import LoraConfig
 from clipgraft.models.sites import Site
 from damaged_values import damaged, read_or_one_line

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.adapters.formats import detect, read_any
+from clipgraft.adapters.convert import detect, read_any
 from peft_models import outputs
 from tiny_models import build_hf
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
 from damaged_values import damaged, read_or_one_line
 from explicit_lora import explicit_model, features, inputs, largest

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.adapters.formats import read_any
-from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.convert import read_any
 from clipgraft.cli.parser import parse
 from clipgraft.models.load import load
 from clipgraft.options import Options, Positional

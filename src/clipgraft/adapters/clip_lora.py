@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import (
     as_weight,
     mapping,
@@ -28,9 +29,7 @@ from clipgraft.adapters.checkpoint import (
     some,
     text,
 )
-from clipgraft.adapters.extras import KEY, extras, with_extras
-from clipgraft.adapters.native import AdapterFile
-from clipgraft.adapters.uniform import Uniform, rescaled, uniform
+from clipgraft.adapters.uniform import KEY, Uniform, extras, rescaled, uniform, with_extras
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.models.sites import TOWERS, Site, Tower

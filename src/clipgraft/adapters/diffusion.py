@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import as_weight, number, paired, some
-from clipgraft.adapters.native import AdapterFile
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.models.hf import path_site

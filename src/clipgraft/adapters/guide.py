@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clipgraft.adapters.loading import load_adapter
-from clipgraft.adapters.native import AdapterFile, lora_state_dict, save_adapter
+from clipgraft.adapters.adapter_file import AdapterFile, lora_state_dict, save_adapter
+from clipgraft.adapters.attach import load_adapter
 from clipgraft.lora.control import disable_lora, enable_lora
 from clipgraft.lora.inject import apply_lora
 from clipgraft.lora.merge import merge_lora, unmerge_lora

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from clipgraft.adapters import guide as _guide  # noqa: F401 - gives Clip the guide's methods
+from clipgraft.adapters.attach import load_adapter
+from clipgraft.adapters.convert import read_any
 from clipgraft.adapters.folder import is_adapter
-from clipgraft.adapters.formats import read_any
-from clipgraft.adapters.loading import load_adapter
-from clipgraft.adapters.runs import RunModel, find_run_model, is_model_folder, runs_near
+from clipgraft.adapters.run_folder import RunModel, find_run_model, is_model_folder, runs_near
 from clipgraft.engine import mixed_batches as _mixed_batches  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError, ModelError
 from clipgraft.models.clip import Clip as Clip

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from clipgraft.adapters.checkpoint import as_weight, paired, some
-from clipgraft.adapters.peft_config import Rules, check_config
+from clipgraft.adapters.peft import Rules, check_config
 from clipgraft.adapters.uniform import Weights
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.config import LoraConfig, check_settings

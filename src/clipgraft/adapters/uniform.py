@@ -1,8 +1,11 @@
-"""One rank and one scale for all sites, for formats that hold no others: the update stays what it was.
+"""Express an adapter at one rank and one scale, for formats that hold no others, without changing its update.
 
 Ranks are evened out with rows of zeros in A and columns of zeros in B, which add exactly nothing to B·A.
 Where a site's scale s differs from the common s₀, B becomes B·s/s₀, so that s₀·B·A is what s·B·A was; the
 product is taken in fp64 and rounded to fp32 once (to the bit where s/s₀ is a power of two).
+
+What such a format has no place for (own ranks, base, temperature, metrics) is kept under the key `clipgraft`.
+Other readers pass it over; without it a file is read all the same, at the format's own rank.
 """
 
 from __future__ import annotations
@@ -10,12 +13,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile, site_scale, site_scales
+from clipgraft.adapters.checkpoint import mapping, number, shown, text
+from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
 from clipgraft.models.sites import Site
 
@@ -31,23 +38,12 @@ class Uniform:
     scale: float
 
 
-def site_scale(settings: LoraConfig, site: Site, r: int) -> float:
-    """α/r or α/√r of one site of rank `r`."""
-    alpha = settings.alpha_pattern.get(str(site), settings.alpha)
-    return alpha / (math.sqrt(r) if settings.use_rslora else r)
-
-
-def site_scales(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> dict[Site, float]:
-    """The scale of every site."""
-    return {site: site_scale(settings, site, a.shape[0]) for site, (a, _) in weights.items()}
-
-
 def uniform(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> Uniform:
     """Linear weights brought to their largest rank and their most frequent scale."""
     r = max(a.shape[0] for a, _ in weights.values())
     scales = site_scales(weights, settings)
     common = Counter(scales.values()).most_common(1)[0][0]
-    padded = {site: _padded(a, b, r) for site, (a, b) in weights.items()}
+    padded = {site: _pad(a, b, r) for site, (a, b) in weights.items()}
     return Uniform({site: (a, fold(b, scales[site] / common)) for site, (a, b) in padded.items()}, r, common)
 
 
@@ -67,7 +63,70 @@ def plain(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _padded(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _pad(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     missing = r - a.shape[0]
     a, b = (t.detach().to("cpu", torch.float32) for t in (a, b))
     return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
+
+
+KEY = "clipgraft"
+
+
+def extras(adapter: AdapterFile) -> dict[str, Any]:
+    """The entry for `adapter`: plain values alone, so that `weights_only` opens it."""
+    return {
+        "base": dict(adapter.base),
+        "fingerprint": adapter.fingerprint,
+        "logit_scale": adapter.logit_scale,
+        "metrics": dict(adapter.metrics),
+        "targets": adapter.settings.targets,
+        "ranks": {str(site): a.shape[0] for site, (a, _) in adapter.weights.items()},
+    }
+
+
+def with_extras(adapter: AdapterFile, data: Mapping[str, Any]) -> AdapterFile:
+    """`adapter` as it was before it was written: its own ranks, base, temperature and metrics.
+
+    Raises:
+        AdapterError: the entry is damaged.
+    """
+    if KEY not in data:
+        return adapter
+    record = mapping(data, KEY, adapter.path)
+    fingerprint, scale = record.get("fingerprint"), record.get("logit_scale")
+    if fingerprint is not None and not isinstance(fingerprint, str):
+        raise AdapterError(f"{adapter.path}: the fingerprint is {shown(fingerprint)}: save the adapter again")
+    scale = None if scale is None else float(number(record, "logit_scale", adapter.path))
+    weights, settings = _own_ranks(adapter, mapping(record, "ranks", adapter.path))
+    base = mapping(record, "base", adapter.path)
+    targets = text(record, "targets") or settings.targets
+    return replace(
+        adapter,
+        weights=weights,
+        settings=replace(settings, targets=targets, train_logit_scale=scale is not None),
+        base={key: text(base, key) or adapter.base.get(key, "") for key in ("name", "pretrained", "family")},
+        fingerprint=fingerprint,
+        logit_scale=scale,
+        metrics=mapping(record, "metrics", adapter.path),
+    )
+
+
+def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, Any]) -> tuple[Weights, LoraConfig]:
+    """Weights without the zeros that evened out their ranks, at the scales they had with them."""
+    weights: Weights = {}
+    settings = adapter.settings
+    rank_pattern, alpha_pattern = dict(settings.rank_pattern), dict(settings.alpha_pattern)
+    for site, (a, b) in adapter.weights.items():
+        r = ranks.get(str(site))
+        if not isinstance(r, int) or not 0 < r < a.shape[0] or not _is_padding(a, b, r):
+            weights[site] = a, b
+            continue
+        weights[site] = a[:r].clone(), b[:, :r].clone()
+        scale = site_scale(settings, site, a.shape[0])
+        rank_pattern[str(site)] = r
+        alpha_pattern[str(site)] = scale * (math.sqrt(r) if settings.use_rslora else r)
+    return weights, replace(settings, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+
+
+def _is_padding(a: Tensor, b: Tensor, r: int) -> bool:
+    return not (a[r:].any() or b[:, r:].any())

@@ -21,7 +21,7 @@ from clipgraft.errors import ClipgraftError, together
 from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.native import AdapterFile
+    from clipgraft.adapters.adapter_file import AdapterFile
     from clipgraft.data.table_options import TableOptions
     from clipgraft.models.clip import Clip
 
@@ -196,7 +196,7 @@ def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
 
 def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = None) -> list[str]:
     """An adapter that is not there, cannot be read, or has sites that the model lacks."""
-    from clipgraft.adapters.formats import read_any
+    from clipgraft.adapters.convert import read_any
 
     layers: dict[str, int] = {}
     if clip is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.open import load, tell_base
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags, TableFlags
 from clipgraft.cli.flags.training import RunFlags

@@ -11,7 +11,7 @@ from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.native import AdapterFile
+    from clipgraft.adapters.adapter_file import AdapterFile
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Rewrite an adapter in another format. What it computes stays what it was."
@@ -22,8 +22,8 @@ def run(argv: Sequence[str]) -> None:
     (spec,) = parse("convert", _SUMMARY, [ConvertFlags], argv)
     if spec.pretrained is not None and spec.model is None:
         raise ConfigError(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
-    from clipgraft.adapters.formats import check_free, detect, read_any, write_any
-    from clipgraft.adapters.loading import in_terms_of
+    from clipgraft.adapters.attach import in_terms_of
+    from clipgraft.adapters.convert import check_free, detect, read_any, write_any
     from clipgraft.cli.common import base_of, with_base
     from clipgraft.models.export import size_on_disk
 

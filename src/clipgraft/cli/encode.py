@@ -91,7 +91,7 @@ def _with_known_base(model: ModelFlags, spec: EncodeFlags) -> ModelFlags:
     """Without --model, the base of what is in the folder already, or of the adapter."""
     if "model" in model.model_fields_set:
         return model
-    from clipgraft.adapters.formats import read_any
+    from clipgraft.adapters.convert import read_any
     from clipgraft.adapters.open import tell_base
     from clipgraft.search.manifest import read_manifest
 
@@ -111,7 +111,7 @@ def _with_known_base(model: ModelFlags, spec: EncodeFlags) -> ModelFlags:
 
 def _load_adapters(clip: Clip, spec: EncodeFlags) -> dict[str, str]:
     """Put the adapters on the model; returns where each was read, by name."""
-    from clipgraft.adapters.loading import load_adapter
+    from clipgraft.adapters.attach import load_adapter
     from clipgraft.cli.common import name_after
 
     given = [spec.adapter] if spec.adapter is not None else [Path(path) for path in spec.adapters or ()]

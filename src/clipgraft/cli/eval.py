@@ -21,7 +21,7 @@ from clipgraft.text_tables import Table, terminal_width
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipgraft.adapters.runs import RunModel
+    from clipgraft.adapters.run_folder import RunModel
     from clipgraft.data.pairs import Pairs
     from clipgraft.evaluate.bootstrap import Measured
     from clipgraft.models.clip import Clip
@@ -48,8 +48,8 @@ def run(argv: Sequence[str]) -> None:
     kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassFlags, EvalFlags]
     model_spec, data, classes, spec = parse("eval", _SUMMARY, kinds, argv)
     checks.refuse(_faults(model_spec, data, classes, spec))
-    from clipgraft.adapters.loading import load_adapter
-    from clipgraft.adapters.runs import find_run_model
+    from clipgraft.adapters.attach import load_adapter
+    from clipgraft.adapters.run_folder import find_run_model
     from clipgraft.cli.common import load_model, open_cache, read_table
     from clipgraft.files import write_json
     from clipgraft.models.device import use_autocast

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
 def _is_adapter(name: str) -> bool:
     """Whether a name is an adapter of any format, or a run that made one."""
     from clipgraft.adapters.folder import is_adapter
-    from clipgraft.adapters.runs import find_run_model
+    from clipgraft.adapters.run_folder import find_run_model
     from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
 
     path = Path(name)

@@ -14,7 +14,7 @@ from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError, together
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.runs import RunModel
+    from clipgraft.adapters.run_folder import RunModel
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
@@ -25,9 +25,9 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, merge, write, and print what was written."""
     (spec,) = parse("merge", _SUMMARY, [MergeFlags], argv)
     weights = _weights(spec)
-    from clipgraft.adapters.formats import check_free, read_any
-    from clipgraft.adapters.loading import put_on
-    from clipgraft.adapters.runs import find_run_model
+    from clipgraft.adapters.attach import put_on
+    from clipgraft.adapters.convert import check_free, read_any
+    from clipgraft.adapters.run_folder import find_run_model
     from clipgraft.cli.common import base_of, name_after, with_base
 
     if spec.to == "adapter":
@@ -96,7 +96,7 @@ def _form(spec: MergeFlags, clip: Clip) -> str:
 
 
 def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> None:
-    from clipgraft.adapters.native import save_adapter
+    from clipgraft.adapters.adapter_file import save_adapter
     from clipgraft.lora.combine import combine_adapters
 
     made = combine_adapters(clip, amounts, "+".join([*amounts, "sum"]), rank=spec.rank)

@@ -86,7 +86,7 @@ def _model(spec: ProfileFlags, device: str) -> Clip:
     """The model with its adapter, without weights on the meta device, with random ones elsewhere."""
     import torch
 
-    from clipgraft.adapters.loading import load_adapter
+    from clipgraft.adapters.attach import load_adapter
     from clipgraft.models.meta import build_model, read_model_config
 
     settings = dict(spec.set)

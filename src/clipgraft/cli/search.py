@@ -146,7 +146,7 @@ def _load(spec: SearchFlags, manifest: Manifest) -> Clip:
 
 def _load_adapter(clip: Clip, spec: SearchFlags, manifest: Manifest, part: VectorSet | None) -> None:
     """Put the adapter on the model that was asked for, or else the one that made the vectors."""
-    from clipgraft.adapters.loading import load_adapter
+    from clipgraft.adapters.attach import load_adapter
     from clipgraft.search.sets import acting_digest
 
     known = {note.name: note.path for note in manifest.adapters if note.path}

@@ -13,7 +13,7 @@ from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.native import AdapterFile
+    from clipgraft.adapters.adapter_file import AdapterFile
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
@@ -33,7 +33,7 @@ _SETTINGS = {
 def starts_from_adapter(path: Path) -> bool:
     """Whether `--from` names an adapter, and not all weights of a run; so does a path at which nothing is."""
     from clipgraft.adapters.folder import is_adapter
-    from clipgraft.adapters.runs import find_run_model
+    from clipgraft.adapters.run_folder import find_run_model
 
     found = None if is_adapter(path) else find_run_model(path)
     return found is None or found.kind == "adapter"
@@ -59,8 +59,8 @@ def resolve_start(
         CheckpointError: the run has saved nothing yet.
         ConfigError: another base is named than a fine-tuned run's own.
     """
-    from clipgraft.adapters.formats import read_any
-    from clipgraft.adapters.runs import find_run_model
+    from clipgraft.adapters.convert import read_any
+    from clipgraft.adapters.run_folder import find_run_model
 
     path = where.from_
     if path is None:
@@ -90,8 +90,8 @@ def resolve_start(
 
 def read_start(clip: Clip, path: Path, where: RunFlags) -> AdapterFile:
     """The adapter to start from, as it is on this base."""
-    from clipgraft.adapters.formats import read_any
-    from clipgraft.adapters.loading import in_terms_of
+    from clipgraft.adapters.attach import in_terms_of
+    from clipgraft.adapters.convert import read_any
 
     layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
     file = read_any(
@@ -134,7 +134,7 @@ def attach_start(clip: Clip, path: Path, lora: LoraFlags, where: RunFlags) -> No
         AdapterError: it cannot be read, or was made for another base.
         ConfigError: flags say another adapter.
     """
-    from clipgraft.adapters.loading import put_on
+    from clipgraft.adapters.attach import put_on
 
     file = read_start(clip, path, where)
     if faults := contradictions(clip, file, lora):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipgraft.adapters.formats import adapter_place, detect, read_any
-from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.convert import adapter_place, detect, read_any
 from clipgraft.lora.config import LoraConfig
 from clipgraft.models.export import size_on_disk
 
@@ -29,7 +29,7 @@ class AdapterInspection:
 
     Attributes:
         path: the folder or file it lies in.
-        format: whose it is, as `clipgraft.adapters.formats.detect` names it.
+        format: whose it is, as `clipgraft.adapters.convert.detect` names it.
         base: name, tag and family of its base; empty where the file does not say.
         fingerprint: of its base; None in files of others.
         settings: what made it.

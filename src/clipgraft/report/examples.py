@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clipgraft.adapters.runs import find_path
+from clipgraft.adapters.run_folder import find_path
 from clipgraft.errors import DataError, WriteError
 from clipgraft.files import write_json
 from clipgraft.records import Finite, Whole, checked, read_json

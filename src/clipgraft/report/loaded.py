@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from clipgraft.adapters.loading import load_adapter
-from clipgraft.adapters.native import read_adapter
+from clipgraft.adapters.adapter_file import read_adapter
+from clipgraft.adapters.attach import load_adapter
 from clipgraft.adapters.open import tell_base
-from clipgraft.adapters.runs import find_path
+from clipgraft.adapters.run_folder import find_path
 from clipgraft.data.labels import Labelled, match_classes, split_labelled
 from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import Pairs, read_pairs

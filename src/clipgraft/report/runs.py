@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from clipgraft.adapters.runs import read_params
+from clipgraft.adapters.run_folder import read_params
 from clipgraft.errors import CheckpointError, DataError
 from clipgraft.records import Finite, Whole, read_json
 from clipgraft.train.events import EVENTS, read_events

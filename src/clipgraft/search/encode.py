@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from clipgraft.adapters.native import findable
+from clipgraft.adapters.adapter_file import findable
 from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps
 from clipgraft.data.loading import Transform

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipgraft.adapters.native import findable
+from clipgraft.adapters.adapter_file import findable
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.bootstrap import Measured

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from clipgraft.adapters.native import save_adapter
+from clipgraft.adapters.adapter_file import save_adapter
 from clipgraft.files import atomic_path
 from clipgraft.lora.state import lora_state, require_lora
 from clipgraft.models.clip import Clip

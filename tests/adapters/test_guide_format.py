@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.adapters.guide_checkpoint import guide_adapter, read_guide, write_guide, write_guide_full
-from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.guide_format import guide_adapter, read_guide, write_guide, write_guide_full
 from clipgraft.models.clip import as_clip
 from clipgraft.train.saving import Saver
 from damaged_values import damaged, read_or_one_line

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile, as_adapter, write_adapter
 from clipgraft.adapters.checkpoint import read_checkpoint
 from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
 from clipgraft.adapters.diffusion import read_diffusion, trainer_of
 from clipgraft.adapters.folder import FILES, is_adapter, read_folder
-from clipgraft.adapters.guide_checkpoint import guide_adapter, write_guide, write_guide_full
-from clipgraft.adapters.native import AdapterFile, as_adapter, write_adapter
-from clipgraft.adapters.peft_config import named_base
+from clipgraft.adapters.guide_format import guide_adapter, write_guide, write_guide_full
+from clipgraft.adapters.peft import named_base
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
-from clipgraft.adapters.runs import find_run_model
+from clipgraft.adapters.run_folder import find_run_model
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_folder
 

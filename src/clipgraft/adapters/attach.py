@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import some
-from clipgraft.adapters.formats import read_any
-from clipgraft.adapters.native import AdapterFile
-from clipgraft.adapters.peft_config import missing_sites
+from clipgraft.adapters.convert import read_any
+from clipgraft.adapters.peft import missing_sites
 from clipgraft.adapters.peft_openclip import OutProj
 from clipgraft.engine import mixed_batches as _mixed_batches  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError

@@ -12,7 +12,7 @@ import torch
 
 import clipgraft as cg
 from clipgraft.adapters.open import split_adapter
-from clipgraft.adapters.runs import find_run_model
+from clipgraft.adapters.run_folder import find_run_model
 from clipgraft.models.clip import Clip
 from tiny_pictures import write_pictures
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.adapters.formats import Form, detect, read_any, write_any
-from clipgraft.adapters.native import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.convert import Form, detect, read_any, write_any
 from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
 from guide_lora import deltas, updates_of
 from tiny_models import to_transformers

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, refuse_other, write_folder
-from clipgraft.adapters.peft_config import config_json, named_base
-from clipgraft.adapters.peft_layout import Tensors, name_tensors, read_tensors, tower_prefix
-from clipgraft.adapters.uniform import site_scales
+from clipgraft.adapters.peft import Tensors, config_json, name_tensors, named_base, read_tensors, tower_prefix
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.config import LoraConfig, check_settings
 from clipgraft.lora.control import adapter_logit_scale
@@ -99,6 +97,17 @@ class AdapterFile(Result):
                 f"{self.path} has {' and '.join(held)}, which {form} cannot hold: "
                 "write an adapter folder instead"
             )
+
+
+def site_scale(settings: LoraConfig, site: Site, r: int) -> float:
+    """α/r or α/√r of one site of rank `r`."""
+    alpha = settings.alpha_pattern.get(str(site), settings.alpha)
+    return alpha / (math.sqrt(r) if settings.use_rslora else r)
+
+
+def site_scales(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> dict[Site, float]:
+    """The scale of every site."""
+    return {site: site_scale(settings, site, a.shape[0]) for site, (a, _) in weights.items()}
 
 
 def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
