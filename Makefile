@@ -8,7 +8,7 @@ PYTEST ?=
 CELLS ?= $(foreach r,lowest newest,$(foreach p,3.10 3.11 3.12 3.13,$(p)-$(r)))
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-matrix lint fuzz bench bench-quick clean
+.PHONY: demo test test-slow test-matrix lint fuzz docs bench bench-quick clean
 
 demo: $(VENV)/.installed
 	@echo "The demo trains for about two minutes on two cores; it shows each step."
@@ -40,6 +40,17 @@ lint: $(VENV)/.installed-test
 fuzz: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
 
+# A copy in the same layout, so that links between pages are right on GitHub and on the site.
+DOCS := $(wildcard *.md) docs examples benchmarks/results src/clipgraft/assets/emoji/art/LICENSES.md tests/allowed_skips.txt
+
+# The site in build/site: README.md, docs/, results of benchmarks, and the reference of Python from docstrings. A broken
+# link or an unknown name fails. Needs no torch.
+docs: $(VENV)/.installed-docs
+	rm -rf build/docs build/site && mkdir -p build/docs
+	tar -cf - $(DOCS) | tar -xf - -C build/docs
+	$(BIN)/zensical build --strict --clean
+	@echo "Open build/site/index.html, or serve it: $(PYTHON) -m http.server --directory build/site"
+
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
 
@@ -65,5 +76,11 @@ $(VENV)/.installed-matrix: noxfile.py
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'nox[uv]>=2024.10'
 	@touch $@
 
+# Without clipgraft itself, whose source is parsed and not imported; the list is that of the extra [docs].
+$(VENV)/.installed-docs: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'zensical>=0.1' 'mkdocstrings[python]>=1.0'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .nox demo logs
+	rm -rf $(VENV) .nox .cache build demo logs
