@@ -18,11 +18,10 @@ import pyarrow as pa
 from clipgraft.search.filters import parse_where
 from clipgraft.search.folder import all_sets, read_folder
 from clipgraft.search.index import build_index
-from clipgraft.search.manifest import AdapterNote, Made, Manifest, VectorSet
+from clipgraft.search.manifest import AdapterNote, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Kept
 from clipgraft.search.searcher import _hits, _nearest
-from clipgraft.search.store import Rows, Store, open_folder
-from clipgraft.search.tables import ErrorRow, MetaRow, metadata_table
+from clipgraft.search.store import ErrorRow, MetaRow, NewShard, Store, metadata_table, open_folder
 from fuzz.mutate import damaged, odd, odd_json
 from fuzz.subject import Subject
 from fuzz.tables import parquet_contents
@@ -34,7 +33,7 @@ INDEX, RECORD = "index/image.index", "index/index.json"
 
 def encode(folder: Path) -> None:
     """An encoded folder of two shards, one of them with an image that could not be used."""
-    made = Made("images", "emoji", "", "0123456789abcdef", "0123", "float32", "float16")
+    made = Origin("images", "emoji", "", "0123456789abcdef", "0123", "float32", "float16")
     note = AdapterNote("vi", "adapters/vi", {"text": "0123456789abcdef"})
     manifest = Manifest(made, "/pictures", "/pictures", (VectorSet("", None, None),), (note,))
     store = Store(folder, replace(manifest, kernels={"a": "math"}))
@@ -43,7 +42,7 @@ def encode(folder: Path) -> None:
     rows = [MetaRow(f"{number}.png", 100, number * 10**9, "a cat", 8, 8) for number in range(ROWS)]
     vectors = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float16)
     for errors in ([ErrorRow("x.png", "is damaged", 3, 4)], []):
-        store.add(Rows(rows, {"": vectors}, errors))
+        store.add(NewShard(rows, {"": vectors}, errors))
     store.finish()
 
 

@@ -20,9 +20,8 @@ from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.pairs import read_pairs
 from clipgraft.data.prompts import read_prompts
 from clipgraft.errors import ConfigError
-from clipgraft.search.gallery import write_gallery
+from clipgraft.search.hits import Hit, write_page
 from clipgraft.search.items import location
-from clipgraft.search.searcher import Hit
 from clipgraft.search.sources import open_images, open_texts
 from clipgraft.train.args import TrainArgs
 from fuzz.mutate import ESCAPES, NUMBERS, TEXTS, damaged, odd, odd_json, odd_lines
@@ -314,7 +313,7 @@ def archives(folder: Path) -> Subject:
         items = list(listed.items())
         places = [location(listed.root, item.key) for item in items if item.reason is None]
         hits = [Hit(1, 0.5, place, "a", {}) for place in places[:2]]
-        write_gallery(folder / "out.html", "t", hits)
+        write_page(folder / "out.html", "t", hits)
         return items
 
     def change(rng: Random) -> None:

@@ -13,7 +13,7 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.models.export import write_model
 from clipgraft.ours import made_by_us, mark_folder, refuse_foreign
-from clipgraft.search.gallery import write_gallery
+from clipgraft.search.hits import write_page
 
 OURS = {
     "metrics.json": '{"base": {"image_to_text_R@1": 0.5}}',
@@ -85,11 +85,11 @@ def test_models_are_replaced_where_they_are_ours(name: str, openclip_clip: Clip,
 
 def test_pages_replace_pages_alone(tmp_path: Path) -> None:
     """`search --html thesis.html` would be the end of a thesis."""
-    page = write_gallery(tmp_path / "a.html", "cat", [])
-    write_gallery(page, "dog", [])
+    page = write_page(tmp_path / "a.html", "cat", [])
+    write_page(page, "dog", [])
     page.write_text("<p>thesis")
     with pytest.raises(cg.errors.DataError, match=r"--html .*a\.html: this file was not made by clipgraft"):
-        write_gallery(page, "cat", [])
+        write_page(page, "cat", [])
     assert page.read_text() == "<p>thesis"
-    write_gallery(page, "cat", [], overwrite=True)
+    write_page(page, "cat", [], overwrite=True)
     assert "cat" in page.read_text()

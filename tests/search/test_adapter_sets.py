@@ -51,11 +51,12 @@ def test_several_adapters_in_one_pass(
     clip: Clip, pictures: Path, tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each adapter would decode every image again, or the vectors of one stand under another's name."""
-    from clipgraft.search import decoding
+
+    from clipgraft.search import engines
 
     decoded: list[object] = []
-    real = decoding._content
-    monkeypatch.setattr(decoding, "_content", lambda part: decoded.append(part) or real(part))  # type: ignore[func-returns-value]
+    real = engines._content
+    monkeypatch.setattr(engines, "_content", lambda part: decoded.append(part) or real(part))  # type: ignore[func-returns-value]
     paths = {
         name: make_adapter(name, targets)
         for name, targets in (

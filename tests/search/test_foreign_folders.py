@@ -19,7 +19,7 @@ from clipgraft.search.encode import encode_folder
 from clipgraft.search.index import build_index
 from clipgraft.search.manifest import is_set_folder, read_manifest
 from clipgraft.search.searcher import query
-from clipgraft.search.tables import plain_rows
+from clipgraft.search.store import plain_rows
 
 SMALL: dict[str, Any] = {"batch_size": 4, "shard_rows": 9, "workers": 0, "autocast": False}
 

@@ -203,7 +203,7 @@ def test_a_file_that_comes_back_is_encoded(clip: Clip, pictures: Path, tmp_path:
 def test_retry_errors(clip: Clip, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a network that was down made unreadable could never be read again."""
     with monkeypatch.context() as patch:
-        patch.setattr("clipgraft.search.decoding._content", lambda part: "the network is down")
+        patch.setattr("clipgraft.search.engines._content", lambda part: "the network is down")
         encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     assert encode_folder(clip, pictures, tmp_path / "out", **SMALL).rows == 0
     assert encode_folder(clip, pictures, tmp_path / "out", retry_errors=True, **SMALL).rows == GOOD

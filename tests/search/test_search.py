@@ -12,13 +12,11 @@ import pytest
 
 import clipgraft as cg
 from clipgraft.models.clip import Clip
-from clipgraft.search import exact
 from clipgraft.search.encode import encode_folder
-from clipgraft.search.exact import nearest
-from clipgraft.search.folder import fitting_set
-from clipgraft.search.gallery import write_gallery
+from clipgraft.search.folder import fitting_set, nearest
+from clipgraft.search.hits import Hit, write_page
 from clipgraft.search.index import build_index
-from clipgraft.search.searcher import Hit, query, query_vector
+from clipgraft.search.searcher import query, query_vector
 from encoded_folders import GOOD, MakeAdapter, read_encoded, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
@@ -53,7 +51,7 @@ def test_equals_a_plain_comparison(clip: Clip, out: Path, k: int, indexed: bool)
 
 def test_many_queries_in_blocks(clip: Clip, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results would change where one block of a large shard ends and the next begins."""
-    monkeypatch.setattr(exact, "_BLOCK", 4)
+    monkeypatch.setattr("clipgraft.search.folder._BLOCK", 4)
     queries = np.random.default_rng(0).standard_normal((7, 24)).astype(np.float32)
     encoded = fitting_set(out, clip)
     scores, rows = nearest(encoded, queries, 5)
@@ -231,7 +229,7 @@ def test_a_gallery_needs_no_other_file(clip: Clip, out: Path, pictures: Path, tm
     hits = query(clip, out, "a dog", k=3)
     Path(str(hits[1].path)).unlink()
     hits[0] = dataclasses.replace(hits[0], caption="<script>alert(1)</script>")
-    page = write_gallery(tmp_path / "page.html", "a dog", hits, pictures / "a" / "04.png").read_text("utf-8")
+    page = write_page(tmp_path / "page.html", "a dog", hits, pictures / "a" / "04.png").read_text("utf-8")
     assert page.count("data:image/jpeg;base64,") == 3
     assert "not found" in page
     assert "<script>" not in page
@@ -249,12 +247,12 @@ def test_a_gallery_of_an_archive(clip: Clip, tmp_path: Path) -> None:
     encode_folder(clip, str(tmp_path / "d.tar"), tmp_path / "tars", **SMALL)
     hits = query(clip, tmp_path / "tars", "x")
     assert hits[0].path == str(tmp_path / "d.tar::0001.png")
-    assert "data:image/jpeg" in write_gallery(tmp_path / "p.html", "x", hits).read_text("utf-8")
+    assert "data:image/jpeg" in write_page(tmp_path / "p.html", "x", hits).read_text("utf-8")
 
 
 def test_without_results(tmp_path: Path) -> None:
     """An empty page would look like a broken one."""
-    assert "Nothing was found" in write_gallery(tmp_path / "p.html", "x", list[Hit]()).read_text("utf-8")
+    assert "Nothing was found" in write_page(tmp_path / "p.html", "x", list[Hit]()).read_text("utf-8")
 
 
 def test_building_an_index_tells_how_far_it_is(out: Path) -> None:

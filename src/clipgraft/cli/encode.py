@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _faults(model: ModelFlags, spec: EncodeFlags) -> list[str]:
     """All that is wrong and can be known without weights or pixels, missing packages included."""
-    from clipgraft.search.tables import need_pyarrow
+    from clipgraft.search.store import need_pyarrow
 
     faults = []
     if Path(spec.source).suffix.lower() == ".txt" and not spec.texts:
@@ -99,7 +99,7 @@ def _with_known_base(model: ModelFlags, spec: EncodeFlags) -> ModelFlags:
     given = spec.adapter or (Path(spec.adapters[0]) if spec.adapters else None)
     base = {"name": "", "pretrained": ""}
     if before is not None:
-        base = {"name": before.made.name, "pretrained": before.made.pretrained}
+        base = {"name": before.origin.name, "pretrained": before.origin.pretrained}
     elif given is not None:
         base = read_any(given, peft_out_proj=spec.peft_out_proj).base
     if not base.get("name"):

@@ -19,8 +19,8 @@ from clipgraft.text_tables import aligned
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
+    from clipgraft.search.hits import Hit
     from clipgraft.search.manifest import Manifest, VectorSet
-    from clipgraft.search.searcher import Hit
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Find encoded images or texts by text, by image, or by both."
@@ -66,10 +66,10 @@ def run(argv: Sequence[str]) -> None:
     )
     print(as_json(hits) if spec.format == "json" else as_table(hits))
     if spec.html is not None:
-        from clipgraft.search.gallery import write_gallery
+        from clipgraft.search.hits import write_page
 
         title = " + ".join([part for part in (spec.text, spec.image and spec.image.name) if part])
-        log.info("wrote %s", write_gallery(spec.html, title, hits, spec.image, spec.overwrite))
+        log.info("wrote %s", write_page(spec.html, title, hits, spec.image, spec.overwrite))
 
 
 def _answer_lines(clip: Clip, spec: SearchFlags) -> None:
@@ -136,7 +136,7 @@ def _load(spec: SearchFlags, manifest: Manifest) -> Clip:
 
     name, pretrained = spec.model, spec.pretrained
     if name is None:
-        name, pretrained = manifest.made.name, manifest.made.pretrained or None
+        name, pretrained = manifest.origin.name, manifest.origin.pretrained or None
     if not name:
         raise ConfigError(f"{spec.out} does not name its base: give --model and --pretrained")
     if spec.model is None:
@@ -169,6 +169,6 @@ def _load_adapter(clip: Clip, spec: SearchFlags, manifest: Manifest, part: Vecto
         raise AdapterError(f"--adapter {name}: there is no adapter at {path}{names}; give its folder")
     load_adapter(clip, path, force=spec.force, peft_out_proj=spec.peft_out_proj)
     log.info("adapter %s from %s", name, path)
-    if acting_digest(clip, manifest.made.tower) is None:
-        tower, other = ("image", "text") if manifest.made.kind == "images" else ("text", "image")
+    if acting_digest(clip, manifest.origin.tower) is None:
+        tower, other = ("image", "text") if manifest.origin.kind == "images" else ("text", "image")
         log.info("it acts on the %s tower alone: the base's %s vectors are searched", other, tower)

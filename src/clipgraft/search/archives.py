@@ -22,8 +22,19 @@ from clipgraft.data.listing import Listing
 from clipgraft.data.rows import is_null
 from clipgraft.errors import DataError
 from clipgraft.readers import Tar
-from clipgraft.search.items import IN_TAR, Item, Source, is_address, storable, tidy
-from clipgraft.search.remote import check_protocol, modified, open_at, open_filesystem, unreachable
+from clipgraft.search.items import (
+    IN_TAR,
+    Item,
+    ItemSource,
+    check_protocol,
+    is_address,
+    modified,
+    open_at,
+    open_filesystem,
+    storable,
+    tidy,
+    unreachable,
+)
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
@@ -37,7 +48,7 @@ def is_archive_pattern(source: str) -> bool:
     return source.rstrip("}").endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
-def open_archives(pattern: str) -> Source:
+def open_archives(pattern: str) -> ItemSource:
     """The tar files that a pattern names, in its order.
 
     Raises:
@@ -63,7 +74,7 @@ def open_archives(pattern: str) -> Source:
         met[:] = [_Met()]
         return _members_of_all(root, archives, met[0])
 
-    return Source(whole, root, False, items, met=lambda: met[0].notes() if met else ())
+    return ItemSource(whole, root, False, items, met=lambda: met[0].notes() if met else ())
 
 
 def _common_folder(paths: list[str]) -> str:

@@ -34,17 +34,15 @@ from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress, Told, showing
 from clipgraft.results import Result
-from clipgraft.search.engine import Engine, LocalEngine
-from clipgraft.search.items import Source
-from clipgraft.search.makers import Maker, image_maker, text_maker
-from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Made, Manifest, VectorSet
+from clipgraft.search.engines import Engine, ImageModality, LocalEngine, Modality, TextModality
+from clipgraft.search.items import ItemSource
+from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Counts, Plan
 from clipgraft.search.ray_engine import Cluster, RayEngine
 from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
-from clipgraft.search.store import Store, open_folder, sole_writer
+from clipgraft.search.store import Store, need_pyarrow, open_folder, sole_writer
 from clipgraft.search.stream import Reading, Sizes, stream
-from clipgraft.search.tables import need_pyarrow
 
 log = logging.getLogger("clipgraft")
 _AUTOCAST = " in bf16 autocast"
@@ -156,20 +154,24 @@ def encode_folder(
     with sole_writer(out):
         before = open_folder(out)
         autocast = _autocast(clip, autocast, before)
-        maker = text_maker(clip) if texts else image_maker(image_steps(clip, None, exact_preprocess), workers)
-        made = _made(clip, "texts" if texts else "images", maker, dtype, autocast)
-        sets = vector_sets(clip, adapters, made.tower)
-        check_same(out, before, made, sets)
-        store = Store(out, before or Manifest(made, listed.name, listed.root, sets))
+        modality = (
+            TextModality(clip) if texts else ImageModality(image_steps(clip, None, exact_preprocess), workers)
+        )
+        origin = _origin(clip, modality, dtype, autocast)
+        sets = vector_sets(clip, adapters, origin.tower)
+        check_same(out, before, origin, sets)
+        store = Store(out, before or Manifest(origin, listed.name, listed.root, sets))
         paths = adapter_paths or {}
         notes = adapter_notes(clip, list(paths) if adapters is None else adapters, paths)
         encoder = Encoder(clip, autocast, _attention(store.manifest))
-        local = LocalEngine(encoder, maker, store.manifest.sets, adapters is not None, getattr(torch, dtype))
+        local = LocalEngine(
+            encoder, modality, store.manifest.sets, adapters is not None, getattr(torch, dtype)
+        )
         with_whom = local if cluster is None else RayEngine(local, cluster)
         sizes = Sizes(batch_size, shard_rows)
         what = "texts" if texts else "images"
         with showing(progress, what, what[:-1]) as told:
-            run = _Run(store, listed, notes, with_whom, maker, sizes, retry_errors, told)
+            run = _Run(store, listed, notes, with_whom, modality, sizes, retry_errors, told)
             counts = run.bring_up_to_date()
     return EncodeResult(
         out,
@@ -188,10 +190,10 @@ class _Run:
     """One run, with all that it takes."""
 
     store: Store
-    source: Source
+    source: ItemSource
     notes: tuple[AdapterNote, ...]
     engine: Engine
-    maker: Maker
+    modality: Modality
     sizes: Sizes
     retry_errors: bool
     told: Told | None
@@ -216,7 +218,7 @@ class _Run:
             self._compact(plan)
             log.info("%s", _summary(counts, store))
             reading = Reading(plan.to_do(), self.source.root, counts.to_do)
-            stream(store, reading, self.engine, self.maker, self.sizes, self.told)
+            stream(store, reading, self.engine, self.modality, self.sizes, self.told)
             store.finish()
         finally:
             plan.close()
@@ -237,7 +239,7 @@ class _Run:
     def _check_source(self, counts: Counts, plan: Plan) -> None:
         """Refuse an empty source and another one than before: an unmounted folder would drop all rows."""
         before, name = self.store.manifest, self.source.name
-        what = before.made.kind
+        what = before.origin.kind
         if not counts.items:
             raise DataError(f"{name}: holds no {what}; name a folder, table or tar files that do")
         if counts.stored and self.source.root != before.root and not plan.overlap():
@@ -257,7 +259,7 @@ class _Run:
 def _summary(counts: Counts, store: Store) -> str:
     known = counts.stored - counts.gone
     parts = [
-        f"{counts.items:,} {store.manifest.made.kind}",
+        f"{counts.items:,} {store.manifest.origin.kind}",
         f"{known:,} known",
         f"{counts.to_do:,} to encode",
     ]
@@ -269,19 +271,19 @@ def _summary(counts: Counts, store: Store) -> str:
 def _autocast(clip: Clip, choice: bool | None, before: Manifest | None) -> bool:
     """bf16 or not: as chosen, as before, or as measured."""
     if choice is None and before is not None:
-        return before.made.compute.endswith(_AUTOCAST)
+        return before.origin.compute.endswith(_AUTOCAST)
     return use_autocast(choice, clip.device)
 
 
-def _made(clip: Clip, kind: str, maker: Maker, dtype: Dtype, autocast: bool) -> Made:
+def _origin(clip: Clip, modality: Modality, dtype: Dtype, autocast: bool) -> Origin:
     source = findable(clip)
     compute = str(clip.dtype).removeprefix("torch.") + (_AUTOCAST if autocast else "")
-    return Made(
-        "texts" if kind == "texts" else "images",
+    return Origin(
+        modality.kind,
         source.name,
         source.pretrained,
         clip.fingerprint,
-        _digest(maker.steps),
+        _digest(modality.steps),
         compute,
         dtype,
     )
@@ -300,19 +302,19 @@ def _digest(steps: Transform | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_same(out: Path, before: Manifest | None, made: Made, sets: Sequence[VectorSet]) -> None:
+def check_same(out: Path, before: Manifest | None, origin: Origin, sets: Sequence[VectorSet]) -> None:
     """Raise DataError where a folder holds vectors that were made in another way."""
     if before is None:
         return
-    was = before.made
+    was = before.origin
     folders = [{(part.folder, part.digest) for part in parts} for parts in (before.sets, sets)]
     differences: list[tuple[bool, Callable[[], str]]] = [
-        (was.kind != made.kind, lambda: f"holds {was.kind}, not {made.kind}"),
-        (was.fingerprint != made.fingerprint, lambda: f"was made by base {was.base}, not by {made.base}"),
+        (was.kind != origin.kind, lambda: f"holds {was.kind}, not {origin.kind}"),
+        (was.fingerprint != origin.fingerprint, lambda: f"was made by base {was.base}, not by {origin.base}"),
         (folders[0] != folders[1], lambda: f"holds vectors of {_named(before.sets)}, not of {_named(sets)}"),
-        (was.dtype != made.dtype, lambda: f"holds {was.dtype}, not {made.dtype}"),
-        (was.compute != made.compute, lambda: f"was computed in {was.compute}, not in {made.compute}"),
-        (was.preprocessing != made.preprocessing, lambda: "was made with another preprocessing"),
+        (was.dtype != origin.dtype, lambda: f"holds {was.dtype}, not {origin.dtype}"),
+        (was.compute != origin.compute, lambda: f"was computed in {was.compute}, not in {origin.compute}"),
+        (was.preprocessing != origin.preprocessing, lambda: "was made with another preprocessing"),
     ]
     for differs, say in differences:
         if differs:

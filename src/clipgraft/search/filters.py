@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipgraft.errors import ConfigError
-from clipgraft.search.tables import need_pyarrow
+from clipgraft.search.store import need_pyarrow
 
 _CONDITION = re.compile(
     r"""\s*(?P<column>\w+)\s*(?P<operator>!=|<=|>=|!~|=|<|>|~)\s*

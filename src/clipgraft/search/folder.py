@@ -1,4 +1,4 @@
-"""An encoded folder as a search reads it: which vectors fit a model, and shards one by one."""
+"""Read an encoded folder: the vectors that fit a model, their shards, and the rows nearest to a query."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from clipgraft.errors import AdapterError, DataError, ModelError
 from clipgraft.models.clip import Clip
+from clipgraft.search.filters import Condition, check_columns, rows_where
 from clipgraft.search.manifest import (
     METADATA,
     Manifest,
@@ -21,12 +22,11 @@ from clipgraft.search.manifest import (
     shard_file,
 )
 from clipgraft.search.sets import acting_digest
-from clipgraft.search.store import Array, read_vectors
-from clipgraft.search.tables import metadata_columns, read_metadata
+from clipgraft.search.store import Array, metadata_columns, read_metadata, read_vectors
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSet:
     """One set of vectors of an encoded folder.
 
     Attributes:
@@ -57,11 +57,11 @@ class Encoded:
         """The pyarrow table of a shard. Raises DataError where the file is missing or damaged."""
         path = shard_file(self.folder, self.part.folder, METADATA, shard.number)
         known = shard.files[set_path(self.part.folder, METADATA, shard.number)]
-        return read_metadata(path, self.manifest.made.kind, known, shard.rows, columns)
+        return read_metadata(path, self.manifest.origin.kind, known, shard.rows, columns)
 
     def columns(self) -> list[str]:
         """The columns of the metadata."""
-        return metadata_columns(self.manifest.made.kind)
+        return metadata_columns(self.manifest.origin.kind)
 
     def blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, Array]]:
         """(first row, float32 vectors) for all rows of all shards, at most `rows` at a time."""
@@ -96,13 +96,13 @@ def read_folder(folder: str | Path) -> tuple[Path, Manifest, VectorSet | None]:
     return folder.parent, above, found[0]
 
 
-def all_sets(folder: str | Path) -> list[Encoded]:
+def all_sets(folder: str | Path) -> list[EncodedSet]:
     """Every set of vectors of a folder, or the one it is the folder of; raises DataError as `read_folder`."""
     place, manifest, part = read_folder(folder)
-    return [Encoded(place, manifest, each) for each in ((part,) if part else manifest.sets)]
+    return [EncodedSet(place, manifest, each) for each in ((part,) if part else manifest.sets)]
 
 
-def fitting_set(folder: str | Path, clip: Clip) -> Encoded:
+def fitting_set(folder: str | Path, clip: Clip) -> EncodedSet:
     """The vectors that a model as it is now can be compared with.
 
     Those of its own base, whose tower was changed by what acts on the model, or by nothing if that leaves the
@@ -114,15 +114,15 @@ def fitting_set(folder: str | Path, clip: Clip) -> Encoded:
         AdapterError: another adapter made them.
     """
     candidates = all_sets(folder)
-    made = candidates[0].manifest.made
-    if made.fingerprint != clip.fingerprint:
+    origin = candidates[0].manifest.origin
+    if origin.fingerprint != clip.fingerprint:
         mine = f"{clip.source.name or 'this base'} ({clip.fingerprint})"
-        raise ModelError(f"{folder}: was encoded by base {made.base}, not by {mine}; search with that base")
-    digest = acting_digest(clip, made.tower)
+        raise ModelError(f"{folder}: was encoded by base {origin.base}, not by {mine}; search with that base")
+    digest = acting_digest(clip, origin.tower)
     fitting = [each for each in candidates if each.part.digest == digest]
     if not fitting:
         names = [f"adapter {each.part.adapter}" if each.part.digest else "the base" for each in candidates]
-        what = "image" if made.tower == "vision" else "text"
+        what = "image" if origin.tower == "vision" else "text"
         mine = (
             f"the adapter changes the {what} tower" if digest else f"the base's {what} tower is searched with"
         )
@@ -131,3 +131,55 @@ def fitting_set(folder: str | Path, clip: Clip) -> Encoded:
             "them, or encode a folder with this adapter"
         )
     return fitting[0]
+
+
+_BLOCK = 1 << 14
+
+
+def nearest(
+    encoded: EncodedSet, queries: Array, k: int, where: Sequence[Condition] = ()
+) -> tuple[Array, Array]:
+    """The k rows of the highest inner product for each query, among those that meet the conditions.
+
+    Args:
+        encoded: the vectors.
+        queries: (Q, D) float32.
+        k: how many; fewer are found where there are fewer rows.
+        where: conditions on metadata.
+
+    Returns:
+        float32 scores and int64 rows, (Q, ≤k) each, best first; of equal scores the lower row.
+    """
+    best = [_Best(k) for _ in queries]
+    columns = list(dict.fromkeys(condition.column for condition in where))
+    if where and encoded.shards:
+        check_columns(where, encoded.columns())
+    start = 0
+    for shard in encoded.shards:
+        vectors = encoded.vectors(shard)
+        chosen = rows_where(encoded.metadata(shard, columns), where) if where else np.arange(shard.rows)
+        for first in range(0, len(chosen), _BLOCK):
+            part = chosen[first : first + _BLOCK]
+            found = vectors[part] if where else vectors[first : first + _BLOCK]
+            for own, more in zip(best, queries @ np.asarray(found, np.float32).T, strict=True):
+                own.add(more, part + start)
+        start += shard.rows
+    return np.stack([own.scores for own in best]), np.stack([own.rows for own in best])
+
+
+class _Best:
+    """The k best rows of one query so far, best first."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.scores: Array = np.empty(0, np.float32)
+        self.rows: Array = np.empty(0, np.int64)
+
+    def add(self, scores: Array, rows: Array) -> None:
+        """Take in more rows, all of which come after those before."""
+        if len(self.scores) == self.k:  # an equal score loses to the lower row
+            better = scores > self.scores[-1]
+            scores, rows = scores[better], rows[better]
+        scores, rows = np.concatenate([self.scores, scores]), np.concatenate([self.rows, rows])
+        order = np.lexsort((rows, -scores))[: self.k]
+        self.scores, self.rows = scores[order], rows[order]

@@ -24,11 +24,9 @@ from clipgraft.files import atomic_folder, inside, write_json
 from clipgraft.progress import Progress, showing
 from clipgraft.readers import reading
 from clipgraft.records import Finite, Whole, read_json
-from clipgraft.search.exact import nearest
-from clipgraft.search.folder import Encoded, all_sets
+from clipgraft.search.folder import EncodedSet, all_sets, nearest
 from clipgraft.search.manifest import INDEX_FOLDER
-from clipgraft.search.store import Array, sole_writer
-from clipgraft.search.tables import INSTALL
+from clipgraft.search.store import INSTALL, Array, sole_writer
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1
@@ -108,7 +106,7 @@ def need_faiss() -> Any:
     return faiss
 
 
-def open_index(encoded: Encoded) -> Any | None:
+def open_index(encoded: EncodedSet) -> Any | None:
     """The index of some vectors as FAISS has it; None where there is none, or one of older vectors.
 
     Raises:
@@ -118,8 +116,8 @@ def open_index(encoded: Encoded) -> Any | None:
     record = read_record(place)
     if record is None:
         return None
-    made = encoded.manifest.made
-    if (record.fingerprint, record.digest) != (made.fingerprint, encoded.part.digest):
+    origin = encoded.manifest.origin
+    if (record.fingerprint, record.digest) != (origin.fingerprint, encoded.part.digest):
         raise DataError(
             f"{place}: is of base {record.fingerprint}, adapter {record.adapter}, and its folder is not; "
             f"{_AGAIN}"
@@ -127,7 +125,7 @@ def open_index(encoded: Encoded) -> Any | None:
     if record.state != _state(encoded):
         log.warning("%s: is older than the vectors, which are searched directly; %s", place, _AGAIN)
         return None
-    faiss, file = need_faiss(), inside(encoded.folder, _inside(encoded, FILES[made.kind]))
+    faiss, file = need_faiss(), inside(encoded.folder, _inside(encoded, FILES[origin.kind]))
     with reading(file, DataError, _AGAIN):
         if record.sha256 is not None and _digest(file) != record.sha256:
             raise DataError(f"{file}: is damaged: its bytes are not those that {RECORD} lists; {_AGAIN}")
@@ -164,12 +162,12 @@ class _File(IndexRecord):
     clipgraft_index: Literal[1] = field(kw_only=True)
 
 
-def _inside(encoded: Encoded, name: str = "") -> str:
+def _inside(encoded: EncodedSet, name: str = "") -> str:
     """Something in the index folder of a set, by its path below the encoded folder."""
     return f"{encoded.part.folder}/{INDEX_FOLDER}/{name}".strip("/")
 
 
-def _place(encoded: Encoded) -> Path:
+def _place(encoded: EncodedSet) -> Path:
     return inside(encoded.folder, _inside(encoded))
 
 
@@ -195,8 +193,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(faiss: Any, encoded: Encoded, factory: str, progress: Progress) -> tuple[Path, IndexRecord]:
-    made, dim = encoded.manifest.made, encoded.manifest.dim
+def _build(faiss: Any, encoded: EncodedSet, factory: str, progress: Progress) -> tuple[Path, IndexRecord]:
+    origin, dim = encoded.manifest.origin, encoded.manifest.dim
     if dim is None or not encoded.manifest.rows:
         raise DataError(f"{encoded.place}: holds no vectors, so there is nothing to index")
     place = _place(encoded)
@@ -215,13 +213,13 @@ def _build(faiss: Any, encoded: Encoded, factory: str, progress: Progress) -> tu
     part = encoded.part
     state = _state(encoded)
     with atomic_folder(place) as temporary:
-        file = temporary / FILES[made.kind]
+        file = temporary / FILES[origin.kind]
         faiss.write_index(index, str(file))
         record = IndexRecord(
             factory,
             rows,
             dim,
-            made.fingerprint,
+            origin.fingerprint,
             part.adapter,
             part.digest,
             state,
@@ -245,7 +243,7 @@ def _made(faiss: Any, factory: str, dim: int) -> Any:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
 
 
-def _train(index: Any, encoded: Encoded, factory: str) -> None:
+def _train(index: Any, encoded: EncodedSet, factory: str) -> None:
     """Train on rows at even distances."""
     rows = encoded.manifest.rows
     wanted = np.unique(np.linspace(0, rows - 1, min(rows, _TRAINING_ROWS)).astype(np.int64))
@@ -256,7 +254,7 @@ def _train(index: Any, encoded: Encoded, factory: str) -> None:
         index.train(vectors)
 
 
-def _rows(encoded: Encoded, wanted: Array) -> Array:
+def _rows(encoded: EncodedSet, wanted: Array) -> Array:
     """Some rows, ascending, as float32."""
     parts = [
         block[wanted[(wanted >= first) & (wanted < first + len(block))] - first]
@@ -265,7 +263,7 @@ def _rows(encoded: Encoded, wanted: Array) -> Array:
     return np.concatenate(parts)
 
 
-def _tuned(faiss: Any, index: Any, encoded: Encoded) -> tuple[float, dict[str, int] | None]:
+def _tuned(faiss: Any, index: Any, encoded: EncodedSet) -> tuple[float, dict[str, int] | None]:
     """Search harder until enough is found; returns recall@10 and the setting, which the index keeps."""
     probes = np.linspace(0, encoded.manifest.rows - 1, min(_PROBES, encoded.manifest.rows)).astype(np.int64)
     probes = np.unique(probes)
@@ -304,7 +302,7 @@ def _recall(index: Any, queries: Array, probes: Array, truth: Array) -> float:
     return float(np.mean(shares)) if shares else 1.0
 
 
-def _state(encoded: Encoded) -> str:
+def _state(encoded: EncodedSet) -> str:
     return hashlib.sha256("\n".join(encoded.state()).encode()).hexdigest()[:32]
 
 

@@ -1,12 +1,20 @@
-"""What sources list: images and texts by a name of their own, and where the bytes of an image are."""
+"""Items of a source: images and texts by a name of their own, and their bytes at paths and addresses.
+
+Addresses are those that fsspec knows: s3://, gs://, hf://, memory://, file://.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
+
+from clipgraft.data.listing import Listing
+from clipgraft.errors import DataError
 
 IN_TAR = ".tar::"
 
@@ -37,7 +45,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
+class ItemSource:
     """A source that can be listed, every time anew, an item at a time.
 
     Attributes:
@@ -105,3 +113,110 @@ def storable(text: str) -> str | None:
 def relative_key(path: Path, root: Path) -> str:
     """A path below the root as POSIX text relative to it; any other as it is."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # as file systems name it
+
+
+def open_filesystem(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it.
+
+    Raises:
+        DataError: nothing here reads such addresses; names the package that does.
+    """
+    check_protocol(address.partition("://")[0])
+    import fsspec
+
+    return fsspec.core.url_to_fs(address)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def check_protocol(protocol: str) -> None:
+    """Raise DataError where fsspec does not know a protocol, or lacks the package for it."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{protocol}:// cannot be read here ({reason}); pip install that package") from error
+    except ValueError as error:
+        raise DataError(f"{protocol}://: fsspec knows no such kind of address; check its spelling") from error
+
+
+def list_images_at(address: str, listing: Listing) -> Iterator[Item]:
+    """Every image below a folder, known by its suffix; hidden ones are left out. Holds one folder's names.
+
+    Raises:
+        DataError: there is no such folder, or it cannot be listed.
+    """
+    files, root = open_filesystem(address)
+    prefix = root.rstrip("/") + "/"
+    try:
+        if not files.isdir(root):
+            raise DataError(f"{address}: there is no such folder; check the address")
+        for _, folders, found in files.walk(root, detail=True):
+            for name in [name for name in folders if name.startswith(".")]:
+                del folders[name]
+                listing.hidden_folders += 1
+            for name, info in found.items():
+                if listing.add(name):
+                    yield Item(info["name"].removeprefix(prefix), info.get("size"), modified(info))
+    except DataError:
+        raise
+    # Every file system has errors of its own: of the network, of credentials, of permissions.
+    except Exception as error:
+        raise unreachable(address, error) from error
+
+
+def modified(info: dict[str, Any]) -> int | None:
+    """Microseconds since 1970 at which a file was modified, None where its file system does not tell."""
+    found = next((info[name] for name in _TIMES if info.get(name) is not None), None)
+    if isinstance(found, str):
+        try:
+            found = datetime.fromisoformat(found.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if isinstance(found, datetime):
+        aware = found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+        return round(aware.timestamp() * 1e6)
+    return round(found * 1e6) if isinstance(found, int | float) else None
+
+
+def open_at(address: str) -> IO[bytes]:
+    """A file at an address for reading, with seeks; raises DataError where there is none."""
+    files, path = open_filesystem(address)
+    try:
+        return files.open(path, "rb")  # type: ignore[no-any-return]
+    except Exception as error:  # see list_images_at
+        raise unreachable(address, error) from error
+
+
+def read_at(part: Ref) -> bytes:
+    """The bytes of a file at an address, or of a part of one; raises whatever its file system raises."""
+    files, path = open_filesystem(part.location)
+    if part.offset is None or part.size is None:
+        return files.cat_file(path)  # type: ignore[no-any-return]
+    return files.cat_file(path, start=part.offset, end=part.offset + part.size)  # type: ignore[no-any-return]
+
+
+def unreachable(address: str, error: Exception) -> DataError:
+    """What went wrong at an address, in one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"{address}: cannot be read ({reason}); check the address, the network and credentials")
+
+
+def exists(location: str) -> bool | None:
+    """Whether there is a file at a path or address; None where that cannot be told.
+
+    Raises DataError where nothing here reads such addresses.
+    """
+    if not is_address(location):
+        return os.path.exists(location)  # noqa: PTH110
+    try:
+        files, path = open_filesystem(location)
+        return bool(files.exists(path))
+    except DataError:
+        raise
+    except Exception:  # see list_images_at
+        return None

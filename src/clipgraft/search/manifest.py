@@ -28,7 +28,7 @@ _ADVICE = "encode into another folder"
 
 
 @dataclass(frozen=True)
-class Made:
+class Origin:
     """What decides the values of vectors beside the items themselves.
 
     Attributes:
@@ -101,8 +101,8 @@ class Manifest:
     """All of it.
 
     Attributes:
-        made: what decides the values of vectors.
-        source, root: where items were last read (`items.Source`).
+        origin: what decides the values of vectors.
+        source, root: where items were last read (`items.ItemSource`).
         sets: the folders of vectors.
         adapters: those that were named for this folder.
         kernels: which attention kernels computed the vectors.
@@ -111,7 +111,7 @@ class Manifest:
         shards: finished ones.
     """
 
-    made: Made
+    origin: Origin
     source: str
     root: str
     sets: tuple[VectorSet, ...]
@@ -124,7 +124,7 @@ class Manifest:
     @property
     def emb(self) -> str:
         """The kind of file that holds the vectors."""
-        return VECTORS[self.made.kind]
+        return VECTORS[self.origin.kind]
 
     @property
     def rows(self) -> int:
@@ -142,10 +142,10 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of a folder."""
-    made, rest = asdict(manifest.made), asdict(manifest)
-    del rest["made"]
+    origin, rest = asdict(manifest.origin), asdict(manifest)
+    del rest["origin"]
     totals = {"rows": manifest.rows, "errors": manifest.errors}
-    write_json(folder / MANIFEST, {"clipgraft_encoded": FORMAT, **made, **totals, **rest})
+    write_json(folder / MANIFEST, {"clipgraft_encoded": FORMAT, **origin, **totals, **rest})
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -161,17 +161,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not os.path.lexists(path):
         return None
     known = read_json(path, _File, advice=_ADVICE)
-    made = Made(**{name: getattr(known, name) for name in Made.__dataclass_fields__})
-    rest = {name: getattr(known, name) for name in Manifest.__dataclass_fields__ if name != "made"}
-    manifest = Manifest(made, **rest)
+    origin = Origin(**{name: getattr(known, name) for name in Origin.__dataclass_fields__})
+    rest = {name: getattr(known, name) for name in Manifest.__dataclass_fields__ if name != "origin"}
+    manifest = Manifest(origin, **rest)
     if fault := _fault(manifest):
         raise DataError(f"{path}: {fault}; {_ADVICE}")
     return manifest
 
 
 @dataclass(frozen=True)
-class _File(Made):
-    """How the file has it: the fields of `Made` stand beside the others."""
+class _File(Origin):
+    """How the file has it: the fields of `Origin` stand beside the others."""
 
     clipgraft_encoded: Literal[1]
     source: str

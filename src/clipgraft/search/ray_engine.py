@@ -21,11 +21,10 @@ from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ClusterError, ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip
-from clipgraft.search.engine import Encoded, LocalEngine
-from clipgraft.search.makers import Maker
+from clipgraft.search.engines import EncodedBatch, LocalEngine, Modality
+from clipgraft.search.items import exists
 from clipgraft.search.manifest import VectorSet
-from clipgraft.search.ray_worker import Coordinator, Crew, Made, Turn, last_line
-from clipgraft.search.remote import exists
+from clipgraft.search.ray_worker import Coordinator, Crew, Turn, WorkerBatch, last_line
 
 log = logging.getLogger("clipgraft")
 _LOCAL = "local"
@@ -73,7 +72,7 @@ class Job:
     """All that a worker needs; the model comes on the CPU. `threads` are those of the run at home."""
 
     clip: Clip
-    maker: Maker
+    modality: Modality
     sets: tuple[VectorSet, ...]
     switch: bool
     dtype: torch.dtype
@@ -87,7 +86,7 @@ class Job:
         attention = Attention(agree)
         attention.choices.update(self.kernels)
         encoder = Encoder(self.clip.to(device), self.autocast, attention)
-        return LocalEngine(encoder, self.maker, self.sets, self.switch, self.dtype)
+        return LocalEngine(encoder, self.modality, self.sets, self.switch, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class RayEngine:
     local: LocalEngine
     cluster: Cluster
 
-    def encode(self, keys: Iterable[Any], count: int) -> Generator[Encoded, None, None]:
+    def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
         """See `Engine`. Nothing is started for no batch.
 
         Raises:
@@ -110,7 +109,7 @@ class RayEngine:
             with _connected(self.cluster.address) as ray:
                 yield from self._encode(ray, iter(keys), count)
 
-    def _encode(self, ray: Any, keys: Iterator[Any], count: int) -> Generator[Encoded, None, None]:
+    def _encode(self, ray: Any, keys: Iterator[Any], count: int) -> Generator[EncodedBatch, None, None]:
         threads = torch.get_num_threads()
         crew = _crew(ray, self.cluster, self.local.encoder.clip.device.type, threads, count)
         log.info("ray: %d workers, each with %g CPUs and %g GPUs", crew.workers, crew.cpus, crew.gpus)
@@ -133,7 +132,7 @@ class RayEngine:
             ray.kill(coordinator)
 
 
-def _turns(ray: Any, coordinator: Any, keys: Iterator[Any], count: int) -> Iterator[Made]:
+def _turns(ray: Any, coordinator: Any, keys: Iterator[Any], count: int) -> Iterator[WorkerBatch]:
     """Give the coordinator what is wanted, and take what was made, until all is."""
     fed, received, given = 0, 0, list[Any]()
     while received < count:
@@ -146,7 +145,7 @@ def _turns(ray: Any, coordinator: Any, keys: Iterator[Any], count: int) -> Itera
         fed += len(given)
 
 
-def _check_seen(made: Made) -> None:
+def _check_seen(made: WorkerBatch) -> None:
     """Raise DataError for an image that is here, but not for its worker."""
     for location in made.unseen:
         if exists(location):
@@ -187,7 +186,7 @@ def _sent(ray: Any, local: LocalEngine, threads: int) -> Any:
     with _on_cpu(encoder.clip):
         job = Job(
             encoder.clip,
-            local.maker,
+            local.modality,
             local.sets,
             local.switch,
             local.dtype,

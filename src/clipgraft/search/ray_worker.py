@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipgraft.errors import ClipgraftError, ClusterError
-from clipgraft.search.items import Ref
-from clipgraft.search.remote import exists
+from clipgraft.search.items import Ref, exists
 
 if TYPE_CHECKING:
-    from clipgraft.search.engine import Encoded
+    from clipgraft.search.engines import EncodedBatch
 
 log = logging.getLogger("clipgraft")
 _AHEAD = 64  # batches that wait at the coordinator for the run at home
@@ -55,10 +54,10 @@ class Crew:
 
 
 @dataclass(frozen=True)
-class Made:
+class WorkerBatch:
     """A batch as a worker hands it over: on the CPU, with the images that it cannot see, and its machine."""
 
-    encoded: Encoded
+    encoded: EncodedBatch
     unseen: tuple[str, ...]
     machine: str
 
@@ -69,7 +68,7 @@ class Turn:
 
     Attributes:
         wanted: how many batches are to be given in all.
-        made: what has come since the last turn, each a pickled `Made`.
+        made: what has come since the last turn, each a pickled `WorkerBatch`.
         failure: why nothing more will come.
     """
 
@@ -105,13 +104,13 @@ class Worker:
                 log.exception("task %d", task)
                 yield _row(failure=_failure(error, f"worker on {self._machine}"))
 
-    def _made(self, first: int, stop: int) -> Iterator[Made]:
+    def _made(self, first: int, stop: int) -> Iterator[WorkerBatch]:
         keys = self._ray.get(self._coordinator.keys.remote(first, stop))
         for key, encoded in zip(keys, self._engine.encode(keys, stop - first), strict=True):
             vectors = {folder: part.cpu() for folder, part in encoded.vectors.items()}
             unseen = tuple(_unseen(key, encoded.reasons))
             kernels = dict(encoded.kernels)
-            yield Made(replace(encoded, vectors=vectors, kernels=kernels), unseen, self._machine)
+            yield WorkerBatch(replace(encoded, vectors=vectors, kernels=kernels), unseen, self._machine)
 
 
 def _unseen(keys: Sequence[Any], reasons: Sequence[str | None]) -> Iterator[str]:
@@ -240,7 +239,7 @@ def _rows(job: Sequence[Any], crew: Crew, coordinator: Any) -> Iterator[dict[str
     yield from made.iter_rows()
 
 
-def _row(*, made: Made | None = None, failure: ClipgraftError | None = None) -> dict[str, Any]:
+def _row(*, made: WorkerBatch | None = None, failure: ClipgraftError | None = None) -> dict[str, Any]:
     """One row of Ray Data's; of what is None, no bytes."""
     cells = {"made": made, "failure": failure}
     packed = {name: b"" if cell is None else pickle.dumps(cell) for name, cell in cells.items()}

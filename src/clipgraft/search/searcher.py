@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,13 @@ from clipgraft.errors import ConfigError, DataError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.pictures import open_image
 from clipgraft.readers import reading
-from clipgraft.search.exact import nearest
 from clipgraft.search.filters import Condition, parse_where
-from clipgraft.search.folder import Encoded, fitting_set
+from clipgraft.search.folder import EncodedSet, fitting_set, nearest
+from clipgraft.search.hits import Hit
 from clipgraft.search.index import open_index
 from clipgraft.search.items import location
 from clipgraft.search.manifest import INDEX_FOLDER
-from clipgraft.search.store import Array
-from clipgraft.search.tables import plain_rows
-from clipgraft.shown import shown_line
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result.
-
-    Attributes:
-        rank: from 1.
-        score: cosine of query and vector.
-        path: of an image: where it was encoded, or is now if the source moved; None for a text.
-        caption: of the image where its source had one; the text itself.
-        metadata: the whole row of metadata.
-    """
-
-    rank: int
-    score: float
-    path: str | None
-    caption: str | None
-    metadata: dict[str, Any]
-
-    def __repr__(self) -> str:
-        words = "" if self.caption is None else f" {shown_line(self.caption)[:60]!r}"
-        return f"Hit({self.rank}, {self.score:.4f}, {self.path}{words})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """One flat row, as for a DataFrame: rank, score, path, and the columns of the metadata."""
-        return {**self.metadata, "rank": self.rank, "score": self.score, "path": self.path}
+from clipgraft.search.store import Array, plain_rows
 
 
 def query(
@@ -113,7 +83,9 @@ def query_vector(clip: Clip, text: str | None, image: str | Path | None, image_w
         return F.normalize(total.float(), dim=-1)
 
 
-def _nearest(encoded: Encoded, query: Array, k: int, conditions: Sequence[Condition]) -> tuple[Array, Array]:
+def _nearest(
+    encoded: EncodedSet, query: Array, k: int, conditions: Sequence[Condition]
+) -> tuple[Array, Array]:
     index = None if conditions else open_index(encoded)
     if index is None:
         return nearest(encoded, query, k, conditions)
@@ -127,7 +99,7 @@ def _nearest(encoded: Encoded, query: Array, k: int, conditions: Sequence[Condit
     return scores[:, found], rows[:, found]
 
 
-def _hits(encoded: Encoded, scores: Array, rows: Array) -> list[Hit]:
+def _hits(encoded: EncodedSet, scores: Array, rows: Array) -> list[Hit]:
     """Results with their metadata, each shard read once."""
     starts = np.cumsum([0, *(shard.rows for shard in encoded.shards)])
     shards = np.searchsorted(starts, rows, side="right") - 1
@@ -142,7 +114,7 @@ def _hits(encoded: Encoded, scores: Array, rows: Array) -> list[Hit]:
     ]
 
 
-def _hit(encoded: Encoded, rank: int, score: float, metadata: dict[str, Any]) -> Hit:
+def _hit(encoded: EncodedSet, rank: int, score: float, metadata: dict[str, Any]) -> Hit:
     key = metadata.get("path")
     path = None if key is None else location(encoded.manifest.root, key)
     return Hit(rank, score, path, metadata["caption"], metadata)

@@ -19,14 +19,22 @@ from clipgraft.data.tables import open_table, read_headers
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.search.archives import is_archive_pattern, open_archives
-from clipgraft.search.items import Item, Source, is_address, relative_key, storable, tidy
-from clipgraft.search.remote import check_protocol, list_images_at
+from clipgraft.search.items import (
+    Item,
+    ItemSource,
+    check_protocol,
+    is_address,
+    list_images_at,
+    relative_key,
+    storable,
+    tidy,
+)
 
 _AUTO = TableOptions()
 _NULLS = "captions that are none"
 
 
-def open_images(source: str, options: TableOptions = _AUTO) -> Source:
+def open_images(source: str, options: TableOptions = _AUTO) -> ItemSource:
     """A folder tree, a table with a column of image paths, tar files; trees and tars also at an address.
 
     Args:
@@ -52,7 +60,7 @@ def open_images(source: str, options: TableOptions = _AUTO) -> Source:
     return _table_source(path, *_open_table(path, options))
 
 
-def open_texts(source: str, options: TableOptions = _AUTO) -> Source:
+def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
     """A `.txt` file with a text a line, or a table with a column of texts. Equal texts are one.
 
     Raises DataError where there is no such file, or it lacks the column.
@@ -61,7 +69,7 @@ def open_texts(source: str, options: TableOptions = _AUTO) -> Source:
     if path.suffix.lower() == ".txt" and options.dataset_type == "auto":
         if not path.is_file():
             raise DataError(f"{path}: not found; check the path")
-        return Source(str(path), "", True, partial(_lines, path, options.encoding))
+        return ItemSource(str(path), "", True, partial(_lines, path, options.encoding))
     if path.is_dir():
         raise DataError(f"{path}: is a folder; with --texts name a text file or a table")
     key, readings = options.caption_key, read_headers(path, options)
@@ -82,10 +90,10 @@ def open_texts(source: str, options: TableOptions = _AUTO) -> Source:
         met.clear()
         return _table_texts(table, met)
 
-    return Source(str(path), "", True, items, table.notes, lambda: _row_notes(table, met))
+    return ItemSource(str(path), "", True, items, table.notes, lambda: _row_notes(table, met))
 
 
-def _table_source(path: Path, table: Table, has_captions: bool) -> Source:
+def _table_source(path: Path, table: Table, has_captions: bool) -> ItemSource:
     """A table of image paths as a source."""
     met: Counter[str] = Counter()
     root = Path(os.path.abspath(table.folder))  # noqa: PTH100
@@ -99,7 +107,7 @@ def _table_source(path: Path, table: Table, has_captions: bool) -> Source:
     def notes() -> tuple[str, ...]:
         return (*_row_notes(table, met), *(note for finder in finders for note in finder.notes()))
 
-    return Source(str(path), str(root), True, items, table.notes, notes)
+    return ItemSource(str(path), str(root), True, items, table.notes, notes)
 
 
 def _row_notes(table: Table, met: Counter[str]) -> tuple[str, ...]:
@@ -110,7 +118,7 @@ def _row_notes(table: Table, met: Counter[str]) -> tuple[str, ...]:
     return (rows, f"{nulls:,} captions are nan, None or the like: left out") if nulls else (rows,)
 
 
-def _folder_source(root: Path) -> Source:
+def _folder_source(root: Path) -> ItemSource:
     """A folder tree as a source, listed anew every time."""
     met: list[Listing] = []
 
@@ -123,10 +131,10 @@ def _folder_source(root: Path) -> Source:
             else:
                 yield _file(found, root)
 
-    return Source(str(root), str(root), False, items, met=lambda: met[0].notes() if met else ())
+    return ItemSource(str(root), str(root), False, items, met=lambda: met[0].notes() if met else ())
 
 
-def _address_source(root: str) -> Source:
+def _address_source(root: str) -> ItemSource:
     """A folder at an address as a source."""
     met: list[Listing] = []
 
@@ -134,7 +142,7 @@ def _address_source(root: str) -> Source:
         met[:] = [Listing()]
         yield from list_images_at(root, met[0])
 
-    return Source(root, root, False, items, met=lambda: met[0].notes() if met else ())
+    return ItemSource(root, root, False, items, met=lambda: met[0].notes() if met else ())
 
 
 def _file(entry: os.DirEntry[str], root: Path) -> Item:

@@ -1,4 +1,8 @@
-"""The encoded folder on disk: shards are written, committed, compacted and read here.
+"""The encoded folder on disk: Parquet tables, and shards that are written, committed, compacted and read.
+
+Metadata of images: `path` (as `Item.key`), `bytes`, `mtime`, `width`, `height`, `caption`, `adapter`,
+`base_fingerprint`; of texts the last three, `caption` being the text. A table of errors has `path`, `reason`,
+`bytes` and `mtime`.
 
 A step is: write a shard's files under a number that no file has, list it in the manifest, and remove the
 files of the shard that it replaces. Whenever that is cut off, what the manifest lists is whole.
@@ -7,6 +11,7 @@ files of the shard that it replaces. Whenever that is cut off, what the manifest
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +25,7 @@ import numpy.typing as npt
 from clipgraft.errors import DataError
 from clipgraft.files import atomic_path, inside, sweep_partial
 from clipgraft.locks import LOCK, sole_owner
-from clipgraft.readers import map_array
+from clipgraft.readers import map_array, read_parquet, reading
 from clipgraft.search.manifest import (
     ERRORS,
     ERRORS_FILE,
@@ -36,19 +41,177 @@ from clipgraft.search.manifest import (
     write_manifest,
 )
 from clipgraft.search.plan import Kept, StoredRow
-from clipgraft.search.tables import (
-    ErrorRow,
-    MetaRow,
-    content_key,
-    error_table,
-    metadata_table,
-    read_errors,
-    read_metadata,
-    replace_captions,
-    stored_errors,
-    stored_rows,
-    write_table,
-)
+
+_AGAIN = "delete it, and run `clipgraft encode` again"
+_TEXT, _TIME = "string", "timestamp[us, tz=UTC]"
+_IMAGE_TYPES = {"path": _TEXT, "bytes": "int64", "mtime": _TIME, "width": "int32", "height": "int32"}
+_TEXT_TYPES = {"caption": _TEXT, "adapter": _TEXT, "base_fingerprint": _TEXT}
+_ERROR_TYPES = {"path": _TEXT, "reason": _TEXT, "bytes": "int64", "mtime": _TIME}
+_LAST = 62_000_000_000_000_000  # microseconds from 1970 to the year 3934, and to 5 before our era
+INSTALL = "pip install 'clipgraft[search]'"
+
+
+@dataclass(frozen=True)
+class MetaRow:
+    """One row of metadata without what is the same in all; pixels, and microseconds since 1970."""
+
+    key: str
+    bytes: int | None = None
+    mtime: int | None = None
+    caption: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """An item that could not be used."""
+
+    key: str
+    reason: str
+    bytes: int | None = None
+    mtime: int | None = None
+
+
+def need_pyarrow() -> Any:
+    """The pyarrow module; raises DataError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"encoded folders need pyarrow: {INSTALL}") from error
+    return pyarrow
+
+
+def metadata_table(rows: Sequence[MetaRow], kind: str, adapter: str | None, fingerprint: str) -> Any:
+    """A pyarrow table of the rows of one set."""
+    pa = need_pyarrow()
+    columns: dict[str, Any] = {}
+    if kind == "images":
+        columns["path"] = pa.array([row.key for row in rows], pa.string())
+        columns["bytes"] = pa.array([row.bytes for row in rows], pa.int64())
+        columns["mtime"] = pa.array([row.mtime for row in rows], pa.timestamp("us", "UTC"))
+        columns["width"] = pa.array([row.width for row in rows], pa.int32())
+        columns["height"] = pa.array([row.height for row in rows], pa.int32())
+    columns["caption"] = pa.array([row.caption for row in rows], pa.string())
+    columns["adapter"] = pa.array([adapter] * len(rows), pa.string())
+    columns["base_fingerprint"] = pa.array([fingerprint] * len(rows), pa.string())
+    return pa.table(columns)
+
+
+def error_table(rows: Sequence[ErrorRow], parts: Sequence[Any] = ()) -> Any:
+    """A pyarrow table of errors, after other such tables."""
+    pa = need_pyarrow()
+    columns = {
+        "path": pa.array([row.key for row in rows], pa.string()),
+        "reason": pa.array([row.reason for row in rows], pa.string()),
+        "bytes": pa.array([row.bytes for row in rows], pa.int64()),
+        "mtime": pa.array([row.mtime for row in rows], pa.timestamp("us", "UTC")),
+    }
+    return pa.concat_tables([*parts, pa.table(columns)]).combine_chunks()
+
+
+def replace_captions(table: Any, captions: Sequence[str | None]) -> Any:
+    """The same metadata with other captions."""
+    pa = need_pyarrow()
+    place = table.schema.get_field_index("caption")
+    return table.set_column(place, "caption", pa.array(captions, pa.string()))
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write a table atomically; equal tables become equal bytes."""
+    pa = need_pyarrow()
+    with atomic_path(path) as temporary:
+        pa.parquet.write_table(table, temporary)
+
+
+def read_metadata(
+    path: Path, kind: str, known: tuple[int, str], rows: int, columns: Sequence[str] | None = None
+) -> Any:
+    """The metadata of a shard, or some columns of it.
+
+    `known` are the size and SHA-256 that the manifest has: what has changed since it was written is not given
+    to pyarrow, which could take it for other captions.
+
+    Raises:
+        DataError: it is missing or damaged, or is not what `metadata_table` writes.
+    """
+    types = {**_IMAGE_TYPES, **_TEXT_TYPES}
+    wanted = metadata_columns(kind) if columns is None else columns
+    return _read_table(path, known, rows, {name: types[name] for name in wanted})
+
+
+def metadata_columns(kind: str) -> list[str]:
+    """The names of the columns of metadata."""
+    return [*(_IMAGE_TYPES if kind == "images" else {}), *_TEXT_TYPES]
+
+
+def plain_rows(table: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Some rows of metadata as Python values; a time that Python has no date for is None."""
+    pa = need_pyarrow()
+    import pyarrow.compute as pc
+
+    table = table.take(list(rows))
+    if "mtime" in table.column_names:
+        times = table.column("mtime")
+        told = pc.less(pc.abs(times.cast(pa.int64())), _LAST)
+        place = table.schema.get_field_index("mtime")
+        table = table.set_column(place, "mtime", pc.if_else(told, times, None))
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
+def read_errors(path: Path, known: tuple[int, str], rows: int) -> Any:
+    """The errors of a shard likewise."""
+    return _read_table(path, known, rows, _ERROR_TYPES)
+
+
+def _read_table(path: Path, known: tuple[int, str], rows: int, types: Mapping[str, str]) -> Any:
+    need_pyarrow()
+    with reading(path, DataError, _AGAIN):
+        content = path.read_bytes()
+    if (len(content), hashlib.sha256(content).hexdigest()) != known:
+        raise DataError(f"{path}: is damaged: its bytes are not those that the manifest lists; {_AGAIN}")
+    table = read_parquet(content, path, list(types), _AGAIN)
+    got = {field.name: str(field.type) for field in table.schema}
+    if got != types or table.num_rows != rows:
+        raise DataError(
+            f"{path}: holds {table.num_rows} rows of {got}, and should hold {rows} of {types}; {_AGAIN}"
+        )
+    return table
+
+
+def stored_rows(table: Any) -> Iterator[StoredRow]:
+    """Metadata as rows to compare a source with."""
+    pa = need_pyarrow()
+    captions = table.column("caption").to_pylist()
+    if "path" not in table.column_names:
+        for row, text in enumerate(captions):
+            yield StoredRow(row, text, None, None, text)
+        return
+    keys, sizes = table.column("path").to_pylist(), table.column("bytes").to_pylist()
+    times = table.column("mtime").cast(pa.int64()).to_pylist()
+    for row, (key, size, mtime, caption) in enumerate(zip(keys, sizes, times, captions, strict=True)):
+        yield StoredRow(row, key, size, mtime, caption)
+
+
+def stored_errors(table: Any) -> Iterator[StoredRow]:
+    """A table of errors likewise, each as row -1."""
+    pa = need_pyarrow()
+    times = table.column("mtime").cast(pa.int64()).to_pylist()
+    columns = [table.column(name).to_pylist() for name in ("path", "bytes", "reason")]
+    for key, size, reason, mtime in zip(*columns, times, strict=True):
+        yield StoredRow(-1, key, size, mtime, None, reason)
+
+
+def content_key(metadata: Any, errors: Any) -> str:
+    """Digest of a shard's items: their names, sizes, times, captions and faults, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    rows = [] if metadata is None else [stored_rows(metadata)]
+    for row in itertools.chain(*rows, [] if errors is None else stored_errors(errors)):
+        digest.update(repr((row.key, row.bytes, row.mtime, row.caption, row.reason)).encode())
+    return digest.hexdigest()
+
 
 log = logging.getLogger("clipgraft")
 Array = npt.NDArray[Any]
@@ -62,7 +225,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class NewShard:
     """What a shard is made of: rows, their vectors (N, D) by the set's folder, and what could not be used."""
 
     rows: Sequence[MetaRow]
@@ -107,11 +270,11 @@ class Store:
         if shard.errors and errors:
             yield from stored_errors(self._errors(shard))
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: NewShard) -> None:
         """Write a new shard and list it."""
-        made, metadata = self.manifest.made, {}
+        origin, metadata = self.manifest.origin, {}
         for part in self.manifest.sets if rows.rows else ():
-            metadata[part] = metadata_table(rows.rows, made.kind, part.adapter, made.fingerprint)
+            metadata[part] = metadata_table(rows.rows, origin.kind, part.adapter, origin.fingerprint)
             if self.manifest.dim is None:
                 self.manifest = replace(self.manifest, dim=int(rows.vectors[part.folder].shape[1]))
         errors = error_table(rows.errors) if rows.errors else None
@@ -154,7 +317,7 @@ class Store:
             write_table(paths[-1], errors)
         metadata = next((table for table, _ in sets.values()), None)
         rows, unusable = (0 if table is None else table.num_rows for table in (metadata, errors))
-        files = {path.relative_to(self.folder).as_posix(): _checked(path) for path in paths}
+        files = {path.relative_to(self.folder).as_posix(): _size_and_digest(path) for path in paths}
         new = Shard(number, rows, unusable, content_key(metadata, errors), files) if paths else None
         self._commit(old, new)
 
@@ -172,7 +335,7 @@ class Store:
     def _metadata(self, part: VectorSet, shard: Shard) -> Any:
         path = shard_file(self.folder, part.folder, METADATA, shard.number)
         known = shard.files[set_path(part.folder, METADATA, shard.number)]
-        return read_metadata(path, self.manifest.made.kind, known, shard.rows)
+        return read_metadata(path, self.manifest.origin.kind, known, shard.rows)
 
     def _errors(self, shard: Shard) -> Any:
         path = shard_file(self.folder, "", ERRORS, shard.number)
@@ -219,16 +382,16 @@ def read_vectors(folder: Path, manifest: Manifest, part: VectorSet, shard: Shard
     advice = "run `clipgraft encode` again"
     path = shard_file(folder, part.folder, manifest.emb, shard.number)
     rows: Array = map_array(path, DataError, advice)
-    made = manifest.made
-    if rows.shape != (shard.rows, manifest.dim) or rows.dtype != made.dtype:
+    origin = manifest.origin
+    if rows.shape != (shard.rows, manifest.dim) or rows.dtype != origin.dtype:
         raise DataError(
-            f"{path}: holds {rows.dtype} of shape {rows.shape}, and should hold {made.dtype} of shape "
+            f"{path}: holds {rows.dtype} of shape {rows.shape}, and should hold {origin.dtype} of shape "
             f"{(shard.rows, manifest.dim)}; {advice}"
         )
     return rows
 
 
-def _checked(path: Path) -> tuple[int, str]:
+def _size_and_digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.search.engine import Encoded, Engine
+from clipgraft.progress import Told
+from clipgraft.search.engines import EncodedBatch, Engine, Modality
 from clipgraft.search.items import Item
-from clipgraft.search.makers import Maker
-from clipgraft.search.store import Rows, Store
-from clipgraft.search.tables import ErrorRow, MetaRow
+from clipgraft.search.store import ErrorRow, MetaRow, NewShard, Store
 
 log = logging.getLogger("clipgraft")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class _Growing:
     errors: list[ErrorRow] = field(default_factory=list)
     vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, batch: _Batch, encoded: Encoded) -> None:
+    def add(self, batch: _Batch, encoded: EncodedBatch) -> None:
         reasons, sizes = iter(encoded.reasons), iter(encoded.sizes)
         for item in batch.items:
             reason = next(reasons) if item.reason is None else item.reason
@@ -57,9 +55,9 @@ class _Growing:
         for folder, part in encoded.vectors.items():
             self.vectors.setdefault(folder, []).append(part)
 
-    def whole(self) -> Rows:
+    def whole(self) -> NewShard:
         vectors = {folder: torch.cat(parts).cpu().numpy() for folder, parts in self.vectors.items()}
-        return Rows(self.rows, vectors, self.errors)
+        return NewShard(self.rows, vectors, self.errors)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,12 @@ class Reading:
 
 
 def stream(
-    store: Store, reading: Reading, engine: Engine, maker: Maker, sizes: Sizes, progress: Progress | None
+    store: Store,
+    reading: Reading,
+    engine: Engine,
+    modality: Modality,
+    sizes: Sizes,
+    told: Told | None,
 ) -> None:
     """Encode items into new shards of the store."""
     pending: deque[_Batch] = deque()
@@ -88,12 +91,12 @@ def stream(
     def keys() -> Iterator[Any]:
         for batch in _batches(reading.items, sizes):
             pending.append(batch)
-            yield maker.key(reading.root, batch.usable)
+            yield modality.keys(reading.root, batch.usable)
 
     started, done, shard = time.monotonic(), 0, _Growing()
     kernels: dict[str, str] = {}
-    with closing(engine.encode(keys(), _how_many(reading.total, sizes))) as made:
-        for encoded in made:
+    with closing(engine.encode(keys(), _how_many(reading.total, sizes))) as batches:
+        for encoded in batches:
             batch = pending.popleft()
             shard.add(batch, encoded)
             kernels.update(encoded.kernels)
@@ -103,8 +106,8 @@ def stream(
                 store.add(shard.whole())
                 shard = _Growing()
                 _report(store, done, reading.total, time.monotonic() - started)
-            if progress is not None:
-                progress(done, reading.total)
+            if told is not None:
+                told(done, reading.total)
 
 
 def _batches(items: Iterable[Item], sizes: Sizes) -> Iterator[_Batch]:
@@ -130,7 +133,7 @@ def _how_many(items: int, sizes: Sizes) -> int:
 def _report(store: Store, done: int, total: int, seconds: float) -> None:
     rate = done / seconds if seconds else 0.0
     left = _duration((total - done) / rate) if rate else "?"
-    what = store.manifest.made.kind
+    what = store.manifest.origin.kind
     log.info(
         "shard %d: %s of %s %s, %.0f/s, %s left",
         store.manifest.next - 1,

@@ -1,4 +1,4 @@
-"""Results of a search as one HTML page that needs no other file."""
+"""What a search finds, and one HTML page of it that needs no other file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -16,15 +18,41 @@ from clipgraft.files import write_text
 from clipgraft.ours import refuse_foreign
 from clipgraft.pictures import ImageError, open_image
 from clipgraft.search.archives import read_member
-from clipgraft.search.items import IN_TAR, Ref, is_address
-from clipgraft.search.remote import read_at
-from clipgraft.search.searcher import Hit
-from clipgraft.search.tables import INSTALL
+from clipgraft.search.items import IN_TAR, Ref, is_address, read_at
+from clipgraft.search.store import INSTALL
+from clipgraft.shown import shown_line
 
 _SIDE = 240  # pixels of a thumbnail
 
 
-def write_gallery(
+@dataclass(frozen=True)
+class Hit:
+    """One result.
+
+    Attributes:
+        rank: from 1.
+        score: cosine of query and vector.
+        path: of an image: where it was encoded, or is now if the source moved; None for a text.
+        caption: of the image where its source had one; the text itself.
+        metadata: the whole row of metadata.
+    """
+
+    rank: int
+    score: float
+    path: str | None
+    caption: str | None
+    metadata: dict[str, Any]
+
+    def __repr__(self) -> str:
+        words = "" if self.caption is None else f" {shown_line(self.caption)[:60]!r}"
+        return f"Hit({self.rank}, {self.score:.4f}, {self.path}{words})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat row, as for a DataFrame: rank, score, path, and the columns of the metadata."""
+        return {**self.metadata, "rank": self.rank, "score": self.score, "path": self.path}
+
+
+def write_page(
     path: Path,
     title: str,
     hits: Sequence[Hit],
@@ -40,7 +68,7 @@ def write_gallery(
         import jinja2
     except ImportError as error:
         raise DataError(f"--html needs jinja2: {INSTALL}") from error
-    source = (files("clipgraft.search") / "gallery.html.j2").read_text(encoding="utf-8")
+    source = (files("clipgraft.search") / "hits.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     cells = [(hit, *_picture(hit.path)) for hit in hits]
     query, _ = _picture(None if query_image is None else str(query_image))
