@@ -31,7 +31,7 @@ from benchmarks.conversions.world import (
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from clipgraft.models.export import write_model
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 
 _MERGED: dict[str, dict[str, Any]] = {
     "r=16, every site": {"targets": "all"},
@@ -105,7 +105,7 @@ def _stock(world: World, out: Path) -> nn.Module:
     from transformers import CLIPModel
 
     if (out / "config.json").is_file():
-        with quiet():
+        with quiet_libraries():
             found: nn.Module = CLIPModel.from_pretrained(out)
     elif out.is_dir():
         found = open_clip.create_model(f"local-dir:{out}")

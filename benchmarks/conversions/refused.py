@@ -16,7 +16,7 @@ import clipgraft as cg
 from benchmarks.conversions.file_rows import write_as
 from benchmarks.conversions.peft_rows import inner, open_in_peft, train_with_peft
 from benchmarks.conversions.world import World, adapted, differences
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 
 _LONGEST = 150
 # Sets of names, which come in another order each time, and temporary files.
@@ -128,7 +128,7 @@ def _dora_by_transformers(world: World) -> str:
     folder, model = world.place(), world.fresh("transformers").model
     trained = train_with_peft(model, folder, target_modules=["q_proj", "v_proj"], use_dora=True)
     opened: Any = world.fresh("transformers").model
-    with quiet():
+    with quiet_libraries():
         opened.load_adapter(str(folder))
     gap = differences(world.run(opened.eval()), world.run(trained))[1]
     return (

@@ -14,11 +14,11 @@ from . import train as train
 from .adapters.adapter_file import read_adapter as read_adapter
 from .adapters.adapter_file import save_adapter as save_adapter
 from .adapters.attach import load_adapter as load_adapter
-from .adapters.guide import apply_lora_to_text_encoder as apply_lora_to_text_encoder
-from .adapters.guide import get_lora_state_dict as get_lora_state_dict
-from .adapters.guide import load_lora_adapters as load_lora_adapters
-from .adapters.guide import save_lora_adapters as save_lora_adapters
-from .adapters.open import Clip as Clip
+from .adapters.clip import Clip as Clip
+from .adapters.clip import apply_lora_to_text_encoder as apply_lora_to_text_encoder
+from .adapters.clip import get_lora_state_dict as get_lora_state_dict
+from .adapters.clip import load_lora_adapters as load_lora_adapters
+from .adapters.clip import save_lora_adapters as save_lora_adapters
 from .adapters.open import load as load
 from .data.labels import Labelled as Labelled
 from .data.labels_read import read_labelled as read_labelled

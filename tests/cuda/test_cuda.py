@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgraft as cg
-import clipgraft.engine.mixed_batches  # raw models know of mixed batches once it is imported
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip, as_clip
@@ -138,7 +137,7 @@ def test_bf16_stays_close(base: nn.Module) -> None:
 @pytest.mark.parametrize("tower", ["text", "vision"])
 def test_mixed_rows_equal_single_runs(base: nn.Module, tower: str) -> None:
     """A row of a mixed batch on a GPU gets the features of another row's adapter, or of none."""
-    clip = as_clip(copy.deepcopy(base).cuda())
+    clip = cg.Clip.over(as_clip(copy.deepcopy(base).cuda()))
     for seed, (name, options) in enumerate(VARIANTS.items()):
         cg.apply_lora(clip.model, **options, name=name.replace(" ", "-"))
         randomise_active(clip.model.cpu(), seed)

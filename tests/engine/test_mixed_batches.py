@@ -37,8 +37,8 @@ def add(model: nn.Module, name: str, seed: int = 0) -> None:
 @pytest.fixture
 def clip(layout: str, tiny_openclip: nn.Module, tiny_openclip_4x: nn.Module) -> Clip:
     if layout == "not causal":
-        return as_clip(randomise(custom_text(TINY_OPENCLIP, no_causal_mask=True)).eval())
-    return as_clip(in_every_layout(tiny_openclip, tiny_openclip_4x)[layout])
+        return cg.Clip.over(as_clip(randomise(custom_text(TINY_OPENCLIP, no_causal_mask=True)).eval()))
+    return cg.Clip.over(as_clip(in_every_layout(tiny_openclip, tiny_openclip_4x)[layout]))
 
 
 def alone(clip: Clip, rows: Tensor, names: Sequence[str | None], tower: str) -> Tensor:
@@ -136,7 +136,7 @@ def test_a_copied_or_moved_model_encodes_its_own_weights(clip: Clip) -> None:
     add(clip.model, "everything")
     _, ids = inputs(clip.model)
     before = clip.encode_text(ids, adapters="everything")
-    twin = as_clip(copy.deepcopy(clip.model))
+    twin = cg.Clip.over(as_clip(copy.deepcopy(clip.model)))
     with torch.no_grad():
         for parameter in twin.model.parameters():
             parameter.mul_(1.1)
@@ -149,7 +149,7 @@ def test_a_copied_or_moved_model_encodes_its_own_weights(clip: Clip) -> None:
 def test_no_second_base(tiny_openclip: nn.Module, tiny_hf: nn.Module) -> None:
     """Serving adapters takes the memory of the base twice."""
     for model in (tiny_openclip, tiny_hf):
-        clip = as_clip(model)
+        clip = cg.Clip.over(as_clip(model))
         add(model, "attention")
         storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
         _, ids = inputs(model)

@@ -125,7 +125,7 @@ def test_removal_restores_names_order_and_training(model: nn.Module) -> None:
     assert list(model.state_dict()) == names
     assert [type(module) for module in model.modules()] == kinds
     assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == parameters
-    kept = {"_clipgraft_fingerprint", "_clipgraft_gate"}
+    kept = {"_clipgraft_fingerprint", "_clipgraft_lock"}
     assert not any(
         "clipgraft" in key for module in model.modules() for key in vars(module) if key not in kept
     )

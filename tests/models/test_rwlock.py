@@ -14,7 +14,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
-from clipgraft.models.rwlock import Gate
+from clipgraft.models.rwlock import RWLock
 
 
 @pytest.fixture(autouse=True)
@@ -78,34 +78,34 @@ def test_threads_may_load_unload_and_look_at_once(tiny_hf: nn.Module, tmp_path: 
 
 def test_who_is_inside_may_enter_again() -> None:
     """Encoding asks for the model's type while a loader waits: both would wait for ever."""
-    gate, inside, go_on = Gate(), threading.Event(), threading.Event()
+    lock, inside, go_on = RWLock(), threading.Event(), threading.Event()
 
     def compute() -> None:
-        with gate.shared():
+        with lock.read():
             inside.set()
             go_on.wait(60)
-            with gate.shared():
+            with lock.read():
                 pass
 
     def load() -> None:
         inside.wait(60)
-        with gate.changing(), gate.shared():
+        with lock.preparing(), lock.read():
             pass
-        with gate.alone(), gate.alone(), gate.shared():
+        with lock.write(), lock.write(), lock.read():
             pass
 
     def let_go() -> None:
         inside.wait(60)
-        while not gate._waiting:
+        while not lock._waiting:
             pass
         go_on.set()
 
     assert in_threads(compute, load, let_go) == []
 
 
-def test_a_copy_of_a_model_has_a_gate_of_its_own() -> None:
+def test_a_copy_of_a_model_has_a_lock_of_its_own() -> None:
     """Locks cannot be copied, and who is inside the original is not inside the copy."""
-    gate = Gate()
-    with gate.alone():
-        other = copy.deepcopy(gate)
-        assert in_threads(lambda: other.alone().__enter__()) == []
+    lock = RWLock()
+    with lock.write():
+        other = copy.deepcopy(lock)
+        assert in_threads(lambda: other.write().__enter__()) == []

@@ -15,7 +15,6 @@ from clipgraft.adapters.checkpoint import some
 from clipgraft.adapters.convert import read_any
 from clipgraft.adapters.peft import missing_sites
 from clipgraft.adapters.peft_openclip import OutProj
-from clipgraft.engine import mixed_batches as _mixed_batches  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.initialization import start_on_base
@@ -25,7 +24,7 @@ from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.hf import path_site, site_path
-from clipgraft.models.rwlock import gate_of
+from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site, SiteRef
 
 
@@ -74,7 +73,7 @@ def put_on(
     clip: Clip, file: AdapterFile, name: str, *, activate: bool = True, force: bool = False
 ) -> Adapter:
     """Attach an adapter that was read, under a name; raises AdapterError as `load_adapter` does."""
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         file = in_terms_of(clip, file)
         _check_base(clip, file, force)
         exact = replace(file.settings, targets=",".join(map(str, file.weights)))

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from clipgraft.adapters import guide as _guide  # noqa: F401 - gives Clip the guide's methods
 from clipgraft.adapters.attach import load_adapter
+from clipgraft.adapters.clip import Clip as Clip
 from clipgraft.adapters.convert import read_any
 from clipgraft.adapters.folder import is_adapter
 from clipgraft.adapters.run_folder import RunModel, find_run_model, is_model_folder, runs_near
-from clipgraft.engine import mixed_batches as _mixed_batches  # noqa: F401 - gives Clip batches of several adapters
 from clipgraft.errors import AdapterError, ModelError
-from clipgraft.models.clip import Clip as Clip
 from clipgraft.models.clip import Source
 from clipgraft.models.load import load as load_base
 
@@ -45,46 +43,31 @@ def load(
         AdapterError: the adapter cannot be read or does not fit its base.
         CheckpointError: the run has saved nothing yet, or does not record its base.
     """
-    if not Path(name).is_dir() or not is_adapter(name):
-        found = find_run_model(name)
-        if found is None:
-            _refuse_parents(Path(name))
-            return load_base(name, pretrained, device=device, precision=precision, seed=seed)
-        if pretrained:
-            raise ModelError(
-                f"{name} is a run and brings its own weights: leave out --pretrained {pretrained}"
-            )
-        _tell(found)
-        if found.kind != "adapter":
-            source = found.weights
-            return load_base(
-                source.name, source.pretrained or None, device=device, precision=precision, seed=seed
-            )
-        name = found.saved
-    if pretrained:
-        raise AdapterError(
-            f"{name} is an adapter and brings its base along: leave out --pretrained {pretrained}"
+    source, adapter, run = _split(str(name), str(pretrained or ""))
+    if pretrained and run is not None:
+        raise ModelError(
+            f"{name} is a run and brings its own weights: leave out `pretrained` {str(pretrained)!r}"
         )
-    adapter = read_any(name)
-    if not adapter.base.get("name"):
+    if pretrained and adapter is not None:
         raise AdapterError(
-            f"{name} does not say which base it was made for: load the base, then call load_adapter on it"
+            f"{name} is an adapter and brings its base along: leave out `pretrained` {str(pretrained)!r}"
         )
-    tell_base(adapter.base["name"], adapter.base.get("pretrained", ""), f"the adapter {name}")
+    if run is not None:
+        _tell_run(run)
     try:
-        clip = load_base(
-            adapter.base["name"],
-            adapter.base.get("pretrained"),
-            device=device,
-            precision=precision,
-            seed=seed,
+        base = load_base(
+            source.name, source.pretrained or None, device=device, precision=precision, seed=seed
         )
     except ModelError as error:
+        if adapter is None:
+            raise
         raise AdapterError(
-            f"{name} needs its base (fingerprint {adapter.fingerprint}): {error}; "
+            f"{adapter} needs its base (fingerprint {read_any(adapter).fingerprint}): {error}; "
             "if the base is elsewhere, load it from there and then load_adapter"
         ) from error
-    load_adapter(clip, name)
+    clip = Clip.over(base)
+    if adapter is not None:
+        load_adapter(clip, adapter)
     return clip
 
 
@@ -101,31 +84,37 @@ def tell_base(name: str, pretrained: str | None, who: str) -> None:
 
 
 def split_adapter(name: str, pretrained: str | None = None) -> tuple[Source, Path | None]:
-    """Where `load` would find a model: its base, or a run's weights, and the adapter on it, if there is one.
+    """Find the base, or a run's weights, that `load` would load, and the adapter on it if there is one.
 
     Raises:
         AdapterError: the adapter does not name its base.
         CheckpointError: the run has saved nothing yet.
         ModelError: it is no model, but runs lie there or beside it.
     """
+    source, adapter, _ = _split(name, pretrained or "")
+    return source, adapter
+
+
+def _split(name: str, pretrained: str) -> tuple[Source, Path | None, RunModel | None]:
+    """`split_adapter`, and the run that the name is of."""
     path = Path(name)
-    found = None if is_adapter(path) else find_run_model(path)
-    if found is not None and found.kind != "adapter":
-        return found.weights, None
-    if found is None and not is_adapter(path):
+    run = None if path.is_dir() and is_adapter(path) else find_run_model(path)
+    if run is not None and run.kind != "adapter":
+        return run.weights, None, run
+    if run is None and not is_adapter(path):
         _refuse_parents(path)
-        return Source(name, pretrained or ""), None
-    place = path if found is None else found.saved
+        return Source(name, pretrained), None, None
+    place = path if run is None else run.saved
     base = read_any(place).base
     if not base.get("name"):
         raise AdapterError(
-            f"{place} does not say which base it was made for: give that with --model, this with --adapter"
+            f"{place} does not say which base it was made for: load that as `model`, this as `adapter`"
         )
     tell_base(base["name"], base.get("pretrained"), f"the adapter {place}")
-    return Source(base["name"], base.get("pretrained", "")), place
+    return Source(base["name"], base.get("pretrained", "")), place, run
 
 
-def _tell(found: RunModel) -> None:
+def _tell_run(found: RunModel) -> None:
     """Say what of a run is used, where that is not plain."""
     if found.unfinished is not None:
         log.info(

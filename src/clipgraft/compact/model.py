@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.convert import require_bare, to_transformers
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
-from clipgraft.models.library_calls import quiet, undrawn
+from clipgraft.models.library_calls import no_initialization, quiet_libraries
 from clipgraft.models.processors import HfTokenizer, find_preprocess, find_tokenizer
 from clipgraft.models.sites import TOWERS, Site, Tower
 from clipgraft.results import Result
@@ -130,12 +130,12 @@ def compact_model(
         cut = _cut(base, getattr(tokenizer, "inner", None), texts, vocab_size, lossy)
     small = _build(base, kept, cut)
     return Compacted(
-        clip=Clip(
-            small,
-            base.family,
-            tokenizer if cut is None else HfTokenizer(cut.inner, base.context_length),
-            base.preprocess or find_preprocess(base.family, base.model),
-            base.preprocess_train,
+        clip=replace(
+            base,
+            model=small,
+            tokenizer=tokenizer if cut is None else HfTokenizer(cut.inner, base.context_length),
+            preprocess=base.preprocess or find_preprocess(base.family, base.model),
+            source=Source(),
         ),
         base=clip.source,
         fingerprint="" if clip.device.type == "meta" else clip.fingerprint,
@@ -193,7 +193,7 @@ def _build(base: Clip, kept: Mapping[Tower, Collection[int]], cut: _Cut | None) 
         getattr(config, f"{tower}_config").num_hidden_layers = len(kept[tower])
     if cut is not None:
         _set_ids(config.text_config, cut)  # type: ignore[union-attr]
-    with torch.device(base.device), undrawn(), quiet():
+    with torch.device(base.device), no_initialization(), quiet_libraries():
         model: nn.Module = CLIPModel(config)
     model.to(dtype=base.dtype)
     model.load_state_dict(dict(_weights(base.model.state_dict(), kept, cut)))

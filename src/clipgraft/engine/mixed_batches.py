@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
 from clipgraft.lora.state import Adapter, LoraState, lora_state, require_unmerged
-from clipgraft.models.clip import Clip, Names, register_rows_encoder
-from clipgraft.models.rwlock import gate_of
+from clipgraft.models.clip import Clip
+from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Tower
 
 _KEPT = "_clipgraft_rows"
+Names: TypeAlias = str | Sequence[str | None]
 _Groups = list[tuple[str | None, Tensor]]
 
 
@@ -37,7 +39,7 @@ def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tenso
     """
     if len(inputs) == 0:
         raise AdapterError("an empty batch has no rows to encode: pass one row at least")
-    with gate_of(clip.model).shared():
+    with rwlock_of(clip.model).read():
         require_unmerged(clip, "choose adapters by row")
         state = lora_state(clip)
         groups = _groups(names, len(inputs))
@@ -47,7 +49,7 @@ def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tenso
             parts = [(adapter, rows) for adapter, (_, rows) in zip(adapters, groups, strict=True)]
             with torch.autocast(clip.device.type, enabled=False):
                 return encoder.encode_rows(tower, inputs, parts).to(clip.dtype)
-    with gate_of(clip.model).alone():
+    with rwlock_of(clip.model).write():
         return _one_by_one(clip, tower, inputs, groups)
 
 
@@ -131,6 +133,3 @@ def _as_it_was(clip: Clip, state: LoraState | None) -> Iterator[None]:
         clip.model.train(training)
         state.enabled = enabled
         make_active(clip, state, active)
-
-
-register_rows_encoder(encode_rows)

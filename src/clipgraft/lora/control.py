@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from clipgraft.lora.state import LoraState, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.rwlock import gate_of
+from clipgraft.models.rwlock import rwlock_of
 
 
 def set_adapter(model: ClipLike, name: str | None) -> None:
@@ -19,12 +19,12 @@ def set_adapter(model: ClipLike, name: str | None) -> None:
         AdapterError: the model carries no such adapter, or some are merged into it.
     """
     clip = as_clip(model)
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         state = require_lora(clip)
         if name is not None:
             state.named(name)
         require_unmerged(clip, "change the adapter")
-        with gate_of(clip.model).alone():
+        with rwlock_of(clip.model).write():
             state.enabled = True
             make_active(clip, state, name)
 
@@ -64,12 +64,12 @@ def adapter_logit_scale(model: ClipLike, name: str | None = None) -> float | Non
 
 def _set_enabled(model: ClipLike, enabled: bool) -> None:
     clip = as_clip(model)
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         state = require_lora(clip)
         if state.enabled == enabled:
             return
         require_unmerged(clip, "enable an adapter" if enabled else "disable it")
-        with gate_of(clip.model).alone():
+        with rwlock_of(clip.model).write():
             state.enabled = enabled
             make_active(clip, state, state.active)
 

@@ -34,7 +34,7 @@ from clipgraft.lora.state import (
 from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight, submodule
-from clipgraft.models.rwlock import gate_of
+from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site, SiteRef
 
 _MOST_OVER = 4
@@ -136,7 +136,7 @@ def attach(
     its weights before anybody sees it; `replace` lets it take the place of an older one of that name at once.
     """
     check_name(name)
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         require_unmerged(clip, "add an adapter")
         state = lora_state(clip)
         if state is not None and name in state.adapters and not replace:
@@ -147,7 +147,7 @@ def attach(
         adapter = _build(clip, settings)
         if fill is not None:
             fill(adapter)
-        with gate_of(clip.model).alone():
+        with rwlock_of(clip.model).write():
             if state is None:
                 _ = clip.fingerprint  # taken while the weights are certainly the base's
                 state = _freeze(clip)
@@ -277,7 +277,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
             nothing merged to be kept.
     """
     clip = as_clip(model)
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         state = require_lora(clip)
         gone = set(state.adapters) if name is None else {name}
         if name is not None:
@@ -288,7 +288,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
             raise AdapterError(
                 "keep_merged leaves merged weights when all adapters go: call merge_lora first"
             )
-        with gate_of(clip.model).alone():
+        with rwlock_of(clip.model).write():
             scale = clip.logit_scale.data
             if keep_merged:
                 state.merged = None

@@ -13,7 +13,7 @@ from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import LoraState, Merged, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
-from clipgraft.models.rwlock import gate_of
+from clipgraft.models.rwlock import rwlock_of
 
 
 def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float] | None = None) -> None:
@@ -31,11 +31,11 @@ def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float]
         AdapterError: no such adapter, or some are merged already.
     """
     clip = as_clip(model)
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         state = require_lora(clip)
         require_unmerged(clip, "merge")
         weights = _weights(state, names)
-        with gate_of(clip.model).alone(), torch.no_grad():
+        with rwlock_of(clip.model).write(), torch.no_grad():
             names_of = {id(p): name for name, p in clip.model.named_parameters(remove_duplicate=False)}
             originals: dict[str, Tensor] = {}
             for weight, change in _changes(clip, state, weights):
@@ -54,11 +54,11 @@ def unmerge_lora(model: ClipLike) -> None:
         AdapterError: nothing is merged.
     """
     clip = as_clip(model)
-    with gate_of(clip.model).changing():
+    with rwlock_of(clip.model).preparing():
         state = require_lora(clip)
         if state.merged is None:
             raise AdapterError("nothing is merged into this model: call merge_lora first")
-        with gate_of(clip.model).alone():
+        with rwlock_of(clip.model).write():
             restore(clip, state)
             make_active(clip, state, state.active)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -19,17 +19,15 @@ from torch import Tensor, nn
 from clipgraft.errors import DataError, ModelError
 from clipgraft.models.family import Family, is_lora
 from clipgraft.models.hf import HfFamily
-from clipgraft.models.library_calls import say_reading
+from clipgraft.models.library_calls import log_reading
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.models.processors import Preprocess, Tokenizer, find_preprocess, find_tokenizer
-from clipgraft.models.rwlock import gate_of
-from clipgraft.models.sites import Site, SiteRef, Tower
+from clipgraft.models.rwlock import rwlock_of
+from clipgraft.models.sites import Site, SiteRef
 from clipgraft.pictures import open_image
 
 Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
 Images: TypeAlias = Picture | Sequence[Picture]
-Names: TypeAlias = str | Sequence[str | None]
-RowsEncoder: TypeAlias = Callable[["Clip", Tower, Tensor, Names], Tensor]
 FAMILIES: tuple[Family, ...] = (HfFamily(), OpenClipFamily())
 _FINGERPRINT = "_clipgraft_fingerprint"
 _NOT_IDENTITY = ("logit_scale", "logit_bias")
@@ -72,7 +70,7 @@ class Clip:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the base's matrix weights."""
-        with gate_of(self.model).shared():
+        with rwlock_of(self.model).read():
             named = self.model.named_parameters()
             return next(p.dtype for name, p in named if p.ndim >= 2 and not is_lora(name))
 
@@ -88,7 +86,7 @@ class Clip:
     @property
     def site_refs(self) -> dict[Site, SiteRef]:
         """Every site with the place of its weight, in the order of the data flow."""
-        with gate_of(self.model).shared():
+        with rwlock_of(self.model).read():
             return self.family.site_refs(self.model)
 
     @property
@@ -106,7 +104,7 @@ class Clip:
         `load_state_dict`). A model that carries LoRA keeps the one of the base it was attached to, merged or
         not. On the meta device, where there are no weights, their names and shapes are all that counts.
         """
-        with gate_of(self.model).shared():
+        with rwlock_of(self.model).read():
             known, version = getattr(self.model, _FINGERPRINT, ("", -1))
             named = list(self.model.named_parameters())
             now = sum(p._version for _, p in named if not p.is_inference())
@@ -119,7 +117,7 @@ class Clip:
         digest = hashlib.sha256()
         weights = {n: w for n, w in self.family.canonical_weights(self.model) if n not in _NOT_IDENTITY}
         size = sum(weight.nbytes for weight in weights.values() if not weight.is_meta)
-        say_reading("the weights for the fingerprint of the base", size)
+        log_reading("the weights for the fingerprint of the base", size)
         for name in sorted(weights):
             digest.update(f"{name}{tuple(weights[name].shape)}".encode())
             if weights[name].is_meta:
@@ -183,47 +181,37 @@ class Clip:
             picture = image if isinstance(image, Image) else open_image(Path(image))
         return self.require_preprocess()(picture.convert("RGB"))
 
-    def encode_image(self, images: Images, normalize: bool = False, adapters: Names | None = None) -> Tensor:
+    def encode_image(self, images: Images, normalize: bool = False) -> Tensor:
         """Pictures, paths, or (N, 3, H, W) preprocessed pixels -> (N, D) features, unit-norm if `normalize`.
 
         Args:
             images: a PIL image, a uint8 array (height, width, 3), a path, a list of these, or the pixels.
             normalize: divide by the norm. Normalised features are at least fp32: in bf16 a norm is off by up
                 to 0.4 %.
-            adapters: which adapter each row runs with: N names of loaded ones, None for the base; or one name
-                for all. Without gradients then. By default the active adapter runs.
 
         Raises:
-            AdapterError: no adapter of that name, or not one name a row.
             DataError: a file is no image that can be read.
         """
         pixels = self.pixels(images).to(self.device, self.dtype)
-        if adapters is not None:
-            features = _rows_encoder()(self, "vision", pixels, adapters)
-        else:
-            with gate_of(self.model).shared():
-                features = self.family.encode_image(self.model, pixels)
-        return _unit(features) if normalize else features
+        with rwlock_of(self.model).read():
+            features = self.family.encode_image(self.model, pixels)
+        return unit_norm(features) if normalize else features
 
-    def encode_text(
-        self,
-        texts: Tensor | str | Sequence[str],
-        normalize: bool = False,
-        adapters: Names | None = None,
-    ) -> Tensor:
+    def encode_text(self, texts: Tensor | str | Sequence[str], normalize: bool = False) -> Tensor:
         """Strings or (N, L) token ids -> (N, D) features, unit-norm if `normalize`.
 
         Tokens that the pooled token cannot see are cut before the tower runs, which changes nothing but
         the time. Arguments, errors and types otherwise as for images.
         """
-        tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
-        tokens = self.cut_tokens(tokens.to(self.device))
-        if adapters is not None:
-            features = _rows_encoder()(self, "text", tokens, adapters)
-        else:
-            with gate_of(self.model).shared():
-                features = self.family.encode_text(self.model, tokens)
-        return _unit(features) if normalize else features
+        tokens = self.tokens(texts)
+        with rwlock_of(self.model).read():
+            features = self.family.encode_text(self.model, tokens)
+        return unit_norm(features) if normalize else features
+
+    def tokens(self, texts: Tensor | str | Sequence[str]) -> Tensor:
+        """Strings or (N, L) ids -> ids on the model's device, cut by `cut_tokens`."""
+        ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        return self.cut_tokens(ids.to(self.device))
 
     def cut_tokens(self, tokens: Tensor) -> Tensor:
         """(N, L) ids without the columns that no row's pooled token can see, where the family allows it."""
@@ -243,21 +231,8 @@ class Clip:
         return self
 
 
-_registered: list[RowsEncoder] = []
-
-
-def register_rows_encoder(encoder: RowsEncoder) -> None:
-    """Set the function that encodes batches of several adapters (`clipgraft.engine.mixed_batches`)."""
-    _registered[:] = [encoder]
-
-
-def _rows_encoder() -> RowsEncoder:
-    if not _registered:
-        raise ModelError("adapters=... needs adapters: load one with clipgraft.load_adapter first")
-    return _registered[0]
-
-
-def _unit(features: Tensor) -> Tensor:
+def unit_norm(features: Tensor) -> Tensor:
+    """Divide each row by its Euclidean norm, in fp32 at least."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 

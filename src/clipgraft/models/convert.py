@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from clipgraft.models.convert_processors import (
 )
 from clipgraft.models.family import LARGEST_ID, is_lora
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
-from clipgraft.models.library_calls import quiet, undrawn
+from clipgraft.models.library_calls import no_initialization, quiet_libraries
 from clipgraft.models.openclip_config import model_config
 from clipgraft.models.processors import HfPreprocess, HfTokenizer
 from clipgraft.models.sites import TOWERS, Site, Tower
@@ -54,7 +54,9 @@ def to_transformers(clip: Clip) -> Clip:
     tokenizer = to_hf_tokenizer(clip)
     config = _hf_config(shape, tokenizer)
     model = _converted(clip, lambda: CLIPModel(config))
-    return Clip(model, family_of(model), tokenizer, processor, clip.preprocess_train, clip.source)
+    return replace(
+        clip, model=model, family=family_of(model), tokenizer=tokenizer, preprocess=processor, notes=()
+    )
 
 
 def to_open_clip(clip: Clip) -> Clip:
@@ -76,7 +78,16 @@ def to_open_clip(clip: Clip) -> Clip:
     evaluate = train = None
     if settings is not None:
         evaluate, train = _openclip_transforms(model, settings)
-    return Clip(model, family_of(model), tokenizer, evaluate, train, clip.source)
+    family = family_of(model)
+    return replace(
+        clip,
+        model=model,
+        family=family,
+        tokenizer=tokenizer,
+        preprocess=evaluate,
+        preprocess_train=train,
+        notes=(),
+    )
 
 
 def require_bare(clip: Clip) -> None:
@@ -145,7 +156,7 @@ def _openclip_transforms(model: nn.Module, settings: ImageSettings) -> tuple[Any
 
 def _converted(clip: Clip, build: Callable[[], nn.Module]) -> nn.Module:
     """A new model of the other family with a clip's weights, type and device, in eval mode."""
-    with undrawn(), quiet():
+    with no_initialization(), quiet_libraries():
         model = build()
     model.to(dtype=clip.dtype, device=clip.device)
     given = dict(clip.family.canonical_weights(clip.model))

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import Clip
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.processors import (
     HfPreprocess,
     HfTokenizer,
@@ -136,7 +136,7 @@ def to_openclip_tokenizer(clip: Clip) -> OpenClipTokenizer | None:
     length = clip.context_length
     if _is_clips_own(tokenizer.inner):
         return OpenClipTokenizer(SimpleTokenizer(context_length=length), length)
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         tokenizer.inner.save_pretrained(folder)
         return OpenClipTokenizer(HFTokenizer(folder, context_length=length), length)
 

@@ -15,7 +15,7 @@ from clipgraft.errors import ModelError
 from clipgraft.files import atomic_folder, atomic_path, write_json
 from clipgraft.models.clip import Clip
 from clipgraft.models.convert import config_of, require_bare, to_open_clip, to_transformers
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.onnx import DESCRIPTION, require_onnx, write_onnx
 from clipgraft.models.openclip_config import CONFIG_FILE
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, OpenClipTokenizer
@@ -217,7 +217,7 @@ def save_checkpoint(clip: Clip, target: Path, epoch: int) -> None:
 
 def save_transformers_files(clip: Clip, folder: Path) -> None:
     """A transformers model with its tokenizer and image processor, as far as it has them."""
-    with quiet():
+    with quiet_libraries():
         clip.model.save_pretrained(folder)  # type: ignore[operator]
     if isinstance(clip.tokenizer, HfTokenizer):
         clip.tokenizer.inner.save_pretrained(folder)

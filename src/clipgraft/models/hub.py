@@ -3,38 +3,75 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Iterable, Iterator
 
-from clipgraft.models.library_calls import say
-from clipgraft.models.load_errors import names_in_chain
+log = logging.getLogger("clipgraft")
+
+
+class _OfflineMode:
+    """huggingface_hub's offline mode, on while any thread is loading from a hub that does not answer.
+
+    The mode is a constant of the process, and open_clip's functions have no argument for one call. So a lock
+    guards it: the first thread turns it on, the last one puts it back, and whoever comes between takes the
+    first one's finding instead of asking the hub again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._reason = ""
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[str]:
+        """Yield why the hub cannot be used; "" where it can."""
+        from huggingface_hub import constants, is_offline_mode
+
+        with self._lock:
+            if not self._users:
+                if is_offline_mode():
+                    reason, ours = "HF_HUB_OFFLINE is set", False
+                else:
+                    unreachable = _unreachable(constants.ENDPOINT)
+                    reason = f"{constants.ENDPOINT} cannot be reached ({unreachable})" if unreachable else ""
+                    ours = bool(unreachable)
+            else:
+                reason, ours = self._reason, True
+            if ours:
+                self._users += 1
+                self._reason = reason
+                constants.HF_HUB_OFFLINE = True
+        try:
+            yield reason
+        finally:
+            if ours:
+                with self._lock:
+                    self._users -= 1
+                    if not self._users:
+                        constants.HF_HUB_OFFLINE = False
+
+
+_OFFLINE = _OfflineMode()
 
 
 @contextlib.contextmanager
 def hub_access(needed: bool) -> Iterator[str]:
-    """Yields why the hub cannot be used, "" where it can or is not needed.
+    """Yield why the hub cannot be used, "" where it can or is not needed.
 
     huggingface_hub retries every file of an unreachable hub for half a minute and has no setting for it.
     So it is asked for one sign of life first; without one its own offline mode is on inside the block, in
     which cached files still load and missing ones fail at once.
     """
-    from huggingface_hub import constants, is_offline_mode
-
-    if not needed:
-        yield ""
-    elif is_offline_mode():
-        yield "HF_HUB_OFFLINE is set"
-    elif reason := _unreachable(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = True
-        try:
-            yield f"{constants.ENDPOINT} cannot be reached ({reason})"
-        finally:
-            constants.HF_HUB_OFFLINE = False
+    if needed:
+        with _OFFLINE.entered() as reason:
+            yield reason
     else:
         yield ""
 
 
 def tell_fetch(repository: str, names: Iterable[str]) -> None:
-    """Say how large the first of these files that the hub has is, before it is fetched, unless it is here.
+    """Log how large the first of these files that the hub has is, unless it is in the local cache.
 
     What is wrong with the repository is said by whoever fetches from it.
     """
@@ -48,8 +85,17 @@ def tell_fetch(repository: str, names: Iterable[str]) -> None:
         except Exception:  # not there, gated, or no answer: each release has its own errors
             continue
         about = f", about {size / 1e6:,.1f} MB" if size else ""
-        say(f"fetching {repository} from the hub ({name}{about})")
+        log.info("fetching %s from the hub (%s%s)", repository, name, about)
         return
+
+
+def names_in_chain(error: BaseException | None) -> set[str]:
+    """Class names of an error, its bases and everything it was raised from."""
+    names: set[str] = set()
+    while error is not None:
+        names.update(kind.__name__ for kind in type(error).__mro__)
+        error = error.__cause__ or error.__context__
+    return names
 
 
 def _unreachable(endpoint: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from clipgraft.errors import ModelError
 from clipgraft.models import load_openclip
 from clipgraft.models.clip import Clip
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.load_hf import load_hf
 from clipgraft.models.openclip_config import CONFIG_FILE
 
@@ -44,7 +44,7 @@ def load(
     """
     if precision not in _WEIGHT_DTYPES:
         raise ModelError(f"precision '{precision}' is unknown: use one of {', '.join(_WEIGHT_DTYPES)}")
-    with quiet():
+    with quiet_libraries():
         clip = _dispatch(str(name), str(pretrained or ""), seed)
     for note in clip.notes:
         log.warning("%s", note)

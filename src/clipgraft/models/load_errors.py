@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clipgraft.errors import ModelError
+from clipgraft.models.hub import names_in_chain
 
 KNOWN_HUB_IDS = (
     "openai/clip-vit-base-patch32",
@@ -60,15 +61,6 @@ def _fetch_reason(error: Exception, offline: str) -> str:
     if names & {"RepositoryNotFoundError", "HFValidationError"}:
         return "the hub has no such model that you may read; check the spelling, log in if it is private"
     return f"{one_line(error)}; check the network connection"
-
-
-def names_in_chain(error: BaseException | None) -> set[str]:
-    """Class names of an error, its bases and everything it was raised from."""
-    names: set[str] = set()
-    while error is not None:
-        names.update(kind.__name__ for kind in type(error).__mro__)
-        error = error.__cause__ or error.__context__
-    return names
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

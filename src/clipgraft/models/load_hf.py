@@ -13,10 +13,10 @@ from clipgraft.errors import ModelError
 from clipgraft.models.allowed import clip_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.hub import hub_access, tell_fetch
-from clipgraft.models.library_calls import undrawn
+from clipgraft.models.library_calls import no_initialization
 from clipgraft.models.load_errors import hf_failure
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, check_preprocess
-from clipgraft.models.state_dict import MisfitError, put_weights
+from clipgraft.models.state_dict import MisfitError, load_weights
 from clipgraft.models.weights_file import UnreadableError, WeightsFile, read_weights
 from clipgraft.readers import placeholder
 
@@ -48,10 +48,10 @@ def load_hf(path: str, name: str) -> Clip:
             config = clip_config(values, path)
             config.name_or_path = path  # the model copies it when it is made
             weights, notes = _read(path)
-            with undrawn(), torch.device("meta"):
+            with no_initialization(), torch.device("meta"):
                 # A configuration that lost settings is of another size: found out before that is built.
                 _put(CLIPModel(config), weights, path)
-            with undrawn():
+            with no_initialization():
                 model = CLIPModel(config)
             notes += _put(model, weights, path)
             _check_parts(path)
@@ -89,7 +89,7 @@ def _read(path: str) -> tuple[WeightsFile, list[str]]:
 def _put(model: nn.Module, weights: WeightsFile, path: str) -> list[str]:
     """Give a model its weights; returns what the user is to know of them."""
     try:
-        return [f"{path}: {note}" for note in put_weights(model, weights)]
+        return [f"{path}: {note}" for note in load_weights(model, weights)]
     except MisfitError as error:
         raise ModelError(
             f"{weights.path} cannot be read as weights of {path}: {error}; fetch or save the model again"

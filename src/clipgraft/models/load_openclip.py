@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.hub import hub_access, tell_fetch
-from clipgraft.models.library_calls import say
+from clipgraft.models.library_calls import seeded
 from clipgraft.models.load_errors import (
     checkpoint_failure,
     config_failure,
@@ -34,9 +34,10 @@ from clipgraft.models.openclip_config import (
     read_config,
 )
 from clipgraft.models.processors import OpenClipTokenizer, check_preprocess
-from clipgraft.models.state_dict import put_weights
+from clipgraft.models.state_dict import load_weights
 from clipgraft.models.weights_file import UnreadableError, read_weights
 
+log = logging.getLogger("clipgraft")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 RANDOM_WEIGHTS = "none"
 _BIG_VISION = (".npz", ".npy")
@@ -175,7 +176,7 @@ def _named_model(name: str, tag: str | None, seed: int, random: bool = True) -> 
     """open_clip's model and transforms, with the weights of a tag, or `random` ones of a seed."""
     import open_clip
 
-    with _seeded(seed, random and tag is None):
+    with seeded(seed) if random and tag is None else contextlib.nullcontext():
         model, train, evaluate = open_clip.create_model_and_transforms(
             name,
             pretrained=tag,
@@ -197,7 +198,7 @@ def _tell_tag(name: str, tag: str) -> None:
         safe = str(Path(file).with_suffix(".safetensors")) if file else ""
         tell_fetch(repository, [safe, file] if file else _HUB_WEIGHTS)
     elif url := config.get("url"):
-        say(f"{name} / {tag}: weights are from {url}, fetched if they are not here yet")
+        log.info("%s / %s: weights are from %s, fetched if they are not here yet", name, tag, url)
 
 
 def _put(model: nn.Module, weights: Path, name: str) -> list[str]:
@@ -215,7 +216,7 @@ def _put(model: nn.Module, weights: Path, name: str) -> list[str]:
     except UnreadableError as error:
         raise checkpoint_failure(weights, name, str(error)) from error
     try:
-        notes = put_weights(model, file)
+        notes = load_weights(model, file)
     except Exception as error:
         reason = f"{one_line(error, 500)}; check that --model names its architecture"
         raise checkpoint_failure(weights, name, reason) from error
@@ -295,15 +296,6 @@ def _tokenizer(text: Mapping[str, Any], folder: Path | None, name: str = "") -> 
         return open_clip.get_tokenizer(name)
     kwargs.pop("strip_sep_token", None)
     return SimpleTokenizer(**kwargs)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, enabled: bool) -> Iterator[None]:
-    """Draw random weights from `seed` without disturbing the caller's generator."""
-    with torch.random.fork_rng(devices=[], enabled=enabled):
-        if enabled:
-            torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _clip(

@@ -20,7 +20,7 @@ from clipgraft.files import write_json
 from clipgraft.models.allowed import openclip_config, transformers_config
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.hub import hub_access
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.load import EMOJI_BASE
 from clipgraft.models.load_errors import hf_failure, one_line
 from clipgraft.models.load_hf import check_path
@@ -92,7 +92,7 @@ def build_model(config: ModelConfig, device: str | torch.device = "meta") -> Cli
     """
     build = _build_hf if config.library == "transformers" else _build_openclip
     try:
-        with quiet():
+        with quiet_libraries():
             model = build(config, torch.device(device))
     except ModelError:
         raise
@@ -120,7 +120,7 @@ def _read_hf(path: str, name: str) -> ModelConfig:
     from transformers import PreTrainedConfig
 
     local = Path(path).exists()
-    with quiet(), hub_access(needed=not local) as offline:
+    with quiet_libraries(), hub_access(needed=not local) as offline:
         try:
             values, _ = PreTrainedConfig.get_config_dict(path)
             return ModelConfig(name, "transformers", _hf_config(values, name).to_dict())

@@ -23,7 +23,7 @@ from clipgraft.models.architecture import image_features, text_features
 from clipgraft.models.clip import Clip
 from clipgraft.models.convert_processors import cleaning_of, hf_tokenizer_files, image_settings
 from clipgraft.models.family import LARGEST_ID
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.load_errors import one_line
 from clipgraft.models.sites import Site
 
@@ -154,7 +154,7 @@ class _VisionGraph(nn.Module):
 def _export(graph: _TextGraph | _VisionGraph, path: Path) -> None:
     weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
     try:
-        with quiet(), _own_kernels_off(), torch.no_grad():
+        with quiet_libraries(), _own_kernels_off(), torch.no_grad():
             torch.onnx.export(
                 graph,
                 (graph.sample(2),),

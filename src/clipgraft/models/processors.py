@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.models.family import Family
-from clipgraft.models.library_calls import quiet
+from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.load_errors import one_line
-from clipgraft.models.rwlock import gate_of
+from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site
 
 Preprocess: TypeAlias = Callable[[Picture], Tensor]
@@ -111,7 +111,7 @@ def find_tokenizer(family: Family, model: nn.Module) -> Tokenizer | None:
     if family.name == "open_clip":
         from open_clip.tokenizer import SimpleTokenizer
 
-        with gate_of(model).shared():
+        with rwlock_of(model).read():
             refs = family.site_refs(model)
         embedding = refs.get(Site("text", None, "token_embedding"))
         if embedding is None or embedding.shape[0] != _CLIP_VOCABULARY:
@@ -143,7 +143,7 @@ def _from_same_place(kind: str, model: nn.Module) -> Any:
     if not path:
         return None
     try:
-        with quiet():
+        with quiet_libraries():
             return getattr(transformers, kind).from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )

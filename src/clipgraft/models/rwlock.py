@@ -1,4 +1,4 @@
-"""A gate on each model: many threads may compute with it at once, one alone may change what hangs on it."""
+"""A readers-writer lock on each model: many threads compute with it, one alone changes its adapters."""
 
 from __future__ import annotations
 
@@ -8,69 +8,69 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_GATE = "_clipgraft_gate"
+_LOCK = "_clipgraft_lock"
 _FIRST_USE = threading.Lock()
 
 
-class Gate:
-    """A readers-writer lock; who waits to be alone goes before who comes later.
+class RWLock:
+    """A readers-writer lock in which a waiting writer goes before readers that come later.
 
-    Who prepares a change, such as loading an adapter, holds `changing` from its first look at the model to
-    the end, so that two of them do not meet; only the change itself is `alone`. All of it may be entered
-    again by a thread that is inside already, but nobody may begin a change while it computes.
+    A thread that prepares a change, such as loading an adapter, holds `preparing` from its first look at the
+    model to the end, so that no two prepare at once; only the change itself is inside `write`. A thread may
+    enter each again that it is inside already, but it may not begin to prepare or write while it reads.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = 0
+        self._readers = 0
         self._waiting = 0
-        self._alone = False
-        self._changers = threading.RLock()
+        self._writing = False
+        self._preparing = threading.RLock()
         self._here = threading.local()
 
     @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """Compute, or look at what the model is made of, beside others who do."""
-        if self._is_in("changing") or self._is_in("shared"):
+    def read(self) -> Iterator[None]:
+        """Compute, or look at what the model is made of, beside other readers."""
+        if self._is_in("preparing") or self._is_in("read"):
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone and not self._waiting)
-            self._inside += 1
+            self._changed.wait_for(lambda: not self._writing and not self._waiting)
+            self._readers += 1
         try:
-            with self._marked("shared"):
+            with self._marked("read"):
                 yield
         finally:
             with self._changed:
-                self._inside -= 1
+                self._readers -= 1
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Prepare and make a change while others compute, but change nothing."""
-        with self._changers, self._marked("changing"):
+    def preparing(self) -> Iterator[None]:
+        """Prepare a change while others read; the change itself is made inside `write`."""
+        with self._preparing, self._marked("preparing"):
             yield
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Change adapters while nobody computes."""
-        with self.changing():
-            if self._is_in("alone"):
+    def write(self) -> Iterator[None]:
+        """Change adapters while nobody reads."""
+        with self.preparing():
+            if self._is_in("write"):
                 yield
                 return
             with self._changed:
                 self._waiting += 1
                 try:
-                    self._changed.wait_for(lambda: not self._inside)
+                    self._changed.wait_for(lambda: not self._readers)
                 finally:
                     self._waiting -= 1
-                self._alone = True
+                self._writing = True
             try:
-                with self._marked("alone"):
+                with self._marked("write"):
                     yield
             finally:
                 with self._changed:
-                    self._alone = False
+                    self._writing = False
                     self._changed.notify_all()
 
     def _is_in(self, what: str) -> bool:
@@ -85,16 +85,16 @@ class Gate:
         finally:
             setattr(self._here, what, getattr(self._here, what) - 1)
 
-    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+    def __reduce__(self) -> tuple[type[RWLock], tuple[()]]:
         # A copied or pickled model is another model, which nobody is inside of.
-        return Gate, ()
+        return RWLock, ()
 
 
-def gate_of(model: nn.Module) -> Gate:
-    """The gate of a model, made when it is first asked for."""
-    gate = model.__dict__.get(_GATE)
-    if gate is None:
+def rwlock_of(model: nn.Module) -> RWLock:
+    """Get the lock of a model, made on first use."""
+    lock = model.__dict__.get(_LOCK)
+    if lock is None:
         with _FIRST_USE:
-            gate = model.__dict__.setdefault(_GATE, Gate())
-    assert isinstance(gate, Gate)
-    return gate
+            lock = model.__dict__.setdefault(_LOCK, RWLock())
+    assert isinstance(lock, RWLock)
+    return lock

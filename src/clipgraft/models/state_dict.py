@@ -19,7 +19,7 @@ from clipgraft.errors import ModelError
 from clipgraft.models.clip import Clip, family_of
 from clipgraft.models.convert import config_of_shape, shape_of
 from clipgraft.models.family import is_lora
-from clipgraft.models.library_calls import undrawn
+from clipgraft.models.library_calls import no_initialization
 from clipgraft.models.weights_file import WeightsFile
 
 Layout = Mapping[str, Tensor]
@@ -56,7 +56,7 @@ class _Found:
 
 
 @torch.no_grad()
-def put_weights(model: nn.Module, file: WeightsFile) -> list[str]:
+def load_weights(model: nn.Module, file: WeightsFile) -> list[str]:
     """Copy the weights of a file into a model of either family.
 
     Returns:
@@ -112,7 +112,7 @@ def _openclip_twin(model: nn.Module) -> nn.Module | None:
 
     try:
         config = config_of_shape(shape_of(Clip(model, family_of(model))))
-        with undrawn():
+        with no_initialization():
             twin: nn.Module = open_clip.CLIP(**config)
     except ModelError:
         return None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.models.library_calls import say_reading
+from clipgraft.models.library_calls import log_reading
 from clipgraft.models.torchscript import is_torchscript, read_torchscript
 from clipgraft.readers import placeholder
 
@@ -54,7 +54,7 @@ def read_weights(path: Path) -> WeightsFile:
         UnreadableError: it is damaged, no file of weights, or needs code to be run.
     """
     check_is_weights(path)
-    say_reading(path, path.stat().st_size)
+    log_reading(path, path.stat().st_size)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
