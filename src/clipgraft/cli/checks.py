@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import ClassFlags, ColumnFlags, ModelFlags
-from clipgraft.cli.flags.training import LoraFlags, RunFlags
+from clipgraft.cli.flags.shared import ClassFlags, ColumnFlags, DataFlags, ModelFlags
+from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.errors import ClipgraftError, together
 from clipgraft.train.args import TrainArgs
 
@@ -259,4 +259,17 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
         faults.append(
             f"{latest} belongs to a run with other settings: {listed}; use the same settings, or a new --name"
         )
+    return faults
+
+
+def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
+    """Flags of classification that do not go together."""
+    faults = []
+    given = sorted(name for name in classes.model_fields_set if name != "task")
+    if given and classes.task == "retrieval":
+        faults.append(f"{', '.join(map(flag, given))} given without --task classification: add it")
+    if isinstance(classes, ClassTrainFlags) and classes.val_size is not None and data.val_data is not None:
+        faults.append("--val-size and --val-data both say what to evaluate on: give one of them")
+    if classes.prompts is not None and not classes.prompts.exists():
+        faults.append(f"--prompts {classes.prompts}: there is no such file; check the path")
     return faults

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.open import load, tell_base
-from clipgraft.cli.flags.shared import DataFlags, ModelFlags, TableFlags
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import RunFlags
-from clipgraft.data.feature_cache import FeatureCache, default_folder
-from clipgraft.data.pairs import Pairs, read_pairs
-from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
+from clipgraft.cli.read_data import open_cache
 from clipgraft.errors import AdapterError, ConfigError, ModelError
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.report.results import RESULTS, write_results
-from clipgraft.shown import shown_line
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.distributed import Peers
 
@@ -121,30 +116,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_cache(spec: TableFlags) -> FeatureCache | None:
-    """The feature cache that the flags name; None for `--feature-cache none`."""
-    return open_features(spec.feature_cache, spec.cache_gb)
-
-
-def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
-    """The feature cache in a folder, by default that of all commands; None for a folder called `none`."""
-    if str(folder) == "none":
-        return None
-    return FeatureCache(folder or default_folder(), max_bytes=gigabytes * 1e9)
-
-
-@contextlib.contextmanager
-def checking(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for images that are being checked; gives what is told how many are done, of how many."""
-    with tqdm(desc=f"checking {shown_line(what)}", unit="image", leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
 def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
     """What every kind of training takes from the flags: of saving, precision, loading and optimising."""
     of = {type(spec): spec for spec in specs}
@@ -187,23 +158,3 @@ def hand_over(
         write_results(clip, run / RESULTS, numbers or None, base)
     except ModelError as error:
         log.warning("%s is left out: %s", run / RESULTS, error)
-
-
-def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
-    """Read and check pairs, and print the summary of them."""
-    with checking(what) as progress:
-        pairs, report = read_pairs(
-            path,
-            dataset_type=spec.dataset_type,
-            caption_key=spec.csv_caption_key,
-            keep_nulls=spec.keep_nulls,
-            **spec.reading,
-            strict=spec.strict,
-            max_bad_rows=spec.max_bad_rows,
-            workers=spec.workers,
-            progress=progress,
-        )
-    captions = [caption for group in pairs.captions for caption in group]
-    long_captions = count_long_captions(captions, clip.count_tokens, clip.context_length)
-    log.info("%s", format_report(with_long_captions(report, long_captions, clip.context_length)))
-    return pairs

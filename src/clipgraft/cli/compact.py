@@ -147,7 +147,8 @@ def _describe(compacted: Compacted) -> None:
 
 def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path) -> None:
     """Recall of base and smaller model where there is validation data, and distillation where asked for."""
-    from clipgraft.cli.common import open_cache, read_table, train_options
+    from clipgraft.cli.common import train_options
+    from clipgraft.cli.read_data import open_cache, read_table
 
     _, teaching, table, train, device = specs
     val = None

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
 from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
-from clipgraft.cli.train import class_faults
-from clipgraft.errors import ConfigError
+from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
-from clipgraft.text_tables import Table, terminal_width
+from clipgraft.text_tables import NOTHING, Table, terminal_width
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from clipgraft.adapters.run_folder import RunModel
-    from clipgraft.data.pairs import Pairs
     from clipgraft.evaluate.bootstrap import Measured
+    from clipgraft.evaluate.classify import ClassificationResult
     from clipgraft.models.clip import Clip
     from clipgraft.train.verdict import Verdict
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Measure retrieval or classification: a base; an adapter, or what a run made, beside its base."
-_SHOWN = (
+_RETRIEVAL = (
     "image_to_text_R@1",
     "image_to_text_R@5",
     "image_to_text_R@10",
@@ -41,6 +40,7 @@ _SHOWN = (
     "text_to_image_mean_rank",
     "text_to_image_median_rank",
 )
+_CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall", "ece", "loss")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -50,7 +50,9 @@ def run(argv: Sequence[str]) -> None:
     checks.refuse(_faults(model_spec, data, classes, spec))
     from clipgraft.adapters.attach import load_adapter
     from clipgraft.adapters.run_folder import find_run_model
-    from clipgraft.cli.common import load_model, open_cache, read_table
+    from clipgraft.cli.common import load_model
+    from clipgraft.cli.read_data import open_cache, read_table
+    from clipgraft.evaluate.compare import compare_retrieval
     from clipgraft.files import write_json
     from clipgraft.models.device import use_autocast
 
@@ -69,18 +71,16 @@ def run(argv: Sequence[str]) -> None:
         "exact_preprocess": data.exact_preprocess,
     }
     if classes.task == "classification":
-        from clipgraft.cli.classify import class_table, measure_classes
-
         classifier = spec.classifier or (whole.head if whole is not None and spec.adapter is None else None)
-        results = measure_classes(models, data, classes, classifier, **options)
+        results = _classified(models, data, classes, classifier, **options)
         measured = {name: result.measured for name, result in results.items()}
         print(class_table(results))
     else:
         pairs = read_table(clip, data.val_data, data.for_validation(), "validation data")
-        measured = measure_all(models, pairs, **options)
+        measured = compare_retrieval(models, pairs, **options)
         columns = {name: found.metrics for name, found in measured.items()}
         print(metrics_table(columns).text(terminal_width()))
-    verdicts = judge_all(measured)
+    verdicts = _verdicts(measured)
     for name, verdict in verdicts.items():
         print(f"{name}: {verdict}")
     if spec.out is not None:
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
     """All that is wrong and can be known without weights or pixels."""
-    faults = class_faults(classes, data)
+    faults = checks.class_faults(classes, data)
     if data.val_data is None:
         faults.append("--val-data is missing: a table of images and captions, or a folder of both")
     else:
@@ -133,7 +133,46 @@ def _beginning(whole: RunModel, spec: ModelFlags) -> dict[str, Clip]:
         return {}
 
 
-def judge_all(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
+def _classified(
+    models: Mapping[str, Clip],
+    data: DataFlags,
+    classes: ClassFlags,
+    classifier: Path | None,
+    **options: Any,
+) -> dict[str, ClassificationResult]:
+    """Measure the prompts of the classes with each model, and a saved classifier with the last one.
+
+    Raises:
+        CheckpointError: no classifier in that folder, or one for features of another size.
+        DataError: images that cannot be used, or of classes that the classifier does not know.
+    """
+    from clipgraft.cli.read_data import prompts_of, read_images
+    from clipgraft.data.labels import match_classes
+    from clipgraft.evaluate.compare import compare_classification
+    from clipgraft.train.classes import load_head
+
+    assert data.val_data is not None
+    images = read_images(data.val_data, data, classes, "images", validation=True)
+    if classifier is None:
+        return compare_classification(models, images, prompts_of(images.classes, classes), **options)
+    head, names = load_head(classifier)
+    images = match_classes(images, names)
+
+    def logits(features: Tensor) -> Tensor:
+        if features.shape[1] != head.weight.shape[1]:
+            raise CheckpointError(
+                f"--classifier {classifier} takes features of {head.weight.shape[1]} numbers, the model "
+                f"gives {features.shape[1]}: give the --model and --adapter that it was trained with"
+            )
+        found: Tensor = head(features)
+        return found
+
+    results = compare_classification(models, images, prompts_of(images.classes, classes), logits, **options)
+    results[head.kind] = results.pop("head")
+    return results
+
+
+def _verdicts(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
     """Whether each model is better than the base, where that was measured too."""
     from clipgraft.train.verdict import judge
 
@@ -145,64 +184,33 @@ def judge_all(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
     }
 
 
-def measure_all(models: Mapping[str, Clip], pairs: Pairs, **options: Any) -> dict[str, Measured]:
-    """What each model reaches under its name, and an adapter beside its base."""
-    return {
-        ("adapter" if name == "adapter" else heading): found
-        for heading, clip in models.items()
-        for name, found in measure(clip, pairs, **options).items()
-    }
-
-
-def measure(clip: Clip, pairs: Pairs, **options: Any) -> dict[str, Measured]:
-    """What the base reaches and, where the model carries one, its adapter.
-
-    `options` are what `encode_images` and `evaluate_retrieval` both take.
-    """
-    from clipgraft.engine.encoder import Encoder
-    from clipgraft.evaluate.retrieval import measure_retrieval
-
-    autocast = bool(options.get("autocast"))
-    return side_by_side(
-        clip,
-        pairs.images,
-        lambda images: measure_retrieval(Encoder(clip, autocast), pairs, images),
-        **options,
-    )
-
-
-_R = TypeVar("_R")
-
-
-def side_by_side(
-    clip: Clip, files: Sequence[Path], evaluate: Callable[[Tensor], _R], **options: Any
-) -> dict[str, _R]:
-    """What `evaluate` makes of unit-norm image features with the base and, if there is one, the adapter."""
-    from clipgraft.lora.control import lora_disabled
-    from clipgraft.lora.state import lora_state
-
-    state = lora_state(clip)
-    if state is None:
-        return {"base": evaluate(_images(clip, files, **options))}
-    with lora_disabled(clip):
-        images = _images(clip, files, **options)
-        base = evaluate(images)
-    if state.chosen().touches("vision"):
-        images = _images(clip, files, **options)
-    return {"base": base, "adapter": evaluate(images)}
-
-
-def _images(clip: Clip, files: Sequence[Path], **options: Any) -> Tensor:
-    from clipgraft.data.features import encode_images
-
-    return encode_images(clip, files, **options)
-
-
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Metrics with one column a model; recalls in percent."""
-    factors = {metric: 100 if "_R@" in metric else 1 for metric in _SHOWN}
+    factors = {metric: 100 if "_R@" in metric else 1 for metric in _RETRIEVAL}
     rows = [
         (metric, *(f"{factor * column[metric]:.1f}" for column in columns.values()))
         for metric, factor in factors.items()
     ]
     return Table("", ("", *columns), tuple(rows))
+
+
+def class_table(columns: Mapping[str, ClassificationResult]) -> str:
+    """Metrics with one column a model, and below them the recall of each class; in percent."""
+    factors = {metric: 1 if metric == "loss" else 100 for metric in _CLASSIFICATION}
+    metrics = [
+        (metric, *(f"{factor * result.metrics[metric]:.2f}" for result in columns.values()))
+        for metric, factor in factors.items()
+    ]
+    recalls = [
+        (
+            rows[0].name,
+            *(NOTHING if r.recall is None else f"{100 * r.recall:.1f}" for r in rows),
+            f"{rows[0].count:,}",
+        )
+        for rows in zip(*(result.per_class for result in columns.values()), strict=True)
+    ]
+    tables = (
+        Table("", ("", *columns), tuple(metrics)),
+        Table("", ("recall of", *columns, "images"), tuple(recalls)),
+    )
+    return "\n\n".join(table.text(terminal_width()) for table in tables)

@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> None:
     require_packages()
 
     def computing() -> Computing:
-        from clipgraft.cli.common import open_features, pick_device
+        from clipgraft.cli.common import pick_device
+        from clipgraft.cli.read_data import open_features
         from clipgraft.report.measure import Computing
 
         cache = open_features(images.feature_cache, images.cache_gb)

@@ -1,15 +1,16 @@
-"""`train --from`: the weights that a new run starts from, an adapter's or those of a fine-tuned model."""
+"""Prepare a model for training: the weights of `--from`, or a new adapter."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ModelFlags
-from clipgraft.cli.flags.training import LoraFlags, RunFlags
+from clipgraft.cli.flags.training import AdapterFlags, LoraFlags, RunFlags
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 
 if TYPE_CHECKING:
@@ -150,3 +151,59 @@ def attach_start(clip: Clip, path: Path, lora: LoraFlags, where: RunFlags) -> No
     put_on(clip, file, "default")
     rank, sites = file.settings.r, len(file.weights)
     log.info("starting from %s: LoRA r=%d on %d sites (%s)", path, rank, sites, file.settings.targets)
+
+
+def graft(
+    clip: Clip, lora: LoraFlags, where: RunFlags, seed: int, choose_rank: Callable[[], tuple[int, str]]
+) -> None:
+    """Attach the adapter that the flags describe, or that of `--from`.
+
+    For `--lora-r auto` it has the rank that is chosen, and the log says why.
+
+    Raises:
+        ConfigError: the base brought an adapter of its own, or flags contradict the one of `--from`.
+    """
+    from clipgraft.lora.state import lora_state
+    from clipgraft.lora.targets import guide_targets
+
+    if lora_state(clip) is not None:
+        raise ConfigError(
+            f"--model {clip.source.name}: what was loaded is an adapter on its base; drop --use-lora and the "
+            "other --lora flags to train it further, or give the base itself"
+        )
+    if where.from_ is not None and starts_from_adapter(where.from_):
+        attach_start(clip, where.from_, lora, where)
+        return
+    targets = lora.lora_targets or "text-attention"
+    if lora.lora_target_modules is not None:
+        targets = guide_targets(lora.lora_target_modules)
+    rank = lora.lora_r
+    if rank == "auto":
+        rank, reason = choose_rank()
+        log.info("--lora-r auto: %s", reason)
+    attach_adapter(clip, lora, targets, rank, seed)
+
+
+def attach_adapter(clip: Clip, lora: AdapterFlags, targets: str, rank: int, seed: int) -> None:
+    """Attach an adapter of a rank to a target set, with all other options as they are given."""
+    import torch
+
+    from clipgraft.lora.inject import apply_lora
+
+    torch.manual_seed(seed)
+    sites = apply_lora(
+        clip,
+        r=rank,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=targets,
+        use_rslora=lora.lora_rslora,
+        use_dora=lora.lora_dora,
+        bias=lora.lora_bias,
+        init=lora.lora_init,
+        rank_pattern=lora.lora_rank_pattern,
+        alpha_pattern=lora.lora_alpha_pattern,
+        train_logit_scale=lora.lora_train_logit_scale,
+    )
+    kind = "DoRA" if lora.lora_dora else "LoRA"
+    log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)

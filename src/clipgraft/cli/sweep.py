@@ -14,7 +14,6 @@ from clipgraft.cli import checks
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, SweepFlags
 from clipgraft.cli.parser import parse
-from clipgraft.cli.train import class_faults
 from clipgraft.locks import LOCK, require_free, sole_owner
 from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
@@ -26,17 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
-
-if TYPE_CHECKING:
-    from clipgraft.cli.sweep_work import Material
-    from clipgraft.models.clip import Clip
-    from clipgraft.train.grid import CellResult, Row
-
-log = logging.getLogger("clipgraft")
-_SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
-_RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
-_CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall")
-_TEST = {_RETRIEVAL: ("image_to_text_R@1", "text_to_image_R@1"), _CLASSIFICATION: ("acc1",)}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -96,7 +84,7 @@ def _check(
     """What each spec alone cannot see, before anything slow; raises ConfigError with all faults."""
     from clipgraft.lora.targets import select_sites
 
-    faults = class_faults(classes, data)
+    faults = checks.class_faults(classes, data)
     if data.train_data is None:
         faults.append("--train-data is missing: a table of images and captions, or a folder of both")
     if data.val_data is None and not (classes.task == "classification" and classes.val_size):

@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.cli.terminal import CELL_PROCESS, plain_output
 from clipgraft.errors import ClipgraftError, TrainingError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from clipgraft.train.grid import Cell, CellResult
 
 log = logging.getLogger("clipgraft")
-CELL_PROCESS = "clipgraft sweep cell"
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -150,9 +150,8 @@ def _die_with_parent() -> None:
 def _run(job: Job) -> CellResult:
     """Train or measure, with lines on the terminal as the sweep's own."""
     from clipgraft.cli.common import hand_over, load_model
-    from clipgraft.cli.main import plain_output
+    from clipgraft.cli.start import attach_adapter
     from clipgraft.cli.sweep_work import work_of
-    from clipgraft.cli.train import attach_adapter
     from clipgraft.models.device import peak_memory
     from clipgraft.train.grid import CellResult
     from clipgraft.train.run_folder import early_lines, started

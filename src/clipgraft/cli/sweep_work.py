@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from clipgraft.cli.classify import ClassData, read_class_data, read_images
-from clipgraft.cli.common import open_cache, read_table
 from clipgraft.cli.flags.training import ClassTrainFlags
+from clipgraft.cli.read_data import ClassData, open_cache, read_class_data, read_images, read_table
 from clipgraft.data.labels import Labelled, class_weights, match_classes
 from clipgraft.data.pairs import Pairs
 from clipgraft.evaluate.classify import evaluate_classification

@@ -5,25 +5,25 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
-from clipgraft.cli.flags.training import AdapterFlags, ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags
+from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.start import (
-    attach_start,
     carries_adapter,
     contradictions,
+    graft,
     read_start,
     resolve_start,
     starts_from_adapter,
 )
 from clipgraft.cli.together import launcher, run_together
-from clipgraft.errors import ClipgraftError, ConfigError
+from clipgraft.errors import ClipgraftError
 from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
 
@@ -70,8 +70,6 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
     try:
         with early_lines():
             if classes.task == "classification":
-                from clipgraft.cli.classify import train_classifier
-
                 train_classifier(specs, folder, peers)
             else:
                 train_model(specs, folder, peers)
@@ -81,7 +79,8 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
 
 def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     """Load what the specs name, and train it into `folder`; rank 0 reads the tables."""
-    from clipgraft.cli.common import fit_options, hand_over, load_own_model, read_table
+    from clipgraft.cli.common import fit_options, hand_over, load_own_model
+    from clipgraft.cli.read_data import read_table
     from clipgraft.lora.config import auto_rank
     from clipgraft.train.fit import fit
 
@@ -103,6 +102,35 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
         train_pairs,
         val_pairs,
         out=folder,
+        peers=peers,
+        **fit_options(specs),
+    )
+    if peers.root:
+        hand_over(clip, folder, done.metrics or None, done.base)
+
+
+def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
+    """Load what the specs name, and train it into `folder` to tell classes apart; rank 0 reads the data."""
+    from clipgraft.cli.common import fit_options, hand_over, load_own_model
+    from clipgraft.cli.read_data import read_class_data
+    from clipgraft.data.labels import class_weights
+    from clipgraft.lora.config import auto_rank
+    from clipgraft.train.fit_classes import fit_classifier
+
+    model_spec, data, classes, lora, train, where = specs
+    clip = load_own_model(model_spec, peers)
+    read = peers.at_root(lambda: read_class_data(data, classes, train.seed))
+    if lora.use_lora:
+        graft(clip, lora, where, train.seed, lambda: auto_rank(len(read.train), "classification"))
+    announce(clip, len(read.train), "images", train, peers.size)
+    done = fit_classifier(
+        clip,
+        read.train,
+        read.val,
+        prompts=read.prompts,
+        out=folder,
+        head=classes.head,
+        weights=class_weights(read.train) if classes.class_weights else None,
         peers=peers,
         **fit_options(specs),
     )
@@ -147,25 +175,12 @@ def check_together(
     data: DataFlags, classes: ClassTrainFlags, lora: LoraFlags, train: TrainArgs, where: RunFlags
 ) -> list[str]:
     """Faults that each spec alone cannot see."""
-    faults = [*_data_faults(data), *class_faults(classes, data)]
+    faults = [*_data_faults(data), *checks.class_faults(classes, data)]
     faults += [*_lora_faults(lora, train, where), *_lock_faults(lora, train), *train.epoch_faults()]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
         faults.append("--resume latest needs --name: the name of the run to continue")
-    return faults
-
-
-def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
-    """Flags of classification that do not go together."""
-    faults = []
-    given = sorted(name for name in classes.model_fields_set if name != "task")
-    if given and classes.task == "retrieval":
-        faults.append(f"{', '.join(map(flag, given))} given without --task classification: add it")
-    if isinstance(classes, ClassTrainFlags) and classes.val_size is not None and data.val_data is not None:
-        faults.append("--val-size and --val-data both say what to evaluate on: give one of them")
-    if classes.prompts is not None and not classes.prompts.exists():
-        faults.append(f"--prompts {classes.prompts}: there is no such file; check the path")
     return faults
 
 
@@ -227,62 +242,6 @@ def default_name(model: ModelFlags, lora: LoraFlags, train: TrainArgs) -> str:
     stem = Path(model.model.removeprefix("hf:")).stem.replace("/", "-")
     kind = f"lora_r{lora.lora_r}" if lora.use_lora else "full"
     return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr:g}-b_{train.batch_size}"
-
-
-def graft(
-    clip: Clip, lora: LoraFlags, where: RunFlags, seed: int, choose_rank: Callable[[], tuple[int, str]]
-) -> None:
-    """Attach the adapter that the flags describe, or that of `--from`.
-
-    For `--lora-r auto` it has the rank that is chosen, and the log says why.
-
-    Raises:
-        ConfigError: the base brought an adapter of its own, or flags contradict the one of `--from`.
-    """
-    from clipgraft.lora.state import lora_state
-    from clipgraft.lora.targets import guide_targets
-
-    if lora_state(clip) is not None:
-        raise ConfigError(
-            f"--model {clip.source.name}: what was loaded is an adapter on its base; drop --use-lora and the "
-            "other --lora flags to train it further, or give the base itself"
-        )
-    if where.from_ is not None and starts_from_adapter(where.from_):
-        attach_start(clip, where.from_, lora, where)
-        return
-    targets = lora.lora_targets or "text-attention"
-    if lora.lora_target_modules is not None:
-        targets = guide_targets(lora.lora_target_modules)
-    rank = lora.lora_r
-    if rank == "auto":
-        rank, reason = choose_rank()
-        log.info("--lora-r auto: %s", reason)
-    attach_adapter(clip, lora, targets, rank, seed)
-
-
-def attach_adapter(clip: Clip, lora: AdapterFlags, targets: str, rank: int, seed: int) -> None:
-    """Attach an adapter of a rank to a target set, with all other options as they are given."""
-    import torch
-
-    from clipgraft.lora.inject import apply_lora
-
-    torch.manual_seed(seed)
-    sites = apply_lora(
-        clip,
-        r=rank,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        targets=targets,
-        use_rslora=lora.lora_rslora,
-        use_dora=lora.lora_dora,
-        bias=lora.lora_bias,
-        init=lora.lora_init,
-        rank_pattern=lora.lora_rank_pattern,
-        alpha_pattern=lora.lora_alpha_pattern,
-        train_logit_scale=lora.lora_train_logit_scale,
-    )
-    kind = "DoRA" if lora.lora_dora else "LoRA"
-    log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
 
 
 def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int = 1) -> None:

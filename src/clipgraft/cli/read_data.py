@@ -1,0 +1,121 @@
+"""Read the data that a command is given, with a progress bar and a printed summary."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
+from clipgraft.cli.flags.training import ClassTrainFlags
+from clipgraft.data.feature_cache import FeatureCache, default_folder
+from clipgraft.data.labels import Labelled, few_shot, match_classes, split_labelled
+from clipgraft.data.labels_read import read_labelled
+from clipgraft.data.labels_report import format_label_report
+from clipgraft.data.pairs import Pairs, read_pairs
+from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
+from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
+from clipgraft.models.clip import Clip
+from clipgraft.shown import shown_line
+
+log = logging.getLogger("clipgraft")
+
+
+def open_cache(spec: TableFlags) -> FeatureCache | None:
+    """The feature cache that the flags name; None for `--feature-cache none`."""
+    return open_features(spec.feature_cache, spec.cache_gb)
+
+
+def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
+    """The feature cache in a folder, by default that of all commands; None for a folder called `none`."""
+    if str(folder) == "none":
+        return None
+    return FeatureCache(folder or default_folder(), max_bytes=gigabytes * 1e9)
+
+
+@contextlib.contextmanager
+def checking(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for images that are being checked; gives what is told how many are done, of how many."""
+    with tqdm(desc=f"checking {shown_line(what)}", unit="image", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
+    """Read and check pairs, and print the summary of them."""
+    with checking(what) as progress:
+        pairs, report = read_pairs(
+            path,
+            dataset_type=spec.dataset_type,
+            caption_key=spec.csv_caption_key,
+            keep_nulls=spec.keep_nulls,
+            **spec.reading,
+            strict=spec.strict,
+            max_bad_rows=spec.max_bad_rows,
+            workers=spec.workers,
+            progress=progress,
+        )
+    captions = [caption for group in pairs.captions for caption in group]
+    long_captions = count_long_captions(captions, clip.count_tokens, clip.context_length)
+    log.info("%s", format_report(with_long_captions(report, long_captions, clip.context_length)))
+    return pairs
+
+
+@dataclass(frozen=True)
+class ClassData:
+    """Images to train and to evaluate on, and the prompts of their classes."""
+
+    train: Labelled
+    val: Labelled | None
+    prompts: tuple[tuple[str, ...], ...]
+
+
+def read_class_data(data: DataFlags, classes: ClassTrainFlags, seed: int) -> ClassData:
+    """Read and check labelled images, with what is held out and what prompts say, and print the summary."""
+    assert data.train_data is not None
+    train = read_images(data.train_data, data, classes, "training images")
+    val = None
+    if data.val_data is not None:
+        held_out = read_images(data.val_data, data, classes, "validation images", validation=True)
+        val = match_classes(held_out, train.classes)
+    elif classes.val_size is not None:
+        train, val = split_labelled(train, classes.val_size, seed)
+        log.info("%d images to train on, %d held out", len(train), len(val))
+    if classes.shots is not None:
+        train = few_shot(train, classes.shots, seed)
+        log.info("%d images to train on: %d shots a class", len(train), classes.shots)
+    return ClassData(train, val, prompts_of(train.classes, classes))
+
+
+def read_images(
+    path: Path, data: DataFlags, classes: ClassFlags, what: str, validation: bool = False
+) -> Labelled:
+    """One set of labelled images, with its summary; `validation` has columns of its own."""
+    columns = data.for_validation() if validation else data
+    label = (classes.for_validation() if validation else classes).csv_label_key
+    with checking(what) as progress:
+        images, report = read_labelled(
+            path,
+            label_key=label,
+            **columns.reading,
+            strict=data.strict,
+            max_bad_rows=data.max_bad_rows,
+            workers=data.workers,
+            progress=progress,
+        )
+    log.info("%s", format_label_report(report))
+    return images
+
+
+def prompts_of(names: Sequence[str], classes: ClassFlags) -> tuple[tuple[str, ...], ...]:
+    """The prompts of each class, from the YAML and the templates."""
+    given = None if classes.prompts is None else read_prompts(classes.prompts)
+    return class_prompts(names, given, find_templates(classes.templates))
