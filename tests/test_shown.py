@@ -57,7 +57,7 @@ def test_no_way_to_the_terminal_is_open(
         else:
             raise DataError(f"x{HARMFUL}y")
 
-    monkeypatch.setattr(eval_command, "run", say)
+    monkeypatch.setattr(eval_command, "run_eval", say)
     code = main(["eval"])
     told = capsys.readouterr()
     assert code == (2 if by == "error" else 0)
@@ -96,7 +96,7 @@ def test_no_name_begins_a_line_of_ours(
                 assert bar is not None
                 bar(1, 2)
 
-    monkeypatch.setattr(eval_command, "run", say)
+    monkeypatch.setattr(eval_command, "run_eval", say)
     main(["eval"])
     told = capsys.readouterr()
     lines = (told.out + told.err).split("\n")

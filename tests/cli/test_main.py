@@ -97,14 +97,14 @@ def test_errors_are_lines_and_codes(
     error: BaseException, code: int, told: str, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scripts look at the code (2 bad input, 1 failure), people at the line; nobody at a traceback."""
-    monkeypatch.setattr(eval_command, "run", raising(error))
+    monkeypatch.setattr(eval_command, "run_eval", raising(error))
     outcome = cli("eval")
     assert (outcome.code, outcome.err) == (code, told)
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug that is hidden behind one line cannot be reported."""
-    monkeypatch.setattr(eval_command, "run", raising(ZeroDivisionError("bug")))
+    monkeypatch.setattr(eval_command, "run_eval", raising(ZeroDivisionError("bug")))
     with pytest.raises(ZeroDivisionError):
         main(["eval"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.cli.help import EXAMPLES
-from clipgraft.cli.main import VERBS, main
+from clipgraft.cli.main import VERBS, function_of, main
 from clipgraft.cli.parser import parse
 from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
@@ -286,7 +285,7 @@ def test_every_command_shows_an_example_that_parses(
     told = capsys.readouterr().out
     assert told.index("example:") < told.index("--config")
     assert EXAMPLES[verb] in told
-    module = importlib.import_module(f"clipgraft.cli.{verb}")
+    run = function_of(verb)
 
     class Parsed(Exception):  # noqa: N818
         pass
@@ -295,10 +294,10 @@ def test_every_command_shows_an_example_that_parses(
         parse(*arguments)
         raise Parsed
 
-    monkeypatch.setattr(module, "parse", parsed)
+    monkeypatch.setitem(run.__globals__, "parse", parsed)
     monkeypatch.chdir("/")
     with pytest.raises(Parsed):
-        module.run(shlex.split(EXAMPLES[verb])[2:])
+        run(shlex.split(EXAMPLES[verb])[2:])
 
 
 def test_help_of_train_goes_by_need(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipgraft.adapters.adapter_file import AdapterFile
-from clipgraft.adapters.open import load, tell_base
+from clipgraft.adapters.open import load
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import RunFlags
 from clipgraft.cli.read_data import open_cache
-from clipgraft.errors import AdapterError, ConfigError, ModelError
-from clipgraft.lora.state import lora_state
+from clipgraft.errors import ConfigError, ModelError
 from clipgraft.models.clip import Clip
 from clipgraft.report.results import RESULTS, write_results
 from clipgraft.train.args import TrainArgs
@@ -57,35 +54,6 @@ def own_device(name: str, peers: Peers) -> str:
         )
     torch.cuda.set_device(peers.local_rank)
     return f"cuda:{peers.local_rank}"
-
-
-def with_base(adapter: AdapterFile, model: str, pretrained: str | None) -> AdapterFile:
-    """An adapter with its base named by `--model` and `--pretrained`."""
-    return replace(adapter, base={**adapter.base, "name": model, "pretrained": pretrained or ""})
-
-
-def base_of(adapter: AdapterFile, force: bool = False, *, given: bool = False) -> Clip:
-    """The base that an adapter names, or that the user has `given`, in fp32 on the CPU.
-
-    Raises:
-        AdapterError: it names none, or what it names is another base and that is not `force`d.
-    """
-    name = adapter.base.get("name")
-    if not name:
-        raise AdapterError(
-            f"{adapter.path} does not name its base, whose weights are needed: pass --model and --pretrained"
-        )
-    if not given:
-        tell_base(name, adapter.base.get("pretrained"), f"the adapter {adapter.path}")
-    clip = load(name, adapter.base.get("pretrained") or None)
-    if lora_state(clip) is not None:
-        raise AdapterError(f"--model {name} is an adapter on its base, and no base itself: name that")
-    if not force and adapter.fingerprint not in (None, clip.fingerprint):
-        raise AdapterError(
-            f"{adapter.path} was made for a base with fingerprint {adapter.fingerprint}, but {name} has "
-            f"{clip.fingerprint}: pass --model and --pretrained of its own base"
-        )
-    return clip
 
 
 def name_after(path: Path, taken: Collection[str]) -> str:

@@ -28,7 +28,7 @@ _SUMMARY = (
 )
 
 
-def run(argv: Sequence[str]) -> None:
+def run_compact(argv: Sequence[str]) -> None:
     """Parse, cut, distil if asked to, write, and say what was written."""
     kinds: list[type[Options]] = [CompactFlags, DistillFlags, TableFlags, TrainArgs, DeviceFlags]
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)

@@ -68,7 +68,7 @@ class World:
     autocast: bool
 
 
-def run(argv: Sequence[str]) -> None:
+def run_demo(argv: Sequence[str]) -> None:
     """Make the data, train both ways, print the table, draw the picture."""
     (spec,) = parse("demo", _SUMMARY, [DemoFlags], argv)
     started = time.perf_counter()

@@ -24,7 +24,7 @@ _SUMMARY = (
 )
 
 
-def run(argv: Sequence[str]) -> None:
+def run_encode(argv: Sequence[str]) -> None:
     """Parse, load, encode, and print what was done."""
     model_spec, spec = parse("encode", _SUMMARY, [ModelFlags, EncodeFlags], argv)
     checks.refuse(_faults(model_spec, spec))

@@ -43,7 +43,7 @@ _RETRIEVAL = (
 _CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall", "ece", "loss")
 
 
-def run(argv: Sequence[str]) -> None:
+def run_eval(argv: Sequence[str]) -> None:
     """Parse, load, evaluate, print a table and optionally write JSON."""
     kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassFlags, EvalFlags]
     model_spec, data, classes, spec = parse("eval", _SUMMARY, kinds, argv)

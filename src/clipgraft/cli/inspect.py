@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SUMMARY = "Show what a model, a run or an adapter is. A model's weights are neither needed nor loaded."
 
 
-def run(argv: Sequence[str]) -> None:
+def run_inspect(argv: Sequence[str]) -> None:
     """Parse, look, print."""
     (spec,) = parse("inspect", _SUMMARY, [InspectFlags], argv)
     from clipgraft.adapters.open import split_adapter

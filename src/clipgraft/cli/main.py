@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from clipgraft.cli.flags.wording import wording
 from clipgraft.cli.terminal import CELL_PROCESS, plain_output
@@ -29,6 +29,7 @@ VERBS = {
     "compact": "make a smaller CLIP of some of a base's blocks and tokens, and distil the base into it",
     "demo": "adapt the embedded default to Vietnamese captions and show what it bought",
 }
+_MODULES = {"index": "search", "convert": "merge"}  # of verbs whose module has another name
 _HELP = ("-h", "--help")
 _INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
 
@@ -56,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def function_of(verb: str) -> Callable[[Sequence[str]], None]:
+    """The function of a verb, whose module is imported only now: `--help` and other verbs do without it."""
+    module = importlib.import_module(f"clipgraft.cli.{_MODULES.get(verb, verb)}")
+    found: Callable[[Sequence[str]], None] = getattr(module, f"run_{verb}")
+    return found
+
+
 def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in _HELP:
         print(_usage())
@@ -68,7 +76,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         return _fail([f"there is no command '{verb}'{_nearest(verb)}; commands are {', '.join(VERBS)}"])
-    importlib.import_module(f"clipgraft.cli.{verb}").run(rest)
+    function_of(verb)(rest)
     return 0
 
 

@@ -1,34 +1,37 @@
-"""`clipgraft merge`."""
+"""`clipgraft merge` and `clipgraft convert`: write adapters in another form."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.tools import MergeFlags
+from clipgraft.cli.flags.tools import ConvertFlags, MergeFlags
 from clipgraft.cli.parser import parse
-from clipgraft.errors import ConfigError, together
+from clipgraft.errors import AdapterError, ConfigError, together
 
 if TYPE_CHECKING:
+    from clipgraft.adapters.adapter_file import AdapterFile
     from clipgraft.adapters.run_folder import RunModel
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Fold adapters into their base, and write a model that stands alone; or their sum as one adapter."
+_MERGE = "Fold adapters into their base, and write a model that stands alone; or their sum as one adapter."
+_CONVERT = "Rewrite an adapter in another format. What it computes stays the same."
 
 
-def run(argv: Sequence[str]) -> None:
+def run_merge(argv: Sequence[str]) -> None:
     """Parse, load, merge, write, and print what was written."""
-    (spec,) = parse("merge", _SUMMARY, [MergeFlags], argv)
+    (spec,) = parse("merge", _MERGE, [MergeFlags], argv)
     weights = _weights(spec)
     from clipgraft.adapters.attach import put_on
     from clipgraft.adapters.convert import check_free, read_any
     from clipgraft.adapters.run_folder import find_run_model
-    from clipgraft.cli.common import base_of, name_after, with_base
+    from clipgraft.cli.common import name_after
 
     if spec.to == "adapter":
         check_free(spec.out, "peft", spec.overwrite)
@@ -37,8 +40,8 @@ def run(argv: Sequence[str]) -> None:
         return
     files = [read_any(path, peft_out_proj=spec.peft_out_proj) for path in spec.adapters]
     if spec.model is not None:
-        files = [with_base(file, spec.model, spec.pretrained) for file in files]
-    clip = base_of(files[0], spec.force, given=spec.model is not None)
+        files = [_with_base(file, spec.model, spec.pretrained) for file in files]
+    clip = _base_of(files[0], spec.force, given=spec.model is not None)
     log.info("base %s, fingerprint %s", clip.source.name, clip.fingerprint)
     amounts: dict[str, float] = {}
     for file, weight in zip(files, weights, strict=True):
@@ -116,6 +119,93 @@ def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any,
     remove_lora(clip, keep_merged=True)
     write_model(clip, out, form, progress=False, overwrite=overwrite)
     _report(out, form)
+
+
+def run_convert(argv: Sequence[str]) -> None:
+    """Parse, read, write, and print what was read and written."""
+    (spec,) = parse("convert", _CONVERT, [ConvertFlags], argv)
+    if spec.pretrained is not None and spec.model is None:
+        raise ConfigError(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
+    from clipgraft.adapters.attach import in_terms_of
+    from clipgraft.adapters.convert import check_free, detect, read_any, write_any
+    from clipgraft.models.export import size_on_disk
+
+    check_free(spec.out, spec.to, spec.overwrite)
+    adapter = read_any(
+        spec.src,
+        peft_out_proj=spec.peft_out_proj,
+        text_layers=spec.text_layers,
+        vision_layers=spec.vision_layers,
+    )
+    log.info("read %s", _describe(adapter, detect(spec.src)))
+    if spec.model is not None:
+        adapter = _with_base(adapter, spec.model, spec.pretrained)
+    base_state = None
+    if adapter.needs_base or spec.to == "guide-full":
+        clip = _base_of(adapter, given=spec.model is not None)
+        adapter, base_state = in_terms_of(clip, adapter), clip.model.state_dict()
+    written = write_any(
+        adapter,
+        spec.out,
+        spec.to,
+        base_state_dict=base_state,
+        text_layers=spec.text_layers,
+        vision_layers=spec.vision_layers,
+        overwrite=spec.overwrite,
+    )
+    size = size_on_disk(written)
+    log.info("wrote %s: %s, %s bytes (%.1f MB)", spec.to, written, f"{size:,}", size / 1e6)
+    if adapter.logit_scale is not None and spec.to in ("guide", "clip-lora"):
+        log.info(
+            "its trained temperature is in that file for clipgraft alone; %s has no place for it", spec.to
+        )
+
+
+def _describe(adapter: AdapterFile, kind: str) -> str:
+    """Format, number of sites, ranks, scales and base in one line."""
+    ranks = sorted({a.shape[0] for a, _ in adapter.weights.values()})
+    scales = sorted(set(adapter.scales.values()))
+    base = " / ".join(part for key in ("name", "pretrained") if (part := adapter.base.get(key)))
+    return (
+        f"{kind}: {adapter.path}, {len(adapter.weights)} sites, rank {_span(ranks)}, scale {_span(scales)}, "
+        f"base {base or 'not named'}"
+    )
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _with_base(adapter: AdapterFile, model: str, pretrained: str | None) -> AdapterFile:
+    """An adapter with its base named by `--model` and `--pretrained`."""
+    return replace(adapter, base={**adapter.base, "name": model, "pretrained": pretrained or ""})
+
+
+def _base_of(adapter: AdapterFile, force: bool = False, *, given: bool = False) -> Clip:
+    """The base that an adapter names, or that the user has `given`, in fp32 on the CPU.
+
+    Raises:
+        AdapterError: it names none, or what it names is another base and that is not `force`d.
+    """
+    from clipgraft.adapters.open import load, tell_base
+    from clipgraft.lora.state import lora_state
+
+    name = adapter.base.get("name")
+    if not name:
+        raise AdapterError(
+            f"{adapter.path} does not name its base, whose weights are needed: pass --model and --pretrained"
+        )
+    if not given:
+        tell_base(name, adapter.base.get("pretrained"), f"the adapter {adapter.path}")
+    clip = load(name, adapter.base.get("pretrained") or None)
+    if lora_state(clip) is not None:
+        raise AdapterError(f"--model {name} is an adapter on its base, and no base itself: name that")
+    if not force and adapter.fingerprint not in (None, clip.fingerprint):
+        raise AdapterError(
+            f"{adapter.path} was made for a base with fingerprint {adapter.fingerprint}, but {name} has "
+            f"{clip.fingerprint}: pass --model and --pretrained of its own base"
+        )
+    return clip
 
 
 def _report(path: Path, form: str) -> None:

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.tools import ProfileFlags
 from clipgraft.cli.parser import parse
-from clipgraft.errors import ConfigError
+from clipgraft.errors import ConfigError, together
 from clipgraft.text_tables import terminal_width
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
+    from clipgraft.models.meta import ModelConfig
     from clipgraft.profile.forward import ClipProfile
+    from clipgraft.profile.llava import LlavaProfile, LlavaTokens
     from clipgraft.profile.measure import Measurement
     from clipgraft.profile.training import TrainingCost
     from clipgraft.text_tables import Table
 
 _IMAGE_SIZE = {"transformers": "vision_config.image_size", "open_clip": "vision_cfg.image_size"}
 _SUMMARY = "Show what a model costs to run and to train. Weights are neither needed nor loaded."
+_OF_CLIP = ("targets", "lora_r", "batch_size", "adapter", "measure", "device", "precision", "pretrained")
+_LLAVA_COUNTS = ("crops", "language_tokens", "logits")
+_LLAVA_IMAGE, _LLAVA_TEXT_TOKENS = (480, 640), 64
 _TRAINED = ("text-attention", "vision-attention", "attention", "all-linear", "all")
 
 
@@ -35,21 +40,20 @@ class Report:
     measured: Measurement | None
 
 
-def run(argv: Sequence[str]) -> None:
+def run_profile(argv: Sequence[str]) -> None:
     """Parse, profile, measure if asked to, print."""
     (spec,) = parse("profile", _SUMMARY, [ProfileFlags], argv)
     spec = _apart(spec)
-    from clipgraft.cli.profile_llava import is_llava, show_llava
     from clipgraft.models.meta import read_model_config
     from clipgraft.profile.forward import costs
     from clipgraft.profile.training import training_costs
     from clipgraft.results import plain
 
     config = read_model_config(spec.model, spec.set, spec.pretrained)
-    if is_llava(config):
-        show_llava(config, spec)
+    if _is_llava(config):
+        _show_llava(config, spec)
         return
-    if given := sorted(spec.model_fields_set & {"crops", "language_tokens", "logits"}):
+    if given := sorted(spec.model_fields_set & set(_LLAVA_COUNTS)):
         raise ConfigError(f"{', '.join(map(flag, given))}: of LLaVA-NeXT alone, and {spec.model} is none")
     clip = _model(spec, "meta")
     batch, length = spec.batch_size, spec.text_tokens
@@ -143,3 +147,85 @@ def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
     if spec.format == "markdown":
         return [f"# {head}", f"## modules\n\n```text\n{tree}\n```", *(t.markdown() for t in tables)]
     return [head, tree, *(table.text(terminal_width()) for table in tables)]
+
+
+def _is_llava(config: ModelConfig) -> bool:
+    """Whether a configuration is of LLaVA-NeXT."""
+    from clipgraft.profile.llava import MODEL_TYPE
+
+    return config.values.get("model_type") == MODEL_TYPE
+
+
+def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
+    """Profile and print.
+
+    Raises:
+        ConfigError: flags that are of CLIP alone, or counts that are not complete.
+        ModelError: no model can be built from the configuration.
+    """
+    from clipgraft.profile.llava import llava_costs, llava_on_meta
+    from clipgraft.profile.tables import llava_table
+    from clipgraft.profile.tree import cost_tree
+    from clipgraft.results import plain
+
+    tokens = _llava_tokens(spec)
+    model = llava_on_meta(config.values)
+    profile = llava_costs(
+        model,
+        image_size=spec.image_size or _LLAVA_IMAGE,
+        text_tokens=spec.text_tokens or _LLAVA_TEXT_TOKENS,
+        tokens=tokens,
+    )
+    if spec.format == "json":
+        document = plain(profile, without=frozenset({"trace"}))
+        document["layers"] = plain(profile.trace.layers)
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    head, tree, table = (
+        _llava_head(config.name, profile),
+        cost_tree(model, profile.trace, spec.depth),
+        llava_table(profile),
+    )
+    if spec.format == "markdown":
+        print("\n\n".join([f"# {head}", f"```text\n{tree}\n```", table.markdown()]))
+    else:
+        print("\n\n".join([head, tree, table.text(terminal_width())]))
+
+
+def _llava_tokens(spec: ProfileFlags) -> LlavaTokens | None:
+    """The counts that were given, if any."""
+    from clipgraft.profile.llava import LlavaTokens
+
+    given = spec.model_fields_set
+    faults = [
+        f"{flag(name)}: of CLIP alone, and {spec.model} is LLaVA-NeXT" for name in _OF_CLIP if name in given
+    ]
+    counts = [name for name in _LLAVA_COUNTS if name in given]
+    missing = [name for name in _LLAVA_COUNTS if name not in given]
+    if counts and missing:
+        faults.append(
+            f"{', '.join(map(flag, counts))} given without {', '.join(map(flag, missing))}: give all"
+        )
+    faults += [
+        f"{flag(name)} and {flag(counts[0])} both say how much runs: give one of them"
+        for name in ("image_size", "text_tokens")
+        if counts and name in given
+    ]
+    if faults:
+        raise together(faults)
+    if spec.crops is None or spec.language_tokens is None or spec.logits is None:
+        return None
+    return LlavaTokens(spec.crops, spec.language_tokens, spec.logits)
+
+
+def _llava_head(name: str, profile: LlavaProfile) -> str:
+    tokens = profile.tokens
+    source = ""
+    if profile.image_size is not None:
+        source = "an image of {}x{}: ".format(*profile.image_size)
+    return (
+        f"{name}: {profile.trace.total.parameters:,} weights, {profile.weight_bytes / 1e9:.2f} GB "
+        f"({profile.weight_bytes / 2**30:.2f} GiB) in {profile.dtype}\n"
+        f"{source}{tokens.crops:,} crops, {tokens.language:,} tokens of the language model, "
+        f"{tokens.logits:,} of them with logits"
+    )

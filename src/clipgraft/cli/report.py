@@ -23,7 +23,7 @@ log = logging.getLogger("clipgraft")
 _SUMMARY = "Put runs and sweeps on one HTML page: table, curves, retrieved images, what was forgotten."
 
 
-def run(argv: Sequence[str]) -> None:
+def run_report(argv: Sequence[str]) -> None:
     """Parse, read, measure what is not known yet, and write the page."""
     kinds: list[type[Options]] = [ReportFlags, ColumnFlags, PromptFlags, CacheFlags]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)

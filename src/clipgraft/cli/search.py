@@ -1,4 +1,4 @@
-"""`clipgraft search`."""
+"""`clipgraft index` and `clipgraft search`: find vectors of an encoded folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgraft.cli.flags.search import SearchFlags
+from clipgraft.cli import checks
+from clipgraft.cli.flags.search import IndexFlags, SearchFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 from clipgraft.ours import refuse_foreign
@@ -23,13 +24,30 @@ if TYPE_CHECKING:
     from clipgraft.search.manifest import Manifest, VectorSet
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Find encoded images or texts by text, by image, or by both."
+_INDEX = "Build a FAISS index over the vectors of an encoded folder, beside them."
+_SEARCH = "Find encoded images or texts by text, by image, or by both."
 _CAPTION = 60  # characters of a caption in the table
 
 
-def run(argv: Sequence[str]) -> None:
+def run_index(argv: Sequence[str]) -> None:
+    """Parse, build, and print how much the index finds."""
+    (spec,) = parse("index", _INDEX, [IndexFlags], argv)
+    if spec.out.is_dir():
+        checks.refuse(checks.output_faults("OUT", spec.out, folder=True))
+    from clipgraft.search.index import build_index
+
+    for place, record in build_index(spec.out, spec.factory):
+        if record.recall is None:
+            found = "exact"
+        else:
+            found = f"recall@10 {record.recall:.3f} of exact search on stored vectors"
+            found += "".join(f", {name} {value}" for name, value in (record.settings or {}).items())
+        log.info("%s: %s, %s vectors of %d, %s", place, record.factory, f"{record.rows:,}", record.dim, found)
+
+
+def run_search(argv: Sequence[str]) -> None:
     """Parse, load the base that the folder names, search, and print the results."""
-    (spec,) = parse("search", _SUMMARY, [SearchFlags], argv)
+    (spec,) = parse("search", _SEARCH, [SearchFlags], argv)
     faults = []
     if spec.text is None and spec.image is None:
         faults.append('nothing to search for: give a text in quotes, "a red shoe", or --image, or both')

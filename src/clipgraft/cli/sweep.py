@@ -27,7 +27,7 @@ log = logging.getLogger("clipgraft")
 _SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
 
 
-def run(argv: Sequence[str]) -> None:
+def run_sweep(argv: Sequence[str]) -> None:
     """Parse, run the cells that are not finished, and write the table."""
     kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassTrainFlags, SweepFlags, TrainArgs]
     specs = parse("sweep", _SUMMARY, kinds, argv)

@@ -36,7 +36,7 @@ log = logging.getLogger("clipgraft")
 _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images with captions."
 
 
-def run(argv: Sequence[str]) -> None:
+def run_train(argv: Sequence[str]) -> None:
     """Parse, train, and say how to go on with a run that is interrupted; under torchrun in all processes."""
     run_together(_run, argv)
 
