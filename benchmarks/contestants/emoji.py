@@ -55,7 +55,7 @@ def by_peft(
 ) -> dict[str, Any]:
     """As many steps by transformers + PEFT, with the same batches, schedule and optimiser."""
     from clipgraft.models.load import EMOJI_BASE
-    from clipgraft.train.optim import make_schedule
+    from clipgraft.train.schedule import make_schedule
 
     model = load_model(EMOJI_BASE, _folder(train) / "adapter", bf16=False, attention=attention)
     rows = read_table(_folder(train) / f"train.{_LANGUAGE}.csv")

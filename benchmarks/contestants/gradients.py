@@ -16,7 +16,7 @@ from benchmarks.prepare import HF_BASE, LORA
 def compare(table: str, rows: int) -> dict[str, Any]:
     """The largest difference, relative to the largest gradient of the same matrix."""
     import clipgraft as cg
-    from clipgraft.train.objective import contrastive_loss
+    from clipgraft.train.negatives import contrastive_loss
 
     clip = load()
     cg.apply_lora(clip, **LORA, dropout=0.0, targets="attention")

@@ -17,7 +17,7 @@ import clipgraft as cg
 from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.guide_format import guide_adapter, read_guide, write_guide, write_guide_full
 from clipgraft.models.clip import as_clip
-from clipgraft.train.saving import Saver
+from clipgraft.train.run_folder import Saver
 from damaged_values import damaged, read_or_one_line
 from explicit_lora import explicit_model, features, inputs, largest, randomise_lora
 from guide_lora import apply_guide, deltas, updates_of

@@ -27,23 +27,23 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.train import fit as fit_module
-from clipgraft.train.accumulate import contrastive_backward
 from clipgraft.train.distill import distill
-from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.distributed import ALONE, World
+from clipgraft.train.feature_sources import LiveImages, LiveTexts
 from clipgraft.train.feed import Feed, everywhere
 from clipgraft.train.fit_classes import fit_classifier
-from clipgraft.train.joining import joined
+from clipgraft.train.gradient_cache import contrastive_backward
+from clipgraft.train.interrupt import Interrupted
+from clipgraft.train.launch import joined
 from clipgraft.train.loop import Loop
 from clipgraft.train.objectives import Contrastive
-from clipgraft.train.stop import Interrupted
-from clipgraft.train.towers import LiveImages, LiveTexts
 
 PAIRS_IN_A_STEP = 8
 BOTH = "text.*.q,v,fc1,vision.*.q,v,fc1"
 SETTINGS: dict[str, Any] = {"epochs": 2, "lr": 1e-3, "warmup": 0, "workers": 0, "progress": False}
 CLASSES = ("even", "odd", "third")
 PROMPTS = (("an even picture", "even"), ("an odd picture",), ("a third picture", "the third"))
-Case = Callable[[Clip, Path, Path, Peers], object]
+Case = Callable[[Clip, Path, Path, World], object]
 
 
 def with_adapters(clip: Clip, targets: str, **options: Any) -> Clip:
@@ -56,13 +56,13 @@ def with_adapters(clip: Clip, targets: str, **options: Any) -> Clip:
     return clip
 
 
-def step(peers: Peers, accum_freq: int = 1) -> dict[str, int]:
+def step(world: World, accum_freq: int = 1) -> dict[str, int]:
     """Choose the batch size that gives a step the same number of pairs in any number of processes."""
-    return {"batch_size": PAIRS_IN_A_STEP // peers.size // accum_freq, "accum_freq": accum_freq}
+    return {"batch_size": PAIRS_IN_A_STEP // world.world_size // accum_freq, "accum_freq": accum_freq}
 
 
 def on_pairs(
-    clip: Clip, table: Path, out: Path, peers: Peers, *, targets: str | None, accum_freq: int = 1, **more: Any
+    clip: Clip, table: Path, out: Path, world: World, *, targets: str | None, accum_freq: int = 1, **more: Any
 ) -> object:
     """Run `fit`; without targets all weights train."""
     if targets is not None:
@@ -70,11 +70,11 @@ def on_pairs(
     if more.pop("cached", False):
         more["cache"] = FeatureCache(out.parent / f"cache-{out.name}")
     pairs = cg.read_pairs(table)[0]
-    return cg.fit(clip, pairs, pairs, out=out, peers=peers, **SETTINGS, **step(peers, accum_freq), **more)
+    return cg.fit(clip, pairs, pairs, out=out, world=world, **SETTINGS, **step(world, accum_freq), **more)
 
 
 def on_classes(
-    clip: Clip, table: Path, out: Path, peers: Peers, *, targets: str | None, head: Any = "prompts"
+    clip: Clip, table: Path, out: Path, world: World, *, targets: str | None, head: Any = "prompts"
 ) -> object:
     """Run `fit_classifier` on classes of unequal size and weight; without targets the head alone trains."""
     options: dict[str, Any] = {"weights": [1.0, 2.0, 4.0], "head": head}
@@ -85,18 +85,18 @@ def on_classes(
         with_adapters(clip, targets, train_logit_scale=head == "prompts")
     images = cg.read_pairs(table)[0].images
     data = Labelled(images, tuple(index % 5 % 3 for index in range(len(images))), CLASSES)
-    options |= {**SETTINGS, **step(peers)}
-    return fit_classifier(clip, data, data, prompts=PROMPTS, out=out, peers=peers, **options)
+    options |= {**SETTINGS, **step(world)}
+    return fit_classifier(clip, data, data, prompts=PROMPTS, out=out, world=world, **options)
 
 
-def from_teacher(clip: Clip, table: Path, out: Path, peers: Peers) -> object:
+def from_teacher(clip: Clip, table: Path, out: Path, world: World) -> object:
     """Run `distill` from a teacher that differs from the student."""
     teacher = load(clip.source.name, "none")
     with torch.no_grad():
         for parameter in teacher.model.parameters():
             parameter.mul_(1.1)
     pairs = cg.read_pairs(table)[0]
-    return distill(with_adapters(clip, BOTH), teacher, pairs, out=out, peers=peers, **SETTINGS, **step(peers))
+    return distill(with_adapters(clip, BOTH), teacher, pairs, out=out, world=world, **SETTINGS, **step(world))
 
 
 CASES: dict[str, Case] = {
@@ -118,27 +118,27 @@ QUICK = ("text tower", "crops", "prompts")
 DROPPING = {"targets": BOTH, "lora": {"dropout": 0.3}, "augment": True, "accum_freq": 2}
 
 
-def gradients(clip: Clip, table: Path, peers: Peers, accum_freq: int) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(clip: Clip, table: Path, world: World, accum_freq: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute loss and gradients of one step in fp64."""
     with_adapters(clip, BOTH).train().model.double()
     clip.logit_scale.data = clip.logit_scale.data.double()
     pairs, encoder = cg.read_pairs(table)[0], Encoder(clip)
-    size = step(peers, accum_freq)
-    feed = Feed(pairs, size["batch_size"], accum_freq, 0, clip.require_preprocess(), 0, peers)
+    size = step(world, accum_freq)
+    feed = Feed(pairs, size["batch_size"], accum_freq, 0, clip.require_preprocess(), 0, world)
     batch = next(feed.batches(0, 1))
     objective = Contrastive(clip, LiveImages(encoder), LiveTexts(encoder, feed.captions))
-    loss = contrastive_backward(objective.parts(batch), objective.loss(everywhere(batch, peers)), peers)
-    peers.sum_gradients(list(clip.model.parameters()))
+    loss = contrastive_backward(objective.parts(batch), objective.loss(everywhere(batch, world)), world)
+    world.sum_gradients(list(clip.model.parameters()))
     return loss, {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}
 
 
 @contextlib.contextmanager
-def asked_to_stop(peers: Peers, rank: int, at: int) -> Iterator[None]:
+def asked_to_stop(world: World, rank: int, at: int) -> Iterator[None]:
     """Send SIGTERM to one rank alone in step `at`, and expect Interrupted in all."""
     real = Loop._step
 
     def stepping(self: Loop, batch: Any, number: int) -> Any:
-        if peers.rank == rank and number == at:
+        if world.rank == rank and number == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, batch, number)
 
@@ -151,9 +151,9 @@ def asked_to_stop(peers: Peers, rank: int, at: int) -> Iterator[None]:
     raise AssertionError("was not interrupted")
 
 
-def run_case(name: str, config: Path, table: Path, out: Path, peers: Peers = ALONE) -> None:
+def run_case(name: str, config: Path, table: Path, out: Path, world: World = ALONE) -> None:
     """Train as a case says, into `out / name`."""
-    CASES[name](load(str(config), "none"), table, out / name, peers)
+    CASES[name](load(str(config), "none"), table, out / name, world)
 
 
 def main(config: Path, table: Path, out: Path, *names: str) -> None:
@@ -169,21 +169,21 @@ def main(config: Path, table: Path, out: Path, *names: str) -> None:
     def fresh() -> Clip:
         return load(str(config), "none")
 
-    with joined() as peers:
+    with joined() as world:
         for accum_freq in (1, 2):
-            found = gradients(fresh(), table, peers, accum_freq)
-            torch.save(found, out / f"gradients-{accum_freq}-{peers.rank}.pt")
+            found = gradients(fresh(), table, world, accum_freq)
+            torch.save(found, out / f"gradients-{accum_freq}-{world.rank}.pt")
         for name in names:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(fit_module, "encode_images", counted)
                 shares.clear()
-                run_case(name, config, table, out, peers)
-            (out / f"shares-{name}-{peers.rank}.json").write_text(json.dumps(shares))
-        on_pairs(fresh(), table, out / "whole", peers, **DROPPING)
+                run_case(name, config, table, out, world)
+            (out / f"shares-{name}-{world.rank}.json").write_text(json.dumps(shares))
+        on_pairs(fresh(), table, out / "whole", world, **DROPPING)
         for target, case in (("resumed", DROPPING), ("left", {"targets": BOTH})):
-            with asked_to_stop(peers, 1, 4):
-                on_pairs(fresh(), table, out / target, peers, **case)
-        on_pairs(fresh(), table, out / "resumed", peers, resume=True, **DROPPING)
+            with asked_to_stop(world, 1, 4):
+                on_pairs(fresh(), table, out / target, world, **case)
+        on_pairs(fresh(), table, out / "resumed", world, resume=True, **DROPPING)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _step = Loop._step
 
 
 def failing(self: Loop, batch: Any, number: int) -> Any:
-    if (self.peers.rank, number) == (RANK, STEP):
+    if (self.world.rank, number) == (RANK, STEP):
         if HOW == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif HOW == "error":

@@ -20,9 +20,9 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.train import activations
 from clipgraft.train.activations import first_trained_block
+from clipgraft.train.feature_sources import LiveImages, PartlyFixedImages
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.inputs import Inputs, prepare_inputs
-from clipgraft.train.towers import LiveImages, PartlyFixedImages
 from explicit_lora import randomise_lora
 
 MakeClip = Callable[[], Clip]

@@ -20,9 +20,9 @@ from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.models.clip import Clip, family_of
 from clipgraft.train import distill as distill_module
-from clipgraft.train.accumulate import Encode, Loss
 from clipgraft.train.agreement import Distilled, Teacher, Weights, feature_distance, similarity_divergence
 from clipgraft.train.feed import MicroBatch
+from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.loop import Loop
 
 Distil = Callable[..., cg.train.FitResult]

@@ -22,7 +22,7 @@ import clipgraft as cg
 import distributed_runs
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
-from clipgraft.train.distributed import ALONE, Peers, in_shares
+from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feed import Feed, MicroBatch
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -164,7 +164,7 @@ def test_one_process_goes_on_where_two_stopped(
 @given(count=st.integers(0, 50), size=st.integers(1, 9))
 def test_shares_are_a_partition(count: int, size: int) -> None:
     """An image would be encoded twice, or not at all, and metrics be those of other data."""
-    parts = [range(count)[Peers(rank, size).share(count)] for rank in range(size)]
+    parts = [range(count)[World(rank, size).share(count)] for rank in range(size)]
     assert [item for part in parts for item in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert len(parts[0]) == max(map(len, parts)), "rank 0 has work as soon as anyone has"
@@ -175,7 +175,7 @@ def test_processes_share_each_batch_of_one(pixels: bool, pairs: cg.Pairs, clip: 
     """Two processes would see a pair twice and others never, or other negatives than one process."""
     transform = clip.require_preprocess() if pixels else None
     whole = Feed(pairs, 8, 1, 3, transform, 0)
-    parts = [Feed(pairs, 2, 2, 3, transform, 0, Peers(rank, 2)) for rank in (0, 1)]
+    parts = [Feed(pairs, 2, 2, 3, transform, 0, World(rank, 2)) for rank in (0, 1)]
     for start in (0, 1):
         batches = zip(whole.batches(1, start), *(part.batches(1, start) for part in parts), strict=True)
         for (one,), *shares in batches:
@@ -192,8 +192,8 @@ def test_too_few_pairs_for_all_processes(pairs: cg.Pairs) -> None:
     with pytest.raises(
         cg.errors.DataError, match=r"--batch-size 9 x 3 processes: use --batch-size 8 or less"
     ):
-        Feed(pairs, 9, 1, 0, None, 0, Peers(0, 3))
-    assert Feed(pairs, 8, 1, 0, None, 0, Peers(0, 3)).steps == 1
+        Feed(pairs, 9, 1, 0, None, 0, World(0, 3))
+    assert Feed(pairs, 8, 1, 0, None, 0, World(0, 3)).steps == 1
 
 
 def test_alone_nothing_is_copied_or_sent() -> None:
@@ -201,7 +201,7 @@ def test_alone_nothing_is_copied_or_sent() -> None:
     rows = torch.arange(6.0).view(3, 2)
     assert in_shares(ALONE, [1, 2, 3], lambda items: rows) is rows
     assert ALONE.gather(rows) == [(rows,)]
-    assert ALONE.at_root(lambda: 3) == 3
+    assert ALONE.on_rank0(lambda: 3) == 3
     assert (ALONE.any(True), ALONE.any(False)) == (True, False)
     before = torch.get_rng_state()
     ALONE.reseed(0, 1)
@@ -214,9 +214,9 @@ def test_streams_of_other_processes_differ() -> None:
     """Processes that drop the same weights at the same step would see less than they could."""
     drawn = set()
     for rank, step in ((1, 1), (2, 1), (1, 2)):
-        Peers(rank, 3).reseed(0, step)
+        World(rank, 3).reseed(0, step)
         drawn.add(torch.rand(1).item())
-    Peers(1, 3).reseed(0, 1)
+    World(1, 3).reseed(0, 1)
     assert len(drawn) == 3
     assert torch.rand(1).item() in drawn
 
@@ -302,13 +302,13 @@ def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         {"data": "a1", "lora": None, "device": "cpu", "teacher": "x"},
     ]
 
-    def gather(_: Peers, __: str, box: list[object], own: dict[str, str]) -> None:
+    def gather(_: World, __: str, box: list[object], own: dict[str, str]) -> None:
         box[:] = [{name: str(value) for name, value in values.items() if name in own} for values in theirs]
 
-    monkeypatch.setattr(Peers, "_call", gather)
-    Peers(1, 4).require_same({"device": "cuda:1"})
+    monkeypatch.setattr(World, "_call", gather)
+    World(1, 4).require_same({"device": "cuda:1"})
     with pytest.raises(cg.errors.ConfigError) as caught:
-        Peers(1, 4).require_same({**theirs[1], "teacher": None})
+        World(1, 4).require_same({**theirs[1], "teacher": None})
     assert "rank 2 has data b2, not a1; rank 3 has lora None, not {'r': 4}; teacher x, not nothing" in str(
         caught.value
     )

@@ -16,9 +16,9 @@ import clipgraft as cg
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
+from clipgraft.train.feature_sources import trains
 from clipgraft.train.fit import FitResult
 from clipgraft.train.inputs import prepare_inputs
-from clipgraft.train.towers import trains
 
 MakeClip = Callable[[], Clip]
 
@@ -333,7 +333,9 @@ def test_options_are_checked_all_at_once(clip: Clip, pairs: cg.Pairs, tmp_path: 
         fit(clip, pairs, tmp_path / "run", lr=-1, epochs="many", batchsize=3)
     told = str(caught.value).splitlines()
     assert len(told) == 3
-    assert [line.split(":")[0] for line in told] == ["--batchsize", "--epochs", "--lr"]
+    assert [line.split(": ")[:2] for line in told] == [
+        ["TrainArgs", name] for name in ("epochs", "lr", "batchsize")
+    ]
 
 
 def test_no_bar_is_drawn_into_a_log_file(

@@ -16,8 +16,7 @@ from torch import Tensor
 
 import clipgraft as cg
 from clipgraft.models.clip import Clip
-from clipgraft.train.negatives import Gallery, pair_loss, partners_of
-from clipgraft.train.objective import contrastive_loss, one_way_losses
+from clipgraft.train.negatives import Gallery, contrastive_loss, one_way_losses, pair_loss, partners_of
 
 
 def naive(

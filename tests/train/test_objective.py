@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from open_clip.loss import ClipLoss
 
-from clipgraft.train.objective import contrastive_loss, false_negatives
+from clipgraft.train.negatives import contrastive_loss, false_negatives
 
 
 def naive_loss(

@@ -21,8 +21,7 @@ from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.models import device
 from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
-from clipgraft.train.run_folder import RunFolder
-from clipgraft.train.saving import Saver
+from clipgraft.train.run_folder import RunFolder, Saver
 from clipgraft.train.validation import Validation
 from run_comparison import dies_at, differences, events, run_contents
 

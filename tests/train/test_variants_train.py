@@ -10,7 +10,7 @@ import torch
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
-from clipgraft.train.optim import make_optimizer, set_lr
+from clipgraft.train.optimizer import make_optimizer, set_lr
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},

@@ -228,8 +228,8 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
     """Flags that do not fit the checkpoint to go on from."""
     from clipgraft.cli.common import train_options
     from clipgraft.train.checkpoint import recorded_parts, recorded_settings
-    from clipgraft.train.parts import plan_epochs
     from clipgraft.train.run_folder import latest_checkpoint
+    from clipgraft.train.schedule import plan_epochs
 
     latest = latest_checkpoint(folder)
     if where.resume is None or not latest.exists():

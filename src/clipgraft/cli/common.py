@@ -18,7 +18,7 @@ from clipgraft.errors import ConfigError, ModelError
 from clipgraft.models.clip import Clip
 from clipgraft.report.results import RESULTS, write_results
 from clipgraft.train.args import TrainArgs
-from clipgraft.train.distributed import Peers
+from clipgraft.train.distributed import World
 
 log = logging.getLogger("clipgraft")
 
@@ -31,29 +31,29 @@ def load_model(spec: ModelFlags) -> Clip:
     return clip
 
 
-def load_own_model(spec: ModelFlags, peers: Peers) -> Clip:
+def load_own_model(spec: ModelFlags, world: World) -> Clip:
     """The base of a command for one of several processes, each of which has a GPU of its own."""
-    return load_model(spec.model_copy(update={"device": own_device(spec.device, peers)}))
+    return load_model(spec.model_copy(update={"device": own_device(spec.device, world)}))
 
 
-def own_device(name: str, peers: Peers) -> str:
+def own_device(name: str, world: World) -> str:
     """The device of a process: with several, the GPU with its number on this machine, for `auto` and `cuda`.
 
     Raises:
         ConfigError: one GPU is named for all processes, or there are more processes than GPUs.
     """
     gpus = torch.cuda.device_count()
-    if peers.alone or name == "cpu" or (name == "auto" and not gpus):
+    if world.alone or name == "cpu" or (name == "auto" and not gpus):
         return name
     if name not in ("auto", "cuda"):
         raise ConfigError(f"--device {name}: every process has a GPU of its own; use --device auto, or cpu")
-    if peers.local_rank >= gpus:
+    if world.local_rank >= gpus:
         raise ConfigError(
-            f"--nproc-per-node {peers.local_rank + 1} or more, but torch sees {gpus} GPU{'s' * (gpus != 1)} "
+            f"--nproc-per-node {world.local_rank + 1} or more, but torch sees {gpus} GPU{'s' * (gpus != 1)} "
             "here: start one process for each, or use --device cpu"
         )
-    torch.cuda.set_device(peers.local_rank)
-    return f"cuda:{peers.local_rank}"
+    torch.cuda.set_device(world.local_rank)
+    return f"cuda:{world.local_rank}"
 
 
 def name_after(path: Path, taken: Collection[str]) -> str:

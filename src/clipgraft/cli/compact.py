@@ -50,8 +50,8 @@ def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
     spec, teaching, table, _, device = specs
     from clipgraft.cli.common import load_model
     from clipgraft.compact.write import write_compact
+    from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines
-    from clipgraft.train.stop import Interrupted
 
     try:
         with early_lines():

@@ -154,8 +154,8 @@ def _run(job: Job) -> CellResult:
     from clipgraft.cli.sweep_work import work_of
     from clipgraft.models.device import peak_memory
     from clipgraft.train.grid import CellResult
+    from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines, started
-    from clipgraft.train.stop import Interrupted
 
     cell, (model_spec, _, _, sweep, train) = job.cell, job.specs
     with plain_output(), early_lines():

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgraft.train.several import several
+from clipgraft.train.launch import several
 
 if TYPE_CHECKING:
-    from clipgraft.train.distributed import Peers
+    from clipgraft.train.distributed import World
 
 log = logging.getLogger("clipgraft")
-Command = Callable[[Sequence[str], "Peers | None"], None]
+Command = Callable[[Sequence[str], "World | None"], None]
 
 
 def run_together(command: Command, argv: Sequence[str]) -> None:
@@ -27,10 +27,10 @@ def run_together(command: Command, argv: Sequence[str]) -> None:
     if not several():
         command(argv, None)
         return
-    from clipgraft.train.joining import joined
+    from clipgraft.train.launch import joined
 
-    with joined() as peers, contextlib.nullcontext() if peers.root else _silence():
-        command(argv, peers)
+    with joined() as world, contextlib.nullcontext() if world.is_rank0 else _silence():
+        command(argv, world)
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str:

@@ -30,7 +30,7 @@ from clipgraft.train.args import TrainArgs
 if TYPE_CHECKING:
     from clipgraft.data.pairs import Pairs
     from clipgraft.models.clip import Clip
-    from clipgraft.train.distributed import Peers
+    from clipgraft.train.distributed import World
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images with captions."
@@ -41,7 +41,7 @@ def run_train(argv: Sequence[str]) -> None:
     run_together(_run, argv)
 
 
-def _run(argv: Sequence[str], several: Peers | None) -> None:
+def _run(argv: Sequence[str], several: World | None) -> None:
     kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RunFlags]
     specs = parse("train", _SUMMARY, kinds, argv)
     _, data, classes, lora, train, where = specs
@@ -54,30 +54,30 @@ def _run(argv: Sequence[str], several: Peers | None) -> None:
     specs = [model_spec, data, classes, lora, train, where]
     checks.refuse([*faults, *cheap_faults(specs, several)])
     from clipgraft.train.distributed import ALONE
+    from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines, refuse_used
-    from clipgraft.train.stop import Interrupted
 
     def choose_folder() -> Path:
         chosen: Path = where.logs / (where.name or default_name(model_spec, lora, train))
         refuse_used(chosen, where.resume is not None)
         return chosen
 
-    peers = several or ALONE
-    peers.require_same({name: value for spec in specs for name, value in spec.model_dump().items()})
-    folder = peers.at_root(choose_folder)
+    world = several or ALONE
+    world.require_same({name: value for spec in specs for name, value in spec.model_dump().items()})
+    folder = world.on_rank0(choose_folder)
     go_on = f"go on with: {continuation(argv, where.name or folder.name)}"
-    peers.advise(go_on)
+    world.advise(go_on)
     try:
         with early_lines():
             if classes.task == "classification":
-                train_classifier(specs, folder, peers)
+                train_classifier(specs, folder, world)
             else:
-                train_model(specs, folder, peers)
+                train_model(specs, folder, world)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; {go_on}") from None
 
 
-def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
+def train_model(specs: Sequence[Any], folder: Path, world: World) -> None:
     """Load what the specs name, and train it into `folder`; rank 0 reads the tables."""
     from clipgraft.cli.common import fit_options, hand_over, load_own_model
     from clipgraft.cli.read_data import read_table
@@ -85,10 +85,10 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     from clipgraft.train.fit import fit
 
     model_spec, data, _, lora, train, where = specs
-    clip = load_own_model(model_spec, peers)
+    clip = load_own_model(model_spec, world)
 
     def read(path: Path, spec: DataFlags, what: str) -> Pairs:
-        return peers.at_root(lambda: read_table(clip, path, spec, what))
+        return world.on_rank0(lambda: read_table(clip, path, spec, what))
 
     train_pairs = read(data.train_data, data, "training data")
     val_spec = data.for_validation()
@@ -96,20 +96,20 @@ def train_model(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     pairs = sum(len(captions) for captions in train_pairs.captions)
     if lora.use_lora:
         graft(clip, lora, where, train.seed, lambda: auto_rank(pairs, "retrieval"))
-    announce(clip, pairs, "pairs", train, peers.size)
+    announce(clip, pairs, "pairs", train, world.world_size)
     done = fit(
         clip,
         train_pairs,
         val_pairs,
         out=folder,
-        peers=peers,
+        world=world,
         **fit_options(specs),
     )
-    if peers.root:
+    if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
 
 
-def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
+def train_classifier(specs: Sequence[Any], folder: Path, world: World) -> None:
     """Load what the specs name, and train it into `folder` to tell classes apart; rank 0 reads the data."""
     from clipgraft.cli.common import fit_options, hand_over, load_own_model
     from clipgraft.cli.read_data import read_class_data
@@ -118,11 +118,11 @@ def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
     from clipgraft.train.fit_classes import fit_classifier
 
     model_spec, data, classes, lora, train, where = specs
-    clip = load_own_model(model_spec, peers)
-    read = peers.at_root(lambda: read_class_data(data, classes, train.seed))
+    clip = load_own_model(model_spec, world)
+    read = world.on_rank0(lambda: read_class_data(data, classes, train.seed))
     if lora.use_lora:
         graft(clip, lora, where, train.seed, lambda: auto_rank(len(read.train), "classification"))
-    announce(clip, len(read.train), "images", train, peers.size)
+    announce(clip, len(read.train), "images", train, world.world_size)
     done = fit_classifier(
         clip,
         read.train,
@@ -131,14 +131,14 @@ def train_classifier(specs: Sequence[Any], folder: Path, peers: Peers) -> None:
         out=folder,
         head=classes.head,
         weights=class_weights(read.train) if classes.class_weights else None,
-        peers=peers,
+        world=world,
         **fit_options(specs),
     )
-    if peers.root:
+    if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
 
 
-def cheap_faults(specs: Sequence[Any], several: Peers | None) -> list[str]:
+def cheap_faults(specs: Sequence[Any], several: World | None) -> list[str]:
     """What is wrong with paths, tables, model, targets, prompts, device and resume; no image is opened."""
     model_spec, data, classes, lora, train, where = specs
     name = where.name or default_name(model_spec, lora, train)
@@ -148,7 +148,7 @@ def cheap_faults(specs: Sequence[Any], several: Peers | None) -> list[str]:
         "--val-data", data.val_data, data.for_validation(), classes.for_validation()
     )
     if classes.task == "retrieval":
-        faults += checks.batch_faults(data.train_data, data, train, several.size if several else 1)
+        faults += checks.batch_faults(data.train_data, data, train, several.world_size if several else 1)
     faults += checks.prompt_faults(classes)
     if several is None:
         faults += checks.device_faults(model_spec.device)

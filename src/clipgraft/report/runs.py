@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 from clipgraft.adapters.run_folder import read_params
 from clipgraft.errors import CheckpointError, DataError
 from clipgraft.records import Finite, Whole, read_json
-from clipgraft.train.events import EVENTS, read_events
 from clipgraft.train.grid import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
+from clipgraft.train.run_folder import EVENTS, read_events
 from clipgraft.train.verdict import Verdict
 
 T = TypeVar("T")

@@ -22,8 +22,8 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import is_lora
-from clipgraft.train.distributed import ALONE, Peers, in_shares
-from clipgraft.train.towers import PartlyFixedImages
+from clipgraft.train.distributed import ALONE, World, in_shares
+from clipgraft.train.feature_sources import PartlyFixedImages
 
 log = logging.getLogger("clipgraft")
 _SHARE = 4
@@ -37,7 +37,7 @@ class Activations:
     Attributes:
         block: the first one that training changes.
         cache: where rows are kept; None for memory.
-        peers: processes that each compute a share of the rows, and all of which need all of them.
+        world: processes that each compute a share of the rows, and all of which need all of them.
     """
 
     encoder: Encoder
@@ -45,7 +45,7 @@ class Activations:
     block: int
     exact_preprocess: bool
     cache: FeatureCache | None = None
-    peers: Peers = ALONE
+    world: World = ALONE
 
     @property
     def stored(self) -> str:
@@ -67,12 +67,12 @@ class Activations:
 
     def _rows(self, workers: int, progress: Callable[[int], None]) -> StoredRows:
         some = partial(self._rows_of, workers=workers, progress=progress)
-        if self.peers.alone:
+        if self.world.alone:
             return some(self.images)
         if self.cache is None:
-            return rows_in_memory(in_shares(self.peers, self.images, lambda own: some(own).tensor()))
-        some(self.images[self.peers.share(len(self.images))] or self.images[:1])
-        self.peers.barrier()
+            return rows_in_memory(in_shares(self.world, self.images, lambda own: some(own).tensor()))
+        some(self.images[self.world.share(len(self.images))] or self.images[:1])
+        self.world.barrier()
         return self._rows_of(self.images, workers, lambda images: None)
 
     def _rows_of(self, images: Sequence[Path], workers: int, progress: Callable[[int], None]) -> StoredRows:
@@ -113,7 +113,7 @@ def plan_activations(
     *,
     cache: FeatureCache | None,
     exact_preprocess: bool,
-    peers: Peers = ALONE,
+    world: World = ALONE,
 ) -> Activations | None:
     """What to compute once before training the image tower; None if all of it must run at every step.
 
@@ -124,8 +124,8 @@ def plan_activations(
     block = first_trained_block(encoder.clip, blocks)
     if not 0 < block < blocks:
         return None
-    plan = Activations(encoder, images, block, exact_preprocess, peers=peers)
-    place = peers.at_root(lambda: _place(plan, cache, blocks))
+    plan = Activations(encoder, images, block, exact_preprocess, world=world)
+    place = world.on_rank0(lambda: _place(plan, cache, blocks))
     return None if place is None else replace(plan, cache=cache if place == "cache" else None)
 
 
@@ -140,7 +140,7 @@ def _place(plan: Activations, cache: FeatureCache | None, blocks: int) -> Litera
         log.info("%s: the input of that block is computed once, %s in the feature cache", below, size)
         return "cache"
     free = available_memory() or 0
-    if _SHARE * total * plan.peers.size <= free:
+    if _SHARE * total * plan.world.world_size <= free:
         log.info("%s: the input of that block is computed once, %s in memory (%s)", below, size, shortage)
         return "memory"
     log.info(

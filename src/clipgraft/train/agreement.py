@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.train.accumulate import Encode, Loss
 from clipgraft.train.feed import MicroBatch
+from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.objectives import Objective
 
 

@@ -20,14 +20,13 @@ from clipgraft.errors import ConfigError
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.train.agreement import Distilled, Teacher, Weights
-from clipgraft.train.distributed import ALONE, Peers, in_shares
+from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feed import Feed
 from clipgraft.train.fit import data_digest, evaluation, headline
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.learnable import require_contrast
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
-from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
     FitResult,
     Keeping,
@@ -37,6 +36,7 @@ from clipgraft.train.run import (
     common_settings,
     run_task,
 )
+from clipgraft.train.schedule import plan_epochs
 from clipgraft.train.starting import start_adapter
 
 log = logging.getLogger("clipgraft")
@@ -63,7 +63,7 @@ def distill(
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
-    peers: Peers = ALONE,
+    world: World = ALONE,
     **options: Any,
 ) -> FitResult:
     """Train a student, its adapter or all of it, on pairs and on what a teacher makes of them.
@@ -78,7 +78,7 @@ def distill(
         train, val, out, resume: as in `clipgraft.fit`.
         contrastive, feature, similarity: weights of the terms, 0 to leave one out.
         save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast: as in `clipgraft.fit`.
-        workers, progress, exact_preprocess, params, peers: as in `clipgraft.fit`.
+        workers, progress, exact_preprocess, params, world: as in `clipgraft.fit`.
         cache: where image features of the teacher, and of a student's frozen image tower, are kept.
         **options: fields of `clipgraft.train.args.TrainArgs`. With `augment` the student sees crops of images
             whose whole the teacher saw.
@@ -91,11 +91,11 @@ def distill(
     clip, parent, out = as_clip(student), as_clip(teacher), Path(out)
     weights = _checked(Weights(contrastive, feature, similarity))
     require_unmerged(clip, "train")
-    spec = plan_epochs(options, out, resume, peers)
+    spec = plan_epochs(options, out, resume, world)
     if not weights.feature and not weights.similarity:
         require_contrast(train)
     choose_trainable(clip, spec)
-    autocast = choose_autocast(autocast, clip, out, resume, peers)
+    autocast = choose_autocast(autocast, clip, out, resume, world)
 
     def prepare(encoder: Encoder) -> Task:
         start_adapter(clip, train, spec.seed)
@@ -113,7 +113,7 @@ def distill(
             cache=cache,
             cache_views=spec.cache_views,
             exact_preprocess=exact_preprocess,
-            peers=peers,
+            world=world,
         )
         log.info("the teacher encodes each image and caption once")
         teaching = Encoder(parent, autocast)
@@ -125,13 +125,13 @@ def distill(
             cache=cache,
             exact_preprocess=exact_preprocess,
         )
-        images = in_shares(peers, train.images, encode)
-        taught = _teacher(parent, teaching, images, inputs.feed, peers)
+        images = in_shares(world, train.images, encode)
+        taught = _teacher(parent, teaching, images, inputs.feed, world)
         if weights.feature:
             _check_sizes(clip, encoder, images)
         gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives)
         pairs = Contrastive(clip, inputs.images, inputs.texts, gallery)
-        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, peers)
+        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, world)
         return Task(inputs.feed, Distilled(pairs, taught, weights, clip.logit_scale), evaluate, headline)
 
     return run_task(
@@ -141,7 +141,7 @@ def distill(
         prepare,
         keeping=Keeping(save_frequency, val_frequency, save_lora_only, checkpoint_steps),
         settings={
-            **common_settings(clip, spec, autocast, exact_preprocess, peers),
+            **common_settings(clip, spec, autocast, exact_preprocess, world),
             "data": data_digest(train),
             "teacher": parent.fingerprint,
             "weights": asdict(weights),
@@ -150,7 +150,7 @@ def distill(
         resume=resume,
         progress=progress is not False,
         params=params or {},
-        peers=peers,
+        world=world,
     )
 
 
@@ -164,8 +164,8 @@ def _checked(weights: Weights) -> Weights:
     return weights
 
 
-def _teacher(parent: Clip, encoder: Encoder, images: Tensor, feed: Feed, peers: Peers) -> Teacher:
-    texts = in_shares(peers, feed.captions, partial(encode_captions, parent, encoder=encoder))
+def _teacher(parent: Clip, encoder: Encoder, images: Tensor, feed: Feed, world: World) -> Teacher:
+    texts = in_shares(world, feed.captions, partial(encode_captions, parent, encoder=encoder))
     return Teacher(images, texts, float(parent.logit_scale.detach()))
 
 

@@ -1,6 +1,6 @@
 """The processes of one run, and what they tell each other: rows, gradients, values, and when to stop.
 
-Each process is to a step what a micro-batch is to accumulation (`train.accumulate`): it computes features of
+A process is to a step what a micro-batch is to accumulation (`train.gradient_cache`): it computes features of
 its part of the batch, and carries their gradients on to the weights. The loss is computed where all features
 meet, at rank 0, so that random negatives are drawn once and weights that act on the loss alone, such as the
 temperature, get their gradient once. The sum over processes is then the gradient of the whole batch.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ConfigError
 from clipgraft.shown import shown_line
-from clipgraft.train.watch import Watch
+from clipgraft.train.heartbeat import Watch
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item", str, Path, int)
@@ -30,35 +30,35 @@ OWN = frozenset({"device", "workers", "feature_cache", "cache_gb", "progress"})
 
 
 @dataclass(frozen=True)
-class Peers:
-    """This process among those of its run; every method is for all of them to call, in the same order.
+class World:
+    """The processes of a run as one of them sees it; all of them call every method, in the same order.
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many there are.
+        world_size: how many there are.
         local_rank: number of this process on its machine, and of its GPU.
         watch: knows why another process is silent; None for one that is alone.
 
-    All methods raise PeerLostError where another process is gone.
+    All methods raise ProcessLostError where another process is gone.
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
     watch: Watch | None = None
 
     @property
     def alone(self) -> bool:
-        return self.size == 1
+        return self.world_size == 1
 
     @property
-    def root(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that computes the loss, and the only one that writes and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
         """This process's part of `count` items; in the order of ranks the parts are all items in order."""
-        each, more = divmod(count, self.size)
+        each, more = divmod(count, self.world_size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
@@ -115,11 +115,11 @@ class Peers:
             self._call("broadcast", flat.view(torch.uint8), 0)
             _fill(bucket, flat)
 
-    def at_root(self, make: Callable[[], _Value]) -> _Value:
+    def on_rank0(self, make: Callable[[], _Value]) -> _Value:
         """What `make` gives at rank 0, where alone it is called; others get a copy of the value."""
         if self.alone:
             return make()
-        box: list[Any] = [make() if self.root else None]
+        box: list[Any] = [make() if self.is_rank0 else None]
         self._call("broadcast_object_list", box, 0, device=torch.device("cpu"))
         value: _Value = box[0]
         return value
@@ -135,7 +135,7 @@ class Peers:
         if self.alone:
             return
         here = {name: str(value)[:1000] for name, value in values.items() if name not in OWN}
-        given: list[Any] = [None] * self.size
+        given: list[Any] = [None] * self.world_size
         self._call("all_gather_object", given, here)
         told = []
         for rank, other in enumerate(given):
@@ -167,7 +167,7 @@ class Peers:
 
         The stream depends on (seed, rank, step) alone, so that a checkpoint need not hold those of all.
         """
-        if not self.root:
+        if not self.is_rank0:
             words = np.random.SeedSequence([seed, self.rank, step]).generate_state(1, np.uint64)
             torch.manual_seed(int(words[0]))
 
@@ -177,7 +177,7 @@ class Peers:
             self.watch.advice = advice
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
         self._call("all_gather", found, tensor)
         return found
 
@@ -194,19 +194,19 @@ class Peers:
             raise self.watch.explain(error) from error
 
 
-ALONE = Peers()
+ALONE = World()
 
 
-def in_shares(peers: Peers, items: Sequence[_Item], encode: Callable[[Sequence[_Item]], Tensor]) -> Tensor:
+def in_shares(world: World, items: Sequence[_Item], encode: Callable[[Sequence[_Item]], Tensor]) -> Tensor:
     """(N, *item) rows of all items in order, of which each process encodes its share.
 
     `encode` maps a sequence of n items, at least one, to (n, *item) rows.
     """
-    if peers.alone:
+    if world.alone:
         return encode(items)
-    own = items[peers.share(len(items))]
+    own = items[world.share(len(items))]
     rows = encode(own or items[:1])[: len(own)]
-    return torch.cat([given for (given,) in peers.gather(rows)])
+    return torch.cat([given for (given,) in world.gather(rows)])
 
 
 def _brief(value: str | None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgraft.data.loading import PairBatches, Transform, epoch_batches
 from clipgraft.data.pairs import Pairs
 from clipgraft.errors import DataError
-from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class Feed:
         seed: int,
         transform: Transform | None,
         workers: int,
-        peers: Peers = ALONE,
+        world: World = ALONE,
     ) -> None:
         rows = pairs.rows()
         self.captions = list(dict.fromkeys(caption for _, caption in rows))
         position = {caption: index for index, caption in enumerate(self.captions)}
-        self.steps = len(rows) // (batch_size * accum_freq * peers.size)
+        self.steps = len(rows) // (batch_size * accum_freq * world.world_size)
         if self.steps == 0:
-            raise DataError(_too_few(len(rows), batch_size, accum_freq, peers.size))
+            raise DataError(_too_few(len(rows), batch_size, accum_freq, world.world_size))
         self.image_of_row = torch.tensor([image for image, _ in rows])
         self.caption_of_row = torch.tensor([position[caption] for _, caption in rows])
         self._place_of_row = torch.tensor([place for texts in pairs.captions for place in range(len(texts))])
         self._batch_size = batch_size
         self._accum_freq = accum_freq
         self._seed = seed
-        self._peers = peers
+        self._world = world
         self._loader = None
         if transform is not None:
             self._loader = PairBatches(
@@ -74,8 +74,8 @@ class Feed:
                 batch_size=batch_size,
                 seed=seed,
                 workers=workers,
-                rank=peers.rank,
-                ranks=peers.size,
+                rank=world.rank,
+                ranks=world.world_size,
             )
 
     def batches(self, epoch: int, start: int) -> Generator[list[MicroBatch], None, None]:
@@ -92,7 +92,7 @@ class Feed:
             return
         # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
         batches = epoch_batches(len(self.image_of_row), self._batch_size, self._seed, epoch)
-        for rows in batches[self._peers.rank :: self._peers.size][start:]:
+        for rows in batches[self._world.rank :: self._world.world_size][start:]:
             yield self._micro_batch(epoch, torch.from_numpy(rows), None)
 
     def _micro_batch(self, epoch: int, rows: Tensor, pixels: Tensor | None) -> MicroBatch:
@@ -100,12 +100,12 @@ class Feed:
         return MicroBatch(self.image_of_row[rows], self.caption_of_row[rows], pixels, turns)
 
 
-def everywhere(batch: list[MicroBatch], peers: Peers) -> list[MicroBatch]:
+def everywhere(batch: list[MicroBatch], world: World) -> list[MicroBatch]:
     """The micro-batches of all processes, by rank, of which those of others come without pixels."""
-    if peers.alone:
+    if world.alone:
         return batch
     columns = [torch.cat([part.image_ids for part in batch]), torch.cat([part.caption_ids for part in batch])]
-    gathered = peers.gather(*columns, torch.cat([part.turns for part in batch]))
+    gathered = world.gather(*columns, torch.cat([part.turns for part in batch]))
     return [MicroBatch(images, captions, None, turns) for images, captions, turns in gathered]
 
 

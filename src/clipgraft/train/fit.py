@@ -18,12 +18,12 @@ from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.retrieval import measure_retrieval
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
-from clipgraft.train.distributed import ALONE, Peers, in_shares
+from clipgraft.train.distributed import ALONE, World, in_shares
+from clipgraft.train.feature_sources import FixedImages
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.learnable import require_contrast, require_different
 from clipgraft.train.negatives import choose_gallery
 from clipgraft.train.objectives import Contrastive
-from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
     FitResult,
     Keeping,
@@ -33,8 +33,8 @@ from clipgraft.train.run import (
     common_settings,
     run_task,
 )
+from clipgraft.train.schedule import plan_epochs
 from clipgraft.train.starting import start_adapter
-from clipgraft.train.towers import FixedImages
 
 __all__ = ["FitResult", "fit", "headline"]
 
@@ -57,7 +57,7 @@ def fit(
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
-    peers: Peers = ALONE,
+    world: World = ALONE,
     **options: Any,
 ) -> FitResult:
     """Train a model's adapter on pairs, or the model itself if it carries none.
@@ -84,7 +84,7 @@ def fit(
         exact_preprocess: preprocess images with the model's own transform, to the last grey level, also where
             what a frozen tower gives for them is computed once (`clipgraft.data.preprocessing`).
         params: what else params.txt is to record.
-        peers: the processes that train together, each of which calls this (`clipgraft.train.joining`).
+        world: the processes that train together, each of which calls this (`clipgraft.train.launch`).
         **options: fields of `clipgraft.train.args.TrainArgs`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
@@ -96,10 +96,10 @@ def fit(
     """
     clip, out = as_clip(model), Path(out)
     require_unmerged(clip, "train")
-    spec = plan_epochs(options, out, resume, peers)
+    spec = plan_epochs(options, out, resume, world)
     require_contrast(train)
     choose_trainable(clip, spec)
-    autocast = choose_autocast(autocast, clip, out, resume, peers)
+    autocast = choose_autocast(autocast, clip, out, resume, world)
 
     def prepare(encoder: Encoder) -> Task:
         start_adapter(clip, train, spec.seed)
@@ -118,13 +118,13 @@ def fit(
             cache=cache,
             cache_views=spec.cache_views,
             exact_preprocess=exact_preprocess,
-            peers=peers,
+            world=world,
         )
         if isinstance(inputs.images, FixedImages):
             require_different(inputs.images.features)
         gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, spec.negatives)
         objective = Contrastive(clip, inputs.images, inputs.texts, gallery)
-        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, peers)
+        evaluate = None if val is None else evaluation(val, inputs, encoder, workers, exact_preprocess, world)
         return Task(inputs.feed, objective, evaluate, headline)
 
     return run_task(
@@ -134,14 +134,14 @@ def fit(
         prepare,
         keeping=Keeping(save_frequency, val_frequency, save_lora_only, checkpoint_steps),
         settings={
-            **common_settings(clip, spec, autocast, exact_preprocess, peers),
+            **common_settings(clip, spec, autocast, exact_preprocess, world),
             "data": data_digest(train),
         },
         autocast=autocast,
         resume=resume,
         progress=progress is not False,
         params=params or {},
-        peers=peers,
+        world=world,
     )
 
 
@@ -151,7 +151,7 @@ def evaluation(
     encoder: Encoder,
     workers: int,
     exact_preprocess: bool,
-    peers: Peers = ALONE,
+    world: World = ALONE,
 ) -> Callable[[], Measured]:
     """Retrieval metrics of the model as it is; features of its frozen parts are not computed again.
 
@@ -164,9 +164,9 @@ def evaluation(
 
     def evaluate() -> Measured:
         known = inputs.val_images
-        images = in_shares(peers, val.images, encode) if known is None else known()
-        texts = in_shares(peers, captions, partial(encode_captions, encoder.clip, encoder=encoder))
-        return peers.at_root(lambda: measure_retrieval(encoder, val, images, texts))
+        images = in_shares(world, val.images, encode) if known is None else known()
+        texts = in_shares(world, captions, partial(encode_captions, encoder.clip, encoder=encoder))
+        return world.on_rank0(lambda: measure_retrieval(encoder, val, images, texts))
 
     return evaluate
 

@@ -29,11 +29,11 @@ from clipgraft.evaluate.classify import (
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.train.classes import Head, HeadKind, save_head
-from clipgraft.train.distributed import ALONE, Peers, in_shares
+from clipgraft.train.distributed import ALONE, World, in_shares
+from clipgraft.train.feature_sources import trains
 from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.learnable import require_classes
 from clipgraft.train.objectives import Headed, Objective, Prompted
-from clipgraft.train.parts import plan_epochs
 from clipgraft.train.run import (
     FitResult,
     Keeping,
@@ -43,8 +43,8 @@ from clipgraft.train.run import (
     common_settings,
     run_task,
 )
+from clipgraft.train.schedule import plan_epochs
 from clipgraft.train.starting import start_adapter
-from clipgraft.train.towers import trains
 
 log = logging.getLogger("clipgraft")
 
@@ -69,7 +69,7 @@ def fit_classifier(
     cache: FeatureCache | None = None,
     exact_preprocess: bool = False,
     params: Mapping[str, Any] | None = None,
-    peers: Peers = ALONE,
+    world: World = ALONE,
     **options: Any,
 ) -> FitResult:
     """Train a model to tell classes apart: cross-entropy over their prompts, or over a head.
@@ -85,7 +85,7 @@ def fit_classifier(
             head is saved in `head/` of the run folder.
         weights: of each class in the loss, where they differ in size (`clipgraft.data.labels.class_weights`).
         resume, save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast, workers, progress,
-            cache, exact_preprocess, params, peers: as for `fit`.
+            cache, exact_preprocess, params, world: as for `fit`.
         **options: fields of `clipgraft.train.args.TrainArgs`: `lr`, `epochs`, `batch_size`, …
 
     Raises:
@@ -98,7 +98,7 @@ def fit_classifier(
     """
     clip, out = as_clip(model), Path(out)
     require_unmerged(clip, "train")
-    spec = plan_epochs(options, out, resume, peers)
+    spec = plan_epochs(options, out, resume, world)
     _check(train, val, prompts)
     require_classes(train)
     choose_trainable(clip, spec)
@@ -107,7 +107,7 @@ def fit_classifier(
             f"--head {head} reads no texts, but the text tower is to train: adapt image sites alone "
             "(--lora-targets vision-attention), add --lock-text, or use --head prompts"
         )
-    autocast = choose_autocast(autocast, clip, out, resume, peers)
+    autocast = choose_autocast(autocast, clip, out, resume, world)
     made: list[Head] = []
 
     def prepare(encoder: Encoder) -> Task:
@@ -128,7 +128,7 @@ def fit_classifier(
             cache_views=spec.cache_views,
             exact_preprocess=exact_preprocess,
             may_be_frozen=head != "prompts",
-            peers=peers,
+            world=world,
         )
         classes = torch.tensor([train.classes.index(name) for name in inputs.feed.captions])
         scales = None if weights is None else torch.tensor(list(weights))
@@ -136,18 +136,18 @@ def fit_classifier(
         if head == "prompts":
             counts = [len(group) for group in prompts]
             objective = Prompted(
-                clip, inputs.images, _prompt_features(encoder, prompts, peers), counts, classes, scales
+                clip, inputs.images, _prompt_features(encoder, prompts, world), counts, classes, scales
             )
         else:
-            start = _prototypes(encoder, prompts, peers)
+            start = _prototypes(encoder, prompts, world)
             made.append(Head(head, start, float(clip.logit_scale.detach().exp())).to(clip.device))
             objective = Headed(clip, inputs.images, made[0], classes, scales)
         evaluate = None
         if val is not None:
-            evaluate = _evaluation(val, prompts, inputs, encoder, made, exact_preprocess, peers)
+            evaluate = _evaluation(val, prompts, inputs, encoder, made, exact_preprocess, world)
         return Task(inputs.feed, objective, evaluate, headline, made[0] if made else None)
 
-    settings = common_settings(clip, spec, autocast, exact_preprocess, peers)
+    settings = common_settings(clip, spec, autocast, exact_preprocess, world)
     result = run_task(
         clip,
         spec,
@@ -159,9 +159,9 @@ def fit_classifier(
         resume=resume,
         progress=progress is not False,
         params=params or {},
-        peers=peers,
+        world=world,
     )
-    if made and peers.root:
+    if made and world.is_rank0:
         save_head(made[0], train.classes, out / "head")
     return result
 
@@ -173,12 +173,12 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 
 def _prompt_features(
-    encoder: Encoder, prompts: Sequence[Sequence[str]], peers: Peers
+    encoder: Encoder, prompts: Sequence[Sequence[str]], world: World
 ) -> Callable[[], Tensor] | None:
     """This process's share of all prompts, as (P, D) features: computed at every call if the text tower
     trains, else once."""
     everywhere = [text for group in prompts for text in group]
-    texts = everywhere[peers.share(len(everywhere))]
+    texts = everywhere[world.share(len(everywhere))]
     if not texts:
         return None
     if trains(encoder.clip, "text"):
@@ -196,7 +196,7 @@ def _evaluation(
     encoder: Encoder,
     heads: Sequence[nn.Module],
     exact_preprocess: bool,
-    peers: Peers,
+    world: World,
 ) -> Callable[[], Measured]:
     """Metrics of the model, or of its head, as it is; features of frozen parts are not computed again.
 
@@ -217,21 +217,21 @@ def _evaluation(
 
     def evaluate() -> Measured:
         known = inputs.val_images
-        images = in_shares(peers, val.images, encode) if known is None else known()
+        images = in_shares(world, val.images, encode) if known is None else known()
         if heads:
-            return peers.at_root(lambda: judge_head(images).measured)
-        prototypes = _prototypes(encoder, prompts, peers)
-        return peers.at_root(lambda: judge(images, prototypes).measured)
+            return world.on_rank0(lambda: judge_head(images).measured)
+        prototypes = _prototypes(encoder, prompts, world)
+        return world.on_rank0(lambda: judge(images, prototypes).measured)
 
     return evaluate
 
 
-def _prototypes(encoder: Encoder, prompts: Sequence[Sequence[str]], peers: Peers) -> Tensor:
+def _prototypes(encoder: Encoder, prompts: Sequence[Sequence[str]], world: World) -> Tensor:
     """Unit-norm features of classes, (C, D) on the CPU, as `class_features` gives them."""
-    if peers.alone:
+    if world.alone:
         return class_features(encoder, prompts)
     texts = [text for group in prompts for text in group]
-    features = in_shares(peers, texts, partial(encode_captions, encoder.clip, encoder=encoder))
+    features = in_shares(world, texts, partial(encode_captions, encoder.clip, encoder=encoder))
     return pool_prompts(features, [len(group) for group in prompts])
 
 

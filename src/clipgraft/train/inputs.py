@@ -22,10 +22,18 @@ from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
 from clipgraft.shown import shown_line
 from clipgraft.train.activations import Activations, plan_activations
-from clipgraft.train.augmented import FrozenImages, ViewedImages
-from clipgraft.train.distributed import ALONE, Peers, in_shares
+from clipgraft.train.distributed import ALONE, World, in_shares
+from clipgraft.train.feature_sources import (
+    FixedImages,
+    FixedTexts,
+    FrozenImages,
+    LiveImages,
+    LiveTexts,
+    Tower,
+    ViewedImages,
+    trains,
+)
 from clipgraft.train.feed import Feed
-from clipgraft.train.towers import FixedImages, FixedTexts, LiveImages, LiveTexts, Tower, trains
 
 log = logging.getLogger("clipgraft")
 _NOT_CACHED = (
@@ -64,7 +72,7 @@ def prepare_inputs(
     cache_views: int | None = None,
     exact_preprocess: bool = False,
     may_be_frozen: bool = False,
-    peers: Peers = ALONE,
+    world: World = ALONE,
 ) -> Inputs:
     """Decide for each tower whether it is a constant, or begins with one, and compute once what is.
 
@@ -73,7 +81,7 @@ def prepare_inputs(
     tower is no constant, unless `cache_views` says how many views of each image stand for all. Pixels of what
     is computed once come from the faster preprocessing, unless `exact_preprocess`; those of a tower that runs
     at every step never do. `may_be_frozen` says that something else than the model trains, too. Each of
-    several `peers` encodes a share of what is computed once, and has all of it.
+    several `world` encodes a share of what is computed once, and has all of it.
 
     Raises:
         ConfigError: nothing trains, there is no augmentation to train with, or what is given does not go with
@@ -88,11 +96,11 @@ def prepare_inputs(
     lower = None
     if live_images and not augment:
         files = [*train.images, *(val.images if val else ())]
-        lower = plan_activations(encoder, files, cache=cache, exact_preprocess=exact_preprocess, peers=peers)
+        lower = plan_activations(encoder, files, cache=cache, exact_preprocess=exact_preprocess, world=world)
     decoded = (live_images and lower is None) or (augment and cache_views is None)
     transform = _transform(clip, augment) if decoded else None
-    feed = Feed(train, batch_size, accum_freq, seed, transform, workers, peers)
-    texts = _texts(encoder, feed, live_texts, peers)
+    feed = Feed(train, batch_size, accum_freq, seed, transform, workers, world)
+    texts = _texts(encoder, feed, live_texts, world)
     if lower is not None:
         return _partly_fixed(feed, lower, texts, len(train), workers, progress)
     if live_images:
@@ -106,7 +114,7 @@ def prepare_inputs(
         progress=progress,
         cache=cache,
         exact_preprocess=exact_preprocess,
-        peers=peers,
+        world=world,
     )
     if augment:
         images = _augmented_images(clip, train, encode, cache_views, seed, encoder)
@@ -119,12 +127,12 @@ def prepare_inputs(
     return Inputs(feed, images, texts, lambda: features)
 
 
-def _texts(encoder: Encoder, feed: Feed, live: bool, peers: Peers) -> Tower:
+def _texts(encoder: Encoder, feed: Feed, live: bool, world: World) -> Tower:
     if live:
         return LiveTexts(encoder, feed.captions)
     log.info("the text tower is frozen: each caption is encoded once")
     return FixedTexts(
-        in_shares(peers, feed.captions, partial(encode_captions, encoder.clip, encoder=encoder))
+        in_shares(world, feed.captions, partial(encode_captions, encoder.clip, encoder=encoder))
     )
 
 
@@ -132,14 +140,14 @@ def _partly_fixed(
     feed: Feed, lower: Activations, texts: Tower, train: int, workers: int, progress: bool
 ) -> Inputs:
     """The first `train` of the images are trained on, the others are for validation."""
-    total, peers = len(lower.images), lower.peers
-    with _bar(lower.stored, total, progress, peers) as advance:
+    total, world = len(lower.images), lower.world
+    with _bar(lower.stored, total, progress, world) as advance:
         images = lower.compute(workers, advance)
     if total == train:
         return Inputs(feed, images, texts, None)
     ids = range(train, total)
     return Inputs(
-        feed, images, texts, lambda: in_shares(peers, ids, lambda own: images.features(torch.tensor(own)))
+        feed, images, texts, lambda: in_shares(world, ids, lambda own: images.features(torch.tensor(own)))
     )
 
 
@@ -193,7 +201,7 @@ def _encode_once(
     progress: bool,
     cache: FeatureCache | None,
     exact_preprocess: bool,
-    peers: Peers,
+    world: World,
     transform: Transform | None = None,
 ) -> Tensor:
     encode = partial(
@@ -201,21 +209,21 @@ def _encode_once(
         clip,
         workers=workers,
         encoder=encoder,
-        progress=None if progress and peers.root else False,
+        progress=None if progress and world.is_rank0 else False,
         cache=cache,
         transform=transform,
         exact_preprocess=exact_preprocess,
         label=what,
     )
-    return in_shares(peers, pairs.images, encode)
+    return in_shares(world, pairs.images, encode)
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, progress: bool, peers: Peers) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, total: int, progress: bool, world: World) -> Iterator[Callable[[int], None]]:
     """Gives what is told how many more images are done; of several processes rank 0 shows its share."""
-    own = len(range(total)[peers.share(total)])
+    own = len(range(total)[world.share(total)])
     with tqdm(
-        desc=shown_line(what), total=own, unit="image", disable=None if progress and peers.root else True
+        desc=shown_line(what), total=own, unit="image", disable=None if progress and world.is_rank0 else True
     ) as bar:
 
         def advance(images: int) -> None:

@@ -19,15 +19,15 @@ from clipgraft.errors import TrainingError
 from clipgraft.lora.parameters import verify_gradients
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
-from clipgraft.train.accumulate import contrastive_backward
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feed import Feed, MicroBatch, everywhere
+from clipgraft.train.gradient_cache import contrastive_backward
+from clipgraft.train.interrupt import Interrupted, stop_requests
 from clipgraft.train.objectives import Objective
-from clipgraft.train.optim import Schedule, clamp_logit_scale, set_lr
-from clipgraft.train.readings import Readings, not_finite
+from clipgraft.train.optimizer import clamp_logit_scale, set_lr
 from clipgraft.train.run_folder import RunFolder, SilentFolder
-from clipgraft.train.stop import Interrupted, stop_requests
+from clipgraft.train.schedule import Schedule
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
 log = logging.getLogger("clipgraft")
@@ -46,7 +46,7 @@ class Loop:
         epoch_end: called with the number of finished epochs, 0 before the first step of a run; returns
             metrics to report, or None.
         progress: show a bar, if the output is a terminal.
-        peers: the processes that train together; each has this loop, and rank 0 alone writes.
+        world: the processes that train together; each has this loop, and rank 0 alone writes.
         seed: of the random streams of other processes than rank 0.
         began: when this part of the run began, by `time.perf_counter`.
         before: seconds that its earlier parts took, up to the checkpoint that this one goes on from.
@@ -64,7 +64,7 @@ class Loop:
     settings: Mapping[str, Any] = field(default_factory=dict)
     epoch_end: EpochEnd = lambda epoch: None
     progress: bool = True
-    peers: Peers = ALONE
+    world: World = ALONE
     seed: int = 0
     began: float = field(default_factory=time.perf_counter)
     before: float = 0.0
@@ -82,7 +82,7 @@ class Loop:
             Interrupted: after a first SIGINT or SIGTERM; the checkpoint is written.
         """
         position = self._start(folder, resume)
-        with stop_requests(quiet=not self.peers.alone) as stop:
+        with stop_requests(quiet=not self.world.alone) as stop:
             if position.step == 0:
                 self._evaluate(folder, 0, position, stop)
             for epoch in range(position.epoch, self.epochs):
@@ -102,7 +102,7 @@ class Loop:
 
     def _start(self, folder: RunFolder | SilentFolder, resume: bool) -> Position:
         position = Position()
-        if resume and self.peers.at_root(folder.latest.exists):
+        if resume and self.world.on_rank0(folder.latest.exists):
             position = load_checkpoint(folder.latest, self.trained, self.optimizer, self.settings)
             self.before = folder.seconds()
             log.info("resuming after step %d of %d", position.step, self.feed.steps * self.epochs)
@@ -110,7 +110,7 @@ class Loop:
             log.info("%s has no checkpoint yet: starting at the first step", folder.path)
         folder.start(position)
         # They are the same already, up to what was computed from data.
-        self.peers.send(p for p in self.trained.parameters() if p.requires_grad)
+        self.world.send(p for p in self.trained.parameters() if p.requires_grad)
         return position
 
     def _to_stop(self, stop: threading.Event) -> bool:
@@ -118,7 +118,7 @@ class Loop:
 
         A signal that comes while they ask each other counts at the next time.
         """
-        agreed = self.peers.any(stop.is_set())
+        agreed = self.world.any(stop.is_set())
         if agreed:
             stop.set()
         return agreed
@@ -153,10 +153,10 @@ class Loop:
         lr = self.schedule(number - 1)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        self.peers.reseed(self.seed, number)
-        loss_of = self.objective.loss(everywhere(batch, self.peers))
+        self.world.reseed(self.seed, number)
+        loss_of = self.objective.loss(everywhere(batch, self.world))
         try:
-            loss = contrastive_backward(self.objective.parts(batch), loss_of, self.peers)
+            loss = contrastive_backward(self.objective.parts(batch), loss_of, self.world)
         except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of GPU memory at step {number}: halve --batch-size and double --accum-freq, "
@@ -166,24 +166,24 @@ class Loop:
             # Before the update, so that what a library user holds is not spoilt; elsewhere reading it costs.
             raise not_finite(number, lr, float(loss))
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.peers.sum_gradients(trainable)
+        self.world.sum_gradients(trainable)
         if number == 1 and lora_state(self.clip) is not None:
             verify_gradients(self.clip)
         if self.grad_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(trainable, self.grad_clip_norm)
         self.optimizer.step()
         clamp_logit_scale(self.clip.logit_scale)
-        self.peers.send(running_statistics(self.trained))
+        self.world.send(running_statistics(self.trained))
         return lr, loss
 
     def _checkpoint_is_due(self, step: int) -> bool:
         return self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0
 
     def _checkpoint(self, folder: RunFolder | SilentFolder, position: Position) -> None:
-        if self.peers.root:
+        if self.world.is_rank0:
             save_checkpoint(folder.latest, self.trained, self.optimizer, position, self.settings)
             folder.keep_seconds(self.seconds())
-        self.peers.barrier()  # nobody is to say that it is saved before it is
+        self.world.barrier()  # nobody is to say that it is saved before it is
 
     def _interrupted(self, position: Position) -> Interrupted:
         return Interrupted(f"stopped and saved after step {position.step} of {self.feed.steps * self.epochs}")
@@ -209,7 +209,7 @@ class Loop:
 
     def _pairs(self, batch: Sequence[MicroBatch]) -> int:
         """Of all processes."""
-        return self.peers.size * sum(len(part.image_ids) for part in batch)
+        return self.world.world_size * sum(len(part.image_ids) for part in batch)
 
     def _until(
         self, stop: threading.Event, batches: Iterator[list[MicroBatch]]
@@ -232,3 +232,71 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     """What batch norms keep of the batches they see, which is of this process's alone."""
     norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [buffer for norm in norms for buffer in norm.buffers()]
+
+
+_STEPS_BETWEEN_READINGS = 25
+"""On a GPU: reading a number waits for every step that was queued before it."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    lr: float
+    pairs: int
+    loss: Tensor
+    logit_scale: Tensor
+
+
+class Readings:
+    """Loss and temperature of an epoch's steps, written to the run folder in order.
+
+    Attributes:
+        losses: of all steps read so far.
+    """
+
+    def __init__(self, folder: RunFolder | SilentFolder, bar: tqdm[object], device: torch.device) -> None:
+        self.losses: list[float] = []
+        self._folder = folder
+        self._bar = bar
+        self._every = 1 if device.type == "cpu" else _STEPS_BETWEEN_READINGS
+        self._pending: list[_Step] = []
+        self._since = time.perf_counter()
+
+    def add(self, number: int, lr: float, pairs: int, loss: Tensor, logit_scale: Tensor) -> None:
+        """Note a step, counted from 1; scalars stay on the device until they are read.
+
+        Raises:
+            TrainingError: a loss that was read is not finite.
+        """
+        self._pending.append(_Step(number, lr, pairs, loss.detach(), logit_scale.detach().exp()))
+        if len(self._pending) >= self._every:
+            self.read()
+
+    def read(self) -> None:
+        """Read, check and write what is pending."""
+        if not self._pending:
+            return
+        rows = [
+            torch.stack([step.loss.float(), step.logit_scale.float().squeeze()]) for step in self._pending
+        ]
+        values = torch.stack(rows).tolist()
+        now = time.perf_counter()
+        speed = sum(step.pairs for step in self._pending) / (now - self._since)
+        for step, (loss, scale) in zip(self._pending, values, strict=True):
+            if not math.isfinite(loss):
+                raise not_finite(step.number, step.lr, loss)
+            event = {"loss": loss, "lr": step.lr, "logit_scale": scale, "pairs_per_second": speed}
+            self._folder.event("train", step.number, event)
+            self.losses.append(loss)
+        self._bar.set_postfix({"loss": f"{self.losses[-1]:.3f}", "images/s": f"{speed:.0f}"}, refresh=False)
+        self._bar.update(len(self._pending))
+        self._pending = []
+        self._since = now
+
+
+def not_finite(number: int, lr: float, loss: float) -> TrainingError:
+    """Why a loss is not finite at step `number`: before the first update it cannot be the learning rate."""
+    cause = f"the learning rate ({lr:g}) is too high; lower --lr, raise --warmup, or add --grad-clip-norm 1"
+    if number == 1:
+        cause = "the base or an image holds broken values; check --pretrained, or use --precision fp32"
+    return TrainingError(f"the loss is {loss} at step {number}: likely {cause}")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from clipgraft.evaluate.classify import pool_prompts
 from clipgraft.models.clip import Clip
-from clipgraft.train.accumulate import Encode, Features, Loss
 from clipgraft.train.classes import class_loss
+from clipgraft.train.feature_sources import Tower
 from clipgraft.train.feed import MicroBatch
+from clipgraft.train.gradient_cache import Encode, Features, Loss
 from clipgraft.train.negatives import Gallery, pair_loss
-from clipgraft.train.towers import Tower
 
 
 class Objective(Protocol):

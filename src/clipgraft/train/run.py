@@ -27,18 +27,15 @@ from clipgraft.models.export import size_on_disk
 from clipgraft.results import Result
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.checkpoint import recorded_settings
-from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.distributed import ALONE, World
+from clipgraft.train.feature_sources import trains
 from clipgraft.train.feed import Feed
 from clipgraft.train.learnable import nothing_learnt
-from clipgraft.train.locking import lock_tower
 from clipgraft.train.loop import Loop, running_statistics
-from clipgraft.train.machine import made_with
 from clipgraft.train.objectives import Contrastive, Objective
-from clipgraft.train.optim import make_optimizer
-from clipgraft.train.parts import part_ends, schedule_of
-from clipgraft.train.run_folder import RunFolder, SilentFolder, latest_checkpoint
-from clipgraft.train.saving import Saver
-from clipgraft.train.towers import trains
+from clipgraft.train.optimizer import lock_tower, make_optimizer
+from clipgraft.train.run_folder import RunFolder, Saver, SilentFolder, latest_checkpoint, made_with
+from clipgraft.train.schedule import part_ends, schedule_of
 from clipgraft.train.validation import BASE, STARTED, Validation
 from clipgraft.train.verdict import Trained, Verdict
 
@@ -128,7 +125,7 @@ def run_task(
     resume: bool,
     progress: bool,
     params: Mapping[str, Any],
-    peers: Peers = ALONE,
+    world: World = ALONE,
 ) -> FitResult:
     """Prepare a task, train on it, and save what came of it.
 
@@ -142,15 +139,15 @@ def run_task(
     """
     started = time.perf_counter()
     recorded = {**params, **settings, "source": asdict(findable(clip)), **_began(clip)}
-    _require_same(peers, clip, {**recorded, "resume": resume, **asdict(keeping)})
-    folder = RunFolder(out, recorded, resume) if peers.root else SilentFolder(out)
+    _require_same(world, clip, {**recorded, "resume": resume, **asdict(keeping)})
+    folder = RunFolder(out, recorded, resume) if world.is_rank0 else SilentFolder(out)
     with folder:
         encoder = Encoder(clip, autocast, grad_checkpointing=spec.grad_checkpointing)
         task = prepare(encoder)
         if not trains(clip, "vision"):
             encoder.forget("vision")
         saver = Saver(clip, folder.path, keeping.save_lora_only)
-        validation = Validation(folder.path, _began_with(clip), resume) if peers.root else None
+        validation = Validation(folder.path, _began_with(clip), resume) if world.is_rank0 else None
         trained = clip.model if task.head is None else nn.ModuleDict({"model": clip.model, "head": task.head})
         loop = Loop(
             clip=clip,
@@ -165,9 +162,9 @@ def run_task(
             grad_clip_norm=spec.grad_clip_norm,
             checkpoint_steps=keeping.checkpoint_steps,
             settings=settings,
-            epoch_end=_EpochEnd(task, keeping, part_ends(spec), peers, saver, validation),
-            progress=progress and peers.root,
-            peers=peers,
+            epoch_end=_EpochEnd(task, keeping, part_ends(spec), world, saver, validation),
+            progress=progress and world.is_rank0,
+            world=world,
             seed=spec.seed,
             began=started,
         )
@@ -176,19 +173,19 @@ def run_task(
             loop.run(folder, resume)
         finally:
             clip.eval()
-        kept = peers.at_root(lambda: validation.restore(trained) if validation else None)
-        peers.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
-        return peers.at_root(lambda: _finish(clip, folder, saver, validation, kept, spec, task, loop))
+        kept = world.on_rank0(lambda: validation.restore(trained) if validation else None)
+        world.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
+        return world.on_rank0(lambda: _finish(clip, folder, saver, validation, kept, spec, task, loop))
 
 
-def _require_same(peers: Peers, clip: Clip, values: Mapping[str, Any]) -> None:
+def _require_same(world: World, clip: Clip, values: Mapping[str, Any]) -> None:
     """Refuse processes of one run that were started with other settings, data, base or adapter sites."""
-    if peers.alone:
+    if world.alone:
         return
     state = lora_state(clip)
     layers = {} if state is None else state.chosen().layers
     sites = {str(site): layer.r for site, layer in layers.items()}
-    peers.require_same({**values, "adapter sites": sites})
+    world.require_same({**values, "adapter sites": sites})
 
 
 def _finish(
@@ -281,7 +278,7 @@ class _EpochEnd:
     task: Task
     keeping: Keeping
     ends: Collection[int]
-    peers: Peers
+    world: World
     saver: Saver
     validation: Validation | None
 
@@ -295,7 +292,7 @@ class _EpochEnd:
             log.info("epoch %d: %s", epoch, self.task.headline(metrics))
             if self.validation is not None:
                 self.validation.add(epoch, measured)
-        if self.peers.root and _due(epoch, self.keeping.save_frequency, self.ends):
+        if self.world.is_rank0 and _due(epoch, self.keeping.save_frequency, self.ends):
             self.saver.save_epoch(epoch, metrics or {})
         return metrics
 
@@ -304,7 +301,7 @@ class _EpochEnd:
         if self.task.evaluate is None:
             return None
         validation = self.validation
-        known = self.peers.at_root(lambda: validation.before if validation else None)
+        known = self.world.on_rank0(lambda: validation.before if validation else None)
         if known is None:
             with _same_random(), _blaming_the_base():
                 measured = self.task.evaluate()
@@ -360,9 +357,9 @@ def choose_trainable(clip: Clip, spec: TrainArgs) -> None:
         clip.family.set_grad_checkpointing(clip.model, True)
 
 
-def choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool, peers: Peers = ALONE) -> bool:
+def choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool, world: World = ALONE) -> bool:
     """As chosen; else as a resumed run did so far, whatever a measurement says today; else measured."""
-    return peers.at_root(lambda: _choose_autocast(choice, clip, out, resume))
+    return world.on_rank0(lambda: _choose_autocast(choice, clip, out, resume))
 
 
 def _choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) -> bool:
@@ -376,7 +373,7 @@ def _choose_autocast(choice: bool | None, clip: Clip, out: Path, resume: bool) -
 
 
 def common_settings(
-    clip: Clip, spec: TrainArgs, autocast: bool, exact_preprocess: bool, peers: Peers = ALONE
+    clip: Clip, spec: TrainArgs, autocast: bool, exact_preprocess: bool, world: World = ALONE
 ) -> dict[str, Any]:
     """What no kind of run may change before it is resumed, its data aside."""
     state = lora_state(clip)
@@ -386,7 +383,7 @@ def common_settings(
         "exact_preprocess": exact_preprocess,
         "base": clip.fingerprint,
         "lora": asdict(state.chosen().settings) if state is not None else None,
-        **({} if peers.alone else {"processes": peers.size}),
+        **({} if world.alone else {"processes": world.world_size}),
     }
 
 

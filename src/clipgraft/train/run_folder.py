@@ -7,26 +7,35 @@ import json
 import logging
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from clipgraft.adapters.adapter_file import save_adapter
 from clipgraft.adapters.folder import refuse_other
-from clipgraft.errors import ConfigError
-from clipgraft.files import is_partial, sweep_partial, write_json, write_text
+from clipgraft.errors import CheckpointError, ConfigError
+from clipgraft.files import atomic_path, is_partial, sweep_partial, write_json, write_text
 from clipgraft.locks import LOCK, require_free, sole_owner
-from clipgraft.records import read_json
+from clipgraft.lora.state import lora_state, require_lora
+from clipgraft.models.clip import Clip
+from clipgraft.models.export import save_model
+from clipgraft.records import Finite, Whole, checked, parse_json, read_json
+from clipgraft.records import shown as shown_value
 from clipgraft.shown import ShownFormatter, shown
 from clipgraft.train.checkpoint import LATEST, Position
-from clipgraft.train.events import EVENTS, read_events
-from clipgraft.writing import writing
+from clipgraft.writing import size_of, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+
 
 log = logging.getLogger("clipgraft")
 RESULTS = "results.json"
@@ -283,3 +292,109 @@ def _is_after(event: Mapping[str, Any], position: Position) -> bool:
     if event["step"] == position.step and event["kind"] == "val":
         return position.step_in_epoch > 0 or position.step == 0
     return bool(event["step"] > position.step)
+
+
+EVENTS = "events.jsonl"
+MEASURED = ("train", "val")  # kinds whose every other value is a number
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run, each with `kind` and `step`; none where there is no such file.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    # What follows the last line break is empty, or a line that is being written, or that a kill cut short.
+    return [_event(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _event(line: str, where: str) -> dict[str, Any]:
+    advice = "delete that line"
+    event = parse_json(line, dict[str, Any], where, CheckpointError, advice)
+    checked(event.get("step"), Whole, f"{where}: step", CheckpointError, advice)
+    kind = event.get("kind")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{where}: kind is {shown_value(kind)}, and should be text; {advice}")
+    if kind in MEASURED:
+        checked({**event, "kind": 0}, dict[str, Finite], where, CheckpointError, advice)
+    if kind == "train" and "loss" not in event:
+        raise CheckpointError(f"{where}: loss is missing; {advice}")
+    return event
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes into a run folder; `lora_only` leaves out the whole model beside each adapter."""
+
+    clip: Clip
+    folder: Path
+    lora_only: bool
+
+    def save_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """`checkpoints/epoch_N`: the adapter and, unless `lora_only`, `epoch_N.pt`; or the whole model."""
+        target = self.folder / "checkpoints" / f"epoch_{epoch}"
+        if lora_state(self.clip) is None:
+            save_model(self.clip, target, epoch)
+            return
+        save_adapter(self.clip, target, metrics, overwrite=True)  # the run folder is ours
+        if not self.lora_only:
+            self._save_with_base(target.with_name(f"epoch_{epoch}.pt"), epoch)
+
+    def save_final(self, epoch: int, metrics: Mapping[str, float]) -> Path:
+        """The epoch that the run keeps: `adapter/`, or where `save_epoch` puts, or has put, its model."""
+        if lora_state(self.clip) is not None:
+            return save_adapter(self.clip, self.folder / "adapter", metrics, overwrite=True)
+        folder = self.folder / "checkpoints" / f"epoch_{epoch}"
+        file = folder.with_name(f"epoch_{epoch}.pt")
+        if not folder.is_dir() and not file.is_file():
+            self.save_epoch(epoch, metrics)
+        return folder if folder.is_dir() else file
+
+    def _save_with_base(self, path: Path, epoch: int) -> None:
+        whole = {
+            "epoch": epoch,
+            "name": self.folder.name,
+            "state_dict": self.clip.model.state_dict(),
+            "lora_config": {**asdict(self.clip.source), **asdict(require_lora(self.clip).chosen().settings)},
+        }
+        with atomic_path(path, size_of(whole)) as temporary:
+            torch.save(whole, temporary)
+
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def made_with(clip: Clip) -> dict[str, str]:
+    """The machine, and versions of Python and of the packages that compute."""
+    library = "open_clip_torch" if clip.family.name == "open_clip" else "transformers"
+    packages = ("clipgraft", "torch", library)
+    found = {name.removesuffix("_torch"): known for name in packages if (known := _version(name))}
+    return {"machine": _machine(clip.device), "python": platform.python_version(), **found}
+
+
+def _machine(device: torch.device) -> str:
+    """The graphics card, or the processor and how many threads torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads != 1)} of {os.cpu_count()}"
+
+
+def _processor() -> str:
+    """Its name, where the system tells; else the architecture."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -14,7 +14,7 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.train import loop
 from clipgraft.train.args import TrainArgs
-from clipgraft.train.parts import schedule_of
+from clipgraft.train.schedule import schedule_of
 from run_comparison import dies_at, differences, events, run_contents
 
 Train = Callable[..., cg.train.FitResult]

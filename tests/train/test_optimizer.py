@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.train.optim import clamp_logit_scale, make_optimizer, make_schedule, parameter_groups, set_lr
+from clipgraft.train.optimizer import clamp_logit_scale, make_optimizer, parameter_groups, set_lr
+from clipgraft.train.schedule import make_schedule
 
 
 def decays_in_open_clip(name: str, parameter: nn.Parameter) -> bool:

@@ -10,11 +10,10 @@ import torch.distributed as dist
 from clipgraft.cli import common
 from clipgraft.cli.together import launcher
 from clipgraft.errors import ConfigError
-from clipgraft.train import watch as watch_module
-from clipgraft.train.distributed import ALONE, Peers
-from clipgraft.train.joining import joined
-from clipgraft.train.several import several
-from clipgraft.train.watch import PeerLostError, Watch
+from clipgraft.train import heartbeat as watch_module
+from clipgraft.train.distributed import ALONE, World
+from clipgraft.train.heartbeat import ProcessLostError, Watch
+from clipgraft.train.launch import joined, several
 
 UNDER_TORCHRUN = {
     "RANK": "1",
@@ -45,7 +44,7 @@ def test_a_silent_process_is_named(watches: tuple[Watch, Watch]) -> None:
     theirs.stop()
     ours.advice = "go on"
     lost = ours.explain("connection closed")
-    assert isinstance(lost, PeerLostError)
+    assert isinstance(lost, ProcessLostError)
     assert str(lost).startswith("rank 1 of 2 (")
     assert str(lost).endswith("; go on")
 
@@ -69,8 +68,8 @@ def test_who_is_one_of_several() -> None:
     assert several(UNDER_TORCHRUN)
     assert not several({**UNDER_TORCHRUN, "WORLD_SIZE": "1"})
     assert not several({"WORLD_SIZE": "2"})
-    with joined() as peers:
-        assert peers is ALONE
+    with joined() as world:
+        assert world is ALONE
 
 
 def test_variables_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,13 +92,13 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     chosen: list[int] = []
     monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(common.torch.cuda, "set_device", chosen.append)
-    assert common.own_device("auto", Peers(3, 4, 1)) == "cuda:1"
+    assert common.own_device("auto", World(3, 4, 1)) == "cuda:1"
     assert chosen == [1]
-    assert common.own_device("cpu", Peers(3, 4, 1)) == "cpu"
+    assert common.own_device("cpu", World(3, 4, 1)) == "cpu"
     assert common.own_device("cuda:1", ALONE) == "cuda:1"
     with pytest.raises(ConfigError, match="torch sees 2 GPUs here: start one process for each"):
-        common.own_device("auto", Peers(2, 4, 2))
+        common.own_device("auto", World(2, 4, 2))
     with pytest.raises(ConfigError, match="use --device auto, or cpu"):
-        common.own_device("cuda:0", Peers(1, 4, 1))
+        common.own_device("cuda:0", World(1, 4, 1))
     monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 0)
-    assert common.own_device("auto", Peers(1, 4, 1)) == "auto"
+    assert common.own_device("auto", World(1, 4, 1)) == "auto"

@@ -30,7 +30,7 @@ GRACE = 5.0
 _NOTHING = "-"
 
 
-class PeerLostError(TrainingError):
+class ProcessLostError(TrainingError):
     """Another process of the run has ended, on its own or by force."""
 
 
@@ -76,20 +76,20 @@ class Watch:
             return None
         return None if first == mine else int(first.split()[1])
 
-    def explain(self, cause: object) -> PeerLostError:
+    def explain(self, cause: object) -> ProcessLostError:
         """Why a process does not answer, as soon as that is known."""
         found = self.find()
         return found or self._lost(f"the processes lost each other ({_first_line(cause)})")
 
-    def find(self) -> PeerLostError | None:
+    def find(self) -> ProcessLostError | None:
         """Wait for what is wrong with another process to show; None if nothing is."""
         deadline = time.monotonic() + 2 * SUSPECT
         while (reason := self._reason(SUSPECT)) is None and time.monotonic() < deadline:
             time.sleep(BEAT / 5)
         return None if reason is None else self._lost(reason)
 
-    def _lost(self, reason: str) -> PeerLostError:
-        return PeerLostError(f"{reason}; {self.advice}")
+    def _lost(self, reason: str) -> ProcessLostError:
+        return ProcessLostError(f"{reason}; {self.advice}")
 
     def _run(self) -> None:
         number = 0

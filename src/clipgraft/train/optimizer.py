@@ -1,17 +1,18 @@
-"""AdamW groups and learning-rate schedules."""
+"""What trains, and how: frozen towers, AdamW groups, the temperature's range."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from clipgraft.errors import ConfigError
 from clipgraft.lora.layers import LoraLayer
-
-Schedule: TypeAlias = Callable[[int], float]
+from clipgraft.models.clip import Clip
+from clipgraft.models.sites import Tower
 
 
 def parameter_groups(
@@ -60,36 +61,6 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
-def make_schedule(
-    kind: str,
-    lr: float,
-    warmup: int,
-    total_steps: int,
-    cooldown_steps: int = 0,
-    cooldown_end: float = 0.0,
-    cooldown_power: float = 1.0,
-) -> Schedule:
-    """Learning rate by step, counted from 0: linear warmup, then `kind`.
-
-    `cosine` falls to zero at `total_steps`; `const` stays; `const-cooldown` stays and falls to
-    `cooldown_end` over the last `cooldown_steps` as (remaining share) ** `cooldown_power`.
-    """
-
-    def at(step: int) -> float:
-        if step < warmup:
-            return lr * (step + 1) / warmup
-        if kind == "cosine":
-            progress = (step - warmup) / max(1, total_steps - warmup)
-            return 0.5 * lr * (1 + math.cos(math.pi * progress))
-        start = total_steps - cooldown_steps
-        if kind == "const-cooldown" and step >= start:
-            remaining = 1 - (step - start) / max(1, cooldown_steps)
-            return cooldown_end + (lr - cooldown_end) * float(remaining**cooldown_power)
-        return lr
-
-    return at
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the learning rate, or its own multiple of it."""
     for group in optimizer.param_groups:
@@ -101,3 +72,26 @@ def clamp_logit_scale(logit_scale: nn.Parameter) -> None:
     if logit_scale.requires_grad:
         with torch.no_grad():
             logit_scale.clamp_(0, math.log(100))
+
+
+_FLAGS = {"vision": "--lock-image-unlocked-groups", "text": "--lock-text-unlocked-layers"}
+
+
+def lock_tower(clip: Clip, tower: Tower, unlocked_groups: int = 0) -> None:
+    """Freeze a tower but for its last `unlocked_groups` groups.
+
+    Groups run from input to output: the embeddings, each block, the last block with the final norm, and the
+    projection (Zhai et al. 2022, arXiv:2111.07991, as open_clip counts them).
+
+    Raises:
+        ConfigError: the tower is no transformer, and has no groups to leave unlocked.
+    """
+    groups = clip.family.tower_groups(clip.model, tower)
+    if unlocked_groups and len(groups) == 1:
+        raise ConfigError(
+            f"{_FLAGS[tower]}: this base's {tower} tower can only be locked whole; drop the flag"
+        )
+    locked = max(0, len(groups) - unlocked_groups)
+    for number, group in enumerate(groups):
+        for parameter in group:
+            parameter.requires_grad_(number >= locked)

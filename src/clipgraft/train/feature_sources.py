@@ -104,3 +104,25 @@ def trains(clip: Clip, tower: TowerName) -> bool:
         return state.adapter is not None and state.adapter.touches(tower)
     groups = clip.family.tower_groups(clip.model, tower)
     return any(parameter.requires_grad for group in groups for parameter in group)
+
+
+@dataclass(frozen=True)
+class ViewedImages:
+    """Features of K views of every image, (K, images, D); successive turns use successive views."""
+
+    features: Tensor
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        return self.features[batch.turns % len(self.features), batch.image_ids]
+
+
+@dataclass(frozen=True)
+class FrozenImages:
+    """The image tower on the pixels of the batch, as the features that are computed once would be: in eval
+    mode, and without a graph."""
+
+    live: LiveImages
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        with evaluating(self.live.encoder.clip), torch.no_grad():
+            return self.live(batch)

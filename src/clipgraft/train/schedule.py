@@ -10,22 +10,23 @@ Of twenty epochs under one cosine, which falls to zero at the twentieth, they ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from clipgraft.errors import CheckpointError, together
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.checkpoint import EPOCHS, PARTS, recorded_parts, recorded_position, recorded_settings
-from clipgraft.train.distributed import ALONE, Peers
-from clipgraft.train.optim import Schedule, make_schedule
+from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.run_folder import latest_checkpoint
 
 log = logging.getLogger("clipgraft")
+Schedule: TypeAlias = Callable[[int], float]
 
 
-def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peers = ALONE) -> TrainArgs:
+def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, world: World = ALONE) -> TrainArgs:
     """The spec of a run from its options; of one that is resumed with the parts it has had so far.
 
     More epochs than the run was to have are one more part. Without `epochs` it has those it was to have.
@@ -36,7 +37,7 @@ def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, peers: Peer
     """
     asked = TrainArgs(**options)
     _check(asked)
-    parts = peers.at_root(lambda: _parts(asked, out, resume))
+    parts = world.on_rank0(lambda: _parts(asked, out, resume))
     spec = asked.model_copy(update={EPOCHS: sum(parts), PARTS: parts if len(parts) > 1 else None})
     _check(spec)
     return spec
@@ -140,3 +141,33 @@ def _epochs(number: int) -> str:
 
 def _listed(parts: Sequence[int]) -> str:
     return " + ".join(map(str, parts))
+
+
+def make_schedule(
+    kind: str,
+    lr: float,
+    warmup: int,
+    total_steps: int,
+    cooldown_steps: int = 0,
+    cooldown_end: float = 0.0,
+    cooldown_power: float = 1.0,
+) -> Schedule:
+    """Learning rate by step, counted from 0: linear warmup, then `kind`.
+
+    `cosine` falls to zero at `total_steps`; `const` stays; `const-cooldown` stays and falls to
+    `cooldown_end` over the last `cooldown_steps` as (remaining share) ** `cooldown_power`.
+    """
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return lr * (step + 1) / warmup
+        if kind == "cosine":
+            progress = (step - warmup) / max(1, total_steps - warmup)
+            return 0.5 * lr * (1 + math.cos(math.pi * progress))
+        start = total_steps - cooldown_steps
+        if kind == "const-cooldown" and step >= start:
+            remaining = 1 - (step - start) / max(1, cooldown_steps)
+            return cooldown_end + (lr - cooldown_end) * float(remaining**cooldown_power)
+        return lr
+
+    return at

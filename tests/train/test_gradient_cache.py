@@ -13,10 +13,10 @@ from clipgraft.data.features import encode_images
 from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
-from clipgraft.train.accumulate import contrastive_backward
+from clipgraft.train.feature_sources import FixedImages, LiveImages, LiveTexts, Tower
 from clipgraft.train.feed import Feed, MicroBatch
-from clipgraft.train.objective import contrastive_loss
-from clipgraft.train.towers import FixedImages, LiveImages, LiveTexts, Tower
+from clipgraft.train.gradient_cache import contrastive_backward
+from clipgraft.train.negatives import contrastive_loss
 
 MakeClip = Callable[[], Clip]
 SITES = "text.*.*,vision.*.*,vision.proj,text.proj"

@@ -14,14 +14,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from clipgraft.train.distributed import ALONE, Peers
+from clipgraft.train.distributed import ALONE, World
 
 Features: TypeAlias = tuple[Tensor, Tensor]
 Encode: TypeAlias = Callable[[], Features]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def contrastive_backward(micro_batches: Sequence[Encode], loss_of: Loss, peers: Peers = ALONE) -> Tensor:
+def contrastive_backward(micro_batches: Sequence[Encode], loss_of: Loss, world: World = ALONE) -> Tensor:
     """Backward pass of `loss_of` over the features of all micro-batches.
 
     Args:
@@ -29,23 +29,23 @@ def contrastive_backward(micro_batches: Sequence[Encode], loss_of: Loss, peers: 
             several processes, those of this one.
         loss_of: scalar loss of the (N, D) image and text features of the whole batch, in the order of ranks
             and micro-batches; called at rank 0 alone.
-        peers: the processes that share the batch.
+        world: the processes that share the batch.
 
     Returns:
         The detached loss. Gradients are accumulated on the weights as by one `backward()`; of several
-        processes each has a part of the sum (`Peers.sum_gradients`).
+        processes each has a part of the sum (`World.sum_gradients`).
     """
     if len(micro_batches) == 1:
         features = micro_batches[0]()
-        if peers.alone:
+        if world.alone:
             loss = loss_of(*features)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
-        loss, gradients = _loss_and_gradients([features], loss_of, peers)
+        loss, gradients = _loss_and_gradients([features], loss_of, world)
         _carry_back(features, gradients[0])
         return loss
     states, parts = _features_without_graph(micro_batches)
-    loss, gradients = _loss_and_gradients(parts, loss_of, peers)
+    loss, gradients = _loss_and_gradients(parts, loss_of, world)
     after = _random_state()
     for encode, state, wanted in zip(micro_batches, states, gradients, strict=True):
         _set_random_state(state)
@@ -55,22 +55,22 @@ def contrastive_backward(micro_batches: Sequence[Encode], loss_of: Loss, peers: 
 
 
 def _loss_and_gradients(
-    parts: Sequence[Features], loss_of: Loss, peers: Peers
+    parts: Sequence[Features], loss_of: Loss, world: World
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """The loss of the features of all processes, and for each part of this process its gradients."""
     own = [torch.cat(tower).detach() for tower in zip(*parts, strict=True)]
-    leaves = [[rows.requires_grad_() for rows in given] for given in peers.gather(*own)]
+    leaves = [[rows.requires_grad_() for rows in given] for given in world.gather(*own)]
     loss = own[0].new_zeros(())
-    if peers.root:
+    if world.is_rank0:
         found = loss_of(*(torch.cat(tower) for tower in zip(*leaves, strict=True)))
         found.backward()  # type: ignore[no-untyped-call]
         # All processes must send the same types.
-        loss = found.detach() if peers.alone else loss.copy_(found.detach())
+        loss = found.detach() if world.alone else loss.copy_(found.detach())
     gradients = [[torch.zeros_like(r) if r.grad is None else r.grad for r in given] for given in leaves]
-    peers.send([loss, *(gradient for given in gradients for gradient in given)])
+    world.send([loss, *(gradient for given in gradients for gradient in given)])
     towers = [
         torch.split(gradient, [len(part[tower]) for part in parts])
-        for tower, gradient in enumerate(gradients[peers.rank])
+        for tower, gradient in enumerate(gradients[world.rank])
     ]
     return loss, [list(part) for part in zip(*towers, strict=True)]
 

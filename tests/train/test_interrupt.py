@@ -16,8 +16,8 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.train import fit as fit_module
 from clipgraft.train.feed import Feed
+from clipgraft.train.interrupt import Interrupted, stop_requests
 from clipgraft.train.run_folder import RunFolder
-from clipgraft.train.stop import Interrupted, stop_requests
 
 Run = Callable[..., Any]
 

@@ -1,4 +1,4 @@
-"""From a process that torchrun started to one of the `Peers` of a run, and back."""
+"""From a process that torchrun started to one of the `World` of a run, and back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from clipgraft.errors import ConfigError
-from clipgraft.train.distributed import ALONE, Peers
-from clipgraft.train.several import several
-from clipgraft.train.watch import PeerLostError, Watch
+from clipgraft.train.distributed import ALONE, World
+from clipgraft.train.heartbeat import ProcessLostError, Watch
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
 
 _MEET = timedelta(minutes=5)
 # The beats tell a dead process; a live one may take as long as an evaluation at rank 0 takes.
@@ -39,7 +39,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Peers]:
+def joined() -> Iterator[World]:
     """Meet the other processes of the run, for a `with` block that all of them run.
 
     Under torchrun, or any launcher that sets its variables; else this process is alone, at no cost. When one
@@ -48,7 +48,7 @@ def joined() -> Iterator[Peers]:
 
     Raises:
         ConfigError: variables that are no numbers.
-        PeerLostError: a process did not come, or was killed.
+        ProcessLostError: a process did not come, or was killed.
     """
     if not several():
         yield ALONE
@@ -60,9 +60,9 @@ def joined() -> Iterator[Peers]:
     watch.start()
     try:
         with _told_to_stop(watch):
-            peers = Peers(place.rank, place.size, place.local_rank, watch)
-            yield peers
-            peers.barrier()
+            world = World(place.rank, place.size, place.local_rank, watch)
+            yield world
+            world.barrier()
     except SystemExit:
         watch.stop()
         raise
@@ -114,7 +114,7 @@ def _meet(store: Store, place: Place) -> None:
         store.wait(here, _MEET)
     except RuntimeError as error:
         missing = [str(rank) for rank, key in enumerate(here) if not store.check([key])]
-        raise PeerLostError(
+        raise ProcessLostError(
             f"rank {', '.join(missing)} of {place.size} did not come within {_MEET.seconds} s: start all "
             "with torchrun, or unset WORLD_SIZE to train in one process"
         ) from error
@@ -154,3 +154,11 @@ def _told_to_stop(watch: Watch) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or another launcher that sets its variables, started more processes than this one."""
+    return all(environment.get(name) for name in _VARIABLES) and environment["WORLD_SIZE"] != "1"
