@@ -32,13 +32,13 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(argv[0] if argv else "amounts")
     cache = cg.data.FeatureCache(folder / "features")
     tests = cg.emoji.write_scenes(folder / "data", "test", _TESTS, ["vi", "en"])
-    pairs = {language: cg.read_pairs(table)[0] for language, table in tests.items()}
+    pairs = {language: cg.read_pairs(table) for language, table in tests.items()}
     print("| pairs | trained | learning rate | steps | I→T R@1 | T→I R@1 | English T→I R@1 |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     print(f"| 0 | nothing | | | {_numbers(cg.load('emoji'), pairs, cache)} |", flush=True)
     for scenes, targets, lr, options in cells():
         table = cg.emoji.write_scenes(folder / "data", "train", scenes, ["vi"])["vi"]
-        train, _ = cg.read_pairs(table)
+        train = cg.read_pairs(table)
         clip = cg.load("emoji")
         torch.manual_seed(0)
         if targets != FULL:

@@ -122,7 +122,7 @@ def make_world(folder: Path, scenes: int) -> World:
         split: cg.emoji.write_scenes(folder / split, split, size, ["en"])["en"]
         for split, size in sizes.items()
     }
-    pairs = {split: cg.read_pairs(table, verify="header")[0] for split, table in tables.items()}
+    pairs = {split: cg.read_pairs(table, verify="header") for split, table in tables.items()}
     return World(pairs["train"], pairs["test"])
 
 

@@ -58,8 +58,7 @@ def our_clip() -> Any:
 def our_pairs() -> Any:
     import clipgraft as cg
 
-    read: Any = cg.read_pairs(TABLE, verify="header")
-    return read[0] if isinstance(read, tuple) else read
+    return cg.read_pairs(TABLE, verify="header")
 
 
 # Training from files

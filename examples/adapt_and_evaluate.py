@@ -34,10 +34,10 @@ def compare(
     """Recalls of base, adapter and fully tuned model."""
     # %% The data
     # Generated scenes with five captions each. What a test scene combines, no training scene does.
-    train, report = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", train_scenes, ["vi"])["vi"])
+    train = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", train_scenes, ["vi"])["vi"])
     tables = cg.emoji.write_scenes(out / "data", "test", test_scenes, ["vi", "en"])
-    tests = {language: cg.read_pairs(table)[0] for language, table in tables.items()}
-    print(f"{report.images:,} pictures, {report.captions:,} captions, such as: {train.captions[0][0]}")
+    tests = {language: cg.read_pairs(table) for language, table in tables.items()}
+    print(f"{train}, such as: {train.captions[0][0]}")
 
     # %% The adapter
     # Low-rank updates of the text tower alone. The image tower is frozen, so every image is encoded once.

@@ -23,7 +23,7 @@ def train_adapter(out: Path, scenes: int) -> Path:
     """An adapter for Vietnamese captions; the one of an earlier call, if there was one."""
     adapter = out / "adapter"
     if not adapter.exists():
-        pairs, _ = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", scenes, ["vi"])["vi"])
+        pairs = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", scenes, ["vi"])["vi"])
         clip = cg.load("emoji")
         torch.manual_seed(0)
         cg.apply_lora(clip, r=16, alpha=32, targets="linear-text,text.token_embedding,text.proj")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapter = train_adapter(flags.out, flags.train_scenes)
 
     table = cg.emoji.write_scenes(flags.out / "data", "test", flags.pictures, ["vi"])["vi"]
-    pairs, _ = cg.read_pairs(table)
+    pairs = cg.read_pairs(table)
     clip, encoded = cg.load("emoji"), flags.out / "encoded"
     done = cg.search.encode_folder(clip, table, encoded)  # again, it does the difference: nothing
     print(f"{done.encoded:,} pictures encoded, {done.kept:,} known, {done.rows:,} vectors")

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 import clipgraft as cg
-from clipgraft.data.summary import format_report
 
 
 def write_spreadsheet(folder: Path, size: int) -> Path:
@@ -52,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     table = flags.table or write_spreadsheet(flags.out / "photos", flags.scenes)
     keys = {"image_key": flags.image_key, "caption_key": flags.caption_key}
-    pairs, report = cg.read_pairs(table, **keys)
-    print(format_report(report))
+    pairs = cg.read_pairs(table, **keys)
+    print(pairs.report.summary())
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     fifth = len(pairs) // 5  # by pictures: no caption of a test picture is trained on
     train, test = some(pairs, order[fifth:]), some(pairs, order[:fifth])

@@ -16,9 +16,8 @@ import yaml
 from PIL import Image
 
 from clipgraft.cli.flags.groups import build_options, read_yaml
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.pairs import read_pairs
 from clipgraft.data.prompts import read_prompts
+from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.errors import ConfigError
 from clipgraft.search.hits import Hit, write_page
 from clipgraft.search.items import location

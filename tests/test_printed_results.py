@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 import clipgraft as cg
-from clipgraft.data.labels_report import LabelReport
-from clipgraft.data.summary import DataReport
+from clipgraft.data.summary import LabelReport, PairReport
 from clipgraft.models.sites import Site
 from clipgraft.results import Result
 from clipgraft.search.manifest import VectorSet
@@ -20,8 +19,10 @@ RUN = cg.train.FitResult(
     Path("run"), Path("run/a"), 400_000, 28_672, 12.3456, [{"epoch": 1.0}, METRICS], {"x": 0.1}, 2
 )
 ENCODED = cg.search.EncodeResult(Path("out"), 1_200, 7, 3, 2, 1_207, (VectorSet("", None, None),), 4.5)
-LABELS = LabelReport(Path("t.csv"), "csv", "line", 5_000, 3, tuple(map(str, range(900))), (5,) * 900)
-DATA = DataReport(Path("t.csv"), "csv", "line", 5_000, 3, 4_000, 4_997, 1, 2, 0, 0, 1, 2, (), ())
+READ = {"source": Path("t.csv"), "kind": "csv", "unit": "line", "rows": 5_000, "bad_rows": 3}
+CLASSES = tuple(map(str, range(900)))
+LABELS = LabelReport(**READ, images=4_500, classes=CLASSES, counts=(5,) * 900)
+DATA = PairReport(**READ, images=4_000, captions=4_997, fewest_captions=1, most_captions=2)
 SITES = [Site("text", block, role) for block in range(12) for role in ("q", "v")]
 SUM = cg.lora.Combination(
     "a+b", {"a": 1.0, "b": -0.5}, dict.fromkeys(SITES, 8), 0.01, dict.fromkeys(SITES, 0.01)
@@ -91,5 +92,5 @@ def test_an_adapter_file_is_read_at_a_glance(clip: cg.Clip, tmp_path: Path) -> N
 
 def test_names_of_strangers_stay_on_their_line() -> None:
     """A class called after an escape sequence would clear the terminal of whoever prints the report."""
-    labels = LabelReport(Path("t.csv"), "csv", "line", 1, 0, ("a\x1b[2J\nb",), (1,))
+    labels = LabelReport(**READ, images=1, classes=("a\x1b[2J\nb",), counts=(1,))
     short(labels, "a\\u001b[2J | b")

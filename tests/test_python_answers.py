@@ -102,7 +102,8 @@ def test_a_model_in_memory_is_inspected(clip: cg.Clip) -> None:
 
 def test_evaluation_takes_no_progress(clip: cg.Clip, tmp_path: Path) -> None:
     """The same argument meant another thing in `fit`."""
-    pairs, report = cg.read_pairs(cg.emoji.write_scenes(tmp_path, "train", 6, ["vi"])["vi"], progress=False)
+    pairs = cg.read_pairs(cg.emoji.write_scenes(tmp_path, "train", 6, ["vi"])["vi"], progress=False)
+    report = pairs.report
     assert len(repr(report).splitlines()) < 20
     seen: list[tuple[int, int]] = []
     told: Callable[[int, int], None] = lambda done, total: seen.append((done, total))  # noqa: E731

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipgraft.data.tables import read_table
+from clipgraft.data.doors import open_table
 from clipgraft.errors import AdapterError, DataError
 from clipgraft.readers import Tar, map_array, read_parquet, reading
 
@@ -73,7 +73,7 @@ def test_values_that_python_cannot_hold(captions: pa.Array, tmp_path: Path) -> N
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"filepath": ["a.png", "b.png"], "title": captions}), path)
     with pytest.raises(DataError, match=r"t\.parquet: damaged after row 0 \([^\n]+\); write it again"):
-        list(read_table(path).rows())
+        list(open_table(path).rows())
 
 
 def test_column_names_that_are_not_utf8(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_column_names_that_are_not_utf8(tmp_path: Path) -> None:
     pq.write_table(table, path, compression="none", use_dictionary=False)
     path.write_bytes(path.read_bytes().replace(b"zzzz", b"\xff\xfe\xff\xfe"))
     with pytest.raises(DataError, match=r"t\.parquet: is not a whole Parquet file"):
-        read_table(path)
+        open_table(path)
     with pytest.raises(DataError, match=r"t\.parquet: cannot be read"):
         read_parquet(path, path, None, "write it again")
 

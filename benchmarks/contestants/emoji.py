@@ -34,7 +34,7 @@ def prepare(train: int, test: int) -> dict[str, Any]:
 def by_clipgraft(train: int, autocast: bool = False, negatives: str = "batch") -> dict[str, Any]:
     """One epoch of `fit`, the images encoded within it."""
     clip = _with_lora()
-    pairs, _ = cg.read_pairs(_folder(train) / f"train.{_LANGUAGE}.csv", verify="header")
+    pairs = cg.read_pairs(_folder(train) / f"train.{_LANGUAGE}.csv", verify="header")
     values = timed_fit(
         clip,
         pairs,
@@ -88,7 +88,7 @@ def _with_lora() -> cg.Clip:
 
 @cache
 def _test_pairs(train: int) -> cg.Pairs:
-    return cg.read_pairs(_folder(train) / f"test.{_LANGUAGE}.csv", verify="header")[0]
+    return cg.read_pairs(_folder(train) / f"test.{_LANGUAGE}.csv", verify="header")
 
 
 def _recall(clip: cg.Clip, train: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ def compare(table: str, rows: int) -> dict[str, Any]:
     for name, weight in clip.model.named_parameters():
         if "lora_B" in name:  # zero in a fresh adapter, where every gradient of A would be zero
             torch.nn.init.normal_(weight, std=0.02)
-    pairs, _ = cg.read_pairs(table, verify="header")
+    pairs = cg.read_pairs(table, verify="header")
     captions = [texts[0] for texts in pairs.captions[:rows]]
     pixels = torch.stack([clip.require_preprocess()(_open(path)) for path in pairs.images[:rows]])
     ids = torch.arange(rows)

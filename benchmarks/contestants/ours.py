@@ -89,7 +89,7 @@ def train(
     clip = load(precision)
     torch.manual_seed(0)
     cg.apply_lora(clip, **LORA, dropout=dropout, targets=targets)
-    pairs, _ = cg.read_pairs(table, verify="header")
+    pairs = cg.read_pairs(table, verify="header")
     if rows is not None:
         pairs = cg.Pairs(pairs.images[:rows], pairs.captions[:rows])
     return timed_fit(

@@ -20,10 +20,10 @@ from .adapters.clip import get_lora_state_dict as get_lora_state_dict
 from .adapters.clip import load_lora_adapters as load_lora_adapters
 from .adapters.clip import save_lora_adapters as save_lora_adapters
 from .adapters.open import load as load
-from .data.labels import Labelled as Labelled
-from .data.labels_read import read_labelled as read_labelled
-from .data.pairs import Pairs as Pairs
-from .data.pairs import read_pairs as read_pairs
+from .data.datasets import Labelled as Labelled
+from .data.datasets import Pairs as Pairs
+from .data.reader import read_labelled as read_labelled
+from .data.reader import read_pairs as read_pairs
 from .errors import ClipgraftError as ClipgraftError
 from .evaluate.classify import evaluate_classification as evaluate_classification
 from .evaluate.retrieval import evaluate_retrieval as evaluate_retrieval

@@ -22,7 +22,7 @@ QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "workers": 0,
 @pytest.fixture
 def pairs(tmp_path: Path) -> cg.Pairs:
     """12 images and 24 captions."""
-    return cg.read_pairs(write_pictures(tmp_path / "pictures"))[0]
+    return cg.read_pairs(write_pictures(tmp_path / "pictures"))
 
 
 def same(left: Clip, right: Clip) -> bool:

@@ -74,7 +74,7 @@ def test_a_saved_classifier_is_measured(
     assert list(metrics) == ["base", "linear", "verdict"]
     clip = load(base[1], "none")
     saved, classes = load_head(head)
-    images = cg.read_labelled(pictures, workers=0)[0]
+    images = cg.read_labelled(pictures, workers=0)
     pixels = torch.stack([clip.require_preprocess()(Image.open(path)) for path in images.images])
     with torch.no_grad():
         logits = saved(clip.encode_image(pixels))

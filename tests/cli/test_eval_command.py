@@ -41,7 +41,7 @@ def test_validation_data_with_columns_of_their_own(
     cli: Any, base: list[str], table: Path, tmp_path: Path
 ) -> None:
     """Validation data of another source would have to be rewritten with the training data's column names."""
-    pairs, _ = cg.read_pairs(table)
+    pairs = cg.read_pairs(table)
     other = tmp_path / "other.csv"
     rows = [f"{image.name};{text}" for image, texts in zip(*pairs_of(pairs), strict=True) for text in texts]
     other.write_bytes("\n".join(["pic;words", *rows, "x.png;é"]).encode("cp1252"))
@@ -69,7 +69,7 @@ def test_an_adapter_beside_its_base(
     words = ["--val-data", table, "--workers", 0, "--adapter", adapter, "--out", out]
     assert cli("eval", *base, *words).code == 0
     found = json.loads(out.read_text())
-    pairs, _ = cg.read_pairs(table)
+    pairs = cg.read_pairs(table)
     clip = load(base[1], "none")
     assert found["base"] == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
     cg.load_adapter(clip, adapter)
@@ -93,7 +93,7 @@ def test_images_are_encoded_again_only_if_their_tower_is_adapted(
     tiny_config: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A vision adapter would be measured with the base's images, or a text adapter cost twice the time."""
-    pairs, _ = cg.read_pairs(table)
+    pairs = cg.read_pairs(table)
     for targets, times in (("text-attention", 1), ("vision-attention", 2)):
         clip = load(str(tiny_config), "none")
         cg.apply_lora(clip, r=2, targets=targets)
@@ -239,7 +239,7 @@ def test_a_run_beside_its_base(cli: Any, train: Any, base: list[str], table: Pat
     found = json.loads(out.read_text())
     assert list(found) == ["base", "fine-tuned", "verdict"]
     assert any(line.split() == ["base", "fine-tuned"] for line in outcome.out.splitlines())
-    pairs, _ = cg.read_pairs(table)
+    pairs = cg.read_pairs(table)
     assert found["base"] == pytest.approx(cg.evaluate_retrieval(load(base[1], "none"), pairs, workers=0))
     assert found["fine-tuned"] == pytest.approx(cg.evaluate_retrieval(cg.load(run), pairs, workers=0))
     assert found["base"] != found["fine-tuned"]

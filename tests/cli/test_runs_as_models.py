@@ -41,7 +41,7 @@ def test_encode_and_search_with_runs(cli: Any, train: Any, table: Path, tmp_path
         found = cli("search", out, "a red shoe", "--format", "json", "--k", 12)
         assert found.code == 0
         clip = cg.load(run)
-        pairs, _ = cg.read_pairs(table)
+        pairs = cg.read_pairs(table)
         with torch.no_grad():
             text = clip.encode_text(["a red shoe"], normalize=True)
         images = encode_images(clip, pairs.images, workers=0)

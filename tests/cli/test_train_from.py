@@ -91,7 +91,7 @@ def test_flags_that_contradict_it(train: Any, cli: Any, first: Path, hf_folder: 
 def test_fit_on_a_loaded_adapter(first: Path, table: Path, tmp_path: Path) -> None:
     """In Python a loaded adapter cannot be trained on, or nobody knows later where it began."""
     clip = cg.load(first)
-    pairs, _ = cg.read_pairs(table)
+    pairs = cg.read_pairs(table)
     cg.fit(clip, pairs, out=tmp_path / "more", epochs=1, batch_size=8, lr=1e-2, workers=0, progress=False)
     assert record(tmp_path / "more")["started_from"] == str(first / "adapter")
     left, right = cg.read_adapter(first), cg.read_adapter(tmp_path / "more")

@@ -57,9 +57,7 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> cg.Pairs:
     """12 images and 24 captions. Read only."""
-    read: Any = cg.read_pairs(write_pictures(tmp_path_factory.mktemp("pictures")))
-    found: cg.Pairs = read[0] if isinstance(read, tuple) else read
-    return found
+    return cg.read_pairs(write_pictures(tmp_path_factory.mktemp("pictures")))
 
 
 @pytest.fixture(scope="session")
@@ -290,8 +288,7 @@ def test_classes_are_learnt(tmp_path: Path) -> None:
     """`--task classification` fails on a GPU, or learns something else there."""
     from clipgraft.emoji.classes import write_classes
 
-    read: Any = cg.read_labelled(write_classes(tmp_path / "classes", "train", 2))
-    data = read[0] if isinstance(read, tuple) else read
+    data = cg.read_labelled(write_classes(tmp_path / "classes", "train", 2))
     prompts = [[f"a picture of a {name}"] for name in data.classes]
     losses = {}
     for device in ("cpu", "cuda"):

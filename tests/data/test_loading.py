@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.loading import ImageDataset, PairBatch, PairBatches, epoch_batches, image_batches
-from clipgraft.data.pairs import Pairs
 from clipgraft.errors import DataError
 from clipgraft.pictures import ImageError
 

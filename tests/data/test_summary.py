@@ -11,18 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgraft.data.pairs import read_pairs
+from clipgraft.data.reader import read_pairs
 from clipgraft.data.rows import BadRow
 from clipgraft.data.summary import (
     BadRows,
-    DataReport,
+    PairReport,
     count_long_captions,
-    format_report,
-    with_long_captions,
 )
 from clipgraft.errors import DataError
 
-CLEAN = DataReport(
+CLEAN = PairReport(
     source=Path("train.csv"),
     kind="csv, separator tabs",
     unit="line",
@@ -49,7 +47,7 @@ def line(text: str, start: str) -> str:
 
 def test_clean_data() -> None:
     """Clean data would look as if something were wrong with it, or a count be left out."""
-    text = format_report(with_long_captions(CLEAN, 0, 77))
+    text = replace(CLEAN, long_captions=0, context_length=77).summary()
     assert line(text, "rows").split() == ["rows", "40,455"]
     assert line(text, "images").split() == ["images", "8,091"]
     assert line(text, "captions  ").split(maxsplit=2)[1:] == ["40,455", "5 an image"]
@@ -80,7 +78,7 @@ def test_every_problem_says_what_to_do() -> None:
         first_bad=tuple(BadRow(i, "x.jpg", "not found") for i in range(2, 12)),
         notes=('no column "filepath": took "image"',),
     )
-    text = format_report(with_long_captions(report, 13, 77))
+    text = replace(report, long_captions=13, context_length=77).summary()
     assert '  note: no column "filepath": took "image"' in text.splitlines()
     assert line(text, "captions  ").endswith("1 to 5 an image, 5.00 on average")
     for name, count, advice in [
@@ -103,7 +101,7 @@ def test_summary_of_real_files(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     path = tmp_path / "t.csv"
     path.write_text("image,caption\na.png,phở bò\nb.png,bún chả\n", encoding="utf-8")
-    text = format_report(read_pairs(path)[1])
+    text = read_pairs(path).report.summary()
     assert text.splitlines()[0] == f"{path} (csv, separator ',')"
     assert line(text, "skipped rows:") == "  skipped rows:"
     assert line(text, "line 3:") == f"    line 3: b.png not found in {tmp_path}"

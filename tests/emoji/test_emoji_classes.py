@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipgraft.data.labels_read import read_labelled
 from clipgraft.data.prompts import class_prompts
+from clipgraft.data.reader import read_labelled
 from clipgraft.emoji.art import load_art, sprite
 from clipgraft.emoji.classes import (
     TEST_STYLE,
@@ -111,7 +111,8 @@ def test_written_folders_are_read_as_classes(tmp_path: Path) -> None:
     """What is written would not be a data set that `read_labelled` takes."""
     root = write_classes(tmp_path, "val", 2)
     assert root == tmp_path / "val"
-    data, report = read_labelled(root)
+    data = read_labelled(root)
+    report = data.report
     assert data.classes == tuple(class_objects())
     assert set(data.counts()) == {2}
     assert (report.bad_rows, report.duplicate_images) == (0, 0)

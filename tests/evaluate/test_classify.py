@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clipgraft.adapters.open import load
+from clipgraft.data.datasets import Labelled
 from clipgraft.data.features import encode_images
-from clipgraft.data.labels import Labelled
 from clipgraft.data.prompts import TEMPLATE_SETS, class_prompts
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError

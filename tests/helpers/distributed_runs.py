@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import clipgraft as cg
+from clipgraft.data.datasets import Labelled
 from clipgraft.data.feature_cache import FeatureCache
-from clipgraft.data.labels import Labelled
 from clipgraft.engine import attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
@@ -69,7 +69,7 @@ def on_pairs(
         with_adapters(clip, targets, **more.pop("lora", {}))
     if more.pop("cached", False):
         more["cache"] = FeatureCache(out.parent / f"cache-{out.name}")
-    pairs = cg.read_pairs(table)[0]
+    pairs = cg.read_pairs(table)
     return cg.fit(clip, pairs, pairs, out=out, world=world, **SETTINGS, **step(world, accum_freq), **more)
 
 
@@ -83,7 +83,7 @@ def on_classes(
         clip.logit_scale.requires_grad_(False)
     else:
         with_adapters(clip, targets, train_logit_scale=head == "prompts")
-    images = cg.read_pairs(table)[0].images
+    images = cg.read_pairs(table).images
     data = Labelled(images, tuple(index % 5 % 3 for index in range(len(images))), CLASSES)
     options |= {**SETTINGS, **step(world)}
     return fit_classifier(clip, data, data, prompts=PROMPTS, out=out, world=world, **options)
@@ -95,7 +95,7 @@ def from_teacher(clip: Clip, table: Path, out: Path, world: World) -> object:
     with torch.no_grad():
         for parameter in teacher.model.parameters():
             parameter.mul_(1.1)
-    pairs = cg.read_pairs(table)[0]
+    pairs = cg.read_pairs(table)
     return distill(with_adapters(clip, BOTH), teacher, pairs, out=out, world=world, **SETTINGS, **step(world))
 
 
@@ -122,7 +122,7 @@ def gradients(clip: Clip, table: Path, world: World, accum_freq: int) -> tuple[T
     """Compute loss and gradients of one step in fp64."""
     with_adapters(clip, BOTH).train().model.double()
     clip.logit_scale.data = clip.logit_scale.data.double()
-    pairs, encoder = cg.read_pairs(table)[0], Encoder(clip)
+    pairs, encoder = cg.read_pairs(table), Encoder(clip)
     size = step(world, accum_freq)
     feed = Feed(pairs, size["batch_size"], accum_freq, 0, clip.require_preprocess(), 0, world)
     batch = next(feed.batches(0, 1))

@@ -34,7 +34,7 @@ def examples(world: Any) -> Examples:
 
 def test_retrieval_as_a_plain_loop_finds_it(examples: Examples, world: Any) -> None:
     """The gallery shows images that the model did not find, ranks them wrongly, or swaps base and adapted."""
-    pairs, _ = cg.read_pairs(world.table)
+    pairs = cg.read_pairs(world.table)
     clip = cg.load(world.run)
     scores: dict[str, Any] = {}
     for name in ("base", "adapted"):

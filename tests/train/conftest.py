@@ -34,7 +34,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pairs(pictures: Path) -> cg.Pairs:
     """The pairs of `pictures`."""
-    return cg.read_pairs(pictures)[0]
+    return cg.read_pairs(pictures)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import clipgraft as cg
-from clipgraft.data.labels import Labelled
+from clipgraft.data.datasets import Labelled
 from clipgraft.evaluate.classify import evaluate_classification
 from clipgraft.train.classes import Head, load_head
 from clipgraft.train.feed import MicroBatch

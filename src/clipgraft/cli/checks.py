@@ -22,7 +22,7 @@ from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.adapters.adapter_file import AdapterFile
-    from clipgraft.data.table_options import TableOptions
+    from clipgraft.data.columns import TableOptions
     from clipgraft.models.clip import Clip
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -49,7 +49,7 @@ def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
 
 def missing_data(name: str, path: Path) -> list[str]:
     """What is wrong with a path to data, before anything is read: nothing, or one line."""
-    from clipgraft.data.foreign import is_tar_name, tar_advice
+    from clipgraft.data.text_files import is_tar_name, tar_advice
 
     if path.exists():
         return []
@@ -66,22 +66,21 @@ def table_faults(
     With `classes` of classification it is one of images and labels. A path at which nothing is, is another's
     fault to tell.
     """
-    from clipgraft.data.labels_table import open_labels
-    from clipgraft.data.table_options import TableOptions
-    from clipgraft.data.tables import open_table
+    from clipgraft.data.columns import LABELS, TableOptions
+    from clipgraft.data.doors import open_table
 
     if path is None or not path.exists():
         return []
     if path.is_file() and path.suffix.lower() in _PICTURES:
         return [f"{name} {path}: is one picture; name a table of images and captions, or a folder"]
     if classes is not None and classes.task == "classification":
-        label = classes.csv_label_key
-        return fault_of(lambda: open_labels(path, TableOptions(caption_key=label, **columns.reading)), name)
+        options = TableOptions(label_key=classes.csv_label_key, **columns.reading)
+        return fault_of(lambda: open_table(path, options, LABELS), name)
     return fault_of(lambda: open_table(path, _options(columns)), name)
 
 
 def _options(columns: ColumnFlags) -> TableOptions:
-    from clipgraft.data.table_options import TableOptions
+    from clipgraft.data.columns import TableOptions
 
     kind = getattr(columns, "dataset_type", "auto")
     return TableOptions(kind, caption_key=columns.csv_caption_key, **columns.reading)
@@ -89,14 +88,14 @@ def _options(columns: ColumnFlags) -> TableOptions:
 
 def batch_faults(path: Path | None, columns: ColumnFlags, train: TrainArgs, processes: int = 1) -> list[str]:
     """Fewer rows than one step takes, of a table of one caption a row; only so many rows are read."""
-    from clipgraft.data.tables import open_table
+    from clipgraft.data.doors import open_table
 
     if path is None or not path.is_file():
         return []
     needed = train.batch_size * train.accum_freq * processes
     try:
         table = open_table(path, _options(columns))
-        found = sum(len(getattr(row, "captions", ())) for row in islice(table.rows(), needed))
+        found = sum(len(getattr(row, "texts", ())) for row in islice(table.rows(), needed))
     except ClipgraftError:  # told by whoever looks at the header, or at the rows
         return []
     if found >= needed:

@@ -19,7 +19,7 @@ from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.compact.model import Compacted
-    from clipgraft.data.pairs import Pairs
+    from clipgraft.data.datasets import Pairs
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
@@ -93,7 +93,7 @@ def _check_together(
 
 def _cut(base: Clip, spec: CompactFlags, table: TableFlags) -> Compacted:
     from clipgraft.compact.model import compact_model
-    from clipgraft.data.texts import read_texts
+    from clipgraft.data.reader import read_texts
 
     texts: dict[str, None] = {}
     for source in spec.vocab_from or ():

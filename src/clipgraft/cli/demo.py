@@ -18,7 +18,7 @@ from clipgraft.text_tables import Table, terminal_width
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipgraft.data.pairs import Pairs
+    from clipgraft.data.datasets import Pairs
     from clipgraft.models.clip import Clip
     from clipgraft.train.fit import FitResult
 
@@ -118,7 +118,7 @@ def load_base() -> Clip:
 def make_world(spec: DemoFlags, base: Clip) -> World:
     """Write the scenes and captions as a user's data would be, read them back, encode the images once."""
     from clipgraft.data.features import encode_images
-    from clipgraft.data.pairs import read_pairs
+    from clipgraft.data.reader import read_pairs
     from clipgraft.emoji.scenes import write_scenes
     from clipgraft.models.device import bf16_is_fast, what_auto_chooses
 
@@ -127,7 +127,7 @@ def make_world(spec: DemoFlags, base: Clip) -> World:
     tables = write_scenes(data, "train", spec.train_scenes, [spec.language], seed=spec.seed)
     tests = write_scenes(data, "test", spec.test_scenes, [spec.language, "en"], seed=spec.seed)
     train_pairs, test, english = (
-        read_pairs(path, verify="header")[0]
+        read_pairs(path, verify="header")
         for path in (tables[spec.language], tests[spec.language], tests["en"])
     )
     autocast = bf16_is_fast(base.device)

@@ -147,7 +147,7 @@ def _classified(
         DataError: images that cannot be used, or of classes that the classifier does not know.
     """
     from clipgraft.cli.read_data import prompts_of, read_images
-    from clipgraft.data.labels import match_classes
+    from clipgraft.data.datasets import match_classes
     from clipgraft.evaluate.compare import compare_classification
     from clipgraft.train.classes import load_head
 

@@ -12,13 +12,10 @@ from tqdm import tqdm
 
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
 from clipgraft.cli.flags.training import ClassTrainFlags
+from clipgraft.data.datasets import Labelled, Pairs, few_shot, match_classes, split_labelled
 from clipgraft.data.feature_cache import FeatureCache, default_folder
-from clipgraft.data.labels import Labelled, few_shot, match_classes, split_labelled
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.labels_report import format_label_report
-from clipgraft.data.pairs import Pairs, read_pairs
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
-from clipgraft.data.summary import count_long_captions, format_report, with_long_captions
+from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.models.clip import Clip
 from clipgraft.shown import shown_line
 
@@ -52,7 +49,7 @@ def checking(what: str) -> Iterator[Callable[[int, int], None]]:
 def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
     """Read and check pairs, and print the summary of them."""
     with checking(what) as progress:
-        pairs, report = read_pairs(
+        pairs = read_pairs(
             path,
             dataset_type=spec.dataset_type,
             caption_key=spec.csv_caption_key,
@@ -64,8 +61,9 @@ def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
             progress=progress,
         )
     captions = [caption for group in pairs.captions for caption in group]
-    long_captions = count_long_captions(captions, clip.count_tokens, clip.context_length)
-    log.info("%s", format_report(with_long_captions(report, long_captions, clip.context_length)))
+    assert pairs.report is not None
+    report = pairs.report.with_long_captions(captions, clip.count_tokens, clip.context_length)
+    log.info("%s", report.summary())
     return pairs
 
 
@@ -102,7 +100,7 @@ def read_images(
     columns = data.for_validation() if validation else data
     label = (classes.for_validation() if validation else classes).csv_label_key
     with checking(what) as progress:
-        images, report = read_labelled(
+        images = read_labelled(
             path,
             label_key=label,
             **columns.reading,
@@ -111,7 +109,8 @@ def read_images(
             workers=data.workers,
             progress=progress,
         )
-    log.info("%s", format_label_report(report))
+    assert images.report is not None
+    log.info("%s", images.report.summary())
     return images
 
 

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from clipgraft.cli.flags.training import ClassTrainFlags
 from clipgraft.cli.read_data import ClassData, open_cache, read_class_data, read_images, read_table
-from clipgraft.data.labels import Labelled, class_weights, match_classes
-from clipgraft.data.pairs import Pairs
+from clipgraft.data.datasets import Labelled, Pairs, class_weights, match_classes
 from clipgraft.evaluate.classify import evaluate_classification
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.models.clip import Clip

@@ -28,7 +28,7 @@ from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
-    from clipgraft.data.pairs import Pairs
+    from clipgraft.data.datasets import Pairs
     from clipgraft.models.clip import Clip
     from clipgraft.train.distributed import World
 
@@ -113,7 +113,7 @@ def train_classifier(specs: Sequence[Any], folder: Path, world: World) -> None:
     """Load what the specs name, and train it into `folder` to tell classes apart; rank 0 reads the data."""
     from clipgraft.cli.common import fit_options, hand_over, load_own_model
     from clipgraft.cli.read_data import read_class_data
-    from clipgraft.data.labels import class_weights
+    from clipgraft.data.datasets import class_weights
     from clipgraft.lora.config import auto_rank
     from clipgraft.train.fit_classes import fit_classifier
 

@@ -1,4 +1,4 @@
-"""Which column holds the image path and which the caption."""
+"""Which columns of a table hold the image paths, and the captions or labels."""
 
 from __future__ import annotations
 
@@ -8,125 +8,261 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 
-from clipgraft.errors import DataError
+from clipgraft.data.rows import Cells
+from clipgraft.errors import ConfigError, DataError
 from clipgraft.pictures import IMAGE_SUFFIXES
 from clipgraft.shown import shown_line
 
+QUOTING = ("auto", "minimal", "none")
+_NUMBERED = re.compile(r"(caption|title|text|sentence|description|comment)[ _-]?\d+", re.IGNORECASE)
+_SHOWN = 12  # names of columns in one line
+
 
 @dataclass(frozen=True)
-class _Role:
-    """What a column is for: the flag that names it, open_clip's default name, and the names others use."""
+class TableOptions:
+    """How a table is to be read; what is None is found out and said.
 
+    Attributes:
+        dataset_type: one of `doors.DATASET_TYPES`.
+        image_key, caption_key, label_key: names of columns, or their numbers from 1; of captions several, by
+            commas.
+        separator: of the columns of a text table.
+        encoding: of a text table.
+        quoting: `minimal` is RFC 4180, `none` leaves double quotes as they are, `auto` finds out.
+        image_root: folder that paths are relative to (default: that of the table).
+        keep_nulls: whether captions such as nan, None and N/A are captions.
+    """
+
+    dataset_type: str = "auto"
+    image_key: str | None = None
+    caption_key: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
+    quoting: str = "auto"
+    image_root: Path | None = None
+    keep_nulls: bool = False
+    label_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quoting not in QUOTING:
+            raise ConfigError(f'--csv-quoting "{self.quoting}" is not one of {", ".join(QUOTING)}')
+        if self.image_root is not None and not self.image_root.is_dir():
+            raise ConfigError(f"--image-root {self.image_root}: there is no such folder; check the path")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column is for.
+
+    Attributes:
+        name: what its cells are, as a person says.
+        flag: the option that names it.
+        default: the name that is tried first.
+        usual: names that others use.
+    """
+
+    name: str
     flag: str
     default: str
     usual: tuple[str, ...]
 
 
-_IMAGE = _Role(
+IMAGE = Role(
+    "images",
     "--csv-img-key",
     "filepath",
     ("image", "file_name", "path", "filename", "img", "image_path", "file_path", "image_name", "file"),
 )
-_CAPTION = _Role(
+CAPTION = Role(
+    "captions",
     "--csv-caption-key",
     "title",
     ("caption", "text", "captions", "sentence", "sentences", "comment", "description"),
 )
-
-
-_NUMBERED = re.compile(r"(caption|title|text|sentence|description|comment)[ _-]?\d+", re.IGNORECASE)
+LABEL = Role(
+    "labels",
+    "--csv-label-key",
+    "label",
+    ("class", "category", "class_name", "label_name", "target", "labels", "y"),
+)
 
 
 @dataclass(frozen=True)
-class Keys:
-    """The names a user gave, or None where the default or a usual name may be taken."""
+class Wanted:
+    """What a caller wants of a table: images with captions or with labels, or one of them alone."""
 
-    image: str | None = None
-    caption: str | None = None
+    text: Role = CAPTION
+    needs_image: bool = True
+    needs_text: bool = True
+
+    def keys(self, options: TableOptions) -> tuple[str | None, str | None]:
+        """The names that the user gave to the columns of images and of texts."""
+        return options.image_key, options.label_key if self.text is LABEL else options.caption_key
+
+    def cells(self, options: TableOptions) -> Cells:
+        """What the cells of texts may hold."""
+        return Cells(self.text is LABEL, options.keep_nulls)
+
+
+PAIRS = Wanted()
+LABELS = Wanted(LABEL)
+IMAGES = Wanted(needs_text=False)
+TEXTS = Wanted(needs_image=False)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The names of a file's columns, as one separator splits them.
+
+    Attributes:
+        names: of the columns.
+        separator: "" where the kind of file has none.
+        guess: the flag that would have named this separator, "" where it is the default or was given.
+        line: the first line, which may be a row and no header; "" where this kind of file names columns.
+    """
+
+    names: tuple[str, ...]
+    separator: str = ""
+    guess: str = ""
+    line: str = ""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read, by name, and the flags that would have named those that were guessed."""
+    """The columns to read, by their places from 0; a missing one is stood in for by the other.
 
-    image: str
-    captions: tuple[str, ...]
-    guessed: tuple[str, ...]
+    Attributes:
+        image, texts: places.
+        is_header: whether the first line names the columns.
+        has_texts: whether there are texts besides the image paths.
+        notes: what was guessed.
+    """
+
+    image: int
+    texts: tuple[int, ...]
+    is_header: bool = True
+    has_texts: bool = True
+    notes: tuple[str, ...] = ()
 
 
-def find_columns(names: Sequence[str], keys: Keys) -> Columns | None:
-    """Choose the columns among `names`; None where one of the two is not there."""
-    image, captions = _find(names, keys.image, _IMAGE), caption_columns(names, keys.caption)
-    if image is None or not captions:
+def choose_columns(
+    source: Path, headers: Sequence[Header], options: TableOptions, wanted: Wanted
+) -> tuple[Header, Columns]:
+    """The first header that has the wanted columns, and where they are.
+
+    Names that the user gave are taken as given. Where there are none, open_clip's defaults are tried first,
+    then usual names, and the notes say which.
+
+    Raises:
+        DataError: no header has them; it names the flag, the file's columns and the nearest name.
+    """
+    for optional in (False, True):
+        for header in headers:
+            found = _named(header, options, wanted, optional) or _numbered(header, options, wanted)
+            if found is not None:
+                return header, found
+        if wanted.needs_image and wanted.needs_text:
+            break
+    raise _missing(source, max((header.names for header in headers), key=len), options, wanted)
+
+
+def _named(header: Header, options: TableOptions, wanted: Wanted, optional: bool) -> Columns | None:
+    """The columns by name; with `optional`, without the one that is not needed and not asked for."""
+    names, (image_key, text_key) = header.names, wanted.keys(options)
+    image, texts = _find(names, image_key, IMAGE), _find_texts(names, text_key, wanted.text)
+    has_texts = bool(texts)
+    if optional and not wanted.needs_text and text_key is None and image is not None:
+        texts, has_texts = (image,), False
+    if optional and not wanted.needs_image and image_key is None and texts:
+        image = texts[0]
+    if image is None or not texts:
         return None
-    guessed = [f'{_IMAGE.flag} "{image}"'] if image not in (keys.image, _IMAGE.default) else []
-    if keys.caption is None and captions != (_CAPTION.default,):
-        guessed.append(f'{_CAPTION.flag} "{",".join(captions)}"')
-    return Columns(image, captions, tuple(guessed))
+    guessed = []
+    if wanted.needs_image and image not in (image_key, IMAGE.default):
+        guessed.append(f'{IMAGE.flag} "{image}"')
+    if has_texts and text_key is None and texts != (wanted.text.default,):
+        guessed.append(f'{wanted.text.flag} "{",".join(texts)}"')
+    twice = tuple(
+        f'column "{name}" stands there {names.count(name)} times: the first is read'
+        for name in dict.fromkeys((image, *texts))
+        if names.count(name) > 1
+    )
+    places = tuple(names.index(name) for name in texts)
+    notes = (*twice, *_guess_notes([*guessed, header.guess]))
+    return Columns(names.index(image), places, has_texts=has_texts, notes=notes)
 
 
-def image_column(names: Sequence[str], key: str | None = None) -> str | None:
-    """The column of image paths alone; None where it is not there."""
-    return _find(names, key, _IMAGE)
-
-
-def caption_columns(names: Sequence[str], key: str | None = None) -> tuple[str, ...]:
-    """The columns of captions: those of a list by commas, one of a usual name, or `caption_0` and on."""
-    found = _find(names, key, _CAPTION)
-    if found is not None:
-        return (found,)
-    if key is not None:
-        parts = tuple(part.strip() for part in key.split(","))
-        return parts if len(parts) > 1 and all(part in names for part in parts) else ()
-    return tuple(name for name in names if _NUMBERED.fullmatch(name))
-
-
-def by_number(keys: Keys, width: int) -> Columns | None:
-    """The columns that keys name by their numbers from 1, as the names `1`, `2` and on; None for others."""
-    parts = [keys.image or "", *(keys.caption or "").split(",")]
-    numbers = [int(part) for part in parts if part.strip().isdecimal()]
-    if len(numbers) < len(parts) or not all(1 <= number <= width for number in numbers):
+def _numbered(header: Header, options: TableOptions, wanted: Wanted) -> Columns | None:
+    """The columns of a file that names none: by numbers, or two of which one holds the name of an image."""
+    names, keys = header.names, wanted.keys(options)
+    if not header.line:
         return None
-    return Columns(str(numbers[0]), tuple(str(number) for number in numbers[1:]), ())
+    images = [i for i, name in enumerate(names) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES]
+    if keys == (None, None) and len(names) == 2 and len(images) == 1:
+        places = [images[0], 1 - images[0]]
+    else:
+        parts = [keys[0] or "", *(keys[1] or "").split(",")]
+        places = [int(part) - 1 for part in parts if part.strip().isdecimal()]
+        if len(places) < len(parts) or not all(0 <= place < len(names) for place in places):
+            return None
+    image, *texts = places
+    is_row = image in images or names[image].isdecimal()
+    how = "no header line: " if is_row else f"the first line is taken for a header ({header.line[:40]}): "
+    where = ", ".join(str(place + 1) for place in texts)
+    what = f"images from column {image + 1}, {wanted.text.name} from {where}"
+    return Columns(image, tuple(texts), not is_row, notes=(how + what, *_guess_notes([header.guess])))
 
 
-def guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
-    """What to tell the user about names or a separator other than open_clip's defaults: the flags to give."""
-    return (f"guessed from the header: {' '.join(guessed)}",) if guessed else ()
-
-
-def missing_columns(source: Path, names: Sequence[str], keys: Keys) -> DataError:
-    """The error where `find_columns` found nothing: the flag, the file, its columns, the nearest name."""
-    role, key = (_CAPTION, keys.caption) if _find(names, keys.image, _IMAGE) else (_IMAGE, keys.image)
-    wanted = role.default if key is None else key
-    if role is _CAPTION and "," in wanted:
-        wanted = next((part.strip() for part in wanted.split(",") if part.strip() not in names), wanted)
-    there = ", ".join(f'"{_short(name)}"' for name in names[:12]) + (", ..." if len(names) > 12 else "")
-    advice = _advice(role.flag, wanted, names)
-    return DataError(f'{source}: {role.flag}: no column "{wanted}"; it has {there}; {advice}')
-
-
-def _find(names: Sequence[str], key: str | None, role: _Role) -> str | None:
+def _find(names: Sequence[str], key: str | None, role: Role) -> str | None:
     if key is not None:
         return key if key in names else None
     folded = {name.casefold(): name for name in reversed(names)}
     return next((folded[name] for name in (role.default, *role.usual) if name in folded), None)
 
 
-def _advice(flag: str, wanted: str, names: Sequence[str]) -> str:
+def _find_texts(names: Sequence[str], key: str | None, role: Role) -> tuple[str, ...]:
+    """The column of texts; of captions also those of a list by commas, or `caption_0` and on."""
+    found = _find(names, key, role)
+    if found is not None or role is not CAPTION:
+        return () if found is None else (found,)
+    if key is not None:
+        parts = tuple(part.strip() for part in key.split(","))
+        return parts if len(parts) > 1 and all(part in names for part in parts) else ()
+    return tuple(name for name in names if _NUMBERED.fullmatch(name))
+
+
+def _guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
+    flags = " ".join(filter(None, guessed))
+    return (f"guessed from the header: {flags}",) if flags else ()
+
+
+def _missing(source: Path, names: Sequence[str], options: TableOptions, wanted: Wanted) -> DataError:
+    image_key, text_key = wanted.keys(options)
+    no_image = wanted.needs_image and _find(names, image_key, IMAGE) is None
+    role, key = (IMAGE, image_key) if no_image else (wanted.text, text_key)
+    missing = role.default if key is None else key
+    if role is CAPTION and "," in missing:
+        missing = next((part.strip() for part in missing.split(",") if part.strip() not in names), missing)
+    there = ", ".join(f'"{_short(name)}"' for name in names[:_SHOWN]) + (
+        ", ..." if len(names) > _SHOWN else ""
+    )
+    advice = _advice(role, missing, names, wanted)
+    return DataError(f'{source}: {role.flag}: no column "{missing}"; it has {there}; {advice}')
+
+
+def _advice(role: Role, missing: str, names: Sequence[str], wanted: Wanted) -> str:
     if any(PurePath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         return (
-            "the first line must be a header that names the columns, such as filepath<TAB>title; or give "
-            f"their numbers from 1: {_IMAGE.flag} 1 {_CAPTION.flag} 2"
+            f"the first line must be a header that names the columns, such as {IMAGE.default}<TAB>"
+            f"{wanted.text.default}; or give their numbers from 1: {IMAGE.flag} 1 {wanted.text.flag} 2"
         )
     if len(names) == 1 and any(mark in names[0] for mark in ",;|\t"):
         return "it reads as one column: give the separator with --csv-separator"
     folded = {name.casefold(): name for name in names}
-    near = get_close_matches(wanted.casefold(), folded, n=1)
-    return f'did you mean "{_short(folded[near[0]])}"?' if near else f"name the right one with {flag}"
+    near = get_close_matches(missing.casefold(), folded, n=1)
+    return f'did you mean "{_short(folded[near[0]])}"?' if near else f"name the right one with {role.flag}"
 
 
 def _short(name: str) -> str:
     """A column's name in a message: a stranger's, which may hold line breaks."""
-    short = name if len(name) <= 40 else name[:37] + "..."
-    return shown_line(short)
+    return shown_line(name if len(name) <= 40 else name[:37] + "...")

@@ -8,14 +8,13 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
-from clipgraft.data.columns import Keys, by_number, find_columns, guess_notes, missing_columns
-from clipgraft.data.rows import BadRow, Rows, Table, make_row
-from clipgraft.data.table_options import TableOptions
+from clipgraft.data.columns import CAPTION, Columns, Header, TableOptions, Wanted, choose_columns
+from clipgraft.data.rows import BadRow, Cells, Rows, Table, make_row
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.pictures import IMAGE_SUFFIXES
@@ -28,45 +27,54 @@ _EXCEL = re.compile(r'"?sep=([^"\r\n])"?\r?\n?', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class _Header:
-    """How a file is split, which cells of its rows are wanted, and on which record they begin."""
+class _Form(NamedTuple):
+    """How a file is split into rows, and which of their cells are wanted.
 
-    width: int
-    image: int
-    captions: tuple[int, ...]
+    Attributes:
+        separator: of cells.
+        width: cells of the header.
+        columns: places of the wanted cells.
+        skip: records before the first row.
+        quoted: whether double quotes quote.
+        encoding: the one that the user gave.
+        cells: what they may hold.
+    """
+
     separator: str
-    skip: int  # records before the first row
-    notes: tuple[str, ...]
+    width: int
+    columns: Columns
+    skip: int
+    quoted: bool
+    encoding: str | None
+    cells: Cells
 
 
-def read_delimited(path: Path, options: TableOptions) -> Table:
-    """Open a CSV or TSV file. Row numbers are line numbers, the header being line 1.
+def open_delimited(path: Path, options: TableOptions, wanted: Wanted) -> Table:
+    """Open a CSV or TSV file, or a Flickr8k.token.txt. Row numbers are line numbers, the header being line 1.
 
     Quoting follows RFC 4180 strictly: a row with broken quoting is one bad row, and reading goes on with the
     next line. A lenient reader would take everything up to the next quote for one caption. A file whose
     quotes are no quoting (`_is_unquoted`) is read as it is.
     """
-    header = _read_header(path, options)
-    quoted = options.quoting != "none"
-    notes = header.notes
-    if options.quoting == "auto" and _is_unquoted(path, options.encoding, header):
-        quoted = False
+    first, excel = _first_line(path, options.encoding)
+    named = (options.separator, options.image_key, options.caption_key) != (None, None, None)
+    if wanted.text is CAPTION and not named and not excel and _TOKEN_LINE.fullmatch(first):
+        rows = partial(_token_rows, path, options.encoding, wanted.cells(options))
+        return Table(path, path.parent, "Flickr token file", "line", rows)
+    headers = _headers(path, options, first, excel)
+    header, columns = choose_columns(path, headers, options, wanted)
+    skip, cells = bool(excel) + columns.is_header, wanted.cells(options)
+    form = _Form(header.separator, len(header.names), columns, skip, True, options.encoding, cells)
+    notes = columns.notes
+    if excel:
+        notes = ("its first line sep= is Excel's, and no header", *notes)
+    if options.quoting == "none":
+        form = form._replace(quoted=False)
+    elif options.quoting == "auto" and _is_unquoted(path, form):
+        form = form._replace(quoted=False)
         notes = (*notes, "it was written without quoting, and is read so (--csv-quoting none)")
     kind = f"csv, separator {_name(header.separator)}"
-    rows = partial(_rows, path, header, options, quoted)
-    return Table(path, path.parent, kind, "line", rows, notes)
-
-
-def header_readings(path: Path, options: TableOptions) -> dict[str, tuple[str, ...]]:
-    """Separator -> the column names of a header line split by it: the one given, or each usual one."""
-    first, excel, _ = _first_line(path, options.encoding)
-    return {character: _names(path, first, character) for character in _separators(options, excel)}
-
-
-def read_tokens(path: Path, options: TableOptions) -> Table:
-    """Open a Flickr8k.token.txt: no header, no quoting, `name.jpg#0<TAB>caption` on each line."""
-    return Table(path, path.parent, "Flickr token file", "line", partial(_token_rows, path, options))
+    return Table(path, path.parent, kind, "line", partial(_rows, path, form), notes, columns.has_texts)
 
 
 def is_token_file(path: Path, encoding: str | None = None) -> bool:
@@ -74,8 +82,25 @@ def is_token_file(path: Path, encoding: str | None = None) -> bool:
     return _TOKEN_LINE.fullmatch(_first_line(path, encoding)[0]) is not None
 
 
-def _token_rows(path: Path, options: TableOptions) -> Rows:
-    with closing(text_lines(path, options.encoding)) as lines:
+def _headers(path: Path, options: TableOptions, first: str, excel: str) -> list[Header]:
+    """The first line, split by the separator that was given or by each usual one."""
+    if options.separator is not None:
+        separators: tuple[str, ...] = (_one_character(options.separator),)
+    else:
+        separators = (excel,) if excel else USUAL_SEPARATORS
+    return [
+        Header(
+            _names(path, first, separator),
+            separator,
+            "" if separator in (separators[0], excel) else f'--csv-separator "{separator}"',
+            first,
+        )
+        for separator in separators
+    ]
+
+
+def _token_rows(path: Path, encoding: str | None, cells: Cells) -> Rows:
+    with closing(text_lines(path, encoding)) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -83,73 +108,65 @@ def _token_rows(path: Path, options: TableOptions) -> Rows:
             if match is None:
                 yield BadRow(number, "", "is not of the form name.jpg#0<TAB>caption")
             else:
-                yield make_row(number, match[1], match[2], options.cells)
+                yield make_row(number, match[1], match[2], cells)
 
 
-def _rows(path: Path, header: _Header, options: TableOptions, quoted: bool) -> Rows:
-    width, wanted, cells_are = header.width, (header.image, *header.captions), options.cells
-    last = max(wanted)
-    with closing(text_lines(path, options.encoding)) as lines:
-        records = _records(lines, header.separator, quoted)
-        for number, record, count in islice(records, header.skip, None):
+def _rows(path: Path, form: _Form) -> Rows:
+    image, texts, width, cells = form.columns.image, form.columns.texts, form.width, form.cells
+    last = max(image, *texts)
+    with closing(text_lines(path, form.encoding)) as lines:
+        records = _records(lines, form.separator, form.quoted)
+        for number, record, count in islice(records, form.skip, None):
             if isinstance(record, str):
                 yield BadRow(number, "", record)
                 continue
-            remark = (
-                "hold line breaks; if quotes are no quoting here, add --csv-quoting none" if count > 1 else ""
-            )
+            remark = _BREAKS if count > 1 else ""
             if len(record) > width and any(cell.strip() for cell in record[width:]):
                 # A tab is in no caption, so that more cells are more columns. Any other separator may be.
-                if header.separator == SEPARATOR:
+                if form.separator == SEPARATOR:
                     remark = "have more cells than the header: those were not read"
-                elif last == width - 1 == header.captions[-1] and not options.numbers:
+                elif last == width - 1 == texts[-1] and not cells.labels:
                     remark = "have more cells than the header: those are the end of the caption"
-                    record[last:] = [header.separator.join(record[last:])]
+                    record[last:] = [form.separator.join(record[last:])]
                 else:
-                    yield _uneven(number, len(record), header, "has more cells than the header")
+                    yield _uneven(number, len(record), form, "has more cells than the header")
                     continue
             if len(record) <= last:
-                yield _uneven(number, len(record), header, "lacks cells")
+                yield _uneven(number, len(record), form, "lacks cells")
                 continue
             if len(record) < width:
                 remark = remark or "have fewer cells than the header, but those that are needed"
-            captions = [record[place] for place in header.captions]
-            yield make_row(
-                number,
-                record[header.image],
-                captions[0] if len(captions) == 1 else captions,
-                cells_are,
-                remark=remark,
-            )
+            yield make_row(number, record[image], [record[place] for place in texts], cells, remark)
 
 
-def _uneven(number: int, cells: int, header: _Header, kind: str) -> BadRow:
-    told = f"has {cells} cells where the header has {header.width}"
-    advice = f"put cells that hold {_name(header.separator)} in double quotes"
+def _uneven(number: int, cells: int, form: _Form, kind: str) -> BadRow:
+    told = f"has {cells} cells where the header has {form.width}"
+    advice = f"put cells that hold {_name(form.separator)} in double quotes"
     return BadRow(number, "", f"{told}; {advice}", kind)
 
 
-def _is_unquoted(path: Path, encoding: str | None, header: _Header) -> bool:
+def _is_unquoted(path: Path, form: _Form) -> bool:
     """Whether quotes in a file cannot be meant as quoting, though some cell begins with one.
 
     So it is where RFC 4180 would join or refuse lines, each of which has all cells as it stands, and an image
     name in its place. A quoted caption of several lines has other lines.
     """
-    with closing(text_lines(path, encoding)) as lines:
+    with closing(text_lines(path, form.encoding)) as lines:
         if not any('"' in line for line in lines):
             return False
-    with closing(text_lines(path, encoding)) as lines:
-        reader = csv.reader(lines, delimiter=header.separator, strict=True)
+    with closing(text_lines(path, form.encoding)) as lines:
+        reader = csv.reader(lines, delimiter=form.separator, strict=True)
         with contextlib.suppress(csv.Error):
             if sum(1 for _ in reader) == reader.line_num:
                 return False
     images = set()
-    with closing(text_lines(path, encoding)) as lines:
-        for line in islice((line for line in lines if line.strip()), header.skip, None):
-            cells = line.rstrip("\r\n").split(header.separator)
-            if len(cells) != header.width or header.width < 2:
+    with closing(text_lines(path, form.encoding)) as lines:
+        for line in islice((line for line in lines if line.strip()), form.skip, None):
+            cells = line.rstrip("\r\n").split(form.separator)
+            if len(cells) != form.width or form.width < 2:
                 return False
-            images.add(PurePath(cells[header.image].strip().strip('"')).suffix.lower() in IMAGE_SUFFIXES)
+            name = cells[form.columns.image].strip().strip('"')
+            images.add(PurePath(name).suffix.lower() in IMAGE_SUFFIXES)
     return len(images) == 1
 
 
@@ -210,51 +227,6 @@ def _broken(error: csv.Error, lines: list[str]) -> str:
     return 'broken quoting: write a quote inside a quoted cell twice ("")'
 
 
-def _read_header(path: Path, options: TableOptions) -> _Header:
-    first, excel, before = _first_line(path, options.encoding)
-    keys = Keys(options.image_key, options.caption_key)
-    separators = _separators(options, excel)
-    said: tuple[str, ...] = ("its first line sep= is Excel's, and no header",) if excel else ()
-    best: tuple[str, ...] = ()
-    for separator in separators:
-        names = _names(path, first, separator)
-        columns = find_columns(names, keys)
-        guess = (f'--csv-separator "{separator}"',) if separator not in (separators[0], excel) else ()
-        if columns is not None:
-            places = [names.index(name) for name in (columns.image, *columns.captions)]
-            twice = [name for name in (columns.image, *columns.captions) if names.count(name) > 1]
-            said += tuple(
-                f'column "{name}" stands there {names.count(name)} times: the first is read' for name in twice
-            )
-            notes = (*said, *guess_notes(columns.guessed + guess))
-            return _Header(len(names), places[0], tuple(places[1:]), separator, before + 1, notes)
-        numbered = _without_names(names, keys)
-        if numbered is not None:
-            image, captions, is_row = numbered
-            how = "no header line: " if is_row else f"the first line is taken for a header ({first[:40]}): "
-            what = f"images from column {image + 1}, captions from {', '.join(str(c + 1) for c in captions)}"
-            notes = (*said, how + what, *guess_notes(guess))
-            return _Header(len(names), image, captions, separator, before + (not is_row), notes)
-        best = max(best, names, key=len)
-    raise missing_columns(path, best, keys)
-
-
-def _without_names(names: tuple[str, ...], keys: Keys) -> tuple[int, tuple[int, ...], bool] | None:
-    """(image column, caption columns, whether the first line is a row) of a file that names no columns.
-
-    Columns are named by numbers, or there are two of which one holds the name of an image.
-    """
-    images = [i for i, name in enumerate(names) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES]
-    if keys == Keys() and len(names) == 2 and len(images) == 1:
-        return images[0], (1 - images[0],), True
-    columns = by_number(keys, len(names))
-    if columns is None:
-        return None
-    image = int(columns.image) - 1
-    is_row = image in images or names[image].isdecimal()
-    return image, tuple(int(caption) - 1 for caption in columns.captions), is_row
-
-
 def _names(path: Path, first: str, separator: str) -> tuple[str, ...]:
     try:
         return tuple(name.strip() for name in next(csv.reader([first], delimiter=separator)))
@@ -262,9 +234,10 @@ def _names(path: Path, first: str, separator: str) -> tuple[str, ...]:
         raise DataError(f"{path}: the header line cannot be read ({error}); rewrite it") from error
 
 
-def _first_line(path: Path, encoding: str | None) -> tuple[str, str, int]:
-    """The first line that is not blank, without its line end; the separator that Excel's `sep=;` names before
-    it, and how many records stand before it. Raises DataError when there is none.
+def _first_line(path: Path, encoding: str | None) -> tuple[str, str]:
+    """The first line that is not blank, and the separator that Excel's `sep=;` before it names.
+
+    Raises DataError when there is none.
     """
     excel = ""
     with closing(text_lines(path, encoding)) as lines:
@@ -273,14 +246,8 @@ def _first_line(path: Path, encoding: str | None) -> tuple[str, str, int]:
             if match:
                 excel = match[1]
             elif line.strip():
-                return line.rstrip("\r\n"), excel, int(bool(excel))
+                return line.rstrip("\r\n"), excel
     raise DataError(f"{path}: the file is empty; it needs a header line and at least one row")
-
-
-def _separators(options: TableOptions, excel: str) -> tuple[str, ...]:
-    if options.separator is not None:
-        return (_one_character(options.separator),)
-    return (excel,) if excel else USUAL_SEPARATORS
 
 
 def _one_character(separator: str) -> str:

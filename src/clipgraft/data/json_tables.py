@@ -1,15 +1,23 @@
-"""JSON files that hold a whole table: a list of objects, image -> captions, or COCO's captions."""
+"""JSON Lines, and JSON files that hold a whole table: objects, image -> captions, or COCO's captions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clipgraft.data.text_files import text_encoding
+from clipgraft.data.columns import Header, TableOptions, Wanted, choose_columns
+from clipgraft.data.rows import BadRow, Cells, Rows, Table, make_row
+from clipgraft.data.text_files import text_encoding, text_lines
 from clipgraft.errors import DataError
 
+_Objects = Iterator[tuple[int, dict[str, Any] | str]]  # numbers with objects, or with why there is none
+
+_HEAD = 20  # objects that are looked at to learn which keys there are
 _KARPATHY = (
     "python -c 'import json; "
     '[print(json.dumps({"image": "/".join(filter(None, (i.get("filepath"), i["filename"]))), '
@@ -18,7 +26,67 @@ _KARPATHY = (
 )
 
 
-def is_json_lines(source: Path) -> bool:
+def open_json(source: Path, options: TableOptions, wanted: Wanted) -> Table:
+    """Open a file with a JSON object a line, or a `.json` with a whole table in one of the usual forms."""
+    if source.suffix.lower() == ".json" and not _is_json_lines(source):
+        kind, unit, objects = "json", "entry", partial(_entries, source)
+    else:
+        kind, unit, objects = "jsonl", "line", partial(_lines, source, options.encoding)
+    names = _names(source, objects())
+    _, columns = choose_columns(source, [Header(names)], options, wanted)
+    wanted_names = (names[columns.image], *(names[place] for place in columns.texts))
+    rows = partial(_rows, objects, wanted_names, wanted.cells(options))
+    return Table(source, source.parent, kind, unit, rows, columns.notes, columns.has_texts)
+
+
+def flat(cells: list[Any]) -> Any:
+    """The captions of several columns as one list; of one column as they are."""
+    if len(cells) == 1:
+        return cells[0]
+    return [text for cell in cells for text in (cell if isinstance(cell, list | tuple) else [cell])]
+
+
+def _names(source: Path, objects: _Objects) -> tuple[str, ...]:
+    head = [value for _, value in islice(objects, _HEAD)]
+    found = [value for value in head if isinstance(value, dict)]
+    if not found:
+        wrong = f"its first line {head[0]}" if head else "the file is empty"
+        raise DataError(
+            f'{source}: {wrong}; each line must be like {{"filepath": "a.jpg", "title": "a dog"}}'
+        )
+    return tuple(dict.fromkeys(name for value in found for name in value))
+
+
+def _rows(objects: Callable[[], _Objects], names: tuple[str, ...], cells: Cells) -> Rows:
+    image, *texts = names
+    for number, value in objects():
+        if isinstance(value, str):
+            yield BadRow(number, "", value)
+        else:
+            yield make_row(number, value.get(image), flat([value.get(name) for name in texts]), cells)
+
+
+def _lines(source: Path, encoding: str | None) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
+    """The object of every line that is not blank; instead of it, the reason why there is none."""
+    with closing(text_lines(source, encoding)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, f"is not JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:
+                yield number, f"is not JSON that can be read: {error}"
+            else:
+                yield number, value if isinstance(value, dict) else _no_object(value)
+
+
+def _no_object(value: Any) -> str:
+    return f"is a JSON {type(value).__name__}, not an object"
+
+
+def _is_json_lines(source: Path) -> bool:
     """Whether a .json file holds an object a line, as pandas writes with lines=True."""
     with source.open(encoding=text_encoding(source), errors="replace") as file:
         lines = [line for line in (file.readline(1 << 20), file.readline(1 << 20)) if line.strip()]
@@ -28,7 +96,7 @@ def is_json_lines(source: Path) -> bool:
         return False
 
 
-def json_rows(source: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _entries(source: Path) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
     """The rows of a JSON file by their place, each an object, or the reason why there is none.
 
     Raises:
@@ -38,12 +106,11 @@ def json_rows(source: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         whole = json.loads(source.read_bytes().decode(text_encoding(source)))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: is not JSON that can be read ({error}); write it again") from error
-    for number, value in enumerate(_entries(source, whole), 1):
-        kind = f"is a JSON {type(value).__name__}, not an object"
-        yield number, value if isinstance(value, dict) else kind
+    for number, value in enumerate(_table(source, whole), 1):
+        yield number, value if isinstance(value, dict) else _no_object(value)
 
 
-def _entries(source: Path, whole: Any) -> list[Any]:
+def _table(source: Path, whole: Any) -> list[Any]:
     if isinstance(whole, list):
         return whole
     if not isinstance(whole, dict):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from clipgraft.data.pairs import Pairs
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.errors import DataError
 from clipgraft.pictures import ImageError, open_image

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipgraft.data.labels import near_misses
+from clipgraft.data.datasets import near_misses
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.records import shown
 from clipgraft.yaml_files import load_yaml

@@ -1,4 +1,4 @@
-"""What every kind of table is read into: rows that name an image and its captions, or say why they do not."""
+"""The rows that every kind of source is read into: an image with its captions or label, or a reason."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `image` is the path as written; captions have no surrounding blanks.
+    """One row of a table that can be used.
 
-    `nulls` of the captions were nan or the like, and are empty now. `remark` is what a person may not have
-    meant, though the row can be used.
+    Attributes:
+        number: counts in the table's `unit`.
+        image: the path as written.
+        texts: captions, or one label, without surrounding blanks; "" where a cell is empty.
+        nulls: how many of the texts were nan or the like, and are empty now.
+        remark: what a person may not have meant, though the row can be used.
     """
 
     number: int
     image: str
-    captions: tuple[str, ...]
+    texts: tuple[str, ...]
     nulls: int = 0
     remark: str = ""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that cannot be used, and why, in a few words that do not repeat its number or path.
+    """One row that cannot be used.
 
-    `kind` is what it is counted as, where the reason differs from row to row.
+    Attributes:
+        number: counts in the table's `unit`.
+        image: the path as written, "" where it is not known.
+        reason: why, in a few words that do not repeat number and path.
+        kind: what it is counted as, where the reason differs from row to row.
     """
 
     number: int
@@ -41,10 +49,17 @@ Rows = Generator[Row | BadRow, None, None]
 
 @dataclass(frozen=True)
 class Table:
-    """An opened table. Every call of `rows` reads the file again from its first row.
+    """An opened source whose columns are chosen.
 
-    `folder` is what relative image paths are relative to; `unit` is what a row number counts ("line", "row",
-    "image"); `notes` are choices made for the user that they should see.
+    Attributes:
+        source: the file or folder.
+        folder: what relative image paths are relative to.
+        kind: what it was read as, in a few words.
+        unit: what a row number counts ("line", "row", "image").
+        rows: reads the source again from its first row, at every call.
+        notes: choices made for the user that they should see.
+        has_texts: whether rows have texts of their own; without, each text is the image's path.
+        labels: names that the source gives to classes, whether or not a row has them.
     """
 
     source: Path
@@ -53,6 +68,8 @@ class Table:
     unit: str
     rows: Callable[[], Rows]
     notes: tuple[str, ...] = ()
+    has_texts: bool = True
+    labels: tuple[str, ...] = ()
 
 
 _NULLS = frozenset(
@@ -71,52 +88,53 @@ def is_null(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Cells:
-    """What cells may hold. With `numbers`, a number is the text it is written as: class labels often are
-    numbers. With `keep_nulls`, nan and None are words like others.
+    """What the cells of texts may hold.
+
+    Attributes:
+        labels: they are labels: a number is the text it is written as, and `none` may be a class.
+        keep_nulls: nan and None are words like others.
     """
 
-    numbers: bool = False
+    labels: bool = False
     keep_nulls: bool = False
 
     def is_null(self, text: str) -> bool:
         """Whether a caption, or a label, is what a program writes where there is none."""
         if self.keep_nulls or not is_null(text):
             return False
-        return not self.numbers or text.lower() in _NAN  # "none" is a class of many data sets
+        return not self.labels or text.lower() in _NAN
 
 
-_ANY = Cells()
-
-
-def make_row(
-    number: int, image: object, captions: object, cells_are: Cells = _ANY, *, remark: str = ""
-) -> Row | BadRow:
-    """Check the cells of one row. `captions` is a string, None, or a list of strings."""
+def make_row(number: int, image: object, texts: object, cells_are: Cells, remark: str = "") -> Row | BadRow:
+    """Check the cells of one row. `texts` is a string, None, or a list of strings."""
     if image is not None and not isinstance(image, str):
-        return BadRow(number, "", f"the image is {_kind(image)}, not a path")
+        return BadRow(number, "", f"the image is a {type(image).__name__}, not a path")
     path = (image or "").strip()
     if not path:
         return BadRow(number, "", "no image path")
-    cells = captions if isinstance(captions, list | tuple) else [captions]
-    if cells_are.numbers:
+    cells = texts if isinstance(texts, list | tuple) else (texts,)
+    if cells_are.labels:
         cells = [_number_as_text(cell) for cell in cells]
-    texts, nulls = [], 0
+    kept, nulls = [], 0
     for cell in cells:
         if cell != cell:  # NaN
             nulls += 1
             cell = None
         if cell is not None and not isinstance(cell, str):
-            return BadRow(number, path, f"the caption is {_kind(cell)}, not text")
+            what = "label" if cells_are.labels else "caption"
+            return BadRow(number, path, f"the {what} is a {type(cell).__name__}, not text")
         text = (cell or "").strip()
         if text and cells_are.is_null(text):
             text, nulls = "", nulls + 1
-        texts.append(text)
-    if not all(_is_unicode(text) for text in [path, *texts]):
+        kept.append(text)
+    if not (_is_unicode(path) and all(map(_is_unicode, kept))):
         return BadRow(number, ascii(path), "holds half a character (a lone surrogate)")
-    return Row(number, path, tuple(texts), nulls, remark)
+    return Row(number, path, tuple(kept), nulls, remark)
 
 
 def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -129,7 +147,3 @@ def _number_as_text(cell: object) -> object:
     if isinstance(cell, float) and (math.isnan(cell) or cell.is_integer()):
         return None if math.isnan(cell) else str(int(cell))
     return str(cell) if isinstance(cell, int | float) else cell
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"

@@ -18,11 +18,28 @@ MAX_BAD_ROWS = 100
 _KEPT = 10  # bad rows that are kept to be shown
 _SHOWN = 3  # bad rows that fit into a one-line error
 _CHUNK = 4096  # captions tokenized at once
+_LISTED = 40  # classes that are listed one by one; beyond, only the largest and smallest are
+
+Fact = tuple[str, int, str]
+"""Name, count, and a remark: a line of the summary."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class DataReport(Result):
-    """Counts of one dataset. Rows are the table's; an image is missing once however many rows name it."""
+    """Counts of one data set, whatever is read beside the images.
+
+    Attributes:
+        source, kind, unit: what was read, as what, and what a row number counts.
+        rows: rows of the table, or images in the folder.
+        bad_rows: of those, how many were skipped.
+        images: usable ones.
+        missing_images: names of files that are not there, each once however many rows name it.
+        unreadable_images: files that are no whole images.
+        duplicates: groups of files with the same bytes.
+        reasons: why rows were skipped, each with how many, most first.
+        first_bad: a few skipped rows.
+        notes: choices made for the user.
+    """
 
     source: Path
     kind: str
@@ -30,28 +47,171 @@ class DataReport(Result):
     rows: int
     bad_rows: int
     images: int
-    captions: int
-    fewest_captions: int
-    most_captions: int
-    empty_captions: int
-    repeated_captions: int
-    missing_images: int
-    unreadable_images: int
-    duplicates: tuple[tuple[Path, ...], ...]
-    first_bad: tuple[BadRow, ...]
-    notes: tuple[str, ...] = ()
-    null_captions: int = 0
+    missing_images: int = 0
+    unreadable_images: int = 0
+    duplicates: tuple[tuple[Path, ...], ...] = ()
     reasons: tuple[tuple[str, int], ...] = ()
-    long_captions: int | None = None
-    context_length: int | None = None
-
-    def __repr__(self) -> str:
-        return format_report(self)
+    first_bad: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def duplicate_images(self) -> int:
         """Images whose bytes are also those of another image that comes before them."""
         return sum(len(group) - 1 for group in self.duplicates)
+
+    def summary(self) -> str:
+        """Aligned text, one line a fact; a line that tells of a problem says what to do."""
+        problems = [(name, count, advice if count else "") for name, count, advice in self._problems()]
+        lines = [f"{self.source} ({self.kind})", *(f"  note: {note}" for note in self.notes)]
+        lines += [*fact_lines([*self._facts(), *problems]), *self._more()]
+        if len(self.reasons) > 1:
+            lines.append("  why rows were skipped:")
+            lines += [f"  {line}" for line in fact_lines([(why, count, "") for why, count in self.reasons])]
+        if self.first_bad:
+            more = ", the first of each image" if self.bad_rows > len(self.first_bad) else ""
+            lines.append(f"  skipped rows{more}:")
+            lines += [f"    {describe_row(row, self.unit)}" for row in self.first_bad]
+        return "\n".join(lines)
+
+    def _facts(self) -> list[Fact]:
+        used = f"{self.rows - self.bad_rows:,} of them used" if self.bad_rows else ""
+        return [("rows", self.rows, used), ("images", self.images, "")]
+
+    def _problems(self) -> list[Fact]:
+        same = f"same file under several names ({_equal(self.duplicates)})"
+        listed = "listed below; --strict stops at the first, --max-bad-rows limits them"
+        return [
+            ("skipped rows", self.bad_rows, listed),
+            ("missing images", self.missing_images, "skipped: correct the paths, or add the files"),
+            ("unreadable images", self.unreadable_images, "skipped: replace the files listed below"),
+            (
+                "duplicate images",
+                self.duplicate_images,
+                same,
+            ),
+        ]
+
+    def _more(self) -> list[str]:
+        """Lines between facts and skipped rows."""
+        return []
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class PairReport(DataReport):
+    """Counts of images with captions.
+
+    Attributes:
+        captions: those that are kept.
+        fewest_captions, most_captions: of one image.
+        empty_captions, null_captions: left out: empty, and nan, None or the like.
+        repeated_captions: same words for the same image, of which each is kept once.
+        long_captions: those of more tokens than `context_length`, where they were counted.
+    """
+
+    _shows = ("source", "kind", "rows", "bad_rows", "images", "captions", "missing_images", "notes")
+
+    captions: int
+    fewest_captions: int
+    most_captions: int
+    empty_captions: int = 0
+    null_captions: int = 0
+    repeated_captions: int = 0
+    long_captions: int | None = None
+    context_length: int | None = None
+
+    def with_long_captions(
+        self,
+        captions: Sequence[str],
+        count_tokens: Callable[[Sequence[str]], Sequence[int]],
+        context_length: int,
+    ) -> PairReport:
+        """The same report, with how many of the captions have more tokens than the model reads."""
+        found = count_long_captions(captions, count_tokens, context_length)
+        return replace(self, long_captions=found, context_length=context_length)
+
+    def _facts(self) -> list[Fact]:
+        mean = self.captions / max(self.images, 1)
+        spread = f"{self.fewest_captions} to {self.most_captions} an image, {mean:.2f} on average"
+        if self.fewest_captions == self.most_captions:
+            spread = f"{self.fewest_captions} an image"
+        return [*super()._facts(), ("captions", self.captions, spread)]
+
+    def _problems(self) -> list[Fact]:
+        skipped, *images, duplicate = super()._problems()
+        nulls = "left out as captions: --keep-nulls takes them"
+        repeated = "same words for the same image: each was kept once"
+        problems = [
+            skipped,
+            ("empty captions", self.empty_captions, "left out: write them, or leave it so"),
+            ("nan, None and the like", self.null_captions, nulls),
+            ("repeated captions", self.repeated_captions, repeated),
+            *images,
+            (*duplicate[:2], f"{duplicate[2]}: give all their captions to one"),
+        ]
+        if self.long_captions is not None:
+            unseen = f"words after token {self.context_length} are not seen"
+            advice = f"{unseen}: shorten them or put what matters first"
+            problems.append((f"captions over {self.context_length} tokens", self.long_captions, advice))
+        return problems
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class LabelReport(DataReport):
+    """Counts of images with one class each.
+
+    Attributes:
+        classes, counts: names and numbers of usable images.
+        empty_classes: classes that are left out because no image of theirs can be used.
+        mixed_duplicates: those of `duplicates` whose files have different labels.
+    """
+
+    _shows = ("source", "kind", "rows", "bad_rows", "images", "classes", "missing_images", "notes")
+
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    empty_classes: tuple[str, ...] = ()
+    mixed_duplicates: tuple[tuple[Path, ...], ...] = ()
+
+    @property
+    def imbalance(self) -> float:
+        """How many times as many images the largest class has as the smallest."""
+        return max(self.counts) / min(self.counts)
+
+    def _facts(self) -> list[Fact]:
+        ordered = self._by_size()
+        (largest, most), (smallest, fewest) = ordered[0], ordered[-1]
+        ratio = (
+            f"{self.imbalance:.1f} times the smallest" if most > fewest else "all classes are the same size"
+        )
+        advice = "; class weights can balance this" if self.imbalance >= 3 else ""
+        return [
+            *super()._facts(),
+            ("classes", len(self.classes), f"{self.images / len(self.classes):.1f} images on average"),
+            ("largest class", most, f"{largest}, {ratio}{advice}"),
+            ("smallest class", fewest, smallest),
+        ]
+
+    def _problems(self) -> list[Fact]:
+        *images, duplicate = super()._problems()
+        names = ", ".join(self.empty_classes[:10]) + (", ..." if len(self.empty_classes) > 10 else "")
+        problems = [*images, ("empty classes", len(self.empty_classes), f"left out: {names}"), duplicate]
+        if self.mixed_duplicates:
+            count = sum(len(group) for group in self.mixed_duplicates)
+            advice = f"{_equal(self.mixed_duplicates)}: one file cannot show both, remove one"
+            problems.append(("of these in two classes", count, advice))
+        return problems
+
+    def _more(self) -> list[str]:
+        ordered = self._by_size()
+        half = _LISTED // 2
+        shown = ordered if len(ordered) <= _LISTED else ordered[:half] + ordered[-half:]
+        lines = fact_lines([(name, count, "") for name, count in shown])
+        if shown is not ordered:
+            lines.insert(half, f"  ... {len(ordered) - 2 * half:,} more ...")
+        return ["  images of each class:", *(f"  {line}" for line in lines)]
+
+    def _by_size(self) -> list[tuple[str, int]]:
+        return sorted(zip(self.classes, self.counts, strict=True), key=lambda pair: -pair[1])
 
 
 class BadRows:
@@ -102,10 +262,9 @@ class Remarks:
         self._first: dict[str, int] = {}
 
     def add(self, row: Row) -> None:
-        """Count a row, where it has a remark."""
-        if row.remark:
-            self._counts[row.remark] += 1
-            self._first.setdefault(row.remark, row.number)
+        """Count a row that has a remark."""
+        self._counts[row.remark] += 1
+        self._first.setdefault(row.remark, row.number)
 
     def notes(self) -> tuple[str, ...]:
         """One line for each remark."""
@@ -129,72 +288,10 @@ def count_long_captions(
     return long
 
 
-def with_long_captions(report: DataReport, long_captions: int, context_length: int) -> DataReport:
-    """The same report, with the number of captions that are longer than `context_length` tokens."""
-    return replace(report, long_captions=long_captions, context_length=context_length)
-
-
-def format_report(report: DataReport) -> str:
-    """The report as aligned text, one line a fact; a line that tells of a problem says what to do."""
-    lines = [f"{report.source} ({report.kind})", *(f"  note: {note}" for note in report.notes)]
-    lines += fact_lines(_facts(report))
-    if len(report.reasons) > 1:
-        lines.append("  why rows were skipped:")
-        lines += [f"  {line}" for line in fact_lines([(why, count, "") for why, count in report.reasons])]
-    if report.first_bad:
-        more = ", the first of each image" if report.bad_rows > len(report.first_bad) else ""
-        lines.append(f"  skipped rows{more}:")
-        lines += [f"    {describe_row(row, report.unit)}" for row in report.first_bad]
-    return "\n".join(lines)
-
-
-def fact_lines(facts: Sequence[tuple[str, int, str]]) -> list[str]:
-    """(name, count, remark) as indented lines with names and counts in columns."""
+def fact_lines(facts: Sequence[Fact]) -> list[str]:
+    """Facts as indented lines with names and counts in columns."""
     rows = [(f"  {name}", f"{count:,}", remark) for name, count, remark in facts]
     return aligned(rows, left=(0, 2))
-
-
-def _facts(report: DataReport) -> list[tuple[str, int, str]]:
-    mean = report.captions / max(report.images, 1)
-    spread = f"{report.fewest_captions} to {report.most_captions} an image, {mean:.2f} on average"
-    if report.fewest_captions == report.most_captions:
-        spread = f"{report.fewest_captions} an image"
-    facts = [
-        ("rows", report.rows, f"{report.rows - report.bad_rows:,} of them used" if report.bad_rows else ""),
-        ("images", report.images, ""),
-        ("captions", report.captions, spread),
-    ]
-    facts += [(name, count, advice if count else "") for name, count, advice in _problems(report)]
-    return facts
-
-
-def _problems(report: DataReport) -> list[tuple[str, int, str]]:
-    problems = [
-        (
-            "skipped rows",
-            report.bad_rows,
-            "listed below; --strict stops at the first, --max-bad-rows limits them",
-        ),
-        ("empty captions", report.empty_captions, "left out: write them, or leave it so"),
-        ("nan, None and the like", report.null_captions, "left out as captions: --keep-nulls takes them"),
-        ("repeated captions", report.repeated_captions, "same words for the same image: each was kept once"),
-        ("missing images", report.missing_images, "skipped: correct the paths, or add the files"),
-        ("unreadable images", report.unreadable_images, "skipped: replace the files listed below"),
-        ("duplicate images", report.duplicate_images, _duplicates_advice(report)),
-    ]
-    if report.long_captions is not None:
-        advice = (
-            f"words after token {report.context_length} are not seen: shorten them or put what matters first"
-        )
-        problems.append((f"captions over {report.context_length} tokens", report.long_captions, advice))
-    return problems
-
-
-def _duplicates_advice(report: DataReport) -> str:
-    if not report.duplicates:
-        return ""
-    same = " = ".join(path.name for path in report.duplicates[0][:3])
-    return f"same file under several names ({same}): give all their captions to one"
 
 
 def describe_row(row: BadRow, unit: str) -> str:
@@ -202,3 +299,11 @@ def describe_row(row: BadRow, unit: str) -> str:
     return " ".join(
         part for part in (f"{unit} {row.number}:", shown_line(row.image, 200), row.reason) if part
     )
+
+
+def _equal(groups: Sequence[tuple[Path, ...]]) -> str:
+    """The first group of equal files: their names, with the folder where that differs."""
+    if not groups:
+        return ""
+    alike = len({path.parent for path in groups[0]}) == 1
+    return " = ".join(path.name if alike else f"{path.parent.name}/{path.name}" for path in groups[0][:3])

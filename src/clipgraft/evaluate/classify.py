@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.data.datasets import Labelled
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.labels import Labelled
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes

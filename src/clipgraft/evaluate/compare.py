@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.features import encode_images
-from clipgraft.data.labels import Labelled
-from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classify import (

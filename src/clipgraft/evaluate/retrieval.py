@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.evaluate.metrics import metrics_of

@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clipgraft.data.labels import Labelled
-from clipgraft.data.pairs import Pairs
+from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.evaluate.classify import ClassificationResult
 from clipgraft.evaluate.metrics import retrieval_metrics
 from clipgraft.evaluate.ranks import retrieval_ranks

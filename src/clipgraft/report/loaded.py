@@ -13,10 +13,9 @@ from clipgraft.adapters.adapter_file import read_adapter
 from clipgraft.adapters.attach import load_adapter
 from clipgraft.adapters.open import tell_base
 from clipgraft.adapters.run_folder import find_path
-from clipgraft.data.labels import Labelled, match_classes, split_labelled
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.pairs import Pairs, read_pairs
+from clipgraft.data.datasets import Labelled, Pairs, match_classes, split_labelled
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
+from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.errors import DataError, ModelError
 from clipgraft.lora.control import lora_disabled
 from clipgraft.models.clip import Clip
@@ -83,7 +82,7 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
         DataError: the run names none, or nothing of them is left.
     """
     params = run.params
-    pairs, report = read_pairs(
+    pairs = read_pairs(
         _data_path(run, "val_data"),
         dataset_type=params.get("dataset_type") or "auto",
         caption_key=params.get("val_csv_caption_key") or params.get("csv_caption_key"),
@@ -92,6 +91,8 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
         max_bad_rows=None,
         verify="header",
     )
+    report = pairs.report
+    assert report is not None
     return pairs, report.missing_images + report.unreadable_images
 
 
@@ -124,13 +125,14 @@ def read_validation_classes(run: Run) -> ClassData:
 
 
 def _read_images(run: Run, name: str) -> tuple[Labelled, int]:
-    images, report = read_labelled(
+    images = read_labelled(
         _data_path(run, name),
         label_key=_recorded(run, name, "csv_label_key"),
         **_reading(run, name),
         max_bad_rows=None,
     )
-    return images, report.bad_rows
+    assert images.report is not None
+    return images, images.report.bad_rows
 
 
 def _recorded(run: Run, name: str, key: str) -> Any:

@@ -10,9 +10,8 @@ import torch
 
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.pairs import read_pairs
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
+from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.classify import (
     ClassificationResult,
@@ -64,7 +63,7 @@ def _measure_retained(
     evaluate: Callable[[Clip, Encoder], dict[str, float]]
     options = {"workers": how.workers, "cache": how.cache}
     if retained.task == "classification":
-        labelled, _ = read_labelled(retained.path, max_bad_rows=None, **retained.keys)  # type: ignore[arg-type]
+        labelled = read_labelled(retained.path, max_bad_rows=None, **retained.keys)  # type: ignore[arg-type]
         given = None if retained.prompts is None else read_prompts(retained.prompts)
         prompts = class_prompts(labelled.classes, given, find_templates(retained.templates))
         items = len(labelled)
@@ -73,7 +72,7 @@ def _measure_retained(
             result = evaluate_classification(clip, labelled, prompts, encoder=encoder, **options)  # type: ignore[arg-type]
             return result.metrics
     else:
-        pairs, _ = read_pairs(retained.path, max_bad_rows=None, verify="header", **retained.keys)  # type: ignore[arg-type]
+        pairs = read_pairs(retained.path, max_bad_rows=None, verify="header", **retained.keys)  # type: ignore[arg-type]
         items = len(pairs)
 
         def evaluate(clip: Clip, encoder: Encoder) -> dict[str, float]:

@@ -18,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from clipgraft.data.listing import Listing
+from clipgraft.data.image_files import Listing
 from clipgraft.data.rows import is_null
 from clipgraft.errors import DataError
 from clipgraft.readers import Tar

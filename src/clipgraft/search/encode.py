@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from clipgraft.adapters.adapter_file import findable
+from clipgraft.data.columns import TableOptions
 from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps
 from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
-from clipgraft.data.table_options import TableOptions
 from clipgraft.engine.attention import KERNELS, Attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, DataError

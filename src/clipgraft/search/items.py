@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from clipgraft.data.listing import Listing
+from clipgraft.data.image_files import Listing
 from clipgraft.errors import DataError
 
 IN_TAR = ".tar::"

@@ -6,16 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from clipgraft.data.columns import Keys, caption_columns, image_column, missing_columns
-from clipgraft.data.listing import Listing, Unlisted, walk_images
-from clipgraft.data.paths import ImageFinder
+from clipgraft.data.columns import IMAGES, TEXTS, TableOptions
+from clipgraft.data.doors import open_table
+from clipgraft.data.image_files import ImageFinder, Listing, Unlisted, walk_images
 from clipgraft.data.rows import Row, Table
-from clipgraft.data.table_options import TableOptions
-from clipgraft.data.tables import open_table, read_headers
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.search.archives import is_archive_pattern, open_archives
@@ -57,7 +54,7 @@ def open_images(source: str, options: TableOptions = _AUTO) -> ItemSource:
     path = Path(os.path.abspath(source))  # noqa: PTH100 - links stay as the user wrote them
     if path.is_dir() and options.dataset_type in ("auto", "folder"):
         return _folder_source(path)
-    return _table_source(path, *_open_table(path, options))
+    return _table_source(path, open_table(path, options, IMAGES))
 
 
 def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
@@ -72,18 +69,7 @@ def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
         return ItemSource(str(path), "", True, partial(_lines, path, options.encoding))
     if path.is_dir():
         raise DataError(f"{path}: is a folder; with --texts name a text file or a table")
-    key, readings = options.caption_key, read_headers(path, options)
-    found = [
-        (split, columns) for split, names in readings.items() if (columns := caption_columns(names, key))
-    ]
-    if not found:
-        raise missing_columns(path, max(readings.values(), key=len), Keys(None, key))
-    split, columns = found[0]
-    image, texts = image_column(readings[split]) or columns[0], ",".join(columns)
-    table = open_table(
-        path,
-        replace(options, image_key=image, caption_key=texts, separator=split or options.separator),
-    )
+    table = open_table(path, options, TEXTS)
     met: Counter[str] = Counter()
 
     def items() -> Iterator[Item]:
@@ -93,7 +79,7 @@ def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
     return ItemSource(str(path), "", True, items, table.notes, lambda: _row_notes(table, met))
 
 
-def _table_source(path: Path, table: Table, has_captions: bool) -> ItemSource:
+def _table_source(path: Path, table: Table) -> ItemSource:
     """A table of image paths as a source."""
     met: Counter[str] = Counter()
     root = Path(os.path.abspath(table.folder))  # noqa: PTH100
@@ -102,7 +88,7 @@ def _table_source(path: Path, table: Table, has_captions: bool) -> ItemSource:
     def items() -> Iterator[Item]:
         met.clear()
         finders[:] = [ImageFinder(root)]
-        return _table_items(table, root, has_captions, finders[0], met)
+        return _table_items(table, root, finders[0], met)
 
     def notes() -> tuple[str, ...]:
         return (*_row_notes(table, met), *(note for finder in finders for note in finder.notes()))
@@ -161,23 +147,7 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _open_table(path: Path, options: TableOptions) -> tuple[Table, bool]:
-    """A table, and whether it has captions; the column of paths stands in for captions that are not there."""
-    readings = read_headers(path, options) if path.exists() else {}
-    has_captions = any(caption_columns(names, options.caption_key) for names in readings.values())
-    if readings and not has_captions and options.caption_key is None:
-        key = options.image_key
-        found = [(split, name) for split, names in readings.items() if (name := image_column(names, key))]
-        if found:
-            split, name = found[0]
-            options = replace(options, separator=split or options.separator, caption_key=name)
-            return open_table(path, options), False
-    return open_table(path, options), True
-
-
-def _table_items(
-    table: Table, root: Path, has_captions: bool, finder: ImageFinder, met: Counter[str]
-) -> Iterator[Item]:
+def _table_items(table: Table, root: Path, finder: ImageFinder, met: Counter[str]) -> Iterator[Item]:
     with closing(table.rows()) as rows:
         for row in rows:
             if not isinstance(row, Row):
@@ -185,10 +155,10 @@ def _table_items(
                 where = row.image or f"{table.source.name}, {table.unit} {row.number}"
                 yield Item(where, reason=f"{table.unit} {row.number}: {row.reason}")
                 continue
-            captions = [text for caption in row.captions if (text := tidy(caption))] if has_captions else []
+            captions = [text for caption in row.texts if (text := tidy(caption))] if table.has_texts else []
             item = _named(root, finder, row.image, "\n".join(dict.fromkeys(captions)) or None)
             met["name an image" if item.reason is None else "whose image is not found"] += 1
-            met[_NULLS] += row.nulls if has_captions else 0
+            met[_NULLS] += row.nulls if table.has_texts else 0
             yield item
 
 
@@ -218,9 +188,7 @@ def _lines(path: Path, encoding: str | None) -> Iterator[Item]:
 def _table_texts(table: Table, met: Counter[str]) -> Iterator[Item]:
     with closing(table.rows()) as rows:
         for row in rows:
-            texts = (
-                [text for caption in row.captions if (text := tidy(caption))] if isinstance(row, Row) else []
-            )
+            texts = [text for caption in row.texts if (text := tidy(caption))] if isinstance(row, Row) else []
             met["with text" if texts else "without text"] += 1
             for text in texts:
                 yield Item(text, caption=text)

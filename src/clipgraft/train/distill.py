@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.lora.state import require_unmerged

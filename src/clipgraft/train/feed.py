@@ -10,8 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.loading import PairBatches, Transform, epoch_batches
-from clipgraft.data.pairs import Pairs
 from clipgraft.errors import DataError
 from clipgraft.train.distributed import ALONE, World
 

@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.labels import Labelled
-from clipgraft.data.pairs import Pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.evaluate.bootstrap import Measured
@@ -83,7 +82,7 @@ def fit_classifier(
         head: what tells classes apart: their `prompts`, encoded once a step, or once if the text tower is
             frozen; or a `linear` or `cosine` classifier on image features that starts as the prompts say. A
             head is saved in `head/` of the run folder.
-        weights: of each class in the loss, where they differ in size (`clipgraft.data.labels.class_weights`).
+        weights: of each class in the loss, where they differ in size (`class_weights`).
         resume, save_frequency, val_frequency, save_lora_only, checkpoint_steps, autocast, workers, progress,
             cache, exact_preprocess, params, world: as for `fit`.
         **options: fields of `clipgraft.train.args.TrainArgs`: `lr`, `epochs`, `batch_size`, …

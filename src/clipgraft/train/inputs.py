@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.loading import Transform
-from clipgraft.data.pairs import Pairs
 from clipgraft.data.views import SeededView
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError

@@ -8,8 +8,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-from clipgraft.data.labels import Labelled
-from clipgraft.data.pairs import Pairs
+from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.errors import DataError
 
 log = logging.getLogger("clipgraft")

@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from clipgraft.data.pairs import Pairs
+from clipgraft.data.datasets import Pairs
 from clipgraft.lora.initialization import is_new, start_from_data
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip

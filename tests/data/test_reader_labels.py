@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipgraft.data import labels_read
-from clipgraft.data.labels import Labelled
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.labels_report import format_label_report
+from clipgraft.data import reader
+from clipgraft.data.datasets import Labelled
+from clipgraft.data.reader import read_labelled
 from clipgraft.errors import DataError
 
 
@@ -44,7 +43,8 @@ def message(error: pytest.ExceptionInfo[Exception]) -> str:
 
 def test_the_folder_right_below_is_the_class(folder: Path) -> None:
     """Images in sub-folders of a class would be lost, or make classes of their own."""
-    data, report = read_labelled(folder)
+    data = read_labelled(folder)
+    report = data.report
     assert data.classes == ("cat", "dog")
     assert {path.relative_to(folder).as_posix(): data.classes[i] for path, i in pairs(data)} == {
         "cat/old/1999/y.png": "cat",
@@ -67,7 +67,8 @@ def test_hidden_and_loose_files_are_left_out(folder: Path) -> None:
     draw(folder / "dog/.thumbnails/a.png", 1)
     draw(folder / ".cache/z.png", 2)
     draw(folder / "loose.png", 3)
-    data, report = read_labelled(folder)
+    data = read_labelled(folder)
+    report = data.report
     assert (len(data), data.classes, report.bad_rows) == (5, ("cat", "dog"), 0)
     assert report.notes == (
         "7 files: 6 images, 1 hidden",
@@ -81,10 +82,11 @@ def test_an_empty_class_folder_is_named_and_left_out(folder: Path) -> None:
     (folder / "axolotl").mkdir()
     (folder / "yak").mkdir()
     (folder / "yak/broken.png").write_bytes(b"")
-    data, report = read_labelled(folder)
+    data = read_labelled(folder)
+    report = data.report
     assert data.classes == ("cat", "dog")
     assert report.empty_classes == ("axolotl", "yak")
-    assert line(format_label_report(report), "empty classes") == "empty classes 2 left out: axolotl, yak"
+    assert line(report.summary(), "empty classes") == "empty classes 2 left out: axolotl, yak"
 
 
 def test_unreadable_images_are_counted_with_every_reason(folder: Path) -> None:
@@ -93,12 +95,13 @@ def test_unreadable_images_are_counted_with_every_reason(folder: Path) -> None:
     (folder / "dog/empty2.png").write_bytes(b"")
     whole = (folder / "dog/c.jpg").read_bytes()
     (folder / "cat/cut.jpg").write_bytes(whole[: len(whole) // 2])
-    data, report = read_labelled(folder)
+    data = read_labelled(folder)
+    report = data.report
     assert len(data) == 5
     assert (report.bad_rows, report.unreadable_images) == (3, 3)
     assert sum(count for _, count in report.reasons) == 3
     assert dict(report.reasons)["the file is empty (0 bytes)"] == 2
-    text = format_label_report(report)
+    text = report.summary()
     assert "cat/cut.jpg" in text
     assert line(text, "unreadable images").startswith("unreadable images 3 skipped")
     with pytest.raises(DataError, match=r"image 1: cat/cut.jpg.*--strict"):
@@ -129,7 +132,8 @@ def table(folder: Path, kind: str, rows: list[tuple[str, object]], columns: tupl
 def test_every_kind_of_table_is_read(folder: Path, kind: str, columns: tuple[str, str]) -> None:
     """A table that other tools wrote would have to be rewritten by hand."""
     rows: list[tuple[str, object]] = [("dog/a.png", "dog"), ("cat/x.png", "cat"), ("dog/b.png", "dog")]
-    data, report = read_labelled(table(folder, kind, rows, columns))
+    data = read_labelled(table(folder, kind, rows, columns))
+    report = data.report
     assert data.classes == ("cat", "dog")
     assert [(path.name, label) for path, label in pairs(data)] == [("a.png", 1), ("x.png", 0), ("b.png", 1)]
     assert report.rows == 3
@@ -141,14 +145,15 @@ def test_every_kind_of_table_is_read(folder: Path, kind: str, columns: tuple[str
 def test_numbers_are_labels(folder: Path, kind: str) -> None:
     """The labels of most benchmark tables, which are numbers, would all be bad rows."""
     rows: list[tuple[str, object]] = [("dog/a.png", 7), ("cat/x.png", 0), ("dog/b.png", 7)]
-    data, _ = read_labelled(table(folder, kind, rows, ("image", "target")))
+    data = read_labelled(table(folder, kind, rows, ("image", "target")))
     assert (data.classes, data.labels) == (("0", "7"), (1, 0, 1))
 
 
 def test_an_empty_cell_among_numbers_is_one_bad_row(folder: Path) -> None:
     """Pandas writes such a column as floats: class 7 would be called 7.0, and the empty cell a class nan."""
     rows: list[tuple[str, object]] = [("dog/a.png", 7.0), ("cat/x.png", 0.0), ("dog/b.png", float("nan"))]
-    data, report = read_labelled(table(folder, "parquet", rows, ("image", "label")))
+    data = read_labelled(table(folder, "parquet", rows, ("image", "label")))
+    report = data.report
     assert (data.classes, report.reasons) == (("0", "7"), (("no label", 1),))
 
 
@@ -156,7 +161,7 @@ def test_named_columns_and_separator(folder: Path) -> None:
     """A table with several label columns could not be used for any but the first."""
     path = folder / "labels.csv"
     path.write_text("label;file;breed\n1;dog/a.png;pug\n1;cat/x.png;manx", encoding="utf-8")
-    data, _ = read_labelled(path, label_key="breed", separator=";")
+    data = read_labelled(path, label_key="breed", separator=";")
     assert data.classes == ("manx", "pug")
 
 
@@ -168,7 +173,7 @@ def test_one_spelling_of_accents_is_one_class(folder: Path) -> None:
         ("dog/b.png", unicodedata.normalize("NFC", name)),
         ("cat/x.png", "mèo"),
     ]
-    data, _ = read_labelled(table(folder, "csv", rows, ("image", "label")))
+    data = read_labelled(table(folder, "csv", rows, ("image", "label")))
     assert (len(data.classes), data.counts()) == (2, (2, 1))
 
 
@@ -203,7 +208,8 @@ def test_two_labels_of_one_image_are_refused(folder: Path) -> None:
 def test_a_row_that_is_repeated_is_one_image(folder: Path) -> None:
     """A repeated row would weigh double in training and in accuracy."""
     rows: list[tuple[str, object]] = [("dog/a.png", "dog"), ("cat/x.png", "cat"), ("dog/a.png", "dog")]
-    data, report = read_labelled(table(folder, "csv", rows, ("image", "label")))
+    data = read_labelled(table(folder, "csv", rows, ("image", "label")))
+    report = data.report
     assert (len(data), report.rows, report.bad_rows) == (2, 3, 0)
 
 
@@ -241,7 +247,8 @@ def test_missing_files_and_labels_are_told_apart(folder: Path) -> None:
         ("cat/lost.png", "cat"),
         ("dog/b.png", ""),
     ]
-    data, report = read_labelled(table(folder, "csv", rows, ("image", "label")))
+    data = read_labelled(table(folder, "csv", rows, ("image", "label")))
+    report = data.report
     assert (len(data), report.missing_images, report.bad_rows) == (2, 1, 2)
     assert dict(report.reasons)["no label"] == 1
 
@@ -249,9 +256,9 @@ def test_missing_files_and_labels_are_told_apart(folder: Path) -> None:
 def test_the_same_picture_in_two_classes_is_reported(folder: Path) -> None:
     """The classifier would be asked to give one picture two answers."""
     (folder / "cat/copy.png").write_bytes((folder / "dog/a.png").read_bytes())
-    _, report = read_labelled(folder)
+    report = read_labelled(folder).report
     assert len(report.mixed_duplicates) == 1
-    shown = line(format_label_report(report), "of these in two classes")
+    shown = line(report.summary(), "of these in two classes")
     assert "cat/copy.png = dog/a.png" in shown
 
 
@@ -259,8 +266,8 @@ def test_imbalance_is_shown(folder: Path) -> None:
     """A data set that is nearly all one class would look balanced."""
     for shade in range(5):
         draw(folder / f"dog/more{shade}.png", 200 + shade)
-    _, report = read_labelled(folder)
-    text = format_label_report(report)
+    report = read_labelled(folder).report
+    text = report.summary()
     assert report.imbalance == 4
     assert line(text, "largest class").startswith("largest class 8 dog, 4.0 times the smallest")
     assert line(text, "smallest class") == "smallest class 2 cat"
@@ -270,19 +277,20 @@ def test_many_classes_fit_a_screen(tmp_path: Path) -> None:
     """The summary of 1,000 classes would scroll everything else away."""
     for index in range(60):
         draw(tmp_path / f"class{index:02}/0.png", index)
-    _, report = read_labelled(tmp_path)
-    text = format_label_report(report)
+    report = read_labelled(tmp_path).report
+    text = report.summary()
     assert "... 20 more ..." in text
     assert len(text.splitlines()) < 60
 
 
 def test_only_headers_of_very_many_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A million images would be decoded before training starts."""
-    monkeypatch.setattr(labels_read, "DECODE_UP_TO", 3)
+    monkeypatch.setattr(reader, "DECODE_UP_TO", 3)
     Image.effect_noise((64, 64), 50).save(folder / "dog/c.jpg")
     whole = (folder / "dog/c.jpg").read_bytes()
     (folder / "dog/c.jpg").write_bytes(whole[: len(whole) // 2])
-    data, report = read_labelled(folder)
+    data = read_labelled(folder)
+    report = data.report
     assert (len(data), report.bad_rows) == (5, 0)
     assert "headers" in report.notes[-1]
 

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from clipgraft import pictures
-from clipgraft.data.labels_read import read_labelled
-from clipgraft.data.listing import Listing, list_images
-from clipgraft.data.pairs import read_pairs
+from clipgraft.data.image_files import Listing, list_images
+from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.errors import DataError
 from clipgraft.pictures import IMAGE_SUFFIXES, ImageError, open_image
 
@@ -69,7 +68,7 @@ def test_linked_folders(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images below a folder without permission would be missing in silence."""
-    from clipgraft.data import listing as module
+    from clipgraft.data import image_files as module
 
     draw(tmp_path / "a.jpg")
     draw(tmp_path / "shut/b.jpg")
@@ -92,12 +91,13 @@ def test_readers_say_what_they_left(tmp_path: Path) -> None:
     """A data set would shrink by its HEIC photos and linked folders, and its summary not tell."""
     draw(tmp_path / "pairs/a.jpg").with_suffix(".txt").write_text("a dog")
     (tmp_path / "pairs/b.heic").write_bytes(HEIC)
-    _, report = read_pairs(tmp_path / "pairs")
+    report = read_pairs(tmp_path / "pairs").report
     assert report.notes[0].startswith("3 files: 1 images, 1 .heic, 1 .txt (pip install")
     draw(tmp_path / "classes/cat/a.jpg", 1)
     draw(tmp_path / "disk/b.jpg", 2)
     (tmp_path / "classes/dog").symlink_to(tmp_path / "disk")
-    data, labels = read_labelled(tmp_path / "classes")
+    data = read_labelled(tmp_path / "classes")
+    labels = data.report
     assert data.classes == ("cat", "dog")
     assert labels.notes[:1] == ("2 files: 2 images",)
 

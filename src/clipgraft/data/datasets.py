@@ -1,7 +1,7 @@
-"""Images with one class each, and the parts that training takes of them: splits, few shots, weights.
+"""Images with captions, and images with one class each, of which training takes parts.
 
-Which images go where depends on the seed and on the path of each image below the folder that holds them all,
-so neither the order of files nor the place of the data on a machine changes it.
+Which labelled images go into which part depends on the seed and on the path of each image below the folder
+that holds them all, so neither the order of files nor the place of the data on a machine changes it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,72 @@ import hashlib
 import logging
 import os
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, overload
 
+from clipgraft.data.summary import DataReport, LabelReport, PairReport
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft")
 _SHOWN = 10  # classes that are named in one line
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Images and their captions in order: `captions[i]` belongs to `images[i]` and is never empty.
+
+    `report` tells what was read and what was skipped, where `read_pairs` read them; a part of them has none.
+    """
+
+    images: tuple[Path, ...]
+    captions: tuple[tuple[str, ...], ...]
+    report: PairReport | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @overload
+    def __getitem__(self, chosen: int) -> tuple[Path, tuple[str, ...]]: ...
+
+    @overload
+    def __getitem__(self, chosen: slice) -> Pairs: ...
+
+    def __getitem__(self, chosen: int | slice) -> Pairs | tuple[Path, tuple[str, ...]]:
+        """`pairs[5]` is an image with its captions, `pairs[:100]` are pairs."""
+        if isinstance(chosen, slice):
+            return Pairs(self.images[chosen], self.captions[chosen])
+        return self.images[chosen], self.captions[chosen]
+
+    def __iter__(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
+        return iter(zip(self.images, self.captions, strict=True))
+
+    def __repr__(self) -> str:
+        captions = sum(map(len, self.captions))
+        return f"Pairs({len(self):,} images, {captions:,} captions{_read_from(self.report)})"
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns with a row for every caption, as for a DataFrame."""
+        rows = self.rows()
+        return {
+            "filepath": [str(self.images[image]) for image, _ in rows],
+            "title": [caption for _, caption in rows],
+        }
+
+    def rows(self) -> list[tuple[int, str]]:
+        """(image index, caption) for every caption, in order: what one epoch goes over, as in open_clip."""
+        return [(image, caption) for image, texts in enumerate(self.captions) for caption in texts]
+
+
+@dataclass(frozen=True)
 class Labelled:
     """Images in order with their classes: image i shows `classes[labels[i]]`. Classes are sorted by name.
 
-    A class may have no image: parts of a data set keep the classes of the whole.
+    A class may have no image: parts of a data set keep the classes of the whole. `report` tells what was read
+    and what was skipped, where `read_labelled` read them; a part of them has none.
 
     Raises:
         DataError: not one label an image, or a label that is no index into `classes`.
@@ -34,6 +84,7 @@ class Labelled:
     images: tuple[Path, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    report: LabelReport | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels):
@@ -46,7 +97,7 @@ class Labelled:
         return len(self.images)
 
     def __repr__(self) -> str:
-        return f"Labelled({len(self):,} images of {len(self.classes):,} classes)"
+        return f"Labelled({len(self):,} images of {len(self.classes):,} classes{_read_from(self.report)})"
 
     def counts(self) -> tuple[int, ...]:
         """How many images each class has."""
@@ -177,3 +228,11 @@ def _named(names: Sequence[str]) -> tuple[str, str]:
     """("2 classes", "cat, dog"), with no more names than fit a line."""
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}", shown
+
+
+def _read_from(report: DataReport | None) -> str:
+    """`; t.csv: 3 of 5,000 rows skipped`, for the line that data print as."""
+    if report is None:
+        return ""
+    skipped = f"{report.bad_rows:,} of {report.rows:,} {report.unit}s skipped"
+    return f"; {shown_line(str(report.source), 100)}: {skipped if report.bad_rows else 'no row skipped'}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import configparser
 import csv
 import io
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgraft.data.pairs import read_pairs
-from clipgraft.data.rows import BadRow, Row, Table
-from clipgraft.data.table_options import TableOptions
-from clipgraft.data.tables import open_table, read_table
+from clipgraft.data import doors
+from clipgraft.data.columns import IMAGES, TEXTS, Header, TableOptions, Wanted, choose_columns
+from clipgraft.data.doors import Door, open_table
+from clipgraft.data.reader import read_labelled, read_pairs, read_texts
+from clipgraft.data.rows import BadRow, Row, Rows, Table, make_row
 from clipgraft.errors import ClipgraftError, ConfigError, DataError
 
 quick = settings(
@@ -37,11 +40,16 @@ def written(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def read_table(path: Path, **options: Any) -> Table:
+    """The table, opened with options that are given one by one."""
+    return open_table(path, TableOptions(**options))
+
+
 def good(table: Table) -> list[tuple[str, str]]:
     """(image, caption) of every row; no row may be bad."""
     rows = list(table.rows())
     assert all(isinstance(row, Row) for row in rows), rows
-    return [(row.image, caption) for row in rows for caption in row.captions]
+    return [(row.image, caption) for row in rows for caption in row.texts]
 
 
 def bad(table: Table) -> list[tuple[int, str]]:
@@ -320,7 +328,7 @@ def test_captions_of_several_lines_are_said(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", 'image,caption\n1.jpg,"a\nb, c"\n2.jpg,two\n')
     first, second = read_table(path).rows()
     assert isinstance(first, Row)
-    assert (first.captions, "hold line breaks" in first.remark) == (("a\nb, c",), True)
+    assert (first.texts, "hold line breaks" in first.remark) == (("a\nb, c",), True)
     assert second == Row(4, "2.jpg", ("two",))
 
 
@@ -441,7 +449,7 @@ def test_jsonl_bad_lines(tmp_path: Path) -> None:
         '{"filepath": "11.jpg", "title": ' + "1" * 5000 + "}",
     ]
     table = read_table(written(tmp_path / "t.jsonl", "\n".join(lines)))
-    assert [(row.image, row.captions) for row in table.rows() if isinstance(row, Row)] == [
+    assert [(row.image, row.texts) for row in table.rows() if isinstance(row, Row)] == [
         ("1.jpg", ("one",)),
         ("7.jpg", ("",)),
     ]
@@ -459,7 +467,7 @@ def test_json_array_file_is_explained(tmp_path: Path) -> None:
     """A JSON array saved as .jsonl would only say `no rows`; under its own name it is read."""
     entries = [{"image": "a.jpg", "caption": ["x", "y"]}, 3, {"image": "b.jpg", "caption": "z"}]
     table = read_table(written(tmp_path / "t.json", json.dumps(entries, indent=1)))
-    assert [row.captions for row in table.rows() if isinstance(row, Row)] == [("x", "y"), ("z",)]
+    assert [row.texts for row in table.rows() if isinstance(row, Row)] == [("x", "y"), ("z",)]
     assert bad(table) == [(2, "is a JSON int, not an object")]
     assert good(read_table(written(tmp_path / "m.json", '{"a.jpg": ["x"], "b.jpg": "y"}'))) == [
         ("a.jpg", "x"),
@@ -584,10 +592,11 @@ def test_images_in_a_sub_folder(tmp_path: Path) -> None:
     """Flickr8k as it is downloaded (captions.txt beside Images/) would report every image missing."""
     folder = folder_of(tmp_path, "Images/a.png", "other/b.png")
     written(folder / "captions.txt", "image,caption\na.png,one\n")
-    pairs, report = read_pairs(folder)
+    pairs = read_pairs(folder)
+    report = pairs.report
     assert pairs.images == (folder / "Images/a.png",)
     assert "1 images are not where the table says, but in Images/: a.png is Images/a.png" in report.notes
-    assert read_pairs(folder / "captions.txt")[0] == pairs
+    assert read_pairs(folder / "captions.txt") == pairs
 
 
 def test_second_captions_file_is_mentioned(tmp_path: Path) -> None:
@@ -642,3 +651,51 @@ def test_folder_without_captions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"name the table with them ({folder / 'styles.csv'})")):
         read_table(folder)
     assert good(read_table(folder / "styles.csv")) == [("a.png", "a dog")]
+
+
+def open_ini(path: Path, options: TableOptions, wanted: Wanted) -> Table:
+    """Sections named after images, with a key for every column: what a new kind of file has to write."""
+    parser = configparser.ConfigParser()
+    parser.read(path, encoding="utf-8")
+    names = ("image", *dict.fromkeys(key for name in parser.sections() for key in parser[name]))
+    _, columns = choose_columns(path, [Header(names)], options, wanted)
+
+    def rows() -> Rows:
+        for number, name in enumerate(parser.sections(), 1):
+            texts = [parser[name].get(names[place]) for place in columns.texts]
+            yield make_row(number, name, texts, wanted.cells(options))
+
+    return Table(path, path.parent, "ini", "section", rows, columns.notes, columns.has_texts)
+
+
+def test_a_new_kind_of_file_is_one_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of file would have to be taught to the readers of captions, labels and texts one by one."""
+    monkeypatch.setattr(doors, "DOORS", (*doors.DOORS, Door((), (".ini",), open_ini)))
+    folder = folder_of(tmp_path, "a.png", "b.png", "c.png")
+    words = (("a.png", "dog"), ("b.png", "cat"))
+    sections = [f"[{name}]\ncaption = a {word}\nlabel = {word}" for name, word in words]
+    path = written(folder / "photos.ini", "\n".join([*sections, "[lost.png]", "[c.png]\nlabel = cat"]))
+    pairs = read_pairs(path)
+    assert pairs.captions == (("a dog",), ("a cat",))
+    assert pairs.report.reasons == (("image not found", 1), ("empty caption", 1))
+    assert pairs.report.summary().splitlines()[0] == f"{path} (ini)"
+    labelled = read_labelled(path)
+    assert (labelled.classes, labelled.labels) == (("cat", "dog"), (1, 0, 0))
+    assert dict(labelled.report.reasons) == {"image not found": 1}
+    assert read_texts(path) == ("a dog", "a cat")
+    with pytest.raises(DataError, match='--csv-label-key: no column "breed"'):
+        read_labelled(path, label_key="breed")
+
+
+def test_columns_that_are_not_needed(tmp_path: Path) -> None:
+    """A table of images alone could not be encoded, nor one of texts alone be read."""
+    images = open_table(written(tmp_path / "i.csv", "id;image\n1;a.jpg\n"), wanted=IMAGES)
+    assert (good(images), images.has_texts) == ([("a.jpg", "a.jpg")], False)
+    texts = open_table(written(tmp_path / "t.csv", "id,caption\n1,a dog\n"), wanted=TEXTS)
+    assert good(texts) == [("a dog", "a dog")]
+    both = open_table(written(tmp_path / "b.csv", "image,caption\na.jpg,a dog\n"), wanted=IMAGES)
+    assert (good(both), both.has_texts) == ([("a.jpg", "a dog")], True)
+    with pytest.raises(DataError, match='--csv-caption-key: no column "words"'):
+        open_table(tmp_path / "i.csv", TableOptions(caption_key="words"), IMAGES)
+    with pytest.raises(DataError, match='--csv-caption-key: no column "title"'):
+        open_table(tmp_path / "i.csv", wanted=TEXTS)

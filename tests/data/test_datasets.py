@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipgraft.data.labels import Labelled, class_weights, few_shot, match_classes, split_labelled
+from clipgraft.data.datasets import Labelled, class_weights, few_shot, match_classes, split_labelled
 from clipgraft.errors import ConfigError, DataError
 
 

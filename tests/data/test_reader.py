@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgraft.data import pairs as pairs_module
-from clipgraft.data.pairs import Pairs, find_duplicates, read_pairs
-from clipgraft.data.summary import format_report
+from clipgraft.data import reader
+from clipgraft.data.datasets import Pairs
+from clipgraft.data.reader import find_duplicates, read_pairs, read_texts
 from clipgraft.errors import ConfigError, DataError
 
 
@@ -46,7 +46,8 @@ def test_rows_of_one_image_are_grouped(folder: Path) -> None:
         ("img/0.png", "a2"),
         ("img/1.png", "b3"),
     ]
-    pairs, report = read_pairs(table(folder, *rows))
+    pairs = read_pairs(table(folder, *rows))
+    report = pairs.report
     assert pairs == Pairs(
         images=(folder / "img/1.png", folder / "img/0.png"), captions=(("b1", "b2", "b3"), ("a1", "a2"))
     )
@@ -77,7 +78,8 @@ def test_grouping_against_a_plain_loop(folder: Path, rows: list[tuple[int, str]]
         with pytest.raises(DataError, match="none of its"):
             read_pairs(path)
         return
-    pairs, report = read_pairs(path)
+    pairs = read_pairs(path)
+    report = pairs.report
     first_use = sorted(expected, key=lambda i: [j for j, caption in rows if caption.strip()].index(i))
     assert [int(image.stem) for image in pairs.images] == first_use
     assert dict(zip(first_use, map(list, pairs.captions), strict=True)) == expected
@@ -90,7 +92,7 @@ def test_ways_to_write_one_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     """Tables made on Windows, or with absolute paths, would find nothing or count one image several times."""
     monkeypatch.chdir(folder.parent)
     spellings = ["img/0.png", "img\\0.png", "./img/0.png", "img/../img/0.png", str(folder / "img/0.png")]
-    pairs, _ = read_pairs(table(folder, *((spelling, f"c{i}") for i, spelling in enumerate(spellings))))
+    pairs = read_pairs(table(folder, *((spelling, f"c{i}") for i, spelling in enumerate(spellings))))
     assert pairs == Pairs((folder / "img/0.png",), (("c0", "c1", "c2", "c3", "c4"),))
 
 
@@ -101,7 +103,7 @@ def test_accented_file_names(folder: Path, on_disk: str, in_table: str) -> None:
     name = "bánh mì Đặc biệt.png"
     image = folder / unicodedata.normalize(on_disk, name)
     (folder / "img/0.png").rename(image)
-    pairs, _ = read_pairs(table(folder, (unicodedata.normalize(in_table, name), "bánh mì")))
+    pairs = read_pairs(table(folder, (unicodedata.normalize(in_table, name), "bánh mì")))
     assert [path.read_bytes() for path in pairs.images] == [image.read_bytes()]
 
 
@@ -110,7 +112,7 @@ def test_captions_come_through_unchanged(folder: Path) -> None:
     texts = [
         unicodedata.normalize(form, "Người phụ nữ đội nón lá, cười “tươi” 😀") for form in ("NFC", "NFD")
     ]
-    pairs, _ = read_pairs(table(folder, ("img/0.png", texts[0]), ("img/0.png", texts[1])))
+    pairs = read_pairs(table(folder, ("img/0.png", texts[0]), ("img/0.png", texts[1])))
     assert pairs.captions == (tuple(texts),)
 
 
@@ -127,7 +129,7 @@ def test_captions_come_through_unchanged(folder: Path) -> None:
 )
 def test_missing_image_says_why(folder: Path, image: str, reason: str) -> None:
     """`Not found` alone would leave the user guessing where it was looked for."""
-    _, report = read_pairs(table(folder, ("img/0.png", "a"), (image, "b"), (image, "c")))
+    report = read_pairs(table(folder, ("img/0.png", "a"), (image, "b"), (image, "c"))).report
     assert (report.missing_images, report.bad_rows, report.images) == (1, 2, 1)
     assert [row.number for row in report.first_bad] == [3]
     assert reason in report.first_bad[0].reason
@@ -142,7 +144,7 @@ def test_paths_relative_to_the_working_directory_are_explained(
     path = table(folder, ("img/0.png", "a"), name="lists/train.csv")
     with pytest.raises(DataError, match=r"but in the working directory; add --image-root \."):
         read_pairs(path)
-    pairs, _ = read_pairs(path, image_root=".")
+    pairs = read_pairs(path, image_root=".")
     assert pairs.images == (Path("img/0.png"),)
     with pytest.raises(ConfigError, match="--image-root nowhere: there is no such folder"):
         read_pairs(path, image_root="nowhere")
@@ -164,7 +166,8 @@ def test_images_that_are_nearly_where_the_table_says(folder: Path, text: str, fo
     (folder / "img/3.png").unlink()
     (folder / "img/deep").mkdir()
     Image.new("RGB", (8, 6), "red").save(folder / "img/deep/3.JPG")
-    pairs, report = read_pairs(table(folder, (text, "a")))
+    pairs = read_pairs(table(folder, (text, "a")))
+    report = pairs.report
     assert pairs.images == (folder / found,)
     assert how in " ".join(report.notes)
     assert f"{text} is {found}" in " ".join(report.notes)
@@ -176,7 +179,7 @@ def test_none_of_several_images_is_taken(folder: Path) -> None:
     Image.new("RGB", (8, 6), "red").save(folder / "other/0.png")
     with pytest.raises(DataError, match=r"may be one of 2 files: img/0\.png, other/0\.png; write which"):
         read_pairs(table(folder, ("0.png", "a")))
-    assert read_pairs(table(folder, ("0.png", "a")), image_root=folder / "other")[0].images == (
+    assert read_pairs(table(folder, ("0.png", "a")), image_root=folder / "other").images == (
         folder / "other/0.png",
     )
 
@@ -190,12 +193,12 @@ def test_rows_add_up(folder: Path) -> None:
         ("x.png", "b"),
         ("img/3.png", "c", "d"),
     ]
-    _, report = read_pairs(table(folder, *rows))
+    report = read_pairs(table(folder, *rows)).report
     assert report.rows == report.images + sum(count for _, count in report.reasons) == 5
     assert dict(report.reasons) == {"caption is nan or the like": 1, "empty caption": 1, "image not found": 1}
     assert (report.null_captions, report.empty_captions) == (1, 1)
     assert any("1 rows have more cells than the header" in note for note in report.notes)
-    text = format_report(report)
+    text = report.summary()
     assert "2 of them used" in text
     assert "--keep-nulls" in text
 
@@ -210,7 +213,8 @@ def test_coco_captions(folder: Path) -> None:
     ]
     path = folder / "captions_val2017.json"
     path.write_text(json.dumps({"images": images, "annotations": notes}))
-    pairs, report = read_pairs(path)
+    pairs = read_pairs(path)
+    report = pairs.report
     assert pairs == Pairs((folder / "img/1.png", folder / "img/0.png"), (("b",), ("a",)))
     assert (report.rows, report.bad_rows) == (3, 1)
     path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 8, "bbox": [1]}]}))
@@ -228,7 +232,7 @@ def test_the_advice_for_karpathys_json_works(folder: Path) -> None:
         read_pairs(path)
     command = str(error.value).partition("apart: ")[2]
     subprocess.run(["bash", "-c", command], cwd=folder, check=True)
-    assert read_pairs(folder / "train.jsonl")[0] == Pairs((folder / "img/0.png",), (("a",),))
+    assert read_pairs(folder / "train.jsonl") == Pairs((folder / "img/0.png",), (("a",),))
 
 
 def test_the_advice_for_tars_works(folder: Path) -> None:
@@ -240,7 +244,7 @@ def test_the_advice_for_tars_works(folder: Path) -> None:
     with pytest.raises(DataError) as error:
         read_pairs(folder / "shard-0.tar")
     subprocess.run(["bash", "-c", str(error.value).partition("the folder: ")[2]], cwd=folder, check=True)
-    assert read_pairs(folder / "shard")[0].captions == (("a dog",),)
+    assert read_pairs(folder / "shard").captions == (("a dog",),)
 
 
 def test_the_advice_for_images_inside_parquet_works(folder: Path) -> None:
@@ -248,7 +252,7 @@ def test_the_advice_for_images_inside_parquet_works(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from clipgraft.data import unpack
+    from clipgraft.data import parquet
 
     cells = [{"bytes": (folder / f"img/{n}.png").read_bytes(), "path": "../../x.png"} for n in range(3)]
     path = folder / "train.parquet"
@@ -256,15 +260,16 @@ def test_the_advice_for_images_inside_parquet_works(folder: Path) -> None:
     with pytest.raises(DataError) as error:
         read_pairs(path)
     words = shlex.split(str(error.value).partition("the folder: ")[2])
-    assert words[:3] == ["python", "-m", "clipgraft.data.unpack"]
+    assert words[:3] == ["python", "-m", "clipgraft.data.parquet"]
     out = folder / "photos"
-    assert unpack.main([words[3], str(out)]) == 0
-    pairs, report = read_pairs(out)
+    assert parquet.main([words[3], str(out)]) == 0
+    pairs = read_pairs(out)
+    report = pairs.report
     assert pairs.captions == (("a", "b"), ("c",), ("d",))
     assert [image.read_bytes() for image in pairs.images] == [cell["bytes"] for cell in cells]
     assert report.bad_rows == 0
-    assert unpack.main([str(path), str(out)]) == 2
-    assert unpack.main([]) == 2
+    assert parquet.main([str(path), str(out)]) == 2
+    assert parquet.main([]) == 2
 
 
 def test_unreadable_images_are_skipped_and_counted(folder: Path) -> None:
@@ -274,32 +279,34 @@ def test_unreadable_images_are_skipped_and_counted(folder: Path) -> None:
     (folder / "img/cut.jpg").write_bytes((folder / "img/cut.jpg").read_bytes()[:2000])
     path = table(folder, ("img/0.png", "a"), ("img/cut.jpg", "b"), ("img/1.png", "c"), ("img/cut.jpg", "d"))
     seen: list[tuple[int, int]] = []
-    pairs, report = read_pairs(path, progress=lambda done, total: seen.append((done, total)))
+    pairs = read_pairs(path, progress=lambda done, total: seen.append((done, total)))
+    report = pairs.report
     assert [image.name for image in pairs.images] == ["0.png", "1.png"]
     assert pairs.captions == (("a",), ("c",))
     assert (report.unreadable_images, report.bad_rows, report.rows) == (1, 2, 4)
     assert [(row.number, row.image) for row in report.first_bad] == [(3, "img/cut.jpg")]
     assert "cut short" in report.first_bad[0].reason
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    pairs, report = read_pairs(path, verify="header")
+    pairs = read_pairs(path, verify="header")
+    report = pairs.report
     assert (len(pairs), report.unreadable_images) == (3, 0)
     assert any("only the headers" in note for note in report.notes)
 
 
 def test_many_images_are_checked_by_header_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A million images would be decoded before the first step, or the shortcut be taken in silence."""
-    monkeypatch.setattr(pairs_module, "DECODE_UP_TO", 1)
+    monkeypatch.setattr(reader, "DECODE_UP_TO", 1)
     path = table(folder, ("img/0.png", "a"), ("img/1.png", "b"))
-    assert any("only the headers" in note for note in read_pairs(path)[1].notes)
-    assert read_pairs(path, verify="decode")[1].notes == ()
+    assert any("only the headers" in note for note in read_pairs(path).report.notes)
+    assert read_pairs(path, verify="decode").report.notes == ()
 
 
 def test_limit_on_bad_rows(folder: Path) -> None:
     """A wrong folder would silently shrink the data to almost nothing, or two bad rows end the run."""
     rows = [("img/0.png", "a"), *((f"img/x{i}.png", "b") for i in range(4)), ("img/1.png", "")]
     path = table(folder, *rows)
-    assert read_pairs(path, max_bad_rows=5)[1].bad_rows == 5
-    assert read_pairs(path, max_bad_rows=None)[1].bad_rows == 5
+    assert read_pairs(path, max_bad_rows=5).report.bad_rows == 5
+    assert read_pairs(path, max_bad_rows=None).report.bad_rows == 5
     with pytest.raises(DataError) as error:
         read_pairs(path, max_bad_rows=2)
     message = str(error.value)
@@ -346,7 +353,8 @@ def test_lists_of_captions(folder: Path) -> None:
         '{"image": "img/0.png", "caption": ["a", " ", "b", "a"]}\n{"image": "img/1.png", "caption": []}\n'
         '{"image": "img/2.png", "caption": [null, "c"]}\n'
     )
-    pairs, report = read_pairs(path)
+    pairs = read_pairs(path)
+    report = pairs.report
     assert pairs.captions == (("a", "b"), ("c",))
     assert (report.empty_captions, report.repeated_captions, report.bad_rows) == (3, 1, 1)
     assert report.first_bad[0].reason == "empty caption"
@@ -357,7 +365,8 @@ def test_duplicate_images_are_found_by_content(folder: Path) -> None:
     (folder / "img/copy.png").write_bytes((folder / "img/3.png").read_bytes())
     (folder / "img/again.png").write_bytes((folder / "img/3.png").read_bytes())
     names = ["3.png", "4.png", "copy.png", "again.png"]
-    pairs, report = read_pairs(table(folder, *((f"img/{name}", name) for name in names)))
+    pairs = read_pairs(table(folder, *((f"img/{name}", name) for name in names)))
+    report = pairs.report
     assert report.duplicates == (tuple(folder / "img" / name for name in ("3.png", "copy.png", "again.png")),)
     assert report.duplicate_images == 2
     assert len(pairs) == 4
@@ -376,7 +385,8 @@ def test_folder_counts_images_without_caption(folder: Path, monkeypatch: pytest.
     (folder / "img/bad.png").write_bytes(b"not an image")
     (folder / "img/captions.csv").write_text("image,caption\n0.png,a\n1.png,b\nbad.png,c\n")
     monkeypatch.chdir(folder)
-    pairs, report = read_pairs("img/../img")
+    pairs = read_pairs("img/../img")
+    report = pairs.report
     assert len(pairs) == 2
     assert any("4 images in the folder have no caption" in note for note in report.notes)
     assert report.unreadable_images == 1
@@ -389,7 +399,8 @@ def test_pointers_of_git_lfs_are_called_that(folder: Path) -> None:
     """`git clone` without git-lfs leaves small text files: they are neither damaged nor captions."""
     (folder / "img/0.png").write_bytes(POINTER)
     (folder / "img/1.png").write_bytes(b"x")
-    pairs, report = read_pairs(table(folder, *((f"img/{i}.png", f"c{i}") for i in range(6))))
+    pairs = read_pairs(table(folder, *((f"img/{i}.png", f"c{i}") for i in range(6))))
+    report = pairs.report
     assert len(pairs.images) == 4
     assert [count for why, count in report.reasons if "git-lfs pointer" in why and "git lfs pull" in why] == [
         1
@@ -405,6 +416,39 @@ def test_captions_are_no_pointers_of_git_lfs(folder: Path) -> None:
     """The pictures would be trained to be "version https://git-lfs.github.com/spec/v1"."""
     for i in range(6):
         (folder / f"img/{i}.txt").write_bytes(POINTER if i < 2 else b"a cat")
-    pairs, report = read_pairs(folder / "img")
+    pairs = read_pairs(folder / "img")
+    report = pairs.report
     assert {caption for captions in pairs.captions for caption in captions} == {"a cat"}
     assert report.bad_rows == 2
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    """Words of a corpus that is no table are taken for columns, or lost."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("﻿image, caption\r\n\r\n một con chó \r\nmột con chó\r\n".encode())
+    assert read_texts(path) == ("image, caption", "một con chó")
+
+
+def test_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Captions of a table are not found unless its images are there, too."""
+    caplog.set_level("INFO", "clipgraft")
+    table = tmp_path / "a.csv"
+    table.write_text("filepath\ttitle\nnot-there.jpg\ta dog\nb.jpg\t\nc.jpg\ta dog\nd.jpg\ta cat\n")
+    assert read_texts(table) == ("a dog", "a cat")
+    assert "1 lines without a text were skipped" in caplog.text
+    flickr = tmp_path / "b.txt"
+    flickr.write_text("1.jpg#0\ta dog\n1.jpg#1\ta cat\n")
+    assert read_texts(flickr) == ("a dog", "a cat")
+    listed = tmp_path / "c.txt"
+    listed.write_text("picture;words\n1.jpg;a dog\n")
+    assert read_texts(listed, image_key="picture", caption_key="words", separator=";") == ("a dog",)
+    assert read_texts(listed) == ("picture;words", "1.jpg;a dog")
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    """An empty corpus gives a model that knows no word, without a word said."""
+    (tmp_path / "a.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="holds no text"):
+        read_texts(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="not found"):
+        read_texts(tmp_path / "b.txt")
