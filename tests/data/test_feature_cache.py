@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from clipgraft.data import cache_shards, feature_cache
+from clipgraft.data import feature_cache, stored_rows
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.stored_rows import StoredRows, computed_rows
 from feature_caches import KEY, ROW_BYTES, Encoder, ask, names, rows_of, shards
@@ -182,14 +182,14 @@ def test_a_killed_run_keeps_its_finished_shards(
     class Killed(BaseException):
         pass
 
-    real = cache_shards.write_shard
+    real = stored_rows.write_shard
 
     def dying(*args: object) -> object:
         if shards(cache, ".index"):
-            write = cache_shards.atomic_path
+            write = stored_rows.atomic_path
             with pytest.MonkeyPatch.context() as patch:  # dies between the array and its index
                 patch.setattr(
-                    cache_shards,
+                    stored_rows,
                     "atomic_path",
                     lambda path, *needs: refuse() if path.suffix == ".index" else write(path, *needs),
                 )

@@ -18,7 +18,7 @@ from torchvision import transforms as tv
 
 import clipgraft as cg
 from clipgraft.data.feature_key import UnknownError, describe, image_key, tower_fingerprint, vision_lora_acts
-from clipgraft.data.views import SeededView
+from clipgraft.data.loading import SeededView
 from clipgraft.models.clip import as_clip
 from clipgraft.models.processors import HfPreprocess
 from tiny_models import in_every_layout

@@ -13,7 +13,7 @@ import torch
 import clipgraft as cg
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_images
-from clipgraft.data.views import SeededView
+from clipgraft.data.loading import SeededView
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.train.inputs import Inputs, prepare_inputs

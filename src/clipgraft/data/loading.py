@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -290,3 +292,19 @@ def seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(pytorch)
+
+
+@dataclass(frozen=True)
+class SeededView:
+    """One augmentation of every image, drawn from (seed, view, pixels of the image) alone.
+
+    The place of an image in its table, or of its file on disk, plays no part.
+    """
+
+    transform: Transform
+    seed: int
+    view: int
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        with seeded(self.seed, self.view, zlib.crc32(image.tobytes())):
+            return self.transform(image)

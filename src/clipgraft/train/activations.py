@@ -12,12 +12,10 @@ from typing import Literal
 
 import torch
 
-from clipgraft.data.cache_room import format_bytes
-from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.feature_cache import FeatureCache, format_bytes
 from clipgraft.data.feature_key import UnknownError, image_key
 from clipgraft.data.features import image_rows, image_steps
-from clipgraft.data.memory import available_memory
-from clipgraft.data.stored_rows import StoredRows, rows_in_memory
+from clipgraft.data.stored_rows import StoredRows, available_memory, rows_in_memory
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip

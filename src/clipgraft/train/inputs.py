@@ -15,8 +15,7 @@ from tqdm import tqdm
 from clipgraft.data.datasets import Pairs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.loading import Transform
-from clipgraft.data.views import SeededView
+from clipgraft.data.loading import SeededView, Transform
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip

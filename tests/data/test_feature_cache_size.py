@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipgraft.data import cache_shards, feature_cache
-from clipgraft.data.cache_room import ENTRY
-from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data import feature_cache, stored_rows
+from clipgraft.data.feature_cache import ENTRY, FeatureCache
 from feature_caches import KEY, ROW_BYTES, Encoder, ask, names, rows_of, shards
 
 
@@ -92,7 +91,7 @@ def test_a_disk_that_fills_up_on_the_way_is_no_failure(
     cache: FeatureCache, files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another program may take the room; an hour of encoding must not be lost to that."""
-    real = cache_shards.write_shard
+    real = stored_rows.write_shard
 
     def full(*args: object) -> object:
         if shards(cache):
