@@ -1,8 +1,8 @@
-"""Encode pictures once, index them, and search by text, by picture and by both, with an adapter and without.
+"""Encode images once, index them, and search by text, by image and by both, with and without an adapter.
 
     python examples/encode_index_search.py --out found
 
-An adapter on the text tower leaves image vectors as they are, so that base and adapter share one index.
+An adapter on the text tower does not change image vectors, so base and adapter share one index.
 Nothing is downloaded: a small adapter for Vietnamese is trained first, in about a minute. Needs
 `pip install 'clipgraft[search]'`.
 """
@@ -20,7 +20,7 @@ import clipgraft as cg
 
 
 def train_adapter(out: Path, scenes: int) -> Path:
-    """An adapter for Vietnamese captions; the one of an earlier call, if there was one."""
+    """Train an adapter for Vietnamese captions, unless an earlier call has done so."""
     adapter = out / "adapter"
     if not adapter.exists():
         pairs = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", scenes, ["vi"])["vi"])
@@ -29,13 +29,13 @@ def train_adapter(out: Path, scenes: int) -> Path:
         cg.apply_lora(clip, r=16, alpha=32, targets="linear-text,text.token_embedding,text.proj")
         options: dict[str, Any] = {"batch_size": 128, "lr": 3e-3, "wd": 0.1, "warmup": 20, "epochs": 1}
         run = cg.fit(clip, pairs, out=out / "run", resume=True, autocast=None, progress=False, **options)
-        print(f"trained on {len(pairs):,} pictures in {run.seconds:.0f} s")
+        print(f"trained on {len(pairs):,} images in {run.seconds:.0f} s")
         cg.save_adapter(clip, adapter)
     return adapter
 
 
 def found_in_five(clip: cg.Clip, encoded: Path, pairs: cg.Pairs) -> float:
-    """Share of pictures that are among the first five for their first caption."""
+    """Share of images that are among the top five for their first caption."""
     hits = [
         image.name in {Path(hit.path or "").name for hit in cg.search.query(clip, encoded, captions[0], k=5)}
         for image, captions in zip(pairs.images, pairs.captions, strict=True)
@@ -51,27 +51,27 @@ def show(title: str, hits: Sequence[cg.search.Hit]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Encode, index, search.")
-    parser.add_argument("--out", type=Path, default=Path("found"), help="folder of everything that is made")
+    parser.add_argument("--out", type=Path, default=Path("found"), help="output folder")
     parser.add_argument("--train-scenes", type=int, default=1500)
-    parser.add_argument("--pictures", type=int, default=300, help="pictures to search")
+    parser.add_argument("--pictures", type=int, default=300, help="images to search")
     flags = parser.parse_args(argv)
     adapter = train_adapter(flags.out, flags.train_scenes)
 
     table = cg.emoji.write_scenes(flags.out / "data", "test", flags.pictures, ["vi"])["vi"]
     pairs = cg.read_pairs(table)
     clip, encoded = cg.load("emoji"), flags.out / "encoded"
-    done = cg.search.encode_folder(clip, table, encoded)  # again, it does the difference: nothing
-    print(f"{done.encoded:,} pictures encoded, {done.kept:,} known, {done.rows:,} vectors")
+    done = cg.search.encode_folder(clip, table, encoded)  # a second call encodes only changes
+    print(f"{done.encoded:,} images encoded, {done.kept:,} known, {done.rows:,} vectors")
     for place, index in cg.search.build_index(encoded):
         print(f"{place}: {index.factory}, {index.rows:,} vectors")
 
     before = found_in_five(clip, encoded, pairs)
     cg.load_adapter(clip, adapter, name="vi")  # the same vectors, the same index
-    print(f"found in the first five: base {before:.1%}, adapter {found_in_five(clip, encoded, pairs):.1%}")
+    print(f"found in the top five: base {before:.1%}, adapter {found_in_five(clip, encoded, pairs):.1%}")
     query = pairs.captions[0][0]
     show(f"text: {query}", cg.search.query(clip, encoded, query, k=3))
     show("the same, if it says 'hai'", cg.search.query(clip, encoded, query, k=3, where="caption~hai"))
-    show(f"picture: {pairs.images[1].name}", cg.search.query(clip, encoded, image=pairs.images[1], k=3))
+    show(f"image: {pairs.images[1].name}", cg.search.query(clip, encoded, image=pairs.images[1], k=3))
     both = cg.search.query(clip, encoded, "nền màu trắng", image=pairs.images[1], image_weight=0.6, k=3)
     show("the same, and text: nền màu trắng", both)
 

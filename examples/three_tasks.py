@@ -1,9 +1,9 @@
-"""One base, three tasks: an adapter for each, all in memory at once, mixed inside one batch.
+"""One base and three tasks: one adapter for each, all in memory, mixed within one batch.
 
     python examples/three_tasks.py --out three_tasks
 
-Trains what is not in the output folder yet: a minute or two on two cores. After that it takes seconds.
-Nothing is downloaded: base, pictures and captions come with clipgraft.
+The first run trains the adapters, in a minute or two on two cores; later runs take seconds.
+Nothing is downloaded: base, images and captions come with clipgraft.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Captions: TypeAlias = Callable[[cg.emoji.EmojiScenes, int], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Task:
-    """What an adapter is for.
+    """A task, and how to measure it.
 
     Attributes:
-        name: of the task and of its adapter.
-        about: what is measured, in words.
-        captions: index of a scene -> its captions, those to train on or those to test with.
-        metric: the number to raise, from 0 to 1, out of a model, its task's pairs and their images' features.
+        name: name of the task and of its adapter.
+        about: description of the metric.
+        captions: returns the captions of a scene by its index.
+        metric: computes a score from 0 to 1 from a model, the task's pairs and the features of their images.
     """
 
     name: str
@@ -46,22 +46,22 @@ class Task:
 
 
 def in_language(language: str) -> Captions:
-    """Five captions of a scene in a language of which the base has seen a little."""
+    """Five captions of a scene in a language that the base has seen little of."""
     return lambda scenes, index: scenes.captions(index, language)
 
 
 def of_style(scenes: cg.emoji.EmojiScenes, index: int) -> tuple[str, ...]:
-    """Who drew the emoji of a scene; the base has never read these names."""
+    """Captions that name who drew the emoji of a scene; the base has never seen these names."""
     return tuple(words.format(STYLES[scenes.scene(index).style]) for words in STYLE_CAPTIONS)
 
 
 def retrieval(clip: cg.Clip, pairs: cg.Pairs, images: Tensor) -> float:
-    """Share of captions whose own picture comes first."""
+    """Share of captions whose own image comes first."""
     return cg.evaluate_retrieval(clip, pairs, image_features=images)["text_to_image_R@1"]
 
 
 def classification(clip: cg.Clip, pairs: cg.Pairs, images: Tensor) -> float:
-    """Share of pictures to which the first caption of their own class is the nearest."""
+    """Share of images whose nearest prompt is that of their own class."""
     prompts = sorted({captions[0] for captions in pairs.captions})
     with torch.inference_mode():
         features = clip.encode_text(prompts, normalize=True)
@@ -79,9 +79,7 @@ TASKS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Three tasks on one base.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("three_tasks"), help="folder of pictures and adapters"
-    )
+    parser.add_argument("--out", type=Path, default=Path("three_tasks"), help="output folder")
     parser.add_argument("--quick", action="store_true", help="a few scenes, to see that everything runs")
     arguments = parser.parse_args(argv)
     train, test = (64, 24) if arguments.quick else (3000, 500)
@@ -102,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_what_is_missing(out: Path, size: int) -> None:
-    """One adapter a task. Pictures are encoded by the first that trains, and looked up by the others."""
+    """Train one adapter for each task; the first run encodes the images, the others use the cache."""
     missing = [task for task in TASKS if not (out / "adapters" / task.name).exists()]
     if not missing:
         return
@@ -127,7 +125,7 @@ def train_what_is_missing(out: Path, size: int) -> None:
 
 
 def pictures(out: Path, split: str, size: int) -> tuple[cg.emoji.EmojiScenes, tuple[Path, ...]]:
-    """Scenes, and the files that show them."""
+    """Write scenes as images; returns the scenes and their files."""
     cg.emoji.write_scenes(out / "data", split, size, [])
     files = tuple(out / "data" / "images" / f"{split}_{i:05d}.png" for i in range(size))
     return cg.emoji.EmojiScenes(split, size), files
@@ -138,7 +136,7 @@ def pairs_of(task: Task, scenes: cg.emoji.EmojiScenes, files: tuple[Path, ...]) 
 
 
 def image_features(clip: cg.Clip, files: Sequence[Path]) -> Tensor:
-    """(N, D): no adapter touches the image tower, so that all tasks share these."""
+    """Encode images as (N, D) features. No adapter changes the image tower, so all tasks share them."""
     preprocess, rows = clip.require_preprocess(), []
     for file in files:
         with Image.open(file) as image:
@@ -149,7 +147,7 @@ def image_features(clip: cg.Clip, files: Sequence[Path]) -> Tensor:
 
 
 def print_table(clip: cg.Clip, scenes: cg.emoji.EmojiScenes, files: tuple[Path, ...], images: Tensor) -> None:
-    """Every adapter on every task; an adapter is to win its own column."""
+    """Print every adapter on every task; each adapter should be the best in its own column."""
     tests = {task: pairs_of(task, scenes, files) for task in TASKS}
     print("\n" + "adapter".ljust(10) + "".join(task.about.rjust(34) for task in TASKS))
     for name in (None, *(task.name for task in TASKS)):
@@ -159,7 +157,7 @@ def print_table(clip: cg.Clip, scenes: cg.emoji.EmojiScenes, files: tuple[Path, 
 
 
 def print_mixed_batch(clip: cg.Clip, scenes: cg.emoji.EmojiScenes, images: Tensor, count: int = 8) -> None:
-    """Queries of all tasks, and of none, encoded together; each row runs with its own adapter."""
+    """Encode queries of all tasks in one batch, each row with its own adapter or none."""
     sources: list[tuple[str | None, Captions]] = [
         (None, in_language("en")),
         *((task.name, task.captions) for task in TASKS),
@@ -183,7 +181,7 @@ def print_mixed_batch(clip: cg.Clip, scenes: cg.emoji.EmojiScenes, images: Tenso
 
 
 def print_memory(clip: cg.Clip, base_bytes: int) -> None:
-    """What three tasks take beside three fine-tuned copies of the base."""
+    """Print the memory of three adapters, and of three fine-tuned copies of the base."""
     sizes = {task.name: bytes_of(cg.adapters.lora_state_dict(clip, task.name).values()) for task in TASKS}
     listed = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sizes.items())
     print(f"\nMB in memory: base {base_bytes / 1e6:.2f}, adapters {listed}")

@@ -1,10 +1,10 @@
-"""A folder of pictures and a spreadsheet of captions: from there to an adapter, proof, and a search.
+"""From a folder of images and a spreadsheet of captions to an adapter, its gain, and a search.
 
-    python examples/your_own_csv.py --out mine          # makes pictures and a spreadsheet first
+    python examples/your_own_csv.py --out mine          # generates images and a spreadsheet first
     python examples/your_own_csv.py --out mine --table photos/list.csv --image-key File --caption-key Text
 
-The spreadsheet that it makes is as people leave them: semicolons, columns with names and uses of their own, a
-lost picture, a damaged one, an empty caption. The search needs `pip install 'clipgraft[search]'`.
+The generated spreadsheet has the usual faults: semicolons, unusual column names, an extra column, a missing
+image, a damaged one, an empty caption. The search needs `pip install 'clipgraft[search]'`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import clipgraft as cg
 
 
 def write_spreadsheet(folder: Path, size: int) -> Path:
-    """Pictures, and `list.csv` with Vietnamese captions and some of the usual faults. Returns the table."""
-    scenes = cg.emoji.EmojiScenes("test", size)  # not one of them was in the training of the base
+    """Write images, and `list.csv` with Vietnamese captions and some usual faults; returns the table."""
+    scenes = cg.emoji.EmojiScenes("test", size)  # the base was not trained on any of them
     cg.emoji.write_scenes(folder, "test", size, [])
     files = [f"images/test_{i:05d}.png" for i in range(size)]
     rows = [(file, "shelf 3; A", text) for i, file in enumerate(files) for text in scenes.captions(i, "vi")]
     (folder / "images" / "damaged.png").write_bytes((folder / files[0]).read_bytes()[:300])
     rows += [("images/lost.png", "", "một con mèo"), ("images/damaged.png", "", "hai con chó")]
-    rows += [(files[0], "", " "), rows[0]]  # an empty caption, and a row that is there already
+    rows += [(files[0], "", " "), rows[0]]  # an empty caption, and a duplicate row
     with (folder / "list.csv").open("w", encoding="utf-8-sig", newline="") as file:  # as Excel saves it
         csv.writer(file, delimiter=";").writerows([("Tệp ảnh", "Nơi cất", "Mô tả"), *rows])
     return folder / "list.csv"
@@ -40,12 +40,12 @@ def some(pairs: cg.Pairs, places: Sequence[int]) -> cg.Pairs:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Pictures and a spreadsheet, to a search.")
-    parser.add_argument("--out", type=Path, default=Path("mine"), help="folder of everything that is made")
-    parser.add_argument("--table", type=Path, help="your spreadsheet, as CSV; without it, one is made")
-    parser.add_argument("--image-key", default="Tệp ảnh", help="its column of paths, relative to the file")
-    parser.add_argument("--caption-key", default="Mô tả", help="its column of captions")
-    parser.add_argument("--scenes", type=int, default=1500, help="pictures to make where no table is given")
+    parser = argparse.ArgumentParser(description="From images and a spreadsheet to a search.")
+    parser.add_argument("--out", type=Path, default=Path("mine"), help="output folder")
+    parser.add_argument("--table", type=Path, help="your spreadsheet as CSV; by default one is generated")
+    parser.add_argument("--image-key", default="Tệp ảnh", help="column of image paths, relative to the table")
+    parser.add_argument("--caption-key", default="Mô tả", help="column of captions")
+    parser.add_argument("--scenes", type=int, default=1500, help="images to generate if no table is given")
     parser.add_argument("--epochs", type=int, default=2)
     flags = parser.parse_args(argv)
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = cg.read_pairs(table, **keys)
     print(pairs.report.summary())
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
-    fifth = len(pairs) // 5  # by pictures: no caption of a test picture is trained on
+    fifth = len(pairs) // 5  # split by image: no caption of a test image is in the training data
     train, test = some(pairs, order[fifth:]), some(pairs, order[:fifth])
 
     clip = cg.load("emoji")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:<20}{base[name]:>8.1%} -> {adapted[name]:.1%}")
 
     done = cg.search.encode_folder(clip, table, flags.out / "encoded", **keys)
-    print(f"{done.rows:,} pictures encoded, {done.errors:,} could not be used; adapter {run / 'adapter'}")
+    print(f"{done.rows:,} images encoded, {done.errors:,} could not be used; adapter {run / 'adapter'}")
     for hit in cg.search.query(clip, flags.out / "encoded", "hai con chó", k=5):
         print(f"{hit.rank}  {hit.score:.3f}  {hit.metadata['path']}  {str(hit.caption).splitlines()[0]}")
 

@@ -52,6 +52,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    """A page sends somebody who wants to change something to a file that has moved."""
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", text_of(page))
+    ours = [name for name in named if name.endswith(".py") or (SOURCE / name.split("/")[0]).is_dir()]
+    places = (ROOT, SOURCE, SOURCE.parent, page.parent)
+    assert [name for name in ours if not any((place / name).exists() for place in places)] == []
+
+
 def public() -> set[str]:
     """The paths of all that is public: functions and classes of the namespaces, and errors."""
     spaces = ["clipgraft", *(f"clipgraft.{stub.parent.name}" for stub in SOURCE.glob("*/__init__.pyi"))]

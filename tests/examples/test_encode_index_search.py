@@ -17,11 +17,11 @@ def test_it_searches_what_it_encoded(
     flags = ["--out", str(tmp_path), "--train-scenes", "40", "--pictures", "24"]
     main(flags)
     first = capsys.readouterr().out
-    assert "24 pictures encoded, 0 known, 24 vectors" in first
+    assert "24 images encoded, 0 known, 24 vectors" in first
     assert "Flat, 24 vectors" in first
     main(flags)
     second = capsys.readouterr().out
-    assert "0 pictures encoded, 24 known, 24 vectors" in second
+    assert "0 images encoded, 24 known, 24 vectors" in second
     assert "trained" not in second
     assert answers(second) == answers(first)
     text, filtered, picture, both = answers(first).values()

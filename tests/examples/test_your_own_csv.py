@@ -35,7 +35,7 @@ def test_it_gets_through_a_messy_spreadsheet(
         "unreadable images": 1,
     }.items():
         assert re.search(rf"^  {fact} +{count}\b", printed, re.M), fact
-    assert "40 pictures encoded, 2 could not be used" in printed
+    assert "40 images encoded, 2 could not be used" in printed
     assert len(re.findall(r"^\d  \d\.\d{3}  images/test_\d+\.png  ", printed, re.M)) == 5
     (adapter,) = tmp_path.glob("run-*/adapter")
     assert cg.load(str(adapter)).source.name == "emoji"
@@ -52,7 +52,7 @@ def test_it_takes_another_table(program: Any, tmp_path: Path, capsys: pytest.Cap
     program("your_own_csv").main(["--out", str(tmp_path / "mine"), "--epochs", "1", *words])
     printed = capsys.readouterr().out
     assert re.search(r"^  images +80$", printed, re.M)
-    assert "80 pictures encoded, 0 could not be used" in printed
+    assert "80 images encoded, 0 could not be used" in printed
     assert not (tmp_path / "mine" / "photos").exists()
 
 
