@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import clipgraft as cg
-from clipgraft.report.build import write_report
+from clipgraft.report.write_report import write_report
 
 SITES = "linear-text,text.token_embedding,text.proj"  # all matrices of the text tower
 TRAINING: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 20, "autocast": None, "progress": False}

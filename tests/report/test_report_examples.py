@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 import clipgraft as cg
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.report import measure
-from clipgraft.report.build import write_report
-from clipgraft.report.choose import _spread
+from clipgraft.report import evaluate_run
+from clipgraft.report.evaluate_run import ComputeOptions, compute_examples
 from clipgraft.report.examples import Examples, stored_examples
-from clipgraft.report.measure import Computing, compute_examples
 from clipgraft.report.runs import read_run, read_sweep
+from clipgraft.report.select_examples import _spread
+from clipgraft.report.write_report import write_report
 from html_pages import read_page
 from tiny_pictures import IMAGES
 
-CPU = Computing(torch.device("cpu"), workers=0)
+CPU = ComputeOptions(torch.device("cpu"), workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_the_second_report_loads_no_model(
     first = write_report([copied], tmp_path / "first.html").read_text(encoding="utf-8")
     known = stored_examples(read_run(copied))
     assert known == compute_examples(read_run(copied), CPU)
-    monkeypatch.setattr(measure, "sides", None)
+    monkeypatch.setattr(evaluate_run, "sides", None)
     second = write_report([copied], tmp_path / "second.html").read_text(encoding="utf-8")
     assert first.count("<symbol") == second.count("<symbol") > 0
 

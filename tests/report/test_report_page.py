@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 
 from clipgraft.errors import ConfigError
 from clipgraft.report import charts
-from clipgraft.report.build import write_report
-from clipgraft.report.table import Line
+from clipgraft.report.tables import ResultRow
+from clipgraft.report.write_report import write_report
 from html_pages import Element, Page, read_page
 
 _RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
@@ -140,7 +140,9 @@ def test_only_runs_of_one_sweep_are_joined(joined: bool, monkeypatch: pytest.Mon
     real = Axes.errorbar
     monkeypatch.setattr(Axes, "errorbar", lambda *a, **k: (drawn.append(k["linestyle"]), real(*a, **k))[1])
     lines = [
-        Line("lora", f"run {rank}", "linear", rank, 1, {"acc1": rank / 10}, {}, 100 * rank, None, None, None)
+        ResultRow(
+            "lora", f"run {rank}", "linear", rank, 1, {"acc1": rank / 10}, {}, 100 * rank, None, None, None
+        )
         for rank in (1, 2)
     ]
     charts.against_weights("chart", "acc1", "accuracy", lines, joined)

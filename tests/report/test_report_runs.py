@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from clipgraft.errors import ClipgraftError
-from clipgraft.report.build import write_report
 from clipgraft.report.runs import Run, Sweep, best_run, read_run, read_sources, read_sweep
+from clipgraft.report.write_report import write_report
 from html_pages import read_page
 
 

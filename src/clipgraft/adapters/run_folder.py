@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from clipgraft.adapters.folder import is_adapter
 from clipgraft.errors import CheckpointError
@@ -15,6 +15,7 @@ from clipgraft.models.clip import Source
 from clipgraft.models.openclip_config import CONFIG_FILE
 from clipgraft.records import read_json
 
+T = TypeVar("T")
 PARAMS, RESULTS, HEAD = "params.json", "results.json", "head"
 _RECORDS = (PARAMS, "params.txt", "events.jsonl")
 _EPOCH = re.compile(r"epoch_([0-9]{1,9})(\.pt)?")
@@ -98,11 +99,22 @@ def read_params(run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    params = _record(run / PARAMS)
+    params = read_record(run / PARAMS, dict[str, Any])
     if params is not None or not (run / "params.txt").is_file():
         return params or {}
     lines = (run / "params.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     return {name: _value(text) for name, colon, text in (line.partition(": ") for line in lines) if colon}
+
+
+def read_record(path: Path, kind: type[T]) -> T | None:
+    """Read one of a run's JSON records; None if there is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    return read_json(path, kind, CheckpointError, "restore it, or leave its run out")
 
 
 def find_path(recorded: str, run: Path) -> Path | None:
@@ -128,7 +140,7 @@ def _saved(run: Path) -> tuple[Path, int | None]:
     if is_adapter(run / "adapter"):
         return run / "adapter", None
     folder = run / "checkpoints"
-    results = _record(run / RESULTS)
+    results = read_record(run / RESULTS, dict[str, Any])
     if results is not None:
         last = folder / Path(str(results.get("saved"))).name
         if last.exists() and last.name:
@@ -164,10 +176,3 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-def _record(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is no such file."""
-    if not path.is_file():
-        return None
-    return read_json(path, dict[str, Any], CheckpointError, "restore it, or leave its run out")

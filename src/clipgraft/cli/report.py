@@ -16,8 +16,8 @@ from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
-    from clipgraft.report.forgotten import Retained
-    from clipgraft.report.measure import Computing
+    from clipgraft.report.evaluate_run import ComputeOptions
+    from clipgraft.report.examples import RetainedData
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Put runs and sweeps on one HTML page: table, curves, retrieved images, what was forgotten."
@@ -28,17 +28,17 @@ def run_report(argv: Sequence[str]) -> None:
     kinds: list[type[Options]] = [ReportFlags, ColumnFlags, PromptFlags, CacheFlags]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
     _check(spec, columns, prompts)
-    from clipgraft.report.build import require_packages, write_report
+    from clipgraft.report.write_report import require_packages, write_report
 
     require_packages()
 
-    def computing() -> Computing:
+    def computing() -> ComputeOptions:
         from clipgraft.cli.common import pick_device
         from clipgraft.cli.read_data import open_features
-        from clipgraft.report.measure import Computing
+        from clipgraft.report.evaluate_run import ComputeOptions
 
         cache = open_features(images.feature_cache, images.cache_gb)
-        return Computing(pick_device(spec.device), images.workers, cache)
+        return ComputeOptions(pick_device(spec.device), images.workers, cache)
 
     retained = _retained(spec, columns, prompts)
     out = write_report(
@@ -74,14 +74,14 @@ def _check(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> Non
     refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
 
 
-def _retained(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> Retained | None:
-    from clipgraft.report.forgotten import Retained
+def _retained(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> RetainedData | None:
+    from clipgraft.report.examples import RetainedData
 
     if spec.retained is None:
         return None
     captions = spec.retained_task == "retrieval"
     key = {"caption_key": columns.csv_caption_key} if captions else {"label_key": prompts.csv_label_key}
-    return Retained(
+    return RetainedData(
         spec.retained,
         spec.retained_task,
         {**columns.reading, **key},

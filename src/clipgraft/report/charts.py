@@ -1,31 +1,28 @@
-"""The report's charts, one panel each, so that a narrow page can stack them."""
+"""Draw the report's charts with matplotlib, as SVG text whose colours are those of the page's theme.
+
+Charts are drawn in stand-in colours that nothing else uses, and each becomes a CSS variable in the SVG. The
+page then gives them their light, dark or printed values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from clipgraft.report.table import Line
-from clipgraft.report.themed import (
-    DASHES,
-    HEAT,
-    HEAT_INK,
-    INK,
-    MARKERS,
-    MUTED,
-    PAPER,
-    SERIES,
-    canvas,
-    style,
-    to_svg,
-)
+from clipgraft.report.tables import ResultRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +104,7 @@ def _plain_axes(axes: Axes, across: str, up: str) -> None:
     axes.margins(x=0.03)
 
 
-def against_weights(name: str, metric: str, label: str, lines: Sequence[Line], joined: bool) -> str:
+def against_weights(name: str, metric: str, label: str, lines: Sequence[ResultRow], joined: bool) -> str:
     """A metric in percent against trained weights: a point a rank and, if `joined`, a line a target set."""
     with style():
         figure, axes = canvas(WIDTH, HEIGHT + 20)
@@ -156,7 +153,7 @@ def against_weights(name: str, metric: str, label: str, lines: Sequence[Line], j
         return to_svg(figure, name, f"{label} against trained weights", _said(metric, lines))
 
 
-def by_targets(name: str, metric: str, label: str, lines: Sequence[Line]) -> str:
+def by_targets(name: str, metric: str, label: str, lines: Sequence[ResultRow]) -> str:
     """A metric in percent by target set: one row a set, a marker a rank, base and full as upright lines."""
     groups = _by_targets(lines)
     ranks = sorted({line.r or 0 for line in lines if line.kind == "lora"})
@@ -268,15 +265,15 @@ def _write(axes: Axes, texts: Sequence[Sequence[str]], shades: np.ndarray[Any, A
                 )
 
 
-def _by_targets(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    groups: dict[str, list[Line]] = {}
+def _by_targets(lines: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
+    groups: dict[str, list[ResultRow]] = {}
     for line in lines:
         if line.kind == "lora" and line.trained:
             groups.setdefault(line.targets, []).append(line)
     return groups
 
 
-def _references(axes: Axes, metric: str, lines: Sequence[Line], upright: bool = False) -> None:
+def _references(axes: Axes, metric: str, lines: Sequence[ResultRow], upright: bool = False) -> None:
     """Base and full fine-tuning as lines across, named in the legend; full also as a point."""
     for kind, dash, word in (("base", (0, (2, 2)), "base"), ("full", (0, (7, 2)), "full fine-tuning")):
         for line in (line for line in lines if line.kind == kind and metric in line.mean):
@@ -296,7 +293,7 @@ def _references(axes: Axes, metric: str, lines: Sequence[Line], upright: bool = 
                 )
 
 
-def _said(metric: str, lines: Sequence[Line]) -> str:
+def _said(metric: str, lines: Sequence[ResultRow]) -> str:
     parts = []
     for line in lines:
         if metric in line.mean:
@@ -329,3 +326,107 @@ def over_seeds(label: str, runs: Sequence[Sequence[tuple[int, float]]]) -> Curve
     if len(runs) == 1:
         return Curve(label, means[0][0], means[0][1])
     return Curve(label, means[0][0], values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist())
+
+
+INK, MUTED, RULE, PAPER = "#010000", "#010001", "#010002", "#010003"
+SERIES = tuple(f"#0200{number:02x}" for number in range(8))
+HEAT = tuple(f"#0300{number:02x}" for number in range(11))
+HEAT_INK = tuple(f"#0400{number:02x}" for number in range(len(HEAT)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), "-", "--", ":")
+
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    RULE: "--rule",
+    PAPER: "--paper",
+    **{colour: f"--series-{number}" for number, colour in enumerate(SERIES)},
+    **{colour: f"--heat-{number}" for number, colour in enumerate(HEAT)},
+    **{colour: f"--heat-ink-{number}" for number, colour in enumerate(HEAT_INK)},
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "clipgraft",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9.5,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 2.6,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """`with style(): ...` draws as the page does, whatever the user's own matplotlibrc says."""
+    values: Any = {**dict(mpl.rcParamsDefault), **_STYLE, "backend": mpl.rcParams["backend"]}
+    with mpl.rc_context(values), warnings.catch_warnings():
+        # Text is drawn by the reader's own fonts; the one here only measures it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of that many CSS pixels with one pair of axes; call it within `style()`."""
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    return figure, figure.subplots()
+
+
+def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """The figure as an `<svg>` element to be put into HTML.
+
+    `name` is a prefix of its ids, different for every chart of a page; `title` and `description` are what is
+    read aloud instead of it, as plain text.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
+    text = text.replace("url(#", f"url(#{name}-")
+    text = re.sub(r"#0[1-4]00[0-9a-f]{2}\b", lambda m: f"var({_VARIABLES[m.group(0)]})", text)
+    text = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m.group(0)):.2f}".rstrip("0").rstrip("."), text)
+    # The page's style says what font they have, and most are not turned.
+    text = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", text)
+    head, body = text.split(">", 1)
+    viewbox = re.search(r'viewBox="[^"]+"', head)
+    assert viewbox is not None
+    opening = (
+        f'<svg {viewbox.group(0)} class="chart" role="img" '
+        f'aria-labelledby="{name}-title {name}-description">'
+        f'<title id="{name}-title">{_escaped(title)}</title>'
+        f'<desc id="{name}-description">{_escaped(description)}</desc>'
+    )
+    return re.sub(r"\s*\n\s*", "\n", opening + body).strip()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,4 +1,4 @@
-"""Examples of what a run changed: chosen once, with the model, and kept in the run's folder."""
+"""Examples and retention of a run: computed once with its model, and kept as JSON in its folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Heat:
+class Similarities:
     """Cosines of some images (rows) with some texts (columns) under both models.
 
     `truth` is the column that belongs to each row.
@@ -104,7 +104,7 @@ class Examples:
     counts: Mapping[str, Whole]
     images: tuple[str, ...]
     queries: tuple[Query, ...]
-    heat: Heat
+    heat: Similarities
     classes: Classes | None
 
 
@@ -221,3 +221,61 @@ def _state(path: Path | None) -> list[tuple[str, int, int]]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     states = ((file, file.stat()) for file in files)
     return [(file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns) for file, s in states]
+
+
+log = logging.getLogger("clipgraft")
+RETENTION_FILE = Path("results") / "forgotten.json"
+
+
+@dataclass(frozen=True)
+class RetainedData:
+    """Other data, to see what a run forgot of them.
+
+    Attributes:
+        path: a table of images and captions, or for classification a folder or table of labelled images.
+        task: how they are measured.
+        keys: of `read_pairs` or `read_labelled`: `image_key`, `caption_key` or `label_key`, `separator`.
+        prompts: YAML of prompts of their classes.
+        templates: for classes without prompts.
+    """
+
+    path: Path
+    task: TaskName
+    keys: Mapping[str, str | None]
+    prompts: Path | None = None
+    templates: str = "photo"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Metrics of both models on retained data, and how many images those are."""
+
+    task: TaskName
+    base: Mapping[str, Finite]
+    adapted: Mapping[str, Finite]
+    items: Whole
+
+
+def stored_retention(run: Run, retained: RetainedData) -> Retention | None:
+    """What a run's folder knows of these data, if run and data are as they were."""
+    record = read_stored(run.path / RETENTION_FILE, _retention_key(run, retained))
+    if record is None:
+        return None
+    try:
+        found = checked({**record, "task": retained.task}, Retention, str(run.path / RETENTION_FILE))
+    except DataError as error:
+        log.info("%s: it is measured again", error)
+        return None
+    whole = all(name in side for name in METRICS[found.task] for side in (found.base, found.adapted))
+    return found if whole else None
+
+
+def store_retention(run: Run, retained: RetainedData, found: Retention) -> None:
+    """Keep it in the run's folder."""
+    keep(run.path / RETENTION_FILE, _retention_key(run, retained), asdict(found))
+
+
+def _retention_key(run: Run, retained: RetainedData) -> str:
+    files = key_of(run, retained.path, retained.prompts)
+    how = (str(retained.path.resolve()), retained.task, sorted(retained.keys.items()), retained.templates)
+    return hashlib.sha256(f"{files} {how}".encode(errors="surrogatepass")).hexdigest()[:32]

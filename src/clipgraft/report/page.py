@@ -1,7 +1,9 @@
-"""The page: what was read, measured and drawn, put into the template."""
+"""Render the page: what was read, measured and drawn, put into the template."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,14 +13,13 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image, ImageOps
 
 import clipgraft
-from clipgraft.report import drawn, words
-from clipgraft.report.examples import Examples, Found
-from clipgraft.report.forgotten import Forgotten
+from clipgraft.report import figures, tables
+from clipgraft.report.examples import Examples, Found, Retention
 from clipgraft.report.runs import METRICS, Run, Sweep, best_run
-from clipgraft.report.table import Group, make_groups, on_test_data, progress_of
-from clipgraft.report.thumbnails import Thumbnails
+from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
 
 _COLUMNS = {
     "retrieval": (("image → text", (("R@1", 0), ("R@5", 1))), ("text → image", (("R@1", 2), ("R@5", 3)))),
@@ -27,7 +28,7 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Shown:
+class Section:
     """One run or sweep with its examples.
 
     Attributes:
@@ -40,27 +41,27 @@ class Shown:
     source: Run | Sweep
     run: Run | None
     examples: Examples | None
-    forgotten: Forgotten | None
+    forgotten: Retention | None
     notes: tuple[str, ...]
 
 
-def render(shown: Sequence[Shown], *, with_examples: bool, retained: str, now: datetime) -> str:
+def render(sections: Sequence[Section], *, with_examples: bool, retained: str, now: datetime) -> str:
     """The whole page as HTML text; `retained` is the name of the data that forgetting was measured on."""
     pictures = Thumbnails()
-    known = {str(item.source.path): item.examples for item in shown if item.examples is not None}
-    groups = make_groups([item.source for item in shown], known)
-    parts = [_part(item, f"s{place}", pictures) for place, item in enumerate(shown)]
+    known = {str(item.source.path): item.examples for item in sections if item.examples is not None}
+    groups = make_groups([item.source for item in sections], known)
+    parts = [_part(item, f"s{place}", pictures) for place, item in enumerate(sections)]
     template = _environment().get_template("page.html.j2")
     return template.render(
-        title=_title(shown),
+        title=_title(sections),
         now=now,
         version=clipgraft.__version__,
         style=Markup(_read("page.css")),
-        in_short=[said for group in groups if (said := drawn.in_short(group))],
+        in_short=[said for group in groups if (said := tables.in_short(group))],
         parts=parts,
         tables=_tables(groups),
-        costs=[(g, made) for n, g in enumerate(groups) if (made := _marked(drawn.costs(g, f"g{n}")))],
-        notes=[note for item in shown for note in item.notes],
+        costs=[(g, made) for n, g in enumerate(groups) if (made := _marked(figures.costs(g, f"g{n}")))],
+        notes=[note for item in sections for note in item.notes],
         with_examples=with_examples,
         retained=retained,
         # Reading `pictures` comes last: the parts above have asked for all that are shown.
@@ -78,16 +79,16 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": words.percent,
-        "change": words.change,
-        "whole": words.whole,
-        "megabytes": words.megabytes,
-        "duration": words.duration,
+        "percent": tables.percent,
+        "change": tables.change,
+        "whole": tables.whole,
+        "megabytes": tables.megabytes,
+        "duration": tables.duration,
     }
     environment.globals |= {
-        "metric_words": words.METRIC_WORDS,
+        "metric_words": tables.METRIC_WORDS,
         "metric_names": METRICS,
-        "nothing": words.NOTHING,
+        "nothing": tables.NOTHING,
     }
     return environment
 
@@ -96,27 +97,27 @@ def _read(name: str) -> str:
     return (files("clipgraft.report") / name).read_text(encoding="utf-8")
 
 
-def _title(shown: Sequence[Shown]) -> str:
-    names = [item.source.name for item in shown]
+def _title(sections: Sequence[Section]) -> str:
+    names = [item.source.name for item in sections]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _tables(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
     """One table a task, as their columns differ."""
-    tables = []
+    made = []
     for task, heads in _COLUMNS.items():
         own = [group for group in groups if group.task == task]
         if own:
             ranked = any(line.r for group in own for line in group.lines)
             names = METRICS["retrieval" if task == "retrieval" else "classification"]
             how = list(dict.fromkeys(name for group in own for line in group.lines for name in line.how))
-            tables.append(
+            made.append(
                 {"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked, "how": how}
             )
-    return tables
+    return made
 
 
-def _part(item: Shown, name: str, pictures: Thumbnails) -> dict[str, Any]:
+def _part(item: Section, name: str, pictures: Thumbnails) -> dict[str, Any]:
     """What the sections show of one run or sweep."""
     source, examples = item.source, item.examples
     part: dict[str, Any] = {
@@ -124,10 +125,10 @@ def _part(item: Shown, name: str, pictures: Thumbnails) -> dict[str, Any]:
         "name": source.name,
         "path": str(source.path),
         "is_sweep": isinstance(source, Sweep),
-        "facts": words.facts(source),
-        "settings": words.settings(source),
+        "facts": tables.facts(source),
+        "settings": tables.settings(source),
         "state": _state(source),
-        "curves": _marked(drawn.learning(source, name)),
+        "curves": _marked(figures.learning(source, name)),
         "evaluations": source.measured if isinstance(source, Run) else (),
         "kept": source.best_epoch if isinstance(source, Run) else None,
         "task": source.task,
@@ -138,7 +139,7 @@ def _part(item: Shown, name: str, pictures: Thumbnails) -> dict[str, Any]:
     }
     if examples is not None:
         part["queries"] = [_query(query, examples, pictures) for query in examples.queries]
-        part["heat"] = _marked(drawn.heat_maps(examples, name))
+        part["heat"] = _marked(figures.heat_maps(examples, name))
         part["heat_rows"] = [
             (_picture(examples.images[image], text, pictures), text)
             for image, text in zip(examples.heat.images, examples.heat.texts, strict=True)
@@ -151,7 +152,7 @@ def _classes(examples: Examples, name: str, pictures: Thumbnails) -> dict[str, A
     classes = examples.classes
     if classes is None:
         return {"classes": None}
-    figures, left_out = drawn.confusions(classes, name)
+    matrices, left_out = figures.confusions(classes, name)
     rows = []
     for place, label in enumerate(classes.names):
         counts = (classes.base[place], classes.adapted[place])
@@ -176,7 +177,7 @@ def _classes(examples: Examples, name: str, pictures: Thumbnails) -> dict[str, A
     wide = len(classes.names) > 12
     return {
         "classes": classes,
-        "confusions": _marked(figures),
+        "confusions": _marked(matrices),
         "left_out": left_out,
         "class_rows": rows,
         "pairs": pairs,
@@ -206,8 +207,8 @@ def _picture(path: str, text: str, pictures: Thumbnails) -> dict[str, Any]:
     return {"thumbnail": pictures.get(path), "text": text, "file": Path(path).name}
 
 
-def _marked(figures: Sequence[drawn.Figure]) -> list[dict[str, Any]]:
-    return [{"svg": Markup(figure.svg), "caption": figure.caption} for figure in figures]
+def _marked(drawn: Sequence[figures.Figure]) -> list[dict[str, Any]]:
+    return [{"svg": Markup(figure.svg), "caption": figure.caption} for figure in drawn]
 
 
 def _state(source: Run | Sweep) -> str:
@@ -219,7 +220,7 @@ def _state(source: Run | Sweep) -> str:
     return f"unfinished: {len(source.unfinished)} cells under way ({', '.join(source.unfinished[:4])})"
 
 
-def _examples_of(item: Shown) -> str:
+def _examples_of(item: Section) -> str:
     """Of which run the examples are, where the source is a sweep."""
     if isinstance(item.source, Sweep) and item.run is not None:
         return f"{item.source.name}: its best adapter, {item.run.name}"
@@ -229,3 +230,59 @@ def _examples_of(item: Shown) -> str:
 def run_of(source: Run | Sweep) -> Run | None:
     """The run whose examples stand for a source."""
     return best_run(source) if isinstance(source, Sweep) else source
+
+
+SIDE = 112
+_QUALITY = 76
+_BACKGROUND = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture of the page: its id there, its size in pixels and its data URI."""
+
+    id: str
+    width: int
+    height: int
+    uri: str
+
+
+class Thumbnails:
+    """Makes thumbnails, and counts the files that no longer give one."""
+
+    def __init__(self) -> None:
+        self._by_path: dict[str, Thumbnail | None] = {}
+        self._by_content: dict[bytes, Thumbnail] = {}
+
+    def get(self, path: str) -> Thumbnail | None:
+        """The thumbnail of a file; None if the file is not there or is no image."""
+        if path not in self._by_path:
+            self._by_path[path] = self._make(path)
+        return self._by_path[path]
+
+    def all(self) -> list[Thumbnail]:
+        """Every picture of the page, once."""
+        return list(self._by_content.values())
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that were asked for and gave none."""
+        return [path for path, made in self._by_path.items() if made is None]
+
+    def _make(self, path: str) -> Thumbnail | None:
+        try:
+            with Image.open(Path(path)) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGBA")
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return None
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        flat = Image.new("RGB", picture.size, _BACKGROUND)
+        flat.paste(picture, mask=picture.getchannel("A"))
+        buffer = io.BytesIO()
+        flat.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+        content = buffer.getvalue()
+        if content not in self._by_content:
+            uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode('ascii')}"
+            number = len(self._by_content) + 1
+            self._by_content[content] = Thumbnail(f"picture-{number}", flat.width, flat.height, uri)
+        return self._by_content[content]

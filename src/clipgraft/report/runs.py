@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from clipgraft.adapters.run_folder import read_params
+from clipgraft.adapters.run_folder import RunModel, find_run_model, is_run, read_params, read_record
 from clipgraft.errors import CheckpointError, DataError
-from clipgraft.records import Finite, Whole, read_json
+from clipgraft.records import Finite, Whole
 from clipgraft.train.grid import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
 from clipgraft.train.run_folder import EVENTS, read_events
 from clipgraft.train.verdict import Verdict
 
-T = TypeVar("T")
 TaskName = Literal["retrieval", "classification"]
 METRICS: dict[TaskName, tuple[str, ...]] = {
     "retrieval": ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5"),
@@ -39,9 +38,9 @@ class Run:
         evaluations: metrics of evaluated epochs, with `epoch` and `step`.
         best_epoch: the one that was saved; None where that is the last one, or nothing was saved.
         verdict: whether it is better than what the run began with; None where that is not known.
-        saved: the adapter folder or the fine-tuned model; None where there is none (yet).
+        model: what the run saved at its end, and what it began with; None where it has not come to its end.
         trained: number of trained weights; None for a run that has not finished, as are the next two.
-        bytes: size of `saved`.
+        bytes: size of what was saved.
         seconds: of the run, evaluation included.
         started, ended: first and last line of its log.
         rows: how many pairs or images it trained on; None where that is not recorded.
@@ -56,7 +55,7 @@ class Run:
     evaluations: tuple[Mapping[str, float], ...]
     best_epoch: int | None
     verdict: Verdict | None
-    saved: Path | None
+    model: RunModel | None
     trained: int | None
     bytes: int | None
     seconds: float | None
@@ -64,6 +63,11 @@ class Run:
     ended: datetime | None
     rows: int | None = None
     made_with: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> Path | None:
+        """The adapter folder or the fine-tuned model."""
+        return None if self.model is None else self.model.saved
 
     @property
     def finished(self) -> bool:
@@ -138,11 +142,6 @@ def is_sweep(path: Path) -> bool:
     return (path / "cells").is_dir() or (path / "table.json").is_file()
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run."""
-    return any((path / name).is_file() for name in (EVENTS, "params.txt", "results.json"))
-
-
 def _checked(path: Path) -> Path:
     if is_run(path):
         return path
@@ -187,7 +186,7 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
         CheckpointError: one of them is damaged.
     """
     events = read_events(path / EVENTS)
-    results = _record(path / "results.json", _Results)
+    results = read_record(path / "results.json", _Results)
     started, ended = _dates(path / "out.log")
     measured = [_numbers(event) for event in events if event["kind"] == "val"]
     return Run(
@@ -199,7 +198,7 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
         evaluations=tuple(line for line in measured if line["step"] > 0),
         best_epoch=results.best_epoch if results else None,
         verdict=results.verdict if results else None,
-        saved=_saved(path, results),
+        model=_finished_model(path),
         trained=results.trainable if results else None,
         bytes=results.bytes if results else None,
         seconds=results.seconds if results else None,
@@ -216,9 +215,9 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         CheckpointError: a file is damaged.
     """
-    table = _record(path / "table.json", _Table) or _Table()
+    table = read_record(path / "table.json", _Table) or _Table()
     folders = sorted(folder for folder in path.glob("cells/*/") if folder.is_dir())
-    records = [_record(folder / CELL_FILE, CellRecord) for folder in folders]
+    records = [read_record(folder / CELL_FILE, CellRecord) for folder in folders]
     settings = next((dict(record.settings) for record in records if record is not None), {})
     results = {folder: read_cell(folder, {}) for folder in folders}
     cells = _ordered([result for result in results.values() if result is not None], table)
@@ -267,20 +266,12 @@ def _ordered(cells: list[CellResult], table: _Table) -> list[CellResult]:
     return sorted(cells, key=key)
 
 
-def _saved(path: Path, results: _Results | None) -> Path | None:
-    """What the run saved, in its own folder wherever that has been moved since."""
-    if (path / "adapter").is_dir():
-        return path / "adapter"
-    name = Path(results.saved).name if results else ""
-    saved = path / "checkpoints" / name
-    return saved if name and saved.exists() else None
-
-
-def _record(path: Path, kind: type[T]) -> T | None:
-    """A record; None if there is no such file."""
-    if not path.is_file():
+def _finished_model(path: Path) -> RunModel | None:
+    try:
+        model = find_run_model(path)
+    except CheckpointError:  # nothing is saved yet
         return None
-    return read_json(path, kind, CheckpointError, "restore it, or leave its run out of the report")
+    return None if model is None or model.unfinished is not None else model
 
 
 def _metrics(line: Mapping[str, float]) -> dict[str, float]:

@@ -14,10 +14,9 @@ from clipgraft.files import write_text
 from clipgraft.ours import refuse_foreign
 
 if TYPE_CHECKING:
-    from clipgraft.report.examples import Examples
-    from clipgraft.report.forgotten import Forgotten, Retained
-    from clipgraft.report.measure import Computing
-    from clipgraft.report.page import Shown
+    from clipgraft.report.evaluate_run import ComputeOptions
+    from clipgraft.report.examples import Examples, RetainedData, Retention
+    from clipgraft.report.page import Section
     from clipgraft.report.runs import Run, Sweep
 
 log = logging.getLogger("clipgraft")
@@ -29,8 +28,8 @@ def write_report(
     out: Path | str,
     *,
     examples: bool = True,
-    retained: Retained | None = None,
-    computing: Callable[[], Computing] | None = None,
+    retained: RetainedData | None = None,
+    computing: Callable[[], ComputeOptions] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write one HTML page on some runs and sweeps, which needs no other file and no network.
@@ -62,7 +61,7 @@ def write_report(
     from clipgraft.report.runs import read_sources
 
     sources = read_sources([Path(path) for path in paths])
-    shown = [_shown(source, examples, retained, computing or _on_the_cpu) for source in sources]
+    shown = [_section(source, examples, retained, computing or _on_the_cpu) for source in sources]
     name = "" if retained is None else str(retained.path)
     page = render(shown, with_examples=examples, retained=name, now=datetime.now())
     write_text(Path(out), page)
@@ -76,11 +75,14 @@ def require_packages() -> None:
         raise ConfigError(f"a report needs {' and '.join(missing)}: pip install 'clipgraft[report]'")
 
 
-def _shown(
-    source: Run | Sweep, examples: bool, retained: Retained | None, computing: Callable[[], Computing]
-) -> Shown:
+def _section(
+    source: Run | Sweep,
+    examples: bool,
+    retained: RetainedData | None,
+    computing: Callable[[], ComputeOptions],
+) -> Section:
     """A source with what is measured of it; what cannot be measured becomes a note of the page."""
-    from clipgraft.report.page import Shown, run_of
+    from clipgraft.report.page import Section, run_of
 
     run = run_of(source)
     notes: list[str] = []
@@ -101,16 +103,16 @@ def _shown(
             notes.append(f"{source.name}: what was forgotten could not be measured. {error}.")
     for note in notes:
         log.info("%s", note)
-    return Shown(source, run, made, forgotten, tuple(notes))
+    return Section(source, run, made, forgotten, tuple(notes))
 
 
-def _examples(run: Run, computing: Callable[[], Computing]) -> Examples:
+def _examples(run: Run, computing: Callable[[], ComputeOptions]) -> Examples:
     """Those that the run's folder holds, else computed and kept there."""
     from clipgraft.report.examples import store_examples, stored_examples
 
     known = stored_examples(run)
     if known is None:
-        from clipgraft.report.measure import compute_examples
+        from clipgraft.report.evaluate_run import compute_examples
 
         log.info("choosing examples of %s, once", run.path)
         known = compute_examples(run, computing())
@@ -118,23 +120,23 @@ def _examples(run: Run, computing: Callable[[], Computing]) -> Examples:
     return known
 
 
-def _forgotten(run: Run, retained: Retained, computing: Callable[[], Computing]) -> Forgotten:
+def _forgotten(run: Run, retained: RetainedData, computing: Callable[[], ComputeOptions]) -> Retention:
     """As the run's folder knows it, else measured and kept there."""
-    from clipgraft.report.forgotten import store_forgotten, stored_forgotten
+    from clipgraft.report.examples import store_retention, stored_retention
 
-    known = stored_forgotten(run, retained)
+    known = stored_retention(run, retained)
     if known is None:
-        from clipgraft.report.measure import compute_forgotten
+        from clipgraft.report.evaluate_run import compute_retention
 
         log.info("measuring what %s forgot of %s, once", run.path, retained.path)
-        known = compute_forgotten(run, retained, computing())
-        store_forgotten(run, retained, known)
+        known = compute_retention(run, retained, computing())
+        store_retention(run, retained, known)
     return known
 
 
-def _on_the_cpu() -> Computing:
+def _on_the_cpu() -> ComputeOptions:
     import torch
 
-    from clipgraft.report.measure import Computing
+    from clipgraft.report.evaluate_run import ComputeOptions
 
-    return Computing(torch.device("cpu"))
+    return ComputeOptions(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The charts of a page, drawn from what was read, with the words that stand beside them."""
+"""Choose the figures of a page and their captions; `charts` draws them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from clipgraft.report import charts
 from clipgraft.report.examples import Classes, Examples
 from clipgraft.report.runs import Run, Sweep
-from clipgraft.report.table import Group, Line, headline
-from clipgraft.report.words import METRIC_WORDS
+from clipgraft.report.tables import METRIC_WORDS, ResultGroup, headline
 
 _MOST_CLASSES = 32
 
@@ -30,8 +29,8 @@ def learning(source: Run | Sweep, name: str) -> list[Figure]:
 def _run_learning(run: Run, name: str) -> list[Figure]:
     figures = []
     if run.losses:
-        drawn = charts.loss(f"{name}-loss", f"Loss of {run.name}", run.losses)
-        figures.append(Figure(drawn))
+        svg = charts.loss(f"{name}-loss", f"Loss of {run.name}", run.losses)
+        figures.append(Figure(svg))
     measured = run.measured
     if len(measured) > 1:
         names = [metric for metric in METRIC_WORDS if metric in measured[0] and "@10" not in metric]
@@ -41,10 +40,10 @@ def _run_learning(run: Run, name: str) -> list[Figure]:
             for m in names
         ]
         title = f"Validation of {run.name}"
-        drawn = charts.curves(
+        svg = charts.curves(
             f"{name}-val", title, "epoch", "validation, %", lines, points=True, kept=run.best_epoch
         )
-        figures.append(Figure(drawn))
+        figures.append(Figure(svg))
     return figures
 
 
@@ -62,15 +61,15 @@ def _sweep_learning(sweep: Sweep, name: str) -> list[Figure]:
         ranks = sorted((row[2], runs) for row, runs in by_row.items() if row[:2] == ("lora", target))
         lines = [*(charts.over_seeds(f"r={rank}", runs) for rank, runs in ranks), *full]
         title = f"Loss of {sweep.name}, {target}"
-        drawn = charts.curves(f"{name}-loss-{place}", title, "step", f"loss, {target}", lines)
-        figures.append(Figure(drawn))
+        svg = charts.curves(f"{name}-loss-{place}", title, "step", f"loss, {target}", lines)
+        figures.append(Figure(svg))
     if not targets and full:
-        drawn = charts.curves(f"{name}-loss", f"Loss of {sweep.name}", "step", "loss", full)
-        figures.append(Figure(drawn))
+        svg = charts.curves(f"{name}-loss", f"Loss of {sweep.name}", "step", "loss", full)
+        figures.append(Figure(svg))
     return figures
 
 
-def costs(group: Group, name: str) -> list[Figure]:
+def costs(group: ResultGroup, name: str) -> list[Figure]:
     """Metrics against trained weights and, for several target sets, by target set."""
     lines = [line for line in group.lines if line.mean]
     adapters = [line for line in lines if line.kind == "lora" and line.trained]
@@ -80,8 +79,8 @@ def costs(group: Group, name: str) -> list[Figure]:
     figures = []
     for place, metric in enumerate(headline(group.task)):
         words = METRIC_WORDS[metric]
-        drawn = charts.against_weights(f"{name}-weights-{place}", metric, words, lines, group.is_sweep)
-        figures.append(Figure(drawn))
+        svg = charts.against_weights(f"{name}-weights-{place}", metric, words, lines, group.is_sweep)
+        figures.append(Figure(svg))
     if group.is_sweep and len({line.targets for line in adapters}) > 1:
         for place, metric in enumerate(headline(group.task)):
             words = METRIC_WORDS[metric]
@@ -97,7 +96,7 @@ def heat_maps(examples: Examples, name: str) -> list[Figure]:
     texts, own = ("captions", "caption") if examples.task == "retrieval" else ("classes", "class")
     figures = []
     for side, title in ((heat.base, "base"), (heat.adapted, "adapted")):
-        drawn = charts.matrix(
+        svg = charts.matrix(
             f"{name}-heat-{title}",
             f"Similarity of images and {texts}, {title} model",
             side,
@@ -112,7 +111,7 @@ def heat_maps(examples: Examples, name: str) -> list[Figure]:
         likest = [max(range(len(row)), key=row.__getitem__) for row in side]
         right = sum(place == true for place, true in zip(likest, heat.truth, strict=True))
         caption = f"{title}: {right} of {len(side)} images are most like their own {own}"
-        figures.append(Figure(drawn, caption))
+        figures.append(Figure(svg, caption))
     return figures
 
 
@@ -134,7 +133,7 @@ def confusions(classes: Classes, name: str) -> tuple[list[Figure], int]:
     for counts, title in ((classes.base, "base"), (classes.adapted, "adapted")):
         chosen = [[counts[row][column] for column in kept] for row in kept]
         sums = [max(1, sum(counts[row])) for row in kept]
-        drawn = charts.matrix(
+        svg = charts.matrix(
             f"{name}-confusion-{title}",
             f"Confusion matrix, {title} model",
             [[count / total for count in row] for row, total in zip(chosen, sums, strict=True)],
@@ -148,31 +147,5 @@ def confusions(classes: Classes, name: str) -> tuple[list[Figure], int]:
         )
         hits = sum(counts[place][place] for place in range(len(counts)))
         caption = f"{title}: {hits:,} of {sum(map(sum, counts)):,} images right"
-        figures.append(Figure(drawn, caption))
+        figures.append(Figure(svg, caption))
     return figures, len(wrong) - len(kept)
-
-
-def in_short(group: Group) -> tuple[str, str] | None:
-    """The best adapter of a group, and what it reaches at what size; None where none was measured."""
-    names = headline(group.task)
-    measured = [line for line in group.lines if set(names) <= line.mean.keys()]
-    adapters = [line for line in measured if line.kind == "lora"]
-    if not adapters:
-        return None
-
-    def total(line: Line) -> float:
-        return sum(line.mean[metric] for metric in names)
-
-    best = max(adapters, key=total)
-    others = [line for line in measured if line.kind != "lora"]
-    rank = f" r={best.r}" if best.r else ""
-    name = f"{group.name}: {best.label}{rank}" if group.is_sweep else f"{best.label}{rank}"
-    parts = []
-    for metric in names:
-        known = ", ".join(f"{line.label.split(': ')[-1]} {100 * line.mean[metric]:.1f}" for line in others)
-        reached = f"{METRIC_WORDS[metric]} {100 * best.mean[metric]:.1f} %"
-        parts.append(f"{reached} ({known})" if known else reached)
-    cost = (
-        f", with {best.trained:,} trained weights in {(best.bytes or 0) / 1e6:.2f} MB" if best.trained else ""
-    )
-    return name, f"reaches {' and '.join(parts)}{cost}."

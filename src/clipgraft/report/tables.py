@@ -1,9 +1,10 @@
-"""The rows of the report's table, one group a run or sweep, whatever they were read from."""
+"""Rows of the report's tables, and how numbers, settings and names are written in them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from clipgraft.report.examples import Examples
@@ -14,7 +15,7 @@ from clipgraft.train.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class Line:
+class ResultRow:
     """One row: what it is, its metrics as shares, and its costs; None where nothing is known.
 
     Attributes:
@@ -42,31 +43,31 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Group:
+class ResultGroup:
     """The rows of a sweep, or of runs that share base and validation data."""
 
     name: str
     task: TaskName
-    lines: tuple[Line, ...]
+    lines: tuple[ResultRow, ...]
     is_sweep: bool
 
 
-def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]) -> list[Group]:
+def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]) -> list[ResultGroup]:
     """A group for each sweep, and one for all plain runs of one base on one set of validation data.
 
     `examples`, by the folder of a run as text, say what the base of plain runs reaches.
     """
-    groups: list[Group] = []
+    groups: list[ResultGroup] = []
     places: dict[Any, int] = {}
     for source in sources:
         if isinstance(source, Sweep):
             lines = [_sweep_line(row, source) for row in source.rows]
-            groups.append(Group(source.name, source.task, _with_best(lines), True))
+            groups.append(ResultGroup(source.name, source.task, _with_best(lines), True))
             continue
         key = _comparable(source)
         if key not in places:
             places[key] = len(groups)
-            groups.append(Group(source.name, source.task, (), False))
+            groups.append(ResultGroup(source.name, source.task, (), False))
         group = groups[places[key]]
         own = [*group.lines, _run_line(source)]
         known = examples.get(str(source.path))
@@ -74,7 +75,7 @@ def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]
         if base and not any(line.kind == "base" for line in own):
             own.insert(0, _base_line(base))
         name = group.name if len(group.lines) == 0 else f"{group.name}, {source.name}"
-        groups[places[key]] = Group(name, group.task, _with_best(own), False)
+        groups[places[key]] = ResultGroup(name, group.task, _with_best(own), False)
     return groups
 
 
@@ -115,7 +116,7 @@ def _comparable(run: Run) -> tuple[str, ...]:
     return (run.task, *(str(run.params.get(name)) for name in names))
 
 
-def _sweep_line(row: Row, sweep: Sweep) -> Line:
+def _sweep_line(row: Row, sweep: Sweep) -> ResultRow:
     trains = row.kind != "base"
     label = {"base": "base", "full": "full fine-tuning", "lora": row.targets}[row.kind]
     runs = [
@@ -123,7 +124,7 @@ def _sweep_line(row: Row, sweep: Sweep) -> Line:
         for done in sweep.cells
         if done.cell.row == (row.kind, row.targets, row.r) and done.cell.name in sweep.runs
     ]
-    return Line(
+    return ResultRow(
         kind=row.kind,
         label=label,
         targets=row.targets,
@@ -139,13 +140,13 @@ def _sweep_line(row: Row, sweep: Sweep) -> Line:
     )
 
 
-def _run_line(run: Run) -> Line:
+def _run_line(run: Run) -> ResultRow:
     targets, rank = adapter_title(run.params) if run.kind == "lora" else ("", None)
     what = f"{targets}" if run.kind == "lora" else "full fine-tuning"
     head = run.params.get("head")
     if head in ("linear", "cosine"):
         what += f" + {head} head"
-    return Line(
+    return ResultRow(
         kind=run.kind,
         label=f"{run.name}: {what}",
         targets=targets,
@@ -178,8 +179,8 @@ def _measured_base(run: Run) -> Mapping[str, float]:
     return run.base if run.base is not None and began_with_base else {}
 
 
-def _base_line(metrics: Mapping[str, float]) -> Line:
-    return Line("base", "base", "", None, 1, metrics, {}, 0, None, None, None)
+def _base_line(metrics: Mapping[str, float]) -> ResultRow:
+    return ResultRow("base", "base", "", None, 1, metrics, {}, 0, None, None, None)
 
 
 def how_trained(run: Run, seeds: int = 1) -> dict[str, str]:
@@ -213,7 +214,7 @@ def _number(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
-def _with_best(lines: Sequence[Line]) -> tuple[Line, ...]:
+def _with_best(lines: Sequence[ResultRow]) -> tuple[ResultRow, ...]:
     """Mark the highest number of each column among the rows that trained, where there are several."""
     from dataclasses import replace
 
@@ -226,3 +227,189 @@ def _with_best(lines: Sequence[Line]) -> tuple[Line, ...]:
         best = frozenset(n for n in names if wins and line.mean.get(n) == top[n])
         marked.append(replace(line, best=best))
     return tuple(marked)
+
+
+METRIC_WORDS = {
+    "image_to_text_R@1": "image → text R@1",
+    "image_to_text_R@5": "image → text R@5",
+    "image_to_text_R@10": "image → text R@10",
+    "text_to_image_R@1": "text → image R@1",
+    "text_to_image_R@5": "text → image R@5",
+    "text_to_image_R@10": "text → image R@10",
+    "acc1": "accuracy",
+    "acc5": "accuracy in first 5",
+    "mean_per_class_recall": "mean recall of classes",
+}
+NOTHING = "–"
+
+
+def percent(value: float | None) -> str:
+    """0.536 -> 53.6"""
+    return NOTHING if value is None else f"{100 * value:.1f}"
+
+
+def change(value: float) -> str:
+    """A difference of shares in points, with its sign: +1.2, −3.4, 0.0."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def whole(value: float | None) -> str:
+    """12288 -> 12,288"""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes -> MB."""
+    return NOTHING if value is None else f"{value / 1e6:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    """95 -> 1 min 35 s"""
+    if seconds is None:
+        return NOTHING
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def dates(started: datetime | None, ended: datetime | None) -> str:
+    """When something ran, the day said once."""
+    if started is None or ended is None:
+        return "not recorded"
+    last = f"{ended:%H:%M}" if ended.date() == started.date() else f"{ended:%Y-%m-%d %H:%M}"
+    return f"{started:%Y-%m-%d %H:%M} to {last}"
+
+
+def facts(source: Run | Sweep) -> list[tuple[str, str]]:
+    """What ran, as terms and values, in the order that people ask."""
+    return _sweep_facts(source) if isinstance(source, Sweep) else _run_facts(source)
+
+
+def settings(source: Run | Sweep) -> list[tuple[str, str]]:
+    """Every recorded setting as text, by name."""
+    recorded = source.settings if isinstance(source, Sweep) else source.params
+    return [(name, _shown(value)) for name, value in sorted(recorded.items())]
+
+
+def _run_facts(run: Run) -> list[tuple[str, str]]:
+    params = run.params
+    made = [("Model", _model(params)), ("Task", _task(run.task, params)), *_data(params)]
+    if run.kind == "lora":
+        targets, rank = adapter_title(params)
+        made.append(("Adapter", _adapter(params, targets, str(rank or params.get("lora_r", "?")))))
+    else:
+        made.append(("Adapter", "none: full fine-tuning"))
+    made += [("Training", _training(params)), ("When", dates(run.started, run.ended))]
+    if run.finished:
+        made.append(("Took", duration(run.seconds)))
+    return [(term, value) for term, value in made if value]
+
+
+def _sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
+    params = sweep.settings
+    lora = [row for row in sweep.rows if row.kind == "lora"]
+    targets = list(dict.fromkeys(row.targets for row in lora))
+    ranks = sorted({row.r for row in lora})
+    seeds = max((row.seeds for row in sweep.rows), default=0)
+    starts = [run.started for run in sweep.runs.values() if run.started]
+    ends = [run.ended for run in sweep.runs.values() if run.ended]
+    grid = f"{', '.join(targets)}; ranks {', '.join(map(str, ranks))}; seeds {seeds}"
+    made = [
+        ("Model", _model(params)),
+        ("Task", _task(sweep.task, params)),
+        *_data(params),
+        ("Grid", grid if lora else ""),
+        ("Training", _training(params)),
+        ("When", dates(min(starts, default=None), max(ends, default=None))),
+        ("Took", duration(sum(cell.seconds for cell in sweep.cells)) if sweep.cells else ""),
+    ]
+    return [(term, value) for term, value in made if value]
+
+
+def _model(params: Mapping[str, Any]) -> str:
+    name, tag = params.get("model"), params.get("pretrained")
+    if not name:
+        return f"not recorded (fingerprint {params['base']})" if params.get("base") else "not recorded"
+    return f"{name}, {tag}" if tag else str(name)
+
+
+def _task(task: str, params: Mapping[str, Any]) -> str:
+    head = params.get("head")
+    return f"{task}, {head} head" if task == "classification" and head in ("linear", "cosine") else task
+
+
+def _data(params: Mapping[str, Any]) -> list[tuple[str, str]]:
+    val = params.get("val_data")
+    if not val and params.get("val_size"):
+        val = f"{100 * float(params['val_size']):g} % of each class, held out"
+    shots = f", {params['shots']} images a class" if params.get("shots") else ""
+    return [
+        ("Training data", f"{params.get('train_data') or 'not recorded'}{shots}"),
+        ("Validation data", str(val or "none recorded")),
+    ]
+
+
+def _adapter(params: Mapping[str, Any], targets: str, rank: str) -> str:
+    recorded = params.get("lora")
+    lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
+    kind = "DoRA" if lora.get("use_dora") or params.get("lora_dora") else "LoRA"
+    alpha = lora.get("alpha", params.get("lora_alpha"))
+    dropout = lora.get("dropout", params.get("lora_dropout"))
+    parts = [f"{kind} r={rank} on {targets}"]
+    if alpha is not None:
+        parts.append(f"alpha {alpha:g}")
+    if dropout:
+        parts.append(f"dropout {dropout:g}")
+    return ", ".join(parts)
+
+
+def _training(params: Mapping[str, Any]) -> str:
+    words = {"epochs": "{} epochs", "batch_size": "batches of {}", "lr": "learning rate {:g}"}
+    words |= {"wd": "weight decay {:g}", "seed": "seed {}"}
+    if params.get("epochs") == 1:
+        words["epochs"] = "1 epoch"
+    known = [
+        text.format(params[name]) for name, text in words.items() if isinstance(params.get(name), int | float)
+    ]
+    if isinstance(params.get("autocast"), bool):
+        known.append("bf16" if params["autocast"] else "fp32")
+    return ", ".join(known)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items()) or NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def in_short(group: ResultGroup) -> tuple[str, str] | None:
+    """The best adapter of a group, and what it reaches at what size; None where none was measured."""
+    names = headline(group.task)
+    measured = [line for line in group.lines if set(names) <= line.mean.keys()]
+    adapters = [line for line in measured if line.kind == "lora"]
+    if not adapters:
+        return None
+
+    def total(line: ResultRow) -> float:
+        return sum(line.mean[metric] for metric in names)
+
+    best = max(adapters, key=total)
+    others = [line for line in measured if line.kind != "lora"]
+    rank = f" r={best.r}" if best.r else ""
+    name = f"{group.name}: {best.label}{rank}" if group.is_sweep else f"{best.label}{rank}"
+    parts = []
+    for metric in names:
+        known = ", ".join(f"{line.label.split(': ')[-1]} {100 * line.mean[metric]:.1f}" for line in others)
+        reached = f"{METRIC_WORDS[metric]} {100 * best.mean[metric]:.1f} %"
+        parts.append(f"{reached} ({known})" if known else reached)
+    cost = (
+        f", with {best.trained:,} trained weights in {(best.bytes or 0) / 1e6:.2f} MB" if best.trained else ""
+    )
+    return name, f"reaches {' and '.join(parts)}{cost}."

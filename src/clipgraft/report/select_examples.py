@@ -13,7 +13,7 @@ from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.evaluate.classify import ClassificationResult
 from clipgraft.evaluate.metrics import retrieval_metrics
 from clipgraft.evaluate.ranks import retrieval_ranks
-from clipgraft.report.examples import Classes, Examples, Found, Heat, Pair, Query, QueryKind
+from clipgraft.report.examples import Classes, Examples, Found, Pair, Query, QueryKind, Similarities
 
 _T = TypeVar("_T")
 TOP = 5
@@ -23,14 +23,14 @@ PAIRS, PICTURES = 6, 4
 
 
 @dataclass(frozen=True)
-class Side:
+class Features:
     """One model's unit-norm features: of the images (N, D), and of texts (M, D) or classes (C, D)."""
 
     images: Tensor
     texts: Tensor
 
 
-class Album:
+class ShownImages:
     """Files that are shown, each once, by position."""
 
     def __init__(self, files: Sequence[object]) -> None:
@@ -46,14 +46,14 @@ class Album:
         return self._places[image]
 
 
-def retrieval_examples(pairs: Pairs, sides: Mapping[str, Side], missing: int) -> Examples:
+def retrieval_examples(pairs: Pairs, sides: Mapping[str, Features], missing: int) -> Examples:
     """Metrics, queries and similarities; `texts` of a side are all captions, image after image."""
     rows = pairs.rows()
     owner = torch.tensor([image for image, _ in rows])
     base, adapted = sides["base"], sides["adapted"]
     ranks = {name: retrieval_ranks(s.images, s.texts, owner).text_to_image for name, s in sides.items()}
     kinds = _kinds(ranks["base"], ranks["adapted"])
-    album = Album([path.absolute() for path in pairs.images])
+    album = ShownImages([path.absolute() for path in pairs.images])
     chosen = [(kind, row) for kind, number in SHOWN.items() for row in _spread(kinds[kind], number, owner)]
     tops = {name: _tops(side, [row for _, row in chosen]) for name, side in sides.items()}
     queries = []
@@ -102,7 +102,7 @@ def _spread(rows: Sequence[int], number: int, owner: Tensor | None = None) -> li
     return [rows[(2 * place + 1) * len(rows) // (2 * number)] for place in range(number)]
 
 
-def _tops(side: Side, rows: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
+def _tops(side: Features, rows: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
     """Image numbers and cosines of the first images for some captions."""
     if not rows:
         return [], []
@@ -110,7 +110,7 @@ def _tops(side: Side, rows: Sequence[int]) -> tuple[list[list[int]], list[list[f
     return images.tolist(), _rounded(scores)
 
 
-def _caption_heat(pairs: Pairs, sides: Mapping[str, Side], album: Album) -> Heat:
+def _caption_heat(pairs: Pairs, sides: Mapping[str, Features], album: ShownImages) -> Similarities:
     """A dozen images, spread over the data, and the first caption of each; equal captions once."""
     starts = [0]
     for captions in pairs.captions:
@@ -121,7 +121,7 @@ def _caption_heat(pairs: Pairs, sides: Mapping[str, Side], album: Album) -> Heat
     chosen = _spread(list(distinct.values()), HEAT)
     texts = [starts[image] for image in chosen]
     base, adapted = (_rounded(s.images[chosen] @ s.texts[texts].T) for s in (sides["base"], sides["adapted"]))
-    return Heat(
+    return Similarities(
         tuple(map(album, chosen)),
         tuple(pairs.captions[image][0] for image in chosen),
         tuple(range(len(chosen))),
@@ -132,14 +132,14 @@ def _caption_heat(pairs: Pairs, sides: Mapping[str, Side], album: Album) -> Heat
 
 def class_examples(
     data: Labelled,
-    sides: Mapping[str, Side],
+    sides: Mapping[str, Features],
     results: Mapping[str, ClassificationResult],
     predicted: Sequence[int],
     missing: int,
     head: str,
 ) -> Examples:
     """Metrics, confusions and similarities; `texts` of a side are the classes."""
-    album = Album([path.absolute() for path in data.images])
+    album = ShownImages([path.absolute() for path in data.images])
     confusions = {name: result.confusion.tolist() for name, result in results.items()}
     heat = _class_heat(data, sides, album)
     pairs = _pairs(data, confusions, predicted, album)
@@ -164,7 +164,7 @@ def class_examples(
 
 
 def _pairs(
-    data: Labelled, confusions: Mapping[str, list[list[int]]], predicted: Sequence[int], album: Album
+    data: Labelled, confusions: Mapping[str, list[list[int]]], predicted: Sequence[int], album: ShownImages
 ) -> tuple[Pair, ...]:
     """The classes that are still taken for another most often."""
     counts = [
@@ -185,7 +185,7 @@ def _pairs(
     return tuple(pairs)
 
 
-def _class_heat(data: Labelled, sides: Mapping[str, Side], album: Album) -> Heat:
+def _class_heat(data: Labelled, sides: Mapping[str, Features], album: ShownImages) -> Similarities:
     """An image of each of a dozen classes, and those classes."""
     first: dict[int, int] = {}
     for image, label in enumerate(data.labels):
@@ -195,7 +195,7 @@ def _class_heat(data: Labelled, sides: Mapping[str, Side], album: Album) -> Heat
     base, adapted = (
         _rounded(s.images[images] @ s.texts[labels].T) for s in (sides["base"], sides["adapted"])
     )
-    return Heat(
+    return Similarities(
         tuple(map(album, images)),
         tuple(data.classes[label] for label in labels),
         tuple(range(len(labels))),
