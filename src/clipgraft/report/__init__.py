@@ -1,1 +1,1 @@
-"""What a run hands over: a folder of results, and a page."""
+"""Write the results of a run, and an HTML page on several runs."""

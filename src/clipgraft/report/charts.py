@@ -32,7 +32,7 @@ WIDTH, HEIGHT = 420.0, 290.0
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart: its name, its points, and where there are several seeds, how far they reach."""
+    """One line of a chart: its name, its points and, for several seeds, the span around them."""
 
     label: str
     x: Sequence[float]
@@ -50,7 +50,7 @@ def curves(
     points: bool = False,
     kept: float | None = None,
 ) -> str:
-    """Lines over steps or epochs; `points` marks each measurement, `kept` the place of what was saved."""
+    """Draw lines over steps or epochs; `points` marks each measurement, `kept` the epoch that was saved."""
     with style():
         figure, axes = canvas(WIDTH, HEIGHT)
         for place, line in enumerate(lines[: len(SERIES)]):
@@ -82,7 +82,7 @@ def curves(
 
 
 def loss(name: str, title: str, losses: Sequence[tuple[int, float]]) -> str:
-    """The loss of every step, faint, and its mean over a twelfth of the run, trailing."""
+    """Draw the loss of every step faintly, and its trailing mean over a twelfth of the run."""
     steps, values = smoothed(losses, 400)
     window = max(1, len(values) // 12)
     means = [float(np.mean(values[max(0, place - window + 1) : place + 1])) for place in range(len(values))]
@@ -105,7 +105,7 @@ def _plain_axes(axes: Axes, across: str, up: str) -> None:
 
 
 def against_weights(name: str, metric: str, label: str, lines: Sequence[ResultRow], joined: bool) -> str:
-    """A metric in percent against trained weights: a point a rank and, if `joined`, a line a target set."""
+    """Draw a metric in percent against trained weights: a point per rank; `joined` adds lines per set."""
     with style():
         figure, axes = canvas(WIDTH, HEIGHT + 20)
         _references(axes, metric, lines)
@@ -154,7 +154,7 @@ def against_weights(name: str, metric: str, label: str, lines: Sequence[ResultRo
 
 
 def by_targets(name: str, metric: str, label: str, lines: Sequence[ResultRow]) -> str:
-    """A metric in percent by target set: one row a set, a marker a rank, base and full as upright lines."""
+    """Draw a metric in percent by target set: a row per set, a marker per rank, base and full as lines."""
     groups = _by_targets(lines)
     ranks = sorted({line.r or 0 for line in lines if line.kind == "lora"})
     with style():
@@ -206,7 +206,7 @@ def matrix(
     up: str,
     outlined: Sequence[int] = (),
 ) -> str:
-    """A matrix of shades with `texts` written into them.
+    """Draw a matrix of shaded cells with `texts` written into them.
 
     `limits` are the values of the lightest and the darkest shade; `outlined` is for each row the column that
     is framed: the true one.
@@ -245,7 +245,7 @@ def matrix(
 
 
 def _cell(row: int, column: int) -> Path:
-    """A square with a little room around it; all of one shade make one path, which keeps the page small."""
+    """Give the path of one cell, a little smaller than its place; a shade is drawn as one path."""
     left, right, top, bottom = column + 0.02, column + 0.98, row + 0.02, row + 0.98
     return Path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], closed=True)
 
@@ -274,7 +274,7 @@ def _by_targets(lines: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
 
 
 def _references(axes: Axes, metric: str, lines: Sequence[ResultRow], upright: bool = False) -> None:
-    """Base and full fine-tuning as lines across, named in the legend; full also as a point."""
+    """Draw base and full fine-tuning as lines across, named in the legend; full also as a point."""
     for kind, dash, word in (("base", (0, (2, 2)), "base"), ("full", (0, (7, 2)), "full fine-tuning")):
         for line in (line for line in lines if line.kind == kind and metric in line.mean):
             value = 100 * line.mean[metric]
@@ -304,7 +304,7 @@ def _said(metric: str, lines: Sequence[ResultRow]) -> str:
 
 
 def short(value: float) -> str:
-    """12,288 -> 12k; 2,773,633 -> 2.8M."""
+    """Shorten a number of weights: 12,288 -> 12k; 2,773,633 -> 2.8M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
@@ -312,14 +312,14 @@ def short(value: float) -> str:
 
 
 def smoothed(losses: Sequence[tuple[int, float]], most: int) -> tuple[list[float], list[float]]:
-    """Steps and means of at most `most` equal stretches of a loss curve."""
+    """Reduce a loss curve to the means of at most `most` equal stretches."""
     size = max(1, -(-len(losses) // most))
     parts = [losses[start : start + size] for start in range(0, len(losses), size)]
     return [part[-1][0] for part in parts], [sum(loss for _, loss in part) / len(part) for part in parts]
 
 
 def over_seeds(label: str, runs: Sequence[Sequence[tuple[int, float]]]) -> Curve:
-    """The mean of the loss curves of several seeds, and the span of them."""
+    """Average the loss curves of several seeds, with the span from lowest to highest."""
     length = min(len(run) for run in runs)
     means = [smoothed(run[:length], 40) for run in runs]
     values = np.array([y for _, y in means])
@@ -382,7 +382,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """`with style(): ...` draws as the page does, whatever the user's own matplotlibrc says."""
+    """Apply the page's matplotlib style, whatever the user's own matplotlibrc says."""
     values: Any = {**dict(mpl.rcParamsDefault), **_STYLE, "backend": mpl.rcParams["backend"]}
     with mpl.rc_context(values), warnings.catch_warnings():
         # Text is drawn by the reader's own fonts; the one here only measures it.
@@ -391,13 +391,13 @@ def style() -> Iterator[None]:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of that many CSS pixels with one pair of axes; call it within `style()`."""
+    """Make a figure of a size in CSS pixels with one pair of axes; call it within `style()`."""
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.subplots()
 
 
 def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an `<svg>` element to be put into HTML.
+    """Convert a figure into an `<svg>` element for an HTML page.
 
     `name` is a prefix of its ids, different for every chart of a page; `title` and `description` are what is
     read aloud instead of it, as plain text.

@@ -38,7 +38,7 @@ from clipgraft.train.classes import load_head
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How features are computed: where, with how many loader workers, and where they are kept."""
+    """Device, loader workers and feature cache with which features are computed."""
 
     device: torch.device
     workers: int = 2
@@ -46,7 +46,7 @@ class ComputeOptions:
 
 
 def compute_examples(run: Run, how: ComputeOptions) -> Examples:
-    """The examples of a run.
+    """Compute the examples of a run from its base, its saved model and its validation data.
 
     Raises:
         ClipgraftError: its base, what it saved, or all of its validation data are not there.
@@ -55,7 +55,7 @@ def compute_examples(run: Run, how: ComputeOptions) -> Examples:
 
 
 def compute_retention(run: Run, retained: RetainedData, how: ComputeOptions) -> Retention:
-    """What base and adapted model reach on other data.
+    """Measure base and adapted model on other data.
 
     Raises:
         ClipgraftError: the base, what the run saved, or the data are not there.
@@ -91,7 +91,7 @@ def _measure_retained(
 
 
 def _encoder(run: Run, clip: Clip) -> Encoder:
-    """As the run computed, so that its numbers are met again."""
+    """Compute in the precision of the run, so that its numbers are reproduced."""
     return Encoder(clip, run.params.get("autocast") is True)
 
 
@@ -130,7 +130,7 @@ def _classified(run: Run, how: ComputeOptions) -> Examples:
 
 
 def _head(run: Run) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
-    """The classifier that the run trained, and its classes, if it trained one."""
+    """Load the classification head that the run trained, with its classes; (None, ()) if it trained none."""
     folder = run.path / "head"
     return load_head(folder) if folder.is_dir() else (None, ())
 
@@ -150,7 +150,7 @@ def _image_features(
 
 @dataclass(frozen=True)
 class ClassData:
-    """Validation images with the prompts of their classes, and how many images are no longer there."""
+    """Validation images with the prompts of their classes, and the number of images that are missing."""
 
     images: Labelled
     prompts: tuple[tuple[str, ...], ...]
@@ -165,7 +165,7 @@ def base_and_adapted(run: Run, device: torch.device) -> Iterator[tuple[str, Clip
     """
     model = run.model
     if model is None:
-        raise ModelError(f"{run.path} has saved nothing yet: finish it with --resume latest")
+        raise ModelError(f"{run.path} has saved nothing yet: finish it first, with `resume`")
     source = _base_of(model)
     tell_base(source.name, source.pretrained or None, f"the run {run.path}")
     base = load(source.name, source.pretrained or None, device=device)
@@ -182,17 +182,17 @@ def base_and_adapted(run: Run, device: torch.device) -> Iterator[tuple[str, Clip
 
 
 def _base_of(model: RunModel) -> Source:
-    """The base: an adapter's own record of it is findable from any folder, so it comes first."""
+    """Name the base; the adapter's own record comes first, since it holds for any working directory."""
     base = read_adapter(model.saved).base if model.kind == "adapter" else {}
     if base.get("name"):
         return Source(base["name"], base.get("pretrained") or "")
     if not model.base.name:
-        raise ModelError(f"{model.run} does not record its base: train it with `clipgraft train --model`")
+        raise ModelError(f"{model.run} does not record its base: train it with `model`")
     return model.base
 
 
 def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
-    """The validation pairs of a run that are readable, and how many of their images are not.
+    """Read the validation pairs of a run; returns them and the number of images that cannot be read.
 
     Raises:
         DataError: the run names none, or nothing of them is left.
@@ -213,7 +213,7 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
 
 
 def read_validation_classes(run: Run) -> ClassData:
-    """The validation images of a classification run, as it had them, and the prompts of their classes.
+    """Read the validation images of a classification run as it split them, with the prompts of their classes.
 
     Raises:
         DataError: the run names none, or nothing of them is left.
@@ -228,7 +228,7 @@ def read_validation_classes(run: Run) -> ClassData:
         val = split_labelled(whole, float(params["val_size"]), int(params.get("seed") or 0))[1]
     else:
         raise DataError(
-            f"{run.path} has no validation data: train with --val-data or --val-size to see examples"
+            f"{run.path} has no validation data: train with `val_data` or `val_size` to see examples"
         )
     file = find_path(str(params["prompts"]), run.path) if params.get("prompts") else None
     if params.get("prompts") and file is None:
@@ -252,7 +252,7 @@ def _read_images(run: Run, name: str) -> tuple[Labelled, int]:
 
 
 def _recorded(run: Run, name: str, key: str) -> Any:
-    """What a run was given for some data: validation data may have columns of their own."""
+    """Look up an option of some data in the run's record; validation data may have its own columns."""
     own = run.params.get(f"val_{key}") if name == "val_data" else None
     return own or run.params.get(key)
 
@@ -271,7 +271,7 @@ def _reading(run: Run, name: str) -> dict[str, Any]:
 def _data_path(run: Run, name: str) -> Path:
     recorded: Any = run.params.get(name)
     if not recorded:
-        raise DataError(f"{run.path} does not record its --{name.replace('_', '-')}: pass it when training")
+        raise DataError(f"{run.path} does not record its `{name}`: name it when training")
     found = find_path(str(recorded), run.path)
     if found is None:
         raise DataError(f"{run.path}: its data {recorded} are not there; run from where it was started")

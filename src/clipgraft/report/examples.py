@@ -1,4 +1,4 @@
-"""Examples and retention of a run: computed once with its model, and kept as JSON in its folder."""
+"""Examples and retention of a run, computed once with its model and kept as JSON in its folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QueryKind = Literal["fixed", "broken", "both right", "both wrong"]
 
 @dataclass(frozen=True)
 class Found:
-    """What one model found for a caption: the 1-based rank of the true image, and the first images.
+    """What one model retrieved for a caption: the 1-based rank of the true image, and the first images.
 
     `images` are positions in `Examples.images`, best first; `scores` their cosines.
     """
@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Classes:
-    """A classifier before and after: counts of (true, predicted), and what is still confused."""
+    """Confusion counts of (true, predicted) before and after, and the pairs that are still confused."""
 
     names: tuple[str, ...]
     base: tuple[tuple[Whole, ...], ...]
@@ -109,7 +109,7 @@ class Examples:
 
 
 def stored_examples(run: Run) -> Examples | None:
-    """The examples that a run's folder holds, if they are of what the run and its data are now."""
+    """Read the examples kept in a run's folder; None if run or data have changed since."""
     path = run.path / EXAMPLES_FILE
     record = read_stored(path, _key(run))
     if record is None:
@@ -123,7 +123,7 @@ def stored_examples(run: Run) -> Examples | None:
 
 
 def _fit(found: Examples) -> bool:
-    """Whether positions are those of images and classes that are there, and tables have their sizes."""
+    """Check that indices are in range and that tables have matching sizes."""
     images = range(len(found.images))
     models = [model for query in found.queries for model in (query.base, query.adapted)]
     pairs = found.classes.pairs if found.classes else ()
@@ -156,7 +156,7 @@ def _is_table(values: Sequence[Sequence[object]], rows: int, columns: int) -> bo
 
 
 def store_examples(run: Run, examples: Examples) -> None:
-    """Keep examples in the run's folder; one that cannot be written to only costs time later."""
+    """Keep examples in the run's folder; where that fails, they are computed again next time."""
     keep(run.path / EXAMPLES_FILE, _key(run), {"examples": asdict(examples)})
 
 
@@ -166,7 +166,7 @@ def _key(run: Run) -> str:
 
 
 def read_stored(path: Path, key: str) -> dict[str, Any] | None:
-    """A JSON record made for a key; None if it is not there, of another key, or damaged."""
+    """Read a JSON record made for a key; None if it is missing, damaged or of another key."""
     if not path.is_file():
         return None
     try:
@@ -178,7 +178,7 @@ def read_stored(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def keep(path: Path, key: str, values: Mapping[str, Any]) -> None:
-    """Write a JSON record for a key; says so where that is not possible."""
+    """Write a JSON record for a key; logs a line where that is not possible."""
     try:
         write_json(path, {"format": FORMAT, "key": key, **values})
     except WriteError as error:
@@ -186,7 +186,7 @@ def keep(path: Path, key: str, values: Mapping[str, Any]) -> None:
 
 
 def key_of(run: Run, *data: Path | None) -> str:
-    """What examples depend on: the trained weights, the data that are named, and how they are read."""
+    """Hash what examples depend on: the trained weights, the named data, and how they are read."""
     digest = hashlib.sha256(str(FORMAT).encode())
     names = [
         *(
@@ -215,7 +215,7 @@ def key_of(run: Run, *data: Path | None) -> str:
 
 
 def _state(path: Path | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a file, or of all files below a folder."""
+    """List names, sizes and modification times of a file, or of all files below a folder."""
     if path is None or not path.exists():
         return []
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -229,7 +229,7 @@ RETENTION_FILE = Path("results") / "forgotten.json"
 
 @dataclass(frozen=True)
 class RetainedData:
-    """Other data, to see what a run forgot of them.
+    """Data that a run was not trained on, to measure what it forgot.
 
     Attributes:
         path: a table of images and captions, or for classification a folder or table of labelled images.
@@ -248,7 +248,7 @@ class RetainedData:
 
 @dataclass(frozen=True)
 class Retention:
-    """Metrics of both models on retained data, and how many images those are."""
+    """Metrics of base and adapted model on retained data, and the number of images."""
 
     task: TaskName
     base: Mapping[str, Finite]
@@ -257,7 +257,7 @@ class Retention:
 
 
 def stored_retention(run: Run, retained: RetainedData) -> Retention | None:
-    """What a run's folder knows of these data, if run and data are as they were."""
+    """Read the retention kept in a run's folder; None if run or data have changed since."""
     record = read_stored(run.path / RETENTION_FILE, _retention_key(run, retained))
     if record is None:
         return None
@@ -271,7 +271,7 @@ def stored_retention(run: Run, retained: RetainedData) -> Retention | None:
 
 
 def store_retention(run: Run, retained: RetainedData, found: Retention) -> None:
-    """Keep it in the run's folder."""
+    """Keep the retention in the run's folder."""
     keep(run.path / RETENTION_FILE, _retention_key(run, retained), asdict(found))
 
 

@@ -15,14 +15,14 @@ _MOST_CLASSES = 32
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, and what is said below it."""
+    """A chart and its caption."""
 
     svg: str
     caption: str = ""
 
 
 def learning(source: Run | Sweep, name: str) -> list[Figure]:
-    """Loss by step and, where more than the last epoch was evaluated, metrics by epoch."""
+    """Draw loss by step and, where more than the last epoch was evaluated, metrics by epoch."""
     return _sweep_learning(source, name) if isinstance(source, Sweep) else _run_learning(source, name)
 
 
@@ -48,7 +48,7 @@ def _run_learning(run: Run, name: str) -> list[Figure]:
 
 
 def _sweep_learning(sweep: Sweep, name: str) -> list[Figure]:
-    """One panel a target set with a line a rank; full fine-tuning is in each, for comparison."""
+    """Draw one panel per target set with a line per rank, and full fine-tuning in each for comparison."""
     by_row: dict[tuple[str, str, int], list[Sequence[tuple[int, float]]]] = {}
     for cell in sweep.cells:
         run = sweep.runs.get(cell.cell.name)
@@ -70,7 +70,7 @@ def _sweep_learning(sweep: Sweep, name: str) -> list[Figure]:
 
 
 def costs(group: ResultGroup, name: str) -> list[Figure]:
-    """Metrics against trained weights and, for several target sets, by target set."""
+    """Draw metrics against trained weights and, for several target sets, by target set."""
     lines = [line for line in group.lines if line.mean]
     adapters = [line for line in lines if line.kind == "lora" and line.trained]
     # One point says no more than its row of the table.
@@ -89,7 +89,7 @@ def costs(group: ResultGroup, name: str) -> list[Figure]:
 
 
 def heat_maps(examples: Examples, name: str) -> list[Figure]:
-    """Similarities under base and adapted model, in one scale."""
+    """Draw the similarities of base and adapted model with one colour scale."""
     heat = examples.heat
     values = [value for side in (heat.base, heat.adapted) for row in side for value in row]
     numbers = [str(place + 1) for place in range(len(heat.images))]
@@ -122,7 +122,7 @@ def _cosine(value: float) -> str:
 
 
 def confusions(classes: Classes, name: str) -> tuple[list[Figure], int]:
-    """The confusion matrices of base and adapted model, and how many classes they leave out.
+    """Draw the confusion matrices of base and adapted model; returns them and the number of classes left out.
 
     Shades are shares of the images of a class. Of very many classes those with most mistakes are drawn.
     """

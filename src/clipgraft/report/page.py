@@ -1,4 +1,4 @@
-"""Render the page: what was read, measured and drawn, put into the template."""
+"""Render the page from the template, with thumbnails as data URIs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Section:
 
 
 def render(sections: Sequence[Section], *, with_examples: bool, retained: str, now: datetime) -> str:
-    """The whole page as HTML text; `retained` is the name of the data that forgetting was measured on."""
+    """Render the page as HTML text; `retained` names the data on which forgetting was measured."""
     pictures = Thumbnails()
     known = {str(item.source.path): item.examples for item in sections if item.examples is not None}
     groups = make_groups([item.source for item in sections], known)
@@ -103,7 +103,7 @@ def _title(sections: Sequence[Section]) -> str:
 
 
 def _tables(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
-    """One table a task, as their columns differ."""
+    """Make one table per task, since their columns differ."""
     made = []
     for task, heads in _COLUMNS.items():
         own = [group for group in groups if group.task == task]
@@ -118,7 +118,7 @@ def _tables(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
 
 
 def _part(item: Section, name: str, pictures: Thumbnails) -> dict[str, Any]:
-    """What the sections show of one run or sweep."""
+    """Collect what the template shows of one run or sweep."""
     source, examples = item.source, item.examples
     part: dict[str, Any] = {
         "id": name,
@@ -212,7 +212,7 @@ def _marked(drawn: Sequence[figures.Figure]) -> list[dict[str, Any]]:
 
 
 def _state(source: Run | Sweep) -> str:
-    """What a reader must know before they trust the numbers; empty for what has finished."""
+    """Say how far an unfinished run or sweep has come; empty for a finished one."""
     if isinstance(source, Run):
         return "" if source.finished else progress_of(source)
     if not source.unfinished:
@@ -221,14 +221,14 @@ def _state(source: Run | Sweep) -> str:
 
 
 def _examples_of(item: Section) -> str:
-    """Of which run the examples are, where the source is a sweep."""
+    """Name the run that the examples are of; for a sweep that of its best adapter."""
     if isinstance(item.source, Sweep) and item.run is not None:
         return f"{item.source.name}: its best adapter, {item.run.name}"
     return item.source.name
 
 
 def run_of(source: Run | Sweep) -> Run | None:
-    """The run whose examples stand for a source."""
+    """Choose the run whose examples are shown: the run itself, or the best adapter of a sweep."""
     return best_run(source) if isinstance(source, Sweep) else source
 
 
@@ -239,7 +239,7 @@ _BACKGROUND = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture of the page: its id there, its size in pixels and its data URI."""
+    """A picture of the page: its element id, its size in pixels and its data URI."""
 
     id: str
     width: int
@@ -248,7 +248,7 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Makes thumbnails, and counts the files that no longer give one."""
+    """Thumbnails of image files, each file once; counts those that cannot be read."""
 
     def __init__(self) -> None:
         self._by_path: dict[str, Thumbnail | None] = {}
@@ -261,12 +261,12 @@ class Thumbnails:
         return self._by_path[path]
 
     def all(self) -> list[Thumbnail]:
-        """Every picture of the page, once."""
+        """All thumbnails, each once."""
         return list(self._by_content.values())
 
     @property
     def missing(self) -> list[str]:
-        """Files that were asked for and gave none."""
+        """Files from which no thumbnail could be made."""
         return [path for path, made in self._by_path.items() if made is None]
 
     def _make(self, path: str) -> Thumbnail | None:

@@ -1,4 +1,4 @@
-"""What a run hands over: result.json, the layer table in summary.txt, and the structure in structure.txt."""
+"""Write the results folder of a run: result.json, layer table (summary.txt), structure (structure.txt)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_results(
 
 
 def _forward_seconds(clip: Clip) -> float:
-    """One image and one text through both towers."""
+    """Time one image and one text through both towers."""
     height, width = clip.family.image_size(clip.model)
     pixels = torch.zeros(1, 3, height, width, device=clip.device, dtype=clip.dtype)
     tokens = torch.zeros(1, clip.context_length, device=clip.device, dtype=torch.int64)

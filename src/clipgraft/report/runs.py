@@ -1,4 +1,4 @@
-"""What runs and sweeps left in their folders, as plain values; no model is loaded for it."""
+"""Read runs and sweeps from their folders as plain values, without loading a model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Run:
 
     @property
     def measured(self) -> tuple[Mapping[str, float], ...]:
-        """All evaluations, that of epoch 0 before the first step included."""
+        """All evaluations, including that of epoch 0 before the first step."""
         before = () if self.base is None else ({"epoch": 0.0, "step": 0.0, **self.base},)
         return (*before, *self.evaluations)
 
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the epoch that was saved, or the last one so far, without its epoch and step."""
+        """Metrics of the epoch that was saved, or of the last one so far."""
         best = [line for line in self.evaluations if line.get("epoch") == self.best_epoch]
         kept = best or self.evaluations[-1:]
         return _metrics(kept[-1]) if kept else {}
@@ -123,7 +123,7 @@ class Sweep:
 
 
 def read_sources(paths: Sequence[Path]) -> list[Run | Sweep]:
-    """The runs and sweeps in some folders, in order; a folder that is named twice is read once.
+    """Read the runs and sweeps in some folders, in order; a folder that is named twice is read once.
 
     Raises:
         DataError: a path is neither.
@@ -159,7 +159,7 @@ def _checked(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Results:
-    """What of `results.json` is shown."""
+    """The fields of `results.json` that the report shows."""
 
     saved: str
     trainable: Whole
@@ -173,14 +173,14 @@ class _Results:
 
 @dataclass(frozen=True)
 class _Table:
-    """What of a sweep's `table.json` is shown."""
+    """The fields of a sweep's `table.json` that the report uses."""
 
     metrics: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
 
 
 def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None) -> Run:
-    """The files of one run; `params` are what it was given besides what it recorded itself.
+    """Read the files of one run; `params` are added to those that it recorded itself.
 
     Raises:
         CheckpointError: one of them is damaged.
@@ -210,7 +210,7 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The cells of a sweep that are there, and the table of those that are finished.
+    """Read the cells of a sweep, and the table of those that are finished.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -237,7 +237,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def best_run(sweep: Sweep) -> Run | None:
-    """The run of the adapter that is best on the task's first two numbers; None if there is none to load."""
+    """Choose the run with the best adapter by the task's headline metrics; None if there is none to load."""
     head = ("acc1",) if sweep.task == "classification" else ("image_to_text_R@1", "text_to_image_R@1")
     scored = [
         (sum(row.mean.get(name, 0.0) for name in head), row) for row in sweep.rows if row.kind == "lora"
@@ -255,7 +255,7 @@ def _cell_params(cell: Cell) -> dict[str, Any]:
 
 
 def _ordered(cells: list[CellResult], table: _Table) -> list[CellResult]:
-    """As the table has them; target sets that it does not know come after those it does, by name."""
+    """Sort cells as the table has them; target sets that it lacks come last, by name."""
     places = {row.targets: place for place, row in reversed(list(enumerate(table.rows)))}
 
     def key(result: CellResult) -> tuple[Any, ...]:

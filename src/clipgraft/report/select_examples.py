@@ -1,4 +1,4 @@
-"""From features of both models to examples: which queries, images and pairs of classes are shown."""
+"""Select the queries, images and pairs of classes that a report shows, from features of both models."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PAIRS, PICTURES = 6, 4
 
 @dataclass(frozen=True)
 class Features:
-    """One model's unit-norm features: of the images (N, D), and of texts (M, D) or classes (C, D)."""
+    """Unit-norm features of one model: images (N, D), and texts (M, D) or classes (C, D)."""
 
     images: Tensor
     texts: Tensor
 
 
 class ShownImages:
-    """Files that are shown, each once, by position."""
+    """Image files that are shown, each once, by position."""
 
     def __init__(self, files: Sequence[object]) -> None:
         self._files = files
@@ -39,7 +39,7 @@ class ShownImages:
         self._places: dict[int, int] = {}
 
     def __call__(self, image: int) -> int:
-        """The position in `shown` of image number `image`."""
+        """Return the position in `shown` of image number `image`."""
         if image not in self._places:
             self._places[image] = len(self.shown)
             self.shown.append(str(self._files[image]))
@@ -47,7 +47,7 @@ class ShownImages:
 
 
 def retrieval_examples(pairs: Pairs, sides: Mapping[str, Features], missing: int) -> Examples:
-    """Metrics, queries and similarities; `texts` of a side are all captions, image after image."""
+    """Select queries and similarities of retrieval; `texts` are all captions in image order."""
     rows = pairs.rows()
     owner = torch.tensor([image for image, _ in rows])
     base, adapted = sides["base"], sides["adapted"]
@@ -79,7 +79,7 @@ def retrieval_examples(pairs: Pairs, sides: Mapping[str, Features], missing: int
 
 
 def _kinds(base: Tensor, adapted: Tensor) -> dict[QueryKind, list[int]]:
-    """Captions by what the adapter did to them; right is rank 1."""
+    """Group captions by whether rank 1 was right before and after adaptation."""
     before, after = base == 1, adapted == 1
     split: dict[QueryKind, Tensor] = {
         "fixed": ~before & after,
@@ -91,7 +91,7 @@ def _kinds(base: Tensor, adapted: Tensor) -> dict[QueryKind, list[int]]:
 
 
 def _spread(rows: Sequence[int], number: int, owner: Tensor | None = None) -> list[int]:
-    """`number` of the rows, evenly spaced, so that they are neither the best nor the worst ones."""
+    """Pick `number` evenly spaced rows, so that they are neither the best nor the worst ones."""
     if owner is not None:
         first: dict[int, int] = {}
         for row in rows:
@@ -103,7 +103,7 @@ def _spread(rows: Sequence[int], number: int, owner: Tensor | None = None) -> li
 
 
 def _tops(side: Features, rows: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
-    """Image numbers and cosines of the first images for some captions."""
+    """Return image numbers and cosines of the first images for some captions."""
     if not rows:
         return [], []
     scores, images = (side.texts[list(rows)] @ side.images.T).topk(min(TOP, len(side.images)))
@@ -111,7 +111,7 @@ def _tops(side: Features, rows: Sequence[int]) -> tuple[list[list[int]], list[li
 
 
 def _caption_heat(pairs: Pairs, sides: Mapping[str, Features], album: ShownImages) -> Similarities:
-    """A dozen images, spread over the data, and the first caption of each; equal captions once."""
+    """Compare a dozen images, spread over the data, with the first caption of each; equal captions once."""
     starts = [0]
     for captions in pairs.captions:
         starts.append(starts[-1] + len(captions))
@@ -138,7 +138,7 @@ def class_examples(
     missing: int,
     head: str,
 ) -> Examples:
-    """Metrics, confusions and similarities; `texts` of a side are the classes."""
+    """Select confusions and similarities of classification; `texts` are the classes."""
     album = ShownImages([path.absolute() for path in data.images])
     confusions = {name: result.confusion.tolist() for name, result in results.items()}
     heat = _class_heat(data, sides, album)
@@ -166,7 +166,7 @@ def class_examples(
 def _pairs(
     data: Labelled, confusions: Mapping[str, list[list[int]]], predicted: Sequence[int], album: ShownImages
 ) -> tuple[Pair, ...]:
-    """The classes that are still taken for another most often."""
+    """List the pairs of classes that the adapted model confuses most often."""
     counts = [
         (count, true, other)
         for true, row in enumerate(confusions["adapted"])
@@ -186,7 +186,7 @@ def _pairs(
 
 
 def _class_heat(data: Labelled, sides: Mapping[str, Features], album: ShownImages) -> Similarities:
-    """An image of each of a dozen classes, and those classes."""
+    """Compare one image of each of a dozen classes with those classes."""
     first: dict[int, int] = {}
     for image, label in enumerate(data.labels):
         first.setdefault(label, image)

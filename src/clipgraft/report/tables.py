@@ -1,4 +1,4 @@
-"""Rows of the report's tables, and how numbers, settings and names are written in them."""
+"""Make the rows of the report's tables, and format the numbers, settings and names in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clipgraft.train.verdict import Verdict
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One row: what it is, its metrics as shares, and its costs; None where nothing is known.
+    """One row: its name, its metrics as fractions, and its costs; None where a value is not known.
 
     Attributes:
         label: what is shown for its name.
@@ -53,7 +53,7 @@ class ResultGroup:
 
 
 def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]) -> list[ResultGroup]:
-    """A group for each sweep, and one for all plain runs of one base on one set of validation data.
+    """Make one group per sweep, and one for all single runs that share a base and validation data.
 
     `examples`, by the folder of a run as text, say what the base of plain runs reaches.
     """
@@ -80,14 +80,14 @@ def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]
 
 
 def headline(task: TaskName) -> tuple[str, ...]:
-    """The numbers that people look at first."""
+    """Name the metrics that people look at first."""
     if task == "classification":
         return ("acc1", "mean_per_class_recall")
     return ("image_to_text_R@1", "text_to_image_R@1")
 
 
 def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
-    """(target set, rank) of a run's adapter, as far as its record says."""
+    """Return (target set, rank) of a run's adapter, as far as they are recorded."""
     recorded = params.get("lora")
     lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     rank = lora.get("r", params.get("lora_r"))
@@ -96,7 +96,7 @@ def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def on_test_data(sweep: Sweep) -> dict[str, Any] | None:
-    """What every row of a sweep does on its test data, and how far from the base; None if it has none."""
+    """Make the table of a sweep on its test data, with differences to the base; None without test data."""
     names = [name for name in METRICS[sweep.task] if all(f"test_{name}" in row.mean for row in sweep.rows)]
     if not names or not sweep.rows:
         return None
@@ -164,7 +164,7 @@ def _run_line(run: Run) -> ResultRow:
 
 
 def progress_of(run: Run) -> str:
-    """How far a run that has not finished has come."""
+    """Say how far an unfinished run has come."""
     epochs, reached = run.params.get("epochs"), len(run.evaluations)
     steps = f"step {run.losses[-1][0]:,}" if run.losses else "no step"
     if reached and isinstance(epochs, int):
@@ -174,7 +174,7 @@ def progress_of(run: Run) -> str:
 
 
 def _measured_base(run: Run) -> Mapping[str, float]:
-    """What the base reaches, as the run measured it before its first step."""
+    """Return the metrics of the base as the run measured them before its first step."""
     began_with_base = run.verdict is not None and run.verdict.than == BASE
     return run.base if run.base is not None and began_with_base else {}
 
@@ -184,7 +184,7 @@ def _base_line(metrics: Mapping[str, float]) -> ResultRow:
 
 
 def how_trained(run: Run, seeds: int = 1) -> dict[str, str]:
-    """How a run was trained and what it bought, as text by column; empty text where nothing is recorded."""
+    """Describe how a run was trained and its gain, as text by column; empty where nothing is recorded."""
     params = run.params
     recorded = params.get("lora")
     lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
@@ -204,7 +204,7 @@ def how_trained(run: Run, seeds: int = 1) -> dict[str, str]:
 
 
 def _told(verdict: Verdict) -> str:
-    """The word, and the gain of each metric in points with its interval."""
+    """Write a verdict as its word, and the gain of each metric in points with its interval."""
     gains = (str(gain).replace("-", "−") for gain in verdict.by_metric.values())
     start = "" if verdict.than == BASE else f" than {verdict.than}"
     return f"{verdict.word}{start}: {'; '.join(gains)}"
@@ -244,28 +244,28 @@ NOTHING = "–"
 
 
 def percent(value: float | None) -> str:
-    """0.536 -> 53.6"""
+    """Write a fraction in percent: 0.536 -> 53.6."""
     return NOTHING if value is None else f"{100 * value:.1f}"
 
 
 def change(value: float) -> str:
-    """A difference of shares in points, with its sign: +1.2, −3.4, 0.0."""
+    """Write a difference of fractions in points with its sign: +1.2, −3.4, 0.0."""
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def whole(value: float | None) -> str:
-    """12288 -> 12,288"""
+    """Write a whole number: 12288 -> 12,288."""
     return NOTHING if value is None else f"{value:,.0f}"
 
 
 def megabytes(value: float | None) -> str:
-    """Bytes -> MB."""
+    """Write bytes in MB."""
     return NOTHING if value is None else f"{value / 1e6:.2f}"
 
 
 def duration(seconds: float | None) -> str:
-    """95 -> 1 min 35 s"""
+    """Write a duration: 95 -> 1 min 35 s."""
     if seconds is None:
         return NOTHING
     minutes, rest = divmod(round(seconds), 60)
@@ -276,7 +276,7 @@ def duration(seconds: float | None) -> str:
 
 
 def dates(started: datetime | None, ended: datetime | None) -> str:
-    """When something ran, the day said once."""
+    """Write when something ran, with the day once."""
     if started is None or ended is None:
         return "not recorded"
     last = f"{ended:%H:%M}" if ended.date() == started.date() else f"{ended:%Y-%m-%d %H:%M}"
@@ -284,12 +284,12 @@ def dates(started: datetime | None, ended: datetime | None) -> str:
 
 
 def facts(source: Run | Sweep) -> list[tuple[str, str]]:
-    """What ran, as terms and values, in the order that people ask."""
+    """Describe a run or sweep as terms and values, the most important first."""
     return _sweep_facts(source) if isinstance(source, Sweep) else _run_facts(source)
 
 
 def settings(source: Run | Sweep) -> list[tuple[str, str]]:
-    """Every recorded setting as text, by name."""
+    """List every recorded setting as text, by name."""
     recorded = source.settings if isinstance(source, Sweep) else source.params
     return [(name, _shown(value)) for name, value in sorted(recorded.items())]
 
@@ -390,7 +390,7 @@ def _shown(value: Any) -> str:
 
 
 def in_short(group: ResultGroup) -> tuple[str, str] | None:
-    """The best adapter of a group, and what it reaches at what size; None where none was measured."""
+    """Say in a sentence what the best adapter of a group reaches, and its size; None if none."""
     names = headline(group.task)
     measured = [line for line in group.lines if set(names) <= line.mean.keys()]
     adapters = [line for line in measured if line.kind == "lora"]

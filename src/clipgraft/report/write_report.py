@@ -1,4 +1,4 @@
-"""`write_report`: from the folders of runs to one HTML file."""
+"""Write one HTML page on runs and sweeps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_report(
     computing: Callable[[], ComputeOptions] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write one HTML page on some runs and sweeps, which needs no other file and no network.
+    """Write one HTML page on runs and sweeps that needs no other file and no network.
 
     Args:
         paths: run folders, as `train` and `fit` leave them, and folders of sweeps.
@@ -54,7 +54,7 @@ def write_report(
         CheckpointError: a file of a run is damaged.
     """
     require_packages()
-    refuse_foreign(Path(out), overwrite, ConfigError, "--out")
+    refuse_foreign(Path(out), overwrite, ConfigError, "`out`")
     if not paths:
         raise ConfigError("nothing to report on: name the folder of a run or of a sweep, like logs/NAME")
     from clipgraft.report.page import render
@@ -69,7 +69,7 @@ def write_report(
 
 
 def require_packages() -> None:
-    """Raises ConfigError where a package that only reports need is not installed."""
+    """Raise ConfigError if a package that only reports need is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"a report needs {' and '.join(missing)}: pip install 'clipgraft[report]'")
@@ -81,7 +81,7 @@ def _section(
     retained: RetainedData | None,
     computing: Callable[[], ComputeOptions],
 ) -> Section:
-    """A source with what is measured of it; what cannot be measured becomes a note of the page."""
+    """Measure what the page shows of a run or sweep; what cannot be measured becomes a note on the page."""
     from clipgraft.report.page import Section, run_of
 
     run = run_of(source)
@@ -107,7 +107,7 @@ def _section(
 
 
 def _examples(run: Run, computing: Callable[[], ComputeOptions]) -> Examples:
-    """Those that the run's folder holds, else computed and kept there."""
+    """Read the examples from the run's folder, or compute them and keep them there."""
     from clipgraft.report.examples import store_examples, stored_examples
 
     known = stored_examples(run)
@@ -121,7 +121,7 @@ def _examples(run: Run, computing: Callable[[], ComputeOptions]) -> Examples:
 
 
 def _forgotten(run: Run, retained: RetainedData, computing: Callable[[], ComputeOptions]) -> Retention:
-    """As the run's folder knows it, else measured and kept there."""
+    """Read the retention from the run's folder, or measure it and keep it there."""
     from clipgraft.report.examples import store_retention, stored_retention
 
     known = stored_retention(run, retained)
