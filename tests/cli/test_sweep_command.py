@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import clipgraft as cg
 from clipgraft.cli import sweep_cell
 from clipgraft.emoji.classes import write_classes
+from clipgraft.models.load import load
 
 
 @pytest.fixture
@@ -253,3 +255,16 @@ def test_a_killed_sweep_takes_its_cell_along_and_lets_go_of_its_folder(
             time.sleep(0.1)
         pytest.fail("the cell is still there")
     assert cli(*words).code == 0
+
+
+def test_an_adapter_is_no_start(cli: Any, tiny_config: Path, table: Path, tmp_path: Path) -> None:
+    """The fault is found by the first cell, after all data have been read."""
+    clip = load(str(tiny_config), "none")
+    cg.apply_lora(clip, r=2)
+    adapter = cg.save_adapter(clip, tmp_path / "bộ chuyển")
+    outcome = cli("sweep", "--model", adapter, "--train-data", table, "--val-data", table)
+    assert outcome.code == 2
+    assert "checking" not in outcome.out
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(f"clipgraft: --model {adapter} is an adapter on its base")
+    assert line.endswith(f"give --model {tiny_config} --pretrained none")

@@ -14,6 +14,7 @@ from clipgraft.cli import checks
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, SweepFlags
 from clipgraft.cli.parser import parse
+from clipgraft.errors import ClipgraftError
 from clipgraft.locks import LOCK, require_free, sole_owner
 from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
@@ -108,11 +109,28 @@ def _check(
         faults += checks.batch_faults(data.train_data, data, train)
     faults += checks.prompt_faults(classes) + checks.device_faults(model.device)
     clip, wrong = checks.structure_of(model)
-    faults += wrong
+    faults += wrong + _start_faults(model)
     if clip is not None:
         for targets in sweep.targets:
             faults += checks.fault_of(partial(select_sites, clip.sites, targets), "--targets")
     checks.refuse(faults)
+
+
+def _start_faults(model: ModelFlags) -> list[str]:
+    """An adapter, or a run that made one, where a sweep needs the base that its cells start from."""
+    from clipgraft.adapters.open import split_adapter
+
+    try:
+        base, adapter = split_adapter(model.model, model.pretrained)
+    except ClipgraftError:  # told by `structure_of`
+        return []
+    if adapter is None:
+        return []
+    named = f"--model {base.name}" + (f" --pretrained {base.pretrained}" if base.pretrained else "")
+    return [
+        f"--model {model.model} is an adapter on its base, and every cell of a sweep starts from a base "
+        f"without one: give {named}"
+    ]
 
 
 def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
