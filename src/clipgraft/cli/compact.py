@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = (
-    "Make a smaller CLIP of some blocks and tokens of a base; --distill-data trains it to agree with it."
+    "Build a smaller CLIP from some blocks and tokens of a base; --distill-data distils the base into it."
 )
 
 

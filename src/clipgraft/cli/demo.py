@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clipgraft.train.fit import FitResult
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Adapt the embedded CLIP to another language: base, LoRA and full fine-tuning side by side."
+_SUMMARY = "Adapt the embedded CLIP to another language; compare base, LoRA and full fine-tuning."
 # The best of what was tried for each, at equal steps: docs/demo-settings.md.
 _LORA = {"r": 32, "alpha": 64, "dropout": 0.0, "targets": "linear-text,text.token_embedding,text.proj"}
 _COMMON: dict[str, Any] = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = (
-    "Write unit-norm vectors of images or texts, in clip-retrieval's layout; run again, the difference."
+    "Write unit-norm vectors of images or texts in clip-retrieval's layout; update them on a second run."
 )
 
 

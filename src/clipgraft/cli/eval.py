@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from clipgraft.train.verdict import Verdict
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Measure retrieval or classification: a base; an adapter, or what a run made, beside its base."
+_SUMMARY = "Measure retrieval or classification of a base, or of an adapter or run beside its base."
 _RETRIEVAL = (
     "image_to_text_R@1",
     "image_to_text_R@5",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipgraft.profile.adapters import AdapterInspection
     from clipgraft.profile.inspection import Inspection
 
-_SUMMARY = "Show what a model, a run or an adapter is. A model's weights are neither needed nor loaded."
+_SUMMARY = "Describe a model, a run or an adapter. Weights of models are neither needed nor loaded."
 
 
 def run_inspect(argv: Sequence[str]) -> None:

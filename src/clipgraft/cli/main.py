@@ -16,18 +16,18 @@ from clipgraft.shown import one_line, shown
 
 VERBS = {
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
-    "eval": "measure retrieval of a base, or of an adapter beside its base",
+    "eval": "measure retrieval or classification of a base, or of an adapter beside its base",
     "sweep": "train a grid of target sets, ranks and seeds beside the base and full fine-tuning",
-    "report": "put runs and sweeps on one HTML page that needs no network",
-    "encode": "write vectors of a folder, table or archives of images, or of texts; again, the difference",
+    "report": "write one HTML page on runs and sweeps that needs no network",
+    "encode": "write vectors of images or texts to a folder; a second run encodes only what has changed",
     "index": "build a FAISS index over encoded vectors",
     "search": "find encoded images or texts by text, by image, or by both",
-    "merge": "fold adapters into their base: a model for open_clip, transformers or ONNX Runtime",
-    "convert": "rewrite an adapter in another format: PEFT, the guide's .pt files, CLIP-LoRA",
-    "inspect": "show what a model is: configuration, structure, layers, sites, sizes of adapters",
-    "profile": "show what a model costs: multiply-adds, memory, training, by module and site",
-    "compact": "make a smaller CLIP of some of a base's blocks and tokens, and distil the base into it",
-    "demo": "adapt the embedded default to Vietnamese captions and show what it bought",
+    "merge": "merge adapters into their base: a model for open_clip, transformers or ONNX Runtime",
+    "convert": "convert an adapter to another format: PEFT, the guide's .pt files, CLIP-LoRA",
+    "inspect": "show a model's configuration, structure, layers, sites and adapter sizes",
+    "profile": "show what a model costs by module and site: multiply-adds, memory, training",
+    "compact": "build a smaller CLIP from some blocks and tokens of a base, and distil the base into it",
+    "demo": "adapt the embedded model to Vietnamese captions and show the gain",
 }
 _MODULES = {"index": "search", "convert": "merge"}  # of verbs whose module has another name
 _HELP = ("-h", "--help")

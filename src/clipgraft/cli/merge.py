@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
-_MERGE = "Fold adapters into their base, and write a model that stands alone; or their sum as one adapter."
-_CONVERT = "Rewrite an adapter in another format. What it computes stays the same."
+_MERGE = "Merge adapters into their base and write a standalone model, or write their sum as one adapter."
+_CONVERT = "Convert an adapter to another format. It computes the same afterwards."
 
 
 def run_merge(argv: Sequence[str]) -> None:

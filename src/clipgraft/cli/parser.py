@@ -23,7 +23,7 @@ from clipgraft.cli.flags.groups import (
 from clipgraft.cli.flags.wording import wording
 from clipgraft.cli.help import EXAMPLES, first, heading, in_order
 from clipgraft.errors import ConfigError
-from clipgraft.options import Options, Repeated
+from clipgraft.options import Options, Repeated, expressions
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 _NO_VALUE = "{flag} is a switch and takes no value: write {flag} alone, or {off}"
@@ -68,7 +68,7 @@ def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str
     ]
     titles = in_order(list(dict.fromkeys(title for title, _, _ in fields)))
     groups = {title: parser.add_argument_group(title) for title in titles}
-    for title, name, info in sorted(fields, key=lambda entry: first(entry[1])):
+    for title, name, info in sorted(fields, key=lambda entry: (entry[1] not in places, first(entry[1]))):
         if name in places:
             _show(groups[title], name, info)
         else:
@@ -117,7 +117,7 @@ def _looks_like_a_flag(argument: str) -> bool:
 
 def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
     plain = info.is_required() or info.default is None or info.default is False or info.default == {}
-    default = "" if plain else f" (default: {info.default})"
+    default = "" if plain else f" (default: {_written(info)})"
     text = f"{info.description or ''}{default}".replace("%", "%%")
     if info.annotation is bool:
         group.add_argument(
@@ -133,13 +133,29 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
         )
 
 
+def _written(info: FieldInfo) -> str:
+    """The default as it is typed on a command line."""
+    default = info.default
+    if isinstance(default, tuple):
+        return (";" if _has_semicolons(info) else ",").join(map(str, default))
+    return "on" if default is True else str(default)
+
+
+def _has_semicolons(info: FieldInfo) -> bool:
+    return any(getattr(mark, "func", None) is expressions for mark in info.metadata)
+
+
 def _metavar(info: FieldInfo) -> str:
+    if _has_semicolons(info):
+        return "A;B"
     kinds = _flatten(info.annotation)
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices and int in kinds:
         return f"N|{'|'.join(choices)}"
     if choices:
         return "{" + ",".join(choices) + "}"
+    if tuple[int, int] in kinds:
+        return "N|HxW"
     for kind, label in ((int, "N"), (float, "X"), (Path, "PATH"), (tuple, "A,B"), (dict, "SITES=N,…")):
         if any(found is kind or get_origin(found) is kind for found in kinds):
             return label

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clipgraft.report.examples import RetainedData
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Put runs and sweeps on one HTML page: table, curves, retrieved images, what was forgotten."
+_SUMMARY = "Write one HTML page on runs and sweeps: table, curves, retrieved images, what was forgotten."
 
 
 def run_report(argv: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clipgraft.train.grid import CellResult, Row
 
 log = logging.getLogger("clipgraft")
-_SUMMARY = "Train every combination of target set, rank and seed, and put them in one table."
+_SUMMARY = "Train every combination of target set, rank and seed, and compare them in one table."
 
 
 def run_sweep(argv: Sequence[str]) -> None:

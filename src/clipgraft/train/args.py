@@ -26,17 +26,16 @@ from clipgraft.options import (
 class TrainArgs(Options):
     """Optimisation; names and defaults are open_clip's."""
 
-    batch_size: Count = Field(
-        64, ge=2, description="pairs in memory at once, in each process: a step, or a part of it"
-    )
+    batch_size: Count = Field(64, ge=2, description="pairs (or images) per process and micro-batch")
     epochs: Count = Field(
-        32, ge=1, description="passes over the captions; more than before extend a run that is resumed"
+        32, ge=1, description="passes over the captions; a larger number extends a resumed run"
     )
     epoch_parts: Annotated[tuple[Annotated[Count, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
         None,
         min_length=1,
-        description="epochs of each part of a run, such as 10,10: each has the learning rate's schedule for "
-        "itself, as in a run of 10 epochs that is resumed with --epochs 20 (default: one part)",
+        description="epochs of each part of a run, such as 10,10; every part has its own "
+        "learning-rate schedule, as if a run of 10 epochs were resumed with --epochs 20 "
+        "(default: one part)",
     )
     lr: PeakRate = Field(5e-4, gt=0, description="peak learning rate")
     wd: Decay = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
@@ -48,31 +47,40 @@ class TrainArgs(Options):
         "cosine", description="schedule after warmup"
     )
     epochs_cooldown: Count | None = Field(
-        None, ge=1, description="epochs of cooldown at the end (const-cooldown)"
+        None, ge=1, description="epochs of cooldown at the end, with const-cooldown"
     )
     lr_cooldown_end: Rate = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
-    lr_cooldown_power: Power = Field(1.0, gt=0, description="shape of the cooldown, 1 is linear")
+    lr_cooldown_power: Power = Field(1.0, gt=0, description="exponent of the cooldown; 1 is linear")
     lora_plus_ratio: Ratio = Field(
         1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of --lr"
     )
     grad_clip_norm: ClipNorm | None = Field(None, gt=0, description="clip the gradient to this norm")
     accum_freq: Count = Field(
-        1, ge=1, description="micro-batches of --batch-size a step, with the loss of all"
+        1, ge=1, description="micro-batches of --batch-size per step; the loss is contrasted over all of them"
     )
-    grad_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    grad_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass instead of storing them"
+    )
     lock_image: bool = Field(False, description="freeze the image tower")
-    lock_image_unlocked_groups: Layers = Field(0, ge=0, description="groups at its end to leave trainable")
+    lock_image_unlocked_groups: Layers = Field(
+        0, ge=0, description="with --lock-image: number of last groups that stay trainable"
+    )
     lock_text: bool = Field(False, description="freeze the text tower")
-    lock_text_unlocked_layers: Layers = Field(0, ge=0, description="layers at its end to leave trainable")
+    lock_text_unlocked_layers: Layers = Field(
+        0, ge=0, description="with --lock-text: number of last layers that stay trainable"
+    )
     negatives: Literal["batch", "gallery"] | None = Field(
         None,
-        description="contrast with the batch, or with all features of a frozen tower (default: if it is one)",
+        description="contrast with the batch, or with all features of a frozen tower (default: "
+        "gallery if a tower is frozen)",
     )
-    augment: bool = Field(False, description="random crops of the training images")
+    augment: bool = Field(False, description="train on random crops of the images")
     cache_views: Views | None = Field(
-        None, ge=1, description="with --augment and a frozen image tower: encode this many crops of each once"
+        None,
+        ge=1,
+        description="with --augment and a frozen image tower: number of crops of each image, encoded once",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, dropout and crops")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order, dropout and crops")
 
     def epoch_faults(self) -> list[str]:
         """What is wrong between `epochs` and `epoch_parts`, and with a cooldown that does not fit a part."""

@@ -24,27 +24,33 @@ class EncodeFlags(ColumnFlags):
     """What to encode, and where to."""
 
     source: Annotated[str, Positional()] = Field(
-        description="folder of images, table with a column of image paths, tar files (a-{000..099}.tar), or "
-        "an address of the first or last (s3://…)"
+        description="folder of images, table with a column of image paths, tar files "
+        "(a-{000..099}.tar), or the address of a folder or of tar files (s3://…)"
     )
     out: Annotated[UserPath, Positional()] = Field(
-        description="folder for vectors and metadata; run again, it gets the difference"
+        description="folder for vectors and metadata; a second run encodes only what has changed"
     )
     texts: bool = Field(False, description="encode texts: lines of a .txt file, or the captions of a table")
-    adapter: UserPath | None = Field(None, description="adapter that makes the vectors")
+    adapter: UserPath | None = Field(None, description="adapter to encode with")
     adapters: Words | None = Field(
-        None, min_length=1, description="several in one pass over the images, each into a folder of its own"
+        None,
+        min_length=1,
+        description="several adapters in one pass over the images, each with a folder of its own",
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="type of the vectors")
-    shard_rows: ShardRows = Field(10_000, ge=1, description="items a file; a kill loses an unfinished one")
-    batch_size: Batch = Field(64, ge=1, description="images or texts encoded at once")
-    workers: Workers = Field(2, ge=0, description="processes that decode images; 0 is a thread")
-    exact_preprocess: bool = Field(
-        False, description="preprocess images with the base's own transform, to the last grey level"
+    shard_rows: ShardRows = Field(
+        10_000, ge=1, description="items per file; a killed run loses only the unfinished file"
     )
-    retry_errors: bool = Field(False, description="try again what could not be used and has not changed")
+    batch_size: Batch = Field(64, ge=1, description="images or texts encoded at once")
+    workers: Workers = Field(2, ge=0, description="processes that decode images; 0: a thread")
+    exact_preprocess: bool = Field(
+        False, description="preprocess images exactly as the base's own transform does"
+    )
+    retry_errors: bool = Field(
+        False, description="retry items that could not be used, even if they have not changed"
+    )
     dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
-        "auto", description="how to read a table; auto goes by the file name"
+        "auto", description="how to read a table; auto decides by the file name"
     )
     force: bool = Field(False, description="use adapters that were made for another base")
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
@@ -56,14 +62,14 @@ class EncodeFlags(ColumnFlags):
     ray_address: str | None = Field(
         None,
         min_length=1,
-        description="auto, ray://HOST:PORT, or local for one on this machine as long as the run lasts; "
-        "without it what RAY_ADDRESS says, else local",
+        description="auto, ray://HOST:PORT, or local: a cluster on this machine while the run lasts "
+        "(default: RAY_ADDRESS, else local)",
     )
     ray_workers: Workers | None = Field(
-        None, ge=1, description="processes with a model; without it as many as there is room for"
+        None, ge=1, description="processes with a model (default: as many as there is room for)"
     )
     ray_gpus_per_worker: GpuShare | None = Field(
-        None, ge=0, description="such as 0.5; without it 1 where --device is a GPU, else 0"
+        None, ge=0, description="GPUs per worker, such as 0.5 (default: 1 if --device is a GPU, else 0)"
     )
 
 
@@ -83,22 +89,20 @@ class SearchFlags(OverwriteFlags):
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")
     text: Annotated[str | None, Positional()] = Field(
-        None, description="text to look for; - reads texts from standard input, one a line"
+        None, description="text to search for; - reads texts from standard input, one per line"
     )
-    image: UserPath | None = Field(None, description="image to look for, alone or together with the text")
-    image_weight: float = Field(0.5, ge=0, le=1, description="share of the image where a text is given too")
-    k: Results = Field(10, ge=1, description="most results")
+    image: UserPath | None = Field(None, description="image to search for, alone or together with the text")
+    image_weight: float = Field(0.5, ge=0, le=1, description="weight of the image if a text is given too")
+    k: Results = Field(10, ge=1, description="number of results")
     adapter: str | None = Field(
         None, min_length=1, description="adapter to search with: a folder, or the name it was encoded under"
     )
     where: str | None = Field(
-        None, description="only rows that meet this, such as: caption~cat and width>=640"
+        None, description="condition that results must meet, such as: caption~cat and width>=640"
     )
     format: Literal["table", "json"] = Field("table", description="how to print the results")
     html: UserPath | None = Field(None, description="also write a page of thumbnails")
-    model: str | None = Field(
-        None, min_length=1, description="base, where it is no longer what the folder names"
-    )
+    model: str | None = Field(None, min_length=1, description="base, if it is not where the folder says")
     pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of --model")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(

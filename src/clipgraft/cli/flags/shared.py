@@ -20,7 +20,7 @@ class OverwriteFlags(Options):
     """What may be replaced."""
 
     overwrite: bool = Field(
-        False, description="replace what is there, even if clipgraft did not make it; without it that is left"
+        False, description="replace an existing file or folder even if clipgraft did not write it"
     )
 
 
@@ -30,8 +30,8 @@ class DeviceFlags(Options):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Precision = Field(
         "auto",
-        description="amp_bf16 computes in bf16 where it is safe, auto does if that is faster here; bf16 also "
-        "stores the base so",
+        description="amp_bf16: autocast to bf16; auto: amp_bf16 where that is faster on this machine; "
+        "bf16: also store the base in bf16",
     )
 
     @property
@@ -54,21 +54,23 @@ class ModelFlags(DeviceFlags):
 class ColumnFlags(Options):
     """Where a table of images and captions has what."""
 
-    csv_img_key: str | None = Field(None, description="column of image paths (default: filepath, or guessed)")
+    csv_img_key: str | None = Field(
+        None, description="column of image paths (default: filepath, else guessed)"
+    )
     csv_caption_key: str | None = Field(
-        None, description="column of captions, or several by commas (default: title, or guessed)"
+        None, description="column of captions, or several joined by commas (default: title, else guessed)"
     )
     csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
-        None, min_length=1, description="column separator (default: tab, or guessed)"
+        None, min_length=1, description="column separator (default: tab, else guessed)"
     )
     csv_encoding: str | None = Field(
-        None, min_length=1, description="encoding of the table, such as cp1252 (default: UTF-8, or UTF-16)"
+        None, min_length=1, description="encoding of the table, such as cp1252 (default: UTF-8, else UTF-16)"
     )
     csv_quoting: Literal["auto", "minimal", "none"] = Field(
-        "auto", description="none leaves double quotes as they are (default: found out)"
+        "auto", description="whether double quotes enclose fields; none: they are part of the text"
     )
     image_root: UserPath | None = Field(
-        None, description="folder that paths of images are relative to (default: that of the table)"
+        None, description="folder that image paths are relative to (default: the table's)"
     )
 
     @property
@@ -89,23 +91,25 @@ class CacheFlags(Options):
     workers: Workers = Field(2, ge=0, description="processes or threads that decode images")
     feature_cache: UserPath | None = Field(
         None,
-        description="folder where features of a frozen image tower are kept for later runs, or 'none' "
+        description="folder that keeps features of a frozen image tower for later runs, or 'none' "
         "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
     )
-    cache_gb: Gigabytes = Field(20.0, gt=0, description="most that folder may grow to; the last used stay")
+    cache_gb: Gigabytes = Field(
+        20.0, gt=0, description="size limit of the feature cache in GB; the least recently used go first"
+    )
 
 
 class TableFlags(ColumnFlags, CacheFlags):
     """How tables of images and captions are read."""
 
     dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
-        "auto", description="how to read the data; auto goes by the file name"
+        "auto", description="how to read the data; auto decides by the file name"
     )
     max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
     strict: bool = Field(False, description="stop at the first unreadable row")
-    keep_nulls: bool = Field(False, description="take captions like nan, None and N/A for captions")
+    keep_nulls: bool = Field(False, description="keep captions such as nan, None and N/A")
     exact_preprocess: bool = Field(
-        False, description="preprocess images with the base's own transform, to the last grey level"
+        False, description="preprocess images exactly as the base's own transform does"
     )
 
 
@@ -113,17 +117,21 @@ class DataFlags(TableFlags):
     """Images and captions."""
 
     train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
-    val_data: UserPath | None = Field(None, description="the same for validation")
-    val_csv_img_key: str | None = Field(None, description="as --csv-img-key, where --val-data has another")
-    val_csv_caption_key: str | None = Field(None, description="the same for --csv-caption-key")
+    val_data: UserPath | None = Field(None, description="validation data, in the same form")
+    val_csv_img_key: str | None = Field(None, description="--csv-img-key of --val-data, if it differs")
+    val_csv_caption_key: str | None = Field(
+        None, description="--csv-caption-key of --val-data, if it differs"
+    )
     val_csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
-        None, min_length=1, description="the same for --csv-separator"
+        None, min_length=1, description="--csv-separator of --val-data, if it differs"
     )
-    val_csv_encoding: str | None = Field(None, min_length=1, description="the same for --csv-encoding")
+    val_csv_encoding: str | None = Field(
+        None, min_length=1, description="--csv-encoding of --val-data, if it differs"
+    )
     val_csv_quoting: Literal["auto", "minimal", "none"] | None = Field(
-        None, description="the same for --csv-quoting"
+        None, description="--csv-quoting of --val-data, if it differs"
     )
-    val_image_root: UserPath | None = Field(None, description="the same for --image-root")
+    val_image_root: UserPath | None = Field(None, description="--image-root of --val-data, if it differs")
 
     def for_validation(self) -> DataFlags:
         """The same, with the columns of the validation data in place of the training data's."""
@@ -135,19 +143,22 @@ class DataFlags(TableFlags):
 class PromptFlags(Options):
     """What the classes are, and what is said for them."""
 
-    csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
+    csv_label_key: str | None = Field(
+        None, description="column of class names (default: label, else guessed)"
+    )
     prompts: UserPath | None = Field(None, description="YAML of class: prompt, or class: [prompts]")
     templates: str = Field(
-        "photo", description="for classes without prompts: photo, ensemble, or a text with {} in it"
+        "photo", description="templates for classes without prompts: photo, ensemble, or a text with {} in it"
     )
 
 
 class ClassFlags(PromptFlags):
     """Telling classes apart."""
 
-    val_csv_label_key: str | None = Field(None, description="the same for --val-data, if it has another")
+    val_csv_label_key: str | None = Field(None, description="--csv-label-key of --val-data, if it differs")
     task: Literal["retrieval", "classification"] = Field(
-        "retrieval", description="match images with their captions, or tell classes apart"
+        "retrieval",
+        description="retrieval: match images with captions; classification: predict the class of an image",
     )
 
     def for_validation(self) -> ClassFlags:

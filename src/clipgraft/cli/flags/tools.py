@@ -37,9 +37,9 @@ class DemoFlags(OverwriteFlags):
     out: UserPath = Field(Path("demo"), description="folder for data, adapter, table and picture")
     train_scenes: Scenes = Field(8000, ge=100, description="scenes to adapt on")
     test_scenes: Scenes = Field(1000, ge=100, description="scenes to test on")
-    epochs: Count = Field(1, ge=1, description="passes over the captions, five an image")
+    epochs: Count = Field(1, ge=1, description="passes over the captions, of which every image has five")
     language: str = Field("vi", description="language of the captions to adapt to")
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order and dropout")
 
 
 class MergeFlags(OverwriteFlags):
@@ -57,9 +57,9 @@ class MergeFlags(OverwriteFlags):
         "several as one; auto: the base's own library",
     )
     weights: Annotated[tuple[AdapterWeight, ...] | None, BeforeValidator(words)] = Field(
-        None, description="how much of each adapter, in their order (default: 1 each)"
+        None, description="weight of each adapter, in their order (default: 1 each)"
     )
-    rank: SumRank | None = Field(None, ge=1, description="with --to adapter: cut the sum down to this rank")
+    rank: SumRank | None = Field(None, ge=1, description="with --to adapter: truncate the sum to this rank")
     model: str | None = Field(
         None, min_length=1, description="base of adapters that do not name their own, as for training"
     )
@@ -87,13 +87,13 @@ class ConvertFlags(OverwriteFlags):
     pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of --model")
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None,
-        description="updates of attention's out_proj that PEFT made on open_clip: as it computed them "
-        "(twice, or not at all), or once",
+        description="how to read out_proj updates that PEFT trained on open_clip: as PEFT computed "
+        "them (twice, or not at all), or applied once",
     )
     text_layers: Layers | None = Field(
-        None, ge=1, description="text blocks of the base, where a CLIP-LoRA file leaves it open"
+        None, ge=1, description="number of text blocks of the base, if a CLIP-LoRA file does not tell"
     )
-    vision_layers: Layers | None = Field(None, ge=1, description="the same for vision blocks")
+    vision_layers: Layers | None = Field(None, ge=1, description="the same for the vision tower")
 
 
 class InspectFlags(Options):
@@ -108,14 +108,14 @@ class InspectFlags(Options):
         None, description="open_clip tag, which decides on QuickGELU; no weights are fetched"
     )
     set: Annotated[Settings, Repeated()] = Field(
-        {}, description="another value for a setting, may be repeated: text_config.num_hidden_layers=3"
+        {}, description="override a setting, such as text_config.num_hidden_layers=3; may be repeated"
     )
     targets: Annotated[tuple[str, ...] | None, BeforeValidator(expressions)] = Field(
         None,
         min_length=1,
         description="target sets, separated by semicolons; commas join the terms of one (default: all)",
     )
-    lora_r: SumRank = Field(16, ge=1, description="rank of their adapters")
+    lora_r: SumRank = Field(16, ge=1, description="rank of the adapters")
     depth: Layers | None = Field(None, ge=0, description="levels of the table or tree to show (default: all)")
     format: Literal["text", "json", "markdown"] = Field("text", description="how to print it")
 
@@ -123,20 +123,22 @@ class InspectFlags(Options):
 class ProfileFlags(InspectFlags):
     """What to profile."""
 
-    batch_size: Batch = Field(1, ge=1, description="images, and texts")
+    batch_size: Batch = Field(1, ge=1, description="number of images, and of texts")
     image_size: Size | None = Field(
         None,
-        description="pixels of a side, or HEIGHTxWIDTH; a CLIP is built for it (default: its own), for "
-        "LLaVA-NeXT it is cut into crops (default: 480x640)",
+        description="side in pixels, or HEIGHTxWIDTH; CLIP is built for this size (default: its own), "
+        "LLaVA-NeXT cuts it into crops (default: 480x640)",
     )
     text_tokens: Tokens | None = Field(
         None, ge=1, description="length of the texts (default: the context; for LLaVA-NeXT 64)"
     )
-    crops: Tokens | None = Field(None, ge=1, description="of LLaVA-NeXT: images of the tower's size")
-    language_tokens: Tokens | None = Field(None, ge=1, description="of LLaVA-NeXT: those of images included")
-    logits: Tokens | None = Field(None, ge=1, description="of LLaVA-NeXT: tokens whose next one is predicted")
-    adapter: UserPath | None = Field(None, description="adapter whose own cost is stated beside the base's")
-    measure: bool = Field(False, description="also run it here, with random weights, and take the time")
+    crops: Tokens | None = Field(None, ge=1, description="LLaVA-NeXT: number of crops")
+    language_tokens: Tokens | None = Field(
+        None, ge=1, description="LLaVA-NeXT: tokens of the language model, including those of images"
+    )
+    logits: Tokens | None = Field(None, ge=1, description="LLaVA-NeXT: number of tokens with logits")
+    adapter: UserPath | None = Field(None, description="adapter whose cost is shown beside the base's")
+    measure: bool = Field(False, description="also run the model here, with random weights, and time it")
     device: str = Field("auto", description="for --measure: auto, cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of the weights")
 
@@ -152,21 +154,23 @@ class CompactFlags(Options):
     )
     pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of MODEL")
     text_layers: Layers | None = Field(
-        None, description="text blocks to keep, spread evenly, the first and the last included"
+        None, description="number of text blocks to keep, evenly spread, including the first and the last"
     )
-    vision_layers: Layers | None = Field(None, description="the same for vision blocks")
+    vision_layers: Layers | None = Field(None, description="the same for the vision tower")
     text_blocks: Blocks | None = Field(None, description="text blocks to keep, by number: 0,5,11")
-    vision_blocks: Blocks | None = Field(None, description="the same for vision blocks")
+    vision_blocks: Blocks | None = Field(None, description="the same for the vision tower")
     vocab_from: Words | None = Field(
         None,
         min_length=1,
         description="keep the tokens of these texts: tables of captions, or .txt with one text a line",
     )
     vocab_size: Tokens | None = Field(
-        None, ge=1, description="keep this many tokens: those of --vocab-from, then the base's first merges"
+        None,
+        ge=1,
+        description="number of tokens to keep: those of --vocab-from, then the base's first merges",
     )
     vocab_lossy: bool = Field(
-        False, description="where --vocab-from needs more than --vocab-size, keep the most used"
+        False, description="if --vocab-from needs more than --vocab-size, keep the most frequent"
     )
 
 
@@ -176,13 +180,15 @@ class DistillFlags(Options):
     distill_data: UserPath | None = Field(
         None, description="table of images and captions, or a folder of both, to train the smaller model on"
     )
-    val_data: UserPath | None = Field(None, description="the same for recall of base and smaller model")
-    contrastive: LossWeight = Field(0.1, ge=0, description="weight of the contrastive loss of the pairs")
+    val_data: UserPath | None = Field(
+        None, description="validation data, for the recall of base and smaller model"
+    )
+    contrastive: LossWeight = Field(0.1, ge=0, description="weight of the contrastive loss")
     feature: LossWeight = Field(10.0, ge=0, description="weight of the distance to the base's features")
     similarity: LossWeight = Field(1.0, ge=0, description="weight of the distance to the base's similarities")
     run: UserPath | None = Field(None, description="folder of the training run (default: OUT-distill)")
     resume: Literal["latest"] | None = Field(
-        None, description="'latest' continues the run where it stopped, to the same bits"
+        None, description="'latest' continues the run where it stopped, with bit-identical results"
     )
 
 
@@ -195,12 +201,12 @@ class ReportFlags(OverwriteFlags):
     out: UserPath = Field(Path("report.html"), description="the HTML file to write")
     examples: bool = Field(
         True,
-        description="show retrieved images, confusions and similarities, which needs the base and the images",
+        description="show retrieved images, confusions and similarities; needs the base and the images",
     )
     retained: UserPath | None = Field(
-        None, description="other data, such as captions in English, to measure what was forgotten on"
+        None, description="other data, such as English captions, on which to measure what was forgotten"
     )
     retained_task: Literal["retrieval", "classification"] = Field(
-        "retrieval", description="what --retained is: images with captions, or images of classes"
+        "retrieval", description="kind of --retained: images with captions, or images with classes"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

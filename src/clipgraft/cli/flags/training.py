@@ -30,12 +30,16 @@ from clipgraft.options import (
 class ClassTrainFlags(ClassFlags):
     """Training to tell classes apart."""
 
-    val_size: float | None = Field(None, gt=0, lt=1, description="share of each class to hold out")
+    val_size: float | None = Field(
+        None, gt=0, lt=1, description="fraction of each class to hold out for validation"
+    )
     shots: Count | None = Field(None, ge=1, description="train on this many images of each class")
     head: Literal["prompts", "linear", "cosine"] = Field(
-        "prompts", description="what tells classes apart: their prompts, or a classifier that starts there"
+        "prompts",
+        description="what predicts classes: their prompts, or a trained linear or cosine head "
+        "initialized from them",
     )
-    class_weights: bool = Field(False, description="weigh classes in the loss by how rare they are")
+    class_weights: bool = Field(False, description="give rare classes more weight in the loss")
 
 
 class AdapterFlags(Options):
@@ -44,12 +48,14 @@ class AdapterFlags(Options):
     lora_alpha: Alpha | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
     lora_dropout: Dropout = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
     lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
-    lora_dora: bool = Field(False, description="DoRA: train a magnitude of each output beside the direction")
+    lora_dora: bool = Field(False, description="DoRA: also train the magnitude of each output")
     lora_bias: Literal["none", "lora_only", "all"] = Field(
-        "none", description="biases to train too: of the adapted sites, or all"
+        "none", description="biases to train too: lora_only: those of adapted sites; all: every bias"
     )
     lora_init: Literal["default", "pissa", "eva"] = Field(
-        "default", description="start on random directions, on the base's principal ones, or on the data's"
+        "default",
+        description="initialization of the factors: random, from the base's weights (pissa), or from "
+        "the data (eva)",
     )
     lora_rank_pattern: RankPattern = Field(
         {}, description="other ranks for some sites: text.0.*=4,text.11.*=32"
@@ -64,7 +70,7 @@ class LoraFlags(AdapterFlags):
     use_lora: bool = Field(
         False, description="train a LoRA adapter; without it the model itself is fine-tuned"
     )
-    lora_r: Rank = Field(16, description="rank, or 'auto' to choose one by the number of training pairs")
+    lora_r: Rank = Field(16, description="rank, or 'auto' to choose one from the number of training pairs")
     lora_targets: str | None = Field(
         None, description="target set or sites, e.g. text-attention or text.*.q,v"
     )
@@ -84,41 +90,41 @@ class SweepFlags(AdapterFlags):
     lora_r: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(words)] = Field(
         (16,), min_length=1, description="ranks, joined by commas"
     )
-    seeds: Seeds = Field(1, ge=1, description="runs of each cell, with seeds from --seed on")
-    base: bool = Field(True, description="a row for the untouched base")
-    full: bool = Field(True, description="rows for full fine-tuning of what the adapters' towers are")
+    seeds: Seeds = Field(1, ge=1, description="runs per cell, with seeds counted from --seed")
+    base: bool = Field(True, description="include the untouched base")
+    full: bool = Field(True, description="include full fine-tuning of the towers that the adapters are in")
     full_lr: PeakRate | None = Field(
         None, gt=0, description="peak learning rate of full fine-tuning (default: --lr)"
     )
     test_data: UserPath | None = Field(
-        None, description="more data to measure every cell on at its end: what it may forget, say"
+        None, description="more data to measure every cell on, for example to see what it forgets"
     )
-    logs: UserPath = Field(Path("logs"), description="folder of all runs")
-    name: str = Field("sweep", min_length=1, description="of this sweep; the same name continues it")
+    logs: UserPath = Field(Path("logs"), description="folder that holds the runs")
+    name: str = Field("sweep", min_length=1, description="name of the sweep; the same name continues it")
 
 
 class RunFlags(Options):
     """Where a run is kept and what it reports."""
 
-    logs: UserPath = Field(Path("logs"), description="folder of all runs")
-    name: str | None = Field(None, min_length=1, description="of this run (default: date, model, settings)")
+    logs: UserPath = Field(Path("logs"), description="folder that holds the runs")
+    name: str | None = Field(
+        None, min_length=1, description="name of the run (default: date, model and settings)"
+    )
     save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
     val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
     save_lora_only: bool = Field(
         True,
-        description="save adapters alone; --no-save-lora-only adds the whole model as epoch_N.pt to each",
+        description="save only adapters; --no-save-lora-only also saves the whole model as epoch_N.pt",
     )
     resume: Literal["latest"] | None = Field(
-        None, description="'latest' continues the run --name where it stopped, to the same bits"
+        None, description="'latest' continues the run --name where it stopped, with bit-identical results"
     )
     checkpoint_steps: Frequency = Field(
-        0, ge=0, description="checkpoint every N steps too; 0 is once an epoch"
+        0, ge=0, description="also checkpoint every N steps; 0: once per epoch"
     )
-    from_: UserPath | None = Field(
-        None, description="adapter or run whose weights a new run starts from, on these data"
-    )
+    from_: UserPath | None = Field(None, description="adapter or run whose weights a new run starts from")
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
-        None, description="of --from: see `clipgraft convert --help`"
+        None, description="for the adapter of --from: see `clipgraft convert --help`"
     )
 
 
@@ -132,6 +138,6 @@ class EvalFlags(OverwriteFlags):
     )
     batch_size: Batch = Field(64, ge=1, description="images or captions encoded at once")
     classifier: UserPath | None = Field(
-        None, description="head/ folder of a run with --head linear or cosine, to measure too"
+        None, description="head/ folder of a run with --head linear or cosine, measured too"
     )
     out: UserPath | None = Field(None, description="write the metrics to this JSON file")
