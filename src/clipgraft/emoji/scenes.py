@@ -121,9 +121,13 @@ def write_image(image: Image.Image, path: Path) -> None:
     if path.is_file() and not _replaceable(path):
         raise DataError(f"{path}: is no picture of ours and is left as it is; write to an empty folder")
     part = path.with_suffix(".part")
-    with writing(path):
-        image.save(part, format="PNG", compress_level=1)
-        part.replace(path)
+    try:
+        with writing(path):
+            image.save(part, format="PNG", compress_level=1)
+            part.replace(path)
+    except BaseException:  # Ctrl-C among them
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _same(path: Path, image: Image.Image) -> bool:
