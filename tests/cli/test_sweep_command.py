@@ -262,7 +262,8 @@ def test_an_adapter_is_no_start(cli: Any, tiny_config: Path, table: Path, tmp_pa
     clip = load(str(tiny_config), "none")
     cg.apply_lora(clip, r=2)
     adapter = cg.save_adapter(clip, tmp_path / "bộ chuyển")
-    outcome = cli("sweep", "--model", adapter, "--train-data", table, "--val-data", table)
+    data = ("--train-data", table, "--val-data", table, "--batch-size", 8)
+    outcome = cli("sweep", "--model", adapter, *data)
     assert outcome.code == 2
     assert "checking" not in outcome.out
     (line,) = outcome.err.splitlines()

@@ -13,9 +13,9 @@ from clipgraft.adapters.adapter_file import read_adapter
 from clipgraft.adapters.attach import load_adapter
 from clipgraft.adapters.open import tell_base
 from clipgraft.adapters.run_folder import RunModel, find_path
+from clipgraft.data.datasets import Labelled, Pairs, match_classes, split_labelled
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
-from clipgraft.data.datasets import Labelled, Pairs, match_classes, split_labelled
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.engine.encoder import Encoder
