@@ -42,6 +42,18 @@ def test_log_lines_of_the_calling_thread_are_dropped(caplog: pytest.LogCaptureFi
     assert caplog.messages == ["of ours", "the disk is gone", "of another thread", "after"]
 
 
+def test_a_process_without_logging_gets_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`logging.warning`, which open_clip calls, sets up logging where nobody has, and writes a line."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with quiet_libraries():
+        logging.warning("no weights")
+        in_thread(lambda: logging.warning("of another thread"))
+    assert logging.root.handlers == []
+    assert capsys.readouterr().err == "of another thread\n"
+
+
 def test_warnings_of_the_calling_thread_are_dropped() -> None:
     """A warning in a library becomes an error under -W error, or other threads' warnings vanish."""
 

@@ -34,6 +34,7 @@ class _QuietThreads(logging.Filter):
         self._here = threading.local()
         self._inside = 0
         self._handlers: list[logging.Handler] = []
+        self._added = False
         self._bars = self._download_bars = True
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -67,7 +68,14 @@ class _QuietThreads(logging.Filter):
         return getattr(self._here, "depth", 0) > 0
 
     def _listen(self) -> None:
-        """Filter every handler there is, those that others have added since included."""
+        """Filter every handler there is, those that others have added since included.
+
+        Where the root logger has none, `logging.warning` would add one for good: until the last thread has
+        left it has that of last resort, which writes the same records as without.
+        """
+        if not logging.root.handlers and logging.lastResort is not None:
+            logging.root.addHandler(logging.lastResort)
+            self._added = True
         loggers = [logging.root, *logging.root.manager.loggerDict.values()]
         handlers = [h for each in loggers if isinstance(each, logging.Logger) for h in each.handlers]
         for handler in (*handlers, logging.lastResort):
@@ -94,6 +102,9 @@ class _QuietThreads(logging.Filter):
         from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging as hf_logging
 
+        if self._added and logging.lastResort is not None:
+            logging.root.removeHandler(logging.lastResort)
+        self._added = False
         for handler in self._handlers:
             handler.removeFilter(self)
         self._handlers = []
