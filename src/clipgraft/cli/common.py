@@ -1,4 +1,4 @@
-"""What the commands share: loading the model and reading a table, with what they print."""
+"""What several commands share: loading a model, choosing a device, options of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("clipgraft")
 
 
 def load_model(spec: ModelFlags) -> Clip:
-    """The base of a command on its device, with one line on what it is."""
+    """Load the base of a command onto its device, and log one line on it."""
     precision = "bf16" if spec.precision == "bf16" else "fp32"
     clip = load(spec.model, spec.pretrained, device=pick_device(spec.device), precision=precision)
     log.info("base %s on %s, fingerprint %s", _title(clip), clip.device, clip.fingerprint)
@@ -32,12 +32,12 @@ def load_model(spec: ModelFlags) -> Clip:
 
 
 def load_own_model(spec: ModelFlags, world: World) -> Clip:
-    """The base of a command for one of several processes, each of which has a GPU of its own."""
+    """Load the base of a command in one of several processes, each of which has its own GPU."""
     return load_model(spec.model_copy(update={"device": own_device(spec.device, world)}))
 
 
 def own_device(name: str, world: World) -> str:
-    """The device of a process: with several, the GPU with its number on this machine, for `auto` and `cuda`.
+    """Name the device of a process; of several, each has the GPU with its local rank for `auto` and `cuda`.
 
     Raises:
         ConfigError: one GPU is named for all processes, or there are more processes than GPUs.
@@ -57,7 +57,7 @@ def own_device(name: str, world: World) -> str:
 
 
 def name_after(path: Path, taken: Collection[str]) -> str:
-    """A name for an adapter on a model, after its folder, that no other has."""
+    """Choose a name for an adapter after its folder, different from those taken."""
     parts = [part for part in (path.parent.name, path.stem) if part not in ("", "adapter")]
     stem = re.sub(r"[^A-Za-z0-9_+-]", "-", parts[-1] if parts else "adapter").lstrip("_+-") or "adapter"
     return next(n for i in range(len(taken) + 1) if (n := f"{stem}-{i + 1}" if i else stem) not in taken)
@@ -68,7 +68,7 @@ def _title(clip: Clip) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one.
+    """Turn a device flag into a device; `auto` is the first GPU if there is one.
 
     Raises:
         ConfigError: the device does not exist here.
@@ -85,7 +85,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
-    """What every kind of training takes from the flags: of saving, precision, loading and optimising."""
+    """Collect what every kind of training takes from the flags: saving, precision, loading, optimization."""
     of = {type(spec): spec for spec in specs}
     model, data, train, where = of[ModelFlags], of[DataFlags], of[TrainArgs], of[RunFlags]
     return {
@@ -104,7 +104,7 @@ def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
 
 
 def train_options(train: TrainArgs, resume: bool) -> dict[str, Any]:
-    """What `fit` takes of the flags of optimisation; a resumed run has the epochs it had, unless told."""
+    """Collect what `fit` takes of the optimization flags; a resumed run keeps its epochs by default."""
     options = train.model_dump()
     parts = options["epoch_parts"]
     if parts is not None:

@@ -125,7 +125,7 @@ def _cut(base: Clip, spec: CompactFlags, table: TableFlags) -> Compacted:
 
 
 def _describe(compacted: Compacted) -> None:
-    """What stayed of the base."""
+    """Log what is kept of the base."""
     for tower, blocks in (("text", compacted.text_blocks), ("vision", compacted.vision_blocks)):
         log.info("%s blocks kept: %s", tower, ", ".join(map(str, blocks)))
     if (cut := compacted.vocabulary) is not None:
@@ -146,7 +146,7 @@ def _describe(compacted: Compacted) -> None:
 
 
 def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path) -> None:
-    """Recall of base and smaller model where there is validation data, and distillation where asked for."""
+    """Measure base and smaller model if there is validation data, and distil if asked to."""
     from clipgraft.cli.common import train_options
     from clipgraft.cli.read_data import open_cache, read_table
 

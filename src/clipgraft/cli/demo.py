@@ -1,4 +1,4 @@
-"""`clipgraft demo`: the main job on the embedded default, from nothing to an adapter and proof."""
+"""`clipgraft demo`: adapt the embedded model, and compare base, LoRA and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ def run_demo(argv: Sequence[str]) -> None:
 
 
 def load_base() -> Clip:
-    """The embedded base."""
+    """Load the embedded base."""
     from clipgraft.adapters.open import load
 
     return load("emoji")
 
 
 def make_world(spec: DemoFlags, base: Clip) -> World:
-    """Write the scenes and captions as a user's data would be, read them back, encode the images once."""
+    """Write scenes and captions like a user's data, read them back, and encode the images once."""
     from clipgraft.data.features import encode_images
     from clipgraft.data.reader import read_pairs
     from clipgraft.emoji.scenes import write_scenes
@@ -140,7 +140,7 @@ def make_world(spec: DemoFlags, base: Clip) -> World:
 
 
 def train(clip: Clip, world: World, spec: DemoFlags, out: Path, lr: float, **options: Any) -> FitResult:
-    """One training run with the demo's settings."""
+    """Train a model with the demo's settings."""
     from clipgraft.train.fit import fit
 
     return fit(
@@ -158,7 +158,7 @@ def train(clip: Clip, world: World, spec: DemoFlags, out: Path, lr: float, **opt
 
 
 def measure(name: str, clip: Clip, world: World, result: FitResult | None) -> Row:
-    """Retrieval in the new language and in English."""
+    """Measure retrieval in the new language and in English."""
     from clipgraft.evaluate.retrieval import evaluate_retrieval
 
     new, english = (
@@ -182,14 +182,14 @@ def measure(name: str, clip: Clip, world: World, result: FitResult | None) -> Ro
 
 
 def caption_features(clip: Clip, pairs: Pairs) -> Tensor:
-    """Features of every image's first caption: the gallery's queries."""
+    """Encode the first caption of every image, for the gallery's queries."""
     from clipgraft.data.features import encode_captions
 
     return encode_captions(clip, [captions[0] for captions in pairs.captions])
 
 
 def draw(path: Path, world: World, queries: dict[str, Tensor]) -> None:
-    """Queries with their first images, one column a model; queries where the models differ come first."""
+    """Draw queries with the images found, a column per model; queries on which the models differ first."""
     from clipgraft.evaluate.gallery import draw_gallery
 
     found = {
@@ -215,7 +215,7 @@ def place_of(row: int, top: list[int]) -> int | None:
 
 
 def table(rows: Sequence[Row], language: str) -> Table:
-    """The demo's table: recalls in percent, both ways, and what they cost."""
+    """Make the demo's table: recalls in percent in both directions, and costs."""
     columns: dict[str, Callable[[Row], str]] = {
         "model": lambda row: row.model,
         "I->T R@1": lambda row: f"{row.image_to_text_r1:.1f}",
@@ -236,7 +236,7 @@ def table(rows: Sequence[Row], language: str) -> Table:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the adapter bought, in one line."""
+    """Say in one line what the adapter gains."""
     _, lora, full = rows
     reached = (lora.image_to_text_r1 + lora.text_to_image_r1) / (
         full.image_to_text_r1 + full.text_to_image_r1

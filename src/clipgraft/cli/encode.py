@@ -42,7 +42,7 @@ def run_encode(argv: Sequence[str]) -> None:
 
 
 def _faults(model: ModelFlags, spec: EncodeFlags) -> list[str]:
-    """All that is wrong and can be known without weights or pixels, missing packages included."""
+    """List everything that is wrong and known without weights or pixels, missing packages included."""
     from clipgraft.search.store import need_pyarrow
 
     faults = []
@@ -73,7 +73,7 @@ def _faults(model: ModelFlags, spec: EncodeFlags) -> list[str]:
 
 
 def _adapter_apart(model: ModelFlags, spec: EncodeFlags) -> tuple[ModelFlags, EncodeFlags]:
-    """`--model ADAPTER`, or a run that made one, as its base and `--adapter`, whose path is recorded."""
+    """Split `--model ADAPTER_OR_RUN` into its base and `--adapter`, whose path is recorded."""
     from clipgraft.adapters.open import split_adapter
 
     base, adapter = split_adapter(model.model, model.pretrained)
@@ -88,7 +88,7 @@ def _adapter_apart(model: ModelFlags, spec: EncodeFlags) -> tuple[ModelFlags, En
 
 
 def _with_known_base(model: ModelFlags, spec: EncodeFlags) -> ModelFlags:
-    """Without --model, the base of what is in the folder already, or of the adapter."""
+    """Without --model, take the base of what the folder holds already, or of the adapter."""
     if "model" in model.model_fields_set:
         return model
     from clipgraft.adapters.convert import read_any

@@ -91,7 +91,7 @@ def run_eval(argv: Sequence[str]) -> None:
 
 
 def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
-    """All that is wrong and can be known without weights or pixels."""
+    """List everything that is wrong and known without weights or pixels."""
     faults = checks.class_faults(classes, data)
     if data.val_data is None:
         faults.append("--val-data is missing: a table of images and captions, or a folder of both")
@@ -114,7 +114,7 @@ def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalF
 
 
 def _beginning(whole: RunModel, spec: ModelFlags) -> dict[str, Clip]:
-    """What a run of all weights began with, to be measured beside it; nothing where it cannot be had."""
+    """Load what a full fine-tuning run began with, to measure it too; nothing if it cannot be loaded."""
     from clipgraft.cli.common import load_model
     from clipgraft.errors import ClipgraftError
 
@@ -173,7 +173,7 @@ def _classified(
 
 
 def _verdicts(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
-    """Whether each model is better than the base, where that was measured too."""
+    """Judge whether each model is better than the base, if that was measured too."""
     from clipgraft.train.verdict import judge
 
     base = measured.get("base")
@@ -185,7 +185,7 @@ def _verdicts(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """Metrics with one column a model; recalls in percent."""
+    """Make the table of retrieval metrics, a column per model; recalls in percent."""
     factors = {metric: 100 if "_R@" in metric else 1 for metric in _RETRIEVAL}
     rows = [
         (metric, *(f"{factor * column[metric]:.1f}" for column in columns.values()))
@@ -195,7 +195,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def class_table(columns: Mapping[str, ClassificationResult]) -> str:
-    """Metrics with one column a model, and below them the recall of each class; in percent."""
+    """Make the tables of classification metrics and of recall per class, in percent, a column per model."""
     factors = {metric: 1 if metric == "loss" else 100 for metric in _CLASSIFICATION}
     metrics = [
         (metric, *(f"{factor * result.metrics[metric]:.2f}" for result in columns.values()))

@@ -1,4 +1,4 @@
-"""What `clipgraft COMMAND --help` says first: an example, and flags in the order in which they are needed."""
+"""Examples, headings and order of flags in `clipgraft COMMAND --help`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ _RARE = frozenset(
 
 
 def heading(spec: str, field: str, otherwise: str) -> str:
-    """Under which heading of a command's help a flag stands."""
+    """Choose the heading of a flag in a command's help."""
     if field in _RARE:
         return "rarely needed"
     if field in _MACHINE:
@@ -104,10 +104,10 @@ def heading(spec: str, field: str, otherwise: str) -> str:
 
 
 def in_order(headings: list[str]) -> list[str]:
-    """Headings of a command: its own words first, then what others have in the order of need."""
+    """Sort the headings of a command: its own first, then the shared ones in the order of need."""
     return sorted(headings, key=lambda name: ORDER.index(name) if name in ORDER else -1)
 
 
 def first(field: str) -> int:
-    """A key that sorts the flags of a heading: those that nearly every command line has come first."""
+    """Sort key of the flags of a heading: those that nearly every command line has come first."""
     return _FIRST.index(field) if field in _FIRST else len(_FIRST)

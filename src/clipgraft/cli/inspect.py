@@ -21,7 +21,7 @@ _SUMMARY = "Describe a model, a run or an adapter. Weights of models are neither
 
 
 def run_inspect(argv: Sequence[str]) -> None:
-    """Parse, look, print."""
+    """Parse, inspect, print."""
     (spec,) = parse("inspect", _SUMMARY, [InspectFlags], argv)
     from clipgraft.adapters.open import split_adapter
     from clipgraft.profile.inspection import inspect
@@ -58,7 +58,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _tag(pretrained: str) -> str | None:
-    """A tag may decide on QuickGELU; a file does not."""
+    """Keep a tag, which may decide on QuickGELU; drop a file, which does not."""
     return pretrained if pretrained and not Path(pretrained).exists() else None
 
 
@@ -84,7 +84,7 @@ def _show_adapter(spec: InspectFlags) -> None:
 
 
 def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
-    """What the text form says of an adapter besides its sites."""
+    """List what the text form says of an adapter besides its sites."""
     settings = found.settings
     named = " / ".join(part for part in (found.base.get("name"), found.base.get("pretrained")) if part)
     print_of = f", fingerprint {found.fingerprint}" if found.fingerprint else ""

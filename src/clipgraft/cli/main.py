@@ -1,4 +1,4 @@
-"""`clipgraft VERB …`: verb -> function, and errors -> one line and an exit code."""
+"""`clipgraft VERB …`: find the function of a verb, and turn errors into a line and an exit code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def function_of(verb: str) -> Callable[[Sequence[str]], None]:
-    """The function of a verb, whose module is imported only now: `--help` and other verbs do without it."""
+    """Import the module of a verb and return its function; other verbs and `--help` do not load it."""
     module = importlib.import_module(f"clipgraft.cli.{_MODULES.get(verb, verb)}")
     found: Callable[[Sequence[str]], None] = getattr(module, f"run_{verb}")
     return found
@@ -97,7 +97,7 @@ def _nearest(verb: str) -> str:
 
 
 def _signal_of(stop: KeyboardInterrupt) -> int:
-    """The signal that asked to stop: SIGINT, unless the interruption says otherwise."""
+    """Return the signal that asked to stop: SIGINT, unless the interruption names another."""
     return int(getattr(stop, "signal", signal.SIGINT))
 
 

@@ -74,7 +74,7 @@ def _export(whole: RunModel, spec: MergeFlags) -> None:
 
 
 def _weights(spec: MergeFlags) -> tuple[float, ...]:
-    """One for each adapter; raises ConfigError for flags that do not go together."""
+    """Return the weight of each adapter; raises ConfigError for flags that do not go together."""
     faults = []
     given = 1 if spec.weights is None else len(spec.weights)
     if spec.weights is not None and given != len(spec.adapters):
@@ -92,7 +92,7 @@ def _weights(spec: MergeFlags) -> tuple[float, ...]:
 
 
 def _form(spec: MergeFlags, clip: Clip) -> str:
-    """What to write: as asked for, else what the name says, else a model of the base's own library."""
+    """Choose what to write: as asked for, else by the file name, else for the base's own library."""
     if spec.to != "auto":
         return spec.to
     return "open_clip" if spec.out.suffix in (".pt", ".safetensors") else clip.family.name
@@ -162,7 +162,7 @@ def run_convert(argv: Sequence[str]) -> None:
 
 
 def _describe(adapter: AdapterFile, kind: str) -> str:
-    """Format, number of sites, ranks, scales and base in one line."""
+    """Describe an adapter in one line: format, number of sites, ranks, scales and base."""
     ranks = sorted({a.shape[0] for a, _ in adapter.weights.values()})
     scales = sorted(set(adapter.scales.values()))
     base = " / ".join(part for key in ("name", "pretrained") if (part := adapter.base.get(key)))
@@ -177,12 +177,12 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _with_base(adapter: AdapterFile, model: str, pretrained: str | None) -> AdapterFile:
-    """An adapter with its base named by `--model` and `--pretrained`."""
+    """Replace the base of an adapter by `--model` and `--pretrained`."""
     return replace(adapter, base={**adapter.base, "name": model, "pretrained": pretrained or ""})
 
 
 def _base_of(adapter: AdapterFile, force: bool = False, *, given: bool = False) -> Clip:
-    """The base that an adapter names, or that the user has `given`, in fp32 on the CPU.
+    """Load the base that an adapter names, or that the user has `given`, in fp32 on the CPU.
 
     Raises:
         AdapterError: it names none, or what it names is another base and that is not `force`d.

@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str]) -> list[Any]:
-    """The options of a command from its arguments; `--config` values give way to flags.
+    """Parse the options of a command; flags win over values of `--config`.
 
     Raises:
         ConfigError: every unknown flag and unusable value, one line each.
@@ -96,7 +96,7 @@ def _title(kind: type[Options]) -> str:
 
 
 def _switch_before(word: Any, argv: Sequence[str], groups: Sequence[Group]) -> str | None:
-    """The switch that `true` or the like was written after, if it was."""
+    """Find the switch that a word like `true` was written after."""
     at = list(argv).index(word) if word in argv else 0
     if not at or str(word).lower() not in _TRUTHS:
         return None
@@ -106,7 +106,7 @@ def _switch_before(word: Any, argv: Sequence[str], groups: Sequence[Group]) -> s
 
 
 def _show(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
-    """List a positional in the help alone: argparse would look for it before the first flag only."""
+    """Show a positional only in the help: argparse would look for it before the first flag only."""
     action = group.add_argument(name, nargs="?", metavar=name.upper(), help=info.description)
     action.nargs = action.default = argparse.SUPPRESS
 
@@ -163,7 +163,7 @@ def _metavar(info: FieldInfo) -> str:
 
 
 def _flatten(annotation: Any) -> list[Any]:
-    """The kinds of a union, without their validators."""
+    """Split a union into its types, without their validators."""
     if get_origin(annotation) in (Union, types.UnionType):
         return [kind for part in get_args(annotation) for kind in _flatten(part)]
     return _flatten(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]

@@ -71,7 +71,7 @@ def run_profile(argv: Sequence[str]) -> None:
 
 
 def _apart(spec: ProfileFlags) -> ProfileFlags:
-    """A run or an adapter as the structure of its base, and `--adapter`."""
+    """Split a run or an adapter into the structure of its base and `--adapter`."""
     from clipgraft.adapters.open import split_adapter
 
     source, adapter = split_adapter(spec.model, spec.pretrained)
@@ -87,7 +87,7 @@ def _apart(spec: ProfileFlags) -> ProfileFlags:
 
 
 def _model(spec: ProfileFlags, device: str) -> Clip:
-    """The model with its adapter, without weights on the meta device, with random ones elsewhere."""
+    """Build the model with its adapter: without weights on the meta device, with random ones elsewhere."""
     import torch
 
     from clipgraft.adapters.attach import load_adapter
@@ -157,7 +157,7 @@ def _is_llava(config: ModelConfig) -> bool:
 
 
 def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
-    """Profile and print.
+    """Profile LLaVA-NeXT and print.
 
     Raises:
         ConfigError: flags that are of CLIP alone, or counts that are not complete.
@@ -193,7 +193,7 @@ def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
 
 
 def _llava_tokens(spec: ProfileFlags) -> LlavaTokens | None:
-    """The counts that were given, if any."""
+    """Return the counts that were given, if any."""
     from clipgraft.profile.llava import LlavaTokens
 
     given = spec.model_fields_set

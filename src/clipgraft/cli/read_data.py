@@ -23,12 +23,12 @@ log = logging.getLogger("clipgraft")
 
 
 def open_cache(spec: TableFlags) -> FeatureCache | None:
-    """The feature cache that the flags name; None for `--feature-cache none`."""
+    """Open the feature cache that the flags name; None for `--feature-cache none`."""
     return open_features(spec.feature_cache, spec.cache_gb)
 
 
 def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
-    """The feature cache in a folder, by default that of all commands; None for a folder called `none`."""
+    """Open the feature cache in a folder, by default the common one; None for a folder called `none`."""
     if str(folder) == "none":
         return None
     return FeatureCache(folder or default_folder(), max_bytes=gigabytes * 1e9)
@@ -36,7 +36,7 @@ def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
 
 @contextlib.contextmanager
 def checking(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for images that are being checked; gives what is told how many are done, of how many."""
+    """Show a progress bar for images that are being checked; yields a function of (done, total)."""
     with tqdm(desc=f"checking {shown_line(what)}", unit="image", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -69,7 +69,7 @@ def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
 
 @dataclass(frozen=True)
 class ClassData:
-    """Images to train and to evaluate on, and the prompts of their classes."""
+    """Images to train and evaluate on, and the prompts of their classes."""
 
     train: Labelled
     val: Labelled | None
@@ -77,7 +77,7 @@ class ClassData:
 
 
 def read_class_data(data: DataFlags, classes: ClassTrainFlags, seed: int) -> ClassData:
-    """Read and check labelled images, with what is held out and what prompts say, and print the summary."""
+    """Read and check labelled images, split off the validation images, and print the summary."""
     assert data.train_data is not None
     train = read_images(data.train_data, data, classes, "training images")
     val = None
@@ -96,7 +96,7 @@ def read_class_data(data: DataFlags, classes: ClassTrainFlags, seed: int) -> Cla
 def read_images(
     path: Path, data: DataFlags, classes: ClassFlags, what: str, validation: bool = False
 ) -> Labelled:
-    """One set of labelled images, with its summary; `validation` has columns of its own."""
+    """Read a set of labelled images and print its summary; `validation` data may have its own columns."""
     columns = data.for_validation() if validation else data
     label = (classes.for_validation() if validation else classes).csv_label_key
     with checking(what) as progress:
@@ -115,6 +115,6 @@ def read_images(
 
 
 def prompts_of(names: Sequence[str], classes: ClassFlags) -> tuple[tuple[str, ...], ...]:
-    """The prompts of each class, from the YAML and the templates."""
+    """Make the prompts of each class from the YAML file and the templates."""
     given = None if classes.prompts is None else read_prompts(classes.prompts)
     return class_prompts(names, given, find_templates(classes.templates))

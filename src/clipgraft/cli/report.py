@@ -24,7 +24,7 @@ _SUMMARY = "Write one HTML page on runs and sweeps: table, curves, retrieved ima
 
 
 def run_report(argv: Sequence[str]) -> None:
-    """Parse, read, measure what is not known yet, and write the page."""
+    """Parse, read runs, measure what is missing, and write the page."""
     kinds: list[type[Options]] = [ReportFlags, ColumnFlags, PromptFlags, CacheFlags]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
     _check(spec, columns, prompts)
@@ -53,7 +53,7 @@ def run_report(argv: Sequence[str]) -> None:
 
 
 def _check(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> None:
-    """What no field alone can see; raises ConfigError with all faults."""
+    """Raise ConfigError with all faults that no field alone can see."""
     faults = []
     given = sorted(columns.model_fields_set | prompts.model_fields_set)
     given += ["retained_task"] if "retained_task" in spec.model_fields_set else []

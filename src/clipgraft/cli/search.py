@@ -30,7 +30,7 @@ _CAPTION = 60  # characters of a caption in the table
 
 
 def run_index(argv: Sequence[str]) -> None:
-    """Parse, build, and print how much the index finds."""
+    """Parse, build the index, and print its recall."""
     (spec,) = parse("index", _INDEX, [IndexFlags], argv)
     if spec.out.is_dir():
         checks.refuse(checks.output_faults("OUT", spec.out, folder=True))
@@ -91,7 +91,7 @@ def run_search(argv: Sequence[str]) -> None:
 
 
 def _answer_lines(clip: Clip, spec: SearchFlags) -> None:
-    """Answer each line of standard input at once; with --format json, each with a line of JSON.
+    """Answer each line of standard input as it comes; with --format json, each with a line of JSON.
 
     A line that cannot be answered is told, in its place, and the next one is read.
     """
@@ -119,7 +119,7 @@ def _json_line(value: dict[str, Any]) -> str:
 
 
 def as_table(hits: Sequence[Hit]) -> str:
-    """One line a result: rank, score, path and caption; a long caption is cut."""
+    """Write one line per result: rank, score, path and caption; a long caption is cut."""
     if not hits:
         return "nothing was found"
     paths = any(hit.path for hit in hits)
@@ -136,13 +136,13 @@ def _cut(caption: str) -> str:
 
 
 def as_json(hits: Sequence[Hit]) -> str:
-    """A list of objects with rank, score, path and the rest of the metadata; times as ISO 8601."""
+    """Write results as a JSON list of objects with rank, score, path, metadata; times in ISO 8601."""
     rows = [hit.to_dict() for hit in hits]
     return shown(json.dumps(rows, indent=2, ensure_ascii=False, default=datetime.isoformat))
 
 
 def _log_to_stderr() -> None:
-    """Standard output is for the JSON alone."""
+    """Send log lines to standard error, so that standard output holds only the JSON."""
     for handler in log.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
@@ -163,7 +163,7 @@ def _load(spec: SearchFlags, manifest: Manifest) -> Clip:
 
 
 def _load_adapter(clip: Clip, spec: SearchFlags, manifest: Manifest, part: VectorSet | None) -> None:
-    """Put the adapter on the model that was asked for, or else the one that made the vectors."""
+    """Load the adapter that was asked for, or else the one that the vectors were encoded with."""
     from clipgraft.adapters.attach import load_adapter
     from clipgraft.search.sets import acting_digest
 

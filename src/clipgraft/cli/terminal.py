@@ -23,7 +23,7 @@ else:  # Python 3.10 does not know it as a generic class.
 
 
 class _Lines(_Handler):
-    """Prints lines, and ends the command like `print` does when nobody reads them any more."""
+    """A handler that ends the command when its reader is gone, as `print` does."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -33,7 +33,7 @@ class _Lines(_Handler):
 
 @contextlib.contextmanager
 def plain_output() -> Iterator[None]:
-    """The library's own log lines go to the terminal, with flags for options; UTF-8 whatever the locale says.
+    """Print the library's log lines, with flags for options, as UTF-8 whatever the locale says.
 
     Control characters of names and captions, which are a stranger's, are written out.
     """
