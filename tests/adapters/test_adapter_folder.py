@@ -331,14 +331,14 @@ DAMAGE = {
     "record of a later version": (lambda f: edit(f / NATIVE, format=99), "format 99.*update clipgraft"),
     "temperature of text": (lambda f: edit(f / NATIVE, logit_scale="hot"), "layout this version reads"),
     "temperature of nothing": (lambda f: edit(f / NATIVE, logit_scale=float("nan")), "logit_scale is nan"),
-    "A without B": (lambda f: without(f, "q_proj.lora_B"), "lacks A or B for text.0.q"),
-    "no weights in it": (lambda f: without(f, ""), "lacks A or B for every site"),
+    "A without B": (lambda f: without(f, "q_proj.lora_B"), r"lacks weights of text\.0\.q \(lora_B\.weight\)"),
+    "no weights in it": (lambda f: without(f, ""), "lacks the weights of every site"),
     "another rank": (lambda f: edit(f / CONFIG, r=5), "the files are of two adapters"),
     "rank of text": (lambda f: edit(f / CONFIG, r="four"), "'r' is 'four' where a number belongs"),
     "rank pattern of text": (lambda f: edit(f / CONFIG, rank_pattern="q"), "rank_pattern is no JSON object"),
     "a broken pattern": (lambda f: edit(f / CONFIG, alpha_pattern={"(": 2}), "is no pattern"),
-    "an alpha of nothing": (lambda f: edit(f / CONFIG, lora_alpha=-1), "alpha must be a positive number"),
-    "a dropout of everything": (lambda f: edit(f / CONFIG, lora_dropout=1), r"dropout must be in \[0, 1\)"),
+    "an alpha of nothing": (lambda f: edit(f / CONFIG, lora_alpha=-1), "alpha: got -1"),
+    "a dropout of everything": (lambda f: edit(f / CONFIG, lora_dropout=1), "dropout: got 1"),
 }
 
 

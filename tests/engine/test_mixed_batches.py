@@ -26,6 +26,7 @@ VARIANTS = {
     "biases": {"targets": "text.0.*,vision.1.q", "r": 2, "bias": "all"},
     "pissa": {"targets": "mlp,projection", "r": 2, "init": "pissa"},
     "text": {"targets": "text.1.q+fc1", "r": 5},
+    "vera": {"targets": "linear", "r": 6, "variant": "vera"},
 }
 
 

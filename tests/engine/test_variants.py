@@ -20,6 +20,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"targets": "text.*.q,vision.*.fc2", "bias": "lora_only"},
     "all biases and DoRA": {"targets": "text.1.v,vision.0.fc1", "bias": "all", "use_dora": True},
     "PiSSA": {"targets": "all", "init": "pissa", "use_rslora": True},
+    "VeRA": {"targets": "linear", "variant": "vera", "alpha": 3},
+    "VeRA, all biases": {"targets": "text.*.q+out", "variant": "vera", "alpha": 3, "bias": "all"},
 }
 
 
@@ -40,7 +42,7 @@ def test_training_is_that_of_the_models_own_forward(
     """A DoRA, bias or PiSSA run trains something else than the adapter computes when it is used."""
     model = in_every_layout(tiny_openclip, tiny_openclip_4x)[layout]
     clip = as_clip(model)
-    cg.apply_lora(clip, r=3, alpha=2, **VARIANTS[variant])
+    cg.apply_lora(clip, **{"r": 3, "alpha": 2, **VARIANTS[variant]})
     randomise_active(model)
     pixels, ids = inputs(model)
     encoder = Encoder(clip, grad_checkpointing=checkpointing)

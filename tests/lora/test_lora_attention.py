@@ -86,14 +86,15 @@ def test_cross_attention_and_single_sequences(tiny_openclip: nn.Module, grad: bo
 def test_attention_without_biases(grad: bool) -> None:
     """A base whose attention has no biases cannot be adapted."""
     from clipgraft.lora.attention import graft_attention
-    from clipgraft.lora.layers import LoraLayer, Slot
+    from clipgraft.lora.layers import AdapterSlot
+    from clipgraft.lora.plain import PlainLora
     from clipgraft.models.sites import Site, SiteRef
 
     stock = nn.MultiheadAttention(16, 2, bias=False, batch_first=True).eval()
     ours, explicit = copy.deepcopy(stock), copy.deepcopy(stock)
     graft_attention(ours)
     ref = SiteRef(Site("text", 0, "k"), "", "in_proj_weight", "fused", (16, 16), slice(16, 32))
-    layer, ours.lora_k = LoraLayer(ref, 2, 3.0), Slot()
+    layer, ours.lora_k = PlainLora(ref, 2, 3.0), AdapterSlot()
     ours.lora_k.put("default", layer)
     ours.lora_k.acting = "default"
     layer.lora_B.data.normal_()

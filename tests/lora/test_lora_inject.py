@@ -324,14 +324,14 @@ def test_scaling(tiny_hf: nn.Module, rslora: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r must be a whole number from 1 up, got 0"),
-        ({"r": 2.5}, "r must be a whole number from 1 up, got 2.5"),
-        ({"alpha": -1}, "alpha must be a positive number, got -1"),
-        ({"alpha": math.nan}, "alpha must be a positive number, got nan"),
-        ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
-        ({"rank_pattern": {"text.0.*": 0}}, "got 0"),
-        ({"alpha_pattern": {"text.0.*": 0}}, "alpha must be a positive number, got 0"),
-        ({"r": -1, "dropout": 2}, "r must be .*; dropout must be"),
+        ({"r": 0}, "LoraConfig: r: got 0, allowed is greater than or equal to 1$"),
+        ({"r": 2.5}, "r: got 2.5, allowed is a whole number"),
+        ({"alpha": -1}, "alpha: got -1, allowed is greater than 0"),
+        ({"alpha": math.nan}, "alpha: got nan, allowed is a finite number"),
+        ({"dropout": 1}, "dropout: got 1, allowed is a number from 0 to 0.99"),
+        ({"rank_pattern": {"text.0.*": 0}}, r"rank_pattern: got 0 at 'text\.0\.\*'"),
+        ({"alpha_pattern": {"text.0.*": 0}}, r"alpha_pattern: got 0 at 'text\.0\.\*'"),
+        ({"r": -1, "dropout": 2}, "r: got -1, .*\nLoraConfig: dropout: got 2"),
     ],
 )
 def test_values_out_of_range(tiny_hf: nn.Module, options: dict, message: str) -> None:
@@ -358,6 +358,6 @@ def test_a_rank_far_above_what_a_weight_has_is_refused(tiny_hf: nn.Module) -> No
     ):
         cg.apply_lora(tiny_hf, r=100_000)
     with pytest.raises(
-        cg.errors.ConfigError, match=r"alpha above 1e\+09 takes updates out of the range of fp32"
+        cg.errors.ConfigError, match=r"alpha: got 1e\+300, allowed is a number from 1e-09 to 1e\+06"
     ):
         cg.apply_lora(tiny_hf, r=2, alpha=1e300)

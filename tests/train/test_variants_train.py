@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"bias": "lora_only"},
     "all biases": {"bias": "all"},
     "PiSSA": {"init": "pissa"},
+    "VeRA": {"variant": "vera"},
     "EVA": {"init": "eva"},
     "temperature": {"train_logit_scale": True},
     "ranks by site": {"rank_pattern": {"text.0.*": 1}, "use_rslora": True},

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, refuse_other, write_folder
 from clipgraft.adapters.peft import Tensors, config_json, name_tensors, named_base, read_tensors, tower_prefix
-from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.config import LoraConfig, check_settings
+from clipgraft.errors import AdapterError
+from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.control import adapter_logit_scale
 from clipgraft.lora.state import Adapter, require_lora, require_unmerged
+from clipgraft.lora.variants import variant_of
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
-from clipgraft.models.family import site_bias, site_weight
+from clipgraft.models.family import site_bias
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
 from clipgraft.results import Result
@@ -36,14 +37,14 @@ class AdapterFile(Result):
 
     Attributes:
         path: where it was read.
-        weights: A and B by site, fp32, in the shapes of `SiteRef.lora_shapes`.
+        parts: what its variant stores of each site (`LoraLayer.part_shapes`), fp32, by attribute name.
         settings: what made them; ranks and alphas per site are exact.
+        shared: what its variant stores of all sites together, by name.
         config: `adapter_config.json`, as PEFT reads it.
         base: `name`, `pretrained` and `family` of the base; empty where a foreign file does not say.
         fingerprint: of the base, None for foreign files.
         logit_scale: the trained log temperature, None if it is not part of the adapter.
         metrics: what was measured when it was saved.
-        magnitudes: (out,) of DoRA, by site.
         biases: whole biases, (out,), by the path of their module in `transformers.CLIPModel`.
         offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
         full: whole weights, (out, in), by site: what PEFT calls modules to save.
@@ -52,17 +53,17 @@ class AdapterFile(Result):
     """
 
     _shows = ("path", "sites", "base", "fingerprint", "metrics")
-    _hidden = frozenset({"weights", "magnitudes", "biases", "offsets", "full"})
+    _hidden = frozenset({"parts", "shared", "biases", "offsets", "full"})
 
     path: Path
-    weights: dict[Site, tuple[Tensor, Tensor]]
+    parts: dict[Site, dict[str, Tensor]]
     settings: LoraConfig
     config: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     logit_scale: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    magnitudes: dict[Site, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[Site, Tensor] = field(default_factory=dict)
     full: dict[Site, Tensor] = field(default_factory=dict)
@@ -71,13 +72,28 @@ class AdapterFile(Result):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where it acts with A and B."""
-        return tuple(self.weights)
+        """Where it acts with an update of its variant."""
+        return tuple(self.parts)
+
+    @property
+    def weights(self) -> dict[Site, tuple[Tensor, Tensor]]:
+        """A and B by site, in the shapes of `SiteRef.lora_shapes`, of variants that store them."""
+        return {
+            site: (parts["lora_A"], parts["lora_B"])
+            for site, parts in self.parts.items()
+            if "lora_A" in parts and "lora_B" in parts
+        }
+
+    @property
+    def ranks(self) -> dict[Site, int]:
+        """The rank of every site."""
+        kind = variant_of(self.settings)
+        return {site: kind.rank_of(parts) or 0 for site, parts in self.parts.items()}
 
     @property
     def scales(self) -> dict[Site, float]:
-        """The s of W + s·B·A by site: α/r, or α/√r."""
-        return site_scales(self.weights, self.settings)
+        """The s of W + s·B·A by site."""
+        return site_scales(self.ranks, self.settings)
 
     @property
     def needs_base(self) -> bool:
@@ -86,8 +102,9 @@ class AdapterFile(Result):
 
     def require_plain(self, form: str) -> None:
         """Refuse to leave something out; raises AdapterError naming what a format cannot hold."""
+        variant = variant_of(self.settings)
         parts: dict[str, object] = {
-            "DoRA magnitudes": self.magnitudes,
+            variant.beyond_lora: variant.beyond_lora and self.parts,
             "biases": self.biases or self.offsets,
             "whole weights": self.full,
         }
@@ -100,20 +117,25 @@ class AdapterFile(Result):
 
 
 def site_scale(settings: LoraConfig, site: Site, r: int) -> float:
-    """α/r or α/√r of one site of rank `r`."""
+    """The s of W + s·B·A of one site of rank `r`."""
     alpha = settings.alpha_pattern.get(str(site), settings.alpha)
-    return alpha / (math.sqrt(r) if settings.use_rslora else r)
+    return variant_of(settings).scale_of(alpha, r, settings.use_rslora)
 
 
-def site_scales(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> dict[Site, float]:
-    """The scale of every site."""
-    return {site: site_scale(settings, site, a.shape[0]) for site, (a, _) in weights.items()}
+def site_scales(ranks: Mapping[Site, int], settings: LoraConfig) -> dict[Site, float]:
+    """The scale of every site, by their ranks."""
+    return {site: site_scale(settings, site, r) for site, r in ranks.items()}
+
+
+def pairs(weights: Mapping[Site, tuple[Tensor, Tensor]]) -> dict[Site, dict[str, Tensor]]:
+    """A and B by site as `AdapterFile.parts`."""
+    return {site: {"lora_A": a, "lora_B": b} for site, (a, b) in weights.items()}
 
 
 def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
     """An adapter's weights by site name: `text.0.q.lora_A`, …; detached, on the model's device.
 
-    Of the active adapter, or of the one that is named; with magnitudes and biases where it has them.
+    Of the active adapter, or of the one that is named; with all that its variant trains.
     """
     state = require_lora(model)
     adapter = state.chosen() if name is None else state.named(name)
@@ -167,49 +189,50 @@ def describe(
         require_unmerged(clip, "save an adapter with DoRA or biases")
     refs, source = clip.site_refs, findable(clip)
     layers = {site: layer for site, layer in adapter.layers.items() if layer.r}
-    factors = {site: layer.factors() for site, layer in layers.items()}
-    weights = {site: (_plain(a), _plain(b)) for site, (a, b) in factors.items()}
-    magnitudes: dict[Site, Tensor] = {}
-    if adapter.settings.use_dora:
-        for site, layer in layers.items():
-            weight = site_weight(clip.model, refs[site])
-            own = layer.lora_magnitude
-            magnitudes[site] = _plain(layer.norm(weight) if own is None else own)
+    parts = {
+        site: {name: _as_stored(tensor) for name, tensor in layer.stored().items()}
+        for site, layer in layers.items()
+    }
     biases: dict[str, Tensor] = {}
     for site, layer in adapter.layers.items():
         bias = site_bias(clip.model, refs[site])
         if layer.lora_bias is not None and bias is not None:
-            biases[site_path(site)] = _plain(bias.float() + layer.lora_bias)
+            biases[site_path(site)] = _as_stored(bias.float() + layer.lora_bias)
     norms = clip.family.norms(clip.model)
-    biases |= {p: _plain(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
+    biases |= {p: _as_stored(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
+    variant = variant_of(adapter.settings)
     return AdapterFile(
         path,
-        weights,
-        _exact(adapter.settings, weights, {site: layer.scaling for site, layer in layers.items()}),
+        parts,
+        _exact(adapter.settings, parts, {site: layer.scaling for site, layer in layers.items()}),
         base={**asdict(source), "family": clip.family.name},
         fingerprint=clip.fingerprint,
         logit_scale=logit_scale,
         metrics=metrics,
-        magnitudes=magnitudes,
+        shared=_all_as_stored(variant.stored_shared(adapter.shared, adapter.settings)),
         biases=biases,
         started_from=adapter.origin,
     )
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _all_as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _as_stored(tensor) for name, tensor in tensors.items()}
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
 def _exact(
-    settings: LoraConfig, weights: Mapping[Site, tuple[Tensor, Tensor]], scales: Mapping[Site, float]
+    settings: LoraConfig, parts: Mapping[Site, Mapping[str, Tensor]], scales: Mapping[Site, float]
 ) -> LoraConfig:
     """The settings with ranks and alphas as the weights have them, the most frequent ones as the default."""
-    ranks = {site: a.shape[0] for site, (a, _) in weights.items()}
-    root = settings.use_rslora
-    alphas = {site: scales[site] * (math.sqrt(r) if root else r) for site, r in ranks.items()}
+    kind = variant_of(settings)
+    ranks = {site: kind.rank_of(own) or 0 for site, own in parts.items()}
+    # The scale is proportional to alpha.
+    alphas = {site: scales[site] / kind.scale_of(1.0, r, settings.use_rslora) for site, r in ranks.items()}
     r, alpha = _usual(settings.r, ranks), _usual(settings.alpha, alphas)
-    return replace(
-        settings,
+    return settings.replace(
         r=r,
         alpha=alpha,
         init="default",
@@ -238,17 +261,18 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
             "with --model, or load the adapter on it and save that"
         )
     settings = adapter.settings
-    tensors = Tensors(dict(adapter.weights), dict(adapter.magnitudes), biases=dict(adapter.biases))
+    tensors = Tensors(dict(adapter.parts), dict(adapter.shared), biases=dict(adapter.biases))
     base = {"name": "", "pretrained": "", "family": "", **adapter.base}
     record = {
         "base": {**base, "fingerprint": adapter.fingerprint},
-        "sites": [str(site) for site in adapter.weights],
-        "settings": asdict(settings),
+        "sites": [str(site) for site in adapter.parts],
+        "settings": settings.record(),
         "logit_scale": adapter.logit_scale,
         "metrics": adapter.metrics,
         **({"started_from": adapter.started_from} if adapter.started_from else {}),
     }
-    write_folder(path, name_tensors(tensors), config_json(settings, adapter.weights, base["name"]), record)
+    named = name_tensors(tensors, variant_of(settings))
+    write_folder(path, named, config_json(settings, adapter.parts, base["name"]), record)
     return path
 
 
@@ -282,16 +306,12 @@ def as_adapter(contents: Contents) -> AdapterFile:
     """`read_adapter` of a folder that has been read."""
     prefix = tower_prefix(contents.tensors, contents.config, contents.folder)
     tensors, settings = read_tensors(contents.tensors, contents.config, contents.folder, prefix)
-    try:
-        check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())
-    except ConfigError as error:
-        raise AdapterError(f"{contents.folder}: {error}: save the adapter again") from error
     adapter = AdapterFile(
         contents.folder,
-        tensors.weights,
+        tensors.parts,
         settings,
         contents.config,
-        magnitudes=tensors.magnitudes,
+        shared=tensors.shared,
         biases=tensors.biases,
         offsets=tensors.offsets,
         full=tensors.full,
@@ -307,8 +327,7 @@ def _with_record(adapter: AdapterFile, contents: Contents, record: Mapping[str, 
         fingerprint = base["fingerprint"]
         return replace(
             adapter,
-            settings=replace(
-                adapter.settings,
+            settings=adapter.settings.replace(
                 targets=str(recorded["targets"]),
                 train_logit_scale=bool(recorded["train_logit_scale"]),
             ),

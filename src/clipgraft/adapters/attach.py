@@ -13,14 +13,16 @@ from torch import Tensor
 from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import some
 from clipgraft.adapters.convert import read_any
-from clipgraft.adapters.peft import missing_sites
+from clipgraft.adapters.peft import missing_sites, told_shapes
 from clipgraft.adapters.peft_openclip import OutProj
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
-from clipgraft.lora.initialization import start_on_base
+from clipgraft.lora.initialization import initialize_from_base
 from clipgraft.lora.inject import attach
-from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.layers import outputs_of
+from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
+from clipgraft.lora.variants import check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.hf import path_site, site_path
@@ -76,13 +78,14 @@ def put_on(
     with rwlock_of(clip.model).preparing():
         file = in_terms_of(clip, file)
         _check_base(clip, file, force)
-        exact = replace(file.settings, targets=",".join(map(str, file.weights)))
+        exact = file.settings.replace(targets=",".join(map(str, file.parts)))
         return attach(
             clip,
             exact,
             name,
             activate=activate,
             fill=lambda adapter: _fill(clip, adapter, file),
+            shared=file.shared,
             replace=True,
         )
 
@@ -98,48 +101,48 @@ def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
     """
     refs = clip.site_refs
     _check_sites(clip, file, refs)
-    weights, settings, biases = dict(file.weights), file.settings, dict(file.biases)
+    parts, settings, biases = dict(file.parts), file.settings, dict(file.biases)
     for site, whole in file.full.items():
         change = whole.float() - site_weight(clip.model, refs[site]).detach().cpu().float()
-        weights[site] = (a, b) = _full_rank(change.flatten(1))
+        a, b = _full_rank(change.flatten(1))
         if refs[site].kind == "conv":
-            weights[site] = (a.view(-1, *change.shape[1:]), b[:, :, None, None])
-        r = a.shape[0]
-        settings = replace(
-            settings,
-            rank_pattern={**settings.rank_pattern, str(site): r},
-            alpha_pattern={
-                **settings.alpha_pattern,
-                str(site): math.sqrt(r) if settings.use_rslora else float(r),
-            },
-        )
+            a, b = a.view(-1, *change.shape[1:]), b[:, :, None, None]
+        parts[site] = {"lora_A": a, "lora_B": b}
+        settings = _with_scale(settings, site, a.shape[0], 1.0)
     if file.config.get("init_lora_weights") == "pissa":
-        settings, weights = _with_starts(clip, file, settings, weights)
+        settings, parts = _with_starts(clip, file, settings, parts)
     scales = file.scales
     for site, offset in file.offsets.items():
         bias = site_bias(clip.model, refs[site])
         if bias is None:
             raise AdapterError(f"{file.path}: {site} has no bias on this base, but the adapter moves one")
         biases[site_path(site)] = bias.detach().cpu().float() + scales[site] * offset
-    return replace(file, weights=weights, settings=settings, biases=biases, offsets={}, full={})
+    return replace(file, parts=parts, settings=settings, biases=biases, offsets={}, full={})
+
+
+def _with_scale(settings: LoraConfig, site: Site, r: int, scale: float) -> LoraConfig:
+    """The settings with another rank and scale of a site."""
+    alpha = scale * (math.sqrt(r) if settings.use_rslora else r)
+    return settings.replace(
+        rank_pattern={**settings.rank_pattern, str(site): r},
+        alpha_pattern={**settings.alpha_pattern, str(site): alpha},
+    )
 
 
 def _with_starts(
-    clip: Clip, file: AdapterFile, settings: LoraConfig, weights: dict[Site, tuple[Tensor, Tensor]]
-) -> tuple[LoraConfig, dict[Site, tuple[Tensor, Tensor]]]:
+    clip: Clip, file: AdapterFile, settings: LoraConfig, parts: dict[Site, dict[str, Tensor]]
+) -> tuple[LoraConfig, dict[Site, dict[str, Tensor]]]:
     """PEFT's PiSSA: s·(B·A - B₀·A₀) beside a base that is as it was."""
-    refs, scales = clip.site_refs, file.scales
-    ranks, alphas, both = {}, {}, dict(weights)
+    refs, scales, both = clip.site_refs, file.scales, dict(parts)
     for site, (a, b) in file.weights.items():
-        layer = LoraLayer(refs[site], a.shape[0], scales[site] * a.shape[0])
-        start_on_base(layer, site_weight(clip.model, refs[site]).cpu())
+        layer = PlainLora(refs[site], a.shape[0], scales[site] * a.shape[0])
+        initialize_from_base(layer, site_weight(clip.model, refs[site]).cpu())
         assert layer.lora_start_A is not None
         assert layer.lora_start_B is not None
-        both[site] = (torch.cat([a, layer.lora_start_A]), torch.cat([b, -layer.lora_start_B], dim=1))
-        ranks[str(site)] = r = 2 * a.shape[0]
-        alphas[str(site)] = scales[site] * (math.sqrt(r) if settings.use_rslora else r)
-    patterns = ({**settings.rank_pattern, **ranks}, {**settings.alpha_pattern, **alphas})
-    return replace(settings, rank_pattern=patterns[0], alpha_pattern=patterns[1]), both
+        doubled = (torch.cat([a, layer.lora_start_A]), torch.cat([b, -layer.lora_start_B], dim=1))
+        both[site] = {**parts[site], **dict(zip(("lora_A", "lora_B"), doubled, strict=True))}
+        settings = _with_scale(settings, site, 2 * a.shape[0], scales[site])
+    return settings, both
 
 
 def _full_rank(change: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +156,8 @@ def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
     adapter.settings, adapter.origin = file.settings, str(file.path.resolve())
     refs, norms = clip.site_refs, clip.family.norms(clip.model)
     with torch.no_grad():
-        for site, (a, b) in file.weights.items():
-            layer = adapter.layers[site]
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
-            if layer.lora_magnitude is not None and site in file.magnitudes:
-                layer.lora_magnitude.copy_(file.magnitudes[site])
-            else:
-                layer.reset_magnitude(site_weight(clip.model, refs[site]))
+        for site, parts in file.parts.items():
+            adapter.layers[site].restore(parts, site_weight(clip.model, refs[site]))
         for path, whole in file.biases.items():
             place = None if path in adapter.norms else path_site(path)
             own = adapter.norms[path].lora_bias if place is None else adapter.layers[place].lora_bias
@@ -173,17 +170,17 @@ def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
 
 
 def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> None:
-    for site, (a, b) in file.weights.items():
-        ref = _required(refs, site, file)
-        wanted = ref.lora_shapes(a.shape[0])
-        if (tuple(a.shape), tuple(b.shape)) != wanted:
+    kind = variant_of(file.settings)
+    check_variant(file.settings, [_required(refs, site, file) for site in file.parts])
+    for site, parts in file.parts.items():
+        wanted = kind.part_shapes(refs[site], file.ranks[site])
+        if {name: tuple(tensor.shape) for name, tensor in parts.items()} != wanted:
             raise AdapterError(
-                f"{file.path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where this model needs "
-                f"{wanted[0]}, {wanted[1]}; load the base it was made for"
+                f"{file.path}: {site} has {told_shapes(parts)} where this model needs "
+                f"{', '.join(map(str, wanted.values()))}; load the base it was made for"
             )
     shapes: list[tuple[Site, Tensor, tuple[int, ...]]] = [
-        (site, tensor, (_outputs(_required(refs, site, file)),))
-        for site, tensor in (*file.magnitudes.items(), *file.offsets.items())
+        (site, tensor, (outputs_of(_required(refs, site, file)),)) for site, tensor in file.offsets.items()
     ]
     shapes += [(site, tensor, _required(refs, site, file).shape) for site, tensor in file.full.items()]
     for site, tensor, shape in shapes:
@@ -192,7 +189,7 @@ def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> No
                 f"{file.path}: {site} has {tuple(tensor.shape)} where this model needs {shape}; load the "
                 "base it was made for"
             )
-    missing = missing_sites(file.config, (*file.weights, *file.full), refs, file.path_prefix)
+    missing = missing_sites(file.config, (*file.parts, *file.full), refs, file.path_prefix)
     if missing:
         raise AdapterError(
             f"{file.path} lacks {len(missing)} of its target sites, {some(missing)}: "
@@ -206,10 +203,6 @@ def _required(refs: dict[Site, SiteRef], site: Site, file: AdapterFile) -> SiteR
     if site not in refs:
         raise AdapterError(f"{file.path}: this model has no site {site}; load the base it was made for")
     return refs[site]
-
-
-def _outputs(ref: SiteRef) -> int:
-    return ref.shape[1] if ref.kind in ("embedding", "table") else ref.shape[0]
 
 
 def _check_biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> None:
@@ -235,7 +228,7 @@ def _biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> Iterato
     everywhere = file.settings.bias == "all"
     for site, ref in refs.items():
         bias = site_bias(clip.model, ref)
-        if bias is not None and (everywhere or site in file.weights):
+        if bias is not None and (everywhere or site in file.parts):
             yield site_path(site), bias
     for path, norm in clip.family.norms(clip.model).items():
         if everywhere and norm.bias is not None:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.errors import AdapterError
+from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.files import atomic_path
+from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.variants import check_variant
 from clipgraft.readers import placeholder
 from clipgraft.writing import size_of
 
@@ -37,6 +39,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise AdapterError(f"{path} holds no named weights: it is no adapter; check the path")
     return value
+
+
+def lora_config(path: Path, **values: Any) -> LoraConfig:
+    """The options that a file says; raises AdapterError for values that none has."""
+    try:
+        config = LoraConfig(**values)
+        check_variant(config)
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {error}: save the adapter again") from error
+    return config
 
 
 def _check_archive(path: Path) -> None:

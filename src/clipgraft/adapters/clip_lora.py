@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile, pairs
 from clipgraft.adapters.checkpoint import (
     as_weight,
+    lora_config,
     mapping,
     number,
     paired,
@@ -30,8 +31,7 @@ from clipgraft.adapters.checkpoint import (
     text,
 )
 from clipgraft.adapters.uniform import KEY, Uniform, extras, rescaled, uniform, with_extras
-from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.config import LoraConfig, check_settings
+from clipgraft.errors import AdapterError
 from clipgraft.models.sites import TOWERS, Site, Tower
 
 _ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "out"}
@@ -89,22 +89,19 @@ def clip_lora_adapter(
     }
     if not weights:
         raise AdapterError(f"{path} holds no LoRA weights: it is no adapter; check the path")
-    settings = LoraConfig(
+    settings = lora_config(
+        path,
         r=rank(metadata, path),
         alpha=number(metadata, "alpha", path),
         dropout=number(metadata, "dropout_rate", path, 0.0),
         targets=",".join(map(str, weights)),
         use_rslora=True,
     )
-    try:
-        check_settings(settings, (), ())
-    except ConfigError as error:
-        raise AdapterError(f"{path}: {error}: save the adapter again") from error
     odd = [str(site) for site, (a, _) in weights.items() if a.shape[0] != settings.r]
     if odd:
         raise AdapterError(f"{path}: {some(odd)} have another rank than the {settings.r} of its metadata")
     base = {"name": "", "pretrained": "", "family": "open_clip"}
-    return with_extras(AdapterFile(path, weights, settings, base=base), data)
+    return with_extras(AdapterFile(path, pairs(weights), settings, base=base), data)
 
 
 def _layers(weights: Mapping[str, Any], path: Path) -> list[_Layer]:

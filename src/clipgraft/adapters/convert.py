@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, as_adapter, write_adapter
+from clipgraft.adapters.adapter_file import AdapterFile, as_adapter, pairs, write_adapter
 from clipgraft.adapters.checkpoint import read_checkpoint
 from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
 from clipgraft.adapters.diffusion import read_diffusion, trainer_of
@@ -101,7 +101,7 @@ def _read_folder(path: Path, name: str | None, peft_out_proj: OutProj | None) ->
         return as_adapter(contents)
     weights, settings = read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
     base = named_base(contents.config, "open_clip")
-    return AdapterFile(contents.folder, weights, settings, base=base)
+    return AdapterFile(contents.folder, pairs(weights), settings, base=base)
 
 
 def _detect_file(data: Mapping[str, Any], path: Path) -> Format:

@@ -22,9 +22,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile
-from clipgraft.adapters.checkpoint import as_weight, number, paired, some
-from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.config import LoraConfig, check_settings
+from clipgraft.adapters.adapter_file import pairs as parts_of
+from clipgraft.adapters.checkpoint import as_weight, lora_config, number, paired, some
+from clipgraft.errors import AdapterError
 from clipgraft.models.hf import path_site
 from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, read_weights
@@ -227,7 +227,8 @@ def _adapter(path: Path, encoder: _Encoder, alphas: Mapping[Site, float]) -> Ada
     weights = dict(sorted(pairs.items(), key=lambda item: item[0].order))
     ranks = {site: a.shape[0] for site, (a, _) in weights.items()}
     r, alpha = _most(ranks.values()), _most(alphas[site] for site in weights)
-    settings = LoraConfig(
+    settings = lora_config(
+        path,
         r=int(r),
         alpha=alpha,
         dropout=0.0,
@@ -235,12 +236,8 @@ def _adapter(path: Path, encoder: _Encoder, alphas: Mapping[Site, float]) -> Ada
         rank_pattern={str(site): n for site, n in ranks.items() if n != r},
         alpha_pattern={str(site): alphas[site] for site in weights if alphas[site] != alpha},
     )
-    try:
-        check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())
-    except ConfigError as error:
-        raise AdapterError(f"{path}: {error}: save the adapter again") from error
     base = {"name": "", "pretrained": "", "family": "transformers"}
-    return AdapterFile(path, weights, settings, base=base)
+    return AdapterFile(path, parts_of(weights), settings, base=base)
 
 
 def _most(values: Any) -> Any:

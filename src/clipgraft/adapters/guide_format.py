@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile, pairs
 from clipgraft.adapters.checkpoint import (
     as_weight,
+    lora_config,
     mapping,
     number,
     paired,
@@ -29,8 +30,8 @@ from clipgraft.adapters.checkpoint import (
     text,
 )
 from clipgraft.adapters.uniform import KEY, Weights, extras, plain, uniform, with_extras
-from clipgraft.errors import AdapterError, ConfigError, TargetError
-from clipgraft.lora.config import LoraConfig, check_settings
+from clipgraft.errors import AdapterError, TargetError
+from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.targets import override_values
 from clipgraft.models import hf, openclip
 from clipgraft.models.family import is_lora
@@ -65,13 +66,13 @@ def guide_adapter(data: Mapping[str, Any], path: Path) -> AdapterFile:
         "pretrained": text(config, "pretrained"),
         "family": family,
     }
-    adapter = AdapterFile(path, weights, _settings(weights, config, state, path), base=base)
+    adapter = AdapterFile(path, pairs(weights), _settings(weights, config, state, path), base=base)
     if KEY in data:
         return with_extras(adapter, data)
     # The guide's runs train the temperature with the rest; clipgraft's say whether they did.
     trained = config.get("train_logit_scale", True)
     scale = _temperature(state) if trained else None
-    settings = replace(adapter.settings, train_logit_scale=scale is not None)
+    settings = adapter.settings.replace(train_logit_scale=scale is not None)
     return replace(adapter, settings=settings, logit_scale=scale)
 
 
@@ -110,7 +111,8 @@ def _settings(
     try:
         ranks = override_values(sites, list(weights), _pattern(config, "rank_pattern", path))
         alphas = override_values(sites, list(weights), _pattern(config, "alpha_pattern", path))
-        settings = LoraConfig(
+        settings = lora_config(
+            path,
             r=r,
             alpha=alpha,
             dropout=number(config, "dropout", path, 0.0),
@@ -119,8 +121,7 @@ def _settings(
             rank_pattern={str(site): int(value) for site, value in ranks.items() if value != r},
             alpha_pattern={str(site): value for site, value in alphas.items() if value != alpha},
         )
-        check_settings(settings, settings.rank_pattern.values(), settings.alpha_pattern.values())
-    except (ConfigError, TargetError) as error:
+    except TargetError as error:
         raise AdapterError(f"{path}: {error}: save the adapter again") from error
     for site, (a, b) in weights.items():
         if a.shape[0] != settings.rank_pattern.get(str(site), r):

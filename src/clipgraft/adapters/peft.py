@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.adapters.checkpoint import number, rank, shown, some
+from clipgraft.adapters.checkpoint import lora_config, number, rank, shown, some
 from clipgraft.adapters.patterns import Matches, PatternError, end_of_path, targeted
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.layers import LoraLayer, Parts
+from clipgraft.lora.plain import PlainLora
+from clipgraft.lora.variants import variant_in_peft, variant_of
 from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import Site
 
 _PREFIX = "base_model.model."
+_SHARED_PREFIX = "base_model."
 _BARE = ("encoder.", "embeddings.", "final_layer_norm.", "post_layernorm.", "pre_layrnorm.")
 _TEXT, _VISION = "text_model.", "vision_model."
 _TOWER_CLASSES = {
@@ -40,12 +44,6 @@ _OWN_MODULES = {
         "pre_layrnorm.",
     ),
 }
-_EMBEDDINGS = ("token_embedding", "position_embedding")
-_NAME = re.compile(
-    r"(?P<path>.+?)\.(?:lora_embedding_(?P<table>[AB])|lora_(?P<part>[AB])\.weight"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|lora_B\.(?P<offset>bias)"
-    r"|(?:base_layer\.)?(?P<own>weight|bias))"
-)
 
 
 @dataclass(frozen=True)
@@ -53,32 +51,29 @@ class Tensors:
     """What `adapter_model.safetensors` holds, by what it is for.
 
     Attributes:
-        weights: A and B by site.
-        magnitudes: (out,) of DoRA by site.
+        parts: what the variant stores, by site and attribute name.
+        shared: what the variant stores for all sites together, by name.
         offsets: (out,) by site, biases of B, which the scale acts on.
         biases: (out,) whole biases by the path of their module.
         full: whole weights, (out, in), of modules that were saved as they are.
     """
 
-    weights: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    magnitudes: dict[Site, Tensor] = field(default_factory=dict)
+    parts: dict[Site, dict[str, Tensor]] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[Site, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     full: dict[Site, Tensor] = field(default_factory=dict)
 
 
-def name_tensors(tensors: Tensors) -> dict[str, Tensor]:
+def name_tensors(tensors: Tensors, kind: type[LoraLayer]) -> dict[str, Tensor]:
     """`adapter_model.safetensors`: the same under PEFT's names; offsets and whole weights are not written."""
     named: dict[str, Tensor] = {}
-    for site, pair in tensors.weights.items():
-        stem = f"{_PREFIX}{site_path(site)}"
-        table = site.role in _EMBEDDINGS
-        for part, tensor in zip("AB", pair, strict=True):
-            named[f"{stem}.lora_embedding_{part}" if table else f"{stem}.lora_{part}.weight"] = tensor
-    for site, magnitude in tensors.magnitudes.items():
-        shaped = magnitude.view(1, -1, 1, 1) if site.role == "patch_embedding" else magnitude
-        named[f"{_PREFIX}{site_path(site)}.lora_magnitude_vector"] = shaped
-    adapted = {site_path(site) for site in tensors.weights}
+    for site, parts in tensors.parts.items():
+        for name, suffix in kind.peft_names(site).items():
+            named[f"{_PREFIX}{site_path(site)}.{suffix}"] = kind.as_peft(name, parts[name], site)
+    for name, tensor in tensors.shared.items():
+        named[f"{_SHARED_PREFIX}{kind.peft_shared_names[name]}"] = tensor
+    adapted = {site_path(site) for site in tensors.parts}
     for path, bias in tensors.biases.items():
         named[f"{_PREFIX}{path}.{'base_layer.' if path in adapted else ''}bias"] = bias
     return named
@@ -119,12 +114,16 @@ def read_tensors(
             transformers.CLIPModel or are not what the configuration announces, one half of a pair is missing,
             or weights and configuration disagree.
     """
-    check_config(config, folder)
-    found, halves, surplus = Tensors(), dict[Site, dict[str, Tensor]](), []
+    kind, config = read_variant(config, folder)
+    found, surplus = Tensors(), []
     for name, tensor in tensors.items():
+        shared = name.removeprefix(_SHARED_PREFIX)
+        if shared in kind.peft_shared_names.values():
+            found.shared[next(own for own, peft in kind.peft_shared_names.items() if peft == shared)] = tensor
+            continue
         bare = name.removeprefix(_PREFIX)
         bare = f"{prefix}{bare}" if prefix and bare.startswith(_BARE) else bare
-        if not _sort(bare, tensor, config, found, halves):
+        if not _sort(bare, tensor, kind, config, found):
             surplus.append(name)
     if surplus:
         _check_saved(surplus, config, folder)
@@ -133,14 +132,10 @@ def read_tensors(
             f"adapter_config.json does not announce: {some([repr(name) for name in surplus])}; train it on "
             "that model, or drop them"
         )
-    single = [str(site) for site, parts in halves.items() if set(parts) != {"A", "B"}]
-    if single or not (halves or found.full):
-        raise AdapterError(
-            f"{folder} lacks A or B for {some(single) or 'every site'}: it is incomplete; save it again"
-        )
-    found.weights.update({site: (parts["A"], parts["B"]) for site, parts in halves.items()})
-    _check_whole(found, config, folder)
-    return found, read_settings(found.weights, config, folder, prefix)
+    if not (found.parts or found.full):
+        raise AdapterError(f"{folder} lacks the weights of every site: it is incomplete; save it again")
+    _check_whole(found, kind, config, folder)
+    return found, read_settings(kind, found.parts, config, folder, prefix)
 
 
 def _check_saved(surplus: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
@@ -158,46 +153,52 @@ def _check_saved(surplus: Sequence[str], config: Mapping[str, Any], folder: Path
 
 
 def _sort(
-    name: str,
-    tensor: Tensor,
-    config: Mapping[str, Any],
-    found: Tensors,
-    halves: dict[Site, dict[str, Tensor]],
+    name: str, tensor: Tensor, kind: type[LoraLayer], config: Mapping[str, Any], found: Tensors
 ) -> bool:
     """Put a tensor where it belongs; False if it belongs nowhere."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return False
-    path, site = match["path"], _site_or_none(match["path"])
-    if match["own"] == "bias":
-        found.biases[path] = tensor
-        return bool(config.get("bias") not in (None, "none"))
-    if site is None:
-        return False
-    if match["own"] == "weight":
-        found.full[site] = tensor
-        return any(f".{path}".endswith(f".{kept}") for kept in config.get("modules_to_save") or ())
-    if match["magnitude"]:
-        found.magnitudes[site] = tensor.flatten()
-        return bool(config.get("use_dora"))
-    if match["offset"]:
-        found.offsets[site] = tensor
-        return bool(config.get("lora_bias"))
-    halves.setdefault(site, {})[match["table"] or match["part"]] = tensor
-    return (site.role in _EMBEDDINGS) == bool(match["table"])
+    for dots in (1, 2):  # q_proj.bias, q_proj.lora_A.weight
+        path, *rest = name.rsplit(".", dots)
+        suffix, site = ".".join(rest), _site_or_none(path)
+        own = suffix.removeprefix("base_layer.")
+        if (
+            own == "bias"
+            and (site is not None or dots == 1)
+            and not path.endswith((".base_layer", ".lora_B"))
+        ):
+            found.biases[path] = tensor
+            return bool(config.get("bias") not in (None, "none"))
+        if site is None:
+            continue
+        if own == "weight":
+            found.full[site] = tensor
+            return any(f".{path}".endswith(f".{kept}") for kept in config.get("modules_to_save") or ())
+        if suffix == "lora_B.bias":
+            found.offsets[site] = tensor
+            return bool(config.get("lora_bias"))
+        # Older versions of PEFT write vectors as the weight of a module.
+        names = {peft: part for part, peft in kind.peft_names(site).items()}
+        part = names.get(suffix) or names.get(suffix.removesuffix(".weight"))
+        if part is not None:
+            found.parts.setdefault(site, {})[part] = kind.from_peft(part, tensor)
+            return True
+    return False
 
 
-def _check_whole(found: Tensors, config: Mapping[str, Any], folder: Path) -> None:
+def _check_whole(found: Tensors, kind: type[LoraLayer], config: Mapping[str, Any], folder: Path) -> None:
     """Refuse adapters that lack a part which their configuration announces; PEFT only warns."""
-    lacking = [f"{site} (lora_magnitude_vector)" for site in found.weights if site not in found.magnitudes]
-    lacking = lacking if config.get("use_dora") else []
+    lacking = [
+        f"{site} ({suffix})"
+        for site, parts in found.parts.items()
+        for part, suffix in kind.peft_names(site).items()
+        if part not in parts
+    ]
     if config.get("lora_bias"):
-        lacking += [f"{site} (lora_B.bias)" for site in found.weights if site not in found.offsets]
-    stray = [str(site) for site in (*found.magnitudes, *found.offsets) if site not in found.weights]
-    twice = [str(site) for site in found.full if site in found.weights]
+        lacking += [f"{site} (lora_B.bias)" for site in found.parts if site not in found.offsets]
+    stray = [str(site) for site in found.offsets if site not in found.parts]
+    twice = [str(site) for site in found.full if site in found.parts]
     for sites, fault in (
         (lacking, "lacks weights of"),
-        (stray, "has magnitudes or biases, but no A and B, for"),
+        (stray, "has biases of B, but no A and B, for"),
         (twice, "has both a whole weight and an update for"),
     ):
         if sites:
@@ -241,23 +242,18 @@ def config_json(settings: LoraConfig, sites: Iterable[Site], base_name: str) -> 
     The patterns of the settings are by `str(site)`.
     """
     known = list(sites)
+    own = variant_of(settings).peft_config(settings)
+    patterns: dict[str, Any] = {
+        key: _by_path(own[key], known) for key in ("rank_pattern", "alpha_pattern") if key in own
+    }
     return {
-        "peft_type": "LORA",
+        **own,
+        **patterns,
         "task_type": None,
         "auto_mapping": {"base_model_class": "CLIPModel", "parent_library": _CLIP_MODULE},
         "base_model_name_or_path": base_name.removeprefix("hf:") or None,
         "inference_mode": True,
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.use_rslora,
-        "use_dora": settings.use_dora,
-        "bias": settings.bias,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
         "target_modules": [site_path(site) for site in known],
-        "rank_pattern": _by_path(settings.rank_pattern, known),
-        "alpha_pattern": _by_path(settings.alpha_pattern, known),
     }
 
 
@@ -297,16 +293,23 @@ def named_base(config: Mapping[str, Any], family: str) -> dict[str, str]:
     return {"name": name, "pretrained": "", "family": family}
 
 
-def check_config(config: Mapping[str, Any], folder: Path, *, plain: bool = False) -> None:
-    """Refuse what computes otherwise than A, B and this package's options tell; raises AdapterError.
+def read_variant(
+    config: Mapping[str, Any], folder: Path, *, plain: bool = False
+) -> tuple[type[LoraLayer], dict[str, Any]]:
+    """The variant of an adapter, and its configuration in the keys of PEFT's LoRA.
 
-    With `plain` only W + s·B·A is taken.
+    Raises:
+        AdapterError: PEFT computes something else with it than the variant and this package's options tell;
+            with `plain`, something else than W + s·B·A.
     """
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{folder} is of PEFT type {shown(config.get('peft_type'))}: clipgraft reads 'LORA'"
-        )
+    try:
+        kind, config = variant_in_peft(config)
+    except AdapterError as error:
+        raise AdapterError(f"{folder} is of PEFT type {shown(config.get('peft_type'))}: {error}") from error
     used = [key for key in (*_UNSUPPORTED, *(_NOT_PLAIN if plain else ())) if config.get(key)]
+    if not issubclass(kind, PlainLora):
+        used += [key for key in ("modules_to_save", "lora_bias") if config.get(key)]
+        used += [f"peft_type={shown(config['peft_type'])}"] if plain else []
     if config.get("bias") not in (None, "none") and (plain or config["bias"] not in ("lora_only", "all")):
         used.append(f"bias={shown(config['bias'])}")
     start = config.get("init_lora_weights")
@@ -316,6 +319,7 @@ def check_config(config: Mapping[str, Any], folder: Path, *, plain: bool = False
         raise AdapterError(
             f"{folder} uses {', '.join(used)}, which clipgraft does not read: make it plain LoRA with PEFT"
         )
+    return kind, config
 
 
 class Rules:
@@ -345,33 +349,45 @@ class Rules:
 
 
 def read_settings(
-    weights: Mapping[Site, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path, prefix: str = ""
+    kind: type[LoraLayer],
+    parts: Mapping[Site, Parts],
+    config: Mapping[str, Any],
+    folder: Path,
+    prefix: str = "",
 ) -> LoraConfig:
-    """The settings that scale A and B; raises AdapterError if they do not fit them.
+    """The settings that scale stored tensors; raises AdapterError if they do not fit them.
 
-    `prefix` is what PEFT's module paths lacked of those of `CLIPModel`.
+    `config` is in the keys of PEFT's LoRA, and `prefix` is what PEFT's module paths lacked of those of
+    `CLIPModel`.
     """
     rules = Rules(config, folder)
-    found = {site: rules.of(site_path(site).removeprefix(prefix)) for site in weights}
+    found = {site: rules.of(site_path(site).removeprefix(prefix)) for site in parts}
     ranks, alphas = ({site: rule[part] for site, rule in found.items()} for part in (0, 1))
     _check_ranks(ranks, folder)
-    for site, (a, b) in weights.items():
-        if a.ndim < 2 or b.ndim < 2 or not a.shape[0] == b.shape[1] == ranks[site]:
+    for site, own in parts.items():
+        if kind.rank_of(own) != ranks[site]:
             raise AdapterError(
-                f"{folder}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where the configuration says "
+                f"{folder}: {site} has {told_shapes(own)} where the configuration says "
                 f"rank {ranks[site]}: the files are of two adapters; copy them together again"
             )
-    return LoraConfig(
+    return lora_config(
+        folder,
         r=rules.r,
         alpha=rules.alpha,
         dropout=rules.dropout,
-        targets=",".join(map(str, weights)),
+        targets=",".join(map(str, parts)),
         use_rslora=rules.use_rslora,
         rank_pattern={str(site): int(r) for site, r in ranks.items() if r != rules.r},
         alpha_pattern={str(site): a for site, a in alphas.items() if a != rules.alpha},
-        use_dora=bool(config.get("use_dora")),
+        variant=kind.variant,
+        variant_options=config.get("variant_options") or {},
         bias="lora_only" if config.get("lora_bias") else config.get("bias") or "none",
     )
+
+
+def told_shapes(parts: Parts) -> str:
+    """The shapes of stored tensors for a message."""
+    return ", ".join(f"{name.removeprefix('lora_')} {tuple(t.shape)}" for name, t in parts.items())
 
 
 def _check_ranks(ranks: Mapping[Site, float], folder: Path) -> None:

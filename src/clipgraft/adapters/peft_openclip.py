@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clipgraft.adapters.checkpoint import as_weight, paired, some
-from clipgraft.adapters.peft import Rules, check_config
+from clipgraft.adapters.checkpoint import as_weight, lora_config, paired, some
+from clipgraft.adapters.peft import Rules, read_variant
 from clipgraft.adapters.uniform import Weights
-from clipgraft.errors import AdapterError, ConfigError
-from clipgraft.lora.config import LoraConfig, check_settings
+from clipgraft.errors import AdapterError
+from clipgraft.lora.config import LoraConfig
 from clipgraft.models.openclip import path_site, split_path
 from clipgraft.models.sites import Site
 
@@ -75,7 +75,7 @@ def read_peft_openclip(
             than plain LoRA, names lie outside the model's sites, one half of a pair is missing, or weights
             and configuration disagree.
     """
-    check_config(config, folder, plain=True)
+    read_variant(config, folder, plain=True)
     rules = Rules(config, folder)
     modules = _modules(tensors, folder)
     inner = {module.inner for module in modules}
@@ -183,7 +183,8 @@ def _settings(
     alphas: Mapping[Site, float],
     folder: Path,
 ) -> LoraConfig:
-    settings = LoraConfig(
+    return lora_config(
+        folder,
         r=rules.r,
         alpha=rules.alpha,
         dropout=rules.dropout,
@@ -192,8 +193,3 @@ def _settings(
         rank_pattern={str(site): r for site, r in ranks.items() if r != rules.r},
         alpha_pattern={str(site): alpha for site, alpha in alphas.items() if alpha != rules.alpha},
     )
-    try:
-        check_settings(settings, ranks.values(), alphas.values())
-    except ConfigError as error:
-        raise AdapterError(f"{folder}: {error}: save the adapter again") from error
-    return settings

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, site_scale, site_scales
+from clipgraft.adapters.adapter_file import AdapterFile, pairs, site_scale, site_scales
 from clipgraft.adapters.checkpoint import mapping, number, shown, text
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
@@ -41,7 +41,7 @@ class Uniform:
 def uniform(weights: Mapping[Site, tuple[Tensor, Tensor]], settings: LoraConfig) -> Uniform:
     """Linear weights brought to their largest rank and their most frequent scale."""
     r = max(a.shape[0] for a, _ in weights.values())
-    scales = site_scales(weights, settings)
+    scales = site_scales({site: a.shape[0] for site, (a, _) in weights.items()}, settings)
     common = Counter(scales.values()).most_common(1)[0][0]
     padded = {site: _pad(a, b, r) for site, (a, b) in weights.items()}
     return Uniform({site: (a, fold(b, scales[site] / common)) for site, (a, b) in padded.items()}, r, common)
@@ -102,8 +102,8 @@ def with_extras(adapter: AdapterFile, data: Mapping[str, Any]) -> AdapterFile:
     targets = text(record, "targets") or settings.targets
     return replace(
         adapter,
-        weights=weights,
-        settings=replace(settings, targets=targets, train_logit_scale=scale is not None),
+        parts=pairs(weights),
+        settings=settings.replace(targets=targets, train_logit_scale=scale is not None),
         base={key: text(base, key) or adapter.base.get(key, "") for key in ("name", "pretrained", "family")},
         fingerprint=fingerprint,
         logit_scale=scale,
@@ -125,7 +125,7 @@ def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, Any]) -> tuple[Weights,
         scale = site_scale(settings, site, a.shape[0])
         rank_pattern[str(site)] = r
         alpha_pattern[str(site)] = scale * (math.sqrt(r) if settings.use_rslora else r)
-    return weights, replace(settings, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    return weights, settings.replace(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
 
 
 def _is_padding(a: Tensor, b: Tensor, r: int) -> bool:

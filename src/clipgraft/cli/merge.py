@@ -48,7 +48,7 @@ def run_merge(argv: Sequence[str]) -> None:
         name = name_after(file.path, amounts)
         put_on(clip, file, name, force=spec.force)
         amounts[name] = weight
-        log.info("%s: %s, %d sites, weight %g", name, file.path, len(file.weights), weight)
+        log.info("%s: %s, %d sites, weight %g", name, file.path, len(file.parts), weight)
     if spec.to == "adapter":
         _write_sum(clip, amounts, spec)
     else:
@@ -163,11 +163,11 @@ def run_convert(argv: Sequence[str]) -> None:
 
 def _describe(adapter: AdapterFile, kind: str) -> str:
     """Describe an adapter in one line: format, number of sites, ranks, scales and base."""
-    ranks = sorted({a.shape[0] for a, _ in adapter.weights.values()})
+    ranks = sorted(set(adapter.ranks.values()))
     scales = sorted(set(adapter.scales.values()))
     base = " / ".join(part for key in ("name", "pretrained") if (part := adapter.base.get(key)))
     return (
-        f"{kind}: {adapter.path}, {len(adapter.weights)} sites, rank {_span(ranks)}, scale {_span(scales)}, "
+        f"{kind}: {adapter.path}, {len(adapter.parts)} sites, rank {_span(ranks)}, scale {_span(scales)}, "
         f"base {base or 'not named'}"
     )
 

@@ -119,7 +119,7 @@ def contradictions(clip: Clip, file: AdapterFile, lora: LoraFlags) -> list[str]:
     if lora.lora_target_modules is not None:
         targets = guide_targets(lora.lora_target_modules)
     if targets is not None:
-        wanted, there = set(select_sites(clip.sites, targets)), {*file.weights, *file.full}
+        wanted, there = set(select_sites(clip.sites, targets)), {*file.parts, *file.full}
         if wanted != there:
             name = "--lora-targets" if lora.lora_target_modules is None else "--lora-target-modules"
             differing.append(f"{name}: {len(wanted)} sites (it has {len(there)}: {file.settings.targets})")
@@ -147,9 +147,9 @@ def attach_start(clip: Clip, path: Path, lora: LoraFlags, where: RunFlags) -> No
             f"this one's is {clip.fingerprint}: name its own base with --model"
         )
     if "lora_dropout" in lora.model_fields_set:
-        file = replace(file, settings=replace(file.settings, dropout=lora.lora_dropout))
+        file = replace(file, settings=file.settings.replace(dropout=lora.lora_dropout))
     put_on(clip, file, "default")
-    rank, sites = file.settings.r, len(file.weights)
+    rank, sites = file.settings.r, len(file.parts)
     log.info("starting from %s: LoRA r=%d on %d sites (%s)", path, rank, sites, file.settings.targets)
 
 

@@ -3,8 +3,8 @@
     y = x·Wᵀ + b + (m ⊙ x)·Aᵀ·Bᵀ
 
 A stacks the A of every updated part (q, k and v share one product) and B is their block-diagonal, scale
-included; m is the dropout mask, shared by the parts. A frozen W has no gradient and no copy of x. What DoRA
-and trained biases make of y is said by one factor and one addend for each output.
+included; m is the dropout mask, shared by the parts. A frozen W has no gradient and no copy of x. What
+variants that rescale, and trained biases, make of y is one factor and one addend for each output.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ class Update:
 
 def frozen_linear(x: Tensor, frozen: FrozenWeight, updates: list[Update]) -> Tensor:
     """(N, in) -> (N, out) through a frozen map, in the type of `x`."""
-    mask, slots, factors = _low_rank(x, updates)
-    y: Tensor = _FrozenLinear.apply(x, frozen, mask, slots, *factors)
+    mask, spans, factors = _low_rank(x, updates)
+    y: Tensor = _FrozenLinear.apply(x, frozen, mask, spans, *factors)
     return rescale(y, updates)
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
     """The same through a map whose weights may train, in steps that autograd differentiates."""
     y = F.linear(x, weight, bias)
-    mask, slots, factors = _low_rank(x, updates)
-    if slots:
-        a, b = stack(factors, slots, weight.shape[0], x.dtype)
+    mask, spans, factors = _low_rank(x, updates)
+    if spans:
+        a, b = stack(factors, spans, weight.shape[0], x.dtype)
         y = y + F.linear(F.linear(x if mask is None else masked(x, mask), a), b)
     return rescale(y, updates)
 
 
 def rescale(y: Tensor, updates: list[Update]) -> Tensor:
-    """(N, out) with DoRA's factors on all but the bias, and what trained biases add."""
+    """(N, out) times what variants rescale by, all but the bias, plus trained biases."""
     if all(update.layer.is_plain for update in updates):
         return y
     factors, addends = [], []
@@ -76,36 +76,37 @@ def rescale(y: Tensor, updates: list[Update]) -> Tensor:
 def _rescaling(update: Update) -> tuple[Tensor, Tensor]:
     """One factor and one addend for each output, or for all, fp32."""
     layer, offset = update.layer, update.part.offset
-    factor = addend = torch.zeros(1, device=layer.lora_A.device)
-    if layer.lora_magnitude is None:
+    weight = update.part.matrix
+    factor = addend = torch.zeros(1, device=weight.device)
+    if not layer.rescales:
         factor = factor + 1
     else:
-        factor = layer.scale(update.part.matrix)
+        factor = layer.rescale(weight)
         if offset is not None:
             addend = offset.float() * (1 - factor)
     return factor, addend if layer.lora_bias is None else addend + layer.lora_bias
 
 
-Slot = tuple[slice, int, float]
+FactorSpan = tuple[slice, int, float]
 """Rows of the output, rank, and scale of one update."""
 
 
-def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[Slot], list[Tensor]]:
+def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[FactorSpan], list[Tensor]]:
     """The dropout mask, and A and B of every update."""
-    slots, factors = low_rank_factors(updates)
-    if not slots or not updates[0].layer.dropout or not updates[0].layer.training:
-        return None, slots, factors
+    spans, factors = low_rank_factors(updates)
+    if not spans or not updates[0].layer.dropout or not updates[0].layer.training:
+        return None, spans, factors
     mask, kept = random_mask(x, updates[0].layer.dropout)
-    return mask, [(rows, r, scale / kept) for rows, r, scale in slots], factors
+    return mask, [(rows, r, scale / kept) for rows, r, scale in spans], factors
 
 
-def low_rank_factors(updates: list[Update]) -> tuple[list[Slot], list[Tensor]]:
+def low_rank_factors(updates: list[Update]) -> tuple[list[FactorSpan], list[Tensor]]:
     """A and B of every update that has some, (r, in) and (out, r) each, and where they act."""
     ranked = [update for update in updates if update.layer.r]
     factors = [f.flatten(1) for update in ranked for f in update.layer.factors()]
     ranks = [a.shape[0] for a in factors[0::2]]
-    slots = [(update.rows, r, update.layer.scaling) for update, r in zip(ranked, ranks, strict=True)]
-    return slots, factors
+    spans = [(update.rows, r, update.layer.scaling) for update, r in zip(ranked, ranks, strict=True)]
+    return spans, factors
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -113,12 +114,17 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: FrozenWeight, mask: Tensor | None, slots: list[Slot], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        frozen: FrozenWeight,
+        mask: Tensor | None,
+        spans: list[FactorSpan],
+        *factors: Tensor,
     ) -> Tensor:
-        ctx.frozen, ctx.slots = frozen, slots
+        ctx.frozen, ctx.spans = frozen, spans
         y = frozen.forward(x)
         if factors:
-            a, b = stack(list(factors), slots, frozen.shape[0], x.dtype)
+            a, b = stack(list(factors), spans, frozen.shape[0], x.dtype)
             # Only the dropped input is needed again.
             dropped = x if mask is None else masked(x, mask)
             low = F.linear(dropped, a)
@@ -129,7 +135,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = ctx.frozen.backward(grad) if ctx.needs_input_grad[0] else None
-        if not ctx.slots:
+        if not ctx.spans:
             return grad_x, None, None, None
         dropped, mask, low, a, b = ctx.saved_tensors
         grad_low = grad @ b
@@ -137,26 +143,28 @@ class _FrozenLinear(torch.autograd.Function):
             grad_x.addmm_(grad_low, a)
         elif grad_x is not None:
             grad_x += masked(grad_low @ a, mask)
-        return grad_x, None, None, None, *_factor_grads(ctx.slots, grad_low.T @ dropped, grad.T @ low)
+        return grad_x, None, None, None, *_factor_grads(ctx.spans, grad_low.T @ dropped, grad.T @ low)
 
 
-def _factor_grads(slots: list[Slot], grad_a: Tensor, grad_b: Tensor) -> list[Tensor]:
+def _factor_grads(spans: list[FactorSpan], grad_a: Tensor, grad_b: Tensor) -> list[Tensor]:
     """Gradients of each A and B out of those of the stacked ones, in at least fp32."""
     wide = torch.promote_types(grad_a.dtype, torch.float32)
     grads, column = [], 0
-    for rows, r, scale in slots:
+    for rows, r, scale in spans:
         columns = slice(column, column + r)
         grads += [grad_a[columns].to(wide), grad_b[rows, columns].to(wide) * scale]
         column += r
     return grads
 
 
-def stack(factors: list[Tensor], slots: list[Slot], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def stack(
+    factors: list[Tensor], spans: list[FactorSpan], out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """A of (Σr, in), and the block-diagonal B of (out, Σr) with the scales in it."""
     a = torch.cat(factors[0::2]).to(dtype)
     columns = [
         F.pad(factor * scale, (0, 0, rows.start, out - rows.stop))
-        for factor, (rows, _, scale) in zip(factors[1::2], slots, strict=True)
+        for factor, (rows, _, scale) in zip(factors[1::2], spans, strict=True)
     ]
     return a, torch.cat(columns, dim=1).to(dtype)
 

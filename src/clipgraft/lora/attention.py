@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgraft.lora.layers import LoraLayer, Slot
+from clipgraft.lora.layers import AdapterSlot, LoraLayer
 
 FUSED_ROLES = ("q", "k", "v", "out")
 _QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -58,7 +58,7 @@ def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
 def active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
     """The updates of an attention module that act, by role."""
     slots = {role: getattr(attention, f"lora_{role}", None) for role in FUSED_ROLES}
-    layers = {role: slot.current for role, slot in slots.items() if isinstance(slot, Slot)}
+    layers = {role: slot.current for role, slot in slots.items() if isinstance(slot, AdapterSlot)}
     return {role: layer for role, layer in layers.items() if layer is not None}
 
 

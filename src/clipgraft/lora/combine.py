@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from clipgraft.lora.control import set_adapter
 from clipgraft.lora.initialization import principal
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer
-from clipgraft.lora.merge import weight_change
+from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.state import Adapter, LoraState, check_name, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_weight
@@ -131,16 +131,12 @@ def _low_rank(state: LoraState, weights: Mapping[str, float], site: Site) -> dic
 
 def _sum(clip: Clip, state: LoraState, weights: Mapping[str, float], site: Site) -> tuple[Tensor, Tensor]:
     """A (R, in) and B (out, R) of the weighted sum at a site, its scale in B; convolutions flattened."""
-    parts = []
     weight = site_weight(clip.model, clip.site_refs[site])
-    for name, layer in _low_rank(state, weights, site).items():
-        if layer.lora_magnitude is None:
-            a, b = (factor.detach().flatten(1) for factor in layer.factors())
-            parts.append((a, b * (layer.scaling * weights[name])))
-        else:
-            change = layer.matrix(weight_change(layer, weight)).detach() * weights[name]
-            identity = torch.eye(min(change.shape), device=change.device)
-            parts.append((identity, change) if change.shape[1] <= change.shape[0] else (change, identity))
+    parts = [
+        (a, b * weights[name])
+        for name, layer in _low_rank(state, weights, site).items()
+        for a, b in (layer.change_factors(weight),)
+    ]
     return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
 
 
@@ -168,6 +164,7 @@ def _attach(
     with torch.no_grad():
         for site, (a, b) in factors.items():
             layer = combined.layers[site]
+            assert isinstance(layer, PlainLora)
             layer.lora_A.copy_(a.view(layer.lora_A.shape))
             layer.lora_B.copy_(b.view(layer.lora_B.shape))
         _sum_biases(combined, sources, weights)
@@ -176,8 +173,7 @@ def _attach(
                 if adapter.settings.train_logit_scale:
                     own = clip.logit_scale.data if adapter.logit_scale is None else adapter.logit_scale
                     combined.logit_scale += weights[given] * (own - state.base_scale)
-    combined.settings = replace(
-        settings,
+    combined.settings = settings.replace(
         rank_pattern=_others(ranks, settings.r),
         alpha_pattern=_others({site: float(r) for site, r in ranks.items()}, settings.alpha),
     )

@@ -4,58 +4,88 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from clipgraft.errors import ConfigError
+from pydantic import BeforeValidator, Field, model_validator
+
+from clipgraft.options import Alpha, AlphaPattern, Dropout, Options, RankPattern, Settings
 
 Bias = Literal["none", "lora_only", "all"]
-Start = Literal["default", "pissa", "eva"]
+Initialization = Literal["default", "pissa", "eva"]
+Variant = Literal["lora", "dora", "vera"]
 Task = Literal["classification", "retrieval"]
-_MOST_ALPHA = 1e9
 _SIZES = (10_000, 50_000, 100_000)
 _RANKS: dict[Task, tuple[int, ...]] = {"classification": (4, 8, 16, 32), "retrieval": (8, 16, 32, 64)}
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """What `apply_lora` was asked for, as adapter files record it."""
-
-    r: int = 16
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: str = "text-attention"
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    train_logit_scale: bool = False
-    use_dora: bool = False
-    bias: Bias = "none"
-    init: Start = "default"
+def _whole(value: Any) -> Any:
+    return "true" if value is True else value  # which is no number
 
 
-def check_settings(settings: LoraConfig, ranks: Iterable[int], alphas: Iterable[float]) -> None:
-    """Raise ConfigError, with all faults at once, if a rank, alpha or dropout is out of range."""
-    faults = [f"r must be a whole number from 1 up, got {r}" for r in (settings.r, *ranks) if not _is_rank(r)]
-    faults += [
-        f"alpha must be a positive number, got {alpha:g}"
-        if not alpha > _MOST_ALPHA
-        else f"alpha above {_MOST_ALPHA:g} takes updates out of the range of fp32, got {alpha:g}"
-        for alpha in (settings.alpha, *alphas)
-        if not 0 < alpha <= _MOST_ALPHA
-    ]
-    if not 0 <= settings.dropout < 1:
-        faults.append(f"dropout must be in [0, 1), got {settings.dropout:g}")
-    for name, allowed in (("bias", Bias), ("init", Start)):
-        if getattr(settings, name) not in allowed.__args__:  # type: ignore[attr-defined]
-            choices = ", ".join(allowed.__args__)  # type: ignore[attr-defined]
-            faults.append(f"{name} must be one of {choices}, got {getattr(settings, name)!r}")
-    if faults:
-        raise ConfigError("LoRA: " + "; ".join(dict.fromkeys(faults)))
+def _expression(value: Any) -> Any:
+    """A list of terms as one expression."""
+    return ",".join(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
-def _is_rank(r: object) -> bool:
-    return isinstance(r, int) and not isinstance(r, bool) and r >= 1
+class LoraConfig(Options):
+    """What an adapter is: what `apply_lora` takes, and what adapter files record.
+
+    `use_dora=True` says `variant="dora"`.
+    """
+
+    r: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = Field(16, description="rank of every update")
+    alpha: Alpha = Field(16, description="the update is scaled by alpha/r (default: r, a scale of 1)")
+    dropout: Dropout = Field(0.0, description="dropout on the adapter path, in training alone")
+    targets: Annotated[str, BeforeValidator(_expression)] = Field(
+        "text-attention", description="target set or sites, e.g. text-attention or text.*.q,v"
+    )
+    variant: Variant = Field(
+        "lora",
+        description="lora, dora (trains a magnitude of each output beside the direction) or vera (trains two "
+        "vectors a site between random matrices that all sites share)",
+    )
+    variant_options: Settings = Field(
+        {}, description="of the variant alone, KEY=VALUE: projection_prng_key, save_projection, d_initial"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
+    bias: Bias = Field("none", description="biases to train too: of the adapted sites, or all")
+    init: Initialization = Field(
+        "default", description="start on random directions, on the base's principal ones, or on the data's"
+    )
+    rank_pattern: RankPattern = Field({}, description="other ranks for some sites: text.0.*=4,text.11.*=32")
+    alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
+    train_logit_scale: bool = Field(False, description="train the temperature with the adapter")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """Alpha is r where it is left open; `use_dora` names the variant."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        use_dora = filled.pop("use_dora", None)
+        if use_dora is True and filled.get("variant", "dora") != "dora":
+            raise ValueError("`use_dora` and `variant` name two variants: give one of them")
+        if use_dora is True:
+            filled.setdefault("variant", "dora")
+        if filled.get("alpha") is None:
+            r = filled.get("r")
+            filled["alpha"] = r if isinstance(r, int | str) and str(r).isdecimal() and int(r) else 16
+        return filled
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the variant is DoRA."""
+        return self.variant == "dora"
+
+    def record(self) -> dict[str, Any]:
+        """The options as files and runs record them; `variant` stands in records of VeRA and later ones."""
+        values = self.model_dump()
+        variant, options = values.pop("variant"), values.pop("variant_options")
+        values["use_dora"] = self.use_dora
+        if variant not in ("lora", "dora"):
+            values |= {"variant": variant, "variant_options": options}
+        return values
 
 
 def auto_rank(samples: int, task: Task) -> tuple[int, str]:

@@ -1,6 +1,6 @@
-"""Where A and B start: on the base's principal directions, or on those of the data.
+"""Initialize A and B: on the base's principal directions, or on those of the data.
 
-By default an update starts at zero in random directions (`LoraLayer.reset_parameters`).
+By default an update starts at zero in random directions (`LoraLayer.make_parameters`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError
 from clipgraft.lora.layers import LoraLayer
+from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.state import Adapter, require_lora, require_unmerged
+from clipgraft.lora.variants import variant_of
 from clipgraft.models.clip import ClipLike, as_clip
 
 
-def start_on_base(layer: LoraLayer, weight: Tensor) -> None:
+def initialize_from_base(layer: LoraLayer, weight: Tensor) -> None:
     """PiSSA (Meng et al. 2024, arXiv:2404.02948): s·B·A starts as the best rank-r part of the base's W.
 
     There the base is replaced by what is left of it. Here the base stays as it is, and a frozen copy of the
     start is subtracted beside it: W' = W + s·(B·A - B₀·A₀), which is the same, an update of rank 2r, and all
     that a file needs.
     """
+    assert isinstance(layer, PlainLora)
     matrix = layer.matrix(weight.detach()).float()
     r = min(layer.r, *matrix.shape)
     u, s, v = principal(matrix, r)
@@ -68,6 +71,9 @@ def start_from_data(model: ClipLike, run: Callable[[], object]) -> int:
     clip = as_clip(model)
     require_unmerged(clip, "start an adapter from data")
     adapter = require_lora(clip).chosen()
+    kind = variant_of(adapter.settings)
+    if "eva" not in kind.initializations:
+        raise AdapterError(f"start_from_data sets A, which {kind.label} does not train")
     layers = _readers(adapter)
     if not is_new(adapter):
         raise AdapterError("this adapter has been trained already: start_from_data is for new ones")
@@ -83,6 +89,7 @@ def start_from_data(model: ClipLike, run: Callable[[], object]) -> int:
     if not moments:
         raise AdapterError("start_from_data: no batch went through the adapted tower; encode its own inputs")
     for layer, moment in moments.items():
+        assert isinstance(layer, PlainLora)
         directions = torch.linalg.eigh(moment).eigenvectors.flip(1).T[: layer.r]
         with torch.no_grad():
             layer.lora_A.zero_().flatten(1)[: len(directions)] = directions.to(layer.lora_A.dtype)
@@ -91,20 +98,12 @@ def start_from_data(model: ClipLike, run: Callable[[], object]) -> int:
 
 def is_new(adapter: Adapter) -> bool:
     """Whether an adapter's B are still zero, embeddings aside."""
-    return not any(bool(layer.lora_B.any()) for layer in _readers(adapter))
+    return not any(bool(layer.starts_at_zero.any()) for layer in _readers(adapter))
 
 
 def changes_nothing(adapter: Adapter) -> bool:
-    """Whether the updates of an adapter are still zero, whichever way it started."""
-    for layer in adapter.layers.values():
-        if not layer.r:
-            continue
-        if layer.lora_start_A is not None and layer.lora_start_B is not None:
-            if not (layer.lora_A.equal(layer.lora_start_A) and layer.lora_B.equal(layer.lora_start_B)):
-                return False
-        elif bool(layer.lora_A.any()) and bool(layer.lora_B.any()):
-            return False
-    return True
+    """Whether the updates of an adapter are still zero, whichever way it was initialized."""
+    return all(layer.adds_nothing for layer in adapter.layers.values() if layer.r)
 
 
 def _readers(adapter: Adapter) -> list[LoraLayer]:

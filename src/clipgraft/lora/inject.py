@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.attention import graft_attention, ungraft_attention
-from clipgraft.lora.config import Bias, LoraConfig, Start, check_settings
+from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.control import make_active
-from clipgraft.lora.initialization import start_on_base
-from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
+from clipgraft.lora.initialization import initialize_from_base
+from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer, Parts
 from clipgraft.lora.merge import restore
+from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.raw_parameters import (
     graft_projection,
     graft_table,
@@ -32,6 +33,7 @@ from clipgraft.lora.state import (
     require_unmerged,
 )
 from clipgraft.lora.targets import override_values, select_sites
+from clipgraft.lora.variants import check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight, submodule
 from clipgraft.models.rwlock import rwlock_of
@@ -41,65 +43,31 @@ _MOST_OVER = 4
 
 
 def apply_lora(
-    model: ClipLike,
-    r: int = 16,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    targets: str | Iterable[str] = "text-attention",
-    *,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    bias: Bias = "none",
-    init: Start = "default",
-    train_logit_scale: bool = False,
-    name: str = DEFAULT,
+    model: ClipLike, config: LoraConfig | None = None, *, name: str = DEFAULT, **options: Any
 ) -> int:
     """Freeze the base and attach a new adapter to the chosen sites, in place; it is the active one.
 
+    `apply_lora(clip, r=16, targets="linear-text")` is short for
+    `apply_lora(clip, LoraConfig(r=16, targets="linear-text"))`.
+
     Args:
         model: a `Clip`, or a raw open_clip or transformers model.
-        r: rank of every update.
-        alpha: scale numerator; None means r, a scale of 1.
-        dropout: probability on the adapter path, in training mode only.
-        targets: a target set or expression (`clipgraft.lora.targets`).
-        use_rslora: scale by α/√r instead of α/r.
-        use_dora: train a magnitude for each output beside the direction (arXiv:2402.09353).
-        rank_pattern: other ranks for some sites, `{"text.0.*": 4}`.
-        alpha_pattern: other alphas for some sites.
-        bias: which biases train too: `none`, `lora_only` (of the adapted sites), or `all` of both towers.
-        init: how A and B start: `default` without any effect; `pissa` on the base's principal directions
-            (arXiv:2404.02948), without effect but for rounding; `eva` as the default, until
-            `clipgraft.start_from_data` has seen data.
-        train_logit_scale: leave the temperature trainable too.
+        config: the options of the adapter.
         name: of the adapter, beside others that the model may carry.
+        options: fields of `LoraConfig`, in place of `config` or to change it.
 
     Returns:
         How many sites were adapted.
 
     Raises:
-        ConfigError: a rank, alpha or dropout out of range.
+        ConfigError: an option out of range, or one that the variant does not have.
         TargetError: targets or a pattern match nothing.
         AdapterError: the model already carries an adapter of that name, or others are merged into it.
     """
-    expression = targets if isinstance(targets, str) else ",".join(targets)
-    settings = LoraConfig(
-        r=r,
-        alpha=r if alpha is None else alpha,
-        dropout=dropout,
-        targets=expression,
-        use_rslora=use_rslora,
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
-        train_logit_scale=train_logit_scale,
-        use_dora=use_dora,
-        bias=bias,
-        init=init,
-    )
+    config = LoraConfig(**options) if config is None else config.replace(**options)
     clip = as_clip(model)
-    _check_ranks(clip, settings)
-    adapter = attach(clip, settings, name)
+    _check_ranks(clip, config)
+    adapter = attach(clip, config, name)
     return sum(layer.r > 0 for layer in adapter.layers.values())
 
 
@@ -128,12 +96,19 @@ def attach(
     *,
     activate: bool = True,
     fill: Callable[[Adapter], None] | None = None,
+    shared: Parts | None = None,
     replace: bool = False,
 ) -> Adapter:
     """`apply_lora` from settings; returns the new adapter.
 
-    It is the active one if that is asked for, or if it takes the place of the one that was. `fill` gives it
-    its weights before anybody sees it; `replace` lets it take the place of an older one of that name at once.
+    Args:
+        clip: the model.
+        settings: of the adapter.
+        name: of the adapter.
+        activate: make it the active one, which it also is where it replaces the active one.
+        fill: called to give it its weights before anybody sees it.
+        shared: stored tensors that all its sites share; by default they are made anew.
+        replace: let it take the place of an older one of that name at once.
     """
     check_name(name)
     with rwlock_of(clip.model).preparing():
@@ -144,7 +119,7 @@ def attach(
                 f"this model already carries LoRA named {name!r}: call remove_lora(model) before applying it "
                 "again, or give another name"
             )
-        adapter = _build(clip, settings)
+        adapter = _build(clip, settings, shared or {})
         if fill is not None:
             fill(adapter)
         with rwlock_of(clip.model).write():
@@ -159,34 +134,30 @@ def attach(
         return adapter
 
 
-def _build(clip: Clip, settings: LoraConfig) -> Adapter:
+def _build(clip: Clip, settings: LoraConfig, shared: Parts) -> Adapter:
     """New updates for the sites that the settings choose; the model is not touched."""
     refs = clip.site_refs
     chosen = select_sites(list(refs), settings.targets)
     ranks = override_values(list(refs), chosen, settings.rank_pattern)
     alphas = override_values(list(refs), chosen, settings.alpha_pattern)
-    check_settings(settings, ranks.values(), alphas.values())
-    adapter = Adapter(settings)
+    adapted = [refs[site] for site in chosen]
+    check_variant(settings, adapted)
+    variant = variant_of(settings)
+    adapter = Adapter(settings, shared=variant.make_shared(settings, adapted, shared))
     for site, ref in refs.items():
-        has_bias = settings.bias != "none" and site_bias(clip.model, ref) is not None
+        bias = settings.bias != "none" and site_bias(clip.model, ref) is not None
+        layer: LoraLayer
         if site in chosen:
-            rank, alpha = ranks.get(site, settings.r), alphas.get(site, settings.alpha)
-        elif settings.bias == "all" and has_bias:
-            rank, alpha = 0, 1.0
+            r, alpha = ranks.get(site, settings.r), alphas.get(site, settings.alpha)
+            layer = variant(ref, r, alpha, settings, bias=bias, shared=adapter.shared)
+        elif settings.bias == "all" and bias:
+            layer = PlainLora(ref, 0, 1.0, bias=True)
         else:
             continue
-        adapter.layers[site] = layer = LoraLayer(
-            ref,
-            rank,
-            alpha,
-            settings.dropout,
-            settings.use_rslora,
-            use_dora=settings.use_dora and rank > 0,
-            bias=has_bias,
-        ).to(clip.device)
-        if settings.init == "pissa" and rank:
-            start_on_base(layer, site_weight(clip.model, ref))
-        layer.reset_magnitude(site_weight(clip.model, ref))
+        adapter.layers[site] = layer.to(clip.device)
+        if settings.init == "pissa" and layer.r:
+            initialize_from_base(layer, site_weight(clip.model, ref))
+        layer.reset(site_weight(clip.model, ref))
     if settings.bias == "all":
         norms = clip.family.norms(clip.model)
         sizes = {path: norm.bias.numel() for path, norm in norms.items() if norm.bias is not None}
@@ -220,7 +191,7 @@ def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
         state.slots[str(site)].put(name, layer.train(clip.model.training))
     for path, bias in adapter.norms.items():
         if path not in state.slots:
-            state.slots[path] = norms[path].lora = Slot()
+            state.slots[path] = norms[path].lora = AdapterSlot()
             state.hooks[path] = norms[path].register_forward_hook(_add_bias)
         state.slots[path].put(name, bias)
     if adapter.settings.train_logit_scale and adapter.logit_scale is None:
@@ -229,7 +200,7 @@ def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
 
 
 def _graft(model: nn.Module, ref: SiteRef, state: LoraState) -> None:
-    host, slot = submodule(model, ref.module), Slot()
+    host, slot = submodule(model, ref.module), AdapterSlot()
     state.slots[str(ref.site)] = slot
     if ref.kind == "fused":
         setattr(host, f"lora_{ref.site.role}", slot)
@@ -244,7 +215,7 @@ def _graft(model: nn.Module, ref: SiteRef, state: LoraState) -> None:
 
 def _adapt(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     slot = host.lora
-    assert isinstance(slot, Slot)
+    assert isinstance(slot, AdapterSlot)
     layer = slot.current
     if layer is None:
         return output
@@ -255,7 +226,7 @@ def _adapt(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 
 def _add_bias(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     slot = host.lora
-    assert isinstance(slot, Slot)
+    assert isinstance(slot, AdapterSlot)
     layer = slot.current_bias
     return output if layer is None else output + layer.lora_bias.to(output.dtype)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
-from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import LoraState, Merged, require_lora, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
@@ -98,7 +97,7 @@ def _changes(clip: Clip, state: LoraState, weights: Mapping[str, float]) -> Iter
         weight, bias = site_weight(clip.model, ref), site_bias(clip.model, ref)
         yield (
             weight,
-            sum((w * weight_change(present[n], weight) for n, w in weights.items() if n in present), _zero),
+            sum((w * present[n].weight_change(weight) for n, w in weights.items() if n in present), _zero),
         )
         if bias is not None:
             moves = [
@@ -113,11 +112,3 @@ def _changes(clip: Clip, state: LoraState, weights: Mapping[str, float]) -> Iter
 
 
 _zero = torch.zeros(())
-
-
-def weight_change(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """W' - W in the canonical shape of the weight, fp32 or wider."""
-    if layer.lora_magnitude is None:
-        return layer.delta_weight()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return layer.folded(wide) - wide

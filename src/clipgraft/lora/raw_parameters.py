@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipgraft.lora.layers import Slot
+from clipgraft.lora.layers import AdapterSlot
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
@@ -20,7 +20,7 @@ class AdaptedProjection(nn.Module):
     can be on the adapter path, which no replacement of the weight could do.
     """
 
-    def __init__(self, weight: nn.Parameter, slot: Slot, position: int) -> None:
+    def __init__(self, weight: nn.Parameter, slot: AdapterSlot, position: int) -> None:
         """`position` is the Parameter's place among those of its host."""
         super().__init__()
         self.weight = weight
@@ -51,7 +51,7 @@ class AdaptedProjection(nn.Module):
 class AdaptedTable(nn.Module):
     """Parametrisation of a raw (rows, dim) position table: W', dropout not defined on positions."""
 
-    def __init__(self, slot: Slot, position: int) -> None:
+    def __init__(self, slot: AdapterSlot, position: int) -> None:
         """`position` is the table's place among the Parameters of its host."""
         super().__init__()
         self.lora = slot
@@ -62,7 +62,7 @@ class AdaptedTable(nn.Module):
         return weight if layer is None else layer.folded(weight)
 
 
-def graft_projection(host: nn.Module, name: str, slot: Slot) -> None:
+def graft_projection(host: nn.Module, name: str, slot: AdapterSlot) -> None:
     """Put an `AdaptedProjection` where the Parameter `name` of `host` is."""
     position = list(host._parameters).index(name)
     weight = host._parameters.pop(name)
@@ -78,7 +78,7 @@ def ungraft_projection(host: nn.Module, name: str) -> None:
     _move_to(host, name, adapted.position)
 
 
-def graft_table(host: nn.Module, name: str, slot: Slot) -> None:
+def graft_table(host: nn.Module, name: str, slot: AdapterSlot) -> None:
     """Let `host` read W' where it reads the Parameter `name`."""
     position = list(host._parameters).index(name)
     parametrize.register_parametrization(host, name, AdaptedTable(slot, position))

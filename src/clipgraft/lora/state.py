@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
-from clipgraft.lora.layers import BiasLayer, LoraLayer, Slot
+from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer
 from clipgraft.models.clip import Clip, ClipLike
 from clipgraft.models.sites import Site, Tower
 
@@ -28,6 +29,7 @@ class Adapter:
         settings: what was asked for.
         layers: its updates by site.
         norms: what it adds to the biases of layer norms, by their path in `transformers.CLIPModel`.
+        shared: what all its sites share, as its variant made it; None for nothing.
         logit_scale: its log temperature while it does not act; None while it does, or if it has none.
         origin: the file that its weights were loaded from; empty for a new one.
     """
@@ -35,6 +37,7 @@ class Adapter:
     settings: LoraConfig
     layers: dict[Site, LoraLayer] = field(default_factory=dict)
     norms: dict[str, BiasLayer] = field(default_factory=dict)
+    shared: Any = None
     logit_scale: Tensor | None = None
     origin: str = ""
 
@@ -85,7 +88,7 @@ class LoraState:
     enabled: bool = True
     scale_moved: bool = False
     merged: Merged | None = None
-    slots: dict[str, Slot] = field(default_factory=dict)
+    slots: dict[str, AdapterSlot] = field(default_factory=dict)
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
 
     @property

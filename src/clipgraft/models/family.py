@@ -117,7 +117,7 @@ def base_parameter(owner: nn.Module, name: str) -> Tensor:
 
 def is_lora(name: str) -> bool:
     """Whether a parameter name belongs to an adapter rather than to the base."""
-    return ".lora_" in f".{name}"
+    return any(part == "lora" or part.startswith("lora_") for part in name.split("."))
 
 
 def pooled_positions(tokens: Tensor, pooled_id: int) -> Tensor:

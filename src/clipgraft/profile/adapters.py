@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.convert import adapter_place, detect, read_any
 from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.variants import variant_of
 from clipgraft.models.export import size_on_disk
 
 
@@ -63,7 +67,7 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
     place = adapter_place(Path(path))
     form = detect(place)
     file = read_any(place, peft_out_proj="as-meant")
-    others = [*file.magnitudes.values(), *file.biases.values(), *file.offsets.values()]
+    others = [*file.shared.values(), *file.biases.values(), *file.offsets.values()]
     sites = tuple(_sites(file))
     return AdapterInspection(
         path=file.path,
@@ -83,17 +87,31 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
 def _sites(file: AdapterFile) -> list[AdaptedSite]:
     scales = file.scales
     found = [
-        AdaptedSite(str(site), a.shape[0], scales[site], (b.shape[0], *a.shape[1:]), a.numel() + b.numel())
-        for site, (a, b) in file.weights.items()
+        AdaptedSite(
+            str(site),
+            r,
+            scales[site],
+            _shape(file.parts[site]),
+            sum(tensor.numel() for tensor in file.parts[site].values()),
+        )
+        for site, r in file.ranks.items()
     ]
     return found + [
         AdaptedSite(str(site), 0, 1.0, tuple(whole.shape), whole.numel()) for site, whole in file.full.items()
     ]
 
 
+def _shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The canonical shape of a site's weight, as far as its file tells: inputs are known by A alone."""
+    if "lora_A" in parts:
+        return (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:])
+    return (max(len(tensor) for tensor in parts.values()),)
+
+
 def _parts(file: AdapterFile) -> list[str]:
+    beyond = variant_of(file.settings).beyond_lora
     parts = {
-        f"DoRA magnitudes of {len(file.magnitudes)} sites": file.magnitudes,
+        f"{beyond} of {len(file.parts)} sites": beyond and file.parts,
         f"biases of {len(file.biases)} layers": file.biases,
         f"biases of B at {len(file.offsets)} sites": file.offsets,
         f"whole weights of {len(file.full)} sites": file.full,

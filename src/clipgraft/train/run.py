@@ -382,7 +382,7 @@ def common_settings(
         "autocast": autocast,
         "exact_preprocess": exact_preprocess,
         "base": clip.fingerprint,
-        "lora": asdict(state.chosen().settings) if state is not None else None,
+        "lora": state.chosen().settings.record() if state is not None else None,
         **({} if world.alone else {"processes": world.world_size}),
     }
 
