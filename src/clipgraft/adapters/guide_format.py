@@ -29,9 +29,9 @@ from clipgraft.adapters.checkpoint import (
     some,
     text,
 )
-from clipgraft.adapters.uniform import KEY, Weights, extras, plain, uniform, with_extras
+from clipgraft.adapters.uniform import KEY, Weights, extras, uniform, with_extras
 from clipgraft.errors import AdapterError, TargetError
-from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.config import LoraConfig, as_written
 from clipgraft.lora.targets import override_values
 from clipgraft.models import hf, openclip
 from clipgraft.models.family import is_lora
@@ -216,7 +216,7 @@ def _lora(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "model": adapter.base["name"],
         "pretrained": adapter.base.get("pretrained", ""),
         "r": update.r,
-        "alpha": plain(update.scale * update.r),
+        "alpha": as_written(update.scale * update.r),
         "dropout": adapter.settings.dropout,
         "target_modules": ["in_proj"] * bool(roles - {"out"}) + ["out_proj"] * ("out" in roles),
     }

@@ -58,11 +58,6 @@ def fold(b: Tensor, factor: float) -> Tensor:
     return (b.detach().to("cpu", torch.float64) * factor).to(torch.float32).contiguous()
 
 
-def plain(value: float) -> float:
-    """16.0 -> 16: a configuration that a person may read."""
-    return int(value) if value == int(value) else value
-
-
 def _pad(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     missing = r - a.shape[0]
     a, b = (t.detach().to("cpu", torch.float32) for t in (a, b))

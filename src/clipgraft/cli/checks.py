@@ -193,6 +193,14 @@ def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
     return faults
 
 
+def variant_faults(lora: LoraFlags) -> list[str]:
+    """Options that the variant of the adapter does not have."""
+    from clipgraft.lora.variants import check_variant
+
+    r = 16 if lora.lora_r == "auto" else int(lora.lora_r)
+    return fault_of(lambda: check_variant(lora.adapter(r, lora.lora_targets or "text-attention")))
+
+
 def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = None) -> list[str]:
     """An adapter that is not there, cannot be read, or has sites that the model lacks."""
     from clipgraft.adapters.convert import read_any

@@ -78,6 +78,7 @@ _RARE = frozenset(
         "lora_rslora",
         "lora_target_modules",
         "lora_train_logit_scale",
+        "lora_variant_options",
         "lr_cooldown_end",
         "lr_cooldown_power",
         "max_bad_rows",

@@ -89,6 +89,7 @@ def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
     named = " / ".join(part for part in (found.base.get("name"), found.base.get("pretrained")) if part)
     print_of = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
     plain = [name for name in ("use_rslora", "use_dora", "train_logit_scale") if getattr(settings, name)]
+    variant = [] if settings.variant in ("lora", "dora") else [("variant", settings.variant)]
     return [
         ("format", found.format),
         ("base", (named or "not named") + print_of),
@@ -97,6 +98,7 @@ def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
         ("dropout", f"{settings.dropout:g}"),
         ("targets", settings.targets),
         ("bias", settings.bias),
+        *variant,
         *((name, "yes") for name in plain),
         ("weights", f"{found.parameters:,} at {len(found.sites)} sites, {found.bytes / 1e6:.2f} MB on disk"),
         *([("started from", found.started_from)] if found.started_from else []),

@@ -10,25 +10,17 @@ from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ModelFlags
-from clipgraft.cli.flags.training import AdapterFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.training import LoraFlags, RunFlags
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
 
 if TYPE_CHECKING:
     from clipgraft.adapters.adapter_file import AdapterFile
+    from clipgraft.lora.config import LoraConfig
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
-# Flags of the adapter by the setting that the file has already; those of dropout may change.
-_SETTINGS = {
-    "lora_r": "r",
-    "lora_alpha": "alpha",
-    "lora_rslora": "use_rslora",
-    "lora_dora": "use_dora",
-    "lora_bias": "bias",
-    "lora_rank_pattern": "rank_pattern",
-    "lora_alpha_pattern": "alpha_pattern",
-    "lora_train_logit_scale": "train_logit_scale",
-}
+# Options that an adapter file has already, and that may change nevertheless.
+_MAY_CHANGE = ("dropout", "targets", "init")
 
 
 def starts_from_adapter(path: Path) -> bool:
@@ -109,7 +101,9 @@ def contradictions(clip: Clip, file: AdapterFile, lora: LoraFlags) -> list[str]:
     from clipgraft.lora.targets import guide_targets, select_sites
 
     differing: list[str] = []
-    for name, setting in _SETTINGS.items():
+    for setting, name in lora.library_names.items():
+        if setting in _MAY_CHANGE:
+            continue
         own = getattr(file.settings, setting)
         if name in lora.model_fields_set and getattr(lora, name) not in (own, None):
             differing.append(f"{flag(name)} {getattr(lora, name)} (it has {own})")
@@ -181,29 +175,17 @@ def graft(
     if rank == "auto":
         rank, reason = choose_rank()
         log.info("--lora-r auto: %s", reason)
-    attach_adapter(clip, lora, targets, rank, seed)
+    attach_adapter(clip, lora.adapter(rank, targets), seed)
 
 
-def attach_adapter(clip: Clip, lora: AdapterFlags, targets: str, rank: int, seed: int) -> None:
-    """Attach an adapter of a rank to a target set, with all other options as they are given."""
+def attach_adapter(clip: Clip, config: LoraConfig, seed: int) -> None:
+    """Attach an adapter, drawn from a seed."""
     import torch
 
     from clipgraft.lora.inject import apply_lora
+    from clipgraft.lora.variants import variant_of
 
     torch.manual_seed(seed)
-    sites = apply_lora(
-        clip,
-        r=rank,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        targets=targets,
-        use_rslora=lora.lora_rslora,
-        use_dora=lora.lora_dora,
-        bias=lora.lora_bias,
-        init=lora.lora_init,
-        rank_pattern=lora.lora_rank_pattern,
-        alpha_pattern=lora.lora_alpha_pattern,
-        train_logit_scale=lora.lora_train_logit_scale,
-    )
-    kind = "DoRA" if lora.lora_dora else "LoRA"
-    log.info("%s r=%d on %d sites (%s)", kind, rank, sites, targets)
+    sites = apply_lora(clip, config)
+    label = variant_of(config).label
+    log.info("%s r=%d on %d sites (%s)", label, config.r, sites, config.targets)

@@ -171,7 +171,7 @@ def _run(job: Job) -> CellResult:
             locks = {"lock_image": "vision" not in job.towers, "lock_text": "text" not in job.towers}
             options |= {**locks, "lr": sweep.full_lr or train.lr}
         else:
-            attach_adapter(clip, sweep, cell.targets, cell.r, cell.seed)
+            attach_adapter(clip, sweep.adapter(cell.r, cell.targets), cell.seed)
         folder = job.place / "run"
         try:
             with peak_memory() as peak:

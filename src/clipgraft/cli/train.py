@@ -204,6 +204,8 @@ def _lora_faults(lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str
         faults.append(
             f"{', '.join(map(flag, given))} given without --use-lora: add --use-lora to train an adapter"
         )
+    if lora.use_lora and lora.model_fields_set & {"lora_variant", "lora_variant_options", "lora_dora"}:
+        faults += checks.variant_faults(lora)
     if lora.lora_targets and lora.lora_target_modules:
         faults.append("--lora-targets and --lora-target-modules both choose sites: give one of them")
     if "save_lora_only" in where.model_fields_set and not (lora.use_lora or where.from_ is not None):

@@ -48,9 +48,13 @@ class LoraConfig(Options):
         {}, description="of the variant alone, KEY=VALUE: projection_prng_key, save_projection, d_initial"
     )
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
-    bias: Bias = Field("none", description="biases to train too: of the adapted sites, or all")
+    bias: Bias = Field(
+        "none", description="biases to train too: lora_only: those of adapted sites; all: every bias"
+    )
     init: Initialization = Field(
-        "default", description="start on random directions, on the base's principal ones, or on the data's"
+        "default",
+        description="initialization of the factors: random, from the base's weights (pissa), or from "
+        "the data (eva)",
     )
     rank_pattern: RankPattern = Field({}, description="other ranks for some sites: text.0.*=4,text.11.*=32")
     alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
@@ -83,9 +87,16 @@ class LoraConfig(Options):
         values = self.model_dump()
         variant, options = values.pop("variant"), values.pop("variant_options")
         values["use_dora"] = self.use_dora
+        values["alpha"] = as_written(self.alpha)
+        values["alpha_pattern"] = {site: as_written(alpha) for site, alpha in self.alpha_pattern.items()}
         if variant not in ("lora", "dora"):
             values |= {"variant": variant, "variant_options": options}
         return values
+
+
+def as_written(value: float) -> float:
+    """16.0 -> 16: a number that a person may read, and that PEFT types as an integer."""
+    return int(value) if value == int(value) else value
 
 
 def auto_rank(samples: int, task: Task) -> tuple[int, str]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from clipgraft.lora.config import LoraConfig, as_written
 from clipgraft.lora.layers import BY_ROW, LoraLayer, Parts
 from clipgraft.models.sites import Site, SiteRef
 
 if TYPE_CHECKING:
-    from clipgraft.lora.config import Initialization, LoraConfig
+    from clipgraft.lora.config import Initialization
 
 _EMBEDDINGS = ("token_embedding", "position_embedding")
 
@@ -115,7 +116,7 @@ class PlainLora(LoraLayer):
         return {
             "peft_type": "LORA",
             "r": config.r,
-            "lora_alpha": config.alpha,
+            "lora_alpha": as_written(config.alpha),
             "lora_dropout": config.dropout,
             "use_rslora": config.use_rslora,
             "use_dora": False,
@@ -123,7 +124,7 @@ class PlainLora(LoraLayer):
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "rank_pattern": config.rank_pattern,
-            "alpha_pattern": config.alpha_pattern,
+            "alpha_pattern": {site: as_written(alpha) for site, alpha in config.alpha_pattern.items()},
         }
 
     @classmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from clipgraft.lora.variants import VARIANTS
 from clipgraft.report.examples import Examples
 from clipgraft.report.runs import METRICS, Run, Sweep, TaskName
 from clipgraft.train.grid import Row
@@ -355,7 +356,9 @@ def _data(params: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _adapter(params: Mapping[str, Any], targets: str, rank: str) -> str:
     recorded = params.get("lora")
     lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
-    kind = "DoRA" if lora.get("use_dora") or params.get("lora_dora") else "LoRA"
+    is_dora = lora.get("use_dora") or params.get("lora_dora")
+    variant = "dora" if is_dora else str(lora.get("variant", "lora"))
+    kind = VARIANTS[variant].label if variant in VARIANTS else "LoRA"
     alpha = lora.get("alpha", params.get("lora_alpha"))
     dropout = lora.get("dropout", params.get("lora_dropout"))
     parts = [f"{kind} r={rank} on {targets}"]

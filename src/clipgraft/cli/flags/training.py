@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from clipgraft.cli.flags.shared import ClassFlags, OverwriteFlags
+from clipgraft.lora.config import Bias, Initialization, LoraConfig, Variant
 from clipgraft.options import (
     Alpha,
     AlphaPattern,
@@ -19,7 +21,9 @@ from clipgraft.options import (
     PeakRate,
     Rank,
     RankPattern,
+    Repeated,
     Seeds,
+    Settings,
     UserPath,
     Words,
     expressions,
@@ -42,26 +46,56 @@ class ClassTrainFlags(ClassFlags):
     class_weights: bool = Field(False, description="give rare classes more weight in the loss")
 
 
+def _option(name: str, **changes: Any) -> Any:
+    """A field of `LoraConfig`, changed where the command line differs."""
+    option = LoraConfig.model_fields[name]
+    given = {"default": option.default, "description": option.description, **changes}
+    return Field(**given)
+
+
 class AdapterFlags(Options):
     """The adapter, whatever its size."""
 
-    lora_alpha: Alpha | None = Field(None, gt=0, description="the update is scaled by alpha/r (default: r)")
-    lora_dropout: Dropout = Field(0.1, ge=0, lt=1, description="dropout on the adapter path")
-    lora_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
-    lora_dora: bool = Field(False, description="DoRA: also train the magnitude of each output")
-    lora_bias: Literal["none", "lora_only", "all"] = Field(
-        "none", description="biases to train too: lora_only: those of adapted sites; all: every bias"
-    )
-    lora_init: Literal["default", "pissa", "eva"] = Field(
-        "default",
-        description="initialization of the factors: random, from the base's weights (pissa), or from "
-        "the data (eva)",
-    )
-    lora_rank_pattern: RankPattern = Field(
-        {}, description="other ranks for some sites: text.0.*=4,text.11.*=32"
-    )
-    lora_alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
-    lora_train_logit_scale: bool = Field(False, description="train the temperature with the adapter")
+    library_names: ClassVar[Mapping[str, str]] = {
+        "r": "lora_r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "targets": "lora_targets",
+        "variant": "lora_variant",
+        "variant_options": "lora_variant_options",
+        "use_rslora": "lora_rslora",
+        "use_dora": "lora_dora",
+        "bias": "lora_bias",
+        "init": "lora_init",
+        "rank_pattern": "lora_rank_pattern",
+        "alpha_pattern": "lora_alpha_pattern",
+        "train_logit_scale": "lora_train_logit_scale",
+    }
+    """The flags of the fields of `LoraConfig`, in field spelling."""
+
+    lora_alpha: Alpha | None = _option("alpha", default=None)
+    lora_dropout: Dropout = _option("dropout", default=0.1)
+    lora_variant: Variant | None = _option("variant", default=None)
+    lora_variant_options: Annotated[Settings, Repeated()] = _option("variant_options")
+    lora_rslora: bool = _option("use_rslora")
+    lora_dora: bool = Field(False, description="short for --lora-variant dora")
+    lora_bias: Bias = _option("bias")
+    lora_init: Initialization = _option("init")
+    lora_rank_pattern: RankPattern = _option("rank_pattern")
+    lora_alpha_pattern: AlphaPattern = _option("alpha_pattern")
+    lora_train_logit_scale: bool = _option("train_logit_scale")
+
+    def adapter(self, r: int, targets: str) -> LoraConfig:
+        """The options of an adapter of a rank on a target set.
+
+        Raises:
+            ConfigError: they name two variants.
+        """
+        flags = {field: flag for field, flag in self.library_names.items() if field not in ("r", "targets")}
+        values = {field: getattr(self, flag) for field, flag in flags.items()}
+        if values["variant"] is None:
+            del values["variant"]
+        return LoraConfig(r=r, targets=targets, **values)
 
 
 class LoraFlags(AdapterFlags):

@@ -33,6 +33,8 @@ class Wording:
         from clipgraft.cli.flags.groups import grouped  # loads pydantic, which `--help` does without
 
         for group in grouped(kinds):
+            for name, named in getattr(group.kind, "library_names", {}).items():
+                self._flags.setdefault(name, group.label(named)) if named in group.kind.model_fields else None
             for name in group.kind.model_fields:
                 if name not in group.without:
                     self._flags.setdefault(name, group.label(name))
