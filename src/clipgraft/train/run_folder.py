@@ -358,7 +358,7 @@ class Saver:
             "epoch": epoch,
             "name": self.folder.name,
             "state_dict": self.clip.model.state_dict(),
-            "lora_config": {**asdict(self.clip.source), **asdict(require_lora(self.clip).chosen().settings)},
+            "lora_config": {**asdict(self.clip.source), **require_lora(self.clip).chosen().settings.record()},
         }
         with atomic_path(path, size_of(whole)) as temporary:
             torch.save(whole, temporary)
