@@ -23,7 +23,7 @@ TRAINING: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 20, "autocas
 
 
 def recalls(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.data.FeatureCache) -> dict[str, float]:
-    """Share of captions that find their own picture first, by the name of the test."""
+    """Text-to-image R@1 on each test set."""
     found = {name: cg.evaluate_retrieval(clip, pairs, cache=cache) for name, pairs in tests.items()}
     return {name: metrics["text_to_image_R@1"] for name, metrics in found.items()}
 
@@ -31,31 +31,31 @@ def recalls(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.data.Feature
 def compare(
     out: Path = Path("adapted"), train_scenes: int = 2000, test_scenes: int = 500, epochs: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Recalls of base, adapter and fully tuned model."""
+    """Train the adapter and the whole text tower, and return the recalls of both and of the base."""
     # %% The data
-    # Generated scenes with five captions each. What a test scene combines, no training scene does.
+    # Generated scenes with five captions each. No training scene has the same combination as a test scene.
     train = cg.read_pairs(cg.emoji.write_scenes(out / "data", "train", train_scenes, ["vi"])["vi"])
     tables = cg.emoji.write_scenes(out / "data", "test", test_scenes, ["vi", "en"])
     tests = {language: cg.read_pairs(table) for language, table in tables.items()}
     print(f"{train}, such as: {train.captions[0][0]}")
 
     # %% The adapter
-    # Low-rank updates of the text tower alone. The image tower is frozen, so every image is encoded once.
+    # Low-rank updates of the text tower only. The image tower is frozen, so every image is encoded once.
     clip = cg.load("emoji")
     torch.manual_seed(0)
     print(cg.apply_lora(clip, r=16, alpha=32, targets=SITES), "sites,", cg.count_parameters(clip))
 
     # %% Training
-    # Both runs take the same steps. The second finds the features of the images in the cache.
+    # Both runs take the same number of steps. The second finds the image features in the cache.
     runs, cache = out / time.strftime("runs-%Y%m%d-%H%M%S"), cg.data.FeatureCache(out / "features")
-    recorded = {"model": "emoji", "val_data": str(tables["vi"].resolve())}  # for the page
+    recorded = {"model": "emoji", "val_data": str(tables["vi"].resolve())}  # shown on the page
     common = {**TRAINING, "epochs": epochs, "cache": cache, "params": recorded}
     lora = cg.fit(clip, train, tests["vi"], out=runs / "lora", lr=3e-3, **common)
     tuned = cg.load("emoji")
     full = cg.fit(tuned, train, tests["vi"], out=runs / "full", lr=1e-3, lock_image=True, **common)
 
-    # %% Proof
-    # The English column says what was forgotten. Switched off, the adapter has forgotten nothing.
+    # %% Results
+    # The English column shows what was forgotten. With the adapter switched off, nothing is forgotten.
     with cg.lora_disabled(clip):
         rows = {"base": recalls(clip, tests, cache)}
     rows |= {"adapter": recalls(clip, tests, cache), "full": recalls(tuned, tests, cache)}
@@ -64,14 +64,14 @@ def compare(
         print(f"{name:<20}{row['vi']:>12.1%}{row['en']:>10.1%}{size / 1e6:>8.2f}")
 
     # %% The page
-    # Curves, sizes, and the pictures that base and adapter find for the same captions, in one HTML file.
+    # Learning curves, sizes, and the images that base and adapter retrieve, in one HTML file.
     print(lora.saved, write_report([runs / "lora", runs / "full"], out / "report.html"))
     return rows
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Base, adapter and full fine-tuning side by side.")
-    parser.add_argument("--out", type=Path, default=Path("adapted"), help="folder of what is made")
+    parser.add_argument("--out", type=Path, default=Path("adapted"), help="output folder")
     for flag, default in {"--train-scenes": 2000, "--test-scenes": 500, "--epochs": 1}.items():
         parser.add_argument(flag, type=int, default=default)
     compare(**vars(parser.parse_args()))
