@@ -1,4 +1,4 @@
-"""`make test-matrix`: the suite on every Python that is declared, with the oldest and the newest packages.
+"""Run the tests on every declared Python with the oldest and the newest packages: `make test-matrix`.
 
 A cell is `3.10-lowest` or `3.13-newest`: a Python, and uv's resolution (`lowest-direct` takes the lower
 bounds of pyproject.toml). Each is built, tested and deleted before the next. What it found goes to
@@ -45,7 +45,7 @@ nox.options.stop_on_first_error = False
 @nox.session(python=PYTHONS, venv_backend="uv")
 @nox.parametrize("resolution", [nox.param(name, id=name) for name in RESOLUTIONS])
 def matrix(session: nox.Session, resolution: str) -> None:
-    """Run the suite in one cell."""
+    """Run the tests in one cell."""
     home = Path(session.virtualenv.location).absolute()
     if shutil.disk_usage(home).free < NEEDED_GB * 1e9:
         session.run("uv", "cache", "clean", external=True)
@@ -78,12 +78,12 @@ def matrix(session: nox.Session, resolution: str) -> None:
 
 @nox.session(python=False)
 def matrix_table(session: nox.Session) -> None:
-    """Print what all cells found."""
+    """Print the results of all cells."""
     print(table())
 
 
 def outcome(report: Path) -> dict[str, Any]:
-    """What pytest says: how many passed, failed and were skipped, and the names of those that failed."""
+    """Read pytest's report: how many passed, failed and were skipped, and the names of failed tests."""
     passed, failed, skipped = 0, [], 0
     for case in ET.parse(report).getroot().iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -96,14 +96,14 @@ def outcome(report: Path) -> dict[str, Any]:
 
 
 def found() -> list[dict[str, Any]]:
-    """All cells, in order."""
+    """Read the results of all cells, in order."""
     path = RESULTS / "matrix.json"
     cells: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return sorted(cells, key=lambda cell: (PYTHONS.index(cell["python"]), cell["resolution"]))
 
 
 def write(cell: dict[str, Any]) -> None:
-    """Put a cell in the place of what was found there before; write the numbers and the page."""
+    """Replace the previous result of a cell, and write numbers and page."""
     others = [c for c in found() if (c["python"], c["resolution"]) != (cell["python"], cell["resolution"])]
     (RESULTS / "matrix.json").write_text(json.dumps([*others, cell], indent=1) + "\n", encoding="utf-8")
     lines = [
@@ -121,7 +121,7 @@ def write(cell: dict[str, Any]) -> None:
 
 
 def table() -> str:
-    """One line for each cell that ran; an installation that failed has no counts."""
+    """Format one line for each cell that ran; a failed installation has no counts."""
     counts = ("passed", "failed", "skipped", "minutes")
     head = ("python", "packages", *SHOWN, *counts, "date")
     rows = [

@@ -1,1 +1,1 @@
-"""Every reader of clipgraft over files that were broken on purpose: `python -m fuzz`, or `make fuzz`."""
+"""Give every reader of clipgraft damaged files: `python -m fuzz`, or `make fuzz`."""

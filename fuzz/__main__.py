@@ -1,4 +1,4 @@
-"""`python -m fuzz [READER …] [--inputs N] [--seed S]`: what came of broken files; exit code 1 for faults."""
+"""`python -m fuzz [READER …] [--inputs N] [--seed S]`: print how readers took damaged files; 1 for faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = (
 
 
 def main() -> int:
-    """Fuzz the readers that are named, by default all."""
+    """Fuzz the named readers, by default all."""
     if sys.argv[1:2] == ["--child"]:
         name, inputs, seed, first, place = sys.argv[2:]
         child(name, int(inputs), int(seed), int(first), Path(place))

@@ -1,4 +1,4 @@
-"""Readers of encoded folders: manifest, vectors, metadata and index, for a search and for a rerun."""
+"""Readers of encoded folders: manifest, vectors, metadata and index, in a search and in a second `encode`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INDEX, RECORD = "index/image.index", "index/index.json"
 
 
 def encode(folder: Path) -> None:
-    """An encoded folder of two shards, one of them with an image that could not be used."""
+    """Write an encoded folder with two shards and one image that cannot be used."""
     made = Origin("images", "emoji", "", "0123456789abcdef", "0123", "float32", "float16")
     note = AdapterNote("vi", "adapters/vi", {"text": "0123456789abcdef"})
     manifest = Manifest(made, "/pictures", "/pictures", (VectorSet("", None, None),), (note,))
@@ -47,7 +47,7 @@ def encode(folder: Path) -> None:
 
 
 def search(folder: Path) -> None:
-    """What a search reads, without a model."""
+    """Read what a search reads, without a model."""
     read_folder(folder)
     for encoded in all_sets(folder):
         query = np.ones((1, encoded.manifest.dim or 1), np.float32)
@@ -57,7 +57,7 @@ def search(folder: Path) -> None:
 
 
 def rerun(folder: Path) -> None:
-    """What `encode` reads, writes and deletes when it is run again, without a model."""
+    """Read, write and delete what a second `encode` does, without a model."""
     manifest = open_folder(folder)
     assert manifest is not None
     store = Store(folder, manifest)
@@ -72,7 +72,7 @@ def rerun(folder: Path) -> None:
 
 
 def _list(folder: Path, manifest: dict[str, Any], name: str, content: bytes) -> None:
-    """Write a file, and list it in the manifest, as a stranger can."""
+    """Write a file and list it in the manifest, as a stranger can."""
     (folder / name).write_bytes(content)
     changed = json.loads(json.dumps(manifest))
     changed["shards"][0]["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
@@ -80,7 +80,7 @@ def _list(folder: Path, manifest: dict[str, Any], name: str, content: bytes) -> 
 
 
 def manifests(read: Callable[[Path], None]) -> Callable[[Path], Subject]:
-    """Manifests with wrong values, names or bytes."""
+    """Damage manifests: values, names or bytes."""
 
     def make(folder: Path) -> Subject:
         encode(folder)
@@ -95,7 +95,7 @@ def manifests(read: Callable[[Path], None]) -> Callable[[Path], Subject]:
 
 
 def vectors(folder: Path) -> Subject:
-    """`.npy` files whose header or bytes are wrong, whether the manifest knows their size or not."""
+    """Damage `.npy` files: header or bytes, with and without a matching size in the manifest."""
     encode(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     whole = (folder / VECTORS).read_bytes()
@@ -142,7 +142,7 @@ def _npy(head: Any, rng: Random) -> bytes:
 
 
 def _both(folder: Path) -> Callable[[], None]:
-    """A search, then a rerun, whatever came of the search: its error is the one that counts."""
+    """Search, then encode again; the error of the search is the one reported."""
 
     def read() -> None:
         try:
@@ -154,7 +154,7 @@ def _both(folder: Path) -> Callable[[], None]:
 
 
 def metadata(folder: Path) -> Subject:
-    """Parquet tables of an encoded folder, mostly with their digests in order."""
+    """Damage Parquet tables of an encoded folder, mostly with a matching digest."""
     encode(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     rows = [MetaRow(f"{number}.png", 100, number * 10**9, "a cat", 8, 8) for number in range(ROWS)]
@@ -183,7 +183,7 @@ def _table(table: Any) -> bytes:
 
 
 def _other_types(table: Any) -> list[bytes]:
-    """The same columns of the same types with values that Python has no name for, and of other types."""
+    """Fill columns with values that Python cannot represent, or give them other types."""
     times = pa.array([10**18, -(10**18), None, 2**62], pa.timestamp("us", "UTC"))
     nulls = {name: pa.array([None] * ROWS, table.schema.field(name).type) for name in table.column_names}
     binary = pa.array([b"\xff\xfe"] * ROWS, pa.binary())
@@ -200,7 +200,7 @@ def _other_types(table: Any) -> list[bytes]:
 
 
 def indexes(folder: Path) -> Subject:
-    """FAISS indexes and their records: wrong bytes whose digest is in order, or that have none."""
+    """Damage FAISS indexes and their records, with a matching digest or without any."""
     encode(folder)
     whole = {}
     for factory in ("HNSW4", "IVF2,Flat", "SQ8", "Flat"):

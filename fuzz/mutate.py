@@ -1,4 +1,4 @@
-"""Ways to break a file: its bytes, and the values of what it holds."""
+"""Damage a file: its bytes, or the values that it holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTERESTING = (
 
 
 def junk(rng: Random) -> Any:
-    """A plain value that belongs nowhere."""
+    """Return a plain value that belongs nowhere."""
     kind = rng.randrange(8)
     if kind == 0:
         return rng.choice((None, True, False))
@@ -45,7 +45,7 @@ def junk(rng: Random) -> Any:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every path into nested dictionaries and lists, the whole included."""
+    """List every path into nested dictionaries and lists, the empty path included."""
     found = [path]
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inner:
@@ -54,7 +54,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def odd(value: Any, rng: Random, new: Callable[[Random], Any] = junk) -> Any:
-    """A copy of nested dictionaries and lists with a few places replaced, removed, renamed or doubled."""
+    """Copy nested dictionaries and lists with a few places replaced, removed, renamed or doubled."""
     try:
         return _odd(copy.deepcopy(value), rng, new)
     except (RecursionError, OverflowError, ValueError):  # of what was put in before
@@ -88,7 +88,7 @@ def _odd(changed: Any, rng: Random, new: Callable[[Random], Any]) -> Any:
 
 
 def _near(value: Any, rng: Random) -> Any:
-    """A value of the same kind that is a little wrong."""
+    """Return a value of the same kind that is slightly wrong."""
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
@@ -110,7 +110,7 @@ def _near(value: Any, rng: Random) -> Any:
 
 
 def odd_json(value: Any, rng: Random, text: Callable[[Any], str] = json.dumps) -> bytes:
-    """A value as JSON: mostly with wrong values, at times with wrong bytes."""
+    """Write a value as JSON, mostly with wrong values, sometimes with wrong bytes."""
     if rng.random() < 0.25:
         return damaged(text(value).encode("utf-8", "surrogatepass"), rng)
     if rng.random() < 0.01:
@@ -122,7 +122,7 @@ def odd_json(value: Any, rng: Random, text: Callable[[Any], str] = json.dumps) -
 
 
 def damaged(content: bytes, rng: Random) -> bytes:
-    """Bytes with one to four places flipped, cut, doubled or overwritten."""
+    """Flip, cut, double or overwrite one to four places of some bytes."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if not changed:
@@ -149,7 +149,7 @@ def damaged(content: bytes, rng: Random) -> bytes:
 
 
 def odd_lines(lines: Sequence[str], rng: Random, separators: str = ",;\t|") -> bytes:
-    """A text table with wrong cells, quotes, separators or line ends; at times with wrong bytes."""
+    """Damage cells, quotes, separators or line ends of a text table, sometimes its bytes."""
     changed = list(lines)
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(len(changed))

@@ -1,4 +1,4 @@
-"""Every reader that is fuzzed, by name: how to make its files in a folder that is not there yet."""
+"""Every fuzzed reader by name, and the function that writes its files into a new folder."""
 
 from __future__ import annotations
 

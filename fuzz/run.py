@@ -1,4 +1,4 @@
-"""Give one reader many broken files, in a process of its own, and count what comes of each."""
+"""Run one reader on many damaged files, in its own process, and count the outcomes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _EXAMPLES = 4
 
 
 class Hang(BaseException):
-    """An input took too long; no reader's `except Exception` catches it."""
+    """Raised when an input takes too long; an `except Exception` of a reader does not catch it."""
 
 
 @dataclass
 class Count:
-    """What came of a reader's inputs."""
+    """Counts of outcomes for one reader."""
 
     reader: str
     inputs: int = 0
@@ -59,7 +59,7 @@ class Count:
 
 
 def try_one(subject: Subject, count: Count, number: int, seed: int) -> None:
-    """Break a file, read it, count, and make everything whole again."""
+    """Damage a file, read it, count the outcome, and restore everything."""
     rng = Random(f"{seed} {count.reader} {number}")
     rng.choice(subject.breaks)(rng)
     count.inputs += 1
@@ -108,7 +108,7 @@ def _alarm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def prepared(folder: Path) -> Iterator[None]:
-    """The alarm, no chatter, and caches of our own."""
+    """Set the alarm, silence libraries, and use caches of our own."""
 
     def ring(*_: object) -> None:
         raise Hang
@@ -135,7 +135,7 @@ def prepared(folder: Path) -> Iterator[None]:
 def fuzz_here(
     name: str, inputs: int, seed: int, folder: Path, first: int = 0, told: Path | None = None
 ) -> Count:
-    """Fuzz one reader in this process; the count so far is kept in the file `told`."""
+    """Fuzz one reader in this process; the counts so far are kept in the file `told`."""
     from fuzz.readers import READERS
 
     count, began = Count(name), time.monotonic()
@@ -158,7 +158,7 @@ def _made(folder: Path) -> Path:
 
 
 def fuzz_apart(name: str, inputs: int, seed: int) -> Count:
-    """Fuzz one reader in a process of its own, again after every input that ends or blocks that process."""
+    """Fuzz one reader in a process of its own, started again after an input that ends or blocks it."""
     total, first, began = Count(name), 0, time.monotonic()
     while first < inputs:
         with tempfile.TemporaryDirectory() as place:
@@ -190,7 +190,7 @@ def fuzz_apart(name: str, inputs: int, seed: int) -> Count:
 
 
 def child(name: str, inputs: int, seed: int, first: int, folder: Path) -> None:
-    """The process of `fuzz_apart`."""
+    """Run as the process of `fuzz_apart`."""
     from fuzz.readers import READERS  # imports torch, which takes address space of its own
 
     assert name in READERS
@@ -201,7 +201,7 @@ def child(name: str, inputs: int, seed: int, first: int, folder: Path) -> None:
 
 
 def _wait(command: list[str], told: Path) -> bool:
-    """Run a command until it ends or stands still; returns whether it stood still."""
+    """Run a command until it ends or hangs; returns whether it hung."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while True:
             try:

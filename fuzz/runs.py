@@ -1,4 +1,4 @@
-"""Readers of what runs leave: records in a report and for a resume, sweeps, cached features."""
+"""Readers of what runs leave: records in reports and resumed runs, sweeps, cached features."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ LOG = "2024-05-31 12:00:00,000 | INFO | started\n2024-05-31 12:10:00,000 | INFO 
 
 
 def render(shown: Shown, with_examples: bool = False) -> str:
-    """The page of one run or sweep, with nothing in the place of its drawings, which are slow."""
+    """Render the page of one run or sweep, with placeholders for its slow plots."""
 
     def drawn(*_: object, **__: object) -> str:
         return "<svg></svg>"
@@ -88,7 +88,7 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def run_files(folder: Path) -> None:
-    """A finished run."""
+    """Write a finished run."""
     folder.mkdir(parents=True)
     write_json(folder / "params.json", PARAMS)
     (folder / "params.txt").write_text("".join(f"{key}: {value}\n" for key, value in PARAMS.items()))
@@ -99,7 +99,7 @@ def run_files(folder: Path) -> None:
 
 
 def report(folder: Path) -> Subject:
-    """The files of a run, put on a page."""
+    """Damage the files of a run and make its page."""
     run_files(folder)
 
     def read() -> object:
@@ -122,7 +122,7 @@ def report(folder: Path) -> Subject:
 
 
 def resume(folder: Path) -> Subject:
-    """Events that a resumed run goes on from."""
+    """Damage the events that a resumed run reads."""
     run_files(folder)
 
     def read() -> object:
@@ -137,7 +137,7 @@ def resume(folder: Path) -> Subject:
 
 
 def sweep(folder: Path) -> Subject:
-    """The cells and the table of a sweep, put on a page and read to go on."""
+    """Damage cells and table of a sweep, make its page, and read them to continue."""
     cells = [
         Cell("base"),
         Cell("full"),
@@ -181,7 +181,7 @@ def sweep(folder: Path) -> Subject:
 
 
 def cache(folder: Path) -> Subject:
-    """The feature cache, whose damage is computed anew: indexes with a right digest over wrong heads too."""
+    """Damage the feature cache, also index heads with a matching digest; damaged parts are computed again."""
     place = pictures(folder.parent / "home" / "pictures")
     paths = sorted(place.iterdir())
     key = FeatureKey("0123456789abcdef", "resize", "image features", "fp32")
@@ -224,7 +224,7 @@ def cache(folder: Path) -> Subject:
 
 
 def kept(folder: Path) -> Subject:
-    """Small records that are made anew where they are wrong: examples of a report, choices of attention."""
+    """Damage small records that are rebuilt when wrong: examples of a report, attention kernels."""
     run_files(folder)
     (run,) = read_sources([folder])
     assert isinstance(run, Run)

@@ -1,4 +1,4 @@
-"""What is fuzzed: a reader, the files that it reads while they are whole, and how one of them is broken."""
+"""What is fuzzed: a reader, its valid files, and a way to damage one of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Subject:
     _precious: dict[Path, bytes] = field(default_factory=dict)
 
     def keep(self) -> None:
-        """Remember the whole files; to be called once, before anything is broken."""
+        """Remember the valid files; call it once before anything is damaged."""
         home = self.folder.parent / "home"
         (home / "index").mkdir(parents=True, exist_ok=True)
         for path in (home / "precious.txt", home / "index" / "precious.txt"):
@@ -39,15 +39,15 @@ class Subject:
         self._whole, self._precious = contents(self.folder), contents(home)
 
     def whole(self, name: str) -> bytes:
-        """A file as it was."""
+        """Return the valid bytes of a file."""
         return self._whole[self.folder / name]
 
     def write(self, name: str, content: bytes) -> None:
-        """Put other bytes into a file."""
+        """Write other bytes into a file."""
         (self.folder / name).write_bytes(content)
 
     def restore(self) -> None:
-        """Make the folder whole again."""
+        """Restore the valid files."""
         for path, content in contents(self.folder).items():
             if path not in self._whole:
                 path.unlink()
@@ -59,7 +59,7 @@ class Subject:
                 path.write_bytes(content)
 
     def untouched(self) -> bool:
-        """Whether everything outside is as it was; it is put back if not."""
+        """Check that everything outside is unchanged; it is restored if not."""
         home = self.folder.parent / "home"
         if contents(home) == self._precious and {p.name for p in home.parent.iterdir()} <= {
             self.folder.name,
@@ -74,7 +74,7 @@ class Subject:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Every file below a folder."""
+    """Read every file below a folder."""
     found = {}
     for place, _, names in os.walk(folder):
         for name in names:

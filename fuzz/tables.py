@@ -32,7 +32,7 @@ LABELS = ["cat", "cat", "shoe", "dog", "dog", "soup"]
 
 
 def pictures(folder: Path) -> Path:
-    """Six small images."""
+    """Write six small images."""
     folder.mkdir(parents=True)
     for number, name in enumerate(NAMES):
         Image.new("RGB", (4, 3), (number * 40, 100, 200)).save(folder / name)
@@ -50,7 +50,7 @@ def _lines(separator: str) -> list[str]:
 
 
 def delimited(separator: str, name: str) -> Callable[[Path], Subject]:
-    """A CSV or TSV of captions."""
+    """Damage a CSV or TSV of captions."""
 
     def make(folder: Path) -> Subject:
         pictures(folder)
@@ -66,7 +66,7 @@ def delimited(separator: str, name: str) -> Callable[[Path], Subject]:
 
 
 def jsonl(folder: Path) -> Subject:
-    """JSON Lines of captions."""
+    """Damage JSON Lines of captions."""
     path = pictures(folder) / "t.jsonl"
     rows: list[Any] = [{"filepath": n, "title": c} for n, c in zip(NAMES, CAPTIONS, strict=True)]
     rows[0]["title"] = ["a cat", "a black cat"]
@@ -83,7 +83,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def parquet_contents(columns: dict[str, list[str]]) -> list[bytes]:
-    """Parquet files: one as it should be first, others with columns of every other type."""
+    """Return Parquet files: first a valid one, then others with columns of every other type."""
     count = len(next(iter(columns.values())))
     binary = pa.array([b"\xff\xfe"] * count, pa.binary())
     bad = pa.StringArray.from_buffers(count, binary.buffers()[1], binary.buffers()[2])
@@ -130,7 +130,7 @@ def _parquet(table: Any, **options: Any) -> bytes:
 
 
 def parquet(folder: Path) -> Subject:
-    """Parquet files of captions."""
+    """Damage Parquet files of captions."""
     path = pictures(folder) / "t.parquet"
     made = parquet_contents({"filepath": NAMES, "title": CAPTIONS})
     path.write_bytes(made[0])
@@ -143,7 +143,7 @@ def parquet(folder: Path) -> Subject:
 
 
 def labelled(folder: Path) -> Subject:
-    """Tables of classes, of every kind."""
+    """Damage tables of classes, of every kind."""
     pictures(folder)
     rows = [{"image": name, "label": label} for name, label in zip(NAMES, LABELS, strict=True)]
     lines = ["image,label", *(f"{row['image']},{row['label']}" for row in rows)]
@@ -171,7 +171,7 @@ def labelled(folder: Path) -> Subject:
 
 
 def folders(folder: Path) -> Subject:
-    """A folder of pictures with a table, captions beside them, and names that are hard to read."""
+    """Damage a folder of images with a table, caption files, and names that are hard to read."""
     pictures(folder)
     (folder / "captions.csv").write_text("\n".join(_lines(",")), encoding="utf-8")
     lines = _lines(",")
@@ -199,7 +199,7 @@ def folders(folder: Path) -> Subject:
 
 
 def texts(folder: Path) -> Subject:
-    """A file of texts, a line each."""
+    """Damage a file with one text a line."""
     folder.mkdir()
     path = folder / "t.txt"
     path.write_text("\n".join(CAPTIONS), encoding="utf-8")
@@ -211,7 +211,7 @@ def texts(folder: Path) -> Subject:
 
 
 def prompts(folder: Path) -> Subject:
-    """Prompts of classes, in YAML."""
+    """Damage YAML files of prompts."""
     folder.mkdir()
     path = folder / "p.yaml"
     value = {"cat": ["a photo of a cat", "a drawing of a cat"], "dog": "a dog", "no": ["x"]}
@@ -220,7 +220,7 @@ def prompts(folder: Path) -> Subject:
 
 
 def settings(folder: Path) -> Subject:
-    """Flags in YAML."""
+    """Damage YAML files of flags."""
     folder.mkdir()
     path = folder / "c.yaml"
     value: dict[str, Any] = {"epochs": 3, "lr": 1e-3, "batch-size": 16, "wd": 0.1, "accum-freq": 2}
@@ -290,7 +290,7 @@ def _dumped(value: Any) -> bytes:
 
 
 def archives(folder: Path) -> Subject:
-    """Tar files in WebDataset's layout: listed, and an image of one read."""
+    """Damage tar files in WebDataset's layout, list them and read an image of one."""
     source = pictures(folder.parent / "source")
     folder.mkdir()
     path = folder / "a.tar"
@@ -343,7 +343,7 @@ def _odd_members(members: Sequence[tuple[str, bytes]], rng: Random) -> list[tupl
 
 
 def _tar(members: Sequence[tuple[str, bytes]], rng: Random | None = None) -> bytes:
-    """A tar file; with `rng` of any format and with headers that lie, their checksums in order."""
+    """Write a tar file; with `rng` in any format and with wrong headers whose checksums match."""
     sink = io.BytesIO()
     form = tarfile.USTAR_FORMAT if rng is None else rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))
     with tarfile.open(fileobj=sink, mode="w", format=form, errors="surrogateescape") as tar:
@@ -373,7 +373,7 @@ def _tar(members: Sequence[tuple[str, bytes]], rng: Random | None = None) -> byt
 
 
 def _lying(content: bytes, rng: Random) -> bytes:
-    """One header with another size, time or type, and a checksum that fits."""
+    """Change size, time or type in one header, and its checksum with it."""
     changed = bytearray(content)
     at = 512 * rng.randrange(max(1, len(changed) // 512))
     start, length = rng.choice(((124, 12), (136, 12), (100, 8), (156, 1), (345, 155), (482, 1), (386, 24)))

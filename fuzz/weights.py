@@ -40,7 +40,7 @@ TINY = {
 
 
 def tensors(rng: Random) -> Any:
-    """Something that is no plain fp32 matrix; or a plain value."""
+    """Return something that is no ordinary fp32 matrix, or a plain value."""
     strange: tuple[Callable[[], Any], ...] = (
         lambda: torch.zeros(()),
         lambda: torch.zeros(0, 3),
@@ -65,7 +65,7 @@ def tensors(rng: Random) -> Any:
 
 
 def pt(value: dict[str, Any], path: Path) -> Callable[[Random], None]:
-    """Break a `torch.save` file: its values, its pickle inside a whole archive, or its bytes."""
+    """Damage a `torch.save` file: its values, the pickle inside a valid archive, or its bytes."""
     whole = _saved(value)
 
     def change(rng: Random) -> None:
@@ -90,7 +90,7 @@ def _saved(value: Any) -> bytes:
 
 
 def _repacked(whole: bytes, rng: Random) -> bytes:
-    """The archive with one damaged part, whose checksum is in order."""
+    """Write the archive again with one damaged part and a matching checksum."""
     sink = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(sink, "w") as new:
         names = old.namelist()
@@ -104,7 +104,7 @@ def _repacked(whole: bytes, rng: Random) -> bytes:
 
 
 def latest(folder: Path) -> Subject:
-    """Checkpoints of a run."""
+    """Damage checkpoints of a run."""
     folder.mkdir()
     path, settings = folder / "latest.pt", {"lr": 1e-3, "batch_size": 4, "model": "emoji"}
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def _read(path: Path) -> None:
 
 
 def guide(folder: Path) -> Subject:
-    """The guide's adapters, a `.pt` file each."""
+    """Damage the guide's adapters, single `.pt` files."""
     folder.mkdir()
     path = write_guide(make_adapter(folder), folder / "a.pt")
     value = torch.load(path, weights_only=True)
@@ -158,7 +158,7 @@ def guide(folder: Path) -> Subject:
 
 
 def clip_lora(folder: Path) -> Subject:
-    """Adapters of MaxZanella/CLIP-LoRA."""
+    """Damage adapters of MaxZanella/CLIP-LoRA."""
     folder.mkdir()
     path = write_clip_lora(make_adapter(folder), folder / "a.pt", 12, 12)
     value = torch.load(path, weights_only=True)
@@ -166,7 +166,7 @@ def clip_lora(folder: Path) -> Subject:
 
 
 def adapter(folder: Path) -> Subject:
-    """Adapter folders, ours and those of PEFT alone: either JSON file, or the weights."""
+    """Damage adapter folders of clipgraft and of PEFT: either JSON file, or the weights."""
     write_adapter(make_adapter(folder), folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"rank_pattern": {"text_model.encoder.layers.0.self_attn.q_proj": RANK}}
@@ -196,7 +196,7 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def _odd_safetensors(content: bytes, rng: Random) -> bytes:
-    """A header with wrong values and the right length before it, or wrong bytes."""
+    """Write wrong values in a header whose length matches, or wrong bytes."""
     if rng.random() < 0.3:
         return damaged(content, rng)
     size = int.from_bytes(content[:8], "little")
@@ -211,7 +211,7 @@ def _odd_safetensors(content: bytes, rng: Random) -> bytes:
 
 
 def heads(folder: Path) -> Subject:
-    """Classifiers on image features."""
+    """Damage classifiers on image features."""
     folder.mkdir()
     save_head(Head("linear", torch.eye(3, 4), 10.0), ["a", "b", "c"], folder)
     value = json.loads((folder / "classes.json").read_text())
@@ -232,7 +232,7 @@ def heads(folder: Path) -> Subject:
 
 
 def configs(folder: Path) -> Subject:
-    """open_clip's model configurations: most are refused before anything is built."""
+    """Damage open_clip's model configurations; most are refused before anything is built."""
     folder.mkdir()
     path = folder / "m.json"
     path.write_text(json.dumps(TINY))
@@ -245,7 +245,7 @@ def configs(folder: Path) -> Subject:
 
 
 def checkpoints(folder: Path) -> Subject:
-    """Checkpoints of bases, in wrappings of training loops."""
+    """Damage checkpoints of bases, as different training loops wrap them."""
     folder.mkdir()
     clip, path = load_config(_small_config(folder), "none", 0), folder / "w.pt"
     state = {f"model.{name}": weight for name, weight in _small_model().state_dict().items()}
@@ -267,7 +267,7 @@ def checkpoints(folder: Path) -> Subject:
 
 
 def archives(folder: Path) -> Subject:
-    """TorchScript archives, of whose parts the pickle and the sizes are a stranger's."""
+    """Damage the pickle and the sizes of TorchScript archives."""
     folder.mkdir()
     clip, path = load_config(_small_config(folder), "none", 0), folder / "w.pt"
     with warnings.catch_warnings():
@@ -282,7 +282,7 @@ def archives(folder: Path) -> Subject:
 
 
 def hf_folders(folder: Path) -> Subject:
-    """Folders of transformers: any of their files."""
+    """Damage any file of a transformers folder."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder.mkdir()
@@ -312,7 +312,7 @@ def hf_folders(folder: Path) -> Subject:
 
 
 def diffusion(folder: Path) -> Subject:
-    """LoRA of text encoders by kohya's scripts and by diffusers."""
+    """Damage LoRA of text encoders from kohya's scripts and diffusers."""
     folder.mkdir()
     path, state = folder / "a.safetensors", dict[str, Tensor]()
     for role in ("q", "v"):

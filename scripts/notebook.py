@@ -21,7 +21,7 @@ _NEVER = ("argparse", "__future__")  # imports that the notebook has no use for
 
 
 def notebook(source: str) -> dict[str, Any]:
-    """The notebook of a program, as nbformat 4.5 has it.
+    """Turn a program into a notebook of nbformat 4.5.
 
     Raises:
         ValueError: the program has no docstring, or no function `compare`.
@@ -50,14 +50,14 @@ def notebook(source: str) -> dict[str, Any]:
 
 
 def _introduction(text: str) -> str:
-    """The docstring, its first line as the title, without the line that says how to run the program."""
+    """Take the docstring, its first line as the title, without the line that runs the program."""
     first, *rest = text.splitlines()
     kept = "\n".join(line for line in rest if not line.startswith("    ")).strip()
     return f"# {first.rstrip('.')}\n\n{kept}"
 
 
 def _head(tree: ast.Module, story: ast.FunctionDef, lines: list[str]) -> str:
-    """Imports and constants above the story."""
+    """Take the imports and constants above the function."""
     unwanted = {
         number
         for node in tree.body
@@ -71,7 +71,7 @@ def _head(tree: ast.Module, story: ast.FunctionDef, lines: list[str]) -> str:
 
 
 def _settings(story: ast.FunctionDef, source: str) -> str:
-    """The parameters with their defaults, as assignments."""
+    """Turn the parameters and their defaults into assignments."""
     pairs = zip(story.args.args, story.args.defaults, strict=True)
     return "\n".join(
         f"{argument.arg} = {ast.get_source_segment(source, default)}" for argument, default in pairs
@@ -79,7 +79,7 @@ def _settings(story: ast.FunctionDef, source: str) -> str:
 
 
 def _sections(story: ast.FunctionDef, lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Text and code of each part of the body, in order."""
+    """Yield text and code of each part of the body, in order."""
     first, last = story.body[0], story.body[-1]  # the docstring, and perhaps the return
     end = last.lineno - 1 if isinstance(last, ast.Return) else last.end_lineno
     body = dedent("\n".join(lines[first.end_lineno : end]))
@@ -105,7 +105,7 @@ def _cell(number: int, kind: str, text: str, settings: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write it beside the program."""
+    """Write the notebook next to the program."""
     made = json.dumps(notebook(PROGRAM.read_text(encoding="utf-8")), indent=1, ensure_ascii=False)
     PROGRAM.with_suffix(".ipynb").write_text(made + "\n", encoding="utf-8")
 

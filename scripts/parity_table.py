@@ -1,4 +1,4 @@
-"""Print how far LoRA is from explicit weights W + s·B·A, for every site role and layer layout.
+"""Print how far LoRA differs from explicit weights W + s·B·A, for every site role and model layout.
 
     python scripts/parity_table.py
 
@@ -40,7 +40,7 @@ from open_clip_4 import to_4x
 
 
 def layouts() -> dict[str, nn.Module]:
-    """The models compared, by column."""
+    """Return the compared models by column."""
     torch.manual_seed(0)
     release_3 = randomise(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP))).eval()
     return {
@@ -51,7 +51,7 @@ def layouts() -> dict[str, nn.Module]:
 
 
 def differences(base: nn.Module, targets: str) -> tuple[float, float, float]:
-    """Forward, gradient and effect of an adapter on those targets."""
+    """Measure forward, gradient and effect of an adapter on these targets."""
     model = copy.deepcopy(base)
     cg.apply_lora(model, r=3, alpha=5, targets=targets)
     updates = randomise_lora(model)

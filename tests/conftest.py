@@ -1,4 +1,4 @@
-"""Tiny models of both families, shared by all tests. No weight is ever downloaded."""
+"""Tiny models of both families, shared by all tests. No weights are downloaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Print what the tests run on, under `-q` and with several processes too; once."""
+    """Print the versions that the tests run on, once, also under `-q` and with several processes."""
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(session.config, "workerinput"):
         versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _unwelcome(config: pytest.Config) -> list[str]:
-    """Skips whose reason is not on the list; none unless `--strict-skips` asks for it."""
+    """List skips whose reason is not allowed; none unless `--strict-skips` is given."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None or not config.getoption("strict_skips"):
         return []
@@ -83,19 +83,19 @@ def _unwelcome(config: pytest.Config) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the feature cache of whoever runs it, or of another test."""
+    """Give each test a feature cache of its own."""
     monkeypatch.setenv("CLIPGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(autouse=True)
 def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention kernels tie for speed, so that no test depends on what else the machine is doing."""
+    """Let all attention kernels tie for speed, so that no test depends on the load of the machine."""
     monkeypatch.setattr("clipgraft.engine.attention._seconds", lambda run: (run(), 1.0)[1])
 
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An open_clip JSON model config of `tiny_openclip`'s shape. Read only."""
+    """Write an open_clip JSON model config with `tiny_openclip`'s shape. Read only."""
     path = tmp_path_factory.mktemp("config") / "tiny-clip.json"
     path.write_text(json.dumps(TINY_OPENCLIP), encoding="utf-8")
     return path
@@ -116,13 +116,13 @@ def _hf_master() -> nn.Module:
 
 @pytest.fixture
 def tiny_openclip(_openclip_master: nn.Module) -> nn.Module:
-    """A raw open_clip CLIP, fresh for each test: 2 blocks a tower, width 32, 77 tokens, 32×32 pixels."""
+    """Build an open_clip CLIP for each test: 2 blocks a tower, width 32, 77 tokens, 32×32 pixels."""
     return copy.deepcopy(_openclip_master)
 
 
 @pytest.fixture
 def tiny_openclip_4x(tiny_openclip: nn.Module) -> nn.Module:
-    """The weights of `tiny_openclip` in the layout of open_clip 4.x."""
+    """Convert `tiny_openclip` to the layout of open_clip 4.x."""
     from open_clip_4 import to_4x
 
     return to_4x(copy.deepcopy(tiny_openclip))
@@ -130,19 +130,19 @@ def tiny_openclip_4x(tiny_openclip: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def tiny_hf(_hf_master: nn.Module) -> nn.Module:
-    """A raw transformers CLIPModel, fresh for each test: 2 layers a tower, width 32, 16 tokens, eos id 99."""
+    """Build a transformers CLIPModel for each test: 2 layers a tower, width 32, 16 tokens, eos id 99."""
     return copy.deepcopy(_hf_master)
 
 
 @pytest.fixture
 def make_hf() -> Callable[..., nn.Module]:
-    """`build_hf`: a CLIPModel whose text configuration a test chooses."""
+    """Return `build_hf`, which builds a CLIPModel with a text configuration of the test's choice."""
     return build_hf
 
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory, _hf_master: nn.Module) -> Path:
-    """A saved transformers folder: the weights of `tiny_hf`, a letter tokenizer, a processor. Read only."""
+    """Save a transformers folder: the weights of `tiny_hf`, a letter tokenizer, a processor. Read only."""
     from transformers import CLIPImageProcessor, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("hub") / "tiny-hf"
