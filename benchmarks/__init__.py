@@ -1,4 +1,4 @@
-"""clipgraft beside its peers, in one process tree: `python -m benchmarks`, or `make bench`.
+"""Compare clipgraft with its peers in one run: `python -m benchmarks`, or `make bench`.
 
 The packages here use clipgraft; clipgraft never uses them.
 """

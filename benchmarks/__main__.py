@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, and write the page, the numbers and the pictures."""
+"""`python -m benchmarks`: measure, and write the page, the numbers and the plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUMBERS, _PAGE, _LENGTHS = "results.json", "README.md", "captions.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if a contestant failed, else 0."""
+    """Run the benchmarks; returns 1 if a contestant failed, else 0."""
     arguments = _parse(argv)
     if arguments.render is not None:
         found = json.loads((arguments.render / _NUMBERS).read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(settings: Settings, only: Sequence[str] | None, threads: int, out: Path) -> dict[str, Any]:
-    """Measure the cases; what is known so far is on disk after each."""
+    """Measure the cases, and write the results so far after each."""
     environment = {**describe(), "threads": threads}
     _tell("preparing data and base")
     options = {"photos": str(settings.data), "images": settings.images, "seed": settings.seed}
@@ -79,7 +79,7 @@ def run(settings: Settings, only: Sequence[str] | None, threads: int, out: Path)
 
 
 def write(out: Path, found: dict[str, Any]) -> None:
-    """The page and the pictures of the numbers in `found`."""
+    """Write the page and the plots from the numbers in `found`."""
     settings = Settings(**found["settings"])
     chapters = [
         case.report(settings, found["cases"][case.name]) for case in CASES if case.name in found["cases"]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.amounts [FOLDER]`: what 1,000, 3,000 and 10,000 pairs buy at several learning rates.
+"""`python -m benchmarks.amounts [FOLDER]`: recall after 1,000 to 10,000 pairs at several learning rates.
 
 Adapts the embedded default to Vietnamese captions and prints a table. One seed; ten minutes on a core.
 """
@@ -28,7 +28,7 @@ _GRID: tuple[tuple[int, int, int, tuple[float, ...], tuple[float, ...]], ...] = 
 
 
 def main(argv: Sequence[str]) -> None:
-    """Make the data, train every cell, print its row as soon as it is known."""
+    """Make the data, train every cell, and print each row when it is known."""
     folder = Path(argv[0] if argv else "amounts")
     cache = cg.data.FeatureCache(folder / "features")
     tests = cg.emoji.write_scenes(folder / "data", "test", _TESTS, ["vi", "en"])
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def cells() -> Iterator[tuple[int, str, float, dict[str, Any]]]:
-    """Training scenes, what trains, learning rate, other options of `fit`."""
+    """List the cells: training scenes, what trains, learning rate, other options."""
     for scenes, epochs, batch_size, rates, full_rates in _GRID:
         options = {"epochs": epochs, "batch_size": batch_size}
         for targets in (ATTENTION, MATRICES):
@@ -61,7 +61,7 @@ def cells() -> Iterator[tuple[int, str, float, dict[str, Any]]]:
 
 
 def _numbers(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.data.FeatureCache) -> str:
-    """Recalls in percent, as cells of the table."""
+    """Format recalls in percent as cells of the table."""
     found = {name: cg.evaluate_retrieval(clip, pairs, cache=cache) for name, pairs in tests.items()}
     both, english = found["vi"], found["en"]["text_to_image_R@1"]
     shares = (both["image_to_text_R@1"], both["text_to_image_R@1"], english)

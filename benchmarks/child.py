@@ -1,4 +1,4 @@
-"""One contestant in a process of its own: `python -m benchmarks.child FUNCTION OPTIONS RESULT`."""
+"""Run one contestant in its own process: `python -m benchmarks.child FUNCTION OPTIONS RESULT`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far (VmHWM), its loader workers not counted."""
+    """Return the largest resident memory of this process so far (VmHWM), without loader workers."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -21,7 +21,7 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Forget the peak so far: loading a model may take more than training it, and is the same for all."""
+    """Reset the peak: loading a model may take more memory than training it, and is the same for all."""
     global _before
     _before = max(_before, peak_bytes())
     _CLEAR.write_text("5")

@@ -1,4 +1,4 @@
-"""What a smaller CLIP costs and what distillation brings back, on the embedded default.
+"""Measure a smaller CLIP on EmojiScenes: size, time and recall, before and after distillation.
 
     python -m benchmarks.compact --out benchmarks/results/compact.md
 
@@ -45,14 +45,14 @@ _RECALLS = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text
 
 @dataclass(frozen=True)
 class World:
-    """Scenes on disk: to train on, and to test on."""
+    """Generated scenes to train and to test on."""
 
     train: cg.Pairs
     test: cg.Pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the page, write it where `--out` says."""
+    """Measure, print the page, and write it to `--out`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compact", description=__doc__)
     parser.add_argument("--scenes", type=int, default=3000, help="to train on, five captions each")
     parser.add_argument("--epochs", type=int, default=1)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, scenes: int, epochs: int) -> str:
-    """The page."""
+    """Measure everything and return the page."""
     environment = {**describe(), "threads": torch.get_num_threads()}
     world = make_world(folder, scenes)
     models, seconds = make_models(world, folder, epochs)
@@ -109,13 +109,13 @@ def measure(folder: Path, scenes: int, epochs: int) -> str:
 
 
 def _about() -> str:
-    """The module's first lines, without the command."""
+    """Return the module's description without the command."""
     paragraphs = [part for part in (__doc__ or "").split("\n\n") if not part.startswith("    ")]
     return "\n\n".join(" ".join(part.split()) for part in paragraphs)
 
 
 def make_world(folder: Path, scenes: int) -> World:
-    """English scenes, read back as a user's data would be."""
+    """Write English scenes and read them back as a user's data."""
     _tell("scenes")
     sizes = {"train": scenes, "test": _TEST}
     tables = {
@@ -127,7 +127,7 @@ def make_world(folder: Path, scenes: int) -> World:
 
 
 def make_models(world: World, folder: Path, epochs: int) -> tuple[dict[str, Clip], dict[str, float]]:
-    """The base and what is made of it, by name; and the seconds that training took."""
+    """Build the models by name, and return the seconds that training took."""
     base = cg.load("emoji")
     texts = [caption for captions in world.train.captions for caption in captions]
     cut = [cg.compact.compact_model(base, **_LAYERS, texts=texts).clip for _ in range(3)]
@@ -151,7 +151,7 @@ def make_models(world: World, folder: Path, epochs: int) -> tuple[dict[str, Clip
 
 
 def measure_times(clips: Sequence[Clip], test: cg.Pairs) -> list[tuple[float, float]]:
-    """Milliseconds an image and a caption, of every model."""
+    """Return milliseconds for an image and for a caption, for every model."""
     (_, pixels), *_ = image_batches(
         test.images[:_BATCH], clips[0].require_preprocess(), batch_size=_BATCH, workers=0
     )
@@ -175,7 +175,7 @@ def measure_times(clips: Sequence[Clip], test: cg.Pairs) -> list[tuple[float, fl
 def row(
     name: str, clip: Clip, times: tuple[float, float], metrics: Mapping[str, float], seconds: float | None
 ) -> tuple[str, ...]:
-    """One line of the table."""
+    """Format one row of the table."""
     recalls = [f"{100 * metrics[recall]:.1f}" for recall in _RECALLS]
     spent = "" if seconds is None else f"{seconds:.0f}"
     total = f"{cg.count_parameters(clip).total:,}"

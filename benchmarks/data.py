@@ -1,4 +1,4 @@
-"""Photographs to train on: EmojiScenes at 500x375 with the grain of a camera, and captions of a known length.
+"""Photographs to train on: EmojiScenes at 500x375 with camera noise, and captions of known length.
 
 Real photographs cannot be shipped or downloaded. What a benchmark needs of them is what they cost: the pixels
 to decode and resize, the bytes of the file (30-60 KB), and the length of the captions in CLIP tokens.
@@ -32,7 +32,7 @@ CountTokens = Callable[[str], int]
 
 
 def make_data(folder: Path, images: int, seed: int, processes: int = 2) -> None:
-    """Write `images` JPEGs and a CSV of captions a variant into `folder`, unless they are there already."""
+    """Write `images` JPEGs and a CSV of captions for each variant into `folder`, unless they exist."""
     if (folder / _DONE).exists():
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -52,19 +52,19 @@ def make_data(folder: Path, images: int, seed: int, processes: int = 2) -> None:
 
 
 def about_data(folder: Path) -> dict[str, dict[str, object]]:
-    """What `make_data` wrote: histograms of caption lengths, sizes of the JPEGs."""
+    """Describe what `make_data` wrote: histograms of caption lengths, sizes of the JPEGs."""
     about: dict[str, dict[str, object]] = json.loads((folder / _DONE).read_text(encoding="utf-8"))
     return about
 
 
 def read_table(path: Path) -> list[tuple[Path, str]]:
-    """(image path, caption) of every row, in order."""
+    """Read (image path, caption) of every row, in order."""
     with path.open(encoding="utf-8", newline="") as file:
         return [(path.parent / row["image"], row["caption"]) for row in csv.DictReader(file)]
 
 
 def clip_token_counter() -> CountTokens:
-    """Tokens of a caption in CLIP's vocabulary, start and end included."""
+    """Count the tokens of a caption in CLIP's vocabulary, start and end included."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
@@ -72,7 +72,7 @@ def clip_token_counter() -> CountTokens:
 
 
 def caption_lengths(variant: str, number: int, seed: int) -> list[int]:
-    """How many tokens each caption is to have, from SHORTEST to LONGEST.
+    """Draw the number of tokens of each caption, from SHORTEST to LONGEST.
 
     `natural` falls off exponentially, as captions that people write do: half of them have 16 tokens or
     fewer, and few have 40. `uniform` has every length equally often. Both are exact quantiles, shuffled.
@@ -90,7 +90,7 @@ def caption_lengths(variant: str, number: int, seed: int) -> list[int]:
 def make_captions(
     sentences: Sequence[Sequence[str]], lengths: Sequence[int], count: CountTokens
 ) -> list[str]:
-    """One caption an image, none twice, with the wanted number of tokens or, between words, just below it."""
+    """Make one caption an image, all different, with the wanted number of tokens or slightly fewer."""
     captions: dict[str, None] = {}
     for options, length in zip(sentences, lengths, strict=True):
         for start in range(len(options) * length):
@@ -107,7 +107,7 @@ def make_captions(
 
 
 def _cut(words: Sequence[str], length: int, count: CountTokens) -> str:
-    """The longest run of leading words with at most `length` tokens, and at least SHORTEST."""
+    """Return the longest run of leading words with at most `length` tokens, and at least SHORTEST."""
     number = length - 2
     while number > 1 and count(" ".join(words[:number])) > length:
         number -= 1
@@ -117,7 +117,7 @@ def _cut(words: Sequence[str], length: int, count: CountTokens) -> str:
 
 
 def photo(scenes: EmojiScenes, index: int, seed: int) -> Image.Image:
-    """Scene `index` as a 500x375 photograph: uneven light, and grain in every pixel."""
+    """Draw scene `index` as a 500x375 photograph with uneven light and noise in every pixel."""
     noise = np.random.default_rng([seed, index])
     scene = scenes.image(index).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     light = Image.fromarray(noise.normal(128, 40, (6, 8)).clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""On what a benchmark ran: processor, threads, memory, versions."""
+"""Describe the machine of a benchmark: processor, threads, memory, versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def describe() -> dict[str, Any]:
-    """Plain values for the report."""
+    """Return plain values for the report."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "cpu": _cpu_line("model name") or platform.processor() or platform.machine(),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: clipgraft beside its peers on one CUDA GPU, at ViT-B-32's true size.
+"""`python -m benchmarks.gpu`: clipgraft and its peers on one CUDA GPU, with ViT-B-32 at full size.
 
 Each chapter has a process of its own. Training and encoding are timed with reading and decoding the JPEGs,
 as users meet them; a training step also on batches that lie in GPU memory already, where the model
@@ -44,7 +44,7 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMER
 
 
 def synchronised() -> float:
-    """The time when the GPU has nothing left to do."""
+    """Return the time when the GPU has finished all work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -65,7 +65,7 @@ def our_pairs() -> Any:
 
 
 def train_ours(targets: str, autocast: bool) -> Values:
-    """Seconds of every epoch of `fit`, the first from cold."""
+    """Time every epoch of `fit`, the first with nothing cached."""
     import clipgraft as cg
 
     clip, pairs, ends = our_clip(), our_pairs(), []
@@ -102,7 +102,7 @@ def train_ours(targets: str, autocast: bool) -> Values:
 
 
 def train_peft(targets: str, autocast: bool, bf16: bool = False) -> Values:
-    """Seconds of every epoch of transformers + PEFT; its loader goes on from one epoch to the next."""
+    """Time every epoch of transformers + PEFT; its loader continues from one epoch to the next."""
     from benchmarks.contestants.hf_peft import batches
 
     model = peft_model(targets, bf16)
@@ -149,7 +149,7 @@ def timed_steps(
     warmup: int,
     steps: int,
 ) -> Values:
-    """Seconds of each step after some that warm up, waiting for data included."""
+    """Time each step after a warm-up, waiting for data included."""
     losses, marks = [], []
     waiting = iter(batches)
     torch.cuda.reset_peak_memory_stats()
@@ -172,7 +172,7 @@ def timed_steps(
 
 
 def tokens_and_pixels() -> tuple[Tensor, Tensor]:
-    """(BATCH, 77) ids of the table's first captions, zero after their end, and (BATCH, 3, 224, 224) noise."""
+    """Make (BATCH, 77) ids of the table's first captions, zero after the end, and noise as pixels."""
     import open_clip
 
     captions = [caption for _, caption in read_table(TABLE)[:BATCH]]
@@ -181,7 +181,7 @@ def tokens_and_pixels() -> tuple[Tensor, Tensor]:
 
 
 def steps_ours(targets: str, autocast: bool) -> Values:
-    """The engine's own step: packing the captions is part of it; a frozen image tower is known."""
+    """Run the engine's own step, with packing of the captions; a frozen image tower is cached."""
     import clipgraft as cg
     from clipgraft.engine.encoder import Encoder
 
@@ -206,7 +206,7 @@ def steps_ours(targets: str, autocast: bool) -> Values:
 
 
 def steps_peft(targets: str, autocast: bool, bf16: bool = False, known: bool = False) -> Values:
-    """The same by PEFT, padded to the longest; `known` gives it what it has no way of knowing itself."""
+    """Run the same with PEFT, padded to the longest; `known` gives it cached image features."""
     model = peft_model(targets, bf16)
     ids, pixels = tokens_and_pixels()
     longest = int((ids != 0).sum(1).max())
@@ -257,7 +257,7 @@ def encode_ours(autocast: bool) -> Values:
 
 
 def encode_openclip(autocast: bool, reference: bool = False) -> Values:
-    """What open_clip's documentation shows, with a loader that decodes in every core."""
+    """Encode as open_clip's documentation shows, with a loader that decodes in every core."""
     import open_clip
 
     from benchmarks.contestants.batches import Photos
@@ -301,7 +301,7 @@ def timed_encoding(run: Callable[[list[Path]], Tensor], reference: bool = False)
 
 
 def mixed() -> Values:
-    """Seconds of a batch of 256 captions through the text tower: the base alone, and 1 … 32 adapters mixed.
+    """Time a batch of 256 captions in the text tower: base alone, and 1 … 32 adapters mixed.
 
     PEFT takes its turns in between. Ours and PEFT's compute in fp32, as both do by default.
     """
@@ -374,7 +374,7 @@ CONTESTANTS: dict[str, dict[str, Callable[[], Values]]] = {
 
 
 def page(found: dict[str, dict[str, Values]], about: Values) -> str:
-    """The tables, in Markdown."""
+    """Format the tables in Markdown."""
     lines = [
         "# On a GPU",
         "",
@@ -419,7 +419,7 @@ def _cells(values: Values) -> list[str]:
 
 
 def speed(values: Values) -> float:
-    """Higher is faster."""
+    """Format a speed, where higher is faster."""
     if "epochs" in values:
         return 1 / statistics.median(values["epochs"][1:])
     if "images_per_second" in values:
@@ -443,7 +443,7 @@ def _mixed_table(values: Values) -> list[str]:
 
 
 def main() -> int:
-    """Run every contestant, print the page and write it; 1 if one failed."""
+    """Run every contestant, print the page and write it; returns 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="chapters with one of these words")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.md and gpu.json")
@@ -468,7 +468,7 @@ def main() -> int:
 
 
 def _one(run: Callable[[], Values]) -> Values:
-    """What a contestant measured, or why it could not."""
+    """Run one contestant; returns what it measured, or why it could not."""
     gc.collect()
     torch.cuda.empty_cache()
     try:
@@ -479,7 +479,7 @@ def _one(run: Callable[[], Values]) -> Values:
 
 
 def _child(chapter: str) -> dict[str, Values]:
-    """All contestants of a chapter, in a process with an empty cache."""
+    """Run all contestants of a chapter, in a process with an empty cache."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(

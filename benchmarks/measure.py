@@ -1,4 +1,4 @@
-"""Contestants in turn, each in a fresh process, and what they measured."""
+"""Run contestants in turn, each in a new process, and collect their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TIMEOUT = 1800
 
 @dataclass(frozen=True)
 class Contestant:
-    """One program beside the others.
+    """One program in the comparison.
 
     Attributes:
         name: as the tables call it.
@@ -40,11 +40,11 @@ class Contestant:
 
 
 class ContestantError(RuntimeError):
-    """A contestant's process ended without a result."""
+    """Raised when the process of a contestant ends without a result."""
 
 
 def run_contestant(contestant: Contestant, threads: int) -> Values:
-    """The contestant's values, from a process of its own.
+    """Run a contestant in its own process and return its values.
 
     Raises:
         ContestantError: with the last line that it wrote.
@@ -74,7 +74,7 @@ def run_contestant(contestant: Contestant, threads: int) -> Values:
 
 
 def _environment(threads: int, empty: str) -> dict[str, str]:
-    """The same threads for all, no network, no graphics card, no chatter, and nothing of ours cached."""
+    """Give all contestants the same threads, no network, no GPU, no output and an empty cache."""
     return {
         "CLIPGRAFT_CACHE": empty,
         "OMP_NUM_THREADS": str(threads),
@@ -92,7 +92,7 @@ def measure(
     threads: int,
     tell: Callable[[str], None],
 ) -> tuple[dict[str, list[Values]], list[str]]:
-    """Rounds of all contestants, A B C A B C, so that a slow minute of the machine hits all alike.
+    """Run rounds of all contestants, A B C A B C, so that a slow minute of the machine affects all.
 
     Returns:
         The values of every repeat, and what went wrong, one line each.
@@ -116,10 +116,10 @@ def measure(
 
 
 def best_and_median(numbers: Sequence[float]) -> tuple[float, float]:
-    """The smallest and the middle one."""
+    """Return the smallest and the middle value."""
     return min(numbers), statistics.median(numbers)
 
 
 def peak(runs: Sequence[Values], key: str = "peak_bytes") -> float:
-    """Largest of all repeats."""
+    """Return the largest peak of all repeats."""
     return float(max(values[key] for values in runs))

@@ -1,4 +1,4 @@
-"""The report's pictures."""
+"""The plots of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OURS, _PEER = "#2a7f62", "#9aa5b1"
 
 
 def draw(folder: Path, bars: Bars) -> None:
-    """One horizontal bar a contestant, ours in green."""
+    """Draw one horizontal bar a contestant, ours in green."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(bars.bars)), layout="constrained")
     names = list(bars.bars)[::-1]
@@ -34,7 +34,7 @@ def draw(folder: Path, bars: Bars) -> None:
 
 
 def draw_lengths(path: Path, histograms: Mapping[str, Mapping[str, int]]) -> None:
-    """How many captions have how many tokens, one panel a variant."""
+    """Draw how many captions have how many tokens, one panel a variant."""
     plt = _pyplot()
     figure, panels = plt.subplots(1, len(histograms), figsize=(8, 2.4), sharey=True, layout="constrained")
     for axes, (variant, counts) in zip(panels, histograms.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What all contestants start from: the photographs, one random ViT-B-32 in both layouts, one fresh adapter.
+"""Make what all contestants start from: photographs, one random ViT-B-32 in both layouts, one new adapter.
 
 Runs in a child of its own, so that the process that measures stays small.
 """
@@ -19,7 +19,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def prepare(photos: str, images: int, seed: int) -> dict[str, Any]:
-    """Make what is missing."""
+    """Make whatever is missing."""
     make_data(Path(photos), images, seed)
     if not (HF_BASE / "config.json").exists():
         make_base(seed)
@@ -31,12 +31,12 @@ def prepare(photos: str, images: int, seed: int) -> dict[str, Any]:
 
 
 def adapter_folder(targets: str, dropout: float) -> Path:
-    """A freshly initialised adapter in PEFT's layout, which every contestant starts from."""
+    """Return the folder of a newly initialised adapter in PEFT's layout, where all contestants start."""
     return WORK / "adapters" / f"{targets}-{dropout}"
 
 
 def make_base(seed: int) -> None:
-    """The same random weights as an open_clip checkpoint and as a transformers folder."""
+    """Save the same random weights as an open_clip checkpoint and as a transformers folder."""
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -62,7 +62,7 @@ def make_base(seed: int) -> None:
 
 
 def clip_tokenizer() -> Any:
-    """transformers' CLIP tokenizer, made of the vocabulary that open_clip ships."""
+    """Build transformers' CLIP tokenizer from the vocabulary that open_clip ships."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 

@@ -1,4 +1,4 @@
-"""Where the time of one training step goes: the model's own forward under autocast, and the engine.
+"""Profile one training step: the model's own forward under autocast, and the engine.
 
     python -m benchmarks.profile_step
 
@@ -42,7 +42,7 @@ _REPEATS = 12
 
 
 def main() -> None:
-    """Profile both ways, print."""
+    """Profile both ways and print the tables."""
     clip = cg.load("ViT-B-32", pretrained=OPENCLIP_BASE)
     cg.apply_lora(clip, r=16, alpha=16, dropout=0.1)
     clip.train()
@@ -103,7 +103,7 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _matmul_speed(rows: int) -> float:
-    """bf16 operations a second of the largest product of a block."""
+    """Return bf16 operations a second of the largest product of a block."""
     x = torch.randn(rows, 512).bfloat16()
     weights = [torch.randn(2048, 512).bfloat16() for _ in range(12)]
     best = min(_timed(lambda: [F.linear(x, weight) for weight in weights]) for _ in range(8))

@@ -29,14 +29,14 @@ from clipgraft.profile.forward import costs
 
 @dataclass(frozen=True)
 class Subject:
-    """A model on the CPU and what its forward takes, by the names of its arguments."""
+    """A model on the CPU, and the inputs of its forward by argument name."""
 
     name: str
     model: nn.Module
     inputs: dict[str, Tensor]
 
     def run(self) -> None:
-        """Both towers, and the towers alone."""
+        """Profile both towers, and each tower alone."""
         clip = as_clip(self.model)
         images, texts = self.inputs.values() if "image" in self.inputs else reversed(self.inputs.values())
         clip.family.encode_image(self.model, images)
@@ -45,7 +45,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Count:
-    """What a profiler says: None where it says nothing."""
+    """What a profiler reports; None where it reports nothing."""
 
     parameters: int | None
     macs: float | None
@@ -53,7 +53,7 @@ class Count:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, and write it where `--out` says."""
+    """Print the table, and write it to `--out`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profilers", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="two blocks a tower, to try the tools")
     parser.add_argument("--out", type=Path, help="write the page there")
@@ -128,7 +128,7 @@ def adapted(tiny: bool) -> Subject:
 
 
 def _text(end: int) -> Tensor:
-    """A text as long as can be."""
+    """Make the longest possible text."""
     tokens = torch.full((1, 77), 320)
     tokens[0, 0], tokens[0, -1] = end - 1, end
     return tokens
@@ -187,7 +187,7 @@ PROFILERS: dict[str, Callable[[Subject], Count]] = {
 
 
 def rows_of(subject: Subject) -> Iterator[tuple[str, ...]]:
-    """One row a profiler; one that fails says why."""
+    """Make one row for each profiler; one that fails says why."""
     ours = by_us(subject).macs
     for name, count in PROFILERS.items():
         started = time.perf_counter()

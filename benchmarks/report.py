@@ -1,4 +1,4 @@
-"""From measurements to a page of Markdown; nothing is measured here, so a page can be made again."""
+"""Turn measurements into a page of Markdown. Nothing is measured here, so a page can be rendered again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Chapter:
-    """What one case has to say."""
+    """The report of one case."""
 
     title: str
     text: str
@@ -55,13 +55,13 @@ class Chapter:
 
 
 def at_least(what: str, wanted: float, measured: float | None) -> Goal:
-    """A ratio that is to be `wanted` or more."""
+    """Make a goal for a ratio of `wanted` or more."""
     text = None if measured is None else f"{measured:.1f}x"
     return Goal(what, f">= {wanted:g}x", text, measured is not None and measured >= wanted)
 
 
 def at_most(what: str, wanted: float, measured: float | None, unit: str = "x") -> Goal:
-    """A number that is to be `wanted` or less."""
+    """Make a goal for a number of `wanted` or less."""
     text = None if measured is None else f"{measured:.2g}{unit}"
     return Goal(what, f"<= {wanted:.2g}{unit}", text, measured is not None and measured <= wanted)
 
@@ -76,7 +76,7 @@ def markdown_table(table: Table) -> str:
 
 
 def goals_table(goals: Sequence[Goal]) -> Table:
-    """All goals with what was measured, in one table."""
+    """Format all goals with what was measured, in one table."""
     rows = tuple((goal.what, goal.wanted, goal.measured or "not measured", _verdict(goal)) for goal in goals)
     return Table(("goal", "wanted", "measured", ""), rows)
 
@@ -93,7 +93,7 @@ def page(
     settings: Mapping[str, Any],
     failures: Sequence[str],
 ) -> str:
-    """The whole report."""
+    """Format the whole report."""
     size = "quick run: sizes are small and nothing is repeated" if settings["quick"] else "full run"
     parts = [
         "# Benchmarks",
@@ -116,7 +116,7 @@ def page(
 
 
 def machine(environment: Mapping[str, Any]) -> str:
-    """Processor and versions, two lines."""
+    """Format processor and versions, two lines."""
     flags = ", ".join(environment["instructions"])
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     return (
@@ -127,12 +127,12 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 def seconds(best: float, median: float) -> str:
-    """Such as `3.14 (3.2)`."""
+    """Format seconds such as `3.14 (3.2)`."""
     return f"{short(best)} ({short(median)})"
 
 
 def short(number: float) -> str:
-    """Three digits, without exponent."""
+    """Format three digits, without exponent."""
     if number >= 100:
         return f"{number:,.0f}"
     return f"{number:.1f}" if number >= 10 else f"{number:.2f}"

@@ -1,4 +1,4 @@
-"""How large a benchmark run is: the full one, and the quick one."""
+"""Sizes of a benchmark run: the full one, and the quick one."""
 
 from __future__ import annotations
 

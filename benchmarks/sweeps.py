@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sweeps FOLDER`: the table of ranks and the table of target sets, on generated data.
+"""`python -m benchmarks.sweeps FOLDER`: the tables of ranks and of target sets, on generated data.
 
 Runs `clipgraft sweep` twice; what is finished in FOLDER is not run again. An hour of one quiet core.
 """
@@ -35,7 +35,7 @@ _SETS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the data, run both sweeps, and one page of both."""
+    """Make the data, run both sweeps, and write one page of both."""
     folder = Path(argv[0] if argv else "sweeps")
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)

@@ -23,7 +23,7 @@ from benchmarks.settings import Settings
 
 @dataclass(frozen=True)
 class Case:
-    """Who competes, and what is to be said about what they measured."""
+    """A case: its contestants, and how their results are reported."""
 
     name: str
     contestants: Callable[[Settings], Sequence[Contestant]]

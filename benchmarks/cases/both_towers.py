@@ -1,4 +1,4 @@
-"""LoRA in the attention of both towers: nothing is a constant, every step decodes and encodes its images."""
+"""LoRA in the attention of both towers: nothing can be cached, every step decodes and encodes its images."""
 
 from __future__ import annotations
 

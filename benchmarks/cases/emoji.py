@@ -1,4 +1,4 @@
-"""The embedded default adapted to Vietnamese: that the speed costs no recall."""
+"""The small base adapted to Vietnamese: shows that the speed costs no recall."""
 
 from __future__ import annotations
 

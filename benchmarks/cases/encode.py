@@ -1,4 +1,4 @@
-"""A folder of JPEGs to features."""
+"""Encode a folder of JPEGs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IN_QUICK = (GUIDE, OURS, TO_DISK, SENTENCE)
 
 
 def contestants(settings: Settings) -> list[Contestant]:
-    """The guide's loop runs first: its fp32 features are what the others are compared with."""
+    """List the contestants; the guide's loop runs first, because its fp32 features are the reference."""
     images = [str(settings.data / "images" / f"{i:05d}.jpg") for i in range(settings.encode_images)]
     options: Values = {"images": images}
     listed: list[tuple[str, str, Values]] = [

@@ -1,4 +1,4 @@
-"""Counting operations: clipgraft, which needs no weights, beside calflops."""
+"""Count operations with clipgraft, which needs no weights, and with calflops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of several adapters in one batch: what they cost beside the base alone, in time and in memory."""
+"""Time and memory of several adapters in one batch, compared with the base alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GOALS = {8: 0.9, 32: 0.85}
 
 
 def contestants(settings: Settings) -> list[Contestant]:
-    """Each compares ours with PEFT by itself, in turns; memory has a process for each library and number."""
+    """List the contestants; each compares clipgraft and PEFT in turns, memory has one process for each."""
     text = {"tower": "text", "rows": _ROWS, "times": 10, "adapters": [1, 2, 8, _MOST]}
     images = {"tower": "vision", "rows": _IMAGES, "times": 5, "adapters": [8]}
     dora = {**text, "adapters": [8], "use_dora": True, "peer": False}
@@ -72,7 +72,7 @@ def report(settings: Settings, runs: Runs) -> Chapter:
 
 
 def _seconds(values: Sequence[Values]) -> Seconds:
-    """Seconds of every round, by `library adapters`."""
+    """Return the seconds of every round, by `library adapters`."""
     names = values[0]["seconds"]
     return {name: [second for v in values for second in v["seconds"][name]] for name in names}
 
@@ -89,7 +89,7 @@ def _rows(batch: str, seconds: Seconds) -> list[tuple[str, ...]]:
 
 
 def _share(base: Sequence[float], own: Sequence[float]) -> str:
-    """Of the best of both, and in brackets the median of the shares in each round."""
+    """Format the ratio of the best rounds, and in brackets the median of the ratios of each round."""
     rounds = statistics.median(one / other for one, other in zip(base, own, strict=True))
     return f"{min(base) / min(own):.2f}x ({rounds:.2f}x)"
 
@@ -104,7 +104,7 @@ def _memory_table(runs: Runs) -> Table:
 
 
 def _checks(runs: Runs) -> str:
-    """What the timed features differ by, in words."""
+    """Describe how far the timed features differ."""
     found = [v for name in (TEXT, IMAGES, DORA) if name in runs for v in runs[name]]
     if not found:
         return ""

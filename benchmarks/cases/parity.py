@@ -1,4 +1,4 @@
-"""That all contestants train the same thing: their losses, step by step, without dropout and in fp32."""
+"""Check that all contestants train the same thing: losses of every step, without dropout, in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIKE_PEERS = {"negatives": "batch", "exact_preprocess": True}
 
 
 def contestants(settings: Settings) -> list[Contestant]:
-    """As many pairs as a batch holds, so that every epoch is one step on the same batch in any order.
+    """Use as many pairs as a batch holds, so that each epoch is one step on the same batch in any order.
 
     Left out of the quick run: it says nothing about speed.
     """

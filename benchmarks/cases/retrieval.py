@@ -73,7 +73,7 @@ def goals(runs: Runs) -> tuple[Goal, ...]:
 
 
 def largest_difference(ours: Values, peer: Values) -> float:
-    """Over all metrics that both report, relative where they are larger than 1."""
+    """Return the largest difference over all shared metrics, relative for values above 1."""
     names = ours["metrics"].keys() & peer["metrics"].keys()
     if not names:
         return math.nan
@@ -82,7 +82,7 @@ def largest_difference(ours: Values, peer: Values) -> float:
 
 
 def _recall(values: Values, key: str) -> str:
-    """By CLIP_benchmark's names, which ours has too; open_clip's are another spelling of the same."""
+    """Pick recalls by CLIP_benchmark's names."""
     other = {"image_retrieval_recall@1": "text_to_image_R@1", "text_retrieval_recall@1": "image_to_text_R@1"}
     metrics = values["metrics"]
     return short(100 * metrics.get(key, metrics.get(other[key])))

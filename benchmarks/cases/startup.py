@@ -1,4 +1,4 @@
-"""How long until a prompt answers."""
+"""Time from the command to its first answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA on the text tower beside a frozen image tower: the guide's job, on ViT-B-32."""
+"""LoRA on the text tower with a frozen image tower, the guide's task, on ViT-B-32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def contestants(settings: Settings) -> list[Contestant]:
 
 
 def uniform_contestants(settings: Settings) -> list[Contestant]:
-    """The other distribution of caption lengths, one round; left out of the quick run."""
+    """List contestants for evenly spread caption lengths, in one round; the quick run leaves them out."""
     if settings.quick:
         return []
     return [one for one in _contestants(settings, "uniform", repeats=1) if one.name in _IN_UNIFORM]

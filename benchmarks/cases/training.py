@@ -1,4 +1,4 @@
-"""From the seconds of steps and epochs to comparable training times."""
+"""Turn the seconds of steps and epochs into comparable training times."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Times:
 
 
 def times(runs: Sequence[Values], settings: Settings) -> Times:
-    """Times of a contestant, over its repeats."""
+    """Collect the times of a contestant over its repeats."""
     each = [_times_of(values, settings) for values in runs]
     first, later, run = (best_and_median(column) for column in zip(*each, strict=True))
     return Times(first, later, run)
 
 
 def _times_of(values: Values, settings: Settings) -> tuple[float, float, float]:
-    """First epoch, later epoch, run; what was not run is scaled."""
+    """Return first epoch, later epoch and whole run; what was not run is scaled."""
     if "epoch_seconds" not in values:
         epoch = statistics.median(values["step_seconds"]) * settings.steps_per_epoch
         return epoch, epoch, epoch * settings.epochs
@@ -47,7 +47,7 @@ def _times_of(values: Values, settings: Settings) -> tuple[float, float, float]:
 
 
 def training_table(runs: Runs, settings: Settings, reference: str) -> Table:
-    """Every contestant's times, their ratio to `reference`, its memory, and a loss to compare."""
+    """Tabulate the times of all contestants, their ratio to `reference`, memory, and a loss to compare."""
     found = {name: times(values, settings) for name, values in runs.items()}
     base = found.get(reference)
     step = _steps_of_all(runs)
@@ -80,7 +80,7 @@ def training_table(runs: Runs, settings: Settings, reference: str) -> Table:
 
 
 def step_table(runs: Runs, reference: str) -> Table:
-    """Every contestant's seconds a step, their ratio to `reference`, its memory, and a loss to compare."""
+    """Tabulate seconds a step of all contestants, their ratio to `reference`, memory, and a loss."""
     found = {name: step_seconds(values) for name, values in runs.items()}
     step = _steps_of_all(runs)
     columns = ("contestant", "step, s", "ratio", "peak MB", "with loading", f"loss at step {step}")
@@ -99,19 +99,19 @@ def step_table(runs: Runs, reference: str) -> Table:
 
 
 def step_seconds(runs: Sequence[Values]) -> tuple[float, float]:
-    """(best, median) over the repeats, of each repeat's median step."""
+    """Return (best, median) over the repeats of each repeat's median step."""
     return best_and_median([statistics.median(values["step_seconds"]) for values in runs])
 
 
 def step_ratio(runs: Runs, ours: str, peer: str) -> float | None:
-    """How many times longer a step of the peer takes."""
+    """Return how many times longer a step of the peer takes."""
     if ours not in runs or peer not in runs:
         return None
     return step_seconds(runs[peer])[0] / step_seconds(runs[ours])[0]
 
 
 def _steps_of_all(runs: Runs) -> int:
-    """How many steps every contestant has taken."""
+    """Return how many steps every contestant has run."""
     return min(len(values["losses"]) for repeats in runs.values() for values in repeats)
 
 
@@ -120,27 +120,27 @@ def _ratio(mine: tuple[float, float], base: tuple[float, float] | None) -> str:
 
 
 def run_ratio(runs: Runs, settings: Settings, ours: str, peer: str) -> float | None:
-    """How many times longer the peer's run takes."""
+    """Return how many times longer the run of the peer takes."""
     if ours not in runs or peer not in runs:
         return None
     return times(runs[peer], settings).run[0] / times(runs[ours], settings).run[0]
 
 
 def later_ratio(runs: Runs, settings: Settings, ours: str, peer: str) -> float | None:
-    """The same for an epoch after the first."""
+    """Return how many times longer an epoch after the first takes for the peer."""
     if ours not in runs or peer not in runs:
         return None
     return times(runs[peer], settings).later[0] / times(runs[ours], settings).later[0]
 
 
 def memory_ratio(runs: Runs, ours: str, peer: str) -> float | None:
-    """Our peak memory as a share of the peer's."""
+    """Return our peak memory as a share of the peer's."""
     if ours not in runs or peer not in runs:
         return None
     return peak(runs[ours]) / peak(runs[peer])
 
 
 def fastest(runs: Runs, settings: Settings, names: Sequence[str]) -> str | None:
-    """Which of a peer's settings takes the shortest run."""
+    """Name the setting of a peer with the shortest run."""
     there = [name for name in names if name in runs]
     return min(there, key=lambda name: times(runs[name], settings).run[0], default=None)

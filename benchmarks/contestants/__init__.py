@@ -1,1 +1,1 @@
-"""Each function here is one contestant's work, run in a process of its own; it returns plain values."""
+"""The work of each contestant: one function, run in its own process, that returns plain values."""

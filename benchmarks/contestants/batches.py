@@ -1,4 +1,4 @@
-"""The peers' side of data loading: what their own documentation tells a user to write."""
+"""Data loading of the peers, as their documentation shows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Photos(Dataset[Any]):
-    """(transformed image, caption) of row i; decoding and transforming happen in the loader's workers."""
+    """Dataset of (transformed image, caption); the loader's workers decode and transform."""
 
     def __init__(self, rows: Sequence[tuple[Path, str]], transform: Callable[[Image.Image], Any]) -> None:
         self.rows = rows
@@ -30,7 +30,7 @@ class Photos(Dataset[Any]):
 
 
 def shuffled(number: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches in the order that clipgraft draws: a new permutation for every (seed, epoch)."""
+    """Yield endless batches in clipgraft's order: a new permutation for every (seed, epoch)."""
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(number).tolist()
@@ -58,6 +58,6 @@ def loader(
     workers: int,
     seed: int = 0,
 ) -> DataLoader[Any]:
-    """A stock DataLoader over the rows, shuffled, without end."""
+    """Make a stock DataLoader over the rows, shuffled and endless."""
     sampler: Any = _Batches(len(rows), batch_size, seed)
     return DataLoader(Photos(rows, transform), batch_sampler=sampler, num_workers=workers, collate_fn=collate)

@@ -1,4 +1,4 @@
-"""The embedded default adapted to Vietnamese: the same LoRA by clipgraft and by PEFT, with recall."""
+"""Adapt the small base to Vietnamese with the same LoRA by clipgraft and by PEFT, and measure recall."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LANGUAGE = "vi"
 
 
 def prepare(train: int, test: int) -> dict[str, Any]:
-    """Scenes, captions, and the fresh adapter that both start from."""
+    """Write scenes, captions, and the new adapter that both start from."""
     for split, size in (("train", train), ("test", test)):
         cg.emoji.write_scenes(_folder(train), split, size, [_LANGUAGE])
     clip = _with_lora()
@@ -32,7 +32,7 @@ def prepare(train: int, test: int) -> dict[str, Any]:
 
 
 def by_clipgraft(train: int, autocast: bool = False, negatives: str = "batch") -> dict[str, Any]:
-    """One epoch of `fit`, the images encoded within it."""
+    """Train one epoch with `fit`, which also encodes the images."""
     clip = _with_lora()
     pairs = cg.read_pairs(_folder(train) / f"train.{_LANGUAGE}.csv", verify="header")
     values = timed_fit(
@@ -53,7 +53,7 @@ def by_clipgraft(train: int, autocast: bool = False, negatives: str = "batch") -
 def by_peft(
     train: int, autocast: bool = False, longest: bool = False, attention: str = "sdpa", workers: int = 2
 ) -> dict[str, Any]:
-    """As many steps by transformers + PEFT, with the same batches, schedule and optimiser."""
+    """Train as many steps with transformers + PEFT, with the same batches, schedule and optimizer."""
     from clipgraft.models.load import EMOJI_BASE
     from clipgraft.train.schedule import make_schedule
 
@@ -92,6 +92,6 @@ def _test_pairs(train: int) -> cg.Pairs:
 
 
 def _recall(clip: cg.Clip, train: int) -> dict[str, float]:
-    """Recall@1 both ways over the unseen scenes; measured by the same function for all."""
+    """Measure R@1 in both directions on unseen scenes, with the same function for all."""
     metrics = cg.evaluate_retrieval(clip, _test_pairs(train))
     return {name: metrics[name] for name in ("image_to_text_R@1", "text_to_image_R@1")}

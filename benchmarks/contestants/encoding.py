@@ -1,4 +1,4 @@
-"""The clock on an encoder of JPEGs, and its features beside the fp32 ones of the guide's loop."""
+"""Time an encoder of JPEGs, and compare its features with those of the guide's loop in fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WARM = 16
 def timed_encoding(
     run: Callable[[list[str]], Tensor], images: list[str], reference: bool = False
 ) -> dict[str, Any]:
-    """Images a second, and the least cosine to the features of the encoder that is the reference."""
+    """Return images a second, and the smallest cosine to the reference features."""
     run(images[:_WARM])
     reset_peak()
     started = time.perf_counter()

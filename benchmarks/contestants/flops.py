@@ -1,4 +1,4 @@
-"""Counting the operations of ViT-B-32, from nothing to the numbers: imports, the model, the count."""
+"""Count the operations of ViT-B-32 from a cold start: imports, model, count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LLAVA = Path(__file__).parents[2] / "examples" / "llava_next_8b.json"
 
 
 def by_calflops() -> dict[str, Any]:
-    """calflops on the transformers model with random weights, one image and one caption."""
+    """Count with calflops, on the transformers model with random weights, one image and one caption."""
     reset_peak()
     started = time.perf_counter()
     from calflops import calculate_flops
@@ -33,7 +33,7 @@ def by_calflops() -> dict[str, Any]:
 
 
 def by_clipgraft() -> dict[str, Any]:
-    """clipgraft on the same configuration, without weights."""
+    """Count with clipgraft, on the same configuration, without weights."""
     reset_peak()
     started = time.perf_counter()
     from transformers import CLIPConfig, CLIPModel
@@ -47,7 +47,7 @@ def by_clipgraft() -> dict[str, Any]:
 
 
 def llava_by_clipgraft() -> dict[str, Any]:
-    """clipgraft on LLaVA-NeXT-8B, from its configuration alone."""
+    """Count LLaVA-NeXT-8B with clipgraft, from its configuration alone."""
     reset_peak()
     started = time.perf_counter()
     from clipgraft.profile.llava import llava_costs, llava_on_meta

@@ -1,4 +1,4 @@
-"""Gradients of one batch with LoRA in both towers, ours beside PEFT's, from the same weights."""
+"""Compare gradients of one batch, LoRA in both towers, between clipgraft and PEFT, from the same weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.prepare import HF_BASE, LORA
 
 
 def compare(table: str, rows: int) -> dict[str, Any]:
-    """The largest difference, relative to the largest gradient of the same matrix."""
+    """Return the largest difference relative to the largest gradient of the same matrix."""
     import clipgraft as cg
     from clipgraft.train.negatives import contrastive_loss
 

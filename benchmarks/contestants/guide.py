@@ -1,4 +1,4 @@
-"""The guide's method: LoRA layers beside open_clip's text attention, written anew from its description.
+"""The guide's method, written independently: LoRA layers next to open_clip's text attention.
 
 As described there: q, k, v and out each have a layer of their own with its own dropout; both towers run in
 every step on captions of 77 tokens; the loader has workers. `cut` is what can be done from outside to make
@@ -25,7 +25,7 @@ _ROLES = ("q", "k", "v", "out")
 
 
 class LoRALayer(nn.Module):
-    """x -> dropout -> A (r, in) -> B (out, r) -> alpha / r."""
+    """Compute x -> dropout -> A (r, in) -> B (out, r) -> alpha / r."""
 
     def __init__(self, features: int, r: int, alpha: float, dropout: float) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class LoRALayer(nn.Module):
 
 
 def add_lora(model: Any, r: int, alpha: float, dropout: float) -> None:
-    """Freeze the model and give every text block its four layers."""
+    """Freeze the model and add four layers to every text block."""
     model.requires_grad_(False)
     for block in model.transformer.resblocks:
         for role in _ROLES:
@@ -70,7 +70,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Start from the adapter that all contestants start from."""
+    """Load the adapter that all contestants start from."""
     from safetensors.torch import load_file
 
     weights = load_file(folder / "adapter_model.safetensors")
@@ -83,7 +83,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def cut_context(model: Any, length: int) -> None:
-    """Make the text tower `length` tokens long."""
+    """Shorten the text tower to `length` tokens."""
     model.positional_embedding = nn.Parameter(model.positional_embedding[:length].detach().clone(), False)
     model.attn_mask = model.attn_mask[:length, :length]
 
@@ -100,7 +100,7 @@ def train_text(
     dropout: float = 0.1,
     rows: int | None = None,
 ) -> dict[str, Any]:
-    """Text-LoRA by the guide's method."""
+    """Train LoRA on the text tower with the guide's method."""
     import open_clip
     from open_clip.loss import ClipLoss
 
@@ -134,7 +134,7 @@ def train_text(
 def encode(
     images: list[str], batch_size: int = 64, autocast: bool = False, reference: bool = False
 ) -> dict[str, Any]:
-    """The guide's loop: open, convert and transform one image after another, then encode the batch."""
+    """Encode as the guide does: open, convert and transform each image, then encode the batch."""
     import open_clip
     from PIL import Image
 

@@ -15,7 +15,7 @@ from benchmarks.prepare import HF_BASE, adapter_folder
 
 
 def load_model(base: Path, adapter: Path, *, bf16: bool, attention: str) -> Any:
-    """A PeftModel that trains the adapter every contestant starts from."""
+    """Load a PeftModel with the adapter that every contestant starts from."""
     from peft import PeftModel
     from transformers import CLIPModel
 
@@ -29,7 +29,7 @@ def load_model(base: Path, adapter: Path, *, bf16: bool, attention: str) -> Any:
 def batches(
     base: Path, data: list[tuple[Path, str]], *, batch_size: int, workers: int, longest: bool, bf16: bool
 ) -> Any:
-    """Batches of pixels and token ids, padded to 77 or to the batch's longest caption."""
+    """Yield batches of pixels and token ids, padded to 77 or to the longest caption of the batch."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     processor = AutoImageProcessor.from_pretrained(base)
@@ -64,7 +64,7 @@ def train(
     dropout: float = 0.1,
     rows: int | None = None,
 ) -> dict[str, Any]:
-    """LoRA by PEFT on the sites of `targets`, which is one of those that `prepare` made an adapter of."""
+    """Train LoRA with PEFT on the sites of `targets`, one of those that `prepare` made an adapter for."""
     model = load_model(HF_BASE, adapter_folder(targets, dropout), bf16=bf16, attention=attention)
     data = batches(
         HF_BASE,

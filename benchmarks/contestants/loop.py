@@ -1,4 +1,4 @@
-"""The training loop of every peer, and the clock on it."""
+"""The training loop of every peer, with timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LR, WEIGHT_DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
 def adamw(
     model: torch.nn.Module, lr: float = LR, weight_decay: float = WEIGHT_DECAY, fused: bool | None = None
 ) -> torch.optim.AdamW:
-    """AdamW with open_clip's hyper-parameters; what has fewer than two dimensions does not decay."""
+    """Make AdamW with open_clip's hyper-parameters; parameters of fewer than two dimensions do not decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""Rows of many adapters in one batch: ours and PEFT's in turns, and what the adapters take in memory."""
+"""Many adapters in one batch, by clipgraft and by PEFT in turns, and the memory that adapters take."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[[], Tensor]
 def side_by_side(
     tower: str, adapters: Sequence[int], rows: int, times: int, use_dora: bool = False, peer: bool = True
 ) -> dict[str, Any]:
-    """Seconds of the base alone and of batches of 1, 2, … adapters, in turns A B C A B C in one process.
+    """Time the base alone and batches of 1, 2, … adapters, in turns A B C A B C in one process.
 
     `from_one_by_one`, `from_peer` and `from_base` are the largest differences of our features from those of
     each adapter alone, of PEFT, and of the base, as shares of the largest feature.
@@ -56,7 +56,7 @@ def side_by_side(
 
 
 def made_up_inputs(tower: str, rows: int) -> Tensor:
-    """Captions that have only their first and last token in common, or pixels."""
+    """Make captions that share only their first and last token, or pixels."""
     generator = torch.Generator().manual_seed(0)
     if tower == "vision":
         return torch.randn(rows, 3, _SIDE, _SIDE, generator=generator)
@@ -66,7 +66,7 @@ def made_up_inputs(tower: str, rows: int) -> Tensor:
 
 
 def add_adapters(clip: cg.Clip, tower: str, count: int, use_dora: bool = False) -> None:
-    """Adapters `a0`, `a1`, … with an effect."""
+    """Add adapters `a0`, `a1`, … that have an effect."""
     torch.manual_seed(0)
     for number in range(count):
         cg.apply_lora(clip, **LORA, targets=f"{tower}-attention", use_dora=use_dora, name=f"a{number}")
@@ -77,12 +77,12 @@ def add_adapters(clip: cg.Clip, tower: str, count: int, use_dora: bool = False) 
 
 
 def names_of(rows: int, count: int) -> list[str | None]:
-    """Who each row belongs to, adapter after adapter; the base if there is none."""
+    """Name the adapter of each row, adapter after adapter; None for the base."""
     return [f"a{row % count}" if count else None for row in range(rows)]
 
 
 def our_runs(clip: cg.Clip, tower: str, inputs: Tensor, adapters: Sequence[int]) -> dict[str, Run]:
-    """By `clipgraft N`, N adapters; 0 is the base alone."""
+    """Make runs `clipgraft N` with N adapters; 0 is the base alone."""
     encode = clip.encode_text if tower == "text" else clip.encode_image
 
     def mixed(count: int) -> Run:
@@ -93,7 +93,7 @@ def our_runs(clip: cg.Clip, tower: str, inputs: Tensor, adapters: Sequence[int])
 
 
 def peft_runs(clip: cg.Clip, tower: str, inputs: Tensor, adapters: Sequence[int]) -> dict[str, Run]:
-    """By `PEFT N`, the same adapters through its `adapter_names`; 0 is the stock tower without PEFT."""
+    """Make runs `PEFT N` with the same adapters as `adapter_names`; 0 is the stock tower without PEFT."""
     stock = stock_tower(tower)
     model = peft_tower(clip, tower, max(adapters))
     argument, output = ("input_ids", "text_embeds") if tower == "text" else ("pixel_values", "image_embeds")
@@ -107,7 +107,7 @@ def peft_runs(clip: cg.Clip, tower: str, inputs: Tensor, adapters: Sequence[int]
 
 
 def stock_tower(tower: str) -> Any:
-    """A tower with its projection, by transformers."""
+    """Build a tower with its projection with transformers."""
     import transformers
 
     kind = f"CLIP{tower.capitalize()}ModelWithProjection"
@@ -115,7 +115,7 @@ def stock_tower(tower: str) -> Any:
 
 
 def peft_tower(clip: cg.Clip, tower: str, count: int) -> Any:
-    """The same with the first adapters of `clip`, by PEFT."""
+    """Build the same tower with the first adapters of `clip` with PEFT."""
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +127,7 @@ def peft_tower(clip: cg.Clip, tower: str, count: int) -> Any:
 
 
 def in_turns(runs: Mapping[str, Run], times: int) -> dict[str, list[float]]:
-    """Seconds of every run, round by round, so that a slow moment of the machine hits all alike."""
+    """Time every run round by round, so that a slow moment of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(times):
         for name, run in runs.items():
@@ -138,7 +138,7 @@ def in_turns(runs: Mapping[str, Run], times: int) -> dict[str, list[float]]:
 
 
 def one_by_one(clip: cg.Clip, tower: str, inputs: Tensor, count: int) -> Tensor:
-    """The features of each adapter's rows with that adapter alone, by the model's own forward."""
+    """Encode the rows of each adapter with that adapter alone, by the model's own forward."""
     encode = clip.encode_text if tower == "text" else clip.encode_image
     features = torch.empty(0)
     for number in range(count):
@@ -151,12 +151,12 @@ def one_by_one(clip: cg.Clip, tower: str, inputs: Tensor, count: int) -> Tensor:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Largest, as a share of the largest feature."""
+    """Return the largest difference as a share of the largest feature."""
     return float((one - other).abs().max() / other.abs().max())
 
 
 def memory(library: str, adapters: int, rows: int) -> dict[str, Any]:
-    """The peak of mixed batches through the text tower, in a process that holds one library's model alone."""
+    """Measure the peak of mixed batches on the text tower, in a process with one library's model only."""
     inputs, names = made_up_inputs("text", rows), names_of(rows, adapters)
     if library == "PEFT":
         model = fresh_peft_tower(adapters)
@@ -175,7 +175,7 @@ def memory(library: str, adapters: int, rows: int) -> dict[str, Any]:
 
 
 def fresh_peft_tower(count: int) -> Any:
-    """The text tower with new adapters, made by PEFT alone."""
+    """Build the text tower with new adapters with PEFT alone."""
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(str(adapter_folder("text-attention", 0.0)))

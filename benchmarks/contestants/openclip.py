@@ -1,4 +1,4 @@
-"""open_clip as it is: full fine-tuning with its own loss, and its own retrieval metrics."""
+"""Stock open_clip: full fine-tuning with its own loss, and its own retrieval metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.prepare import OPENCLIP_BASE
 def train_full(
     table: str, *, batch_size: int, warmup: int, steps: int, autocast: bool = False, workers: int = 2
 ) -> dict[str, Any]:
-    """Every weight of both towers, as `open_clip_train.main` does it; `autocast` is its amp_bf16."""
+    """Train every weight of both towers as `open_clip_train.main` does; `autocast` is its amp_bf16."""
     import open_clip
     from open_clip.loss import ClipLoss
 

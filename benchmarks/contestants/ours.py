@@ -25,7 +25,7 @@ _EPOCH_END = re.compile(r"epoch (\d+) of \d+: mean loss")
 
 
 class _EpochClock(logging.Handler):
-    """Notes when the run's own log says that an epoch has ended."""
+    """Record when the run logs the end of an epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ def _epoch_clock() -> Iterator[_EpochClock]:
 
 
 def load(precision: str = "fp32") -> cg.Clip:
-    """The random ViT-B-32 that all contestants share."""
+    """Load the random ViT-B-32 that all contestants share."""
     return cg.load("ViT-B-32", pretrained=OPENCLIP_BASE, precision=precision)
 
 
 def timed_fit(clip: cg.Clip, pairs: cg.Pairs, **options: Any) -> dict[str, Any]:
-    """`fit` in a new folder: the seconds of every epoch, the first from cold, and the loss of every step."""
+    """Run `fit` in a new folder; returns the seconds of every epoch and the loss of every step."""
     reset_peak()
     with tempfile.TemporaryDirectory() as folder, _epoch_clock() as clock:
         started = time.perf_counter()
@@ -83,7 +83,7 @@ def train(
     rows: int | None = None,
     fit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`apply_lora` and `fit` on the photographs; what `fit` does not name is at its default."""
+    """Run `apply_lora` and `fit` on the photographs; other options have their defaults."""
     import torch
 
     clip = load(precision)
@@ -105,7 +105,7 @@ def train(
 
 
 def train_steps(*, batch_size: int, warmup: int, steps: int, **options: Any) -> dict[str, Any]:
-    """As many steps as a peer takes, waiting for data included; `options` are those of `train`."""
+    """Train as many steps as a peer, waiting for data included; `options` are those of `train`."""
     values = train(batch_size=batch_size, epochs=1, rows=batch_size * (warmup + steps), **options)
     seconds = [batch_size / speed for speed in values["pairs_per_second"]]
     return {
@@ -115,7 +115,7 @@ def train_steps(*, batch_size: int, warmup: int, steps: int, **options: Any) -> 
 
 
 def encode(images: list[str], autocast: bool = False) -> dict[str, Any]:
-    """`encode_images` over a list of files."""
+    """Run `encode_images` over a list of files."""
     from benchmarks.contestants.encoding import timed_encoding
     from clipgraft.data.features import encode_images
 
@@ -126,7 +126,7 @@ def encode(images: list[str], autocast: bool = False) -> dict[str, Any]:
 
 
 def encode_to_disk(images: list[str], autocast: bool = False) -> dict[str, Any]:
-    """`encode_folder` over a table of files: vectors, metadata and manifest on disk, read back."""
+    """Run `encode_folder` over a table of files, and read vectors, metadata and manifest back."""
     from benchmarks.contestants.encoding import timed_encoding
 
     clip = load()
@@ -145,7 +145,7 @@ def encode_to_disk(images: list[str], autocast: bool = False) -> dict[str, Any]:
 
 
 def retrieval(rows: int, images: int, captions_an_image: int, seed: int) -> dict[str, Any]:
-    """`retrieval_metrics` on made-up features."""
+    """Run `retrieval_metrics` on made-up features."""
     from benchmarks.contestants.retrieval import made_up_features
 
     features = made_up_features(rows, images, captions_an_image, seed)

@@ -1,4 +1,4 @@
-"""Recall over made-up features, by the two libraries that build the whole matrix."""
+"""Recall over made-up features with the two libraries that build the whole similarity matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH, _NOISE, _BATCH = 512, 5.5, 64
 def made_up_features(
     rows: int, images: int, captions_an_image: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit-norm features of images and captions, and each caption's image; recall is far from 0 and 1.
+    """Make unit-norm features of images and captions, and each caption's image; recall is mid-range.
 
     Where there are more images than captions need, the last ones have none and only distract.
     """
@@ -29,7 +29,7 @@ def made_up_features(
 
 
 def by_clip_benchmark(rows: int, images: int, captions_an_image: int, seed: int) -> dict[str, Any]:
-    """CLIP_benchmark's `zeroshot_retrieval.evaluate`, with a model that looks features up."""
+    """Run CLIP_benchmark's `zeroshot_retrieval.evaluate` with a model that looks features up."""
     from clip_benchmark.metrics.zeroshot_retrieval import evaluate
 
     image_features, text_features, _ = made_up_features(rows, images, captions_an_image, seed)
@@ -47,7 +47,7 @@ def by_clip_benchmark(rows: int, images: int, captions_an_image: int, seed: int)
 
 
 def by_open_clip(rows: int, images: int, captions_an_image: int, seed: int) -> dict[str, Any]:
-    """open_clip_train's `get_clip_metrics`, which knows one caption an image."""
+    """Run open_clip_train's `get_clip_metrics`, which knows one caption an image."""
     from open_clip_train.train import get_clip_metrics
 
     image_features, text_features, _ = made_up_features(rows, images, captions_an_image, seed)
@@ -61,7 +61,7 @@ def by_open_clip(rows: int, images: int, captions_an_image: int, seed: int) -> d
 
 
 class _LookUp:
-    """A model whose images are features already and whose captions are row numbers."""
+    """A model whose images are features and whose captions are row numbers."""
 
     def __init__(self, text_features: Tensor) -> None:
         self._text_features = text_features

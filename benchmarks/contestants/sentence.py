@@ -1,4 +1,4 @@
-"""sentence-transformers encoding images with the same CLIP."""
+"""Encode images with the same CLIP in sentence-transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.prepare import HF_BASE
 
 
 def encode(images: list[str], batch_size: int = 32, bf16: bool = False) -> dict[str, Any]:
-    """`SentenceTransformer.encode` of the opened files; `bf16` loads the weights in bfloat16."""
+    """Run `SentenceTransformer.encode` on opened files; `bf16` loads the weights in bfloat16."""
     from PIL import Image
     from sentence_transformers import SentenceTransformer
 

@@ -1,4 +1,4 @@
-"""How long a fresh interpreter takes for one command, and the memory it takes."""
+"""Time and memory of one command in a new interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def run(arguments: list[str], times: int) -> dict[str, Any]:
-    """The command, several times after one that fills the caches; seconds of each."""
+    """Run the command several times after one that fills the caches; returns seconds of each."""
     command = [sys.executable, *arguments]
     seconds = []
     for _ in range(1 + times):

@@ -1,4 +1,4 @@
-"""What every conversion costs in accuracy and bytes: `python -m benchmarks.conversions`.
+"""Accuracy and size of every conversion: `python -m benchmarks.conversions`.
 
 No times are taken here. Wherever another library stands at one end of a conversion, it runs that end itself.
 """

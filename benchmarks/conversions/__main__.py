@@ -1,4 +1,4 @@
-"""`python -m benchmarks.conversions`: print the tables, and write them where `--out` says."""
+"""`python -m benchmarks.conversions`: print the tables, and write them to `--out`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ABOUT = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; a row that fails ends the run with its traceback."""
+    """Print the page; returns 0. A row that fails ends the run with its traceback."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversions", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny model instead of ViT-B-32")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose group or name holds this text")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(tiny: bool = False, only: str = "") -> str:
-    """The page; with `only`, the rows that match and nothing else."""
+    """Return the page; with `only`, the matching rows alone."""
     environment = {**describe(), "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         for message in _KNOWN_WARNINGS:
@@ -82,7 +82,7 @@ def run(row: Row, world: World) -> Outcome:
 
 
 def differences_table(outcomes: Mapping[Row, Outcome]) -> Table:
-    """One line a row, the group in front of its first."""
+    """Format one line a row, with the group before its first."""
     lines, group = [], ""
     for row, found in outcomes.items():
         share = f"{found.share:.1e}" if found.share else "0"
@@ -100,7 +100,7 @@ def differences_table(outcomes: Mapping[Row, Outcome]) -> Table:
 
 
 def sizes_table(found: Mapping[str, int]) -> Table:
-    """Bytes, and how often each fits into the largest file of weights."""
+    """Format bytes, and how often each fits into the largest file of weights."""
     whole = found["whole model, open_clip checkpoint, .pt"]
     rows = (
         (name, f"{size:,}", f"{size / 1e6:.1f}", f"{100 * size / whole:.2f} %")

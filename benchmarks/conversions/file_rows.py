@@ -1,4 +1,4 @@
-"""Between the two families, and between clipgraft and the `.pt` files of the guide and of CLIP-LoRA."""
+"""Conversions between the two families, and to and from the `.pt` files of the guide and CLIP-LoRA."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def rows() -> list[Row]:
 
 
 def _logits(world: World, clip: cg.Clip) -> Tensor:
-    """(N, N) of images and texts, the temperature included."""
+    """Compute (N, N) logits of images and texts, temperature included."""
     image, text = (F.normalize(t, dim=-1) for t in world.run(clip.model))
     return clip.logit_scale.detach().exp() * image @ text.T
 
@@ -76,7 +76,7 @@ def _between(world: World, source: str, target: str, options: dict[str, Any]) ->
 
 
 def write_as(world: World, clip: cg.Clip, form: Form, out: Path) -> Path:
-    """The adapter of a clip in another format."""
+    """Write the adapter of a clip in another format."""
     return write_any(
         cg.read_adapter(cg.save_adapter(clip, world.place())),
         out,
@@ -149,7 +149,7 @@ def _from_clip_lora(world: World, family: str) -> Outcome:
 
 
 def _clip_lora_layers(world: World) -> list[tuple[str, int]]:
-    """CLIP-LoRA numbers the attention modules of the text tower first."""
+    """Number attention modules as CLIP-LoRA does, text tower first."""
     return [(tower, block) for tower in ("text", "vision") for block in range(world.depth(tower))]
 
 

@@ -1,4 +1,4 @@
-"""Whole merged models in other libraries, merging itself, sums of adapters, and mixed batches."""
+"""Conversions of whole merged models, merging itself, sums of adapters, and mixed batches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _FORM_NAMES = {
 
 
 def for_good(clip: cg.Clip) -> cg.Clip:
-    """The same clip with its adapter in its weights, and nothing else of it left."""
+    """Merge the adapter into the weights of a clip for good."""
     cg.merge_lora(clip)
     cg.remove_lora(clip, keep_merged=True)
     return clip
@@ -100,7 +100,7 @@ def _whole(world: World, source: str, form: str) -> Outcome:
 
 
 def _stock(world: World, out: Path) -> nn.Module:
-    """What the library itself makes of the files."""
+    """Load the files with the library itself."""
     import open_clip
     from transformers import CLIPModel
 
@@ -137,7 +137,7 @@ def _merged(world: World, family: str, options: dict[str, Any]) -> Outcome:
 
 
 def _half(world: World, options: dict[str, Any], what: str) -> Outcome:
-    """A bf16 base with an fp32 adapter; fp32 is the same base, its weights rounded to bf16, run in fp32."""
+    """Build a bf16 base with an fp32 adapter; fp32 is the same base with its rounded weights."""
     folder = cg.save_adapter(adapted(world, "open_clip", **options), world.place())
     runs: dict[str, tuple[Tensor, ...]] = {}
     for name in what.split(" against "):
@@ -155,14 +155,14 @@ def _half(world: World, options: dict[str, Any], what: str) -> Outcome:
 
 
 def _bits(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight under its transformers name, as bytes."""
+    """Return every weight under its transformers name, as bytes."""
     clip = as_clip(model)
     weights = clip.family.canonical_weights(clip.model)
     return {n: w.detach().contiguous().clone().view(-1).view(torch.uint8) for n, w in weights}
 
 
 def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> int:
-    """How many bits differ."""
+    """Count the bits that differ."""
     changed = [name for name, before in one.items() if not torch.equal(before, other[name])]
     return sum(int(np.unpackbits((one[n] ^ other[n]).numpy()).sum()) for n in changed)
 
@@ -192,7 +192,7 @@ def _unmerged(world: World, family: str, dtype: torch.dtype) -> Outcome:
 
 
 def _peft_drift(world: World, dtype: torch.dtype) -> int:
-    """Bits that differ after PEFT merged one adapter and took it out again."""
+    """Count the bits that differ after PEFT merged and unmerged one adapter."""
     folder = cg.save_adapter(adapted(world, "transformers", targets="attention"), world.place())
     base: Any = world.fresh("transformers").model.to(dtype)
     before = _bits(base)
@@ -203,7 +203,7 @@ def _peft_drift(world: World, dtype: torch.dtype) -> int:
 
 
 def _two(world: World) -> tuple[cg.Clip, dict[str, dict[str, Update]]]:
-    """Two adapters on one base, and the A, B and scale of each."""
+    """Put two adapters on one base; returns A, B and scale of each."""
     clip = world.fresh("open_clip")
     options: dict[str, dict[str, Any]] = {
         "one": {"targets": "linear-text,linear-vision", "alpha": 12},
@@ -232,7 +232,7 @@ def _sum(world: World, merged: bool = False) -> Outcome:
 
 
 def _cut(world: World) -> Outcome:
-    """The Frobenius error of a cut, in fp64 from the weights themselves."""
+    """Compute the Frobenius error of a cut in fp64, from the weights."""
     clip, updates = _two(world)
     made = cg.combine_adapters(clip, _SUM, "small", rank=_CUT)
     layers = require_lora(clip).adapters["small"].layers

@@ -1,4 +1,4 @@
-"""Between clipgraft and stock PEFT, which runs its own end on `transformers.CLIPModel` or on open_clip."""
+"""Conversions between clipgraft and stock PEFT, on `transformers.CLIPModel` and on open_clip."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def rows() -> list[Row]:
 
 
 def open_in_peft(base: nn.Module, folder: Path) -> nn.Module:
-    """What stock PEFT makes of an adapter folder, its warnings of missing keys taken for errors."""
+    """Open an adapter folder with stock PEFT; its warnings of missing keys are errors here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         opened = peft.PeftModel.from_pretrained(base, str(folder)).eval()
@@ -88,13 +88,13 @@ def open_in_peft(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def inner(model: Any) -> nn.Module:
-    """The adapted model inside PEFT's."""
+    """Return the adapted model inside PEFT's wrapper."""
     found: nn.Module = model.get_base_model()
     return found
 
 
 def train_with_peft(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
-    """A stock PEFT model as training would leave it, saved in `folder`; returns the adapted model."""
+    """Save a stock PEFT model as after training in `folder`; returns the adapted model."""
     config = peft.LoraConfig(**{"r": 16, "lora_alpha": 12, **options})
     with seeded(0):
         wrapped: Any = peft.get_peft_model(copy.deepcopy(base), config)

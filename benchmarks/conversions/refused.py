@@ -1,4 +1,4 @@
-"""What stock PEFT does with adapters of ours that it cannot hold whole, found by trying each."""
+"""Try what stock PEFT does with adapters that it cannot represent completely."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLACES = re.compile(r"(?<=\{)'[^}]*'(?=\})|(?<=')/[^']*(?=')")
 
 
 def attempts() -> dict[str, Callable[[World], str]]:
-    """Each attempt, and what comes of it in words."""
+    """Make each attempt and describe the outcome."""
     return {
         "a trained temperature (`train_logit_scale`)": _temperature,
         'PEFT\'s own `modules_to_save=["logit_scale"]`': _temperature_by_peft,
@@ -43,7 +43,7 @@ def attempts() -> dict[str, Callable[[World], str]]:
 
 
 def _told(attempt: Callable[[], object]) -> str:
-    """The exception that an attempt raises, in one line."""
+    """Return the exception of an attempt in one line."""
     try:
         attempt()
     except Exception as error:
@@ -124,7 +124,7 @@ def _disabled_biases(world: World) -> str:
 
 
 def _dora_by_transformers(world: World) -> str:
-    """PEFT's own adapter, so that none of our names is involved."""
+    """Save PEFT's own adapter, so that none of our names is involved."""
     folder, model = world.place(), world.fresh("transformers").model
     trained = train_with_peft(model, folder, target_modules=["q_proj", "v_proj"], use_dora=True)
     opened: Any = world.fresh("transformers").model
@@ -159,7 +159,7 @@ def _file(world: World, form: Any) -> str:
 
 
 def _no_twin(world: World) -> str:
-    """A tower without a causal mask, as open_clip has and transformers' CLIPModel has not."""
+    """Adapt a tower without a causal mask, which open_clip has and transformers' CLIPModel has not."""
     import open_clip
 
     from clipgraft.models.clip import as_clip

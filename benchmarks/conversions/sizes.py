@@ -1,4 +1,4 @@
-"""Bytes on disk of what a run leaves behind, in every form that it can be shipped in."""
+"""Bytes on disk of a run's results, in every form in which they can be shipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WHOLE = (
 
 
 def sizes(world: World) -> dict[str, int]:
-    """Bytes by artefact; the adapter is r=16 on the text tower's attention."""
+    """Return bytes by artefact; the adapter is r=16 on the text tower's attention."""
     folder = world.place()
     clip = adapted(world, "open_clip", targets="text-attention")
     made: dict[str, Path] = {"adapter folder": cg.save_adapter(clip, folder / "adapter")}

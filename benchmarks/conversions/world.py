@@ -1,4 +1,4 @@
-"""What the rows share: one base in both families, a few inputs, and how outputs are compared."""
+"""Shared by the rows: one base in both families, inputs, and the comparison of outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Update: TypeAlias = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one row found.
+    """The result of one row.
 
     Attributes:
         absolute: the largest difference.
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class World:
-    """A base in both families, the same weights, and inputs for it.
+    """A base in both families with the same weights, and inputs for it.
 
     Attributes:
         bases: by family; never changed, copies are handed out.
@@ -81,21 +81,21 @@ class World:
     folder: Path
 
     def fresh(self, family: str) -> cg.Clip:
-        """A copy of the base, to be adapted."""
+        """Copy the base, to be adapted."""
         clip = self.bases[family]
         return dataclasses.replace(clip, model=copy.deepcopy(clip.model))
 
     def place(self) -> Path:
-        """An empty folder of its own."""
+        """Make an empty folder."""
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def depth(self, tower: Tower) -> int:
-        """Blocks of a tower."""
+        """Return the number of blocks of a tower."""
         sites = self.bases["open_clip"].sites
         return 1 + max(site.block or 0 for site in sites if site.tower == tower)
 
     def run(self, model: nn.Module) -> Features:
-        """Image and text features by the model's own public functions, not normalised, fp32."""
+        """Compute image and text features with the model's own public functions, not normalised, fp32."""
         pixels = self.pixels.to(next(p.dtype for p in model.parameters() if p.ndim == 4))
         module: Any = model
         with torch.no_grad():
@@ -107,18 +107,18 @@ class World:
         return image.float(), text.float()
 
     def compare(self, got: Features, wanted: Features) -> Outcome:
-        """Two runs; `moved` is measured from the untouched base."""
+        """Compare two runs; `moved` is measured from the untouched base."""
         absolute, share = differences(got, wanted)
         return Outcome(absolute, share, differences(self.untouched, wanted)[1])
 
     @cached_property
     def untouched(self) -> Features:
-        """What the base makes of the inputs."""
+        """Return the base's features of the inputs."""
         return self.run(self.bases["open_clip"].model)
 
 
 def make_world(folder: Path, tiny: bool = False) -> World:
-    """A random ViT-B-32 at its true size, or a tiny model."""
+    """Build a random ViT-B-32 at full size, or a tiny model."""
     import open_clip
 
     arch, name = "ViT-B-32", "ViT-B-32"
@@ -150,21 +150,21 @@ def _picture() -> Any:
 
 
 def differences(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
-    """The largest difference, and the largest share that one has in the largest value of its tensor."""
+    """Return the largest difference, absolute and as a share of the largest value of its tensor."""
     pairs = [(float((g - w).abs().max()), float(w.abs().max())) for g, w in zip(got, wanted, strict=True)]
     return max(gap for gap, _ in pairs), max(gap / size for gap, size in pairs)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Fresh adapters draw from torch's own generator."""
+    """Seed torch's generator, from which new adapters draw."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Move all that trains by random amounts."""
+    """Move all trainable parameters by random amounts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,27 +173,27 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def adapted(world: World, family: str, seed: int = 0, **options: Any) -> cg.Clip:
-    """A base that carries an adapter of ours as training would leave it; options of `apply_lora`."""
+    """Load a base with a trained adapter of ours; options are those of `apply_lora`."""
     clip = world.fresh(family)
     apply_trained(clip, seed, **options)
     return clip
 
 
 def apply_trained(clip: cg.Clip, seed: int, **options: Any) -> None:
-    """`apply_lora` and random training, the same for a seed."""
+    """Apply LoRA and random training, the same for one seed."""
     with seeded(seed):
         cg.apply_lora(clip, **{"r": 16, **options})
     randomise(clip.model, seed)
 
 
 def pair(inner: int, out: int, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random A (r, inner) and B (out, r)."""
+    """Draw random A (r, inner) and B (out, r)."""
     a = torch.randn(r, inner, generator=generator) * _SIZE
     return a, torch.randn(out, r, generator=generator) * _SIZE
 
 
 def explicit(base: nn.Module, updates: Mapping[str, Update]) -> nn.Module:
-    """A copy of an open_clip model with W + s·B·A written into attention and MLP weights, by site name."""
+    """Copy an open_clip model and write W + s·B·A into attention and MLP weights, by site name."""
     model = copy.deepcopy(base)
     named = dict(model.named_parameters())
     with torch.no_grad():
@@ -209,7 +209,7 @@ def explicit(base: nn.Module, updates: Mapping[str, Update]) -> nn.Module:
 
 
 def by_family(group: str, name: str, function: Callable[[World, str], Outcome]) -> list[Row]:
-    """One row a family; `{}` in the name is where the family goes."""
+    """Make one row for each family; `{}` in the name stands for the family."""
     return [Row(group, name.format(family), partial(_in_family, function, family)) for family in FAMILIES]
 
 
