@@ -37,7 +37,8 @@ def train_adapter(out: Path, scenes: int) -> Path:
 def found_in_five(clip: cg.Clip, encoded: Path, pairs: cg.Pairs) -> float:
     """Share of images that are among the top five for their first caption."""
     hits = [
-        image.name in {Path(hit.path or "").name for hit in cg.search.query(clip, encoded, captions[0], k=5)}
+        image.name
+        in {Path(hit.path or "").name for hit in cg.search.query(encoded, captions[0], k=5, model=clip)}
         for image, captions in zip(pairs.images, pairs.captions, strict=True)
     ]
     return sum(hits) / len(hits)
@@ -69,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cg.load_adapter(clip, adapter, name="vi")  # the same vectors, the same index
     print(f"found in the top five: base {before:.1%}, adapter {found_in_five(clip, encoded, pairs):.1%}")
     query = pairs.captions[0][0]
-    show(f"text: {query}", cg.search.query(clip, encoded, query, k=3))
-    show("the same, if it says 'hai'", cg.search.query(clip, encoded, query, k=3, where="caption~hai"))
-    show(f"image: {pairs.images[1].name}", cg.search.query(clip, encoded, image=pairs.images[1], k=3))
-    both = cg.search.query(clip, encoded, "nền màu trắng", image=pairs.images[1], image_weight=0.6, k=3)
+    show(f"text: {query}", cg.search.query(encoded, query, k=3, model=clip))
+    show("the same, if it says 'hai'", cg.search.query(encoded, query, k=3, where="caption~hai", model=clip))
+    show(f"image: {pairs.images[1].name}", cg.search.query(encoded, image=pairs.images[1], k=3, model=clip))
+    both = cg.search.query(encoded, "nền màu trắng", image=pairs.images[1], image_weight=0.6, k=3, model=clip)
     show("the same, and text: nền màu trắng", both)
 
 

@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("image_to_text_R@1", "text_to_image_R@1", "text_to_image_R@5"):
         print(f"{name:<20}{base[name]:>8.1%} -> {adapted[name]:.1%}")
 
-    done = cg.search.encode_folder(clip, table, flags.out / "encoded", **keys)
+    done = cg.search.encode_folder(clip, table, flags.out / "encoded", data=cg.data.TableOptions(**keys))
     print(f"{done.rows:,} images encoded, {done.errors:,} could not be used; adapter {run / 'adapter'}")
-    for hit in cg.search.query(clip, flags.out / "encoded", "hai con chó", k=5):
+    for hit in cg.search.query(flags.out / "encoded", "hai con chó", k=5, model=clip):
         print(f"{hit.rank}  {hit.score:.3f}  {hit.metadata['path']}  {str(hit.caption).splitlines()[0]}")
 
 

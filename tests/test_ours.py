@@ -88,7 +88,7 @@ def test_pages_replace_pages_alone(tmp_path: Path) -> None:
     page = write_page(tmp_path / "a.html", "cat", [])
     write_page(page, "dog", [])
     page.write_text("<p>thesis")
-    with pytest.raises(cg.errors.DataError, match=r"--html .*a\.html: this file was not made by clipgraft"):
+    with pytest.raises(cg.errors.DataError, match=r"`html` .*a\.html: this file was not made by clipgraft"):
         write_page(page, "cat", [])
     assert page.read_text() == "<p>thesis"
     write_page(page, "cat", [], overwrite=True)

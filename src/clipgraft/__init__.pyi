@@ -37,6 +37,7 @@ from .lora.inject import remove_lora as remove_lora
 from .lora.merge import merge_lora as merge_lora
 from .lora.merge import unmerge_lora as unmerge_lora
 from .lora.parameters import count_parameters as count_parameters
+from .search.args import EncodeArgs as EncodeArgs
 from .train.distill import distill as distill
 from .train.fit import fit as fit
 from .train.fit_classes import fit_classifier as fit_classifier

@@ -63,7 +63,7 @@ def test_encode_index_search(cli: Any, out: Path, table: Path, tmp_path: Path) -
     rows = json.loads(cli("search", out, "một con mèo", "--k", 5, "--format", "json").out)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
     clip = load(str(rows_base(out)), "none")
-    hits = cg.search.query(clip, out, "một con mèo", k=5)
+    hits = cg.search.query(out, "một con mèo", k=5, model=clip)
     assert [row["path"] for row in rows] == [hit.path for hit in hits]
     assert rows[0]["caption"] == hits[0].caption
 

@@ -1,4 +1,4 @@
-"""`--where`: what it reads, and which rows meet it."""
+"""`where`: what it reads, and which rows meet it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_any_text_in_quotes_is_one_value(value: str) -> None:
 )
 def test_what_cannot_be_read(text: str) -> None:
     """A half-typed filter would be taken for another one."""
-    with pytest.raises(ConfigError, match="--where"):
+    with pytest.raises(ConfigError, match="`where"):
         parse_where(text)
 
 

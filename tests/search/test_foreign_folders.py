@@ -162,7 +162,7 @@ def test_wrong_values_are_named(
     """Whatever came first raised: a traceback that names neither the file nor the field."""
     change(out, how)
     before = contents(out)
-    for do in (lambda: query(clip, out, "cat"), lambda: encode_folder(clip, pictures, out, **SMALL)):
+    for do in (lambda: query(out, "cat", model=clip), lambda: encode_folder(clip, pictures, out, **SMALL)):
         assert refused(do, f"manifest.json: {fault}").endswith("; encode into another folder")
     assert contents(out) == before
 
@@ -175,10 +175,10 @@ def test_a_damaged_table_is_named(place: int, where: str | None, clip: Clip, out
     content = bytearray(path.read_bytes())
     content[place] ^= 0xFF
     path.write_bytes(content)
-    message = refused(lambda: query(clip, out, "cat", where=where, k=21), str(path))
+    message = refused(lambda: query(out, "cat", where=where, k=21, model=clip), str(path))
     assert message.endswith("delete it, and run `clipgraft encode` again")
     path.unlink()
-    refused(lambda: query(clip, out, "cat", where=where, k=21), f"{path}: cannot be read (No such file")
+    refused(lambda: query(out, "cat", where=where, k=21, model=clip), f"{path}: cannot be read (No such file")
 
 
 def test_the_advice_for_a_damaged_table_works(clip: Clip, pictures: Path, out: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_advice_for_a_damaged_table_works(clip: Clip, pictures: Path, out: P
     path.unlink()
     assert encode_folder(clip, pictures, out, **SMALL).encoded > 0
     assert len(contents(out / "metadata")) == len(before)
-    assert len(query(clip, out, "cat", k=100)) == 21
+    assert len(query(out, "cat", k=100, model=clip)) == 21
 
 
 def rewritten(out: Path, name: str, content: bytes) -> None:
@@ -211,7 +211,7 @@ def test_tables_of_other_columns_are_refused(clip: Clip, out: Path, tmp_path: Pa
     for table in (whole.drop(["caption"]), whole.slice(1), whole.set_column(place, "caption", captions)):
         pq.write_table(table, tmp_path / "t.parquet")
         rewritten(out, name, (tmp_path / "t.parquet").read_bytes())
-        refused(lambda: query(clip, out, "cat", k=21), f"{name}: ")
+        refused(lambda: query(out, "cat", k=21, model=clip), f"{name}: ")
 
 
 def test_vectors_of_another_kind_are_refused(clip: Clip, out: Path) -> None:
@@ -220,10 +220,10 @@ def test_vectors_of_another_kind_are_refused(clip: Clip, out: Path) -> None:
     rows = np.load(path)
     for content in (rows.astype(object), rows.astype(np.int16), rows[1:], rows[:, 1:], rows.T):
         np.save(path, content, allow_pickle=True)
-        refused(lambda: query(clip, out, "cat"), str(path))
+        refused(lambda: query(out, "cat", model=clip), str(path))
     for junk in (b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\xff\xff", path.read_bytes()[:-1]):
         path.write_bytes(junk)
-        refused(lambda: query(clip, out, "cat"), str(path))
+        refused(lambda: query(out, "cat", model=clip), str(path))
 
 
 def test_a_changed_index_is_not_given_to_faiss(clip: Clip, out: Path) -> None:
@@ -234,10 +234,10 @@ def test_a_changed_index_is_not_given_to_faiss(clip: Clip, out: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     assert record.sha256 is not None
-    message = refused(lambda: query(clip, out, "cat"), f"{path}: is damaged")
+    message = refused(lambda: query(out, "cat", model=clip), f"{path}: is damaged")
     assert message.endswith("run `clipgraft index` again")
     build_index(out)
-    assert query(clip, out, "cat")
+    assert query(out, "cat", model=clip)
 
 
 def test_an_index_of_other_vectors_is_refused(clip: Clip, out: Path, tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def test_an_index_of_other_vectors_is_refused(clip: Clip, out: Path, tmp_path: P
     faiss.write_index(index, str(place / "image.index"))
     record = json.loads((place / "index.json").read_text())
     (place / "index.json").write_text(json.dumps({**record, "sha256": None}))
-    refused(lambda: query(clip, out, "cat"), "holds 5 vectors of 24, not those of its folder")
+    refused(lambda: query(out, "cat", model=clip), "holds 5 vectors of 24, not those of its folder")
     (place / "index.json").write_text(json.dumps({**record, "rows": "x"}))
-    refused(lambda: query(clip, out, "cat"), "index.json: rows is 'x', and should be a whole number")
+    refused(lambda: query(out, "cat", model=clip), "index.json: rows is 'x', and should be a whole number")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_an_index_of_other_vectors_is_refused(clip: Clip, out: Path, tmp_path: P
 )
 def test_factories_that_cannot_hold_the_vectors(factory: str, out: Path) -> None:
     """FAISS raises at whatever call comes first, or makes an index that finds nothing."""
-    with pytest.raises(cg.errors.ConfigError, match=f"--factory {factory}") as caught:
+    with pytest.raises(cg.errors.ConfigError, match=f"`factory='{factory}'`") as caught:
         build_index(out, factory)
     assert str(caught.value).isprintable()
     assert not (out / "index").exists()
@@ -281,5 +281,5 @@ def test_an_older_index_without_a_digest_is_used(clip: Clip, out: Path) -> None:
     record = json.loads((place / "index.json").read_text())
     del record["sha256"]
     (place / "index.json").write_text(json.dumps(record))
-    assert query(clip, out, "cat")
+    assert query(out, "cat", model=clip)
     assert read_manifest(out) is not None

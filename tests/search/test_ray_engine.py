@@ -23,11 +23,12 @@ from clipgraft.cli import main
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.search import ray_engine
+from clipgraft.search.args import EncodeArgs
 from clipgraft.search.encode import encode_folder
 from clipgraft.search.items import Item
 from clipgraft.search.plan import Plan
 from clipgraft.search.ray_worker import _WINDOW, Crew
-from clipgraft.search.stream import Sizes, _batches, _how_many
+from clipgraft.search.stream import _batches, _how_many
 from encoded_folders import BAD, GOOD, MakeAdapter, read_errors, tree_bytes, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}
@@ -281,9 +282,9 @@ def test_ray_flags_without_ray(pictures: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"engine": "spark"}, "--engine spark: the engines are local and ray"),
-        ({"engine": "ray", "ray_workers": 0}, "--ray-workers 0"),
-        ({"engine": "ray", "ray_gpus_per_worker": -1}, "--ray-gpus-per-worker -1"),
+        ({"engine": "spark"}, "engine: got 'spark', allowed is one of 'local' or 'ray'"),
+        ({"engine": "ray", "ray_workers": 0}, "ray_workers: got 0"),
+        ({"engine": "ray", "ray_gpus_per_worker": -1}, "ray_gpus_per_worker: got -1"),
     ],
 )
 def test_wrong_arguments(clip: Clip, pictures: Path, words: dict[str, Any], says: str) -> None:
@@ -321,13 +322,13 @@ def test_no_cluster_at_the_address(
     [
         ([{"CPU": 2}], 2, {}, 1, 2, 0),
         ([{"CPU": 2}], 1, {}, 2, 1, 0),
-        ([{"CPU": 2}], 2, {"workers": 2}, 2, 1, 0),
-        ([{"CPU": 2}], 1, {"workers": 8}, 8, 0.25, 0),
+        ([{"CPU": 2}], 2, {"ray_workers": 2}, 2, 1, 0),
+        ([{"CPU": 2}], 1, {"ray_workers": 8}, 8, 0.25, 0),
         ([{}, {"CPU": 16}, {"CPU": 20}], 8, {}, 4, 8, 0),
         ([{"CPU": 4}, {"CPU": 4}], 8, {}, 2, 4, 0),
-        ([{"CPU": 8}], 4, {"workers": 2, "gpus": 0}, 2, 4, 0),
-        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], 4, {"gpus": 0.5}, 4, 1, 0.5),
-        ([{"CPU": 8, "GPU": 2}], 4, {"gpus": 1, "workers": 1}, 1, 1, 1),
+        ([{"CPU": 8}], 4, {"ray_workers": 2, "ray_gpus_per_worker": 0}, 2, 4, 0),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], 4, {"ray_gpus_per_worker": 0.5}, 4, 1, 0.5),
+        ([{"CPU": 8, "GPU": 2}], 4, {"ray_gpus_per_worker": 1, "ray_workers": 1}, 1, 1, 1),
     ],
 )
 def test_how_much_of_a_cluster_is_taken(
@@ -336,7 +337,7 @@ def test_how_much_of_a_cluster_is_taken(
     """Workers would wait for ever for cores that are not there, or crowd each other."""
     pytest.importorskip("ray")
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes])
-    crew = ray_engine._crew(ray, ray_engine.Cluster(**asked), "cpu", threads, 1000)
+    crew = ray_engine._crew(ray, EncodeArgs(**asked), "cpu", threads, 1000)
     assert (crew.workers, crew.cpus, crew.gpus) == (workers, cpus, gpus)
 
 
@@ -345,13 +346,13 @@ def test_a_cluster_without_gpus() -> None:
     pytest.importorskip("ray")
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8}}])
     with pytest.raises(cg.errors.ConfigError, match="no machine of the cluster has that many"):
-        ray_engine._crew(ray, ray_engine.Cluster(), "cuda", 1, 10)
+        ray_engine._crew(ray, EncodeArgs(), "cuda", 1, 10)
 
 
 @given(st.integers(1, 10**8), st.integers(1, 300))
 def test_every_batch_is_in_one_task(batches: int, workers: int) -> None:
     """Batches would be lost or done twice; or a large job make more tasks than Ray can keep."""
-    shares = SimpleNamespace(workers=workers, gpus=0.0)
+    shares = SimpleNamespace(ray_workers=workers, ray_gpus_per_worker=0.0)
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": workers}}])
     crew: Crew = ray_engine._crew(ray, shares, "cpu", 1, batches)  # type: ignore[arg-type]
     assert 1 <= crew.tasks <= 4096
@@ -365,5 +366,5 @@ def test_every_batch_is_in_one_task(batches: int, workers: int) -> None:
 @given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 30))
 def test_batches_are_counted_before_they_are_made(items: int, batch: int, shard: int) -> None:
     """The last batches would never be asked for, or waited for for ever."""
-    sizes = Sizes(batch, shard)
+    sizes = EncodeArgs(batch_size=batch, shard_rows=shard)
     assert _how_many(items, sizes) == len(list(_batches((Item(str(n)) for n in range(items)), sizes)))

@@ -42,7 +42,7 @@ def test_equals_a_plain_comparison(clip: Clip, out: Path, k: int, indexed: bool)
     if indexed:
         build_index(out)
     wanted = clip.encode_text("một con mèo", normalize=True)[0].detach().numpy()
-    hits = query(clip, out, "một con mèo", k=k)
+    hits = query(out, "một con mèo", k=k, model=clip)
     expected = naive(out, wanted, k)
     assert [hit.path for hit in hits] == [str(Path(out.parent / "ảnh" / key)) for key, _ in expected]
     assert [hit.score for hit in hits] == pytest.approx([score for _, score in expected], abs=1e-5)
@@ -64,7 +64,7 @@ def test_many_queries_in_blocks(clip: Clip, out: Path, monkeypatch: pytest.Monke
 
 def test_an_image_finds_itself(clip: Clip, out: Path, pictures: Path) -> None:
     """Search by image would use another preprocessing than the folder was encoded with."""
-    hits = query(clip, out, image=pictures / "a" / "04.png", k=3)
+    hits = query(out, image=pictures / "a" / "04.png", k=3, model=clip)
     assert hits[0].path == str(pictures / "a" / "04.png")
     assert hits[0].score == pytest.approx(1, abs=2e-3)
 
@@ -82,7 +82,7 @@ def test_texts_are_searched_by_image(clip: Clip, pictures: Path, tmp_path: Path)
     """Captions for a photo could not be looked up."""
     (tmp_path / "words.txt").write_text("a dog\na cat\nzebra\n")
     encode_folder(clip, tmp_path / "words.txt", tmp_path / "texts", texts=True, **SMALL)
-    hits = query(clip, tmp_path / "texts", image=pictures / "00.png", k=2)
+    hits = query(tmp_path / "texts", image=pictures / "00.png", k=2, model=clip)
     wanted = query_vector(clip, None, pictures / "00.png").numpy()
     found = read_encoded(tmp_path / "texts", "text_emb", "caption")
     best = sorted(found, key=lambda text: -float(found[text].astype(np.float32) @ wanted))[:2]
@@ -98,7 +98,7 @@ def test_a_faster_index_says_what_it_finds(clip: Clip, out: Path, factory: str) 
     assert record.rows == GOOD
     assert (place / "image.index").is_file()
     exact_paths = {key for key, _ in naive(out, query_vector(clip, "a dog", None).numpy(), 5)}
-    hits = query(clip, out, "a dog", k=5)
+    hits = query(out, "a dog", k=5, model=clip)
     assert len({hit.metadata["path"] for hit in hits} & exact_paths) >= 3
 
 
@@ -121,7 +121,7 @@ def test_a_stale_index_is_not_used(
     (pictures / "00.png").unlink()
     write_picture(pictures / "new.png", 99)
     encode_folder(clip, pictures, out, **SMALL)
-    hits = query(clip, out, image=pictures / "new.png", k=1)
+    hits = query(out, image=pictures / "new.png", k=1, model=clip)
     assert hits[0].path == str(pictures / "new.png")
     assert any("is older than the vectors" in line for line in caplog.messages)
 
@@ -132,7 +132,7 @@ def test_an_index_of_another_base(clip: Clip, out: Path) -> None:
     record = json.loads((place / "index.json").read_text())
     (place / "index.json").write_text(json.dumps({**record, "fingerprint": "0123456789abcdef"}))
     with pytest.raises(cg.errors.DataError, match="is of base 0123456789abcdef"):
-        query(clip, out, "x")
+        query(out, "x", model=clip)
 
 
 def test_a_damaged_index(clip: Clip, out: Path) -> None:
@@ -140,38 +140,40 @@ def test_a_damaged_index(clip: Clip, out: Path) -> None:
     ((place, _),) = build_index(out)
     (place / "image.index").write_bytes(b"IxFI")
     with pytest.raises(cg.errors.DataError, match="run `clipgraft index` again"):
-        query(clip, out, "x")
+        query(out, "x", model=clip)
 
 
 def test_another_base_is_refused(clip: Clip, out: Path, tiny_openclip: Any) -> None:
     """Vectors of two models compare to noise, and nothing would say so."""
     other = Clip(tiny_openclip, clip.family, clip.tokenizer, clip.preprocess)
     with pytest.raises(cg.errors.ModelError, match=f"{clip.fingerprint}.*not by.*{other.fingerprint}"):
-        query(other, out, "x")
+        query(out, "x", model=other)
 
 
 def test_which_adapters_fit(
     clip: Clip, out: Path, pictures: Path, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
     """Text adapters share the base's images; one on the image tower finds nothing there, and must be told."""
-    base = [hit.path for hit in query(clip, out, "a dog", k=GOOD)]
+    base = [hit.path for hit in query(out, "a dog", k=GOOD, model=clip)]
     for name, targets in (("vi", "text.*.*"), ("eye", "vision.*.*")):
         cg.load_adapter(clip, make_adapter(name, targets), name=name, activate=False)
     cg.set_adapter(clip, "vi")
     wanted = clip.encode_text("a dog", normalize=True)[0].detach().numpy()
-    hits = query(clip, out, "a dog", k=GOOD)
+    hits = query(out, "a dog", k=GOOD, model=clip)
     assert [hit.metadata["path"] for hit in hits] == [key for key, _ in naive(out, wanted, GOOD)]
     assert [hit.path for hit in hits] != base
     cg.set_adapter(clip, "eye")
     with pytest.raises(
         cg.errors.AdapterError, match="those of the base, but the adapter changes the image tower"
     ):
-        query(clip, out, "a dog")
+        query(out, "a dog", model=clip)
     encode_folder(clip, pictures, tmp_path / "eye", **SMALL)
-    assert query(clip, tmp_path / "eye", image=pictures / "00.png", k=1)[0].path == str(pictures / "00.png")
+    assert query(tmp_path / "eye", image=pictures / "00.png", k=1, model=clip)[0].path == str(
+        pictures / "00.png"
+    )
     cg.set_adapter(clip, None)
     with pytest.raises(cg.errors.AdapterError, match="those of adapter eye"):
-        query(clip, tmp_path / "eye", "a dog")
+        query(tmp_path / "eye", "a dog", model=clip)
 
 
 def test_the_set_that_fits_is_chosen(
@@ -187,20 +189,20 @@ def test_the_set_that_fits_is_chosen(
         cg.set_adapter(clip, active)
         wanted = clip.encode_text("a dog", normalize=True)[0].detach().numpy()
         expected = [key for key, _ in naive(many / folder, wanted, 5)]
-        assert [hit.metadata["path"] for hit in query(clip, many, "a dog", k=5)] == expected
-        assert [hit.metadata["path"] for hit in query(clip, many / folder, "a dog", k=5)] == expected
+        assert [hit.metadata["path"] for hit in query(many, "a dog", k=5, model=clip)] == expected
+        assert [hit.metadata["path"] for hit in query(many / folder, "a dog", k=5, model=clip)] == expected
 
 
 def test_conditions(clip: Clip, out: Path) -> None:
     """`--where` would be checked after the k best were chosen, and leave fewer than there are."""
     build_index(out)
-    rows = query(clip, out, "a dog", k=GOOD)
+    rows = query(out, "a dog", k=GOOD, model=clip)
     wanted = [
         hit.path for hit in rows if hit.metadata["width"] > 38 and ".JPG".lower() in str(hit.metadata["path"])
     ]
-    hits = query(clip, out, "a dog", k=4, where="width>38 and path~.JPG")
+    hits = query(out, "a dog", k=4, where="width>38 and path~.JPG", model=clip)
     assert [hit.path for hit in hits] == wanted[:4]
-    assert query(clip, out, "a dog", where="width>1000") == []
+    assert query(out, "a dog", where="width>1000", model=clip) == []
 
 
 @pytest.mark.parametrize(
@@ -208,25 +210,25 @@ def test_conditions(clip: Clip, out: Path) -> None:
     [
         ({}, "nothing to search for"),
         ({"text": "x", "k": 0}, "--k"),
-        ({"text": "x", "image_weight": 1.5}, "--image-weight"),
+        ({"text": "x", "image_weight": 1.5}, "`image_weight`"),
         ({"text": "x", "where": "nothing=1"}, "there is no column 'nothing'; there are path, bytes"),
     ],
 )
 def test_wrong_arguments(clip: Clip, out: Path, words: dict[str, Any], says: str) -> None:
     """A typing error would give an empty result, or a traceback."""
     with pytest.raises(cg.errors.ConfigError, match=says):
-        query(clip, out, **words)
+        query(out, **words, model=clip)
 
 
 def test_where_nothing_is_encoded(clip: Clip, tmp_path: Path) -> None:
     """A wrong folder must be told as one."""
     with pytest.raises(cg.errors.DataError, match="clipgraft encode"):
-        query(clip, tmp_path, "x")
+        query(tmp_path, "x", model=clip)
 
 
 def test_a_gallery_needs_no_other_file(clip: Clip, out: Path, pictures: Path, tmp_path: Path) -> None:
     """A page sent by mail would show nothing, or run what a caption says."""
-    hits = query(clip, out, "a dog", k=3)
+    hits = query(out, "a dog", k=3, model=clip)
     Path(str(hits[1].path)).unlink()
     hits[0] = dataclasses.replace(hits[0], caption="<script>alert(1)</script>")
     page = write_page(tmp_path / "page.html", "a dog", hits, pictures / "a" / "04.png").read_text("utf-8")
@@ -245,7 +247,7 @@ def test_a_gallery_of_an_archive(clip: Clip, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.add(picture, "0001.png")
     encode_folder(clip, str(tmp_path / "d.tar"), tmp_path / "tars", **SMALL)
-    hits = query(clip, tmp_path / "tars", "x")
+    hits = query(tmp_path / "tars", "x", model=clip)
     assert hits[0].path == str(tmp_path / "d.tar::0001.png")
     assert "data:image/jpeg" in write_page(tmp_path / "p.html", "x", hits).read_text("utf-8")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
-from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.search import EncodeFlags
 from clipgraft.cli.flags.shared import ModelFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.search.args import EncodeArgs
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
@@ -26,39 +27,36 @@ _SUMMARY = (
 
 def run_encode(argv: Sequence[str]) -> None:
     """Parse, load, encode, and print what was done."""
-    model_spec, spec = parse("encode", _SUMMARY, [ModelFlags, EncodeFlags], argv)
-    checks.refuse(_faults(model_spec, spec))
+    encoding = Group(EncodeArgs, without=frozenset({"autocast"}))
+    model_spec, spec, args = parse("encode", _SUMMARY, [ModelFlags, EncodeFlags, encoding], argv)
+    checks.refuse(_faults(model_spec, spec, args))
     from clipgraft.cli.common import load_model
 
     model_spec, spec = _adapter_apart(model_spec, spec)
     clip = load_model(_with_known_base(model_spec, spec))
     paths = _load_adapters(clip, spec)
     try:
-        result = _encode(clip, model_spec, spec, paths)
+        result = _encode(clip, spec, args.replace(autocast=model_spec.autocast), paths)
     except KeyboardInterrupt:
         what = "interrupted: finished shards are kept, and the same command goes on from there"
         raise KeyboardInterrupt(what) from None
-    _report(result, spec)
+    _report(result, spec.source, args)
 
 
-def _faults(model: ModelFlags, spec: EncodeFlags) -> list[str]:
+def _faults(model: ModelFlags, spec: EncodeFlags, args: EncodeArgs) -> list[str]:
     """List everything that is wrong and known without weights or pixels, missing packages included."""
     from clipgraft.search.store import need_pyarrow
 
     faults = []
-    if Path(spec.source).suffix.lower() == ".txt" and not spec.texts:
+    if Path(spec.source).suffix.lower() == ".txt" and not args.texts:
         faults.append(f"{spec.source}: lines of a .txt file are texts, and --texts is missing: add it")
     if spec.adapter is not None and spec.adapters is not None:
         faults.append("--adapter and --adapters: give one of them")
-    if spec.engine == "ray":
+    faults += args.faults()
+    if args.engine == "ray":
         from clipgraft.search.ray_engine import need_ray
 
         faults += checks.fault_of(need_ray)
-    else:
-        rays = ("ray_address", "ray_workers", "ray_gpus_per_worker")
-        faults += [
-            f"{flag(n)}: goes with --engine ray; add that" for n in rays if getattr(spec, n) is not None
-        ]
     faults += checks.fault_of(need_pyarrow) + checks.output_faults("OUT", spec.out, folder=True)
     faults += checks.device_faults(model.device)
     clip = None
@@ -130,13 +128,14 @@ def _load_adapters(clip: Clip, spec: EncodeFlags) -> dict[str, str]:
     return paths
 
 
-def _encode(clip: Clip, model: ModelFlags, spec: EncodeFlags, paths: dict[str, str]) -> EncodeResult:
+def _encode(clip: Clip, spec: EncodeFlags, args: EncodeArgs, paths: dict[str, str]) -> EncodeResult:
+    from clipgraft.data.columns import TableOptions
     from clipgraft.search.encode import encode_folder
     from clipgraft.search.sets import sharing
 
-    shared = sharing(clip, list(paths), "text" if spec.texts else "vision") if paths else []
+    shared = sharing(clip, list(paths), "text" if args.texts else "vision") if paths else []
     if shared:
-        other, own = ("image", "text") if spec.texts else ("text", "image")
+        other, own = ("image", "text") if args.texts else ("text", "image")
         acts = "acts" if len(shared) == 1 else "act"
         log.info(
             "%s %s on the %s tower alone: the base's %s vectors are theirs",
@@ -149,31 +148,18 @@ def _encode(clip: Clip, model: ModelFlags, spec: EncodeFlags, paths: dict[str, s
         clip,
         spec.source,
         spec.out,
-        texts=spec.texts,
+        args,
+        data=TableOptions(spec.dataset_type, caption_key=spec.csv_caption_key, **spec.reading),
         adapters=None if spec.adapters is None else list(paths),
         adapter_paths=paths,
-        dtype=spec.dtype,
-        shard_rows=spec.shard_rows,
-        batch_size=spec.batch_size,
-        workers=spec.workers,
-        autocast=model.autocast,
-        exact_preprocess=spec.exact_preprocess,
-        retry_errors=spec.retry_errors,
-        dataset_type=spec.dataset_type,
-        caption_key=spec.csv_caption_key,
-        **spec.reading,
-        engine=spec.engine,
-        ray_address=spec.ray_address,
-        ray_workers=spec.ray_workers,
-        ray_gpus_per_worker=spec.ray_gpus_per_worker,
     )
 
 
-def _report(result: EncodeResult, spec: EncodeFlags) -> None:
-    what = "texts" if spec.texts else "images"
+def _report(result: EncodeResult, source: str, args: EncodeArgs) -> None:
+    what = "texts" if args.texts else "images"
     errors = result.out / "errors.parquet"
     if not result.rows:
-        raise DataError(f"{spec.source}: none of its {result.errors:,} {what} can be used; {errors} says why")
+        raise DataError(f"{source}: none of its {result.errors:,} {what} can be used; {errors} says why")
     rate = f" ({result.encoded / result.seconds:,.0f}/s)" if result.encoded else ""
     log.info("%s %s encoded in %.1f s%s", f"{result.encoded:,}", what, result.seconds, rate)
     for part in result.sets:

@@ -35,6 +35,8 @@ HEADINGS = {
     "TrainArgs": "training",
     "RunFlags": "output",
     "EvalFlags": "evaluation",
+    "EncodeFlags": "encoding",
+    "EncodeArgs": "encoding",
     "DistillFlags": "distillation",
 }
 ORDER = (
@@ -45,6 +47,7 @@ ORDER = (
     "training",
     "distillation",
     "evaluation",
+    "encoding",
     "classes",
     "output",
     "machine",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.cli import checks
 from clipgraft.cli.flags.search import IndexFlags, SearchFlags
 from clipgraft.cli.parser import parse
-from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, together
+from clipgraft.errors import ClipgraftError, ConfigError, together
 from clipgraft.ours import refuse_foreign
 from clipgraft.shown import shown, shown_line
 from clipgraft.text_tables import aligned
@@ -21,7 +21,6 @@ from clipgraft.text_tables import aligned
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
     from clipgraft.search.hits import Hit
-    from clipgraft.search.manifest import Manifest, VectorSet
 
 log = logging.getLogger("clipgraft")
 _INDEX = "Build a FAISS index over the vectors of an encoded folder, beside them."
@@ -64,23 +63,29 @@ def run_search(argv: Sequence[str]) -> None:
         raise ConfigError(f"the encoded folder comes first: clipgraft search {spec.text} {str(spec.out)!r}")
     if spec.format == "json":
         _log_to_stderr()
-    from clipgraft.search.folder import read_folder
-    from clipgraft.search.searcher import query
+    from clipgraft.cli.common import pick_device
+    from clipgraft.search.searcher import load_model, query
 
-    _, manifest, part = read_folder(spec.out)
-    clip = _load(spec, manifest)
-    _load_adapter(clip, spec, manifest, part)
+    clip = load_model(
+        spec.out,
+        spec.adapter,
+        model=spec.model,
+        pretrained=spec.pretrained,
+        device=pick_device(spec.device),
+        force=spec.force,
+        peft_out_proj=spec.peft_out_proj,
+    )
     if spec.text == "-":
         _answer_lines(clip, spec)
         return
     hits = query(
-        clip,
         spec.out,
         spec.text,
         image=spec.image,
         image_weight=spec.image_weight,
         k=spec.k,
         where=spec.where,
+        model=clip,
     )
     print(as_json(hits) if spec.format == "json" else as_table(hits))
     if spec.html is not None:
@@ -105,7 +110,7 @@ def _answer_lines(clip: Clip, spec: SearchFlags) -> None:
             continue
         as_lines = spec.format == "json"
         try:
-            hits = query(clip, spec.out, text, k=spec.k, where=spec.where)
+            hits = query(spec.out, text, k=spec.k, where=spec.where, model=clip)
         except ClipgraftError as error:
             answer = _json_line({"query": text, "error": str(error)}) if as_lines else f"{text}: {error}"
         else:
@@ -146,47 +151,3 @@ def _log_to_stderr() -> None:
     for handler in log.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
-
-
-def _load(spec: SearchFlags, manifest: Manifest) -> Clip:
-    from clipgraft.adapters.open import load, tell_base
-    from clipgraft.cli.common import pick_device
-
-    name, pretrained = spec.model, spec.pretrained
-    if name is None:
-        name, pretrained = manifest.origin.name, manifest.origin.pretrained or None
-    if not name:
-        raise ConfigError(f"{spec.out} does not name its base: give --model and --pretrained")
-    if spec.model is None:
-        tell_base(name, pretrained, f"the encoded folder {spec.out}")
-    return load(name, pretrained, device=pick_device(spec.device))
-
-
-def _load_adapter(clip: Clip, spec: SearchFlags, manifest: Manifest, part: VectorSet | None) -> None:
-    """Load the adapter that was asked for, or else the one that the vectors were encoded with."""
-    from clipgraft.adapters.attach import load_adapter
-    from clipgraft.search.sets import acting_digest
-
-    known = {note.name: note.path for note in manifest.adapters if note.path}
-    name = spec.adapter
-    if name is None:
-        sets = [part] if part else manifest.sets
-        if any(each.digest is None for each in sets):
-            return
-        if len(sets) > 1:
-            names = ", ".join(str(each.adapter) for each in sets)
-            raise AdapterError(
-                f"{spec.out}: holds vectors of several adapters: choose one with --adapter: {names}"
-            )
-        name = str(sets[0].adapter)
-        if name not in known:
-            raise AdapterError(f"{spec.out}: was encoded with adapter {name}: give its folder with --adapter")
-    path = Path(known.get(name, name))
-    if not path.exists():
-        names = f" (names known here: {', '.join(known)})" if known else ""
-        raise AdapterError(f"--adapter {name}: there is no adapter at {path}{names}; give its folder")
-    load_adapter(clip, path, force=spec.force, peft_out_proj=spec.peft_out_proj)
-    log.info("adapter %s from %s", name, path)
-    if acting_digest(clip, manifest.origin.tower) is None:
-        tower, other = ("image", "text") if manifest.origin.kind == "images" else ("text", "image")
-        log.info("it acts on the %s tower alone: the base's %s vectors are searched", other, tower)

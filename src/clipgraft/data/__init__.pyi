@@ -1,5 +1,6 @@
 """The public names of `clipgraft.data`."""
 
+from .columns import TableOptions as TableOptions
 from .datasets import Labelled as Labelled
 from .datasets import Pairs as Pairs
 from .datasets import few_shot as few_shot

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from clipgraft.adapters.adapter_file import findable
 from clipgraft.data.columns import TableOptions
@@ -28,25 +27,25 @@ from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.engine.attention import KERNELS, Attention
 from clipgraft.engine.encoder import Encoder
-from clipgraft.errors import ConfigError, DataError
+from clipgraft.errors import DataError, together
 from clipgraft.files import inside
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress, Told, showing
 from clipgraft.results import Result
+from clipgraft.search.args import EncodeArgs
 from clipgraft.search.engines import Engine, ImageModality, LocalEngine, Modality, TextModality
 from clipgraft.search.items import ItemSource
 from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Counts, Plan
-from clipgraft.search.ray_engine import Cluster, RayEngine
+from clipgraft.search.ray_engine import RayEngine, need_ray
 from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
 from clipgraft.search.store import Store, need_pyarrow, open_folder, sole_writer
-from clipgraft.search.stream import Reading, Sizes, stream
+from clipgraft.search.stream import Reading, stream
 
 log = logging.getLogger("clipgraft")
 _AUTOCAST = " in bf16 autocast"
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,29 +79,13 @@ def encode_folder(
     model: ClipLike,
     source: str | Path,
     out: str | Path,
+    args: EncodeArgs | None = None,
     *,
-    texts: bool = False,
+    data: TableOptions | None = None,
     adapters: Sequence[str] | None = None,
     adapter_paths: Mapping[str, str] | None = None,
-    dtype: Dtype = "float16",
-    shard_rows: int = 10_000,
-    batch_size: int = 64,
-    workers: int = 2,
-    autocast: bool | None = None,
-    exact_preprocess: bool = False,
-    retry_errors: bool = False,
-    dataset_type: str = "auto",
-    image_key: str | None = None,
-    caption_key: str | None = None,
-    separator: str | None = None,
-    encoding: str | None = None,
-    quoting: str = "auto",
-    image_root: str | Path | None = None,
-    engine: str = "local",
-    ray_address: str | None = None,
-    ray_workers: int | None = None,
-    ray_gpus_per_worker: float | None = None,
     progress: Progress = None,
+    **options: Any,
 ) -> EncodeResult:
     """Write unit-norm vectors of all that `source` holds to `out`, or what differs since the last run.
 
@@ -110,69 +93,51 @@ def encode_folder(
     (path, reason) and `manifest.json`. Numbers may have gaps. No item that cannot be used stops the run.
 
     Args:
-        model: a `Clip` or raw model; what acts on it makes the vectors.
-        source: see `open_images` and, with `texts`, `open_texts`.
+        model: a `Clip` or raw model; the adapter that is active on it acts.
+        source: a folder, a table, tar files or an address (`open_images`); with `texts` a text file or table.
         out: a new folder, or one that was written with the same base, adapters and settings.
-        texts: encode texts, not images.
+        args: what to encode, and by what.
+        data: how to read a table.
         adapters: names of several adapters that the model carries: each image is decoded once, and every one
             writes to `out/NAME`; those that leave the image tower alone share `out/base`.
         adapter_paths: where adapters were read, so that a search finds them by name.
-        dtype: `float16` or `float32` vectors.
-        shard_rows: items a shard; an unfinished one is lost in a kill.
-        batch_size: items encoded at once.
-        workers: processes that decode; 0 is a thread.
-        autocast: compute in bf16; None does where that is faster, and later runs go on likewise.
-        exact_preprocess: the model's own preprocessing, not its faster form.
-        retry_errors: try again what could not be used and has not changed since.
-        dataset_type, image_key, caption_key, separator, encoding, quoting, image_root: for tables, as in
-            `read_pairs`.
-        engine: `local`, or `ray` to decode and encode on a Ray cluster; what is written is the same.
-        ray_address, ray_workers, ray_gpus_per_worker: see `ray_engine.Cluster`.
         progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
-            (done, of how many), which is told after every batch.
+            (done, of how many), which is called after every batch.
+        **options: single fields of `EncodeArgs`, such as `batch_size=32`, in place of those of `args`.
 
     Raises:
+        ConfigError: an option is wrong, Ray is not installed, or there is no cluster at the address.
         DataError: the source cannot be listed, another process writes to `out`, or `out` holds other vectors.
         AdapterError: no adapter of such a name, or one is merged.
         ModelError: the model has no preprocessing or tokenizer, or cannot be sent to a cluster.
-        ConfigError: no such engine, Ray is not installed, or there is no cluster at the address.
         ClusterError: the cluster failed; as after a kill, a rerun goes on.
     """
     started = time.monotonic()
+    args = (args or EncodeArgs()).replace(**options)
+    if faults := args.faults():
+        raise together(faults)
     clip, out = as_clip(model), Path(out)
     need_pyarrow()
-    if dtype not in ("float16", "float32"):
-        raise DataError(f"--dtype {dtype}: vectors are float16 or float32")
-    if engine not in ENGINES:
-        raise ConfigError(f"--engine {engine}: the engines are {' and '.join(ENGINES)}")
-    cluster = Cluster(ray_address, ray_workers, ray_gpus_per_worker) if engine == "ray" else None
-    root = None if image_root is None else Path(image_root)
-    options = TableOptions(dataset_type, image_key, caption_key, separator, encoding, quoting, root)
-    listed = (open_texts if texts else open_images)(str(source), options)
+    if args.engine == "ray":
+        need_ray()
+    listed = (open_texts if args.texts else open_images)(str(source), data or TableOptions())
     for note in listed.notes:
         log.info("%s: %s", listed.name, note)
     with sole_writer(out):
         before = open_folder(out)
-        autocast = _autocast(clip, autocast, before)
-        modality = (
-            TextModality(clip) if texts else ImageModality(image_steps(clip, None, exact_preprocess), workers)
-        )
-        origin = _origin(clip, modality, dtype, autocast)
+        modality = _modality(clip, args)
+        autocast = _autocast(clip, args.autocast, before)
+        origin = _origin(clip, modality, args.dtype, autocast)
         sets = vector_sets(clip, adapters, origin.tower)
         check_same(out, before, origin, sets)
         store = Store(out, before or Manifest(origin, listed.name, listed.root, sets))
         paths = adapter_paths or {}
         notes = adapter_notes(clip, list(paths) if adapters is None else adapters, paths)
         encoder = Encoder(clip, autocast, _attention(store.manifest))
-        local = LocalEngine(
-            encoder, modality, store.manifest.sets, adapters is not None, getattr(torch, dtype)
-        )
-        with_whom = local if cluster is None else RayEngine(local, cluster)
-        sizes = Sizes(batch_size, shard_rows)
-        what = "texts" if texts else "images"
-        with showing(progress, what, what[:-1]) as told:
-            run = _Run(store, listed, notes, with_whom, modality, sizes, retry_errors, told)
-            counts = run.bring_up_to_date()
+        local = LocalEngine(encoder, modality, store.manifest.sets, adapters is not None, args.dtype)
+        engine = RayEngine(local, args) if args.engine == "ray" else local
+        with showing(progress, modality.kind, modality.kind[:-1]) as told:
+            counts = _Run(store, listed, notes, engine, modality, args, told).bring_up_to_date()
     return EncodeResult(
         out,
         encoded=counts.to_do,
@@ -185,6 +150,12 @@ def encode_folder(
     )
 
 
+def _modality(clip: Clip, args: EncodeArgs) -> Modality:
+    if args.texts:
+        return TextModality(clip)
+    return ImageModality(image_steps(clip, None, args.exact_preprocess), args.workers)
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run, with all that it takes."""
@@ -194,8 +165,7 @@ class _Run:
     notes: tuple[AdapterNote, ...]
     engine: Engine
     modality: Modality
-    sizes: Sizes
-    retry_errors: bool
+    args: EncodeArgs
     told: Told | None
 
     def bring_up_to_date(self) -> Counts:
@@ -218,7 +188,7 @@ class _Run:
             self._compact(plan)
             log.info("%s", _summary(counts, store))
             reading = Reading(plan.to_do(), self.source.root, counts.to_do)
-            stream(store, reading, self.engine, self.modality, self.sizes, self.told)
+            stream(store, reading, self.engine, self.modality, self.args, self.told)
             store.finish()
         finally:
             plan.close()
@@ -233,7 +203,7 @@ class _Run:
         for note in self.source.met():
             log.info("%s: %s", self.source.name, note)
         for shard in self.store.manifest.shards:
-            plan.store(shard.number, self.store.stored(shard, errors=not self.retry_errors))
+            plan.store(shard.number, self.store.stored(shard, errors=not self.args.retry_errors))
         return plan.compare()
 
     def _check_source(self, counts: Counts, plan: Plan) -> None:
@@ -252,7 +222,7 @@ class _Run:
         """Take rows that are gone out of their shards."""
         touched = set(plan.touched())
         for shard in self.store.manifest.shards:
-            if shard.number in touched or (self.retry_errors and shard.errors):
+            if shard.number in touched or (self.args.retry_errors and shard.errors):
                 self.store.compact(shard, plan.kept(shard.number))
 
 

@@ -25,7 +25,7 @@ from clipgraft.lora.control import set_adapter
 from clipgraft.models.clip import Clip
 from clipgraft.pictures import ImageError, open_sized
 from clipgraft.search.items import Item, Ref, is_address, read_at, ref
-from clipgraft.search.manifest import Kind, VectorSet
+from clipgraft.search.manifest import Dtype, Kind, VectorSet
 from clipgraft.search.sets import adapters_as_they_were
 
 _AT_ONCE = 16  # requests to a network, which mostly wait
@@ -206,14 +206,14 @@ class LocalEngine:
         modality: what makes its inputs.
         sets: the folders of vectors to make.
         switch: whether to choose the adapter of each set in turn; else what acts on the model makes them.
-        dtype: what vectors are kept in.
+        dtype: the type that vectors are kept in.
     """
 
     encoder: Encoder
     modality: Modality
     sets: tuple[VectorSet, ...]
     switch: bool
-    dtype: torch.dtype
+    dtype: Dtype
 
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
         """See `Engine`. Vectors stay on the model's device."""
@@ -227,7 +227,7 @@ class LocalEngine:
     def _vectors(self, loaded: Tensor | None) -> dict[str, Tensor]:
         if loaded is None:
             return {}
-        vectors = {}
+        vectors, dtype = {}, getattr(torch, self.dtype)
         with torch.inference_mode():
             inputs = self.modality.finish(self.encoder, loaded)
         for part in self.sets:
@@ -235,5 +235,5 @@ class LocalEngine:
                 set_adapter(self.encoder.clip, part.adapter)
             with torch.inference_mode():
                 features = self.modality.features(self.encoder, inputs)
-                vectors[part.folder] = F.normalize(features.float(), dim=-1).to(self.dtype)
+                vectors[part.folder] = F.normalize(features.float(), dim=-1).to(dtype)
         return vectors

@@ -1,4 +1,4 @@
-"""`--where`: conditions on metadata, such as `caption~cat and width>=640`.
+"""Conditions on metadata (`where`), such as `caption~cat and width>=640`.
 
     condition {"and" condition}        condition: COLUMN OPERATOR VALUE
 
@@ -47,19 +47,19 @@ class Condition:
 
 
 def parse_where(text: str) -> tuple[Condition, ...]:
-    """Read the text of `--where`; raises ConfigError where it is none."""
+    """Parse conditions; raises ConfigError where they cannot be read."""
     found, place = [], 0
     while place < len(text):
         match = _CONDITION.match(text, place)
         if match is None or (
             match["bare"] is not None and (not match["bare"] or match["bare"][0] in "\"'~=<>!")
         ):
-            raise ConfigError(f"--where {text!r}: cannot be read from {text[place:].strip()!r} on; {_HOW}")
+            raise ConfigError(f"`where={text!r}`: cannot be read from {text[place:].strip()!r} on; {_HOW}")
         value = next(match[name] for name in ("double", "single", "bare") if match[name] is not None)
         found.append(Condition(match["column"], match["operator"], value))
         place = match.end()
     if not found or re.search(r"\band\s*$", text, re.IGNORECASE):
-        raise ConfigError(f"--where {text!r}: a condition is missing; {_HOW}")
+        raise ConfigError(f"`where={text!r}`: a condition is missing; {_HOW}")
     return tuple(found)
 
 
@@ -68,7 +68,7 @@ def check_columns(conditions: Sequence[Condition], names: Sequence[str]) -> None
     for condition in conditions:
         if condition.column not in names:
             raise ConfigError(
-                f"--where: there is no column {condition.column!r}; there are {', '.join(names)}"
+                f"`where`: there is no column {condition.column!r}; there are {', '.join(names)}"
             )
 
 
@@ -87,7 +87,7 @@ def _met(column: Any, condition: Condition) -> npt.NDArray[np.bool_]:
     if condition.operator.endswith("~"):
         if not pa.types.is_string(column.type):
             raise ConfigError(
-                f"--where {condition.column}{condition.operator}: is for text, not {column.type}"
+                f"`where`: {condition.column}{condition.operator} is for text, not {column.type}"
             )
         found = pc.match_substring(column, condition.value, ignore_case=True)
         mask = pc.invert(found) if condition.operator == "!~" else found
@@ -111,5 +111,5 @@ def _value(kind: Any, condition: Condition) -> Any:
     except (ValueError, TypeError) as error:
         what = "a time such as 2024-05-31" if pa.types.is_timestamp(kind) else "a number"
         raise ConfigError(
-            f"--where {condition.column}: got {condition.value!r}, allowed is {what}"
+            f"`where`: {condition.column}: got {condition.value!r}, allowed is {what}"
         ) from error

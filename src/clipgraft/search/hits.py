@@ -63,11 +63,11 @@ def write_page(
 
     Raises DataError where jinja2 is not installed, or `path` is no page of ours and not to be overwritten.
     """
-    refuse_foreign(path, overwrite, DataError, "--html")
+    refuse_foreign(path, overwrite, DataError, "`html`")
     try:
         import jinja2
     except ImportError as error:
-        raise DataError(f"--html needs jinja2: {INSTALL}") from error
+        raise DataError(f"`html` needs jinja2: {INSTALL}") from error
     source = (files("clipgraft.search") / "hits.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     cells = [(hit, *_picture(hit.path)) for hit in hits]

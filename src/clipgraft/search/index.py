@@ -202,7 +202,7 @@ def _build(faiss: Any, encoded: EncodedSet, factory: str, progress: Progress) ->
     index = _made(faiss, factory, dim)
     if not index.is_trained:
         _train(index, encoded, factory)
-    with _faiss(f"--factory {factory}: cannot hold these vectors", "an index of another kind"):
+    with _faiss(f"`factory={factory!r}`: cannot hold these vectors", "an index of another kind"):
         with showing(progress, "indexing", "vector") as told:
             for first, block in encoded.blocks():
                 index.add(block)
@@ -236,9 +236,9 @@ def _made(faiss: Any, factory: str, dim: int) -> Any:
         return faiss.IndexFlatIP(dim)
     if _CRASHES.search(factory):
         raise ConfigError(
-            f"--factory {factory}: sizes begin at 1, of HNSW at 2 and of NSG at 8; take larger ones"
+            f"`factory={factory!r}`: sizes begin at 1, of HNSW at 2 and of NSG at 8; take larger ones"
         )
-    wrong = f"--factory {factory}: FAISS cannot make it of {dim}-dimensional vectors"
+    wrong = f"`factory={factory!r}`: FAISS cannot make it of {dim}-dimensional vectors"
     with _faiss(wrong, "one such as IVF256,Flat or HNSW32"):
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
 
@@ -249,8 +249,8 @@ def _train(index: Any, encoded: EncodedSet, factory: str) -> None:
     wanted = np.unique(np.linspace(0, rows - 1, min(rows, _TRAINING_ROWS)).astype(np.int64))
     log.info("training %s on %s vectors", factory, f"{len(wanted):,}")
     vectors = _rows(encoded, wanted)
-    wrong = f"--factory {factory}: cannot be trained on {len(wanted):,} vectors"
-    with _faiss(wrong, "fewer cells, or an exact index without --factory"):
+    wrong = f"`factory={factory!r}`: cannot be trained on {len(wanted):,} vectors"
+    with _faiss(wrong, "fewer cells, or an exact index without `factory`"):
         index.train(vectors)
 
 

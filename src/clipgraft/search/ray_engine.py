@@ -21,9 +21,10 @@ from clipgraft.engine.attention import Attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ClusterError, ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip
+from clipgraft.search.args import EncodeArgs
 from clipgraft.search.engines import EncodedBatch, LocalEngine, Modality
 from clipgraft.search.items import exists
-from clipgraft.search.manifest import VectorSet
+from clipgraft.search.manifest import Dtype, VectorSet
 from clipgraft.search.ray_worker import Coordinator, Crew, Turn, WorkerBatch, last_line
 
 log = logging.getLogger("clipgraft")
@@ -32,39 +33,12 @@ _MOST_TASKS = 4096
 _MOST_PER_TASK = 8  # batches, as long as that makes no more than _MOST_TASKS
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where to find Ray, and how much of it to take.
-
-    Attributes:
-        address: `ray://host:port`, `host:port` or `auto` for a cluster, `local` for one on this machine that
-            lives as long as the run. None is what RAY_ADDRESS says, else `local`. A connection that the
-            calling process has already is used, and left as it is.
-        workers: processes, each with a model; None is as many as the cluster has room for.
-        gpus: for each worker, such as 0.5; None is 1 where the model is on a GPU, else 0.
-
-    Raises:
-        ConfigError: Ray is not installed, or a number cannot be used.
-    """
-
-    address: str | None = None
-    workers: int | None = None
-    gpus: float | None = None
-
-    def __post_init__(self) -> None:
-        need_ray()
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"--ray-workers {self.workers}: give at least 1")
-        if self.gpus is not None and self.gpus < 0:
-            raise ConfigError(f"--ray-gpus-per-worker {self.gpus}: give 0 or more")
-
-
 def need_ray() -> None:
     """Raise ConfigError where Ray or what its data sets need is not installed."""
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
-        raise ConfigError("--engine ray needs Ray: pip install 'clipgraft[ray]'") from error
+        raise ConfigError("`engine='ray'` needs Ray: pip install 'clipgraft[ray]'") from error
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ class Job:
     modality: Modality
     sets: tuple[VectorSet, ...]
     switch: bool
-    dtype: torch.dtype
+    dtype: Dtype
     autocast: bool
     kernels: Mapping[str, str]
     threads: int
@@ -94,7 +68,7 @@ class RayEngine:
     """Many processes with the model that `local` holds."""
 
     local: LocalEngine
-    cluster: Cluster
+    args: EncodeArgs
 
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
         """See `Engine`. Nothing is started for no batch.
@@ -106,12 +80,12 @@ class RayEngine:
             ClusterError: workers failed, one of them again and again over the same images.
         """
         if count:
-            with _connected(self.cluster.address) as ray:
+            with _connected(self.args.ray_address) as ray:
                 yield from self._encode(ray, iter(keys), count)
 
     def _encode(self, ray: Any, keys: Iterator[Any], count: int) -> Generator[EncodedBatch, None, None]:
         threads = torch.get_num_threads()
-        crew = _crew(ray, self.cluster, self.local.encoder.clip.device.type, threads, count)
+        crew = _crew(ray, self.args, self.local.encoder.clip.device.type, threads, count)
         log.info("ray: %d workers, each with %g CPUs and %g GPUs", crew.workers, crew.cpus, crew.gpus)
         job = _sent(ray, self.local, threads)
         # Beside the process that feeds it, and with a thread for each worker that may be waiting.
@@ -126,7 +100,7 @@ class RayEngine:
                 yield made.encoded
         except ray.exceptions.RayError as error:
             raise ClusterError(
-                f"--engine ray: {last_line(error)}; what is finished is kept, and the same command goes on"
+                f"`engine='ray'`: {last_line(error)}; what is finished is kept, and the same call goes on"
             ) from error
         finally:
             ray.kill(coordinator)
@@ -150,30 +124,31 @@ def _check_seen(made: WorkerBatch) -> None:
     for location in made.unseen:
         if exists(location):
             raise DataError(
-                f"{location}: is not there for the worker on {made.machine}; with --engine ray every machine "
-                "must see the images under the same paths: share the folder, or give an address such as s3://…"
+                f"{location}: is not there for the worker on {made.machine}; with `engine='ray'` every "
+                "machine must see the images under the same paths: share the folder, or give an address "
+                "such as s3://…"
             )
 
 
-def _crew(ray: Any, cluster: Cluster, device: str, threads: int, batches: int) -> Crew:
+def _crew(ray: Any, args: EncodeArgs, device: str, threads: int, batches: int) -> Crew:
     """How to use the cluster as it is now. A worker computes with as many threads as this process would."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = float(device == "cuda") if cluster.gpus is None else cluster.gpus
+    gpus = float(device == "cuda") if args.ray_gpus_per_worker is None else args.ray_gpus_per_worker
     if gpus:
         cpus, room = 1.0, sum(int(node.get("GPU", 0) / gpus) for node in nodes)
         if not room:
             raise ConfigError(
-                f"--ray-gpus-per-worker {gpus:g}: no machine of the cluster has that many; "
+                f"`ray_gpus_per_worker={gpus:g}`: no machine of the cluster has that many; "
                 "add one, or give 0 to encode on CPUs"
             )
     else:
         cpus = min(float(threads), max((node.get("CPU", 0.0) for node in nodes), default=1.0) or 1.0)
         room = sum(int(node.get("CPU", 0) / cpus) for node in nodes)
-        if cluster.workers is not None and cluster.workers > room and len(nodes) == 1:
+        if args.ray_workers is not None and args.ray_workers > room and len(nodes) == 1:
             # More than one machine has room for: they share its cores.
-            cpus = max(0.01, nodes[0].get("CPU", 0.0) / cluster.workers)
+            cpus = max(0.01, nodes[0].get("CPU", 0.0) / args.ray_workers)
             cpus = float(int(cpus)) if cpus > 1 else cpus
-    workers = cluster.workers or max(1, room)
+    workers = args.ray_workers or max(1, room)
     shares = -(-batches // (4 * workers))
     per_task = max(-(-batches // _MOST_TASKS), min(_MOST_PER_TASK, shares))
     return Crew(min(workers, -(-batches // per_task)), cpus, gpus, batches, per_task)
@@ -237,7 +212,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     # Ray raises whatever its network library does.
     except Exception as error:
         raise ConfigError(
-            f"--ray-address {where}: cannot be reached ({last_line(error)}); check the address and its "
+            f"`ray_address={where!r}`: cannot be reached ({last_line(error)}); check the address and its "
             "token, start Ray there by `ray start --head`, or give local"
         ) from error
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.adapters.attach import load_adapter
+from clipgraft.adapters.open import load, tell_base
+from clipgraft.adapters.peft_openclip import OutProj
 from clipgraft.data.features import evaluating, image_steps
-from clipgraft.errors import ConfigError, DataError
+from clipgraft.errors import AdapterError, ConfigError, DataError
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.pictures import open_image
 from clipgraft.readers import reading
 from clipgraft.search.filters import Condition, parse_where
-from clipgraft.search.folder import EncodedSet, fitting_set, nearest
+from clipgraft.search.folder import EncodedSet, fitting_set, nearest, read_folder
 from clipgraft.search.hits import Hit
 from clipgraft.search.index import open_index
 from clipgraft.search.items import location
-from clipgraft.search.manifest import INDEX_FOLDER
+from clipgraft.search.manifest import INDEX_FOLDER, VectorSet
+from clipgraft.search.sets import acting_digest
 from clipgraft.search.store import Array, plain_rows
+
+log = logging.getLogger("clipgraft")
 
 
 def query(
-    model: ClipLike,
     folder: str | Path,
     text: str | None = None,
     *,
@@ -34,20 +40,22 @@ def query(
     image_weight: float = 0.5,
     k: int = 10,
     where: str | None = None,
+    model: ClipLike | None = None,
 ) -> list[Hit]:
-    """The k rows of an encoded folder that are most like a text, an image, or both.
+    """Return the k rows of an encoded folder that are most like a text, an image, or both.
 
-    The folder's index is used if it has one that is up to date; vectors are compared one by one if not, and
-    with `where`, for which only rows that meet it are read.
+    The folder's index is used if it has one that is up to date; otherwise, and with `where`, vectors are
+    compared one by one.
 
     Args:
-        model: the base that encoded the folder; an adapter that acts on it changes the query. One that
-            changes the tower that made the vectors must have made them; any other fits.
         folder: what `encode_folder` wrote, or a set in it.
         text, image: what to look for, one or both.
         image_weight: with both: the query is the sum of w·image and (1-w)·text, of unit length each.
         k: most results.
-        where: conditions on metadata (`clipgraft.search.filters`).
+        where: conditions on metadata (`clipgraft.search.filters`); only rows that meet them are compared.
+        model: the base that encoded the folder; an adapter that acts on it changes the query. One that
+            changes the tower that made the vectors must have made them; any other fits. None loads what the
+            folder names (`load_model`), anew at every call.
 
     Raises:
         ConfigError: nothing to look for, a weight outside 0..1, or conditions that cannot be read.
@@ -57,15 +65,79 @@ def query(
     if text is None and image is None:
         raise ConfigError("nothing to search for: give a text, an image, or both")
     if not 0 <= image_weight <= 1:
-        raise ConfigError(f"--image-weight: got {image_weight:g}, allowed is 0 to 1")
+        raise ConfigError(f"`image_weight`: got {image_weight:g}, allowed is 0 to 1")
     if k < 1:
-        raise ConfigError(f"--k: got {k}, allowed is 1 or more")
-    clip = as_clip(model)
+        raise ConfigError(f"`k`: got {k}, allowed is 1 or more")
     conditions = parse_where(where) if where is not None else ()
+    clip = load_model(folder) if model is None else as_clip(model)
     encoded = fitting_set(folder, clip)
     vector = query_vector(clip, text, image, image_weight).cpu().numpy()[None]
     scores, rows = _nearest(encoded, vector, k, conditions)
     return _hits(encoded, scores[0], rows[0])
+
+
+def load_model(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    force: bool = False,
+    peft_out_proj: OutProj | None = None,
+) -> Clip:
+    """Load the base that encoded a folder, with an adapter.
+
+    Args:
+        folder: what `encode_folder` wrote, or a set in it.
+        adapter: a folder, or the name that it was encoded under; None is the one that made the vectors, if
+            any did.
+        model, pretrained: the base, where it is no longer what the folder names.
+        device: to load to.
+        force: load an adapter that was made for another base.
+        peft_out_proj: as in `load_adapter`.
+
+    Raises:
+        ConfigError: the folder does not name its base.
+        DataError: nothing is encoded there.
+        AdapterError: there is no such adapter, or there are several to choose from.
+    """
+    _, manifest, part = read_folder(folder)
+    origin = manifest.origin
+    name, weights = (origin.name, origin.pretrained or None) if model is None else (model, pretrained)
+    if not name:
+        raise ConfigError(f"{folder} does not name its base: give `model` and `pretrained`")
+    if model is None:
+        tell_base(name, weights, f"the encoded folder {folder}")
+    clip = load(name, weights, device=device)
+    known = {note.name: note.path for note in manifest.adapters if note.path}
+    if adapter is None:
+        sets = [part] if part else manifest.sets
+        if any(each.digest is None for each in sets):
+            return clip
+        adapter = _only_adapter(folder, sets, known)
+    path = Path(known.get(str(adapter), adapter))
+    if not path.exists():
+        names = f" (names known here: {', '.join(known)})" if known else ""
+        raise AdapterError(f"`adapter` {adapter}: there is no adapter at {path}{names}; give its folder")
+    load_adapter(clip, path, force=force, peft_out_proj=peft_out_proj)
+    log.info("adapter %s from %s", adapter, path)
+    if acting_digest(clip, origin.tower) is None:
+        tower, other = ("image", "text") if origin.kind == "images" else ("text", "image")
+        log.info("it acts on the %s tower alone: the base's %s vectors are searched", other, tower)
+    return clip
+
+
+def _only_adapter(folder: str | Path, sets: Sequence[VectorSet], known: Mapping[str, str]) -> str:
+    """The adapter that made all vectors; raises AdapterError where several did, or its place is unknown."""
+    names = [str(each.adapter) for each in sets]
+    if len(names) > 1:
+        raise AdapterError(
+            f"{folder}: holds vectors of several adapters: choose one with `adapter`: {', '.join(names)}"
+        )
+    if names[0] not in known:
+        raise AdapterError(f"{folder}: was encoded with adapter {names[0]}: give its folder with `adapter`")
+    return names[0]
 
 
 def query_vector(clip: Clip, text: str | None, image: str | Path | None, image_weight: float = 0.5) -> Tensor:

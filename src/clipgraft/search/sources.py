@@ -68,7 +68,7 @@ def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
             raise DataError(f"{path}: not found; check the path")
         return ItemSource(str(path), "", True, partial(_lines, path, options.encoding))
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; with --texts name a text file or a table")
+        raise DataError(f"{path}: is a folder; with `texts` name a text file or a table")
     table = open_table(path, options, TEXTS)
     met: Counter[str] = Counter()
 

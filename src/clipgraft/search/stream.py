@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.progress import Told
+from clipgraft.search.args import EncodeArgs
 from clipgraft.search.engines import EncodedBatch, Engine, Modality
 from clipgraft.search.items import Item
 from clipgraft.search.store import ErrorRow, MetaRow, NewShard, Store
@@ -61,14 +62,6 @@ class _Growing:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How many items meet in a batch, and how many in a shard."""
-
-    batch: int
-    shard: int
-
-
-@dataclass(frozen=True)
 class Reading:
     """The items to encode, what their keys are relative to, and how many there are."""
 
@@ -82,20 +75,20 @@ def stream(
     reading: Reading,
     engine: Engine,
     modality: Modality,
-    sizes: Sizes,
+    args: EncodeArgs,
     told: Told | None,
 ) -> None:
     """Encode items into new shards of the store."""
     pending: deque[_Batch] = deque()
 
     def keys() -> Iterator[Any]:
-        for batch in _batches(reading.items, sizes):
+        for batch in _batches(reading.items, args):
             pending.append(batch)
             yield modality.keys(reading.root, batch.usable)
 
     started, done, shard = time.monotonic(), 0, _Growing()
     kernels: dict[str, str] = {}
-    with closing(engine.encode(keys(), _how_many(reading.total, sizes))) as batches:
+    with closing(engine.encode(keys(), _how_many(reading.total, args))) as batches:
         for encoded in batches:
             batch = pending.popleft()
             shard.add(batch, encoded)
@@ -110,24 +103,24 @@ def stream(
                 told(done, reading.total)
 
 
-def _batches(items: Iterable[Item], sizes: Sizes) -> Iterator[_Batch]:
+def _batches(items: Iterable[Item], args: EncodeArgs) -> Iterator[_Batch]:
     """Shards of items, cut into batches: who meets in a batch depends on the shard alone."""
     source = iter(items)
     ahead = list(islice(source, 1))
     while ahead:
-        left = sizes.shard
+        left = args.shard_rows
         while ahead and left:
-            count = min(sizes.batch, left)
+            count = min(args.batch_size, left)
             batch = (*ahead, *islice(source, count - 1))
             left -= len(batch)
             ahead = list(islice(source, 1))
             yield _Batch(batch, last=not left or not ahead)
 
 
-def _how_many(items: int, sizes: Sizes) -> int:
+def _how_many(items: int, args: EncodeArgs) -> int:
     """Batches that `_batches` makes of so many items."""
-    shards, rest = divmod(items, sizes.shard)
-    return shards * -(-sizes.shard // sizes.batch) + -(-rest // sizes.batch)
+    shards, rest = divmod(items, args.shard_rows)
+    return shards * -(-args.shard_rows // args.batch_size) + -(-rest // args.batch_size)
 
 
 def _report(store: Store, done: int, total: int, seconds: float) -> None:

@@ -8,15 +8,11 @@ from pydantic import Field
 
 from clipgraft.cli.flags.shared import ColumnFlags, OverwriteFlags
 from clipgraft.options import (
-    Batch,
-    GpuShare,
     Options,
     Positional,
     Results,
-    ShardRows,
     UserPath,
     Words,
-    Workers,
 )
 
 
@@ -30,24 +26,11 @@ class EncodeFlags(ColumnFlags):
     out: Annotated[UserPath, Positional()] = Field(
         description="folder for vectors and metadata; a second run encodes only what has changed"
     )
-    texts: bool = Field(False, description="encode texts: lines of a .txt file, or the captions of a table")
     adapter: UserPath | None = Field(None, description="adapter to encode with")
     adapters: Words | None = Field(
         None,
         min_length=1,
         description="several adapters in one pass over the images, each with a folder of its own",
-    )
-    dtype: Literal["float16", "float32"] = Field("float16", description="type of the vectors")
-    shard_rows: ShardRows = Field(
-        10_000, ge=1, description="items per file; a killed run loses only the unfinished file"
-    )
-    batch_size: Batch = Field(64, ge=1, description="images or texts encoded at once")
-    workers: Workers = Field(2, ge=0, description="processes that decode images; 0: a thread")
-    exact_preprocess: bool = Field(
-        False, description="preprocess images exactly as the base's own transform does"
-    )
-    retry_errors: bool = Field(
-        False, description="retry items that could not be used, even if they have not changed"
     )
     dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
         "auto", description="how to read a table; auto decides by the file name"
@@ -55,21 +38,6 @@ class EncodeFlags(ColumnFlags):
     force: bool = Field(False, description="use adapters that were made for another base")
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="see `clipgraft convert --help`"
-    )
-    engine: Literal["local", "ray"] = Field(
-        "local", description="what decodes and encodes: this process, or a Ray cluster"
-    )
-    ray_address: str | None = Field(
-        None,
-        min_length=1,
-        description="auto, ray://HOST:PORT, or local: a cluster on this machine while the run lasts "
-        "(default: RAY_ADDRESS, else local)",
-    )
-    ray_workers: Workers | None = Field(
-        None, ge=1, description="processes with a model (default: as many as there is room for)"
-    )
-    ray_gpus_per_worker: GpuShare | None = Field(
-        None, ge=0, description="GPUs per worker, such as 0.5 (default: 1 if --device is a GPU, else 0)"
     )
 
 
