@@ -14,9 +14,8 @@ from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from clipgraft.models.meta import clip_on_meta
 from clipgraft.models.sites import TOWERS
-from clipgraft.profile.meta import on_meta
-from clipgraft.profile.targets import distinct_sets, target_costs
-from clipgraft.profile.training import FULL, training_costs
+from clipgraft.profile.trace import on_meta
+from clipgraft.profile.training import FULL, distinct_sets, target_costs, training_costs
 from flop_counting import flop_counter
 
 SETS = ("text-attention", "vision.-1.fc1", "linear", "all", "projection")

@@ -14,8 +14,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.text_tables import terminal_width
 
 if TYPE_CHECKING:
-    from clipgraft.profile.adapters import AdapterInspection
-    from clipgraft.profile.inspection import Inspection
+    from clipgraft.profile.inspection import AdapterInspection, Inspection
 
 _SUMMARY = "Describe a model, a run or an adapter. Weights of models are neither needed nor loaded."
 
@@ -63,7 +62,7 @@ def _tag(pretrained: str) -> str | None:
 
 
 def _show_adapter(spec: InspectFlags) -> None:
-    from clipgraft.profile.adapters import inspect_adapter
+    from clipgraft.profile.inspection import inspect_adapter
     from clipgraft.profile.tables import adapted_table
     from clipgraft.results import plain
 

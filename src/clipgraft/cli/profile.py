@@ -109,7 +109,7 @@ def _model(spec: ProfileFlags, device: str) -> Clip:
 
 
 def _targets(spec: ProfileFlags, clip: Clip) -> tuple[str, ...]:
-    from clipgraft.profile.targets import distinct_sets
+    from clipgraft.profile.training import distinct_sets
 
     return spec.targets or distinct_sets(clip, _TRAINED)
 
@@ -125,13 +125,13 @@ def _measured(spec: ProfileFlags) -> Measurement:
 
 
 def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
+    from clipgraft.profile.layers import cost_tree
     from clipgraft.profile.tables import (
         measured_table,
         site_costs_table,
         towers_table,
         training_table,
     )
-    from clipgraft.profile.tree import cost_tree
 
     profile = report.profile
     tree = cost_tree(clip.model, profile.trace, spec.depth)
@@ -163,9 +163,9 @@ def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
         ConfigError: flags that are of CLIP alone, or counts that are not complete.
         ModelError: no model can be built from the configuration.
     """
+    from clipgraft.profile.layers import cost_tree
     from clipgraft.profile.llava import llava_costs, llava_on_meta
     from clipgraft.profile.tables import llava_table
-    from clipgraft.profile.tree import cost_tree
     from clipgraft.results import plain
 
     tokens = _llava_tokens(spec)

@@ -1,4 +1,4 @@
-"""What a model is and what it costs: layer tables, multiply-adds, training memory. Nothing is computed."""
+"""What a model is and what it costs: layer tables, multiply-adds, training memory, from shapes alone."""
 
 import lazy_loader
 

@@ -6,5 +6,5 @@ from .layers import layer_table as layer_table
 from .llava import LlavaTokens as LlavaTokens
 from .llava import llava_costs as llava_costs
 from .llava import llava_on_meta as llava_on_meta
-from .targets import target_costs as target_costs
+from .training import target_costs as target_costs
 from .training import training_costs as training_costs

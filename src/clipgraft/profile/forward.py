@@ -1,4 +1,4 @@
-"""What a CLIP model costs to run: both towers, every site, and an adapter beside the base.
+"""Count what a CLIP model costs to run: both towers, every site, and an adapter beside the base.
 
 An adapter is counted as its products beside x·W, as it is trained. Without gradients `nn.MultiheadAttention`
 gets W + B·A instead, folded anew for each call: out·in·r a site, whatever the batch.
@@ -22,8 +22,7 @@ from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import base_parameter, is_lora, submodule
 from clipgraft.models.load_errors import one_line
 from clipgraft.models.sites import Site, SiteRef, Tower
-from clipgraft.profile.meta import on_meta
-from clipgraft.profile.trace import LayerCost, Product, Trace, join, trace
+from clipgraft.profile.trace import LayerCost, Product, Trace, join, on_meta, trace
 from clipgraft.results import Result
 
 
@@ -128,7 +127,7 @@ def costs(
     text_tokens: int | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> ClipProfile:
-    """What a forward pass of both towers costs. Nothing is computed and no weight is read.
+    """Count what a forward pass of both towers costs. Nothing is computed and no weight is read.
 
     Args:
         model: a `Clip` or raw model, on any device; `clip_on_meta` makes one without weights.
@@ -174,7 +173,7 @@ class ClipInputs:
 def inputs_of(
     clip: Clip, batch: int, text_tokens: int | None, image_size: int | tuple[int, int] | None
 ) -> ClipInputs:
-    """Inputs of the sizes asked for, or of the model's own; raises ModelError for texts too long for it."""
+    """Make inputs of the given sizes, or of the model's own; raises ModelError for texts too long for it."""
     size = clip.family.image_size(clip.model) if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     length = clip.context_length if text_tokens is None else text_tokens
@@ -187,7 +186,7 @@ def inputs_of(
 
 
 def trace_tower(clip: Clip, tower: Tower, inputs: Tensor) -> Trace:
-    """One tower on (N, L) token ids or (N, 3, H, W) pixels; raises ModelError if it does not take them."""
+    """Trace one tower on (N, L) token ids or (N, 3, H, W) pixels; raises ModelError for other sizes."""
     run: Any = clip.family.encode_text if tower == "text" else clip.family.encode_image
     try:
         return trace(clip.model, inputs, call=run)

@@ -1,4 +1,4 @@
-"""The layer table and the structure of a model, as text."""
+"""Print a model as text: the layer table, the folded structure, and the structure with costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from clipgraft.profile.trace import LayerCost, Trace
-from clipgraft.text_tables import aligned
+from clipgraft.text_tables import aligned, percent, short
 
 _COLUMNS = (
     "Layer (type:depth-idx)",
@@ -24,7 +24,7 @@ _NOTHING = "--"
 
 
 def layer_table(trace: Trace, depth: int | None = None) -> str:
-    """Every module down to `depth` with its shapes, weights and multiply-adds, and the totals below.
+    """Print every module down to `depth` with its shapes, weights and multiply-adds, and the totals below.
 
     A module that is not unfolded any further stands for all inside it; of others, a row has their own weights
     and products alone, so that columns add up. Numbers of frozen weights are in brackets. MB are 10⁶ bytes.
@@ -103,7 +103,7 @@ def _sizes(trace: Trace) -> list[str]:
 
 
 def structure(model: nn.Module, notes: Mapping[str, str] | None = None, depth: int | None = None) -> str:
-    """A model's modules like its `repr`, with equal neighbours folded: `(0-11): 12 x Block(...)`.
+    """Print a model's modules like its `repr`, with equal neighbours folded: `(0-11): 12 x Block(...)`.
 
     Parameters that a module uses itself, without a module of their own, are listed with their shapes.
 
@@ -153,3 +153,21 @@ def _folded(children: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
         for name in names:
             yield f"({name}): {lines[0]}"
             yield from lines[1:]
+
+
+def cost_tree(model: nn.Module, trace: Trace, depth: int | None = None) -> str:
+    """Print the structure of a model with weights, multiply-adds and FLOPs of every module, and their shares.
+
+    Modules that are alike in all of that are folded; what stands there is that of one of them.
+    """
+    notes = {layer.path: _note(layer, trace.total) for layer in trace.layers}
+    return structure(model, notes, depth)
+
+
+def _note(layer: LayerCost, total: LayerCost) -> str:
+    parts = (
+        (layer.parameters, total.parameters, "Params", short(layer.parameters, billion="B")),
+        (layer.macs, total.macs, "MACs", short(layer.macs, "MACs")),
+        (layer.flops, total.flops, "FLOPs", short(layer.flops, "FLOPs")),
+    )
+    return ", ".join(f"{shown} = {percent(part, whole, 4)} {unit}" for part, whole, unit, shown in parts)

@@ -1,4 +1,4 @@
-"""What LLaVA-NeXT costs: a CLIP image tower, a projector and a language model, from the configuration alone.
+"""Count what LLaVA-NeXT costs (a CLIP image tower, a projector, a language model) from its configuration.
 
 An image is cut into crops of the tower's size, as many as the grid of the configuration that fits its shape
 best, beside the whole image made small (Liu et al. 2024, *LLaVA-NeXT*, "dynamic high resolution"); padding is
@@ -67,7 +67,7 @@ class LlavaProfile(Result):
 
 
 def llava_on_meta(config: str | Path | Mapping[str, Any]) -> nn.Module:
-    """transformers' `LlavaNextForConditionalGeneration` without weights, in bf16 unless it says otherwise.
+    """Build transformers' `LlavaNextForConditionalGeneration` without weights, in bf16 by default.
 
     Args:
         config: a `config.json`, the folder it is in, or what it holds.
@@ -105,7 +105,7 @@ def llava_costs(
     text_tokens: int = 64,
     tokens: LlavaTokens | None = None,
 ) -> LlavaProfile:
-    """What the first pass over a request costs, before there is any cache of keys and values.
+    """Count what the first pass over a request costs, before there is any cache of keys and values.
 
     Args:
         model: of `llava_on_meta`, or with weights, which are not read.

@@ -1,8 +1,10 @@
-"""What a model really takes on this machine, beside what the machine can do."""
+"""Measure what a model takes on this machine, beside what the machine can do."""
 
 from __future__ import annotations
 
 import contextlib
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +15,26 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.device import peak_memory
 from clipgraft.models.sites import Tower
 from clipgraft.profile.forward import ClipInputs, ClipProfile, inputs_of
-from clipgraft.profile.timing import median_seconds
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Return the median wall-clock seconds of a call without gradients, after one warm-up call."""
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            _wait(device)
+            started = time.perf_counter()
+            call()
+            _wait(device)
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for a GPU, whose calls return before they are done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 _REPEATS, _MATRIX = 7, 1024
 
@@ -101,7 +122,7 @@ def _tower_time(clip: Clip, profile: ClipProfile, tower: Tower, inputs: Tensor, 
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], float | None]]:
-    """Gives what tells, in MB, the most memory in use since."""
+    """Yield a function that returns the peak memory since then, in MB."""
     if device.type != "cuda":
         with peak_memory() as peak:
             yield peak

@@ -1,4 +1,4 @@
-"""What each operator costs. One place holds every formula; all of them are for a forward pass.
+"""Formulas for the cost of each operator in a forward pass.
 
 Two numbers: `macs` are the multiply-adds of products, `flops` are 2·macs and all other arithmetic.
 
@@ -122,7 +122,7 @@ class _Kind:
 
 
 def price(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Price:
-    """What one call of an aten overload costs; of its tensors only shapes, types and flags are read."""
+    """Return the cost of one call of an aten overload, from shapes, types and flags of its tensors alone."""
     kind = _kind(func)
     if kind.moves:
         return _FREE

@@ -6,13 +6,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from clipgraft.profile.adapters import AdaptedSite
 from clipgraft.profile.forward import ClipProfile, SiteCost, TowerCost
-from clipgraft.profile.inspection import SiteInfo
+from clipgraft.profile.inspection import AdaptedSite, SiteInfo
 from clipgraft.profile.llava import LLAVA_PARTS, LlavaProfile
 from clipgraft.profile.measure import Measurement
-from clipgraft.profile.targets import TargetCost
-from clipgraft.profile.training import TrainingCost
+from clipgraft.profile.training import TargetCost, TrainingCost
 from clipgraft.text_tables import Table, percent, short
 
 _V = TypeVar("_V")

@@ -1,4 +1,4 @@
-"""What a training step costs: of full tuning, and of LoRA on any target set.
+"""Count what a training step costs, of full tuning and of LoRA on target sets, and what each set would train.
 
 A product x·W costs its multiply-adds once forward; once more in the backward pass for the gradient of x, if
 anything that x was computed from trains; and once more for the gradient of W, if W trains. So
@@ -23,15 +23,79 @@ from dataclasses import dataclass
 
 import torch
 
+from clipgraft.errors import TargetError
 from clipgraft.lora.inject import apply_lora, remove_lora
 from clipgraft.lora.state import lora_state
+from clipgraft.lora.targets import TARGET_SETS, select_sites
 from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.models.family import is_lora
 from clipgraft.models.sites import Tower
 from clipgraft.profile.forward import ClipInputs, inputs_of, trace_tower
-from clipgraft.profile.meta import on_meta
-from clipgraft.profile.targets import distinct_sets
-from clipgraft.profile.trace import Trace
+from clipgraft.profile.trace import Trace, on_meta
 from clipgraft.results import Result
+
+_BYTES_OF_A_WEIGHT = 4
+
+
+@dataclass(frozen=True, repr=False)
+class TargetCost(Result):
+    """A LoRA adapter on a target set.
+
+    Attributes:
+        targets: the set or expression; of sets that choose the same sites, the first.
+        r: rank.
+        sites: how many it adapts.
+        parameters: of A and B together.
+        megabytes: of the adapter's file, fp32, in 10⁶ bytes; the header aside.
+        share: of the base's weights.
+    """
+
+    targets: str
+    r: int
+    sites: int
+    parameters: int
+    megabytes: float
+    share: float
+
+
+def target_costs(
+    model: ClipLike, targets: Iterable[str] | None = None, r: int = 16
+) -> tuple[TargetCost, ...]:
+    """Count the parameters and bytes of adapters of rank r.
+
+    Args:
+        model: a `Clip` or raw model, on the meta device too.
+        targets: sets or expressions; by default every named set that fits the model.
+        r: rank.
+
+    Raises:
+        TargetError: one of `targets` matches nothing.
+    """
+    clip = as_clip(model)
+    refs = clip.site_refs
+    total = sum(p.numel() for name, p in clip.model.named_parameters() if not is_lora(name))
+    names = distinct_sets(model) if targets is None else tuple(targets)
+    costs = []
+    for name in names:
+        chosen = select_sites(list(refs), name)
+        shapes = [shape for site in chosen for shape in refs[site].lora_shapes(r)]
+        parameters = sum(torch.Size(shape).numel() for shape in shapes)
+        megabytes = parameters * _BYTES_OF_A_WEIGHT / 1e6
+        costs.append(TargetCost(name, r, len(chosen), parameters, megabytes, parameters / total))
+    return tuple(costs)
+
+
+def distinct_sets(model: ClipLike, names: Iterable[str] = tuple(TARGET_SETS)) -> tuple[str, ...]:
+    """Return the target sets that match this model; of sets that choose the same sites, the first."""
+    sites = as_clip(model).sites
+    found: dict[tuple[object, ...], str] = {}
+    for name in names:
+        try:
+            found.setdefault(tuple(select_sites(sites, name)), name)
+        except TargetError:
+            continue
+    return tuple(found.values())
+
 
 FULL = "full"
 
@@ -120,7 +184,9 @@ def training_costs(
     text_tokens: int | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> tuple[TrainingCost, ...]:
-    """Full tuning, then LoRA of rank r on each target set. Nothing is computed; adapters the model has go.
+    """Count a training step of full tuning, then of LoRA of rank r on each target set. Nothing is computed.
+
+    Adapters that the model carries are left out.
 
     Args:
         model, batch, text_tokens, image_size: as for `costs`.
