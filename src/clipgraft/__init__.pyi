@@ -25,7 +25,7 @@ from .data.datasets import Pairs as Pairs
 from .data.reader import read_labelled as read_labelled
 from .data.reader import read_pairs as read_pairs
 from .errors import ClipgraftError as ClipgraftError
-from .evaluate.classify import evaluate_classification as evaluate_classification
+from .evaluate.classification import evaluate_classification as evaluate_classification
 from .evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
 from .lora.combine import combine_adapters as combine_adapters
 from .lora.control import disable_lora as disable_lora

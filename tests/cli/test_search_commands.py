@@ -252,10 +252,10 @@ def test_lines_of_standard_input_are_answered(cli: Any, out: Path, monkeypatch: 
 
     search = searcher.query
 
-    def sometimes(clip: Any, folder: Any, text: str, **options: Any) -> Any:
+    def sometimes(folder: Any, text: str, **options: Any) -> Any:
         if text == "bad":
             raise cg.errors.DataError("no such thing")
-        return search(clip, folder, text, **options)
+        return search(folder, text, **options)
 
     monkeypatch.setattr(searcher, "query", sometimes)
     monkeypatch.setattr(sys, "stdin", io.StringIO("một con mèo\n\nbad\ncat\n"))

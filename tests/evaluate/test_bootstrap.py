@@ -10,10 +10,9 @@ import torch
 
 import clipgraft as cg
 from clipgraft.evaluate.bootstrap import Interval, Outcomes, bootstrap_means, compare_outcomes
-from clipgraft.evaluate.classify import classification_metrics
-from clipgraft.evaluate.metrics import retrieval_metrics
+from clipgraft.evaluate.classification import classification_metrics
 from clipgraft.evaluate.ranks import retrieval_ranks
-from clipgraft.evaluate.retrieval import first_hits
+from clipgraft.evaluate.retrieval import first_hits, retrieval_metrics
 
 
 def outcomes(hits: np.ndarray, groups: np.ndarray | None = None) -> Outcomes:

@@ -5,7 +5,7 @@ import torch
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 from torch import Tensor
 
-from clipgraft.evaluate.metrics import retrieval_metrics
+from clipgraft.evaluate.retrieval import retrieval_metrics
 
 
 def features(captions: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

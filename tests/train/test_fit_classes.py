@@ -12,7 +12,7 @@ from PIL import Image
 
 import clipgraft as cg
 from clipgraft.data.datasets import Labelled
-from clipgraft.evaluate.classify import evaluate_classification
+from clipgraft.evaluate.classification import evaluate_classification
 from clipgraft.train.classes import Head, load_head
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.fit_classes import fit_classifier

@@ -181,8 +181,8 @@ def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path)
 
 
 def _measure(name: str, clip: Clip, val: Pairs, table: TableFlags, device: DeviceFlags) -> None:
+    from clipgraft.evaluate.metrics import headline
     from clipgraft.evaluate.retrieval import evaluate_retrieval
-    from clipgraft.train.fit import headline
 
     metrics = evaluate_retrieval(
         clip,

@@ -190,7 +190,7 @@ def caption_features(clip: Clip, pairs: Pairs) -> Tensor:
 
 def draw(path: Path, world: World, queries: dict[str, Tensor]) -> None:
     """Draw queries with the images found, a column per model; queries on which the models differ first."""
-    from clipgraft.evaluate.gallery import draw_gallery
+    from clipgraft.report.gallery import draw_gallery
 
     found = {
         name: (features @ world.test_images.T).topk(_GALLERY_TOP).indices

@@ -13,6 +13,7 @@ from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
 from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import CheckpointError, ConfigError
+from clipgraft.evaluate.metrics import REPORTED
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
 from clipgraft.text_tables import NOTHING, Table, terminal_width
@@ -22,25 +23,12 @@ if TYPE_CHECKING:
 
     from clipgraft.adapters.run_folder import RunModel
     from clipgraft.evaluate.bootstrap import Measured
-    from clipgraft.evaluate.classify import ClassificationResult
+    from clipgraft.evaluate.classification import ClassificationResult
     from clipgraft.models.clip import Clip
     from clipgraft.train.verdict import Verdict
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Measure retrieval or classification of a base, or of an adapter or run beside its base."
-_RETRIEVAL = (
-    "image_to_text_R@1",
-    "image_to_text_R@5",
-    "image_to_text_R@10",
-    "image_to_text_mean_rank",
-    "image_to_text_median_rank",
-    "text_to_image_R@1",
-    "text_to_image_R@5",
-    "text_to_image_R@10",
-    "text_to_image_mean_rank",
-    "text_to_image_median_rank",
-)
-_CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall", "ece", "loss")
 
 
 def run_eval(argv: Sequence[str]) -> None:
@@ -186,7 +174,7 @@ def _verdicts(measured: Mapping[str, Measured]) -> dict[str, Verdict]:
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Make the table of retrieval metrics, a column per model; recalls in percent."""
-    factors = {metric: 100 if "_R@" in metric else 1 for metric in _RETRIEVAL}
+    factors = {metric: 100 if "_R@" in metric else 1 for metric in REPORTED["retrieval"]}
     rows = [
         (metric, *(f"{factor * column[metric]:.1f}" for column in columns.values()))
         for metric, factor in factors.items()
@@ -196,7 +184,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
 def class_table(columns: Mapping[str, ClassificationResult]) -> str:
     """Make the tables of classification metrics and of recall per class, in percent, a column per model."""
-    factors = {metric: 1 if metric == "loss" else 100 for metric in _CLASSIFICATION}
+    factors = {metric: 1 if metric == "loss" else 100 for metric in REPORTED["classification"]}
     metrics = [
         (metric, *(f"{factor * result.metrics[metric]:.2f}" for result in columns.values()))
         for metric, factor in factors.items()

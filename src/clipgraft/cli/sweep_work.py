@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 from clipgraft.cli.flags.training import ClassTrainFlags
 from clipgraft.cli.read_data import ClassData, open_cache, read_class_data, read_images, read_table
 from clipgraft.data.datasets import Labelled, Pairs, class_weights, match_classes
-from clipgraft.evaluate.classify import evaluate_classification
+from clipgraft.evaluate.classification import evaluate_classification
+from clipgraft.evaluate.metrics import DECISIVE, HEADLINE, TaskName
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import use_autocast
@@ -18,10 +19,6 @@ from clipgraft.train.fit_classes import fit_classifier
 from clipgraft.train.run import FitResult
 
 Measure: TypeAlias = Callable[[Clip], dict[str, float]]
-_RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
-_RETRIEVAL_TEST = ("test_image_to_text_R@1", "test_text_to_image_R@1")
-_CLASSIFICATION = ("acc1", "acc5", "mean_per_class_recall")
-_CLASSIFICATION_TEST = ("test_acc1",)
 _KEEPING: dict[str, Any] = {"save_frequency": 0, "val_frequency": 0, "save_lora_only": True}
 
 
@@ -75,8 +72,7 @@ def read_material(clip: Clip, specs: Sequence[Any]) -> Material:
         if sweep.test_data is not None:
             images = read_images(sweep.test_data, data, classes, "test images")
             test = match_classes(images, read.train.classes)
-        shown = _CLASSIFICATION + (_CLASSIFICATION_TEST if test is not None else ())
-        return Material(autocast, None, read, test, shown)
+        return Material(autocast, None, read, test, _shown("classification", test is not None))
     tables = {
         "training data": data.train_data,
         "validation data": data.val_data,
@@ -89,9 +85,13 @@ def read_material(clip: Clip, specs: Sequence[Any]) -> Material:
         if path is not None
     }
     pairs = (found["training data"], found["validation data"], found.get("test data"))
-    return Material(
-        autocast, pairs, None, None, _RETRIEVAL + (_RETRIEVAL_TEST if "test data" in found else ())
-    )
+    return Material(autocast, pairs, None, None, _shown("retrieval", "test data" in found))
+
+
+def _shown(task: TaskName, tested: bool) -> tuple[str, ...]:
+    """The metrics of a sweep's table; of test data the decisive ones."""
+    test = tuple(f"test_{name}" for name in DECISIVE[task]) if tested else ()
+    return HEADLINE[task] + test
 
 
 def work_of(material: Material, specs: Sequence[Any]) -> Work:

@@ -1,6 +1,7 @@
 """The public names of `clipgraft.evaluate`."""
 
-from .classify import classification_metrics as classification_metrics
-from .classify import evaluate_classification as evaluate_classification
-from .metrics import retrieval_metrics as retrieval_metrics
+from .classification import classification_metrics as classification_metrics
+from .classification import evaluate_classification as evaluate_classification
+from .metrics import Metrics as Metrics
 from .retrieval import evaluate_retrieval as evaluate_retrieval
+from .retrieval import retrieval_metrics as retrieval_metrics

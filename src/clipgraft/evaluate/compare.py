@@ -13,7 +13,7 @@ from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.features import encode_images
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.bootstrap import Measured
-from clipgraft.evaluate.classify import (
+from clipgraft.evaluate.classification import (
     ClassificationResult,
     classification_metrics,
     evaluate_classification,

@@ -1,4 +1,4 @@
-"""Retrieval features to numbers, under the names of open_clip and of CLIP_benchmark.
+"""Names of metrics, which of them are shown where, and a dict that prints them. Nothing here loads torch.
 
 | here, as in open_clip | here, as in CLIP_benchmark | query | gallery |
 |---|---|---|---|
@@ -17,75 +17,56 @@ query, and such a model gets the last rank (see `ranks.py`). Without ties the nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from clipgraft.errors import ConfigError, DataError
-from clipgraft.evaluate.ranks import BLOCK_BYTES, RetrievalRanks, retrieval_ranks
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 DEFAULT_KS = (1, 5, 10)
+TaskName = Literal["retrieval", "classification"]
+DIRECTIONS = ("image_to_text", "text_to_image")
+REPORTED: Mapping[TaskName, tuple[str, ...]] = {
+    "retrieval": tuple(
+        f"{direction}_{name}"
+        for direction in DIRECTIONS
+        for name in (*(f"R@{k}" for k in DEFAULT_KS), "mean_rank", "median_rank")
+    ),
+    "classification": ("acc1", "acc5", "mean_per_class_recall", "ece", "loss"),
+}
+"""Every metric of a task that tables show, each under one name."""
+HEADLINE: Mapping[TaskName, tuple[str, ...]] = {
+    "retrieval": tuple(f"{direction}_R@{k}" for direction in DIRECTIONS for k in (1, 5)),
+    "classification": ("acc1", "acc5", "mean_per_class_recall"),
+}
+"""The metrics that people look at first, all of them shares."""
+DECISIVE: Mapping[TaskName, tuple[str, ...]] = {
+    "retrieval": tuple(f"{direction}_R@1" for direction in DIRECTIONS),
+    "classification": ("acc1",),
+}
+"""The metrics by which models are compared and epochs chosen."""
 
 
-def retrieval_metrics(
-    image_features: Tensor,
-    text_features: Tensor,
-    image_of_text: Tensor,
-    *,
-    ks: Sequence[int] = DEFAULT_KS,
-    block_bytes: int = BLOCK_BYTES,
-) -> dict[str, float]:
-    """Recall@k, mean and median rank in both directions.
-
-    Args:
-        image_features: floating (N, D); scores are dot products: pass unit-norm rows for cosine similarity.
-        text_features: floating (M, D).
-        image_of_text: integer (M,), each caption's image. An image without captions is no query (nothing
-            could be right) but stays in the gallery as a distractor.
-        ks: cut-offs; one beyond the size of the gallery gives 1.0.
-        block_bytes: memory for one block of scores; does not change the result.
-
-    Returns:
-        Shares in [0, 1] and ranks from 1, under the names of the module's table.
-
-    Raises:
-        DataError: features, captions and image numbers do not fit together.
-        TrainingError: a feature is NaN or infinite.
-        ConfigError: a k below 1, or a block that cannot hold one score.
-    """
-    too_small = [k for k in ks if k < 1]
-    if too_small:
-        raise ConfigError(f"recall@{too_small[0]} does not exist: every k must be at least 1.")
-    return metrics_of(
-        retrieval_ranks(image_features, text_features, image_of_text, block_bytes=block_bytes), ks
-    )
+def task_of(metrics: Iterable[str]) -> TaskName:
+    """Which task the names of metrics belong to."""
+    return "classification" if "acc1" in metrics else "retrieval"
 
 
-def metrics_of(ranks: RetrievalRanks, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
-    """`retrieval_metrics` of ranks that are known already."""
-    asked = ranks.image_to_text[ranks.image_to_text > 0]
-    image_to_text = rank_metrics(asked, ks)
-    text_to_image = rank_metrics(ranks.text_to_image, ks)
-    return {
-        **{f"image_to_text_{name}": value for name, value in image_to_text.items()},
-        **{f"text_to_image_{name}": value for name, value in text_to_image.items()},
-        **{f"image_retrieval_recall@{k}": text_to_image[f"R@{k}"] for k in ks},
-        **{f"text_retrieval_recall@{k}": image_to_text[f"R@{k}"] for k in ks},
-    }
+def headline(metrics: Mapping[str, float]) -> str:
+    """The headline metrics in percent, on one line."""
+    names = [name for name in HEADLINE[task_of(metrics)] if name in metrics]
+    return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names)
 
 
-def rank_metrics(ranks: Tensor, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
-    """`mean_rank`, `median_rank` and `R@k` of 1-based ranks, int64 (n,).
+class Metrics(dict[str, float]):
+    """Metrics by name: a plain dict that prints those that tables show, a line for each direction."""
 
-    Raises:
-        DataError: there are no ranks.
-    """
-    if not len(ranks):
-        raise DataError("no query to average over: pass at least one rank.")
-    ordered = ranks.sort().values
-    low, high = ordered[(len(ranks) - 1) // 2], ordered[len(ranks) // 2]
-    return {
-        "mean_rank": int(ranks.sum()) / len(ranks),
-        "median_rank": float((low + high) // 2),
-        **{f"R@{k}": int((ranks <= k).sum()) / len(ranks) for k in ks},
-    }
+    def __repr__(self) -> str:
+        names = [name for name in REPORTED[task_of(self)] if name in self]
+        if not names:
+            return super().__repr__()
+        lines: dict[str, list[str]] = {}
+        for name in names:
+            direction = next((d for d in DIRECTIONS if name.startswith(d)), "")
+            short = name.removeprefix(f"{direction}_")
+            is_share = short.startswith(("R@", "acc", "mean_per_class"))
+            shown = f"{100 * self[name]:.1f} %" if is_share else f"{self[name]:.4g}"
+            lines.setdefault(direction, []).append(f"{short} {shown}")
+        return "\n".join(f"{name}{name and ': '}{', '.join(cells)}" for name, cells in lines.items())

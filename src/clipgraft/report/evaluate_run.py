@@ -20,7 +20,7 @@ from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, ModelError
-from clipgraft.evaluate.classify import (
+from clipgraft.evaluate.classification import (
     ClassificationResult,
     class_features,
     classification_metrics,

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from clipgraft.adapters.run_folder import find_path
 from clipgraft.errors import DataError, WriteError
+from clipgraft.evaluate.metrics import HEADLINE, TaskName
 from clipgraft.files import write_json
 from clipgraft.records import Finite, Whole, checked, read_json
-from clipgraft.report.runs import METRICS, Run, TaskName
+from clipgraft.report.runs import Run
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1
@@ -135,7 +136,7 @@ def _fit(found: Examples) -> bool:
         return False
     if found.task == "retrieval" and not found.counts.keys() >= set(get_args(QueryKind)):
         return False
-    if any(name not in side for name in METRICS[found.task] for side in (found.base, found.adapted)):
+    if any(name not in side for name in HEADLINE[found.task] for side in (found.base, found.adapted)):
         return False
     heat, texts = found.heat, len(found.heat.texts)
     square = all(_is_table(side, len(heat.images), texts) for side in (heat.base, heat.adapted))
@@ -266,7 +267,7 @@ def stored_retention(run: Run, retained: RetainedData) -> Retention | None:
     except DataError as error:
         log.info("%s: it is measured again", error)
         return None
-    whole = all(name in side for name in METRICS[found.task] for side in (found.base, found.adapted))
+    whole = all(name in side for name in HEADLINE[found.task] for side in (found.base, found.adapted))
     return found if whole else None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from clipgraft.report import charts
 from clipgraft.report.examples import Classes, Examples
 from clipgraft.report.runs import Run, Sweep
-from clipgraft.report.tables import METRIC_WORDS, ResultGroup, headline
+from clipgraft.report.tables import METRIC_WORDS, ResultGroup, charted
 
 _MOST_CLASSES = 32
 
@@ -77,12 +77,12 @@ def costs(group: ResultGroup, name: str) -> list[Figure]:
     if not adapters or sum(line.kind != "base" for line in lines) < 2:
         return []
     figures = []
-    for place, metric in enumerate(headline(group.task)):
+    for place, metric in enumerate(charted(group.task)):
         words = METRIC_WORDS[metric]
         svg = charts.against_weights(f"{name}-weights-{place}", metric, words, lines, group.is_sweep)
         figures.append(Figure(svg))
     if group.is_sweep and len({line.targets for line in adapters}) > 1:
-        for place, metric in enumerate(headline(group.task)):
+        for place, metric in enumerate(charted(group.task)):
             words = METRIC_WORDS[metric]
             figures.append(Figure(charts.by_targets(f"{name}-targets-{place}", metric, words, lines)))
     return figures

@@ -16,9 +16,10 @@ from markupsafe import Markup
 from PIL import Image, ImageOps
 
 import clipgraft
+from clipgraft.evaluate.metrics import HEADLINE
 from clipgraft.report import figures, tables
 from clipgraft.report.examples import Examples, Found, Retention
-from clipgraft.report.runs import METRICS, Run, Sweep, best_run
+from clipgraft.report.runs import Run, Sweep, best_run
 from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
 
 _COLUMNS = {
@@ -87,7 +88,7 @@ def _environment() -> Environment:
     }
     environment.globals |= {
         "metric_words": tables.METRIC_WORDS,
-        "metric_names": METRICS,
+        "metric_names": HEADLINE,
         "nothing": tables.NOTHING,
     }
     return environment
@@ -109,7 +110,7 @@ def _tables(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
         own = [group for group in groups if group.task == task]
         if own:
             ranked = any(line.r for group in own for line in group.lines)
-            names = METRICS["retrieval" if task == "retrieval" else "classification"]
+            names = HEADLINE["retrieval" if task == "retrieval" else "classification"]
             how = list(dict.fromkeys(name for group in own for line in group.lines for name in line.how))
             made.append(
                 {"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked, "how": how}

@@ -11,16 +11,12 @@ from typing import Any, Literal
 
 from clipgraft.adapters.run_folder import RunModel, find_run_model, is_run, read_params, read_record
 from clipgraft.errors import CheckpointError, DataError
+from clipgraft.evaluate.metrics import DECISIVE, TaskName, task_of
 from clipgraft.records import Finite, Whole
 from clipgraft.train.grid import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
 from clipgraft.train.run_folder import EVENTS, read_events
 from clipgraft.train.verdict import Verdict
 
-TaskName = Literal["retrieval", "classification"]
-METRICS: dict[TaskName, tuple[str, ...]] = {
-    "retrieval": ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5"),
-    "classification": ("acc1", "acc5", "mean_per_class_recall"),
-}
 _STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \| ", re.M)
 _KINDS = ("base", "full", "lora")
 
@@ -230,7 +226,7 @@ def read_sweep(path: Path) -> Sweep:
             own = {} if result is None else {**settings, **_cell_params(result.cell)}
             runs[folder.name] = read_run(folder / "run", folder.name, own)
     measured = cells[0].metrics if cells else dict.fromkeys(table.metrics, 0.0)
-    task: TaskName = "classification" if "acc1" in measured else "retrieval"
+    task = task_of(measured)
     rows = tuple(rows_of(cells)) if cells else table.rows
     unfinished = tuple(folder.name for folder, result in results.items() if result is None)
     return Sweep(path, path.resolve().name, task, settings, rows, tuple(cells), runs, unfinished)
@@ -238,7 +234,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def best_run(sweep: Sweep) -> Run | None:
     """Choose the run with the best adapter by the task's headline metrics; None if there is none to load."""
-    head = ("acc1",) if sweep.task == "classification" else ("image_to_text_R@1", "text_to_image_R@1")
+    head = DECISIVE[sweep.task]
     scored = [
         (sum(row.mean.get(name, 0.0) for name in head), row) for row in sweep.rows if row.kind == "lora"
     ]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clipgraft.data.datasets import Labelled, Pairs
-from clipgraft.evaluate.classify import ClassificationResult
-from clipgraft.evaluate.metrics import retrieval_metrics
+from clipgraft.evaluate.classification import ClassificationResult
 from clipgraft.evaluate.ranks import retrieval_ranks
+from clipgraft.evaluate.retrieval import retrieval_metrics
 from clipgraft.report.examples import Classes, Examples, Found, Pair, Query, QueryKind, Similarities
 
 _T = TypeVar("_T")

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from clipgraft.evaluate.metrics import DECISIVE, HEADLINE, TaskName
 from clipgraft.lora.variants import VARIANTS
 from clipgraft.report.examples import Examples
-from clipgraft.report.runs import METRICS, Run, Sweep, TaskName
+from clipgraft.report.runs import Run, Sweep
 from clipgraft.train.grid import Row
 from clipgraft.train.validation import BASE
 from clipgraft.train.verdict import Verdict
@@ -80,11 +81,9 @@ def make_groups(sources: Sequence[Run | Sweep], examples: Mapping[str, Examples]
     return groups
 
 
-def headline(task: TaskName) -> tuple[str, ...]:
-    """Name the metrics that people look at first."""
-    if task == "classification":
-        return ("acc1", "mean_per_class_recall")
-    return ("image_to_text_R@1", "text_to_image_R@1")
+def charted(task: TaskName) -> tuple[str, ...]:
+    """The two metrics of a task that charts show."""
+    return (*DECISIVE[task], "mean_per_class_recall")[:2]
 
 
 def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -98,7 +97,7 @@ def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
 
 def on_test_data(sweep: Sweep) -> dict[str, Any] | None:
     """Make the table of a sweep on its test data, with differences to the base; None without test data."""
-    names = [name for name in METRICS[sweep.task] if all(f"test_{name}" in row.mean for row in sweep.rows)]
+    names = [name for name in HEADLINE[sweep.task] if all(f"test_{name}" in row.mean for row in sweep.rows)]
     if not names or not sweep.rows:
         return None
     base = next((row for row in sweep.rows if row.kind == "base"), None)
@@ -220,7 +219,7 @@ def _with_best(lines: Sequence[ResultRow]) -> tuple[ResultRow, ...]:
     from dataclasses import replace
 
     trained = [line for line in lines if line.kind != "base" and line.mean]
-    names = {name for names in METRICS.values() for name in names}
+    names = {name for names in HEADLINE.values() for name in names}
     top = {n: max((line.mean.get(n, 0.0) for line in trained), default=0.0) for n in names}
     marked = []
     for line in lines:
@@ -394,7 +393,7 @@ def _shown(value: Any) -> str:
 
 def in_short(group: ResultGroup) -> tuple[str, str] | None:
     """Say in a sentence what the best adapter of a group reaches, and its size; None if none."""
-    names = headline(group.task)
+    names = charted(group.task)
     measured = [line for line in group.lines if set(names) <= line.mean.keys()]
     adapters = [line for line in measured if line.kind == "lora"]
     if not adapters:

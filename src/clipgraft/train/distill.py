@@ -17,12 +17,13 @@ from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
+from clipgraft.evaluate.metrics import headline
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.train.agreement import Distilled, Teacher, Weights
 from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feed import Feed
-from clipgraft.train.fit import data_digest, evaluation, headline
+from clipgraft.train.fit import data_digest, evaluation
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.learnable import require_contrast
 from clipgraft.train.negatives import choose_gallery

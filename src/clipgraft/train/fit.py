@@ -15,6 +15,7 @@ from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.bootstrap import Measured
+from clipgraft.evaluate.metrics import headline
 from clipgraft.evaluate.retrieval import measure_retrieval
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
@@ -36,7 +37,7 @@ from clipgraft.train.run import (
 from clipgraft.train.schedule import plan_epochs
 from clipgraft.train.starting import start_adapter
 
-__all__ = ["FitResult", "fit", "headline"]
+__all__ = ["FitResult", "fit"]
 
 
 def fit(
@@ -169,12 +170,6 @@ def evaluation(
         return world.on_rank0(lambda: measure_retrieval(encoder, val, images, texts))
 
     return evaluate
-
-
-def headline(metrics: Mapping[str, float]) -> str:
-    """The four numbers people look at first."""
-    names = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
-    return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names if name in metrics)
 
 
 def data_digest(train: Pairs) -> str:

@@ -18,13 +18,14 @@ from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.evaluate.bootstrap import Measured
-from clipgraft.evaluate.classify import (
+from clipgraft.evaluate.classification import (
     ClassificationResult,
     class_features,
     classification_metrics,
     evaluate_classification,
     pool_prompts,
 )
+from clipgraft.evaluate.metrics import headline
 from clipgraft.lora.state import require_unmerged
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.train.classes import Head, HeadKind, save_head
@@ -163,12 +164,6 @@ def fit_classifier(
     if made and world.is_rank0:
         save_head(made[0], train.classes, out / "head")
     return result
-
-
-def headline(metrics: Mapping[str, float]) -> str:
-    """The numbers people look at first."""
-    names = ("acc1", "acc5", "mean_per_class_recall")
-    return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names if name in metrics)
 
 
 def _prompt_features(

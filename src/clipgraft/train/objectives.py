@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgraft.evaluate.classify import pool_prompts
+from clipgraft.evaluate.classification import pool_prompts
 from clipgraft.models.clip import Clip
 from clipgraft.train.classes import class_loss
 from clipgraft.train.feature_sources import Tower

@@ -18,6 +18,7 @@ from clipgraft.adapters.adapter_file import findable
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.bootstrap import Measured
+from clipgraft.evaluate.metrics import Metrics
 from clipgraft.lora.initialization import changes_nothing
 from clipgraft.lora.parameters import count_parameters
 from clipgraft.lora.state import lora_state
@@ -71,9 +72,10 @@ class FitResult(Result):
     verdict: Verdict | None = None
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Metrics:
         """Of the epoch that `saved` is; empty where nothing was measured."""
-        return next((line for line in reversed(self.history) if line["epoch"] == self.best_epoch), {})
+        found = (line for line in reversed(self.history) if line["epoch"] == self.best_epoch)
+        return Metrics(next(found, {}))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
+from clipgraft.evaluate.metrics import DECISIVE
 from clipgraft.files import atomic_path, write_json
 from clipgraft.records import Finite, Whole, read_json
 from clipgraft.train.checkpoint import LATEST, load_weights
@@ -29,8 +30,7 @@ BEST = "best.pt"
 BASE = "the base"
 STARTED = "the adapter that it began with"
 _ORDER = (
-    ("image_to_text_R@1", "text_to_image_R@1"),
-    ("acc1",),
+    *DECISIVE.values(),
     ("mean_per_class_recall",),
     ("image_to_text_R@5", "text_to_image_R@5"),
     ("image_to_text_R@10", "text_to_image_R@10"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from clipgraft.errors import DataError
-from clipgraft.evaluate.gallery import HIT_COLOUR, draw_gallery, wrap
+from clipgraft.report.gallery import HIT_COLOUR, draw_gallery, wrap
 
 VIETNAMESE = "aăâeêioôơuưy" + "".join(
     unicodedata.normalize("NFC", vowel + tone)

@@ -20,6 +20,7 @@ from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
+from clipgraft.evaluate.metrics import Metrics
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress
@@ -49,7 +50,7 @@ class ClassificationResult:
         correct: bool (N,): which images were given their own class.
     """
 
-    metrics: dict[str, float]
+    metrics: Metrics
     per_class: tuple[ClassRow, ...]
     confusion: Tensor
     correct: Tensor
@@ -59,7 +60,7 @@ class ClassificationResult:
         """The metrics, with what every image got."""
         hits, images = self.correct.numpy(), np.arange(len(self.correct))
         chance = {"acc1": 1 / len(self.per_class)}
-        return Measured(self.metrics, Outcomes({"acc1": hits}, {"acc1": images}, chance))
+        return Measured(dict(self.metrics), Outcomes({"acc1": hits}, {"acc1": images}, chance))
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> ClassificationResult:
@@ -89,13 +90,15 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
     rows = _per_class(confusion, classes)
     recalls = [row.recall for row in rows if row.recall is not None]
     correct = (rank == 1).double()
-    metrics = {
-        "acc1": float(correct.mean()),
-        "acc5": float((rank <= min(5, size)).double().mean()),
-        "mean_per_class_recall": sum(recalls) / len(recalls),
-        "loss": float(loss.mean()),
-        "ece": _calibration_error(confidence, correct),
-    }
+    metrics = Metrics(
+        {
+            "acc1": float(correct.mean()),
+            "acc5": float((rank <= min(5, size)).double().mean()),
+            "mean_per_class_recall": sum(recalls) / len(recalls),
+            "loss": float(loss.mean()),
+            "ece": _calibration_error(confidence, correct),
+        }
+    )
     return ClassificationResult(metrics, rows, confusion, rank == 1)
 
 

@@ -18,7 +18,7 @@ from clipgraft.data.features import encode_images
 from clipgraft.data.prompts import TEMPLATE_SETS, class_prompts
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
-from clipgraft.evaluate.classify import (
+from clipgraft.evaluate.classification import (
     class_features,
     classification_metrics,
     evaluate_classification,
@@ -100,7 +100,7 @@ def test_many_rows_are_judged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large data set would lose rows where it is divided."""
     logits, labels, classes = problem(100, 4, seed=0)
     whole = classification_metrics(logits, labels, classes)
-    monkeypatch.setattr("clipgraft.evaluate.classify._ROWS", 7)
+    monkeypatch.setattr("clipgraft.evaluate.classification._ROWS", 7)
     parts = classification_metrics(logits, labels, classes)
     assert parts.metrics == whole.metrics
     assert parts.confusion.equal(whole.confusion)
