@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
 
     table = flags.table or write_spreadsheet(flags.out / "photos", flags.scenes)
-    keys = {"image_key": flags.image_key, "caption_key": flags.caption_key}
-    pairs = cg.read_pairs(table, **keys)
+    columns = cg.data.TableArgs(csv_img_key=flags.image_key, csv_caption_key=flags.caption_key)
+    pairs = cg.read_pairs(table, columns)
     print(pairs.report.summary())
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     fifth = len(pairs) // 5  # split by image: no caption of a test image is in the training data
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("image_to_text_R@1", "text_to_image_R@1", "text_to_image_R@5"):
         print(f"{name:<20}{base[name]:>8.1%} -> {adapted[name]:.1%}")
 
-    done = cg.search.encode_folder(clip, table, flags.out / "encoded", data=cg.data.TableOptions(**keys))
+    done = cg.search.encode_folder(clip, table, flags.out / "encoded", data=columns)
     print(f"{done.rows:,} images encoded, {done.errors:,} could not be used; adapter {run / 'adapter'}")
     for hit in cg.search.query(flags.out / "encoded", "hai con chó", k=5, model=clip):
         print(f"{hit.rank}  {hit.score:.3f}  {hit.metadata['path']}  {str(hit.caption).splitlines()[0]}")

@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -251,6 +251,15 @@ class Options(BaseModel):
             ConfigError: a value that is not allowed.
         """
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+
+Kind = TypeVar("Kind", bound=Options)
+
+
+def part(options: Options, kind: type[Kind], **changes: Any) -> Kind:
+    """The options of a group among those of a larger one that derives from it."""
+    named = [name for name in kind.model_fields if name in options.model_fields_set]
+    return kind(**{name: getattr(options, name) for name in named} | changes)
 
 
 def given(*groups: Options) -> dict[str, Any]:

@@ -113,10 +113,10 @@ def test_small_classes_are_reported(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, -0.1, 1.5])
 def test_a_validation_share_must_be_one(size: float) -> None:
-    """--val-size 10 for 10 % would hold out everything."""
-    with pytest.raises(ConfigError, match="--val-size"):
+    """`val_size` 10 for 10 % would hold out everything."""
+    with pytest.raises(ConfigError, match="`val_size`"):
         split_labelled(many(), size, 0)
-    with pytest.raises(ConfigError, match="--shots"):
+    with pytest.raises(ConfigError, match="`shots`"):
         few_shot(many(), 0, 0)
 
 

@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_kept_in_memory(
     assert line.startswith(
         "image features: features are kept in memory only: 0.0 MB of features would not fit"
     )
-    assert "raise --cache-gb" in line
+    assert "raise `cache_gb`" in line
     assert cache.shortage(KEY, files, ROW_BYTES) is None
 
 
@@ -84,7 +84,7 @@ def test_a_full_disk_is_seen_before_anything_is_computed(
     assert torch.equal(found, rows_of(files))
     assert not cache.folder.exists()
     assert warned_before[0] == 1
-    assert "make room, or give --feature-cache a folder on another disk" in caplog.messages[0]
+    assert "make room, or give `feature_cache` a folder on another disk" in caplog.messages[0]
 
 
 def test_a_disk_that_fills_up_on_the_way_is_no_failure(
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(
     found, _ = ask(FeatureCache(tmp_path / "cache" / "features"), files)
     assert torch.equal(found, rows_of(files))
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert "give --feature-cache another folder, or 'none'" in line
+    assert "give `feature_cache` another folder, or 'none'" in line
 
 
 def test_foreign_files_are_left_alone(cache: FeatureCache, files: list[Path]) -> None:

@@ -150,7 +150,7 @@ def test_epoch_visits_every_row_once(
 ) -> None:
     """Some rows would never be trained on, or twice an epoch."""
     if drop_last and num_rows < batch_size:
-        with pytest.raises(DataError, match=f"--batch-size {num_rows} or less"):
+        with pytest.raises(DataError, match=f"`batch_size={num_rows}` or less"):
             epoch_batches(num_rows, batch_size, seed, epoch, drop_last=drop_last)
         return
     batches = epoch_batches(num_rows, batch_size, seed, epoch, drop_last=drop_last)

@@ -142,11 +142,11 @@ def test_paths_relative_to_the_working_directory_are_explained(
     monkeypatch.chdir(folder)
     (folder / "lists").mkdir()
     path = table(folder, ("img/0.png", "a"), name="lists/train.csv")
-    with pytest.raises(DataError, match=r"but in the working directory; add --image-root \."):
+    with pytest.raises(DataError, match=r"but in the working directory; add `image_root='\.'`"):
         read_pairs(path)
     pairs = read_pairs(path, image_root=".")
     assert pairs.images == (Path("img/0.png"),)
-    with pytest.raises(ConfigError, match="--image-root nowhere: there is no such folder"):
+    with pytest.raises(ConfigError, match="`image_root` nowhere: there is no such folder"):
         read_pairs(path, image_root="nowhere")
 
 
@@ -200,7 +200,7 @@ def test_rows_add_up(folder: Path) -> None:
     assert any("1 rows have more cells than the header" in note for note in report.notes)
     text = report.summary()
     assert "2 of them used" in text
-    assert "--keep-nulls" in text
+    assert "`keep_nulls`" in text
 
 
 def test_coco_captions(folder: Path) -> None:
@@ -314,16 +314,16 @@ def test_limit_on_bad_rows(folder: Path) -> None:
     assert "more than 2 rows" in message
     assert "line 3: img/x0.png not found" in message
     assert "line 5: img/x2.png" in message
-    assert "--max-bad-rows" in message
+    assert "`max_bad_rows`" in message
     with pytest.raises(DataError, match="more than 0 rows"):
         read_pairs(path, max_bad_rows=0)
-    with pytest.raises(ConfigError, match="--max-bad-rows must be 0 or more"):
+    with pytest.raises(ConfigError, match="max_bad_rows: got -1, allowed is greater than or equal to 0"):
         read_pairs(path, max_bad_rows=-1)
 
 
 @pytest.mark.parametrize("fault", ["missing", "empty caption", "unreadable", "ragged"])
 def test_strict_stops_at_the_first(folder: Path, fault: str) -> None:
-    """--strict would let some kind of bad row pass."""
+    """`strict` would let some kind of bad row pass."""
     (folder / "img/bad.png").write_bytes(b"not an image")
     row = {
         "missing": ("img/x.png", "b"),
@@ -332,7 +332,7 @@ def test_strict_stops_at_the_first(folder: Path, fault: str) -> None:
         "ragged": ("img/1.png",),
     }[fault]
     path = table(folder, ("img/0.png", "a"), row, ("img/y.png", "later"))
-    with pytest.raises(DataError, match="--strict") as error:
+    with pytest.raises(DataError, match="`strict`") as error:
         read_pairs(path if fault != "unreadable" else table(folder, ("img/0.png", "a"), row), strict=True)
     assert "line 3: " in str(error.value)
     assert "\n" not in str(error.value)
@@ -441,7 +441,7 @@ def test_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read_texts(flickr) == ("a dog", "a cat")
     listed = tmp_path / "c.txt"
     listed.write_text("picture;words\n1.jpg;a dog\n")
-    assert read_texts(listed, image_key="picture", caption_key="words", separator=";") == ("a dog",)
+    assert read_texts(listed, csv_img_key="picture", csv_caption_key="words", csv_separator=";") == ("a dog",)
     assert read_texts(listed) == ("picture;words", "1.jpg;a dog")
 
 

@@ -104,9 +104,9 @@ def test_unreadable_images_are_counted_with_every_reason(folder: Path) -> None:
     text = report.summary()
     assert "cat/cut.jpg" in text
     assert line(text, "unreadable images").startswith("unreadable images 3 skipped")
-    with pytest.raises(DataError, match=r"image 1: cat/cut.jpg.*--strict"):
+    with pytest.raises(DataError, match=r"image 1: cat/cut.jpg.*`strict`"):
         read_labelled(folder, strict=True)
-    with pytest.raises(DataError, match=r"more than 2 rows.*--max-bad-rows"):
+    with pytest.raises(DataError, match=r"more than 2 rows.*`max_bad_rows`"):
         read_labelled(folder, max_bad_rows=2)
 
 
@@ -138,7 +138,7 @@ def test_every_kind_of_table_is_read(folder: Path, kind: str, columns: tuple[str
     assert [(path.name, label) for path, label in pairs(data)] == [("a.png", 1), ("x.png", 0), ("b.png", 1)]
     assert report.rows == 3
     guessed = columns[1] != "label"
-    assert any(f'--csv-label-key "{columns[1]}"' in note for note in report.notes) is guessed
+    assert any(f'`csv_label_key` "{columns[1]}"' in note for note in report.notes) is guessed
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -161,7 +161,7 @@ def test_named_columns_and_separator(folder: Path) -> None:
     """A table with several label columns could not be used for any but the first."""
     path = folder / "labels.csv"
     path.write_text("label;file;breed\n1;dog/a.png;pug\n1;cat/x.png;manx", encoding="utf-8")
-    data = read_labelled(path, label_key="breed", separator=";")
+    data = read_labelled(path, csv_label_key="breed", csv_separator=";")
     assert data.classes == ("manx", "pug")
 
 
@@ -185,7 +185,7 @@ def test_a_missing_label_column_lists_the_columns(folder: Path) -> None:
     assert '"image", "lable"' in message(error)
     assert 'did you mean "lable"' in message(error)
     with pytest.raises(DataError) as error:
-        read_labelled(path, label_key="breed")
+        read_labelled(path, csv_label_key="breed")
     assert 'no column "breed"' in message(error)
 
 

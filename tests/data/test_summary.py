@@ -82,7 +82,7 @@ def test_every_problem_says_what_to_do() -> None:
     assert '  note: no column "filepath": took "image"' in text.splitlines()
     assert line(text, "captions  ").endswith("1 to 5 an image, 5.00 on average")
     for name, count, advice in [
-        ("skipped rows  ", "23", "--max-bad-rows"),
+        ("skipped rows  ", "23", "`max_bad_rows`"),
         ("empty captions", "2", "left out"),
         ("repeated captions", "3", "kept once"),
         ("missing images", "4", "correct the paths"),
@@ -148,7 +148,7 @@ def test_bad_rows_keeps_only_the_first_few() -> None:
 
 
 def test_limit_is_the_last_number_allowed() -> None:
-    """--max-bad-rows 3 would stop at the third row instead of beyond it."""
+    """`max_bad_rows` 3 would stop at the third row instead of beyond it."""
     bad = BadRows(Path("t.csv"), "line", strict=False, limit=3)
     for number in range(3):
         bad.add(BadRow(number, "", "broken quoting"))

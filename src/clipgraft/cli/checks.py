@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import ClassFlags, ColumnFlags, DataFlags, ModelFlags
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
 from clipgraft.errors import ClipgraftError, together
+from clipgraft.options import part
 from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.adapters.adapter_file import AdapterFile
-    from clipgraft.data.columns import TableOptions
     from clipgraft.models.clip import Clip
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -59,14 +60,14 @@ def missing_data(name: str, path: Path) -> list[str]:
 
 
 def table_faults(
-    name: str, path: Path | None, columns: ColumnFlags, classes: ClassFlags | None = None
+    name: str, path: Path | None, columns: ColumnArgs, classes: ClassFlags | None = None
 ) -> list[str]:
     """A table whose header lacks a column, of which no row is read; of a folder its captions file's.
 
     With `classes` of classification it is one of images and labels. A path at which nothing is, is another's
     fault to tell.
     """
-    from clipgraft.data.columns import LABELS, TableOptions
+    from clipgraft.data.columns import LABELS
     from clipgraft.data.doors import open_table
 
     if path is None or not path.exists():
@@ -74,19 +75,12 @@ def table_faults(
     if path.is_file() and path.suffix.lower() in _PICTURES:
         return [f"{name} {path}: is one picture; name a table of images and captions, or a folder"]
     if classes is not None and classes.task == "classification":
-        options = TableOptions(label_key=classes.csv_label_key, **columns.reading)
-        return fault_of(lambda: open_table(path, options, LABELS), name)
-    return fault_of(lambda: open_table(path, _options(columns)), name)
+        given = part(columns, LabelArgs, csv_label_key=classes.csv_label_key)
+        return fault_of(lambda: open_table(path, given, LABELS), name)
+    return fault_of(lambda: open_table(path, part(columns, TableArgs)), name)
 
 
-def _options(columns: ColumnFlags) -> TableOptions:
-    from clipgraft.data.columns import TableOptions
-
-    kind = getattr(columns, "dataset_type", "auto")
-    return TableOptions(kind, caption_key=columns.csv_caption_key, **columns.reading)
-
-
-def batch_faults(path: Path | None, columns: ColumnFlags, train: TrainArgs, processes: int = 1) -> list[str]:
+def batch_faults(path: Path | None, columns: ColumnArgs, train: TrainArgs, processes: int = 1) -> list[str]:
     """Fewer rows than one step takes, of a table of one caption a row; only so many rows are read."""
     from clipgraft.data.doors import open_table
 
@@ -94,7 +88,7 @@ def batch_faults(path: Path | None, columns: ColumnFlags, train: TrainArgs, proc
         return []
     needed = train.batch_size * train.accum_freq * processes
     try:
-        table = open_table(path, _options(columns))
+        table = open_table(path, part(columns, TableArgs))
         found = sum(len(getattr(row, "texts", ())) for row in islice(table.rows(), needed))
     except ClipgraftError:  # told by whoever looks at the header, or at the rows
         return []

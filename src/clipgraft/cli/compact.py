@@ -93,19 +93,13 @@ def _check_together(
 
 def _cut(base: Clip, spec: CompactFlags, table: TableFlags) -> Compacted:
     from clipgraft.compact.model import compact_model
+    from clipgraft.data.args import TableArgs
     from clipgraft.data.reader import read_texts
+    from clipgraft.options import part
 
     texts: dict[str, None] = {}
     for source in spec.vocab_from or ():
-        found = read_texts(
-            Path(source).expanduser(),
-            dataset_type=table.dataset_type,
-            caption_key=table.csv_caption_key,
-            image_key=table.csv_img_key,
-            separator=table.csv_separator,
-            encoding=table.csv_encoding,
-            quoting=table.csv_quoting,
-        )
+        found = read_texts(Path(source).expanduser(), part(table, TableArgs))
         log.info("%s: %d texts", source, len(found))
         texts.update(dict.fromkeys(found))
     if base.family.name != "transformers":

@@ -12,7 +12,9 @@ from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.search import EncodeFlags
 from clipgraft.cli.flags.shared import ModelFlags
 from clipgraft.cli.parser import parse
+from clipgraft.data.args import TableArgs
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.options import part
 from clipgraft.search.args import EncodeArgs
 
 if TYPE_CHECKING:
@@ -129,7 +131,6 @@ def _load_adapters(clip: Clip, spec: EncodeFlags) -> dict[str, str]:
 
 
 def _encode(clip: Clip, spec: EncodeFlags, args: EncodeArgs, paths: dict[str, str]) -> EncodeResult:
-    from clipgraft.data.columns import TableOptions
     from clipgraft.search.encode import encode_folder
     from clipgraft.search.sets import sharing
 
@@ -149,7 +150,7 @@ def _encode(clip: Clip, spec: EncodeFlags, args: EncodeArgs, paths: dict[str, st
         spec.source,
         spec.out,
         args,
-        data=TableOptions(spec.dataset_type, caption_key=spec.csv_caption_key, **spec.reading),
+        data=part(spec, TableArgs),
         adapters=None if spec.adapters is None else list(paths),
         adapter_paths=paths,
     )
@@ -162,8 +163,8 @@ def _report(result: EncodeResult, source: str, args: EncodeArgs) -> None:
         raise DataError(f"{source}: none of its {result.errors:,} {what} can be used; {errors} says why")
     rate = f" ({result.encoded / result.seconds:,.0f}/s)" if result.encoded else ""
     log.info("%s %s encoded in %.1f s%s", f"{result.encoded:,}", what, result.seconds, rate)
-    for part in result.sets:
-        by = f" by adapter {part.adapter}" if part.adapter else ""
-        log.info("%s: %s vectors%s", result.out / part.folder, f"{result.rows:,}", by)
+    for made in result.sets:
+        by = f" by adapter {made.adapter}" if made.adapter else ""
+        log.info("%s: %s vectors%s", result.out / made.folder, f"{result.rows:,}", by)
     if result.errors:
         log.info("%s could not be used: %s says why", f"{result.errors:,}", errors)

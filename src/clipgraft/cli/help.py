@@ -23,7 +23,8 @@ EXAMPLES = {
 HEADINGS = {
     "ModelFlags": "model",
     "DeviceFlags": "machine",
-    "ColumnFlags": "data",
+    "ColumnArgs": "data",
+    "TableArgs": "data",
     "TableFlags": "data",
     "DataFlags": "data",
     "CacheFlags": "machine",

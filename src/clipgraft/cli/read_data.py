@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
 from clipgraft.cli.flags.training import ClassTrainFlags
+from clipgraft.data.args import LabelArgs
 from clipgraft.data.datasets import Labelled, Pairs, few_shot, match_classes, split_labelled
 from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.models.clip import Clip
+from clipgraft.options import part
 from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft")
@@ -49,17 +51,7 @@ def checking(what: str) -> Iterator[Callable[[int, int], None]]:
 def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
     """Read and check pairs, and print the summary of them."""
     with checking(what) as progress:
-        pairs = read_pairs(
-            path,
-            dataset_type=spec.dataset_type,
-            caption_key=spec.csv_caption_key,
-            keep_nulls=spec.keep_nulls,
-            **spec.reading,
-            strict=spec.strict,
-            max_bad_rows=spec.max_bad_rows,
-            workers=spec.workers,
-            progress=progress,
-        )
+        pairs = read_pairs(path, spec, workers=spec.workers, progress=progress)
     captions = [caption for group in pairs.captions for caption in group]
     assert pairs.report is not None
     report = pairs.report.with_long_captions(captions, clip.count_tokens, clip.context_length)
@@ -99,16 +91,9 @@ def read_images(
     """Read a set of labelled images and print its summary; `validation` data may have its own columns."""
     columns = data.for_validation() if validation else data
     label = (classes.for_validation() if validation else classes).csv_label_key
+    args = part(columns, LabelArgs, csv_label_key=label, dataset_type="auto")
     with checking(what) as progress:
-        images = read_labelled(
-            path,
-            label_key=label,
-            **columns.reading,
-            strict=data.strict,
-            max_bad_rows=data.max_bad_rows,
-            workers=data.workers,
-            progress=progress,
-        )
+        images = read_labelled(path, args, workers=data.workers, progress=progress)
     assert images.report is not None
     log.info("%s", images.report.summary())
     return images

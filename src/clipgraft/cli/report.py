@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import CacheFlags, ClassFlags, ColumnFlags, PromptFlags
+from clipgraft.cli.flags.shared import CacheFlags, ClassFlags, PromptFlags
 from clipgraft.cli.flags.tools import ReportFlags
 from clipgraft.cli.parser import parse
+from clipgraft.data.args import ColumnArgs
 from clipgraft.errors import ConfigError, together
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
@@ -25,7 +26,7 @@ _SUMMARY = "Write one HTML page on runs and sweeps: table, curves, retrieved ima
 
 def run_report(argv: Sequence[str]) -> None:
     """Parse, read runs, measure what is missing, and write the page."""
-    kinds: list[type[Options]] = [ReportFlags, ColumnFlags, PromptFlags, CacheFlags]
+    kinds: list[type[Options]] = [ReportFlags, ColumnArgs, PromptFlags, CacheFlags]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
     _check(spec, columns, prompts)
     from clipgraft.report.write_report import require_packages, write_report
@@ -52,7 +53,7 @@ def run_report(argv: Sequence[str]) -> None:
     log.info("wrote %s (%.1f MB)", out, out.stat().st_size / 1e6)
 
 
-def _check(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> None:
+def _check(spec: ReportFlags, columns: ColumnArgs, prompts: PromptFlags) -> None:
     """Raise ConfigError with all faults that no field alone can see."""
     faults = []
     given = sorted(columns.model_fields_set | prompts.model_fields_set)
@@ -74,17 +75,17 @@ def _check(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> Non
     refuse_foreign(spec.out, spec.overwrite, ConfigError, "--out")
 
 
-def _retained(spec: ReportFlags, columns: ColumnFlags, prompts: PromptFlags) -> RetainedData | None:
+def _retained(spec: ReportFlags, columns: ColumnArgs, prompts: PromptFlags) -> RetainedData | None:
     from clipgraft.report.examples import RetainedData
 
     if spec.retained is None:
         return None
     captions = spec.retained_task == "retrieval"
-    key = {"caption_key": columns.csv_caption_key} if captions else {"label_key": prompts.csv_label_key}
+    key = {} if captions else {"csv_label_key": prompts.csv_label_key}
     return RetainedData(
         spec.retained,
         spec.retained_task,
-        {**columns.reading, **key},
+        {**columns.model_dump(), **key},
         prompts.prompts,
         prompts.templates,
     )

@@ -1,6 +1,7 @@
 """The public names of `clipgraft.data`."""
 
-from .columns import TableOptions as TableOptions
+from .args import LabelArgs as LabelArgs
+from .args import TableArgs as TableArgs
 from .datasets import Labelled as Labelled
 from .datasets import Pairs as Pairs
 from .datasets import few_shot as few_shot

@@ -8,46 +8,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 
+from clipgraft.data.args import TableArgs
 from clipgraft.data.rows import Cells
-from clipgraft.errors import ConfigError, DataError
+from clipgraft.errors import DataError
 from clipgraft.pictures import IMAGE_SUFFIXES
 from clipgraft.shown import shown_line
 
-QUOTING = ("auto", "minimal", "none")
 _NUMBERED = re.compile(r"(caption|title|text|sentence|description|comment)[ _-]?\d+", re.IGNORECASE)
 _SHOWN = 12  # names of columns in one line
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """How a table is to be read; what is None is found out and said.
-
-    Attributes:
-        dataset_type: one of `doors.DATASET_TYPES`.
-        image_key, caption_key, label_key: names of columns, or their numbers from 1; of captions several, by
-            commas.
-        separator: of the columns of a text table.
-        encoding: of a text table.
-        quoting: `minimal` is RFC 4180, `none` leaves double quotes as they are, `auto` finds out.
-        image_root: folder that paths are relative to (default: that of the table).
-        keep_nulls: whether captions such as nan, None and N/A are captions.
-    """
-
-    dataset_type: str = "auto"
-    image_key: str | None = None
-    caption_key: str | None = None
-    separator: str | None = None
-    encoding: str | None = None
-    quoting: str = "auto"
-    image_root: Path | None = None
-    keep_nulls: bool = False
-    label_key: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.quoting not in QUOTING:
-            raise ConfigError(f'--csv-quoting "{self.quoting}" is not one of {", ".join(QUOTING)}')
-        if self.image_root is not None and not self.image_root.is_dir():
-            raise ConfigError(f"--image-root {self.image_root}: there is no such folder; check the path")
 
 
 @dataclass(frozen=True)
@@ -56,32 +24,32 @@ class Role:
 
     Attributes:
         name: what its cells are, as a person says.
-        flag: the option that names it.
+        option: the one that names it.
         default: the name that is tried first.
         usual: names that others use.
     """
 
     name: str
-    flag: str
+    option: str
     default: str
     usual: tuple[str, ...]
 
 
 IMAGE = Role(
     "images",
-    "--csv-img-key",
+    "csv_img_key",
     "filepath",
     ("image", "file_name", "path", "filename", "img", "image_path", "file_path", "image_name", "file"),
 )
 CAPTION = Role(
     "captions",
-    "--csv-caption-key",
+    "csv_caption_key",
     "title",
     ("caption", "text", "captions", "sentence", "sentences", "comment", "description"),
 )
 LABEL = Role(
     "labels",
-    "--csv-label-key",
+    "csv_label_key",
     "label",
     ("class", "category", "class_name", "label_name", "target", "labels", "y"),
 )
@@ -95,13 +63,13 @@ class Wanted:
     needs_image: bool = True
     needs_text: bool = True
 
-    def keys(self, options: TableOptions) -> tuple[str | None, str | None]:
+    def keys(self, args: TableArgs) -> tuple[str | None, str | None]:
         """The names that the user gave to the columns of images and of texts."""
-        return options.image_key, options.label_key if self.text is LABEL else options.caption_key
+        return args.csv_img_key, getattr(args, self.text.option, None)
 
-    def cells(self, options: TableOptions) -> Cells:
+    def cells(self, args: TableArgs) -> Cells:
         """What the cells of texts may hold."""
-        return Cells(self.text is LABEL, options.keep_nulls)
+        return Cells(self.text is LABEL, args.keep_nulls)
 
 
 PAIRS = Wanted()
@@ -117,7 +85,7 @@ class Header:
     Attributes:
         names: of the columns.
         separator: "" where the kind of file has none.
-        guess: the flag that would have named this separator, "" where it is the default or was given.
+        guess: the option that would have named this separator, "" where it is the default or was given.
         line: the first line, which may be a row and no header; "" where this kind of file names columns.
     """
 
@@ -146,7 +114,7 @@ class Columns:
 
 
 def choose_columns(
-    source: Path, headers: Sequence[Header], options: TableOptions, wanted: Wanted
+    source: Path, headers: Sequence[Header], args: TableArgs, wanted: Wanted
 ) -> tuple[Header, Columns]:
     """The first header that has the wanted columns, and where they are.
 
@@ -154,21 +122,21 @@ def choose_columns(
     then usual names, and the notes say which.
 
     Raises:
-        DataError: no header has them; it names the flag, the file's columns and the nearest name.
+        DataError: no header has them; it names the option, the file's columns and the nearest name.
     """
     for optional in (False, True):
         for header in headers:
-            found = _named(header, options, wanted, optional) or _numbered(header, options, wanted)
+            found = _named(header, args, wanted, optional) or _numbered(header, args, wanted)
             if found is not None:
                 return header, found
         if wanted.needs_image and wanted.needs_text:
             break
-    raise _missing(source, max((header.names for header in headers), key=len), options, wanted)
+    raise _missing(source, max((header.names for header in headers), key=len), args, wanted)
 
 
-def _named(header: Header, options: TableOptions, wanted: Wanted, optional: bool) -> Columns | None:
+def _named(header: Header, args: TableArgs, wanted: Wanted, optional: bool) -> Columns | None:
     """The columns by name; with `optional`, without the one that is not needed and not asked for."""
-    names, (image_key, text_key) = header.names, wanted.keys(options)
+    names, (image_key, text_key) = header.names, wanted.keys(args)
     image, texts = _find(names, image_key, IMAGE), _find_texts(names, text_key, wanted.text)
     has_texts = bool(texts)
     if optional and not wanted.needs_text and text_key is None and image is not None:
@@ -179,9 +147,9 @@ def _named(header: Header, options: TableOptions, wanted: Wanted, optional: bool
         return None
     guessed = []
     if wanted.needs_image and image not in (image_key, IMAGE.default):
-        guessed.append(f'{IMAGE.flag} "{image}"')
+        guessed.append(f'`{IMAGE.option}` "{image}"')
     if has_texts and text_key is None and texts != (wanted.text.default,):
-        guessed.append(f'{wanted.text.flag} "{",".join(texts)}"')
+        guessed.append(f'`{wanted.text.option}` "{",".join(texts)}"')
     twice = tuple(
         f'column "{name}" stands there {names.count(name)} times: the first is read'
         for name in dict.fromkeys((image, *texts))
@@ -192,9 +160,9 @@ def _named(header: Header, options: TableOptions, wanted: Wanted, optional: bool
     return Columns(names.index(image), places, has_texts=has_texts, notes=notes)
 
 
-def _numbered(header: Header, options: TableOptions, wanted: Wanted) -> Columns | None:
+def _numbered(header: Header, args: TableArgs, wanted: Wanted) -> Columns | None:
     """The columns of a file that names none: by numbers, or two of which one holds the name of an image."""
-    names, keys = header.names, wanted.keys(options)
+    names, keys = header.names, wanted.keys(args)
     if not header.line:
         return None
     images = [i for i, name in enumerate(names) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES]
@@ -232,12 +200,12 @@ def _find_texts(names: Sequence[str], key: str | None, role: Role) -> tuple[str,
 
 
 def _guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
-    flags = " ".join(filter(None, guessed))
-    return (f"guessed from the header: {flags}",) if flags else ()
+    told = " ".join(filter(None, guessed))
+    return (f"guessed from the header: {told}",) if told else ()
 
 
-def _missing(source: Path, names: Sequence[str], options: TableOptions, wanted: Wanted) -> DataError:
-    image_key, text_key = wanted.keys(options)
+def _missing(source: Path, names: Sequence[str], args: TableArgs, wanted: Wanted) -> DataError:
+    image_key, text_key = wanted.keys(args)
     no_image = wanted.needs_image and _find(names, image_key, IMAGE) is None
     role, key = (IMAGE, image_key) if no_image else (wanted.text, text_key)
     missing = role.default if key is None else key
@@ -247,20 +215,23 @@ def _missing(source: Path, names: Sequence[str], options: TableOptions, wanted: 
         ", ..." if len(names) > _SHOWN else ""
     )
     advice = _advice(role, missing, names, wanted)
-    return DataError(f'{source}: {role.flag}: no column "{missing}"; it has {there}; {advice}')
+    return DataError(f'{source}: `{role.option}`: no column "{missing}"; it has {there}; {advice}')
 
 
 def _advice(role: Role, missing: str, names: Sequence[str], wanted: Wanted) -> str:
     if any(PurePath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         return (
             f"the first line must be a header that names the columns, such as {IMAGE.default}<TAB>"
-            f"{wanted.text.default}; or give their numbers from 1: {IMAGE.flag} 1 {wanted.text.flag} 2"
+            f"{wanted.text.default}; or give their numbers from 1: `{IMAGE.option}='1'` "
+            f"`{wanted.text.option}='2'`"
         )
     if len(names) == 1 and any(mark in names[0] for mark in ",;|\t"):
-        return "it reads as one column: give the separator with --csv-separator"
+        return "it reads as one column: give the separator with `csv_separator`"
     folded = {name.casefold(): name for name in names}
     near = get_close_matches(missing.casefold(), folded, n=1)
-    return f'did you mean "{_short(folded[near[0]])}"?' if near else f"name the right one with {role.flag}"
+    return (
+        f'did you mean "{_short(folded[near[0]])}"?' if near else f"name the right one with `{role.option}`"
+    )
 
 
 def _short(name: str) -> str:

@@ -119,7 +119,7 @@ def split_labelled(data: Labelled, val_size: float, seed: int) -> tuple[Labelled
         DataError: nothing could be held out.
     """
     if not 0 < val_size < 1:
-        raise ConfigError(f"--val-size must be between 0 and 1, such as 0.1: got {val_size}")
+        raise ConfigError(f"`val_size` must be between 0 and 1, such as 0.1: got {val_size}")
     train: list[int] = []
     val: list[int] = []
     alone = []
@@ -147,7 +147,7 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
         ConfigError: `shots` is below 1.
     """
     if shots < 1:
-        raise ConfigError(f"--shots must be 1 or more: got {shots}")
+        raise ConfigError(f"`shots` must be 1 or more: got {shots}")
     kept: list[int] = []
     short = []
     for name, members in zip(data.classes, _shuffled_classes(data, seed), strict=True):

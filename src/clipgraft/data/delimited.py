@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from clipgraft.data.columns import CAPTION, Columns, Header, TableOptions, Wanted, choose_columns
+from clipgraft.data.args import TableArgs
+from clipgraft.data.columns import CAPTION, Columns, Header, Wanted, choose_columns
 from clipgraft.data.rows import BadRow, Cells, Rows, Table, make_row
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from clipgraft.pictures import IMAGE_SUFFIXES
 SEPARATOR = "\t"  # open_clip's default, for .csv files too
 USUAL_SEPARATORS = (SEPARATOR, ",", ";", "|")
 
-_BREAKS = "hold line breaks; if quotes are no quoting here, add --csv-quoting none"
+_BREAKS = "hold line breaks; if quotes are no quoting here, add `csv_quoting='none'`"
 _EXCEL = re.compile(r'"?sep=([^"\r\n])"?\r?\n?', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)", re.DOTALL)
 
@@ -49,30 +50,30 @@ class _Form(NamedTuple):
     cells: Cells
 
 
-def open_delimited(path: Path, options: TableOptions, wanted: Wanted) -> Table:
+def open_delimited(path: Path, args: TableArgs, wanted: Wanted) -> Table:
     """Open a CSV or TSV file, or a Flickr8k.token.txt. Row numbers are line numbers, the header being line 1.
 
     Quoting follows RFC 4180 strictly: a row with broken quoting is one bad row, and reading goes on with the
     next line. A lenient reader would take everything up to the next quote for one caption. A file whose
     quotes are no quoting (`_is_unquoted`) is read as it is.
     """
-    first, excel = _first_line(path, options.encoding)
-    named = (options.separator, options.image_key, options.caption_key) != (None, None, None)
+    first, excel = _first_line(path, args.csv_encoding)
+    named = (args.csv_separator, args.csv_img_key, args.csv_caption_key) != (None, None, None)
     if wanted.text is CAPTION and not named and not excel and _TOKEN_LINE.fullmatch(first):
-        rows = partial(_token_rows, path, options.encoding, wanted.cells(options))
+        rows = partial(_token_rows, path, args.csv_encoding, wanted.cells(args))
         return Table(path, path.parent, "Flickr token file", "line", rows)
-    headers = _headers(path, options, first, excel)
-    header, columns = choose_columns(path, headers, options, wanted)
-    skip, cells = bool(excel) + columns.is_header, wanted.cells(options)
-    form = _Form(header.separator, len(header.names), columns, skip, True, options.encoding, cells)
+    headers = _headers(path, args, first, excel)
+    header, columns = choose_columns(path, headers, args, wanted)
+    skip, cells = bool(excel) + columns.is_header, wanted.cells(args)
+    form = _Form(header.separator, len(header.names), columns, skip, True, args.csv_encoding, cells)
     notes = columns.notes
     if excel:
         notes = ("its first line sep= is Excel's, and no header", *notes)
-    if options.quoting == "none":
+    if args.csv_quoting == "none":
         form = form._replace(quoted=False)
-    elif options.quoting == "auto" and _is_unquoted(path, form):
+    elif args.csv_quoting == "auto" and _is_unquoted(path, form):
         form = form._replace(quoted=False)
-        notes = (*notes, "it was written without quoting, and is read so (--csv-quoting none)")
+        notes = (*notes, "it was written without quoting, and is read so (`csv_quoting='none'`)")
     kind = f"csv, separator {_name(header.separator)}"
     return Table(path, path.parent, kind, "line", partial(_rows, path, form), notes, columns.has_texts)
 
@@ -82,17 +83,17 @@ def is_token_file(path: Path, encoding: str | None = None) -> bool:
     return _TOKEN_LINE.fullmatch(_first_line(path, encoding)[0]) is not None
 
 
-def _headers(path: Path, options: TableOptions, first: str, excel: str) -> list[Header]:
+def _headers(path: Path, args: TableArgs, first: str, excel: str) -> list[Header]:
     """The first line, split by the separator that was given or by each usual one."""
-    if options.separator is not None:
-        separators: tuple[str, ...] = (_one_character(options.separator),)
+    if args.csv_separator is not None:
+        separators: tuple[str, ...] = (_one_character(args.csv_separator),)
     else:
         separators = (excel,) if excel else USUAL_SEPARATORS
     return [
         Header(
             _names(path, first, separator),
             separator,
-            "" if separator in (separators[0], excel) else f'--csv-separator "{separator}"',
+            "" if separator in (separators[0], excel) else f'`csv_separator` "{separator}"',
             first,
         )
         for separator in separators
@@ -254,7 +255,7 @@ def _one_character(separator: str) -> str:
     # In a shell, "\t" is a backslash and a t; open_clip accepts it.
     character = "\t" if separator == "\\t" else separator
     if len(character) != 1 or character in '"\r\n\0':
-        raise ConfigError(f"--csv-separator must be one character, such as \\t or , or ;: got {separator!r}")
+        raise ConfigError(f"`csv_separator` must be one character, such as \\t or , or ;: got {separator!r}")
     return character
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from clipgraft.data.columns import LABEL, PAIRS, TableOptions, Wanted
+from clipgraft.data.args import TableArgs
+from clipgraft.data.columns import LABEL, PAIRS, Wanted
 from clipgraft.data.delimited import open_delimited
 from clipgraft.data.folders import find_captions_file, open_class_folders, open_sidecars
 from clipgraft.data.json_tables import open_json
@@ -35,7 +36,7 @@ class Door:
 
     names: tuple[str, ...]
     suffixes: tuple[str, ...]
-    open: Callable[[Path, TableOptions, Wanted], Table]
+    open: Callable[[Path, TableArgs, Wanted], Table]
 
 
 DOORS = (
@@ -43,10 +44,9 @@ DOORS = (
     Door(("jsonl",), (".jsonl", ".ndjson", ".json"), open_json),
     Door(("parquet",), (".parquet", ".pq"), open_parquet),
 )
-DATASET_TYPES = ("auto", *(name for door in DOORS for name in door.names), "folder")
 
 
-def open_table(source: Path, options: TableOptions | None = None, wanted: Wanted = PAIRS) -> Table:
+def open_table(source: Path, args: TableArgs | None = None, wanted: Wanted = PAIRS) -> Table:
     """Open `source` and find its columns. The rows themselves are read when `Table.rows` is iterated.
 
     Keys and separator are taken as given; where they are None, open_clip's defaults ("filepath", "title",
@@ -54,31 +54,31 @@ def open_table(source: Path, options: TableOptions | None = None, wanted: Wanted
 
     Raises:
         DataError: the source is missing, empty, of an unknown kind, or lacks a column.
-        ConfigError: an unknown `dataset_type`, or a separator of more than one character.
+        ConfigError: no such `image_root`, or a separator of more than one character.
     """
-    options = options or TableOptions()
-    door = _door_of(source, options.dataset_type)
+    args = args or TableArgs()
+    if args.image_root is not None and not args.image_root.is_dir():
+        raise ConfigError(f"`image_root` {args.image_root}: there is no such folder; check the path")
+    door = _door_of(source, args.dataset_type)
     if door is None and wanted.text is LABEL:
         return open_class_folders(source)
-    table = door.open(source, options, wanted) if door else _open_folder(source, options, wanted)
-    return table if options.image_root is None else replace(table, folder=options.image_root)
+    table = door.open(source, args, wanted) if door else _open_folder(source, args, wanted)
+    return table if args.image_root is None else replace(table, folder=args.image_root)
 
 
-def _open_folder(source: Path, options: TableOptions, wanted: Wanted) -> Table:
+def _open_folder(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     captions, notes = find_captions_file(source)
     if captions is None:
-        return open_sidecars(source, options, wanted)
+        return open_sidecars(source, args, wanted)
     door = _by_suffix(captions)
     assert door is not None
-    table = door.open(captions, options, wanted)
+    table = door.open(captions, args, wanted)
     notes = (f"captions from {captions.name}", *notes, *table.notes)
     return replace(table, folder=source, kind=f"folder, {table.kind}", notes=notes)
 
 
 def _door_of(source: Path, dataset_type: str) -> Door | None:
     """The door of a file; None for a folder. Raises DataError for what no door opens."""
-    if dataset_type not in DATASET_TYPES:
-        raise ConfigError(f'--dataset-type "{dataset_type}" is not one of {", ".join(DATASET_TYPES)}')
     if is_tar_name(source.name):
         raise DataError(f"{source}: is {tar_advice(str(source))}")
     if not source.exists():
@@ -86,11 +86,11 @@ def _door_of(source: Path, dataset_type: str) -> Door | None:
     if source.is_dir():
         if dataset_type not in ("auto", "folder"):
             raise DataError(
-                f"{source}: is a folder, and --dataset-type is {dataset_type}; name a file, or use folder"
+                f"{source}: is a folder, and `dataset_type` is {dataset_type}; name a file, or use folder"
             )
         return None
     if dataset_type == "folder":
-        raise DataError(f"{source}: is a file, and --dataset-type is folder; name a folder, or use auto")
+        raise DataError(f"{source}: is a file, and `dataset_type` is folder; name a folder, or use auto")
     if is_pointer(source):
         raise DataError(f"{source}: {POINTER}")
     named = (door for door in DOORS if dataset_type in door.names)
@@ -111,7 +111,7 @@ def _unknown(source: Path) -> DataError:
     names = " ".join(suffix for door in DOORS for suffix in door.suffixes)
     if not is_text(source):
         return DataError(f"{source}: is no text, and no table that is read; those are {names}")
-    advice = "if it is a text table, say so with --dataset-type csv, or jsonl for an object a line"
+    advice = "if it is a text table, say so with `dataset_type='csv'`, or jsonl for an object a line"
     return DataError(f"{source}: cannot tell what it is from its name (known: {names}); {advice}")
 
 

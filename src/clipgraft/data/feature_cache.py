@@ -120,10 +120,10 @@ class Room:
         what = f"{format_bytes(needed)} of features would not fit"
         if total - evictable + needed > self.max_bytes:
             bound = f"the {format_bytes(self.max_bytes)} of the feature cache {self.folder}"
-            return f"{what} {bound}: raise --cache-gb", []
+            return f"{what} {bound}: raise `cache_gb`", []
         if needed > free + evictable:
             there = f"the {format_bytes(free)} free at {self.folder}"
-            return f"{what} {there}: make room, or give --feature-cache a folder on another disk", []
+            return f"{what} {there}: make room, or give `feature_cache` a folder on another disk", []
         return None, _oldest(others, max(total + needed - self.max_bytes, needed - free))
 
     def _entries(self) -> list[Path]:
@@ -334,7 +334,7 @@ class _Build:
     def _give_up(self, error: WriteError) -> None:
         self.writing = False
         log.warning(
-            "%s: features are kept in memory only: %s; make room, or give --feature-cache another folder, or "
+            "%s: features are kept in memory only: %s; make room, or give `feature_cache` another folder, or "
             "'none'",
             self.label,
             error.what,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from clipgraft.data.columns import TableOptions, Wanted
+from clipgraft.data.args import TableArgs
+from clipgraft.data.columns import Wanted
 from clipgraft.data.image_files import Listing, list_images
 from clipgraft.data.rows import BadRow, Cells, Row, Rows, Table, make_row
 from clipgraft.data.text_files import text_lines
@@ -38,7 +39,7 @@ def find_captions_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     return there[0], (f"not read: {others} (name a file instead of the folder to read it)",) if others else ()
 
 
-def open_sidecars(folder: Path, options: TableOptions, wanted: Wanted) -> Table:
+def open_sidecars(folder: Path, args: TableArgs, wanted: Wanted) -> Table:
     """Open a folder in which `name.txt` holds the captions of `name.jpg`, one a line.
 
     Raises DataError when there is no image, or no image has such a file.
@@ -54,7 +55,7 @@ def open_sidecars(folder: Path, options: TableOptions, wanted: Wanted) -> Table:
         names = ", ".join(CAPTIONS_FILES)
         advice = f"{_other_tables(folder)}add one of {names}, or a NAME.txt beside each image"
         raise DataError(f"{folder}: {len(images):,} images and no captions; {advice}")
-    rows = partial(_sidecar_rows, folder, images, options.encoding, wanted.cells(options))
+    rows = partial(_sidecar_rows, folder, images, args.csv_encoding, wanted.cells(args))
     return Table(folder, folder, "folder, NAME.txt beside each image", "image", rows, listing.notes())
 
 

@@ -185,7 +185,7 @@ class ImageFinder:
             return self._taken(text, found[0])
         if len(found) > 1:
             names = ", ".join(sorted(found)[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
-            return f"may be one of {len(found)} files: {names}; write which, or give --image-root"
+            return f"may be one of {len(found)} files: {names}; write which, or give `image_root`"
         return _why_missing(self._folder, text)
 
     def _taken(self, text: str, found: str) -> Path:
@@ -274,5 +274,5 @@ def _why_missing(folder: Path, text: str) -> str:
     for other, name in ((Path(), "."), (folder / "..", str(folder / ".."))):
         if (other / text).is_file():
             what = "the working directory" if name == "." else "the folder above"
-            return f"not found in {folder}, but in {what}; add --image-root {os.path.normpath(name)}"
+            return f"not found in {folder}, but in {what}; add `image_root={os.path.normpath(name)!r}`"
     return f"not found in {folder}"

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clipgraft.data.columns import Header, TableOptions, Wanted, choose_columns
+from clipgraft.data.args import TableArgs
+from clipgraft.data.columns import Header, Wanted, choose_columns
 from clipgraft.data.rows import BadRow, Cells, Rows, Table, make_row
 from clipgraft.data.text_files import text_encoding, text_lines
 from clipgraft.errors import DataError
@@ -26,16 +27,16 @@ _KARPATHY = (
 )
 
 
-def open_json(source: Path, options: TableOptions, wanted: Wanted) -> Table:
+def open_json(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     """Open a file with a JSON object a line, or a `.json` with a whole table in one of the usual forms."""
     if source.suffix.lower() == ".json" and not _is_json_lines(source):
         kind, unit, objects = "json", "entry", partial(_entries, source)
     else:
-        kind, unit, objects = "jsonl", "line", partial(_lines, source, options.encoding)
+        kind, unit, objects = "jsonl", "line", partial(_lines, source, args.csv_encoding)
     names = _names(source, objects())
-    _, columns = choose_columns(source, [Header(names)], options, wanted)
+    _, columns = choose_columns(source, [Header(names)], args, wanted)
     wanted_names = (names[columns.image], *(names[place] for place in columns.texts))
-    rows = partial(_rows, objects, wanted_names, wanted.cells(options))
+    rows = partial(_rows, objects, wanted_names, wanted.cells(args))
     return Table(source, source.parent, kind, unit, rows, columns.notes, columns.has_texts)
 
 

@@ -142,7 +142,7 @@ def epoch_batches(
     """
     if drop_last and num_rows < batch_size:
         raise DataError(
-            f"{num_rows} rows do not fill one batch of {batch_size}; set --batch-size {num_rows} or less"
+            f"{num_rows} rows do not fill one batch of {batch_size}; set `batch_size={num_rows}` or less"
         )
     order = np.random.default_rng([seed, epoch]).permutation(num_rows)
     end = num_rows - num_rows % batch_size if drop_last else num_rows

@@ -15,7 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from clipgraft.data.columns import Header, TableOptions, Wanted, choose_columns
+from clipgraft.data.args import TableArgs
+from clipgraft.data.columns import Header, Wanted, choose_columns
 from clipgraft.data.json_tables import flat
 from clipgraft.data.rows import Cells, Rows, Table, make_row
 from clipgraft.errors import ClipgraftError, DataError
@@ -24,14 +25,14 @@ from clipgraft.readers import reading_parquet
 _MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif"}
 
 
-def open_parquet(source: Path, options: TableOptions, wanted: Wanted) -> Table:
+def open_parquet(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     """Open a Parquet file with a column of image paths."""
     with reading_parquet(source) as pyarrow:
         names = tuple(pyarrow.parquet.read_schema(source).names)
-    _, columns = choose_columns(source, [Header(names)], options, wanted)
+    _, columns = choose_columns(source, [Header(names)], args, wanted)
     wanted_names = [names[columns.image], *(names[place] for place in columns.texts)]
     _refuse_bytes(source, wanted_names[0])
-    rows = partial(_rows, source, wanted_names, wanted.cells(options))
+    rows = partial(_rows, source, wanted_names, wanted.cells(args))
     return Table(source, source.parent, "parquet", "row", rows, columns.notes, columns.has_texts)
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from clipgraft.data.columns import LABEL, LABELS, PAIRS, TEXTS, TableOptions, Wanted
+from clipgraft.data.args import LabelArgs, TableArgs
+from clipgraft.data.columns import LABEL, LABELS, PAIRS, TEXTS, Wanted
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.delimited import is_token_file
 from clipgraft.data.doors import open_table
 from clipgraft.data.image_files import ImageFinder, Listing, list_images
 from clipgraft.data.rows import BadRow, Row, Table
-from clipgraft.data.summary import MAX_BAD_ROWS, BadRows, LabelReport, PairReport, Remarks
+from clipgraft.data.summary import BadRows, LabelReport, PairReport, Remarks
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.pictures import ImageError, check_images
@@ -34,20 +35,12 @@ Verify = Literal["auto", "decode", "header"]
 
 def read_pairs(
     source: str | Path,
+    args: TableArgs | None = None,
     *,
-    dataset_type: str = "auto",
-    image_key: str | None = None,
-    caption_key: str | None = None,
-    separator: str | None = None,
-    encoding: str | None = None,
-    quoting: str = "auto",
-    image_root: str | Path | None = None,
-    keep_nulls: bool = False,
-    strict: bool = False,
-    max_bad_rows: int | None = MAX_BAD_ROWS,
     verify: Verify = "auto",
     workers: int | None = None,
     progress: Progress = None,
+    **options: Any,
 ) -> Pairs:
     """Read a CSV, TSV, JSON Lines or Parquet file, or a folder, and check every image.
 
@@ -55,22 +48,23 @@ def read_pairs(
     paths are relative to the file's folder. A row is bad, and is skipped, when it cannot be parsed, its image
     is missing or unreadable, or it has no caption. `pairs.report` tells what was read and what was skipped.
 
-    `image_key` to `keep_nulls` are told in `TableOptions`: names of columns (several captions by commas), and
-    how the file is written.
+    Args:
+        source: the file or folder.
+        args: which columns are read, how the file is written, and how many bad rows are skipped.
+        verify: "decode" opens each image whole, the only way to see that one is cut short; "header" is quick;
+            "auto" decodes up to `DECODE_UP_TO` images.
+        workers: threads that check images.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many).
+        **options: single fields of `TableArgs`, such as `csv_img_key="photo"`, in place of those of `args`.
 
-    `max_bad_rows` is how many are skipped before reading stops (None: any number); `strict` stops at the
-    first. `verify="decode"` decodes each image, the only way to see that one is cut short; "header" is quick.
-    `workers` is the number of threads for it, and `progress` None shows a bar in
-    terminals and notebooks, True always, False never; or it is a function of (done, of how many).
-
-    Raises DataError when the table cannot be read, has too many bad rows, or leaves nothing to train on.
+    Raises:
+        DataError: the source cannot be read, has too many bad rows, or leaves nothing to train on.
+        ConfigError: an option is wrong.
     """
-    root = None if image_root is None else Path(image_root)
-    options = TableOptions(
-        dataset_type, image_key, caption_key, separator, encoding, quoting, root, keep_nulls
-    )
-    table = open_table(Path(source), options, PAIRS)
-    gathered = _Gathered(table, PAIRS, strict, max_bad_rows)
+    args = (args or TableArgs()).replace(**options)
+    table = open_table(Path(source), args, PAIRS)
+    gathered = _Gathered(table, PAIRS, args)
     gathered.read()
     gathered.check(verify, workers, progress)
     captions = tuple(tuple(texts) for texts, _ in gathered.images.values())
@@ -89,33 +83,33 @@ def read_pairs(
 
 def read_labelled(
     source: str | Path,
+    args: LabelArgs | None = None,
     *,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    separator: str | None = None,
-    encoding: str | None = None,
-    quoting: str = "auto",
-    image_root: str | Path | None = None,
-    strict: bool = False,
-    max_bad_rows: int | None = MAX_BAD_ROWS,
     verify: Verify = "auto",
     workers: int | None = None,
     progress: Progress = None,
+    **options: Any,
 ) -> Labelled:
     """Read a folder of class folders, or a CSV, TSV, JSON Lines or Parquet file with a label column.
 
     In a folder, the class of an image is the name of the folder right below `source` that holds it, at any
     depth; hidden files and folders are left out. In a table, a label is text or a number. A row without a
-    label is bad. A class without a usable image is left out and reported. All else is as in `read_pairs`.
+    label is bad. A class without a usable image is left out and reported.
+
+    Args:
+        source: the folder or file.
+        args: which columns are read, how the file is written, and how many bad rows are skipped.
+        verify, workers, progress: as in `read_pairs`.
+        **options: single fields of `LabelArgs`, such as `csv_label_key="breed"`, in place of those of `args`.
 
     Raises:
         DataError: no class folders or label column, too many bad rows, an image with two different labels,
             or fewer than two classes with usable images.
+        ConfigError: an option is wrong.
     """
-    root = None if image_root is None else Path(image_root)
-    options = TableOptions("auto", image_key, None, separator, encoding, quoting, root, label_key=label_key)
-    table = open_table(Path(source), options, LABELS)
-    gathered = _Gathered(table, LABELS, strict, max_bad_rows)
+    args = (args or LabelArgs()).replace(**options)
+    table = open_table(Path(source), args, LABELS)
+    gathered = _Gathered(table, LABELS, args)
     gathered.read()
     gathered.check(verify, workers, progress)
     labels = [min(texts) for texts, _ in gathered.images.values()]
@@ -138,37 +132,33 @@ def read_labelled(
     return Labelled(data.images, data.labels, classes, report)
 
 
-def read_texts(
-    source: str | Path,
-    *,
-    dataset_type: str = "auto",
-    image_key: str | None = None,
-    caption_key: str | None = None,
-    separator: str | None = None,
-    encoding: str | None = None,
-    quoting: str = "auto",
-) -> tuple[str, ...]:
+def read_texts(source: str | Path, args: TableArgs | None = None, **options: Any) -> tuple[str, ...]:
     """The distinct texts of a source, in order; images are not looked at.
 
     A `.txt` is one text a line, unless it is written like Flickr's captions or one of the options says that
     it is a table; all else is read as tables of pairs are. Rows without a text are skipped, and counted in
     one log line.
 
+    Args:
+        source: the file or folder.
+        args: which column is read, and how the file is written.
+        **options: single fields of `TableArgs` in place of those of `args`.
+
     Raises:
         DataError: the source cannot be read, or holds no text.
+        ConfigError: an option is wrong.
     """
-    source = Path(source)
-    options = TableOptions(dataset_type, image_key, caption_key, separator, encoding, quoting)
-    named = (image_key, caption_key, separator) != (None, None, None)
+    source, args = Path(source), (args or TableArgs()).replace(**options)
+    named = (args.csv_img_key, args.csv_caption_key, args.csv_separator) != (None, None, None)
     texts: dict[str, None] = {}
-    if source.suffix.lower() == ".txt" and dataset_type == "auto" and not named and source.is_file():
-        with closing(text_lines(source, encoding)) as lines:
+    if source.suffix.lower() == ".txt" and args.dataset_type == "auto" and not named and source.is_file():
+        with closing(text_lines(source, args.csv_encoding)) as lines:
             texts = dict.fromkeys(stripped for line in lines if (stripped := line.strip()))
-        is_table = bool(texts) and is_token_file(source, encoding)
+        is_table = bool(texts) and is_token_file(source, args.csv_encoding)
     else:
         is_table = True
     if is_table:
-        texts = _texts_of(open_table(source, options, TEXTS))
+        texts = _texts_of(open_table(source, args, TEXTS))
     if not texts:
         raise DataError(f"{source}: holds no text; give captions, or a .txt with one text a line")
     return tuple(texts)
@@ -202,8 +192,7 @@ class _Gathered:
 
     table: Table
     wanted: Wanted
-    strict: bool
-    max_bad_rows: int | None
+    args: TableArgs
     images: dict[Path, tuple[dict[str, None], list[Row]]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
@@ -216,7 +205,8 @@ class _Gathered:
 
     def __post_init__(self) -> None:
         table = self.table
-        self.bad = BadRows(table.source, table.unit, strict=self.strict, limit=self.max_bad_rows)
+        strict, limit = self.args.strict, self.args.max_bad_rows
+        self.bad = BadRows(table.source, table.unit, strict=strict, limit=limit)
         self.is_labels = self.wanted.text is LABEL
 
     def read(self) -> None:

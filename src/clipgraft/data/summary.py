@@ -9,12 +9,11 @@ from itertools import islice
 from pathlib import Path
 
 from clipgraft.data.rows import BadRow, Row
-from clipgraft.errors import ConfigError, DataError
+from clipgraft.errors import DataError
 from clipgraft.results import Result
 from clipgraft.shown import shown_line
 from clipgraft.text_tables import aligned
 
-MAX_BAD_ROWS = 100
 _KEPT = 10  # bad rows that are kept to be shown
 _SHOWN = 3  # bad rows that fit into a one-line error
 _CHUNK = 4096  # captions tokenized at once
@@ -79,7 +78,7 @@ class DataReport(Result):
 
     def _problems(self) -> list[Fact]:
         same = f"same file under several names ({_equal(self.duplicates)})"
-        listed = "listed below; --strict stops at the first, --max-bad-rows limits them"
+        listed = "listed below; `strict` stops at the first, `max_bad_rows` limits them"
         return [
             ("skipped rows", self.bad_rows, listed),
             ("missing images", self.missing_images, "skipped: correct the paths, or add the files"),
@@ -138,7 +137,7 @@ class PairReport(DataReport):
 
     def _problems(self) -> list[Fact]:
         skipped, *images, duplicate = super()._problems()
-        nulls = "left out as captions: --keep-nulls takes them"
+        nulls = "left out as captions: `keep_nulls` takes them"
         repeated = "same words for the same image: each was kept once"
         problems = [
             skipped,
@@ -218,8 +217,6 @@ class BadRows:
     """Counts the rows that cannot be used, by reason, keeps the first few, and stops at too many."""
 
     def __init__(self, source: Path, unit: str, *, strict: bool, limit: int | None) -> None:
-        if limit is not None and limit < 0:
-            raise ConfigError(f"--max-bad-rows must be 0 or more: got {limit}")
         self._source = source
         self._unit = unit
         self._strict = strict
@@ -235,12 +232,12 @@ class BadRows:
         if len(self.first) < _KEPT and not self._told(row):
             self.first.append(row)
         if self._strict:
-            how = "correct the row, or leave out --strict to skip such rows"
+            how = "correct the row, or leave out `strict` to skip such rows"
             raise DataError(f"{self._source}: {describe_row(row, self._unit)}; {how}")
         if self._limit is not None and self.count > self._limit:
             raise DataError(
                 f"{self._source}: more than {self._limit:,} rows cannot be used ({self.examples()}); "
-                f"correct them, or allow more with --max-bad-rows"
+                f"correct them, or allow more with `max_bad_rows`"
             )
 
     def _told(self, row: BadRow) -> bool:

@@ -62,7 +62,7 @@ def check_encoding(name: str) -> str:
     try:
         "a".encode(name)
     except (LookupError, ValueError) as error:
-        raise ConfigError(f"--csv-encoding {name}: no such encoding; write one such as cp1252") from error
+        raise ConfigError(f"`csv_encoding` {name}: no such encoding; write one such as cp1252") from error
     return name
 
 
@@ -145,7 +145,7 @@ def _advice(data: bytes, place: int) -> str:
         if _is_words(text):
             shown = text[max(before - _CUT // 2, 0) :].strip()[:_CUT]
             found.setdefault(" ".join(shown.split()), encoding)
-    save = "save the table as CSV UTF-8, or give its encoding with --csv-encoding"
+    save = "save the table as CSV UTF-8, or give its encoding with `csv_encoding`"
     readings = [f"{encoding} reads “{text}”" for text, encoding in list(found.items())[:_SHOWN]]
     return f"{save}: {', '.join(readings)}; take the one whose words are right" if readings else save
 

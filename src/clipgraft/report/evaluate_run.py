@@ -13,6 +13,7 @@ from clipgraft.adapters.adapter_file import read_adapter
 from clipgraft.adapters.attach import load_adapter
 from clipgraft.adapters.open import tell_base
 from clipgraft.adapters.run_folder import RunModel, find_path
+from clipgraft.data.args import ColumnArgs
 from clipgraft.data.datasets import Labelled, Pairs, match_classes, split_labelled
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
@@ -201,7 +202,6 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
     pairs = read_pairs(
         _data_path(run, "val_data"),
         dataset_type=params.get("dataset_type") or "auto",
-        caption_key=params.get("val_csv_caption_key") or params.get("csv_caption_key"),
         keep_nulls=bool(params.get("keep_nulls")),
         **_reading(run, "val_data"),
         max_bad_rows=None,
@@ -243,7 +243,7 @@ def read_validation_classes(run: Run) -> ClassData:
 def _read_images(run: Run, name: str) -> tuple[Labelled, int]:
     images = read_labelled(
         _data_path(run, name),
-        label_key=_recorded(run, name, "csv_label_key"),
+        csv_label_key=_recorded(run, name, "csv_label_key"),
         **_reading(run, name),
         max_bad_rows=None,
     )
@@ -258,14 +258,12 @@ def _recorded(run: Run, name: str, key: str) -> Any:
 
 
 def _reading(run: Run, name: str) -> dict[str, Any]:
-    root = _recorded(run, name, "image_root")
-    return {
-        "image_key": _recorded(run, name, "csv_img_key"),
-        "separator": _recorded(run, name, "csv_separator"),
-        "encoding": _recorded(run, name, "csv_encoding"),
-        "quoting": _recorded(run, name, "csv_quoting") or "auto",
-        "image_root": None if root is None else find_path(str(root), run.path) or root,
-    }
+    """Return how a run's table is read, as `ColumnArgs` has it."""
+    found = {key: _recorded(run, name, key) for key in ColumnArgs.model_fields}
+    root = found["image_root"]
+    if root is not None:
+        found["image_root"] = find_path(str(root), run.path) or root
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _data_path(run: Run, name: str) -> Path:

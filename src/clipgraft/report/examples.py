@@ -235,7 +235,7 @@ class RetainedData:
     Attributes:
         path: a table of images and captions, or for classification a folder or table of labelled images.
         task: how they are measured.
-        keys: of `read_pairs` or `read_labelled`: `image_key`, `caption_key` or `label_key`, `separator`.
+        keys: fields of `TableArgs` or `LabelArgs` that are given.
         prompts: YAML of prompts of their classes.
         templates: for classes without prompts.
     """

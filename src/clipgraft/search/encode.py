@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.adapters.adapter_file import findable
-from clipgraft.data.columns import TableOptions
+from clipgraft.data.args import TableArgs
 from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps
 from clipgraft.data.loading import Transform
@@ -81,7 +81,7 @@ def encode_folder(
     out: str | Path,
     args: EncodeArgs | None = None,
     *,
-    data: TableOptions | None = None,
+    data: TableArgs | None = None,
     adapters: Sequence[str] | None = None,
     adapter_paths: Mapping[str, str] | None = None,
     progress: Progress = None,
@@ -120,7 +120,7 @@ def encode_folder(
     need_pyarrow()
     if args.engine == "ray":
         need_ray()
-    listed = (open_texts if args.texts else open_images)(str(source), data or TableOptions())
+    listed = (open_texts if args.texts else open_images)(str(source), data or TableArgs())
     for note in listed.notes:
         log.info("%s: %s", listed.name, note)
     with sole_writer(out):

@@ -9,7 +9,8 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from clipgraft.data.columns import IMAGES, TEXTS, TableOptions
+from clipgraft.data.args import TableArgs
+from clipgraft.data.columns import IMAGES, TEXTS
 from clipgraft.data.doors import open_table
 from clipgraft.data.image_files import ImageFinder, Listing, Unlisted, walk_images
 from clipgraft.data.rows import Row, Table
@@ -27,11 +28,11 @@ from clipgraft.search.items import (
     tidy,
 )
 
-_AUTO = TableOptions()
+_AUTO = TableArgs()
 _NULLS = "captions that are none"
 
 
-def open_images(source: str, options: TableOptions = _AUTO) -> ItemSource:
+def open_images(source: str, options: TableArgs = _AUTO) -> ItemSource:
     """A folder tree, a table with a column of image paths, tar files; trees and tars also at an address.
 
     Args:
@@ -57,7 +58,7 @@ def open_images(source: str, options: TableOptions = _AUTO) -> ItemSource:
     return _table_source(path, open_table(path, options, IMAGES))
 
 
-def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
+def open_texts(source: str, options: TableArgs = _AUTO) -> ItemSource:
     """A `.txt` file with a text a line, or a table with a column of texts. Equal texts are one.
 
     Raises DataError where there is no such file, or it lacks the column.
@@ -66,7 +67,7 @@ def open_texts(source: str, options: TableOptions = _AUTO) -> ItemSource:
     if path.suffix.lower() == ".txt" and options.dataset_type == "auto":
         if not path.is_file():
             raise DataError(f"{path}: not found; check the path")
-        return ItemSource(str(path), "", True, partial(_lines, path, options.encoding))
+        return ItemSource(str(path), "", True, partial(_lines, path, options.csv_encoding))
     if path.is_dir():
         raise DataError(f"{path}: is a folder; with `texts` name a text file or a table")
     table = open_table(path, options, TEXTS)

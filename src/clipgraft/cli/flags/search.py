@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from clipgraft.cli.flags.shared import ColumnFlags, OverwriteFlags
+from clipgraft.cli.flags.shared import OverwriteFlags
+from clipgraft.data.args import ColumnArgs
 from clipgraft.options import (
     Options,
     Positional,
@@ -16,7 +17,7 @@ from clipgraft.options import (
 )
 
 
-class EncodeFlags(ColumnFlags):
+class EncodeFlags(ColumnArgs):
     """What to encode, and where to."""
 
     source: Annotated[str, Positional()] = Field(

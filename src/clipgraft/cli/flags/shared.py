@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from clipgraft.data.args import TableArgs
 from clipgraft.options import (
     Gigabytes,
     Options,
@@ -51,40 +52,6 @@ class ModelFlags(DeviceFlags):
     )
 
 
-class ColumnFlags(Options):
-    """Where a table of images and captions has what."""
-
-    csv_img_key: str | None = Field(
-        None, description="column of image paths (default: filepath, else guessed)"
-    )
-    csv_caption_key: str | None = Field(
-        None, description="column of captions, or several joined by commas (default: title, else guessed)"
-    )
-    csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
-        None, min_length=1, description="column separator (default: tab, else guessed)"
-    )
-    csv_encoding: str | None = Field(
-        None, min_length=1, description="encoding of the table, such as cp1252 (default: UTF-8, else UTF-16)"
-    )
-    csv_quoting: Literal["auto", "minimal", "none"] = Field(
-        "auto", description="whether double quotes enclose fields; none: they are part of the text"
-    )
-    image_root: UserPath | None = Field(
-        None, description="folder that image paths are relative to (default: the table's)"
-    )
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """How a table of images is read, as every reader takes it; its other column is the reader's own."""
-        return {
-            "image_key": self.csv_img_key,
-            "separator": self.csv_separator,
-            "encoding": self.csv_encoding,
-            "quoting": self.csv_quoting,
-            "image_root": self.image_root,
-        }
-
-
 class CacheFlags(Options):
     """How images are decoded, and where features of frozen towers are kept."""
 
@@ -99,15 +66,9 @@ class CacheFlags(Options):
     )
 
 
-class TableFlags(ColumnFlags, CacheFlags):
-    """How tables of images and captions are read."""
+class TableFlags(TableArgs, CacheFlags):
+    """How tables of images and captions are read, and their images made features."""
 
-    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
-        "auto", description="how to read the data; auto decides by the file name"
-    )
-    max_bad_rows: int = Field(100, ge=0, description="stop when more rows than this are unreadable")
-    strict: bool = Field(False, description="stop at the first unreadable row")
-    keep_nulls: bool = Field(False, description="keep captions such as nan, None and N/A")
     exact_preprocess: bool = Field(
         False, description="preprocess images exactly as the base's own transform does"
     )

@@ -1,0 +1,49 @@
+"""Options of data: how tables of images with captions or labels are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from clipgraft.options import Options, UserPath, separator
+
+
+class ColumnArgs(Options):
+    """Where a table of images with captions or labels has what."""
+
+    csv_img_key: str | None = Field(
+        None, description="column of image paths (default: filepath, else guessed)"
+    )
+    csv_caption_key: str | None = Field(
+        None, description="column of captions, or several joined by commas (default: title, else guessed)"
+    )
+    csv_separator: Annotated[str | None, BeforeValidator(separator)] = Field(
+        None, min_length=1, description="column separator (default: tab, else guessed)"
+    )
+    csv_encoding: str | None = Field(
+        None, min_length=1, description="encoding of the table, such as cp1252 (default: UTF-8, else UTF-16)"
+    )
+    csv_quoting: Literal["auto", "minimal", "none"] = Field(
+        "auto", description="whether double quotes enclose fields; none: they are part of the text"
+    )
+    image_root: UserPath | None = Field(
+        None, description="folder that image paths are relative to (default: the table's)"
+    )
+
+
+class TableArgs(ColumnArgs):
+    """How a table or folder of images with captions is read."""
+
+    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="how to read the data; auto decides by the file name"
+    )
+    max_bad_rows: int | None = Field(100, ge=0, description="stop when more rows than this are unreadable")
+    strict: bool = Field(False, description="stop at the first unreadable row")
+    keep_nulls: bool = Field(False, description="keep captions such as nan, None and N/A")
+
+
+class LabelArgs(TableArgs):
+    """How a table or folder of images with one class each is read."""
+
+    csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
