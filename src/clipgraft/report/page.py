@@ -21,6 +21,7 @@ from clipgraft.report import figures, tables
 from clipgraft.report.examples import Examples, Found, Retention
 from clipgraft.report.runs import Run, Sweep, best_run
 from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
+from clipgraft.text_tables import NOTHING
 
 _COLUMNS = {
     "retrieval": (("image → text", (("R@1", 0), ("R@5", 1))), ("text → image", (("R@1", 2), ("R@5", 3)))),
@@ -89,7 +90,7 @@ def _environment() -> Environment:
     environment.globals |= {
         "metric_words": tables.METRIC_WORDS,
         "metric_names": HEADLINE,
-        "nothing": tables.NOTHING,
+        "nothing": NOTHING,
     }
     return environment
 

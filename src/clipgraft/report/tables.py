@@ -11,6 +11,7 @@ from clipgraft.evaluate.metrics import DECISIVE, HEADLINE, TaskName
 from clipgraft.lora.variants import VARIANTS
 from clipgraft.report.examples import Examples
 from clipgraft.report.runs import Run, Sweep
+from clipgraft.text_tables import NOTHING, signed
 from clipgraft.train.grid import Row
 from clipgraft.train.validation import BASE
 from clipgraft.train.verdict import Verdict
@@ -136,7 +137,7 @@ def _sweep_line(row: Row, sweep: Sweep) -> ResultRow:
         bytes=row.bytes if trains else None,
         seconds=row.seconds if trains else None,
         peak_mb=row.peak_mb,
-        how=how_trained(runs[0], len(runs)) if runs else {},
+        how=how_trained(runs[0], row) if runs else {},
     )
 
 
@@ -183,7 +184,7 @@ def _base_line(metrics: Mapping[str, float]) -> ResultRow:
     return ResultRow("base", "base", "", None, 1, metrics, {}, 0, None, None, None)
 
 
-def how_trained(run: Run, seeds: int = 1) -> dict[str, str]:
+def how_trained(run: Run, row: Row | None = None) -> dict[str, str]:
     """Describe how a run was trained and its gain, as text by column; empty where nothing is recorded."""
     params = run.params
     recorded = params.get("lora")
@@ -197,10 +198,17 @@ def how_trained(run: Run, seeds: int = 1) -> dict[str, str]:
         "alpha": _number(alpha),
         "epochs": f"{_number(epochs)}{kept}",
         "images" if run.task == "classification" else "pairs": "" if run.rows is None else f"{run.rows:,}",
-        "against the start": "" if run.verdict is None or seeds > 1 else _told(run.verdict),
+        "against the start": _gain(run, row),
         "machine": run.made_with.get("machine", ""),
         "versions": ", ".join(versions),
     }
+
+
+def _gain(run: Run, row: Row | None) -> str:
+    """The verdict of a run, or of several seeds their mean gain."""
+    if row is None or row.seeds == 1:
+        return "" if run.verdict is None else _told(run.verdict)
+    return "" if row.gain is None else str(row.gain).replace("-", "−")
 
 
 def _told(verdict: Verdict) -> str:
@@ -240,7 +248,6 @@ METRIC_WORDS = {
     "acc5": "accuracy in first 5",
     "mean_per_class_recall": "mean recall of classes",
 }
-NOTHING = "–"
 
 
 def percent(value: float | None) -> str:
@@ -250,8 +257,7 @@ def percent(value: float | None) -> str:
 
 def change(value: float) -> str:
     """Write a difference of fractions in points with its sign: +1.2, −3.4, 0.0."""
-    text = f"{100 * value:+.1f}".replace("-", "−")
-    return "0.0" if text in ("+0.0", "−0.0") else text
+    return signed(100 * value).replace("-", "−")
 
 
 def whole(value: float | None) -> str:
