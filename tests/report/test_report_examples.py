@@ -115,7 +115,7 @@ def test_the_second_report_loads_no_model(
     first = write_report([copied], tmp_path / "first.html").read_text(encoding="utf-8")
     known = stored_examples(read_run(copied))
     assert known == compute_examples(read_run(copied), CPU)
-    monkeypatch.setattr(evaluate_run, "sides", None)
+    monkeypatch.setattr(evaluate_run, "base_and_adapted", None)
     second = write_report([copied], tmp_path / "second.html").read_text(encoding="utf-8")
     assert first.count("<symbol") == second.count("<symbol") > 0
 

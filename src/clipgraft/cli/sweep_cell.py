@@ -63,14 +63,16 @@ def run_apart(job: Job) -> CellResult:
     receiver, sender = context.Pipe(duplex=False)
     # As bytes, so that the new process is ready for signals before it imports all that they are made of.
     process = context.Process(target=_serve, args=(sender, pickle.dumps(job)), name=CELL_PROCESS)
-    with _passing_on(process), receiver:
-        with sender, _ignoring():
+    with _passing_on(process) as requests, receiver:
+        with sender, _held_back():
             process.start()
-        try:
-            kind, value = receiver.recv()
-        except EOFError:
-            kind, value = "ended", None
+        kind, value = _receive(receiver)
+        if kind == "ready":
+            requests.pass_on()
+            kind, value = _receive(receiver)
         process.join()
+    if kind == "done" and requests.last is not None:  # it came when there was nothing left to stop
+        signal.raise_signal(requests.last)
     if kind == "ended":
         number = -(process.exitcode or 0)
         if number > 0:
@@ -88,46 +90,75 @@ def run_apart(job: Job) -> CellResult:
     return result
 
 
+def _receive(receiver: Connection) -> tuple[str, Any]:
+    try:
+        kind, value = receiver.recv()
+    except EOFError:
+        return "ended", None
+    return kind, value
+
+
+class _Requests:
+    """Requests to stop, which go on to a process as soon as it can follow them."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self._ready = False
+        self.last: int | None = None
+
+    def receive(self, kind: int, _: object) -> None:
+        """Handle a signal."""
+        self.last = kind
+        if self._ready and self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, kind)
+
+    def pass_on(self) -> None:
+        """Pass on the request that came before the process was ready, and from now on each at once."""
+        self._ready = True
+        if self.last is not None:
+            self.receive(self.last, None)
+
+
 @contextlib.contextmanager
-def _passing_on(process: BaseProcess) -> Iterator[None]:
-    """Send each request to stop on to a process, which starts without minding any."""
+def _passing_on(process: BaseProcess) -> Iterator[_Requests]:
+    """Send each request to stop on to a process, which ignores them until it says that it is ready."""
+    requests = _Requests(process)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield requests
         return
-
-    def send(kind: int, _: object) -> None:
-        if process.pid is not None and process.is_alive():
-            os.kill(process.pid, kind)
-
     before = {kind: signal.getsignal(kind) for kind in _REQUESTS}
     for kind in _REQUESTS:
-        signal.signal(kind, send)
+        signal.signal(kind, requests.receive)
     try:
-        yield
+        yield requests
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
 @contextlib.contextmanager
-def _ignoring() -> Iterator[None]:
-    """No Ctrl-C reaches a process that is started here, until it asks for it."""
-    if threading.current_thread() is not threading.main_thread():
+def _held_back() -> Iterator[None]:
+    """Hold SIGINT back, in a process that is started here until it asks for it; here none is lost."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(sender: Connection, job: bytes) -> None:
     """The cell's process: tell what came of the job."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that came to the whole group until now
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    sender.send(("ready", None))
     answer: tuple[str, object]
     try:
         answer = ("done", _run(pickle.loads(job)))
