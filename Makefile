@@ -79,7 +79,8 @@ $(VENV)/.installed-matrix: noxfile.py
 # Without clipgraft itself, whose source is parsed and not imported; the list is that of the extra [docs].
 $(VENV)/.installed-docs: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'zensical>=0.0.73' 'mkdocstrings[python]>=1.0' 'ruff>=0.9'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'zensical>=0.0.73' 'mkdocstrings[python]>=1.0' 'griffe-pydantic>=1.1' \
+		'ruff>=0.9'
 	@touch $@
 
 clean:

@@ -62,7 +62,7 @@ def test_make_docs_installs_the_extra() -> None:
     """`pip install '.[docs]'` and `make docs` would build with other tools."""
     (listed,) = re.findall(r"^docs = \[(.+)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     wanted = re.findall(r'"(.+?)"', listed)
-    (install,) = re.findall(r"^\t@.+pip install .+'zensical.+$", MAKEFILE, re.M)
+    (install,) = re.findall(r"^\t@.+pip install .+'zensical(?:.+\\\n)*.+$", MAKEFILE, re.M)
     assert re.findall(r"'(.+?)'", install) == wanted
 
 
