@@ -17,7 +17,13 @@ from torch import nn
 from torchvision import transforms as tv
 
 import clipgraft as cg
-from clipgraft.data.feature_key import UnknownError, describe, image_key, tower_fingerprint, vision_lora_acts
+from clipgraft.data.feature_key import (
+    UnknownError,
+    describe,
+    image_key,
+    tower_fingerprint,
+    vision_lora_is_active,
+)
 from clipgraft.data.loading import SeededView
 from clipgraft.models.clip import as_clip
 from clipgraft.models.processors import HfPreprocess
@@ -33,12 +39,12 @@ def test_adapters_and_training_leave_the_tower_what_it_is(
         before = tower_fingerprint(clip)
         assert tower_fingerprint(as_clip(copy.deepcopy(model))) == before, layout
         cg.apply_lora(clip, r=2, targets="all-linear,vision.position_embedding,vision.patch_embedding")
-        assert vision_lora_acts(clip)
+        assert vision_lora_is_active(clip)
         assert tower_fingerprint(clip) == before, layout
         with cg.lora_disabled(clip):
-            assert not vision_lora_acts(clip)
+            assert not vision_lora_is_active(clip)
         cg.remove_lora(clip)
-        assert not vision_lora_acts(clip)
+        assert not vision_lora_is_active(clip)
         clip.train().model.requires_grad_(False)
         clip.family.set_grad_checkpointing(clip.model, True)
         with torch.no_grad():
@@ -50,7 +56,7 @@ def test_adapters_and_training_leave_the_tower_what_it_is(
 def test_a_text_adapter_does_not_act_on_images(tiny_openclip: nn.Module) -> None:
     """The cache would be off in the project's most frequent run."""
     cg.apply_lora(tiny_openclip, r=2, targets="text-attention")
-    assert not vision_lora_acts(as_clip(tiny_openclip))
+    assert not vision_lora_is_active(as_clip(tiny_openclip))
 
 
 def test_every_weight_of_the_image_tower_counts_to_its_last_bit(

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the image paths, and the captions or labels."""
+"""Choose the columns of a table that hold the image paths and the captions or labels."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ LABEL = Role(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caller wants of a table: images with captions or with labels, or one of them alone."""
+    """What a caller reads from a table: images with captions, images with labels, images, or texts."""
 
     text: Role = CAPTION
     needs_image: bool = True
     needs_text: bool = True
 
     def keys(self, args: TableArgs) -> tuple[str | None, str | None]:
-        """The names that the user gave to the columns of images and of texts."""
+        """Return the column names that the user gave for images and for texts."""
         return args.csv_img_key, getattr(args, self.text.option, None)
 
     def cells(self, args: TableArgs) -> Cells:
-        """What the cells of texts may hold."""
+        """Return what the cells of texts may hold."""
         return Cells(self.text is LABEL, args.keep_nulls)
 
 
@@ -97,7 +97,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read, by their places from 0; a missing one is stood in for by the other.
+    """Places of the columns to read, from 0. Where one kind is missing, both name the same column.
 
     Attributes:
         image, texts: places.
@@ -116,7 +116,7 @@ class Columns:
 def choose_columns(
     source: Path, headers: Sequence[Header], args: TableArgs, wanted: Wanted
 ) -> tuple[Header, Columns]:
-    """The first header that has the wanted columns, and where they are.
+    """Return the first header that has the wanted columns, and their places.
 
     Names that the user gave are taken as given. Where there are none, open_clip's defaults are tried first,
     then usual names, and the notes say which.
@@ -135,7 +135,7 @@ def choose_columns(
 
 
 def _named(header: Header, args: TableArgs, wanted: Wanted, optional: bool) -> Columns | None:
-    """The columns by name; with `optional`, without the one that is not needed and not asked for."""
+    """Find columns by name; with `optional`, one that is neither needed nor named may be missing."""
     names, (image_key, text_key) = header.names, wanted.keys(args)
     image, texts = _find(names, image_key, IMAGE), _find_texts(names, text_key, wanted.text)
     has_texts = bool(texts)
@@ -161,7 +161,7 @@ def _named(header: Header, args: TableArgs, wanted: Wanted, optional: bool) -> C
 
 
 def _numbered(header: Header, args: TableArgs, wanted: Wanted) -> Columns | None:
-    """The columns of a file that names none: by numbers, or two of which one holds the name of an image."""
+    """Find columns without names: by numbers, or as two columns of which one holds an image name."""
     names, keys = header.names, wanted.keys(args)
     if not header.line:
         return None
@@ -189,7 +189,7 @@ def _find(names: Sequence[str], key: str | None, role: Role) -> str | None:
 
 
 def _find_texts(names: Sequence[str], key: str | None, role: Role) -> tuple[str, ...]:
-    """The column of texts; of captions also those of a list by commas, or `caption_0` and on."""
+    """Find the column of texts; captions may be in several, joined by commas or named `caption_0` and on."""
     found = _find(names, key, role)
     if found is not None or role is not CAPTION:
         return () if found is None else (found,)
@@ -235,5 +235,5 @@ def _advice(role: Role, missing: str, names: Sequence[str], wanted: Wanted) -> s
 
 
 def _short(name: str) -> str:
-    """A column's name in a message: a stranger's, which may hold line breaks."""
+    """Shorten a column's name for a message; it may hold line breaks."""
     return shown_line(name if len(name) <= 40 else name[:37] + "...")

@@ -58,7 +58,7 @@ class Pairs:
         return f"Pairs({len(self):,} images, {captions:,} captions{_read_from(self.report)})"
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Columns with a row for every caption, as for a DataFrame."""
+        """Return columns with a row for every caption, as for a DataFrame."""
         rows = self.rows()
         return {
             "filepath": [str(self.images[image]) for image, _ in rows],
@@ -66,7 +66,7 @@ class Pairs:
         }
 
     def rows(self) -> list[tuple[int, str]]:
-        """(image index, caption) for every caption, in order: what one epoch goes over, as in open_clip."""
+        """Return (image index, caption) for every caption: the rows of one epoch, as in open_clip."""
         return [(image, caption) for image, texts in enumerate(self.captions) for caption in texts]
 
 
@@ -100,7 +100,7 @@ class Labelled:
         return f"Labelled({len(self):,} images of {len(self.classes):,} classes{_read_from(self.report)})"
 
     def counts(self) -> tuple[int, ...]:
-        """How many images each class has."""
+        """Count the images of each class."""
         counts = [0] * len(self.classes)
         for label in self.labels:
             counts[label] += 1
@@ -108,7 +108,7 @@ class Labelled:
 
 
 def split_labelled(data: Labelled, val_size: float, seed: int) -> tuple[Labelled, Labelled]:
-    """(training part, validation part), each class divided alike.
+    """Split each class alike into a training part and a validation part.
 
     Of a class of n images, `val_size` of them, rounded, are held out: at least one and at most n - 1, so that
     every class of two or more is in both parts. A class with a single image is trained on; one log line
@@ -139,7 +139,7 @@ def split_labelled(data: Labelled, val_size: float, seed: int) -> tuple[Labelled
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
-    """At most `shots` images of each class, ordered by class, then by path.
+    """Keep at most `shots` images of each class, ordered by class, then by path.
 
     With one seed, fewer shots are a part of more shots. One log line counts the classes that have fewer.
 
@@ -161,7 +161,7 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
 
 
 def match_classes(data: Labelled, classes: Sequence[str]) -> Labelled:
-    """The same images with labels that index `classes`: validation data read apart, as the model knows them.
+    """Renumber labels so that they index `classes`, as a model that was trained on them has them.
 
     One log line counts the classes that `data` has no image of.
 
@@ -181,7 +181,7 @@ def match_classes(data: Labelled, classes: Sequence[str]) -> Labelled:
 
 
 def class_weights(data: Labelled) -> tuple[float, ...]:
-    """A weight for each class, inversely proportional to its number of images; 0 where it has none.
+    """Weigh each class inversely to its number of images; 0 where it has none.
 
     The mean over the images is 1, so a loss weighted by them keeps its size.
     """
@@ -191,7 +191,7 @@ def class_weights(data: Labelled) -> tuple[float, ...]:
 
 
 def near_misses(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """Names that are not known, each with the nearest that is: `'dgo' (did you mean 'dog'?)`."""
+    """List unknown names, each with the nearest known one: `'dgo' (did you mean 'dog'?)`."""
     shown = []
     for name in unknown[:_SHOWN]:
         near = get_close_matches(name, known, n=1)
@@ -200,7 +200,7 @@ def near_misses(unknown: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _shuffled_classes(data: Labelled, seed: int) -> list[list[int]]:
-    """The images of each class, in an order that depends on the seed and on their own names alone."""
+    """Shuffle the images of each class in an order that depends on the seed and their names alone."""
     classes: list[list[int]] = [[] for _ in data.classes]
     keys = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in _portable_names(data.images)]
     for image, label in enumerate(data.labels):
@@ -209,7 +209,7 @@ def _shuffled_classes(data: Labelled, seed: int) -> list[list[int]]:
 
 
 def _portable_names(images: Sequence[Path]) -> list[str]:
-    """Paths below the folder that all images share, spelled alike on every system."""
+    """Return paths relative to the folder that all images share, spelled alike on every system."""
     try:
         root = os.path.commonpath([path.parent for path in images]) if images else ""
     except ValueError:  # drives, or relative beside absolute paths, share no folder

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, and of Flickr8k's `name.jpg#0<TAB>caption` files."""
+"""Read CSV and TSV files, and Flickr8k's `name.jpg#0<TAB>caption` files."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def open_delimited(path: Path, args: TableArgs, wanted: Wanted) -> Table:
 
 
 def is_token_file(path: Path, encoding: str | None = None) -> bool:
-    """Whether the first line has the form of Flickr8k.token.txt."""
+    """Tell whether the first line has the form of Flickr8k.token.txt."""
     return _TOKEN_LINE.fullmatch(_first_line(path, encoding)[0]) is not None
 
 
 def _headers(path: Path, args: TableArgs, first: str, excel: str) -> list[Header]:
-    """The first line, split by the separator that was given or by each usual one."""
+    """Split the first line by the given separator, or by each usual one."""
     if args.csv_separator is not None:
         separators: tuple[str, ...] = (_one_character(args.csv_separator),)
     else:
@@ -147,7 +147,7 @@ def _uneven(number: int, cells: int, form: _Form, kind: str) -> BadRow:
 
 
 def _is_unquoted(path: Path, form: _Form) -> bool:
-    """Whether quotes in a file cannot be meant as quoting, though some cell begins with one.
+    """Tell whether double quotes in a file are part of the text, though some cell begins with one.
 
     So it is where RFC 4180 would join or refuse lines, each of which has all cells as it stands, and an image
     name in its place. A quoted caption of several lines has other lines.
@@ -236,7 +236,7 @@ def _names(path: Path, first: str, separator: str) -> tuple[str, ...]:
 
 
 def _first_line(path: Path, encoding: str | None) -> tuple[str, str]:
-    """The first line that is not blank, and the separator that Excel's `sep=;` before it names.
+    """Return the first line that is not blank, and the separator named by Excel's `sep=;` before it.
 
     Raises DataError when there is none.
     """

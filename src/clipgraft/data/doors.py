@@ -78,7 +78,7 @@ def _open_folder(source: Path, args: TableArgs, wanted: Wanted) -> Table:
 
 
 def _door_of(source: Path, dataset_type: str) -> Door | None:
-    """The door of a file; None for a folder. Raises DataError for what no door opens."""
+    """Return the door of a file, or None for a folder. Raises DataError where no door opens it."""
     if is_tar_name(source.name):
         raise DataError(f"{source}: is {tar_advice(str(source))}")
     if not source.exists():

@@ -1,4 +1,4 @@
-"""Features of a frozen tower on disk: computed once, shared by every run that meets the same base and images.
+"""Cache features of a frozen tower on disk, for every run with the same base and images.
 
 One folder an entry, named by what its values depend on besides the image (`FeatureKey`), in it shards
 (`stored_rows`). An image is found by its file's identity, so a file that changed is computed again and a
@@ -79,32 +79,32 @@ class FeatureKey:
 
     @property
     def digest(self) -> str:
-        """32 hex digits."""
+        """Return 32 hex digits."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def default_folder() -> Path:
-    """`features` in the folder that caches share."""
+    """Return the folder `features` in the folder that caches share."""
     return cache_folder() / "features"
 
 
 @dataclass(frozen=True)
 class Room:
-    """The bytes that shards may take below a folder, on a disk that others fill too."""
+    """A limit on the bytes of shards below a folder, on a disk that others fill too."""
 
     folder: Path
     max_bytes: int
 
     def shortage(self, needed: int, used: Collection[Path]) -> str | None:
-        """Why `needed` more bytes cannot be written, in one line with what to do; None if they can.
+        """Say why `needed` more bytes cannot be written and what to do; None if they can.
 
         `used` are the index files of shards that must stay.
         """
         return self._plan(needed, used)[0]
 
     def make(self, needed: int, used: Collection[Path]) -> str | None:
-        """As `shortage`; but where they can, the least recently used shards are evicted until they do."""
+        """Evict the least recently used shards until `needed` bytes fit; else answer as `shortage`."""
         shortage, evicted = self._plan(needed, used)
         for kept in evicted:
             remove_shard(kept.index)
@@ -127,7 +127,7 @@ class Room:
         return None, _oldest(others, max(total + needed - self.max_bytes, needed - free))
 
     def _entries(self) -> list[Path]:
-        """Folders that are ours, in a folder that may hold others."""
+        """List entries of the cache, in a folder that may hold other folders."""
         try:
             folders = [path for path in self.folder.iterdir() if not path.is_symlink()]
             return [path for path in folders if (path / ENTRY).is_file()]
@@ -146,7 +146,7 @@ class _Found:
 
     @property
     def used(self) -> set[Path]:
-        """The index files of the shards."""
+        """Return the index files of the shards."""
         return {shard.index for shard in self.shards}
 
 
@@ -181,7 +181,7 @@ class FeatureCache:
         item_shape: tuple[int, ...] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> StoredRows:
-        """One row for each path, in order; only images that the cache does not hold are computed.
+        """Return one row for each path, in order; compute only images that the cache does not hold.
 
         Args:
             key: what the values depend on besides the image.
@@ -208,7 +208,7 @@ class FeatureCache:
         return StoredRows(found.arrays, places[:, 0], places[:, 1], key.torch_dtype)
 
     def shortage(self, key: FeatureKey, paths: Sequence[Path], row_bytes: int) -> str | None:
-        """Why values of these images would not be written, in one line with what to do; None if they would.
+        """Say why values of these images would not be written and what to do; None if they would.
 
         For callers that can do better than to keep all of them in memory. Nothing is evicted yet.
         """
@@ -225,7 +225,7 @@ class FeatureCache:
         check: bool,
         item_shape: tuple[int, ...] | None = None,
     ) -> _Found:
-        """What the entry holds of `wanted`; with `check` arrays are verified and opened, damage dropped.
+        """Find the rows of `wanted` in an entry; with `check`, verify and open arrays, and drop damage.
 
         All arrays have items of one shape, `item_shape` where it is known.
         """
@@ -298,7 +298,7 @@ class _Build:
             self._flush()
 
     def _decide(self, row_bytes: int) -> None:
-        """Whether all missing rows will fit, before any of them is written."""
+        """Decide whether all missing rows will fit, before any of them is written."""
         needed = len(self.ids) * (row_bytes + ID_BYTES)
         shortage = self.cache.room.make(needed, self.found.used)
         self.writing = shortage is None
@@ -324,7 +324,7 @@ class _Build:
         self.done += len(rows)
 
     def _write(self, ids: list[bytes], rows: Array) -> Array:
-        """The rows as they lie on disk. Raises WriteError."""
+        """Write rows and return them mapped from disk. Raises WriteError."""
         if not (self.folder / ENTRY).exists():  # the first shard, or the entry was evicted meanwhile
             write_json(self.folder / ENTRY, asdict(self.key))
         shard, mapped = write_shard(self.folder, ids, rows, self.key.dtype)
@@ -349,12 +349,12 @@ def _say_damage(damage: Sequence[str], folder: Path) -> None:
 
 
 def format_bytes(count: int) -> str:
-    """Megabytes, or gigabytes where there are that many."""
+    """Format a size in MB, or in GB from one GB on."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _oldest(shards: list[Kept], excess: int) -> list[Kept]:
-    """As many from the front as have `excess` bytes together."""
+    """Return as many shards from the front as have `excess` bytes together."""
     chosen: list[Kept] = []
     for kept in shards:
         if excess <= 0:
@@ -372,6 +372,6 @@ def _remove_if_empty(entry: Path) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     # Unlike Path.exists, this is False where a folder above may not be entered.
     return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))  # noqa: PTH110

@@ -1,4 +1,4 @@
-"""What features depend on besides the image: the tower's weights and structure, and the preprocessing."""
+"""Name what features depend on besides the image: the tower's weights, structure and preprocessing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _IMAGE_TOWER = ("visual", "vision_model", "visual_projection")
 
 
 class UnknownError(Exception):
-    """Two preprocessings could differ in something that cannot be told; says in what."""
+    """A transform cannot be described; the message says because of what."""
 
 
 def image_key(
@@ -41,7 +41,7 @@ def image_key(
     autocast: bool = False,
     shortest: int | None = None,
 ) -> FeatureKey:
-    """The key of what the image tower's base weights make of images; adapters do not count.
+    """Return the key of features that the image tower's base weights make; adapters do not count.
 
     Raises UnknownError for a transform that holds a function or object of no fixed meaning.
     """
@@ -55,14 +55,14 @@ def image_key(
     )
 
 
-def vision_lora_acts(clip: Clip) -> bool:
-    """Whether image features are others than the base's at this moment."""
+def vision_lora_is_active(clip: Clip) -> bool:
+    """Tell whether an active adapter changes image features."""
     state = lora_state(clip)
     return state is not None and state.acting is not None and state.acting.touches("vision")
 
 
 def tower_fingerprint(clip: Clip) -> str:
-    """32 hex digits over every bit of the image tower's base weights, and over how they are used.
+    """Hash every bit of the image tower's base weights, and how they are used, to 32 hex digits.
 
     `Clip.fingerprint` would tell too little and too much: it rounds to bfloat16, does not know a GELU from a
     QuickGELU, and changes when the text tower is tuned. Takes a fifth of a second for ViT-B-32.
@@ -77,7 +77,7 @@ def tower_fingerprint(clip: Clip) -> str:
 
 
 def _structure(model: nn.Module) -> Iterator[str]:
-    """What no weight tells: the number of heads, the activation, epsilons, pooling."""
+    """List settings that no weight shows: the number of heads, the activation, epsilons, pooling."""
     for path, module in model.named_modules():
         if not path.startswith(_IMAGE_TOWER) or "parametrizations" in path:
             continue
@@ -98,7 +98,7 @@ def _is_setting(name: str, value: object) -> bool:
 
 
 def describe(value: Any) -> str:
-    """A transform, or anything in it, as text that is equal only for what computes the same.
+    """Describe a transform, or anything in it, as text that is equal only for what computes the same.
 
     Raises UnknownError for lambdas, local functions, what a script itself defines, and objects without
     readable state.
@@ -145,7 +145,7 @@ def _describe_callable(value: Any) -> str:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """What makes an object differ from others of its class."""
+    """Return what makes an object differ from others of its class."""
     if isinstance(value, nn.Module):
         own = {name: part for name, part in vars(value).items() if name not in _MODULE_STATE}
         return {**own, **dict(value.named_children()), **value.state_dict()}
@@ -162,7 +162,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _name(value: type | types.FunctionType) -> str:
-    """Module and name of a class or function that means the same in the next process."""
+    """Return module and name of a class or function that means the same in the next process."""
     if value.__module__ == "__main__" or "<" in value.__qualname__:
         raise UnknownError(f"{value.__qualname__}, which a script or function defines: move it to a module")
     if isinstance(value, types.FunctionType) and value.__closure__:
@@ -173,7 +173,7 @@ def _name(value: type | types.FunctionType) -> str:
 
 
 def _code(function: types.FunctionType) -> str:
-    """Digest of a function's own instructions: an edited transform is another one."""
+    """Hash a function's instructions: an edited transform is another one."""
     code = function.__code__
     constants = [part for part in code.co_consts if isinstance(part, _SCALARS)]
     text = repr((code.co_code, constants, code.co_names, function.__defaults__))
@@ -181,7 +181,7 @@ def _code(function: types.FunctionType) -> str:
 
 
 def _tensor(value: Tensor) -> str:
-    """Type, shape and a digest of every bit."""
+    """Return type, shape and a hash of every bit."""
     plain = value.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(memoryview(plain.view(torch.uint8).numpy()))
     return f"{value.dtype}{tuple(value.shape)} {digest.hexdigest()[:_DIGITS]}"

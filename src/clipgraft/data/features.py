@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.data.feature_cache import FeatureCache
-from clipgraft.data.feature_key import UnknownError, image_key, vision_lora_acts
+from clipgraft.data.feature_key import UnknownError, image_key, vision_lora_is_active
 from clipgraft.data.loading import Transform, image_batches
 from clipgraft.data.preprocessing import fast_preprocess
 from clipgraft.data.stored_rows import StoredRows, computed_rows
@@ -60,7 +60,7 @@ def encode_images(
     def forward(pixels: Tensor) -> Tensor:
         return F.normalize(encoder.encode_image(pixels), dim=-1)
 
-    if cache is not None and vision_lora_acts(clip):
+    if cache is not None and vision_lora_is_active(clip):
         log.info("%s: features are not cached, the image tower carries LoRA", label)
         cache = None
     with showing(progress, label) as told:

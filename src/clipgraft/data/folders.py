@@ -31,7 +31,7 @@ _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "
 
 
 def find_captions_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The captions file of a folder, and a note when there was more than one to choose from."""
+    """Find the captions file of a folder, with a note where there was more than one."""
     there = [folder / name for name in CAPTIONS_FILES if (folder / name).is_file()]
     if not there:
         return None, ()
@@ -60,7 +60,7 @@ def open_sidecars(folder: Path, args: TableArgs, wanted: Wanted) -> Table:
 
 
 def _sidecar(image: Path) -> Path | None:
-    """The text file of an image: `x.jpg.txt`, or `x.txt`, which other images of that name share."""
+    """Find the text file of an image: `x.jpg.txt`, or `x.txt`, which other images of that name share."""
     for path in (image.with_name(f"{image.name}.txt"), image.with_suffix(".txt")):
         if path.is_file():
             return path
@@ -68,7 +68,7 @@ def _sidecar(image: Path) -> Path | None:
 
 
 def _other_tables(folder: Path) -> str:
-    """Tables in a folder and beside it that nobody named: what a person with captions probably means."""
+    """Name tables in a folder and beside it: one of them may be what the user meant."""
     places = (folder, Path(os.path.abspath(folder)).parent)  # noqa: PTH100 - `..` of a link is meant as typed
     there = [
         path
@@ -133,7 +133,7 @@ def _no_class_folders(folder: Path, count: int, loose: int) -> str:
 
 
 def _refuse_splits(folder: Path, folders: Sequence[Path]) -> None:
-    """A data set's parts would be learnt as its classes."""
+    """Raise DataError where the folders are parts of a data set: they would be learnt as classes."""
     names = [path.name for path in folders]
     if {name.casefold() for name in names} <= _SPLITS and all(
         any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()) for path in folders

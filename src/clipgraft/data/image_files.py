@@ -29,7 +29,7 @@ class Unlisted(NamedTuple):
 
 @dataclass
 class Listing:
-    """What one listing met: every file is an image or counted by kind in `other`."""
+    """Counts of one listing: every file is an image or counted by kind in `other`."""
 
     images: int = 0
     other: Counter[str] = field(default_factory=Counter)
@@ -39,7 +39,7 @@ class Listing:
     unlisted: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> bool:
-        """Count one file; True where it is an image by its name."""
+        """Count one file; returns whether it is an image by its name."""
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a name, of which there may be millions
         if name.startswith("."):
             self.other[_HIDDEN] += 1
@@ -51,7 +51,7 @@ class Listing:
         return False
 
     def notes(self) -> tuple[str, ...]:
-        """One line with the files by kind, whose numbers add up, and one for each thing that was left out."""
+        """Return a line with the files by kind, whose numbers add up, and one for each thing left out."""
         heic = any(suffix in self.other for suffix in HEIC_SUFFIXES)
         lines = [self._files() + (f" ({HEIC_ADVICE})" if heic else "")]
         for names, what in (
@@ -75,7 +75,7 @@ class Listing:
 
 
 def walk_images(root: Path, listing: Listing) -> Iterator[os.DirEntry[str] | Unlisted]:
-    """Every image in a folder and below, in no order; holds the names of folders, never those of files.
+    """Yield every image in a folder and below, in no order, with names of folders alone in memory.
 
     Links to folders are followed, after all else, unless they lead to a folder that is listed already or to
     one that `root` lies in. Hidden files and folders are left out. `listing` counts all of it.
@@ -118,13 +118,13 @@ def walk_images(root: Path, listing: Listing) -> Iterator[os.DirEntry[str] | Unl
 
 
 def list_images(folder: Path, listing: Listing | None = None) -> list[Path]:
-    """Every image in `folder` and below, known by its suffix, sorted; see `walk_images`."""
+    """List every image in `folder` and below, known by its suffix, sorted; see `walk_images`."""
     found = walk_images(folder, Listing() if listing is None else listing)
     return sorted(Path(entry.path) for entry in found if not isinstance(entry, Unlisted))
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a path or name has the suffix of an image."""
+    """Tell whether a path or name has the suffix of an image."""
     return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -160,13 +160,13 @@ class ImageFinder:
         self._first: dict[str, str] = {}
 
     def find(self, text: str) -> Path | str:
-        """The image file that `text` names; where there is none, the reason in a few words."""
+        """Find the image file that `text` names; where there is none, return the reason in a few words."""
         if text not in self._known:
             self._known[text] = self._look(text)
         return self._known[text]
 
     def notes(self) -> tuple[str, ...]:
-        """How many images were found elsewhere than the table says, and how."""
+        """Say how many images were found elsewhere than the table says, and how."""
         return tuple(
             f"{count:,} images are not where the table says, but {how}: {self._first[how]}"
             for how, count in self._elsewhere.most_common()
@@ -203,7 +203,7 @@ class ImageFinder:
         return Path(os.path.normpath(self._folder / found))
 
     def _search(self, text: str) -> list[str]:
-        """Files below the folder that `text` may mean, relative to it; those in its own place first."""
+        """List files below the folder that `text` may mean, relative to it, nearest place first."""
         wanted = PurePosixPath(_folded(text.replace("\\", "/")))
         if self._files is None:
             self._files = _index(self._folder)
@@ -228,7 +228,7 @@ class ImageFinder:
 
 
 def _index(folder: Path) -> dict[str, list[str]]:
-    """Folded file name -> paths of the images of that name, in a folder and its nearer sub-folders."""
+    """Map case-folded file names to the images of that name, in a folder and its nearer sub-folders."""
     found: dict[str, list[str]] = {}
     waiting, looked_in = [(folder, "")], 0
     while waiting and looked_in < _MOST_FOLDERS:

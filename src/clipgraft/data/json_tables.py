@@ -1,4 +1,4 @@
-"""JSON Lines, and JSON files that hold a whole table: objects, image -> captions, or COCO's captions."""
+"""Read JSON Lines, and JSON files that hold a whole table: objects, image -> captions, or COCO."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_json(source: Path, args: TableArgs, wanted: Wanted) -> Table:
 
 
 def flat(cells: list[Any]) -> Any:
-    """The captions of several columns as one list; of one column as they are."""
+    """Join the captions of several columns into one list; those of one column stay as they are."""
     if len(cells) == 1:
         return cells[0]
     return [text for cell in cells for text in (cell if isinstance(cell, list | tuple) else [cell])]
@@ -68,7 +68,7 @@ def _rows(objects: Callable[[], _Objects], names: tuple[str, ...], cells: Cells)
 
 
 def _lines(source: Path, encoding: str | None) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
-    """The object of every line that is not blank; instead of it, the reason why there is none."""
+    """Yield the object of every line that is not blank, or the reason why there is none."""
     with closing(text_lines(source, encoding)) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -88,7 +88,7 @@ def _no_object(value: Any) -> str:
 
 
 def _is_json_lines(source: Path) -> bool:
-    """Whether a .json file holds an object a line, as pandas writes with lines=True."""
+    """Tell whether a .json file holds an object a line, as pandas writes with lines=True."""
     with source.open(encoding=text_encoding(source), errors="replace") as file:
         lines = [line for line in (file.readline(1 << 20), file.readline(1 << 20)) if line.strip()]
     try:
@@ -98,7 +98,7 @@ def _is_json_lines(source: Path) -> bool:
 
 
 def _entries(source: Path) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
-    """The rows of a JSON file by their place, each an object, or the reason why there is none.
+    """Yield the rows of a JSON file by their place: objects, or the reason why there is none.
 
     Raises:
         DataError: it is no JSON, or of a form that is no table; says how to make one of it.
@@ -140,7 +140,7 @@ def _is_captions(value: Any) -> bool:
 
 
 def _coco(source: Path, images: list[Any], notes: list[Any]) -> list[Any]:
-    """COCO's captions: file names by their id, and an entry for each annotation."""
+    """Return an entry for each annotation of COCO's captions, with the file name of its image."""
     names = {
         image.get("id"): image.get("file_name")
         for image in images

@@ -1,4 +1,4 @@
-"""Images and pairs as batches of tensors, in an order and augmentation that a resumed run repeats."""
+"""Load images and pairs as batches, in an order and augmentation that a resumed run repeats."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ImageDataset(Dataset[tuple[int, Tensor]]):
         return index, self.transform(open_image(self.images[index], shortest=self.shortest))
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(int64 indices (B,), images (B, 3, H, W))."""
+        """Return (int64 indices (B,), images (B, 3, H, W))."""
         ids, images = default_collate([self[index] for index in indices])
         return ids, images
 
@@ -96,7 +96,7 @@ def image_batches(
     if isinstance(transform, FastPreprocess):
         return _finished(transform, image_pixels(images, transform, batches, workers, shortest))
     make = ImageDataset(images, transform, shortest=shortest).batch
-    return made_ahead(make, batches, workers)
+    return prefetch(make, batches, workers)
 
 
 def image_pixels(
@@ -106,16 +106,16 @@ def image_pixels(
     workers: int = 0,
     shortest: int | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The given batches of images as (int64 indices (B,), uint8 (B, 3, H, W)), for `transform.finish`."""
+    """Yield the given batches as (int64 indices (B,), uint8 (B, 3, H, W)), for `transform.finish`."""
     decode_at = transform.shortest if shortest is None else shortest
     make = ImageDataset(images, transform.pixels, shortest=decode_at).batch
-    return made_ahead(make, batches, workers)
+    return prefetch(make, batches, workers)
 
 
-def made_ahead(
+def prefetch(
     make: Callable[[_Key], _Made], keys: Iterable[_Key], workers: int = 0
 ) -> Generator[_Made, None, None]:
-    """Yield `make(key)` for each key in order; the next are made meanwhile, by processes or (0) a thread.
+    """Yield `make(key)` for each key in order; processes, or with 0 a thread, make the next ones meanwhile.
 
     Keys are taken as they are needed, a few ahead. `make` draws no random numbers.
     """
@@ -133,7 +133,7 @@ def _finished(
 def epoch_batches(
     num_rows: int, batch_size: int, seed: int, epoch: int, *, drop_last: bool = True
 ) -> list[Indices]:
-    """The rows of each batch of one epoch: a permutation of all rows that depends on (seed, epoch) alone.
+    """Shuffle rows into the batches of one epoch, by a permutation that depends on (seed, epoch) alone.
 
     A run that is resumed at batch k of an epoch therefore goes on with element k of the same list. With
     `drop_last` the rows that do not fill a batch are left out of this epoch; every epoch leaves out others.
@@ -166,23 +166,23 @@ class PairBatches:
         workers: int = 0,
         drop_last: bool = True,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
-        """Of `ranks` processes that share an epoch this one takes every `ranks`-th batch, from `rank` on."""
+        """Take every `world_size`-th batch of an epoch, from `rank` on: the share of one process."""
         self._rows = pairs.rows()
         self._dataset = ImageDataset(pairs.images, transform)
         self._batch_size = batch_size
         self._seed = seed
         self._workers = workers
         self._drop_last = drop_last
-        self._turns = slice(rank, None, ranks)
+        self._turns = slice(rank, None, world_size)
 
     def __len__(self) -> int:
-        """Batches of this process in one epoch."""
+        """Count the batches of this process in one epoch."""
         return len(self._order(0))
 
     def batches(self, epoch: int, start: int = 0) -> Generator[PairBatch, None, None]:
-        """One epoch's batches from number `start` on. Raises ImageError at an image that cannot be used."""
+        """Yield one epoch's batches from number `start` on; raises ImageError for an unusable image."""
         return _in_workers(partial(self._batch, epoch), self._order(epoch)[start:], self._workers)
 
     def _order(self, epoch: int) -> list[Indices]:
@@ -202,7 +202,7 @@ class PairBatches:
 
 
 class _Maker(Dataset["_Made | ImageError"], Generic[_Key, _Made]):
-    """Makes a whole batch from its key; hands an ImageError back as a value.
+    """Make a whole batch from its key; hand an ImageError back as a value.
 
     An exception raised in a worker reaches the user as a page of traceback, with the message inside it.
     """
@@ -296,7 +296,7 @@ def seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SeededView:
-    """One augmentation of every image, drawn from (seed, view, pixels of the image) alone.
+    """An augmentation that depends on (seed, view, pixels of the image) alone.
 
     The place of an image in its table, or of its file on disk, plays no part.
     """

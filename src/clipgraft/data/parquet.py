@@ -1,4 +1,4 @@
-"""Parquet files: tables of paths, and `python -m clipgraft.data.parquet FILE.parquet FOLDER`.
+"""Read Parquet files of paths; `python -m clipgraft.data.parquet FILE.parquet FOLDER` unpacks images.
 
 The command takes images that are inside a Parquet file out of it: it writes them and `metadata.jsonl`, which
 has all other columns of text and numbers, into a new folder.
@@ -57,7 +57,7 @@ def _rows(source: Path, names: list[str], cells_are: Cells) -> Rows:
 
 
 def _cells(source: Path, names: list[str]) -> Iterator[tuple[Any, ...]]:
-    """The values of some columns, row by row."""
+    """Yield the values of some columns, row by row."""
     done = 0
     with reading_parquet(source) as pyarrow, pyarrow.parquet.ParquetFile(source) as file:
         batches = file.iter_batches(columns=list(dict.fromkeys(names)))

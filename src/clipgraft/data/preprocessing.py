@@ -1,4 +1,4 @@
-"""CLIP's usual preprocessing, faster: reduced-size JPEG decoding, a vectorised resize, 8-bit batches.
+"""Run CLIP's usual preprocessing faster: reduced-size JPEG decoding, PyTorch's resize, 8-bit batches.
 
 Every CLIP shrinks an image, cuts its middle out and normalises it. Done as open_clip's torchvision transform
 does it, a 500x375 photo costs more in the resize than in the decoder. `fast_preprocess` recognises such
@@ -35,7 +35,7 @@ _TO_RGB = ("MaybeConvertMode", "function")
 
 @dataclass(frozen=True)
 class FastPreprocess:
-    """An image as normalised pixels: resized to `size`, its middle cut out, mean and deviation taken off.
+    """Resize an image to `size`, crop its centre and normalise it.
 
     Attributes:
         size: the shortest side in pixels, or (height, width).
@@ -57,15 +57,15 @@ class FastPreprocess:
 
     @property
     def shortest(self) -> int:
-        """The smallest side that a JPEG may be decoded at: what `open_image` takes."""
+        """Return the smallest side that a JPEG may be decoded at, for `open_image`."""
         return self.decode_factor * (self.size if isinstance(self.size, int) else max(self.size))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB image -> float32 (3, H, W)."""
+        """Turn an RGB image into float32 (3, H, W)."""
         return self.finish(self.pixels(image)[None])[0]
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """RGB image -> uint8 (3, H, W), resized and cut."""
+        """Turn an RGB image into uint8 (3, H, W), resized and cropped."""
         rows = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         height, width = self._resized(*rows.shape[-2:])
         if rows.shape[-2:] != (height, width):
@@ -76,7 +76,7 @@ class FastPreprocess:
         return rows[0].contiguous()
 
     def finish(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) on any device -> float32 of the same shape, as the model wants it."""
+        """Normalise uint8 (N, 3, H, W) on any device to float32, as the model takes it."""
         mean = 255 * torch.tensor(self.mean, device=pixels.device)[:, None, None]
         std = 255 * torch.tensor(self.std, device=pixels.device)[:, None, None]
         return pixels.float().sub_(mean).div_(std)
@@ -93,7 +93,7 @@ class FastPreprocess:
 
 
 def fast_preprocess(transform: object) -> FastPreprocess | None:
-    """The same settings, faster; None for a transform that does anything else, or in another order.
+    """Return the same preprocessing in its faster form; None for a transform that does anything else.
 
     Knows what open_clip makes for evaluation (`Resize, CenterCrop, RGB, ToTensor, Normalize`) and
     transformers' CLIP image processors.
@@ -110,7 +110,7 @@ def fast_preprocess(transform: object) -> FastPreprocess | None:
 
 
 def _of_compose(transform: object) -> FastPreprocess | None:
-    """Of a torchvision Compose with exactly open_clip's steps."""
+    """Convert a torchvision Compose with exactly open_clip's steps."""
     steps = {type(step).__name__: step for step in getattr(transform, "transforms", ())}
     names = [name for name in steps if name not in _TO_RGB]
     if len(steps) != len(getattr(transform, "transforms", ())) or names not in (
@@ -139,7 +139,7 @@ def _of_compose(transform: object) -> FastPreprocess | None:
 
 
 def _of_processor(processor: Any) -> FastPreprocess | None:
-    """Of a transformers image processor of CLIP's kind."""
+    """Convert a transformers image processor of CLIP's kind."""
     if "CLIPImageProcessor" not in type(processor).__name__:
         return None
     says = processor.to_dict()

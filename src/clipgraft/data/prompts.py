@@ -1,4 +1,4 @@
-"""From class names to the sentences that a text encoder turns into a classifier."""
+"""Write the prompts of classes, which a text encoder turns into a classifier."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 
 
 def class_words(name: str) -> str:
-    """A class name as words: `fire_engine` reads "fire engine"."""
+    """Turn a class name into words: `fire_engine` reads "fire engine"."""
     return " ".join(name.replace("_", " ").split())
 
 
 def find_templates(chosen: str | Sequence[str]) -> tuple[str, ...]:
-    """The templates of a named set ("photo", "ensemble"), or those given: one, or several.
+    """Return the templates of a named set ("photo", "ensemble"), or those given: one, or several.
 
     Raises:
         ConfigError: a template has no `{}` for the class name, and is not the name of a set.
@@ -48,7 +48,7 @@ def find_templates(chosen: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
-    """Prompts of classes from a YAML file that maps each class to a prompt, or to a list of them.
+    """Read prompts from a YAML file that maps each class to a prompt, or to a list of them.
 
     Everything is read as text: a class may be called `no`, `1` or `null` without quotes.
 
@@ -66,7 +66,7 @@ def class_prompts(
     prompts: Mapping[str, Sequence[str]] | None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
 ) -> tuple[tuple[str, ...], ...]:
-    """The prompts of each class, in the order of `classes`.
+    """Return the prompts of each class, in the order of `classes`.
 
     A class takes its own `prompts`, found by its name, or by its words in any case: `Fire engine` is
     `fire_engine`. A class without any takes `templates`, with its words for `{}`, which is also filled in

@@ -133,7 +133,7 @@ def read_labelled(
 
 
 def read_texts(source: str | Path, args: TableArgs | None = None, **options: Any) -> tuple[str, ...]:
-    """The distinct texts of a source, in order; images are not looked at.
+    """Read the distinct texts of a source, in order; images are not opened.
 
     A `.txt` is one text a line, unless it is written like Flickr's captions or one of the options says that
     it is a table; all else is read as tables of pairs are. Rows without a text are skipped, and counted in
@@ -289,7 +289,7 @@ class _Gathered:
             self.notes = (*self.notes, f"{only}; an image that is cut short stops the run later")
 
     def facts(self, notes: tuple[str, ...] = ()) -> dict[str, Any]:
-        """What every report tells."""
+        """Return what every report has."""
         return {
             "source": self.table.source,
             "kind": self.table.kind,
@@ -307,7 +307,7 @@ class _Gathered:
 
 
 def _left_over(source: Path, table: Table, gathered: _Gathered) -> tuple[str, ...]:
-    """For a folder with a captions file: how many of its images no row names."""
+    """Count the images that no row names, for a folder with a captions file."""
     if table.source == source:
         return ()
     named = gathered.images.keys() | gathered.unreadable
@@ -318,7 +318,7 @@ def _left_over(source: Path, table: Table, gathered: _Gathered) -> tuple[str, ..
 
 
 def find_duplicates(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], ...]:
-    """Groups of two or more files with the same bytes. Only files of equal size are read."""
+    """Group files with the same bytes, two or more a group. Only files of equal size are read."""
     return tuple(
         group for same in _groups(paths, lambda path: path.stat().st_size) for group in _groups(same, _digest)
     )

@@ -79,7 +79,7 @@ _NAN = frozenset({"nan", "-nan", "<na>", "#n/a", "#na", "n/a"})
 
 
 def is_null(text: str) -> bool:
-    """Whether a cell holds what a program writes where there is no text, such as pandas' nan.
+    """Tell whether a cell holds what a program writes for a missing text, such as pandas' nan.
 
     "NA" counts in capitals alone: "na" is a fruit in Vietnamese.
     """
@@ -99,7 +99,7 @@ class Cells:
     keep_nulls: bool = False
 
     def is_null(self, text: str) -> bool:
-        """Whether a caption, or a label, is what a program writes where there is none."""
+        """Tell whether a caption or label is what a program writes for a missing one."""
         if self.keep_nulls or not is_null(text):
             return False
         return not self.labels or text.lower() in _NAN

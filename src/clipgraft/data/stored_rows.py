@@ -1,4 +1,4 @@
-"""Rows of values, one for each image: in memory, or in files of which every byte is checked.
+"""Keep one row of values for each image, in memory or in files of which every byte is checked.
 
 Rows on disk lie in shards. `NAME.npy` is an array (rows, *item). `NAME.index`, written after it, makes it
 count: one line of JSON with the array's size and checksum, the 16-byte ids of the rows, and a digest of both.
@@ -81,7 +81,7 @@ class StoredRows:
         return to_tensor(found, self.dtype)
 
     def tensor(self) -> Tensor:
-        """All rows, (N, *item). Rows that lie in order in one file stay there, mapped copy-on-write."""
+        """Return all rows, (N, *item). Rows in order in one file stay there, mapped copy-on-write."""
         first, start = self._part[0], self._row[0]
         in_order = np.arange(start, start + len(self))
         if (self._part == first).all() and np.array_equal(self._row, in_order):
@@ -90,14 +90,14 @@ class StoredRows:
 
 
 def computed_rows(paths: Sequence[Path], compute: Compute, dtype: torch.dtype) -> StoredRows:
-    """Rows that are kept in memory alone, (len(paths), *item)."""
+    """Compute rows and keep them in memory, (len(paths), *item)."""
     arrays: list[Array] = []
     compute(paths, lambda rows: arrays.append(to_array(rows, dtype)))
     return _in_order(np.concatenate(arrays), dtype)
 
 
 def rows_in_memory(rows: Tensor) -> StoredRows:
-    """Rows of a tensor, (N, *item)."""
+    """Wrap the rows of a tensor, (N, *item)."""
     return _in_order(to_array(rows, rows.dtype), rows.dtype)
 
 
@@ -106,26 +106,26 @@ def _in_order(whole: Array, dtype: torch.dtype) -> StoredRows:
 
 
 def to_tensor(array: Array, dtype: torch.dtype) -> Tensor:
-    """An array as a tensor over the same memory; bfloat16, which numpy lacks, comes as int16 of its bits."""
+    """View an array as a tensor; bfloat16, which numpy lacks, is int16 of the same bits."""
     tensor = torch.from_numpy(array)
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
 
 
 def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """What `to_array` makes of a dtype."""
+    """Return the array type that `to_array` makes of a dtype."""
     made: np.dtype[Any] = to_array(torch.empty(0), dtype).dtype
     return made
 
 
 def to_array(tensor: Tensor, dtype: torch.dtype) -> Array:
-    """A tensor cast to `dtype` as an array on the CPU; bfloat16 as int16 of the same bits."""
+    """Cast a tensor to `dtype`, as an array on the CPU; bfloat16 becomes int16 of the same bits."""
     cast = tensor.detach().to("cpu", dtype).contiguous()
     array: Array = (cast.view(torch.int16) if dtype == torch.bfloat16 else cast).numpy()
     return array
 
 
 def available_memory() -> int | None:
-    """Bytes that may be used before the system swaps, or ends the container; None where it does not tell."""
+    """Return the bytes that can be used without swapping or being killed; None where unknown."""
     known = [count for count in (_of_system(), _of_container()) if count is not None]
     return min(known) if known else None
 
@@ -144,7 +144,7 @@ def _of_system() -> int | None:
 
 
 def _of_container() -> int | None:
-    """What a control group leaves; files it has read count as used, which errs on the safe side."""
+    """Return what a control group leaves; cached files count as used, which errs on the safe side."""
     try:
         limit, used = (
             int((_GROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
@@ -155,7 +155,7 @@ def _of_container() -> int | None:
 
 
 def file_ids(paths: Sequence[Path]) -> list[bytes]:
-    """16 bytes for each file, from its absolute path, size and modification time in nanoseconds.
+    """Hash absolute path, size and modification time (ns) of each file to 16 bytes.
 
     Links are followed for size and time but named as they stand. A file that cannot be looked at gets an id
     as well: whoever opens it next says what is wrong with it.
@@ -247,7 +247,7 @@ def read_shard(index: Path) -> Shard:
 
 
 def open_rows(shard: Shard) -> Array:
-    """The rows of a shard, memory-mapped, after one sequential read that checks every byte.
+    """Map the rows of a shard into memory after one sequential read that checks every byte.
 
     Raises ShardError, or FileNotFoundError where another process took the shard away.
     """
@@ -296,7 +296,7 @@ def remove_shard(index: Path) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """A shard as the eviction sees it: when it was last used (ns), its bytes on disk, its index file."""
+    """What eviction needs of a shard: when it was last used (ns), its bytes on disk, its index file."""
 
     used: int
     bytes: int
@@ -304,7 +304,7 @@ class Kept:
 
 
 def list_shards(folder: Path) -> Iterator[Kept]:
-    """The shards of one entry; what killed writers left there is removed on the way."""
+    """List the shards of one entry, and remove what killed writers left there."""
     try:
         sweep_partial(folder)
         files = _files(folder)
@@ -323,7 +323,7 @@ def list_shards(folder: Path) -> Iterator[Kept]:
 
 
 def _files(folder: Path) -> dict[str, os.stat_result]:
-    """What lies in a folder that others write to; raises OSError."""
+    """List a folder that others write to; raises OSError."""
     files = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -335,7 +335,7 @@ def _files(folder: Path) -> dict[str, os.stat_result]:
 
 
 def _map(path: Path) -> np.memmap[Any, Any]:
-    """Copy-on-write: a caller that writes into its features must not write into the cache."""
+    """Map a file copy-on-write: a caller that writes into its features must not change the cache."""
     array: np.memmap[Any, Any] = map_array(path, mode="c")
     return array
 

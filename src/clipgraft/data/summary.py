@@ -1,4 +1,4 @@
-"""The summary that a person reads before training, and the limit on rows that cannot be used."""
+"""Summarise what was read, and stop at too many rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Fact = tuple[str, int, str]
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class DataReport(Result):
-    """Counts of one data set, whatever is read beside the images.
+    """Counts that images with captions and images with labels have in common.
 
     Attributes:
         source, kind, unit: what was read, as what, and what a row number counts.
@@ -55,11 +55,11 @@ class DataReport(Result):
 
     @property
     def duplicate_images(self) -> int:
-        """Images whose bytes are also those of another image that comes before them."""
+        """Count images whose bytes are those of an earlier image."""
         return sum(len(group) - 1 for group in self.duplicates)
 
     def summary(self) -> str:
-        """Aligned text, one line a fact; a line that tells of a problem says what to do."""
+        """Return aligned text, one line a fact; a line about a problem says what to do."""
         problems = [(name, count, advice if count else "") for name, count, advice in self._problems()]
         lines = [f"{self.source} ({self.kind})", *(f"  note: {note}" for note in self.notes)]
         lines += [*fact_lines([*self._facts(), *problems]), *self._more()]
@@ -91,7 +91,7 @@ class DataReport(Result):
         ]
 
     def _more(self) -> list[str]:
-        """Lines between facts and skipped rows."""
+        """Return lines between facts and skipped rows."""
         return []
 
 
@@ -124,7 +124,7 @@ class PairReport(DataReport):
         count_tokens: Callable[[Sequence[str]], Sequence[int]],
         context_length: int,
     ) -> PairReport:
-        """The same report, with how many of the captions have more tokens than the model reads."""
+        """Return the report with the number of captions that have more tokens than the model reads."""
         found = count_long_captions(captions, count_tokens, context_length)
         return replace(self, long_captions=found, context_length=context_length)
 
@@ -173,7 +173,7 @@ class LabelReport(DataReport):
 
     @property
     def imbalance(self) -> float:
-        """How many times as many images the largest class has as the smallest."""
+        """Return the size of the largest class divided by that of the smallest."""
         return max(self.counts) / min(self.counts)
 
     def _facts(self) -> list[Fact]:
@@ -241,12 +241,12 @@ class BadRows:
             )
 
     def _told(self, row: BadRow) -> bool:
-        """Whether this fault of this image is kept: a lost image with five captions is five bad rows."""
+        """Tell whether this fault of this image is kept: a lost image with five captions is five bad rows."""
         kept = {(kept.image, kept.reason) for kept in self.first}
         return bool(row.image) and (row.image, row.reason) in kept
 
     def examples(self) -> str:
-        """The first few, on one line."""
+        """Describe the first few on one line."""
         return "; ".join(describe_row(row, self._unit) for row in self.first[:_SHOWN])
 
 
@@ -264,7 +264,7 @@ class Remarks:
         self._first.setdefault(row.remark, row.number)
 
     def notes(self) -> tuple[str, ...]:
-        """One line for each remark."""
+        """Return one line for each remark."""
         return tuple(
             f"{count:,} rows {remark} (the first is {self._unit} {self._first[remark]})"
             for remark, count in self._counts.most_common()
@@ -274,7 +274,7 @@ class Remarks:
 def count_long_captions(
     captions: Sequence[str], count_tokens: Callable[[Sequence[str]], Sequence[int]], context_length: int
 ) -> int:
-    """How many captions have more tokens than the model reads.
+    """Count the captions that have more tokens than the model reads.
 
     `count_tokens` returns the length of each caption in tokens, start and end tokens included and nothing cut
     off.
@@ -286,20 +286,20 @@ def count_long_captions(
 
 
 def fact_lines(facts: Sequence[Fact]) -> list[str]:
-    """Facts as indented lines with names and counts in columns."""
+    """Write facts as indented lines with names and counts in columns."""
     rows = [(f"  {name}", f"{count:,}", remark) for name, count, remark in facts]
     return aligned(rows, left=(0, 2))
 
 
 def describe_row(row: BadRow, unit: str) -> str:
-    """`line 7: a.jpg not found in data`: where, which image, why."""
+    """Describe a bad row: `line 7: a.jpg not found in data`."""
     return " ".join(
         part for part in (f"{unit} {row.number}:", shown_line(row.image, 200), row.reason) if part
     )
 
 
 def _equal(groups: Sequence[tuple[Path, ...]]) -> str:
-    """The first group of equal files: their names, with the folder where that differs."""
+    """Name the first group of equal files, with their folders where these differ."""
     if not groups:
         return ""
     alike = len({path.parent for path in groups[0]}) == 1

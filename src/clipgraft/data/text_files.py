@@ -1,4 +1,4 @@
-"""What a file is by its name and first bytes, and the lines of a text file in the encoding that it has."""
+"""Tell what a file is by its name and first bytes, and read text files in their own encoding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def check_encoding(name: str) -> str:
-    """The name itself; raises ConfigError where Python knows no such encoding of text."""
+    """Return the name; raise ConfigError where Python knows no such encoding of text."""
     try:
         "a".encode(name)
     except (LookupError, ValueError) as error:
@@ -67,7 +67,7 @@ def check_encoding(name: str) -> str:
 
 
 def text_encoding(path: Path, given: str | None = None) -> str:
-    """The encoding that was given, or that the file shows by a mark or by its bytes; else UTF-8."""
+    """Return the given encoding, or the one that a mark or the bytes of the file show; else UTF-8."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if given is not None:
@@ -84,7 +84,7 @@ def text_encoding(path: Path, given: str | None = None) -> str:
 
 
 def text_lines(path: Path, given: str | None = None) -> Generator[str, None, None]:
-    """The lines of a text file with their line ends as they are, decoded strictly.
+    """Yield the lines of a text file with their line ends, decoded strictly.
 
     Raises DataError with the line of the first byte that cannot be decoded.
     """
@@ -151,7 +151,7 @@ def _advice(data: bytes, place: int) -> str:
 
 
 def _is_words(text: str) -> bool:
-    """Whether what is beside ASCII are letters, of one script a word, and Latin words are not all accents."""
+    """Tell whether text reads as words: letters of one script a word, and Latin words not all accents."""
     accented = plain = 0
     for word in "".join(c if c.isalpha() or unicodedata.combining(c) else " " for c in text).split():
         scripts = {unicodedata.name(c, "?").split()[0] for c in word if c.isalpha()}
@@ -168,12 +168,12 @@ def _is_words(text: str) -> bool:
 
 
 def is_tar_name(name: str) -> bool:
-    """Whether a path or pattern names tar files: one, or several by braces or wildcards."""
+    """Tell whether a path or pattern names tar files: one, or several by braces or wildcards."""
     return name.lower().rstrip("}").endswith(_ARCHIVES)
 
 
 def tar_advice(source: str) -> str:
-    """What tar files are, and the command that makes of them a folder that is read."""
+    """Say that a source is tar files, with the command that unpacks them into a folder."""
     name = re.sub(r"[^\w].*", "", Path(source).name.partition("{")[0].partition(".")[0]) or "unpacked"
     files = source if re.fullmatch(r"[\w./{},*+-]+", source) else shlex.quote(source)
     return (
@@ -183,7 +183,7 @@ def tar_advice(source: str) -> str:
 
 
 def what_it_is(path: Path) -> str | None:
-    """`a spreadsheet: open it …`, by the file's first bytes, or by its name; None for what is not known."""
+    """Say what a file is and what to do with it, by its name or first bytes; None where unknown."""
     if is_tar_name(path.name):
         return tar_advice(str(path))
     suffix = path.suffix.lower()
@@ -204,7 +204,7 @@ def what_it_is(path: Path) -> str | None:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file may be text: it has no NUL byte where text has none."""
+    """Tell whether a file may be text: it has no NUL byte where text has none."""
     if text_encoding(path).startswith(("utf-16", "utf-32")):
         return True
     with path.open("rb") as file:

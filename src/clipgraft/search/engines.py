@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipgraft.data.features import evaluating
-from clipgraft.data.loading import Transform, made_ahead
+from clipgraft.data.loading import Transform, prefetch
 from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.control import set_adapter
@@ -218,7 +218,7 @@ class LocalEngine:
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
         """See `Engine`. Vectors stay on the model's device."""
         clip = self.encoder.clip
-        batches = made_ahead(self.modality.load, keys, self.modality.workers)
+        batches = prefetch(self.modality.load, keys, self.modality.workers)
         with evaluating(clip), adapters_as_they_were(clip), closing(batches):
             for batch in batches:
                 vectors = self._vectors(batch.inputs)

@@ -75,7 +75,7 @@ class Feed:
                 seed=seed,
                 workers=workers,
                 rank=world.rank,
-                ranks=world.world_size,
+                world_size=world.world_size,
             )
 
     def batches(self, epoch: int, start: int) -> Generator[list[MicroBatch], None, None]:
