@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, write_adapter
+from clipgraft.adapters.adapter_file import AdapterFile, pairs, write_adapter
 from clipgraft.adapters.clip_lora import write_clip_lora
 from clipgraft.adapters.convert import detect, read_any
 from clipgraft.adapters.guide_format import write_guide
@@ -138,7 +138,7 @@ def make_adapter(folder: Path) -> AdapterFile:
     settings = LoraConfig(r=RANK, alpha=4, targets="text-attention")
     base = {"name": "ViT-B-32", "pretrained": "openai", "family": "open_clip"}
     return AdapterFile(
-        folder, weights, settings, base=base, fingerprint="0123456789abcdef", metrics={"R@1": 0.5}
+        folder, pairs(weights), settings, base=base, fingerprint="0123456789abcdef", metrics={"R@1": 0.5}
     )
 
 

@@ -58,7 +58,7 @@ def test_an_adapter(family: str, cli: Any, tiny_config: Path, hf_folder: Path, t
         assert found["profile"][tower.tower]["adapter_macs"] == tower.adapter_macs > 0
         assert found["profile"][tower.tower]["macs"] == tower.macs
     text = cli("profile", name, "--adapter", tmp_path / "adapter", "--targets", "mlp").out
-    assert "LoraLayer(" in text
+    assert "PlainLora(" in text
 
 
 def test_other_sizes(cli: Any, tiny_config: Path, hf_folder: Path) -> None:
