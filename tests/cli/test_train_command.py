@@ -216,7 +216,7 @@ def test_training_an_adapter_further(train: Any, cli: Any, table: Path, tmp_path
     assert adapters[0].fingerprint == adapters[1].fingerprint
     refused = cli(*words, "--model", first, "--name", "third", "--use-lora")
     assert refused.code == 2
-    assert "what was loaded is an adapter on its base; drop --use-lora" in refused.err
+    assert "is an adapter on its base; drop --use-lora" in refused.err
 
 
 def test_faults_between_flags_come_together_and_before_the_model(

@@ -51,7 +51,7 @@ def _faults(model: ModelFlags, spec: EncodeFlags, args: EncodeArgs) -> list[str]
 
     faults = []
     if Path(spec.source).suffix.lower() == ".txt" and not args.texts:
-        faults.append(f"{spec.source}: lines of a .txt file are texts, and --texts is missing: add it")
+        faults.append(f"{spec.source}: a .txt file holds texts: add --texts")
     if spec.adapter is not None and spec.adapters is not None:
         faults.append("--adapter and --adapters: give one of them")
     faults += args.faults()
@@ -81,7 +81,7 @@ def _adapter_apart(model: ModelFlags, spec: EncodeFlags) -> tuple[ModelFlags, En
         return model, spec
     if spec.adapter is not None or spec.adapters is not None:
         raise ConfigError(
-            f"--model {model.model} is an adapter already: name its base, and the adapters apart"
+            f"--model {model.model} is an adapter: give its base there, and the adapters with their own flag"
         )
     named = {"model": base.name, "pretrained": base.pretrained or None}
     return model.model_copy(update=named), spec.model_copy(update={"adapter": adapter})

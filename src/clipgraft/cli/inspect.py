@@ -68,7 +68,7 @@ def _show_adapter(spec: InspectFlags) -> None:
 
     if given := sorted(spec.model_fields_set - {"model", "format"}):
         raise ConfigError(
-            f"{', '.join(map(flag, given))} given for {spec.model}, an adapter: name a model, or drop it"
+            f"{', '.join(map(flag, given))} given, but {spec.model} is an adapter: drop it, or name a model"
         )
     found = inspect_adapter(spec.model)
     if spec.format == "json":

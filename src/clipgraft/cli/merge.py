@@ -157,7 +157,8 @@ def run_convert(argv: Sequence[str]) -> None:
     log.info("wrote %s: %s, %s bytes (%.1f MB)", spec.to, written, f"{size:,}", size / 1e6)
     if adapter.logit_scale is not None and spec.to in ("guide", "clip-lora"):
         log.info(
-            "its trained temperature is in that file for clipgraft alone; %s has no place for it", spec.to
+            "the trained temperature is in the file for clipgraft only; the %s format has no place for it",
+            spec.to,
         )
 
 
@@ -199,7 +200,7 @@ def _base_of(adapter: AdapterFile, force: bool = False, *, given: bool = False) 
         tell_base(name, adapter.base.get("pretrained"), f"the adapter {adapter.path}")
     clip = load(name, adapter.base.get("pretrained") or None)
     if lora_state(clip) is not None:
-        raise AdapterError(f"--model {name} is an adapter on its base, and no base itself: name that")
+        raise AdapterError(f"--model {name} is an adapter on its base: give the base")
     if not force and adapter.fingerprint not in (None, clip.fingerprint):
         raise AdapterError(
             f"{adapter.path} was made for a base with fingerprint {adapter.fingerprint}, but {name} has "

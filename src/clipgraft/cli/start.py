@@ -108,7 +108,7 @@ def contradictions(clip: Clip, file: AdapterFile, lora: LoraFlags) -> list[str]:
         if name in lora.model_fields_set and getattr(lora, name) not in (own, None):
             differing.append(f"{flag(name)} {getattr(lora, name)} (it has {own})")
     if lora.lora_init != "default":
-        differing.append(f"--lora-init {lora.lora_init} (its weights are there)")
+        differing.append(f"--lora-init {lora.lora_init} (it has weights already)")
     targets = lora.lora_targets
     if lora.lora_target_modules is not None:
         targets = guide_targets(lora.lora_target_modules)
@@ -162,7 +162,7 @@ def graft(
 
     if lora_state(clip) is not None:
         raise ConfigError(
-            f"--model {clip.source.name}: what was loaded is an adapter on its base; drop --use-lora and the "
+            f"--model {clip.source.name}: is an adapter on its base; drop --use-lora and the "
             "other --lora flags to train it further, or give the base itself"
         )
     if where.from_ is not None and starts_from_adapter(where.from_):
