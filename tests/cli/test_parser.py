@@ -157,7 +157,7 @@ def test_defaults_are_open_clips() -> None:
             "--precision: got 'fp16', allowed is one of 'auto', 'fp32', 'amp_bf16' or 'bf16'",
         ),
         (["--resume", "epoch_3.pt"], "--resume: got 'epoch_3.pt', allowed is one of 'latest'"),
-        (["--lora-dropout", "1"], "--lora-dropout: got '1', allowed is less than 1"),
+        (["--lora-dropout", "1"], "--lora-dropout: got '1', allowed is a number from 0 to 0.99"),
         (
             ["--lora-rank-pattern", "text.0.*"],
             "--lora-rank-pattern: got 'text.0.*', allowed is write SITES=NUMBER",
