@@ -44,8 +44,13 @@ def main(argv: Sequence[str]) -> None:
         if targets != FULL:
             cg.apply_lora(clip, r=16, alpha=32, targets=targets)
         out = folder / "runs" / f"{scenes}-{time.time_ns()}"
-        common: dict[str, Any] = {"wd": 0.1, "warmup": 20, "val_frequency": 0, "save_frequency": 0}
-        cg.fit(clip, train, out=out, lr=lr, cache=cache, autocast=None, progress=False, **common, **options)
+        cg.fit(
+            clip,
+            train,
+            train=cg.TrainArgs(lr=lr, wd=0.1, warmup=20, **options),
+            run=cg.RunArgs(out=out, val_frequency=0, save_frequency=0, progress=False),
+            features=cg.FeatureArgs(feature_cache=folder / "features", autocast=None),
+        )
         steps = options["epochs"] * (5 * scenes // options["batch_size"])
         head = f"| {5 * scenes:,} | {targets} | {lr:g} | {steps} |"
         print(f"{head} {_numbers(clip, pairs, cache)} |", flush=True)

@@ -37,8 +37,6 @@ _TRAINING: dict[str, Any] = {
     "lr": 5e-4,
     "wd": 0.1,
     "warmup": 20,
-    "autocast": None,
-    "progress": False,
 }
 _RECALLS = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
 
@@ -145,7 +143,13 @@ def make_models(world: World, folder: Path, epochs: int) -> tuple[dict[str, Clip
     ):
         _tell(name)
         out = folder / name.replace(" ", "-")
-        result = train(models[name], train=world.train, out=out, epochs=epochs, **_TRAINING)
+        result = train(
+            models[name],
+            pairs=world.train,
+            train=cg.TrainArgs(epochs=epochs, **_TRAINING),
+            run=cg.RunArgs(out=out, progress=False),
+            features=cg.FeatureArgs(autocast=None),
+        )
         seconds[name] = result.seconds
     return models, seconds
 

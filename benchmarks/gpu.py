@@ -78,7 +78,6 @@ def train_ours(targets: str, autocast: bool) -> Values:
     logging.getLogger("clipgraft").addHandler(Clock())
     torch.manual_seed(0)
     cg.apply_lora(clip, **LORA, dropout=0.1, targets=targets)
-    options = {"negatives": "batch", "lr_scheduler": "const", "warmup": 0, "save_frequency": 0}
     torch.cuda.reset_peak_memory_stats()
     started = synchronised()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,13 +85,11 @@ def train_ours(targets: str, autocast: bool) -> Values:
         cg.fit(
             clip,
             pairs,
-            out=out,
-            batch_size=BATCH,
-            epochs=EPOCHS,
-            autocast=autocast,
-            workers=usable_cores(),
-            progress=False,
-            **options,
+            train=cg.TrainArgs(
+                batch_size=BATCH, epochs=EPOCHS, negatives="batch", lr_scheduler="const", warmup=0
+            ),
+            run=cg.RunArgs(out=out, progress=False, save_frequency=0),
+            features=cg.FeatureArgs(autocast=autocast, workers=usable_cores()),
         )
         events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     marks = [started, *ends]

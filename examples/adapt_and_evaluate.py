@@ -19,7 +19,7 @@ import clipgraft as cg
 from clipgraft.report.write_report import write_report
 
 SITES = "linear-text,text.token_embedding,text.proj"  # all matrices of the text tower
-TRAINING: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 20, "autocast": None, "progress": False}
+TRAINING: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 20}
 
 
 def recalls(clip: cg.Clip, tests: Mapping[str, cg.Pairs], cache: cg.data.FeatureCache) -> dict[str, float]:
@@ -49,10 +49,13 @@ def compare(
     # Both runs take the same number of steps. The second finds the image features in the cache.
     runs, cache = out / time.strftime("runs-%Y%m%d-%H%M%S"), cg.data.FeatureCache(out / "features")
     recorded = {"model": "emoji", "val_data": str(tables["vi"].resolve())}  # shown on the page
-    common = {**TRAINING, "epochs": epochs, "cache": cache, "params": recorded}
-    lora = cg.fit(clip, train, tests["vi"], out=runs / "lora", lr=3e-3, **common)
+    features = cg.FeatureArgs(feature_cache=out / "features", autocast=None)
+    args = cg.TrainArgs(lr=3e-3, epochs=epochs, **TRAINING)
+    kept = cg.RunArgs(out=runs / "lora", progress=False, params=recorded)
+    lora = cg.fit(clip, train, tests["vi"], train=args, run=kept, features=features)
     tuned = cg.load("emoji")
-    full = cg.fit(tuned, train, tests["vi"], out=runs / "full", lr=1e-3, lock_image=True, **common)
+    args, kept = args.replace(lr=1e-3, lock_image=True), kept.replace(out=runs / "full")
+    full = cg.fit(tuned, train, tests["vi"], train=args, run=kept, features=features)
 
     # %% Results
     # The English column shows what was forgotten. With the adapter switched off, nothing is forgotten.

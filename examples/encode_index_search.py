@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,8 +26,13 @@ def train_adapter(out: Path, scenes: int) -> Path:
         clip = cg.load("emoji")
         torch.manual_seed(0)
         cg.apply_lora(clip, r=16, alpha=32, targets="linear-text,text.token_embedding,text.proj")
-        options: dict[str, Any] = {"batch_size": 128, "lr": 3e-3, "wd": 0.1, "warmup": 20, "epochs": 1}
-        run = cg.fit(clip, pairs, out=out / "run", resume=True, autocast=None, progress=False, **options)
+        run = cg.fit(
+            clip,
+            pairs,
+            train=cg.TrainArgs(batch_size=128, lr=3e-3, wd=0.1, warmup=20, epochs=1),
+            run=cg.RunArgs(out=out / "run", resume=True, progress=False),
+            features=cg.FeatureArgs(autocast=None),
+        )
         print(f"trained on {len(pairs):,} images in {run.seconds:.0f} s")
         cg.save_adapter(clip, adapter)
     return adapter

@@ -105,7 +105,6 @@ def train_what_is_missing(out: Path, size: int) -> None:
     if not missing:
         return
     scenes, files = pictures(out, "train", size)
-    cache = cg.data.FeatureCache(out / "features")
     for task in missing:
         clip = cg.load("emoji")
         torch.manual_seed(0)
@@ -114,11 +113,9 @@ def train_what_is_missing(out: Path, size: int) -> None:
         result = cg.fit(
             clip,
             pairs_of(task, scenes, files),
-            out=run,
-            cache=cache,
-            autocast=None,
-            progress=False,
-            **TRAINING,
+            train=cg.TrainArgs(**TRAINING),
+            run=cg.RunArgs(out=run, progress=False),
+            features=cg.FeatureArgs(feature_cache=out / "features", autocast=None),
         )
         cg.save_adapter(clip, out / "adapters" / task.name)
         print(f"trained {task.name!r} in {result.seconds:.0f} s", flush=True)

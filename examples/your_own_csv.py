@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     cg.apply_lora(clip, r=16, alpha=32, targets="linear-text,text.token_embedding,text.proj")
     run = flags.out / time.strftime("run-%Y%m%d-%H%M%S")
-    cg.fit(clip, train, out=run, epochs=flags.epochs, batch_size=64, lr=2e-3, autocast=None, progress=False)
+    cg.fit(
+        clip,
+        train,
+        train=cg.TrainArgs(epochs=flags.epochs, batch_size=64, lr=2e-3),
+        run=cg.RunArgs(out=run, progress=False),
+        features=cg.FeatureArgs(autocast=None),
+    )
 
     with cg.lora_disabled(clip):
         base = cg.evaluate_retrieval(clip, test)

@@ -51,12 +51,15 @@ def load(precision: str = "fp32") -> cg.Clip:
     return cg.load("ViT-B-32", pretrained=OPENCLIP_BASE, precision=precision)
 
 
-def timed_fit(clip: cg.Clip, pairs: cg.Pairs, **options: Any) -> dict[str, Any]:
+def timed_fit(
+    clip: cg.Clip, pairs: cg.Pairs, train: cg.TrainArgs, features: cg.FeatureArgs
+) -> dict[str, Any]:
     """Run `fit` in a new folder; returns the seconds of every epoch and the loss of every step."""
     reset_peak()
     with tempfile.TemporaryDirectory() as folder, _epoch_clock() as clock:
         started = time.perf_counter()
-        result = cg.fit(clip, pairs, out=Path(folder) / "run", progress=False, save_frequency=0, **options)
+        run = cg.RunArgs(out=Path(folder) / "run", progress=False, save_frequency=0)
+        result = cg.fit(clip, pairs, train=train, run=run, features=features)
         total = time.perf_counter() - started
         lines = (Path(folder) / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
@@ -95,12 +98,8 @@ def train(
     return timed_fit(
         clip,
         pairs,
-        batch_size=batch_size,
-        epochs=epochs,
-        autocast=autocast,
-        lr_scheduler="const",
-        warmup=0,
-        **(fit or {}),
+        cg.TrainArgs(batch_size=batch_size, epochs=epochs, lr_scheduler="const", warmup=0, **(fit or {})),
+        cg.FeatureArgs(autocast=autocast),
     )
 
 

@@ -20,6 +20,7 @@ from .adapters.clip import get_lora_state_dict as get_lora_state_dict
 from .adapters.clip import load_lora_adapters as load_lora_adapters
 from .adapters.clip import save_lora_adapters as save_lora_adapters
 from .adapters.open import load as load
+from .data.args import FeatureArgs as FeatureArgs
 from .data.datasets import Labelled as Labelled
 from .data.datasets import Pairs as Pairs
 from .data.reader import read_labelled as read_labelled
@@ -38,8 +39,10 @@ from .lora.merge import merge_lora as merge_lora
 from .lora.merge import unmerge_lora as unmerge_lora
 from .lora.parameters import count_parameters as count_parameters
 from .search.args import EncodeArgs as EncodeArgs
-from .train.distill import distill as distill
+from .train.args import RunArgs as RunArgs
+from .train.args import TrainArgs as TrainArgs
+from .train.fit import distill as distill
 from .train.fit import fit as fit
-from .train.fit_classes import fit_classifier as fit_classifier
+from .train.fit import fit_classifier as fit_classifier
 
 __version__: str

@@ -200,6 +200,11 @@ class Repeated:
 
 
 @dataclass(frozen=True)
+class PythonOnly:
+    """Marks a field that the command line does not offer, because it decides the value in another way."""
+
+
+@dataclass(frozen=True)
 class Fault:
     """What is wrong with one option.
 
@@ -253,10 +258,10 @@ class Options(BaseModel):
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
-Kind = TypeVar("Kind", bound=Options)
+_Kind = TypeVar("_Kind", bound=Options)
 
 
-def part(options: Options, kind: type[Kind], **changes: Any) -> Kind:
+def part(options: Options, kind: type[_Kind], **changes: Any) -> _Kind:
     """The options of a group among those of a larger one that derives from it."""
     named = [name for name in kind.model_fields if name in options.model_fields_set]
     return kind(**{name: getattr(options, name) for name in named} | changes)

@@ -14,6 +14,7 @@ import clipgraft as cg
 from clipgraft.adapters.open import split_adapter
 from clipgraft.adapters.run_folder import find_run_model
 from clipgraft.models.clip import Clip
+from fitting import groups
 from tiny_pictures import write_pictures
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "workers": 0, "progress": False}
@@ -38,7 +39,7 @@ def test_a_run_of_all_weights_is_a_model(
     """What hours of full fine-tuning made can be loaded by nothing but hand."""
     base = (str(tiny_config), "none") if kind == "open_clip" else (str(hf_folder), None)
     clip = cg.load(*base)
-    cg.fit(clip, pairs, out=tmp_path / "logs" / "full", **QUICK)
+    cg.fit(clip, pairs, **groups(out=tmp_path / "logs" / "full", **QUICK))
     shutil.move(tmp_path / "logs", tmp_path / "moved")
     run = tmp_path / "moved" / "full"
     assert same(cg.load(run), clip)
@@ -56,10 +57,10 @@ def test_an_adapter_of_a_fine_tuned_model_finds_it(
     tiny_config: Path, pairs: cg.Pairs, tmp_path: Path
 ) -> None:
     """An adapter that was trained on a run's model would be put on the model before that run."""
-    cg.fit(cg.load(tiny_config, "none"), pairs, out=tmp_path / "full", **QUICK)
+    cg.fit(cg.load(tiny_config, "none"), pairs, **groups(out=tmp_path / "full", **QUICK))
     clip = cg.load(tmp_path / "full")
     cg.apply_lora(clip, r=2)
-    cg.fit(clip, pairs, out=tmp_path / "lora", **QUICK)
+    cg.fit(clip, pairs, **groups(out=tmp_path / "lora", **QUICK))
     again = cg.load(tmp_path / "lora")
     assert same(again, clip)
     assert again.fingerprint == clip.fingerprint
@@ -73,7 +74,7 @@ def test_a_folder_of_open_clip_and_its_run(tiny_config: Path, pairs: cg.Pairs, t
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(cg.load(tiny_config, "none").model.state_dict(), folder / "open_clip_pytorch_model.bin")
     clip = cg.load(folder)
-    cg.fit(clip, pairs, out=tmp_path / "full", **QUICK)
+    cg.fit(clip, pairs, **groups(out=tmp_path / "full", **QUICK))
     assert same(cg.load(tmp_path / "full"), clip)
 
 
@@ -86,7 +87,7 @@ def test_an_unfinished_run_says_so(
         clip = cg.load(tiny_config, "none")
         if lora:
             cg.apply_lora(clip, r=2)
-        cg.fit(clip, pairs, out=run, **QUICK | {"epochs": 2})
+        cg.fit(clip, pairs, **groups(out=run, **QUICK | {"epochs": 2}))
         (run / "results.json").unlink()
         if lora:
             shutil.rmtree(run / "adapter")
@@ -104,7 +105,7 @@ def test_an_unfinished_run_says_so(
 def test_records_lead_to_no_other_folder(tiny_config: Path, pairs: cg.Pairs, tmp_path: Path) -> None:
     """A run folder from elsewhere has a file of this machine loaded as its weights."""
     run = tmp_path / "run"
-    cg.fit(cg.load(tiny_config, "none"), pairs, out=run, **QUICK)
+    cg.fit(cg.load(tiny_config, "none"), pairs, **groups(out=run, **QUICK))
     other = tmp_path / "other.pt"
     shutil.move(run / "checkpoints" / "epoch_1.pt", other)
     record = json.loads((run / "results.json").read_text())
@@ -119,7 +120,7 @@ def test_records_lead_to_no_other_folder(tiny_config: Path, pairs: cg.Pairs, tmp
 def test_runs_that_recorded_less(tiny_config: Path, pairs: cg.Pairs, tmp_path: Path) -> None:
     """Runs of before, and of open_clip, name their base as the command line named it, or not at all."""
     run, clip = tmp_path / "run", cg.load(tiny_config, "none")
-    cg.fit(clip, pairs, out=run, **QUICK)
+    cg.fit(clip, pairs, **groups(out=run, **QUICK))
     (run / "params.json").unlink()
     (run / "params.txt").write_text(f"model: {tiny_config}\npretrained: none\n")
     assert same(cg.load(run), clip)
@@ -131,7 +132,7 @@ def test_runs_that_recorded_less(tiny_config: Path, pairs: cg.Pairs, tmp_path: P
 def test_places_near_runs(tiny_config: Path, pairs: cg.Pairs, tmp_path: Path) -> None:
     """The folder of all runs, or a misspelt run, is called no model, and nobody says what is there."""
     logs = tmp_path / "logs"
-    cg.fit(cg.load(tiny_config, "none"), pairs, out=logs / "one", **QUICK)
+    cg.fit(cg.load(tiny_config, "none"), pairs, **groups(out=logs / "one", **QUICK))
     shutil.copytree(logs / "one", logs / "grid" / "cells" / "full-seed0" / "run")
     with pytest.raises(
         cg.errors.ModelError, match=rf"logs is no model, but a folder that holds 1 run: .* {logs}/one"
@@ -152,8 +153,8 @@ def test_where_a_model_is_taken_from(tiny_config: Path, pairs: cg.Pairs, tmp_pat
     """`profile RUN` and `encode --model RUN` take the adapter for a base, or the base without it."""
     clip = cg.load(tiny_config, "none")
     cg.apply_lora(clip, r=2)
-    cg.fit(clip, pairs, out=tmp_path / "lora", **QUICK)
-    cg.fit(cg.load(tiny_config, "none"), pairs, out=tmp_path / "full", **QUICK)
+    cg.fit(clip, pairs, **groups(out=tmp_path / "lora", **QUICK))
+    cg.fit(cg.load(tiny_config, "none"), pairs, **groups(out=tmp_path / "full", **QUICK))
     source, adapter = split_adapter(str(tmp_path / "lora"))
     assert (source.name, source.pretrained, adapter) == (str(tiny_config), "none", tmp_path / "lora")
     source, adapter = split_adapter(str(tmp_path / "full"))

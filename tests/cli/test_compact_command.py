@@ -92,7 +92,7 @@ def test_says_how_to_go_on(
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise Interrupted("stopped and saved after step 1 of 2")
 
-    monkeypatch.setattr("clipgraft.train.distill.distill", stopped)
+    monkeypatch.setattr("clipgraft.train.fit.distill", stopped)
     words = [
         "compact",
         f"hf:{hf_folder}",

@@ -9,25 +9,20 @@ from typing import Any
 import pytest
 
 import clipgraft as cg
-from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.groups import AnyGroup, flag, grouped, recorded
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
-from clipgraft.cli.flags.training import LoraFlags, RunFlags
+from clipgraft.cli.flags.training import RUN, LoraFlags, RunFlags
 from clipgraft.cli.help import EXAMPLES
 from clipgraft.cli.main import VERBS, function_of, main
 from clipgraft.cli.parser import parse
-from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
 
-KINDS: list[type[Options]] = [ModelFlags, DataFlags, LoraFlags, TrainArgs, RunFlags]
+KINDS: list[AnyGroup] = [ModelFlags, DataFlags, LoraFlags, TrainArgs, RUN, RunFlags]
 
 
 def values(*words: str) -> dict[str, Any]:
     """Every field of `clipgraft train WORDS…`."""
-    return {
-        name: getattr(spec, name)
-        for spec in parse("train", "", KINDS, words)
-        for name in type(spec).model_fields
-    }
+    return recorded(KINDS, parse("train", "", KINDS, words))
 
 
 def faults(*words: str) -> list[str]:
@@ -70,7 +65,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "--lock-image-unlocked-groups": ("2", 2),
     "--lock-text-unlocked-layers": ("3", 3),
     "--cache-views": ("4", 4),
-    "--feature-cache": ("none", Path("none")),
+    "--feature-cache": ("none", None),
     "--cache-gb": ("0.5", 0.5),
     "--lora-r": ("8", 8),
     "--lora-alpha": ("16", 16.0),
@@ -309,7 +304,7 @@ def test_help_of_train_goes_by_need(capsys: pytest.CaptureFixture[str]) -> None:
     places = [told.index(f"\n{name}\n") for name in headings]
     assert places == sorted(places)
     assert told.index("--use-lora") < told.index("--lora-r ") < told.index("--lora-alpha")
-    missing = [name for kind in KINDS for name in kind.model_fields if flag(name) not in told]
+    missing = [name for group in grouped(KINDS) for name in group.fields if flag(name) not in told]
     assert missing == []
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import clipgraft as cg
+from fitting import groups
 
 LORA = ("--use-lora", "--lora-r", 2, "--lora-alpha", 6, "--lora-targets", "text.*.q,v", "--lr", "1e-2")
 
@@ -92,7 +93,11 @@ def test_fit_on_a_loaded_adapter(first: Path, table: Path, tmp_path: Path) -> No
     """In Python a loaded adapter cannot be trained on, or nobody knows later where it began."""
     clip = cg.load(first)
     pairs = cg.read_pairs(table)
-    cg.fit(clip, pairs, out=tmp_path / "more", epochs=1, batch_size=8, lr=1e-2, workers=0, progress=False)
+    cg.fit(
+        clip,
+        pairs,
+        **groups(out=tmp_path / "more", epochs=1, batch_size=8, lr=1e-2, workers=0, progress=False),
+    )
     assert record(tmp_path / "more")["started_from"] == str(first / "adapter")
     left, right = cg.read_adapter(first), cg.read_adapter(tmp_path / "more")
     assert any(not torch.equal(left.weights[site][1], right.weights[site][1]) for site in left.weights)

@@ -20,6 +20,7 @@ from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.load import load
 from explicit_lora import explicit_run, features, inputs, largest, loss_of, randomise_active, randomise_lora
+from fitting import groups
 from tiny_pictures import write_pictures
 
 pytestmark = [
@@ -173,7 +174,7 @@ def test_merging_is_undone_to_the_bit(base: nn.Module) -> None:
 def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> list[float]:
     """Losses of a short training."""
     settings: dict[str, Any] = {"batch_size": 8, "epochs": 2, "lr": 1e-2, "workers": 0, "progress": False}
-    cg.fit(clip, pairs, pairs, out=out, **{**settings, **options})
+    cg.fit(clip, pairs, pairs, **groups(out=out, **{**settings, **options}))
     lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
@@ -300,14 +301,16 @@ def test_classes_are_learnt(tmp_path: Path) -> None:
         cg.fit_classifier(
             clip,
             data,
-            prompts=prompts,
-            out=out,
-            batch_size=16,
-            epochs=1,
-            lr=1e-3,
-            workers=0,
-            progress=False,
-            warmup=0,
+            **groups(
+                prompts=prompts,
+                out=out,
+                batch_size=16,
+                epochs=1,
+                lr=1e-3,
+                workers=0,
+                progress=False,
+                warmup=0,
+            ),
         )
         lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
         losses[device] = [line["loss"] for line in lines if line["kind"] == "train"]

@@ -26,17 +26,17 @@ from clipgraft.engine import attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
-from clipgraft.train import fit as fit_module
-from clipgraft.train.distill import distill
+from clipgraft.train import inputs as inputs_module
 from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feature_sources import LiveImages, LiveTexts
 from clipgraft.train.feed import Feed, everywhere
-from clipgraft.train.fit_classes import fit_classifier
+from clipgraft.train.fit import distill, fit_classifier
 from clipgraft.train.gradient_cache import contrastive_backward
 from clipgraft.train.interrupt import Interrupted
 from clipgraft.train.launch import joined
 from clipgraft.train.loop import Loop
 from clipgraft.train.objectives import Contrastive
+from fitting import groups
 
 PAIRS_IN_A_STEP = 8
 BOTH = "text.*.q,v,fc1,vision.*.q,v,fc1"
@@ -70,7 +70,9 @@ def on_pairs(
     if more.pop("cached", False):
         more["cache"] = FeatureCache(out.parent / f"cache-{out.name}")
     pairs = cg.read_pairs(table)
-    return cg.fit(clip, pairs, pairs, out=out, world=world, **SETTINGS, **step(world, accum_freq), **more)
+    return cg.fit(
+        clip, pairs, pairs, **groups(out=out, world=world, **SETTINGS, **step(world, accum_freq), **more)
+    )
 
 
 def on_classes(
@@ -86,7 +88,7 @@ def on_classes(
     images = cg.read_pairs(table).images
     data = Labelled(images, tuple(index % 5 % 3 for index in range(len(images))), CLASSES)
     options |= {**SETTINGS, **step(world)}
-    return fit_classifier(clip, data, data, prompts=PROMPTS, out=out, world=world, **options)
+    return fit_classifier(clip, data, data, **groups(prompts=PROMPTS, out=out, world=world, **options))
 
 
 def from_teacher(clip: Clip, table: Path, out: Path, world: World) -> object:
@@ -96,7 +98,9 @@ def from_teacher(clip: Clip, table: Path, out: Path, world: World) -> object:
         for parameter in teacher.model.parameters():
             parameter.mul_(1.1)
     pairs = cg.read_pairs(table)
-    return distill(with_adapters(clip, BOTH), teacher, pairs, out=out, world=world, **SETTINGS, **step(world))
+    return distill(
+        with_adapters(clip, BOTH), teacher, pairs, **groups(out=out, world=world, **SETTINGS, **step(world))
+    )
 
 
 CASES: dict[str, Case] = {
@@ -160,7 +164,7 @@ def main(config: Path, table: Path, out: Path, *names: str) -> None:
     """Run the named cases, then runs that are stopped and resumed; each of the two processes calls this."""
     torch.set_num_threads(1)
     attention._seconds = lambda run: (run(), 1.0)[1]  # every process takes the first kernel
-    encode, shares = fit_module.encode_images, []
+    encode, shares = inputs_module.encode_images, []
 
     def counted(clip: Clip, paths: Any, **options: Any) -> Tensor:
         shares.append(len(paths))
@@ -175,7 +179,7 @@ def main(config: Path, table: Path, out: Path, *names: str) -> None:
             torch.save(found, out / f"gradients-{accum_freq}-{world.rank}.pt")
         for name in names:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fit_module, "encode_images", counted)
+                patch.setattr(inputs_module, "encode_images", counted)
                 shares.clear()
                 run_case(name, config, table, out, world)
             (out / f"shares-{name}-{world.rank}.json").write_text(json.dumps(shares))

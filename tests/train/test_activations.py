@@ -22,8 +22,9 @@ from clipgraft.train import activations
 from clipgraft.train.activations import first_trained_block
 from clipgraft.train.feature_sources import LiveImages, PartlyFixedImages
 from clipgraft.train.feed import MicroBatch
-from clipgraft.train.inputs import Inputs, prepare_inputs
+from clipgraft.train.inputs import Inputs
 from explicit_lora import randomise_lora
+from fitting import groups, prepared
 
 MakeClip = Callable[[], Clip]
 ROW = 17 * 32
@@ -65,7 +66,7 @@ def prepare(clip: Clip, pairs: cg.Pairs, **changes: Any) -> Inputs:
         "exact_preprocess": True,
         **changes,
     }
-    return prepare_inputs(clip, pairs, options.pop("val", None), **options)
+    return prepared(clip, pairs, **options)
 
 
 def step(clip: Clip, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], MicroBatch]:
@@ -238,7 +239,7 @@ def test_a_run_is_measured_as_it_is_evaluated_later(
     clip = make_clip()
     cg.apply_lora(clip, r=2, targets="vision.1.*", dropout=0.1)
     options: dict[str, Any] = {"batch_size": 8, "epochs": 2, "lr": 1e-2, "workers": 0, "progress": False}
-    result = cg.fit(clip, pairs, pairs, out=tmp_path / "run", cache=cache, **options)
+    result = cg.fit(clip, pairs, pairs, **groups(out=tmp_path / "run", cache=cache, **options))
     fresh = make_clip()
     cg.load_adapter(fresh, result.saved)
     later = cg.evaluate_retrieval(fresh, pairs, workers=0)

@@ -16,7 +16,8 @@ from clipgraft.data.features import encode_images
 from clipgraft.data.loading import SeededView
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
-from clipgraft.train.inputs import Inputs, prepare_inputs
+from clipgraft.train.inputs import Inputs
+from fitting import groups, prepared
 
 MakeClip = Callable[[], Clip]
 
@@ -41,7 +42,7 @@ def prepare(clip: Clip, pairs: cg.Pairs, **changes: Any) -> Inputs:
         "progress": False,
         **changes,
     }
-    return prepare_inputs(clip, pairs, options.pop("val", None), **options)
+    return prepared(clip, pairs, **options)
 
 
 def test_each_turn_has_its_view(clip: Clip, pairs: cg.Pairs) -> None:
@@ -90,9 +91,9 @@ def test_without_views_every_step_crops_anew(
     caplog.set_level(logging.INFO, "clipgraft")
     cache = FeatureCache(tmp_path / "features")
     inputs = prepare(clip, pairs, cache=cache, val=pairs)
-    (line,) = [line for line in caplog.messages if "--augment" in line]
+    (line,) = [line for line in caplog.messages if "`augment`" in line]
     assert "features are not cached" in line
-    assert "--cache-views K" in line
+    assert "`cache_views=K`" in line
     assert not any(line.startswith("training images") for line in caplog.messages)
     assert "validation images: 12 images, 0 from the cache, 12 encoded" in caplog.messages
     (first,), (later,) = next(inputs.feed.batches(0, 0)), next(inputs.feed.batches(1, 0))
@@ -120,7 +121,7 @@ def test_augmented_runs_train(make_clip: MakeClip, clip: Clip, pairs: cg.Pairs, 
         torch.manual_seed(0)
         cg.apply_lora(fresh, r=2)
         settings: dict[str, Any] = {"batch_size": 6, "epochs": 1, "lr": 1e-2, "workers": 0, "accum_freq": 2}
-        result = cg.fit(fresh, pairs, out=tmp_path / name, progress=False, **settings, **options)
+        result = cg.fit(fresh, pairs, **groups(out=tmp_path / name, progress=False, **settings, **options))
         found.append((result.saved / "adapter_model.safetensors").read_bytes())
     assert len(set(found)) == 3
 
@@ -128,8 +129,7 @@ def test_augmented_runs_train(make_clip: MakeClip, clip: Clip, pairs: cg.Pairs, 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"augment": False, "cache_views": 2}, "--cache-views given without --augment"),
-        ({"image_features": torch.ones(12, 24)}, "image_features are of images without --augment"),
+        ({"augment": False, "cache_views": 2}, "`cache_views` given without `augment`"),
     ],
 )
 def test_what_contradicts_itself_is_refused(
@@ -144,7 +144,7 @@ def test_views_of_a_trained_image_tower_are_refused(make_clip: MakeClip, pairs: 
     """Features of a tower that changes at every step cannot be kept."""
     clip = make_clip()
     cg.apply_lora(clip, r=2, targets="vision-attention")
-    with pytest.raises(cg.errors.ConfigError, match="this run trains it: drop --cache-views"):
+    with pytest.raises(cg.errors.ConfigError, match="this run trains it: drop `cache_views`"):
         prepare(clip, pairs, cache_views=2)
 
 

@@ -17,6 +17,7 @@ from clipgraft.data import features
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_images, image_rows
 from clipgraft.models.clip import Clip
+from fitting import groups
 
 MakeClip = Callable[[], Clip]
 
@@ -49,7 +50,7 @@ def text_adapter(clip: Clip) -> Clip:
 
 def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
     settings: dict[str, Any] = {"batch_size": 6, "epochs": 2, "lr": 1e-2, "workers": 0, "progress": False}
-    return cg.fit(clip, pairs, pairs, out=out, **{**settings, **options})
+    return cg.fit(clip, pairs, pairs, **groups(out=out, **{**settings, **options}))
 
 
 def weights(result: cg.train.FitResult) -> bytes:

@@ -15,6 +15,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.train import checkpoint
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from clipgraft.train.optimizer import make_optimizer
 
@@ -28,7 +29,7 @@ def small_model(seed: int = 0) -> nn.Module:
 
 def trained(seed: int = 0, steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = small_model(seed)
-    optimizer = make_optimizer(model, 1e-2, 0.1, 0.9, 0.98, 1e-6)
+    optimizer = make_optimizer(model, TrainArgs(lr=1e-2, wd=0.1))
     for _ in range(steps):
         step(model, optimizer)
     return model, optimizer
@@ -57,7 +58,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     for _ in range(3):
         step(model, optimizer)
     fresh = small_model(seed=9)
-    other = make_optimizer(fresh, 1e-2, 0.1, 0.9, 0.98, 1e-6)
+    other = make_optimizer(fresh, TrainArgs(lr=1e-2, wd=0.1))
     assert load_checkpoint(tmp_path / "latest.pt", fresh, other, SETTINGS) == Position(1, 2, 7)
     for _ in range(3):
         step(fresh, other)
@@ -68,7 +69,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def test_frozen_weights_are_not_in_the_file(tmp_path: Path, tiny_openclip: nn.Module) -> None:
     """Every checkpoint of an adapter would be as large as the base: 600 MB an epoch."""
     cg.apply_lora(tiny_openclip, r=2)
-    optimizer = make_optimizer(tiny_openclip, 1e-3, 0.1, 0.9, 0.98, 1e-6)
+    optimizer = make_optimizer(tiny_openclip, TrainArgs(lr=1e-3, wd=0.1))
     save_checkpoint(tmp_path / "latest.pt", tiny_openclip, optimizer, Position(), SETTINGS)
     assert (tmp_path / "latest.pt").stat().st_size < 60_000
     saved = torch.load(tmp_path / "latest.pt", weights_only=True)["weights"]
@@ -182,7 +183,7 @@ def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "latest.pt", *trained(), Position(), SETTINGS)
     other = nn.Linear(4, 3)
     before = other.weight.detach().clone()
-    optimizer = make_optimizer(other, 1e-2, 0.1, 0.9, 0.98, 1e-6)
+    optimizer = make_optimizer(other, TrainArgs(lr=1e-2, wd=0.1))
     with pytest.raises(cg.errors.CheckpointError, match="other trainable weights"):
         load_checkpoint(tmp_path / "latest.pt", other, optimizer, SETTINGS)
     assert torch.equal(other.weight, before)

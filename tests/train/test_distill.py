@@ -19,11 +19,18 @@ from clipgraft.compact.model import compact_model
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.models.clip import Clip, family_of
-from clipgraft.train import distill as distill_module
-from clipgraft.train.agreement import Distilled, Teacher, Weights, feature_distance, similarity_divergence
+from clipgraft.train import inputs as inputs_module
+from clipgraft.train.args import DistillArgs
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.loop import Loop
+from clipgraft.train.recipes.distillation import (
+    Distilled,
+    Teacher,
+    feature_distance,
+    similarity_divergence,
+)
+from fitting import groups
 
 Distil = Callable[..., cg.train.FitResult]
 
@@ -39,7 +46,7 @@ def distil(pairs: cg.Pairs, tmp_path: Path) -> Distil:
 
     def run(student: Clip, teacher: Clip, **options: Any) -> cg.train.FitResult:
         given = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "out": tmp_path / "run", **options}
-        return cg.distill(student, teacher, pairs, workers=0, progress=False, **given)
+        return cg.distill(student, teacher, pairs, **groups(workers=0, progress=False, **given))
 
     return run
 
@@ -98,11 +105,11 @@ def test_terms_are_weighed_and_rows_are_matched() -> None:
     taught: tuple[Tensor, Tensor, Tensor] = (teacher.images[ids], teacher.texts[captions], torch.tensor(1.0))
     near = (feature_distance(images, taught[0]) + feature_distance(texts, taught[1])) / 2
     alike = similarity_divergence((images, texts, scale), taught)
-    objective = Distilled(_Fixed(), teacher, Weights(2.0, 3.0, 5.0), scale)
+    objective = Distilled(_Fixed(), teacher, DistillArgs(contrastive=2.0, feature=3.0, similarity=5.0), scale)
     total = (14 + 3 * near + 5 * alike).item()
     for batch in ([whole], halves):
         assert objective.loss(batch)(images, texts).item() == pytest.approx(total)
-    silent = replace(objective, weights=Weights(0.0, 0.0, 1.0))
+    silent = replace(objective, weights=DistillArgs(contrastive=0.0, feature=0.0, similarity=1.0))
     assert silent.loss([whole])(images, texts).item() == pytest.approx(alike.item())
 
 
@@ -129,9 +136,9 @@ def test_students_come_to_agree(
 def test_the_teacher_runs_once(hf_clip: Clip, distil: Distil, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every epoch pays for the large model again."""
     calls = []
-    stock = distill_module.encode_images
+    stock = inputs_module.encode_images
     monkeypatch.setattr(
-        distill_module, "encode_images", lambda clip, *a, **k: (calls.append(clip), stock(clip, *a, **k))[1]
+        inputs_module, "encode_images", lambda clip, *a, **k: (calls.append(clip), stock(clip, *a, **k))[1]
     )
     distil(make_student(hf_clip), hf_clip)
     assert calls == [hf_clip]
@@ -176,8 +183,8 @@ def test_what_is_refused(hf_clip: Clip, make_hf: Callable[..., nn.Module], disti
     """A weight that turns the loss around, or features of two sizes, are found out while training."""
     student = make_student(hf_clip)
     for options, message in (
-        ({"feature": -1.0}, "--feature: got -1.0, allowed is a number from 0 up"),
-        ({"similarity": float("nan")}, "--similarity: got nan"),
+        ({"feature": -1.0}, "DistillArgs: feature: got -1.0, allowed is greater than or equal to 0"),
+        ({"similarity": float("nan")}, "DistillArgs: similarity: got nan"),
         ({"contrastive": 0, "feature": 0, "similarity": 0}, "are all 0"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -186,6 +193,6 @@ def test_what_is_refused(hf_clip: Clip, make_hf: Callable[..., nn.Module], disti
     config.text_config.projection_dim = config.vision_config.projection_dim = 8
     model = CLIPModel(config).eval()
     other = replace(hf_clip, model=model, family=family_of(model))
-    with pytest.raises(ConfigError, match="have 8 numbers and the teacher's 24: give --feature 0"):
+    with pytest.raises(ConfigError, match="have 8 numbers and the teacher's 24: give `feature=0`"):
         distil(other, hf_clip)
     assert distil(other, hf_clip, feature=0).trainable > 0

@@ -189,9 +189,7 @@ def ids(micro: MicroBatch) -> list[tuple[int, int]]:
 
 def test_too_few_pairs_for_all_processes(pairs: cg.Pairs) -> None:
     """The number that is advised must be one that works."""
-    with pytest.raises(
-        cg.errors.DataError, match=r"--batch-size 9 x 3 processes: use --batch-size 8 or less"
-    ):
+    with pytest.raises(cg.errors.DataError, match="`batch_size=9` x 3 processes: use `batch_size=8` or less"):
         Feed(pairs, 9, 1, 0, None, 0, World(0, 3))
     assert Feed(pairs, 8, 1, 0, None, 0, World(0, 3)).steps == 1
 

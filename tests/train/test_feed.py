@@ -71,9 +71,9 @@ def test_pixels_come_in_the_order_of_ids_alone(pairs: cg.Pairs, clip: Clip) -> N
 @pytest.mark.parametrize(
     ("batch_size", "accum_freq", "told"),
     [
-        (25, 1, "use --batch-size 24 or less"),
-        (7, 4, "use --batch-size 6 or less"),
-        (2, 13, "lower --accum-freq"),
+        (25, 1, "use `batch_size=24` or less"),
+        (7, 4, "use `batch_size=6` or less"),
+        (2, 13, "lower `accum_freq`"),
     ],
 )
 def test_too_few_pairs_say_what_would_fit(

@@ -18,14 +18,14 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.train.feature_sources import trains
 from clipgraft.train.fit import FitResult
-from clipgraft.train.inputs import prepare_inputs
+from fitting import groups, prepared
 
 MakeClip = Callable[[], Clip]
 
 
 def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> FitResult:
     settings: dict[str, Any] = {"batch_size": 8, "epochs": 2, "lr": 1e-2, "workers": 0, "progress": False}
-    return cg.fit(clip, pairs, pairs, out=out, **{**settings, **options})
+    return cg.fit(clip, pairs, pairs, **groups(out=out, **{**settings, **options}))
 
 
 def train_events(run: Path) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def test_nan_at_the_first_step_is_not_blamed_on_the_learning_rate(
     with pytest.raises(
         cg.errors.TrainingError, match="nan at step 1: likely the base or an image holds broken"
     ):
-        cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
+        cg.fit(clip, pairs, **groups(out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False))
     with pytest.raises(
         cg.errors.TrainingError, match="before the first step: likely the base or an image holds"
     ):
@@ -194,8 +194,8 @@ def test_out_of_memory_says_what_to_change(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(Encoder, "encode_image", full)
-    with pytest.raises(cg.errors.TrainingError, match="halve --batch-size and double --accum-freq"):
-        cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
+    with pytest.raises(cg.errors.TrainingError, match="halve `batch_size` and double `accum_freq`"):
+        cg.fit(clip, pairs, **groups(out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False))
 
 
 def test_gradients_are_clipped(make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_the_temperature_moves_over_a_bf16_base(tiny_config: Path, pairs: cg.Pai
 def test_augment_needs_an_augmenting_base(hf_clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """`--augment` would be accepted and do nothing."""
     cg.apply_lora(hf_clip, r=2, targets="vision-attention")
-    with pytest.raises(cg.errors.ConfigError, match="--augment: this base brings no augmenting transform"):
+    with pytest.raises(cg.errors.ConfigError, match="`augment`: this base brings no augmenting transform"):
         fit(hf_clip, pairs, tmp_path / "run", augment=True)
 
 
@@ -276,7 +276,7 @@ def test_validation_images_are_encoded_anew_when_their_tower_trains(clip: Clip, 
         "progress": False,
     }
     cg.apply_lora(clip, r=2, targets="vision-attention")
-    assert prepare_inputs(clip, pairs, pairs, **options).val_images is None
+    assert prepared(clip, pairs, val=pairs, **options).val_images is None
 
 
 def test_frequencies(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:

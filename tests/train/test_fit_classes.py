@@ -15,8 +15,9 @@ from clipgraft.data.datasets import Labelled
 from clipgraft.evaluate.classification import evaluate_classification
 from clipgraft.train.classes import Head, load_head
 from clipgraft.train.feed import MicroBatch
-from clipgraft.train.fit_classes import fit_classifier
+from clipgraft.train.fit import fit_classifier
 from clipgraft.train.objectives import Prompted
+from fitting import groups
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 PROMPTS = (("a blue picture", "something blue"), ("a green picture",), ("a red picture", "red", "all red"))
@@ -50,10 +51,12 @@ def test_it_learns_the_classes(
     before = evaluate_classification(clip, data, PROMPTS).metrics
     cg.apply_lora(clip, r=4, targets=targets)
     if head != "prompts" and not targets.startswith("vision"):
-        with pytest.raises(cg.errors.ConfigError, match=f"--head {head} reads no texts"):
-            fit_classifier(clip, data, prompts=PROMPTS, out=tmp_path / "run", head=head, **OPTIONS)
+        with pytest.raises(cg.errors.ConfigError, match=f"`head={head}` reads no texts"):
+            fit_classifier(clip, data, **groups(prompts=PROMPTS, out=tmp_path / "run", head=head, **OPTIONS))
         return
-    result = fit_classifier(clip, data, data, prompts=PROMPTS, out=tmp_path / "run", head=head, **OPTIONS)
+    result = fit_classifier(
+        clip, data, data, **groups(prompts=PROMPTS, out=tmp_path / "run", head=head, **OPTIONS)
+    )
     assert result.history[-1]["loss"] < before["loss"]
     assert result.history[-1]["acc1"] > 0.6
     other = make_clip()
@@ -74,11 +77,14 @@ def test_a_head_alone(make_clip: Any, data: Labelled, tmp_path: Path) -> None:
     options = {**OPTIONS, "lock_image": True, "lock_text": True}
     clip.logit_scale.requires_grad_(False)
     result = fit_classifier(
-        clip, data, data, prompts=PROMPTS, out=tmp_path / "run", head="linear", **{**options, "lr": 1e-12}
+        clip,
+        data,
+        data,
+        **groups(prompts=PROMPTS, out=tmp_path / "run", head="linear", **{**options, "lr": 1e-12}),
     )
     assert result.history[0]["loss"] == pytest.approx(zero_shot.metrics["loss"], rel=1e-3)
     with pytest.raises(cg.errors.ConfigError, match="nothing to train"):
-        fit_classifier(make_clip(), data, prompts=PROMPTS, out=tmp_path / "none", **options)
+        fit_classifier(make_clip(), data, **groups(prompts=PROMPTS, out=tmp_path / "none", **options))
 
 
 def test_the_loss_is_cross_entropy_over_averaged_prompts(make_clip: Any) -> None:
@@ -111,10 +117,10 @@ def test_what_is_refused(make_clip: Any, data: Labelled, tmp_path: Path) -> None
     clip = make_clip()
     cg.apply_lora(clip)
     with pytest.raises(cg.errors.DataError, match="2 of 3 classes have a prompt"):
-        fit_classifier(clip, data, prompts=PROMPTS[:2], out=tmp_path / "a", **OPTIONS)
+        fit_classifier(clip, data, **groups(prompts=PROMPTS[:2], out=tmp_path / "a", **OPTIONS))
     other = Labelled(data.images[:1], (0,), ("purple",))
     with pytest.raises(cg.errors.DataError, match="different classes, blue, green, purple, red"):
-        fit_classifier(clip, data, other, prompts=PROMPTS, out=tmp_path / "b", **OPTIONS)
+        fit_classifier(clip, data, other, **groups(prompts=PROMPTS, out=tmp_path / "b", **OPTIONS))
 
 
 def test_a_cosine_head_ignores_lengths() -> None:

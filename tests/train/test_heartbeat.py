@@ -1,7 +1,8 @@
-"""Who is gone, who says so, and when: the watch that processes of a run keep on each other."""
+"""Who is gone, who says so, and when: the heartbeat that processes of a run keep on each other."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +11,9 @@ import torch.distributed as dist
 from clipgraft.cli import common
 from clipgraft.cli.together import launcher
 from clipgraft.errors import ConfigError
-from clipgraft.train import heartbeat as watch_module
+from clipgraft.train import heartbeat as heartbeat_module
 from clipgraft.train.distributed import ALONE, World
-from clipgraft.train.heartbeat import ProcessLostError, Watch
+from clipgraft.train.heartbeat import Heartbeat, ProcessLostError
 from clipgraft.train.launch import joined, several
 
 UNDER_TORCHRUN = {
@@ -25,22 +26,22 @@ UNDER_TORCHRUN = {
 
 
 @pytest.fixture
-def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Watch]]:
-    """Two processes' watches over one store, in a hurry."""
+def heartbeats(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Heartbeat, Heartbeat]]:
+    """Two processes' heartbeats over one store, in a hurry."""
     for name, seconds in (("BEAT", 0.01), ("SUSPECT", 0.2), ("SILENT", 60.0), ("GRACE", 60.0)):
-        monkeypatch.setattr(watch_module, name, seconds)
+        monkeypatch.setattr(heartbeat_module, name, seconds)
     store = dist.HashStore()
-    both = Watch(store, 0, 2), Watch(store, 1, 2)
-    for watch in both:
-        watch.start()
+    both = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
+    for heartbeat in both:
+        heartbeat.start()
     yield both
-    for watch in both:
-        watch.stop()
+    for heartbeat in both:
+        heartbeat.stop()
 
 
-def test_a_silent_process_is_named(watches: tuple[Watch, Watch]) -> None:
+def test_a_silent_process_is_named(heartbeats: tuple[Heartbeat, Heartbeat]) -> None:
     """The user would not know which machine to look at."""
-    ours, theirs = watches
+    ours, theirs = heartbeats
     theirs.stop()
     ours.advice = "go on"
     lost = ours.explain("connection closed")
@@ -49,15 +50,31 @@ def test_a_silent_process_is_named(watches: tuple[Watch, Watch]) -> None:
     assert str(lost).endswith("; go on")
 
 
-def test_nobody_is_named_while_all_live(watches: tuple[Watch, Watch]) -> None:
+def test_nobody_is_named_while_all_live(heartbeats: tuple[Heartbeat, Heartbeat]) -> None:
     """Ctrl-C, or a broken cable, would be blamed on a process that is well."""
-    assert watches[0].find() is None
-    assert "lost each other (connection closed)" in str(watches[0].explain("connection closed\nat line 3"))
+    assert heartbeats[0].find() is None
+    assert "lost each other (connection closed)" in str(heartbeats[0].explain("connection closed\nat line 3"))
 
 
-def test_the_first_to_end_the_run_is_believed(watches: tuple[Watch, Watch]) -> None:
+def test_a_process_that_hangs_is_ended_by_whoever_owns_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library would end the program that uses it, or a command would wait for a dead process for ever."""
+    for name, seconds in (("BEAT", 0.01), ("SILENT", 0.1), ("GRACE", 0.1)):
+        monkeypatch.setattr(heartbeat_module, name, seconds)
+    store, ended = dist.HashStore(), threading.Event()
+    told: list[tuple[int, str | None]] = []
+    theirs = Heartbeat(store, 1, 2)
+    ours = Heartbeat(store, 0, 2, lambda code, line: (told.append((code, line)), ended.set())[0])
+    ours.start()
+    assert ended.wait(20)
+    ((code, line),) = told
+    assert (code, theirs is not ours) == (1, True)
+    assert line is not None
+    assert line.startswith("rank 1 of 2 (")
+
+
+def test_the_first_to_end_the_run_is_believed(heartbeats: tuple[Heartbeat, Heartbeat]) -> None:
     """Each process would print an error: one the reason, the others what followed from it."""
-    ours, theirs = watches
+    ours, theirs = heartbeats
     assert theirs.claim(2) is None
     assert ours.claim(1) == 2
     assert str(ours.explain("connection closed")).startswith("rank 1 of 2 has ended the run")

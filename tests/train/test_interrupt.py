@@ -14,10 +14,11 @@ import pytest
 
 import clipgraft as cg
 from clipgraft.models.clip import Clip
-from clipgraft.train import fit as fit_module
 from clipgraft.train.feed import Feed
 from clipgraft.train.interrupt import Interrupted, stop_requests
+from clipgraft.train.recipes import contrastive
 from clipgraft.train.run_folder import RunFolder
+from fitting import groups
 
 Run = Callable[..., Any]
 
@@ -30,7 +31,7 @@ def run(make_clip: Callable[[], Clip], pairs: cg.Pairs, tmp_path: Path) -> Run:
         clip = make_clip()
         cg.apply_lora(clip, r=2)
         settings: dict[str, Any] = {"batch_size": 8, "epochs": 2, "workers": 0, "progress": False, **options}
-        return cg.fit(clip, pairs, pairs, out=tmp_path / "run", **settings)
+        return cg.fit(clip, pairs, pairs, **groups(out=tmp_path / "run", **settings))
 
     return train
 
@@ -100,7 +101,7 @@ def test_a_signal_in_the_last_evaluation_changes_nothing(run: Run, monkeypatch: 
 
 def at_the_first_epoch(fail: Callable[[], None]) -> Callable[..., Any]:
     """An evaluation that measures the base, and fails after the first epoch."""
-    real, calls = fit_module.measure_retrieval, count()
+    real, calls = contrastive.measure_retrieval, count()
 
     def measure(*args: Any) -> Any:
         if next(calls) > 0:
@@ -117,7 +118,7 @@ def test_a_failed_evaluation_costs_no_epoch(run: Run, monkeypatch: pytest.Monkey
         raise cg.errors.DataError("an image has gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "measure_retrieval", at_the_first_epoch(failing))
+        patch.setattr(contrastive, "measure_retrieval", at_the_first_epoch(failing))
         with pytest.raises(cg.errors.DataError):
             run()
     monkeypatch.setattr(Feed, "batches", once(Feed.batches))
@@ -132,7 +133,7 @@ def test_an_evaluation_whose_workers_die_of_the_signal(run: Run, monkeypatch: py
         raise RuntimeError("DataLoader worker is killed by signal: Terminated")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "measure_retrieval", at_the_first_epoch(failing))
+        patch.setattr(contrastive, "measure_retrieval", at_the_first_epoch(failing))
         with pytest.raises(Interrupted, match="after step 3 of 6"):
             run()
     assert [line["epoch"] for line in run(resume=True).history] == [1, 2]
@@ -193,5 +194,5 @@ def test_the_model_is_left_in_eval_mode(
     cg.apply_lora(clip, r=2, dropout=0.5)
     signal_at(monkeypatch, 1, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit_module.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
+        cg.fit(clip, pairs, **groups(out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False))
     assert not any(module.training for module in clip.model.modules())

@@ -9,13 +9,14 @@ import pytest
 
 import clipgraft as cg
 from clipgraft.models.clip import Clip
-from clipgraft.train.learnable import nothing_learnt
+from clipgraft.train.verdict import nothing_learnt
+from fitting import groups
 
 
 def train(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
     cg.apply_lora(clip, r=2)
     settings: dict[str, Any] = {"batch_size": 2, "epochs": 1, "workers": 0, "progress": False, **options}
-    return cg.fit(clip, pairs, out=out, **settings)
+    return cg.fit(clip, pairs, **groups(out=out, **settings))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_one_class_is_refused(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> No
     one = cg.Labelled(pairs.images[:4], (0, 0, 0, 0), ("cat",))
     cg.apply_lora(clip, r=2)
     with pytest.raises(cg.errors.DataError, match="all 4 images are of one class, 'cat'"):
-        cg.fit_classifier(clip, one, prompts=[["a cat"]], out=tmp_path / "run", batch_size=2)
+        cg.fit_classifier(clip, one, **groups(prompts=[["a cat"]], out=tmp_path / "run", batch_size=2))
 
 
 def test_captions_that_look_like_classes_are_named(
@@ -62,7 +63,7 @@ def test_captions_that_look_like_classes_are_named(
     many = tuple((("a cat", "a dog")[number % 2],) * 4 for number in range(12))
     train(clip, cg.Pairs(pairs.images, many), tmp_path / "run", batch_size=8)
     assert "48 pairs have only 2 different captions" in caplog.text
-    assert "--task classification" in caplog.text
+    assert "`fit_classifier` learns more" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_captions_that_look_like_classes_are_named(
     [
         ([0.0, 0.0], "the loss was 0.0 at every step"),
         ([2.079, 2.079, 2.079], "the loss was 2.0790 at every step"),
-        ([2.1, 2.3, 2.3, 2.1], "2.2000 in the first epoch and 2.2000 in the last; raise --lr"),
+        ([2.1, 2.3, 2.3, 2.1], "2.2000 in the first epoch and 2.2000 in the last; raise `lr`"),
         ([2.1, 2.3, 2.2, 2.1], None),
         ([2.1, 2.3], None),
         ([], None),

@@ -71,7 +71,7 @@ def test_a_resnet_is_locked_whole_or_not_at_all() -> None:
     lock_tower(as_clip(model), "vision")
     assert not any(name.startswith("visual") for name in trainable(model))
     with pytest.raises(
-        cg.errors.ConfigError, match="--lock-image-unlocked-groups: this base's vision tower can only"
+        cg.errors.ConfigError, match="`lock_image_unlocked_groups`: this base's vision tower can only"
     ):
         lock_tower(as_clip(model), "vision", 1)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.train.negatives import Gallery, contrastive_loss, one_way_losses, pair_loss, partners_of
+from fitting import groups
 
 
 def naive(
@@ -106,7 +107,7 @@ def test_the_gallery_is_the_default_where_a_tower_is_frozen(
     losses = {}
     cg.apply_lora(clip, r=2, targets=targets)
     for negatives in (None, "gallery", "batch"):
-        cg.fit(clip, pairs, out=tmp_path / str(negatives), negatives=negatives, **OPTIONS)
+        cg.fit(clip, pairs, **groups(out=tmp_path / str(negatives), negatives=negatives, **OPTIONS))
         losses[negatives] = first_loss(tmp_path / str(negatives))
         cg.remove_lora(clip)
         cg.apply_lora(clip, r=2, targets=targets)
@@ -117,6 +118,6 @@ def test_the_gallery_is_the_default_where_a_tower_is_frozen(
 def test_a_gallery_needs_a_frozen_tower(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """`--negatives gallery` would be accepted and ignored where both towers train."""
     cg.apply_lora(clip, r=2, targets="attention")
-    with pytest.raises(cg.errors.ConfigError, match="--negatives gallery needs a frozen tower"):
-        cg.fit(clip, pairs, out=tmp_path / "run", negatives="gallery", **OPTIONS)
-    cg.fit(clip, pairs, out=tmp_path / "default", **OPTIONS)
+    with pytest.raises(cg.errors.ConfigError, match="`negatives=gallery` needs a frozen tower"):
+        cg.fit(clip, pairs, **groups(out=tmp_path / "run", negatives="gallery", **OPTIONS))
+    cg.fit(clip, pairs, **groups(out=tmp_path / "default", **OPTIONS))

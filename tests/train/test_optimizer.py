@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import clipgraft as cg
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.optimizer import clamp_logit_scale, make_optimizer, parameter_groups, set_lr
 from clipgraft.train.schedule import make_schedule
 
@@ -41,7 +42,7 @@ def test_weight_decay_groups_follow_open_clip(
 def test_frozen_weights_are_in_no_group(tiny_openclip: nn.Module) -> None:
     """A frozen base would still cost two fp32 moments a weight."""
     cg.apply_lora(tiny_openclip, r=2)
-    optimizer = make_optimizer(tiny_openclip, 1e-3, 0.1, 0.9, 0.98, 1e-6)
+    optimizer = make_optimizer(tiny_openclip, TrainArgs(lr=1e-3, wd=0.1))
     held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert held == cg.count_parameters(tiny_openclip).trainable
 
@@ -88,7 +89,7 @@ def test_schedules_are_open_clips(
 
 def test_learning_rate_reaches_every_group(tiny_openclip: nn.Module) -> None:
     """Biases and norms would keep the first learning rate for ever."""
-    optimizer = make_optimizer(tiny_openclip, 1e-3, 0.1, 0.9, 0.98, 1e-6)
+    optimizer = make_optimizer(tiny_openclip, TrainArgs(lr=1e-3, wd=0.1))
     set_lr(optimizer, 5e-6)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-6, 5e-6]
 

@@ -23,6 +23,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.train import checkpoint, loop
 from clipgraft.train.run_folder import RunFolder, Saver
 from clipgraft.train.validation import Validation
+from fitting import groups
 from run_comparison import dies_at, differences, events, run_contents
 
 MakeClip = Callable[[], Clip]
@@ -46,7 +47,7 @@ def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
             "checkpoint_steps": 4,
             **changes,
         }
-        cg.fit(clip, pairs, pairs, out=out, resume=resume, workers=0, progress=False, **options)
+        cg.fit(clip, pairs, pairs, **groups(out=out, resume=resume, workers=0, progress=False, **options))
 
     return run
 
@@ -199,7 +200,7 @@ def test_a_used_folder_is_refused(train: Train, tmp_path: Path) -> None:
     """Two runs in one folder would mix their events and overwrite each other's adapters."""
     train(tmp_path / "run", epochs=1)
     with pytest.raises(
-        cg.errors.ConfigError, match=r"exists already: add --resume latest .* or choose another --name"
+        cg.errors.ConfigError, match=r"exists already: add `resume=True` .* or choose another `out`"
     ):
         train(tmp_path / "run", epochs=1)
 

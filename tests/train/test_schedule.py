@@ -15,6 +15,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.train import loop
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.schedule import schedule_of
+from fitting import groups
 from run_comparison import dies_at, differences, events, run_contents
 
 Train = Callable[..., cg.train.FitResult]
@@ -29,7 +30,7 @@ def train(make_clip: Callable[[], Clip], pairs: cg.Pairs) -> Train:
         torch.manual_seed(0)
         cg.apply_lora(clip, r=2, dropout=0.3)
         given = {"batch_size": 4, "lr": 1e-2, "checkpoint_steps": 4, "val_frequency": 0, **options}
-        return cg.fit(clip, pairs, pairs, out=out, workers=0, progress=False, **given)
+        return cg.fit(clip, pairs, pairs, **groups(out=out, workers=0, progress=False, **given))
 
     return run
 
@@ -116,19 +117,19 @@ def test_the_epochs_of_a_resumed_run(train: Train, tmp_path: Path, caplog: pytes
         "epoch 4 and falls to 0 by a cosine" in caplog.text
     )
     with pytest.raises(
-        cg.errors.CheckpointError, match=r"--epochs 2: .* has done 4 epochs already; ask for 4 or more"
+        cg.errors.CheckpointError, match=r"`epochs=2`: .* has done 4 epochs already; ask for 4 or more"
     ):
         train(run, epochs=2, resume=True)
     with pytest.raises(
-        cg.errors.CheckpointError, match=re.escape("has epochs in parts of 3 + 1, and --epoch-parts")
+        cg.errors.CheckpointError, match=re.escape("has epochs in parts of 3 + 1, and `epoch_parts`")
     ):
         train(run, epoch_parts=(4, 4), resume=True)
     other = tmp_path / "other"
     with dies_at(loop, "save_checkpoint", 3, before=False):
         train(other, epochs=3)
-    with pytest.raises(cg.errors.CheckpointError, match=r"--epochs 2: .* is under way to 3 epochs"):
+    with pytest.raises(cg.errors.CheckpointError, match=r"`epochs=2`: .* is under way to 3 epochs"):
         train(other, epochs=2, resume=True)
     with pytest.raises(
-        cg.errors.ConfigError, match="--epoch-parts 1,1 sum to 2, but --epochs is 3: drop one"
+        cg.errors.ConfigError, match="`epoch_parts=1,1` sum to 2, but `epochs` is 3: drop one"
     ):
         train(tmp_path / "new", epoch_parts=(1, 1), epochs=3)

@@ -14,9 +14,10 @@ from torch import Tensor
 import clipgraft as cg
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
-from clipgraft.train import fit as fit_module
 from clipgraft.train.classes import load_head
+from clipgraft.train.recipes import contrastive
 from clipgraft.train.validation import Validation
+from fitting import groups
 
 MakeClip = Callable[[], Clip]
 WORDS = ["a picture of thing number 3", "the same words"]
@@ -24,12 +25,12 @@ WORDS = ["a picture of thing number 3", "the same words"]
 
 def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
     settings: dict[str, Any] = {"batch_size": 8, "epochs": 3, "lr": 1e-2, "workers": 0, "progress": False}
-    return cg.fit(clip, pairs, pairs, out=out, **{**settings, **options})
+    return cg.fit(clip, pairs, pairs, **groups(out=out, **{**settings, **options}))
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     """Evaluations say that R@1 is what they are told; the first is of the base."""
-    real, left = fit_module.measure_retrieval, list(scores)
+    real, left = contrastive.measure_retrieval, list(scores)
 
     def measure(*args: Any) -> Measured:
         found = real(*args)
@@ -38,7 +39,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
             {**found.metrics, "image_to_text_R@1": score, "text_to_image_R@1": score}, found.outcomes
         )
 
-    monkeypatch.setattr(fit_module, "measure_retrieval", measure)
+    monkeypatch.setattr(contrastive, "measure_retrieval", measure)
 
 
 @pytest.mark.parametrize("targets", ["text-attention", "linear", None])
@@ -70,7 +71,9 @@ def test_measuring_the_base_changes_no_bit_of_the_run(
         clip = make_clip()
         torch.manual_seed(0)
         cg.apply_lora(clip, r=2, dropout=0.3, targets="linear")
-        cg.fit(clip, pairs, val, out=tmp_path / name, batch_size=8, epochs=1, workers=0, progress=False)
+        cg.fit(
+            clip, pairs, val, **groups(out=tmp_path / name, batch_size=8, epochs=1, workers=0, progress=False)
+        )
         saved.append({key: tensor.clone() for key, tensor in cg.adapters.lora_state_dict(clip).items()})
     assert all(torch.equal(saved[1][name], tensor) for name, tensor in saved[0].items())
 
@@ -159,14 +162,16 @@ def test_a_trained_head_is_that_of_the_best_epoch(
         clip,
         data,
         data,
-        prompts=prompts,
-        out=out,
-        head="linear",
-        epochs=3,
-        lr=1e-2,
-        batch_size=4,
-        workers=0,
-        progress=False,
+        **groups(
+            prompts=prompts,
+            out=out,
+            head="linear",
+            epochs=3,
+            lr=1e-2,
+            batch_size=4,
+            workers=0,
+            progress=False,
+        ),
     )
     assert result.best_epoch == 1
     head, _ = load_head(out / "head")
@@ -204,9 +209,11 @@ def test_without_validation_data_it_says_that_nothing_is_known(
 ) -> None:
     """Silence reads like success."""
     cg.apply_lora(clip, r=2)
-    result = cg.fit(clip, pairs, out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
+    result = cg.fit(
+        clip, pairs, **groups(out=tmp_path / "run", batch_size=8, epochs=1, workers=0, progress=False)
+    )
     assert (result.base, result.verdict, result.metrics) == (None, None, {})
-    assert "without --val-data nobody knows" in (tmp_path / "run" / "out.log").read_text()
+    assert "without `val_data` nobody knows" in (tmp_path / "run" / "out.log").read_text()
 
 
 def test_a_damaged_record_is_named(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:

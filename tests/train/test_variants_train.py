@@ -10,7 +10,9 @@ import torch
 
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
+from clipgraft.train.args import TrainArgs
 from clipgraft.train.optimizer import make_optimizer, set_lr
+from fitting import groups
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
@@ -34,13 +36,15 @@ def test_a_run_with(variant: str, targets: str, make_clip: Any, pairs: cg.Pairs,
     result = cg.fit(
         clip,
         pairs,
-        out=tmp_path / "run",
-        epochs=2,
-        batch_size=6,
-        lr=1e-2,
-        workers=0,
-        progress=False,
-        lora_plus_ratio=4.0,
+        **groups(
+            out=tmp_path / "run",
+            epochs=2,
+            batch_size=6,
+            lr=1e-2,
+            workers=0,
+            progress=False,
+            lora_plus_ratio=4.0,
+        ),
     )
     after = cg.adapters.lora_state_dict(clip)
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
@@ -59,7 +63,7 @@ def test_lora_plus_trains_the_zero_factors_faster(make_clip: Any) -> None:
     """`--lora-plus-ratio` changes no learning rate, or that of the wrong factors."""
     clip = make_clip()
     cg.apply_lora(clip, r=2, targets="all", use_dora=True, train_logit_scale=True)
-    optimizer = make_optimizer(clip.model, 1e-3, 0.1, 0.9, 0.98, 1e-6, 16.0)
+    optimizer = make_optimizer(clip.model, TrainArgs(lr=1e-3, wd=0.1, lora_plus_ratio=16.0))
     set_lr(optimizer, 5e-4)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for site, layer in require_lora(clip).layers.items():
@@ -76,5 +80,5 @@ def test_a_merged_model_does_not_train(make_clip: Any, pairs: cg.Pairs, tmp_path
     cg.apply_lora(clip)
     cg.merge_lora(clip)
     with pytest.raises(cg.errors.AdapterError, match=r"cannot train while 'default' is merged"):
-        cg.fit(clip, pairs, out=tmp_path / "run", epochs=1, batch_size=6)
+        cg.fit(clip, pairs, **groups(out=tmp_path / "run", epochs=1, batch_size=6))
     assert not (tmp_path / "run").exists()

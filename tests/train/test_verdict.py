@@ -52,10 +52,10 @@ def test_a_handful_of_answers_is_no_verdict() -> None:
 @pytest.mark.parametrize(
     ("run", "advice"),
     [
-        ({"losses": (2.0, 1.99)}, ["--lr 0.003 or more --epochs: the loss hardly fell"]),
-        ({"roles": TEXT}, ["--lora-targets linear-text"]),
-        ({"roles": TEXT | {("text", "fc1")}}, ["--lora-targets linear: both towers"]),
-        ({"roles": {("vision", "q")}}, ["--lora-targets linear-vision"]),
+        ({"losses": (2.0, 1.99)}, ["`lr=0.003` or more `epochs`: the loss hardly fell"]),
+        ({"roles": TEXT}, ["`targets=linear-text`"]),
+        ({"roles": TEXT | {("text", "fc1")}}, ["`targets=linear`: both towers"]),
+        ({"roles": {("vision", "q")}}, ["`targets=linear-vision`"]),
         ({"roles": {("vision", "fc1"), ("text", "fc1")}}, []),
         ({"rows": 525}, ["more than 525 pairs"]),
         ({}, []),
@@ -72,7 +72,7 @@ def test_a_run_that_went_on_too_long_says_so() -> None:
     """The best of 32 epochs was the third: that is the first thing to know."""
     run = Trained(10_000, "pairs", 32, 1e-3, None, (2.0, 0.1), lost=0.03)
     found = judge(measured([0] * 50), measured([1] * 50), than="the base", epoch=3, trained=run)
-    assert found.advice == ("--epochs 3, or --lr 0.0003: it was best after epoch 3 of 32",)
+    assert found.advice == ("`epochs=3`, or `lr=0.0003`: it was best after epoch 3 of 32",)
 
 
 def test_it_turns_into_plain_values() -> None:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.wording import wording
 from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
 from clipgraft.errors import ClipgraftError, together
 from clipgraft.options import part
-from clipgraft.train.args import TrainArgs
+from clipgraft.train.args import RunArgs, TrainArgs
 
 if TYPE_CHECKING:
     from clipgraft.adapters.adapter_file import AdapterFile
@@ -43,7 +44,7 @@ def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
     try:
         check()
     except ClipgraftError as error:
-        lines = error.lines
+        lines = [wording(line) for line in error.lines]
         return [f"{prefix}: {line}" if prefix and not line.startswith(prefix) else line for line in lines]
     return []
 
@@ -227,7 +228,6 @@ def prompt_faults(classes: ClassFlags) -> list[str]:
 
 def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str]:
     """Flags that do not fit the checkpoint to go on from."""
-    from clipgraft.cli.common import train_options
     from clipgraft.train.checkpoint import recorded_parts, recorded_settings
     from clipgraft.train.run_folder import latest_checkpoint
     from clipgraft.train.schedule import plan_epochs
@@ -239,10 +239,10 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
         settings = recorded_settings(latest)
     except ClipgraftError as error:
         return [*error.lines]
-    before, options = recorded_parts(settings), train_options(train, resume=True)
-    faults = []
-    if before is not None and (train.epoch_parts or options.get("epochs", sum(before)) < sum(before)):
-        faults += fault_of(lambda: plan_epochs(options, folder, resume=True))
+    before, faults = recorded_parts(settings), []
+    fewer = before is not None and "epochs" in train.model_fields_set and train.epochs < sum(before)
+    if fewer or (before is not None and train.epoch_parts):
+        faults += fault_of(lambda: plan_epochs(train, RunArgs(out=folder, resume=True)))
     now = {name: value for name, value in train.model_dump().items() if name not in _FREE}
     changed = {
         name: (settings[name], now[name]) for name in now if name in settings and settings[name] != now[name]

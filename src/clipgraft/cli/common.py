@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clipgraft.adapters.open import load
-from clipgraft.cli.flags.shared import DataFlags, ModelFlags
-from clipgraft.cli.flags.training import RunFlags
-from clipgraft.cli.read_data import open_cache
+from clipgraft.cli.flags.shared import ModelFlags
 from clipgraft.errors import ConfigError, ModelError
 from clipgraft.models.clip import Clip
 from clipgraft.report.results import RESULTS, write_results
-from clipgraft.train.args import TrainArgs
 from clipgraft.train.distributed import World
 
 log = logging.getLogger("clipgraft")
@@ -82,36 +78,6 @@ def pick_device(name: str) -> torch.device:
         seen = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
         raise ConfigError(f"--device {name}: torch sees {seen} here; use --device auto")
     return device
-
-
-def fit_options(specs: Sequence[Any]) -> dict[str, Any]:
-    """Collect what every kind of training takes from the flags: saving, precision, loading, optimization."""
-    of = {type(spec): spec for spec in specs}
-    model, data, train, where = of[ModelFlags], of[DataFlags], of[TrainArgs], of[RunFlags]
-    return {
-        "resume": where.resume is not None,
-        "save_frequency": where.save_frequency,
-        "val_frequency": where.val_frequency,
-        "save_lora_only": where.save_lora_only,
-        "checkpoint_steps": where.checkpoint_steps,
-        "autocast": model.autocast,
-        "workers": data.workers,
-        "cache": open_cache(data),
-        "exact_preprocess": data.exact_preprocess,
-        "params": {name.rstrip("_"): value for spec in specs for name, value in spec.model_dump().items()},
-        **train_options(train, where.resume is not None),
-    }
-
-
-def train_options(train: TrainArgs, resume: bool) -> dict[str, Any]:
-    """Collect what `fit` takes of the optimization flags; a resumed run keeps its epochs by default."""
-    options = train.model_dump()
-    parts = options["epoch_parts"]
-    if parts is not None:
-        options["epochs"] = sum(parts)
-    elif resume and "epochs" not in train.model_fields_set:
-        del options["epochs"]
-    return options
 
 
 def hand_over(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
-from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import DeviceFlags, ModelFlags, TableFlags
-from clipgraft.cli.flags.tools import CompactFlags, DistillFlags
+from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
+from clipgraft.cli.flags.shared import DeviceFlags, ModelFlags, TableFlags, features_of
+from clipgraft.cli.flags.tools import DISTILL, CompactFlags, DistillFlags
 from clipgraft.cli.parser import parse
 from clipgraft.locks import sole_owner
-from clipgraft.options import Options
+from clipgraft.options import part
 from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _SUMMARY = (
 
 def run_compact(argv: Sequence[str]) -> None:
     """Parse, cut, distil if asked to, write, and say what was written."""
-    kinds: list[type[Options]] = [CompactFlags, DistillFlags, TableFlags, TrainArgs, DeviceFlags]
+    kinds: list[AnyGroup] = [CompactFlags, DISTILL, TableFlags, TrainArgs, DeviceFlags]
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
     _check_together(spec, teaching, table, train, device)
     folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")
@@ -141,8 +141,7 @@ def _describe(compacted: Compacted) -> None:
 
 def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path) -> None:
     """Measure base and smaller model if there is validation data, and distil if asked to."""
-    from clipgraft.cli.common import train_options
-    from clipgraft.cli.read_data import open_cache, read_table
+    from clipgraft.cli.read_data import read_table
 
     _, teaching, table, train, device = specs
     val = None
@@ -152,25 +151,21 @@ def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path)
             _measure(name, clip, val, table, device)
     if teaching.distill_data is None:
         return
-    from clipgraft.train.distill import distill
+    from clipgraft.train.args import DistillArgs, RunArgs
+    from clipgraft.train.fit import distill
 
     pairs = read_table(compacted.clip, teaching.distill_data, table, "training data")
+    given = recorded([CompactFlags, DISTILL, TableFlags, TrainArgs, DeviceFlags], specs)
+    resume = teaching.resume is not None
     distill(
         compacted.clip,
         base,
         pairs,
         val,
-        out=folder,
-        contrastive=teaching.contrastive,
-        feature=teaching.feature,
-        similarity=teaching.similarity,
-        resume=teaching.resume is not None,
-        autocast=device.autocast,
-        workers=table.workers,
-        cache=open_cache(table),
-        exact_preprocess=table.exact_preprocess,
-        params={name: value for spec in specs for name, value in spec.model_dump().items()},
-        **train_options(train, teaching.resume is not None),
+        weights=part(teaching, DistillArgs),
+        run=RunArgs(out=folder, resume=resume, save_frequency=0, params=given),
+        train=train,
+        features=features_of(table, device.autocast),
     )
 
 

@@ -18,9 +18,10 @@ from clipgraft.text_tables import Table, terminal_width
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clipgraft.data.args import FeatureArgs
     from clipgraft.data.datasets import Pairs
     from clipgraft.models.clip import Clip
-    from clipgraft.train.fit import FitResult
+    from clipgraft.train.run import FitResult
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Adapt the embedded CLIP to another language; compare base, LoRA and full fine-tuning."
@@ -63,7 +64,6 @@ class World:
     train: Pairs
     test: Pairs
     test_english: Pairs
-    train_images: Tensor
     test_images: Tensor
     autocast: bool
 
@@ -117,6 +117,7 @@ def load_base() -> Clip:
 
 def make_world(spec: DemoFlags, base: Clip) -> World:
     """Write scenes and captions like a user's data, read them back, and encode the images once."""
+    from clipgraft.data.feature_cache import open_cache
     from clipgraft.data.features import encode_images
     from clipgraft.data.reader import read_pairs
     from clipgraft.emoji.scenes import write_scenes
@@ -133,28 +134,33 @@ def make_world(spec: DemoFlags, base: Clip) -> World:
     autocast = bf16_is_fast(base.device)
     log.info("%s", what_auto_chooses(base.device))
     log.info("the image tower is frozen: each image is encoded once")
-    train_images, test_images = (
-        encode_images(base, p.images, autocast=autocast) for p in (train_pairs, test)
+    cache = open_cache(features_in(spec, autocast))
+    _, test_images = (
+        encode_images(base, p.images, autocast=autocast, cache=cache) for p in (train_pairs, test)
     )
-    return World(train_pairs, test, english, train_images, test_images, autocast)
+    return World(train_pairs, test, english, test_images, autocast)
 
 
 def train(clip: Clip, world: World, spec: DemoFlags, out: Path, lr: float, **options: Any) -> FitResult:
     """Train a model with the demo's settings."""
+    from clipgraft.train.args import RunArgs, TrainArgs
     from clipgraft.train.fit import fit
 
+    options = {"epochs": spec.epochs, "lr": lr, "seed": spec.seed, **_COMMON, **options}
     return fit(
         clip,
         world.train,
-        out=out,
-        epochs=spec.epochs,
-        lr=lr,
-        seed=spec.seed,
-        autocast=world.autocast,
-        image_features=world.train_images,
-        **_COMMON,
-        **options,
+        train=TrainArgs(**options),
+        run=RunArgs(out=out),
+        features=features_in(spec, world.autocast),
     )
+
+
+def features_in(spec: DemoFlags, autocast: bool) -> FeatureArgs:
+    """How images become features: once, for the folder of the demonstration."""
+    from clipgraft.data.args import FeatureArgs
+
+    return FeatureArgs(feature_cache=spec.out / "features", autocast=autocast)
 
 
 def measure(name: str, clip: Clip, world: World, result: FitResult | None) -> Row:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
-from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags, features_of
 from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import CheckpointError, ConfigError
@@ -39,7 +39,8 @@ def run_eval(argv: Sequence[str]) -> None:
     from clipgraft.adapters.attach import load_adapter
     from clipgraft.adapters.run_folder import find_run_model
     from clipgraft.cli.common import load_model
-    from clipgraft.cli.read_data import open_cache, read_table
+    from clipgraft.cli.read_data import read_table
+    from clipgraft.data.feature_cache import open_cache
     from clipgraft.evaluate.compare import compare_retrieval
     from clipgraft.files import write_json
     from clipgraft.models.device import use_autocast
@@ -55,7 +56,7 @@ def run_eval(argv: Sequence[str]) -> None:
         "batch_size": spec.batch_size,
         "workers": data.workers,
         "autocast": use_autocast(model_spec.autocast, clip.device),
-        "cache": open_cache(data),
+        "cache": open_cache(features_of(data)),
         "exact_preprocess": data.exact_preprocess,
     }
     if classes.task == "classification":

@@ -118,7 +118,7 @@ def _looks_like_a_flag(argument: str) -> bool:
 def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
     plain = info.is_required() or info.default is None or info.default is False or info.default == {}
     default = "" if plain else f" (default: {_written(info)})"
-    text = f"{info.description or ''}{default}".replace("%", "%%")
+    text = wording(f"{info.description or ''}{default}").replace("%", "%%")
     if info.annotation is bool:
         group.add_argument(
             flag(name), dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text

@@ -14,7 +14,6 @@ from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
 from clipgraft.cli.flags.training import ClassTrainFlags
 from clipgraft.data.args import LabelArgs
 from clipgraft.data.datasets import Labelled, Pairs, few_shot, match_classes, split_labelled
-from clipgraft.data.feature_cache import FeatureCache, default_folder
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.models.clip import Clip
@@ -22,18 +21,6 @@ from clipgraft.options import part
 from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft")
-
-
-def open_cache(spec: TableFlags) -> FeatureCache | None:
-    """Open the feature cache that the flags name; None for `--feature-cache none`."""
-    return open_features(spec.feature_cache, spec.cache_gb)
-
-
-def open_features(folder: Path | None, gigabytes: float) -> FeatureCache | None:
-    """Open the feature cache in a folder, by default the common one; None for a folder called `none`."""
-    if str(folder) == "none":
-        return None
-    return FeatureCache(folder or default_folder(), max_bytes=gigabytes * 1e9)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import CacheFlags, ClassFlags, PromptFlags
+from clipgraft.cli.flags.shared import ClassFlags, PromptFlags, features_of
 from clipgraft.cli.flags.tools import ReportFlags
 from clipgraft.cli.parser import parse
-from clipgraft.data.args import ColumnArgs
+from clipgraft.data.args import CacheArgs, ColumnArgs
 from clipgraft.errors import ConfigError, together
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
@@ -26,7 +26,7 @@ _SUMMARY = "Write one HTML page on runs and sweeps: table, curves, retrieved ima
 
 def run_report(argv: Sequence[str]) -> None:
     """Parse, read runs, measure what is missing, and write the page."""
-    kinds: list[type[Options]] = [ReportFlags, ColumnArgs, PromptFlags, CacheFlags]
+    kinds: list[type[Options]] = [ReportFlags, ColumnArgs, PromptFlags, CacheArgs]
     spec, columns, prompts, images = parse("report", _SUMMARY, kinds, argv)
     _check(spec, columns, prompts)
     from clipgraft.report.write_report import require_packages, write_report
@@ -35,11 +35,10 @@ def run_report(argv: Sequence[str]) -> None:
 
     def computing() -> ComputeOptions:
         from clipgraft.cli.common import pick_device
-        from clipgraft.cli.read_data import open_features
+        from clipgraft.data.feature_cache import open_cache
         from clipgraft.report.evaluate_run import ComputeOptions
 
-        cache = open_features(images.feature_cache, images.cache_gb)
-        return ComputeOptions(pick_device(spec.device), images.workers, cache)
+        return ComputeOptions(pick_device(spec.device), images.workers, open_cache(features_of(images)))
 
     retained = _retained(spec, columns, prompts)
     out = write_report(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
+from clipgraft.cli.flags.groups import recorded
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, SweepFlags
 from clipgraft.cli.parser import parse
@@ -135,9 +136,10 @@ def _start_faults(model: ModelFlags) -> list[str]:
 
 def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
     """What cells of one table must share; which of them there are may grow."""
-    grown = ("targets", "lora_r", "seeds", "seed", "base", "full", "logs", "name", "workers", "cache_gb")
-    values = {name: value for spec in specs for name, value in spec.model_dump(mode="json").items()}
-    return {"fingerprint": clip.fingerprint, **{n: v for n, v in values.items() if n not in grown}}
+    grown = {"targets", "lora_r", "seeds", "seed", "base", "full", "logs", "name", "workers", "cache_gb"}
+    dumped = {name: value for spec in specs for name, value in spec.model_dump(mode="json").items()}
+    shared = recorded([type(spec) for spec in specs], specs).keys() - grown
+    return {"fingerprint": clip.fingerprint, **{n: v for n, v in dumped.items() if n in shared}}
 
 
 def _write(folder: Path, results: Sequence[CellResult], metrics: tuple[str, ...]) -> None:

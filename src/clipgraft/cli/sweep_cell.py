@@ -184,6 +184,7 @@ def _run(job: Job) -> CellResult:
     from clipgraft.cli.start import attach_adapter
     from clipgraft.cli.sweep_work import work_of
     from clipgraft.models.device import peak_memory
+    from clipgraft.train.args import RunArgs
     from clipgraft.train.grid import CellResult
     from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines, started
@@ -197,16 +198,17 @@ def _run(job: Job) -> CellResult:
             return CellResult(cell, metrics)
         # Written out, so that an unfinished cell of other epochs is refused and not extended.
         parts = train.epoch_parts or (train.epochs,)
-        options = {**train.model_dump(), "seed": cell.seed, "epochs": sum(parts), "epoch_parts": parts}
+        args = train.replace(seed=cell.seed, epochs=sum(parts), epoch_parts=parts)
         if cell.kind == "full":
             locks = {"lock_image": "vision" not in job.towers, "lock_text": "text" not in job.towers}
-            options |= {**locks, "lr": sweep.full_lr or train.lr}
+            args = args.replace(**locks, lr=sweep.full_lr or train.lr)
         else:
             attach_adapter(clip, sweep.adapter(cell.r, cell.targets), cell.seed)
         folder = job.place / "run"
         try:
             with peak_memory() as peak:
-                done = work.fit(clip, out=folder, resume=started(folder), **options)
+                run = RunArgs(out=folder, resume=started(folder), save_frequency=0, val_frequency=0)
+                done = work.fit(clip, args, run)
                 high = peak()
         except Interrupted as stop:
             told = Interrupted(f"cell {cell.name}: {stop}; run the same command again to go on")

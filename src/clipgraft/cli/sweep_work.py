@@ -6,20 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from clipgraft.cli.flags.shared import features_of
 from clipgraft.cli.flags.training import ClassTrainFlags
-from clipgraft.cli.read_data import ClassData, open_cache, read_class_data, read_images, read_table
-from clipgraft.data.datasets import Labelled, Pairs, class_weights, match_classes
+from clipgraft.cli.read_data import ClassData, read_class_data, read_images, read_table
+from clipgraft.cli.train import head_of
+from clipgraft.data.args import FeatureArgs
+from clipgraft.data.datasets import Labelled, Pairs, match_classes
+from clipgraft.data.feature_cache import open_cache
 from clipgraft.evaluate.classification import evaluate_classification
 from clipgraft.evaluate.metrics import DECISIVE, HEADLINE, TaskName
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import use_autocast
-from clipgraft.train.fit import fit
-from clipgraft.train.fit_classes import fit_classifier
+from clipgraft.train.args import RunArgs, TrainArgs
+from clipgraft.train.fit import fit, fit_classifier
 from clipgraft.train.run import FitResult
 
 Measure: TypeAlias = Callable[[Clip], dict[str, float]]
-_KEEPING: dict[str, Any] = {"save_frequency": 0, "val_frequency": 0, "save_lora_only": True}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Work:
         test: the same on the test data, if there are some.
     """
 
-    fit: Callable[..., FitResult]
+    fit: Callable[[Clip, TrainArgs, RunArgs], FitResult]
     validate: Measure
     test: Measure | None
 
@@ -97,43 +100,53 @@ def _shown(task: TaskName, tested: bool) -> tuple[str, ...]:
 def work_of(material: Material, specs: Sequence[Any]) -> Work:
     """How a model is trained and measured on the data of a sweep."""
     _, data, classes, _, _ = specs
-    shared: dict[str, Any] = {
-        "autocast": material.autocast,
-        "workers": data.workers,
-        "cache": open_cache(data),
-        "exact_preprocess": data.exact_preprocess,
-    }
+    features = features_of(data, material.autocast)
     if material.pairs is not None:
-        return _retrieval(*material.pairs, shared)
+        return _retrieval(*material.pairs, features)
     assert material.classes is not None
-    return _classification(material.classes, classes, material.test, shared)
+    return _classification(material.classes, classes, material.test, features)
 
 
-def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, shared: dict[str, Any]) -> Work:
+def _measuring(features: FeatureArgs) -> dict[str, Any]:
+    """What evaluation takes of the options of features."""
+    return {
+        "autocast": features.autocast,
+        "workers": features.workers,
+        "cache": open_cache(features),
+        "exact_preprocess": features.exact_preprocess,
+    }
+
+
+def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, features: FeatureArgs) -> Work:
     def on(pairs: Pairs) -> Measure:
-        return lambda model: evaluate_retrieval(model, pairs, **shared)
+        return lambda model: evaluate_retrieval(model, pairs, **_measuring(features))
 
-    def train_on_pairs(model: Clip, **options: Any) -> FitResult:
-        return fit(model, train, val, **shared, **_KEEPING, **options)
+    def train_on_pairs(model: Clip, args: TrainArgs, run: RunArgs) -> FitResult:
+        return fit(model, train, val, train=args, run=run, features=features)
 
     return Work(train_on_pairs, on(val), None if test is None else on(test))
 
 
 def _classification(
-    read: ClassData, classes: ClassTrainFlags, test: Labelled | None, shared: dict[str, Any]
+    read: ClassData, classes: ClassTrainFlags, test: Labelled | None, features: FeatureArgs
 ) -> Work:
-    val = read.val
+    val, head = read.val, head_of(classes, read.train)
     assert val is not None
-    options_of_all: dict[str, Any] = {
-        "prompts": read.prompts,
-        "head": classes.head,
-        "weights": class_weights(read.train) if classes.class_weights else None,
-    }
 
     def on(images: Labelled) -> Measure:
-        return lambda model: evaluate_classification(model, images, read.prompts, **shared).metrics
+        measuring = _measuring(features)
+        return lambda model: evaluate_classification(model, images, read.prompts, **measuring).metrics
 
-    def train_on_images(model: Clip, **options: Any) -> FitResult:
-        return fit_classifier(model, read.train, val, **options_of_all, **shared, **_KEEPING, **options)
+    def train_on_images(model: Clip, args: TrainArgs, run: RunArgs) -> FitResult:
+        return fit_classifier(
+            model,
+            read.train,
+            val,
+            prompts=read.prompts,
+            head=head,
+            train=args,
+            run=run,
+            features=features,
+        )
 
     return Work(train_on_images, on(val), None if test is None else on(test))

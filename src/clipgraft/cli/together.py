@@ -29,8 +29,15 @@ def run_together(command: Command, argv: Sequence[str]) -> None:
         return
     from clipgraft.train.launch import joined
 
-    with joined() as world, contextlib.nullcontext() if world.is_rank0 else _silence():
+    with joined(_exit) as world, contextlib.nullcontext() if world.is_rank0 else _silence():
         command(argv, world)
+
+
+def _exit(code: int, told: str | None) -> None:
+    """End the process of a command, whatever it is doing: in a collective on a GPU it hears nothing else."""
+    if told is not None:
+        os.write(2, f"clipgraft: {told}\n".encode())
+    os._exit(code)
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str:

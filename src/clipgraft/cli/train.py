@@ -6,13 +6,14 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
-from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import DataFlags, ModelFlags
-from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
+from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.start import (
     carries_adapter,
@@ -23,17 +24,53 @@ from clipgraft.cli.start import (
     starts_from_adapter,
 )
 from clipgraft.cli.together import launcher, run_together
+from clipgraft.data.args import FeatureArgs
 from clipgraft.errors import ClipgraftError
-from clipgraft.options import Options
-from clipgraft.train.args import TrainArgs
+from clipgraft.options import part
+from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs
 
 if TYPE_CHECKING:
-    from clipgraft.data.datasets import Pairs
+    from clipgraft.data.datasets import Labelled, Pairs
     from clipgraft.models.clip import Clip
     from clipgraft.train.distributed import World
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images with captions."
+
+
+_KINDS: list[AnyGroup] = [ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RUN, RunFlags]
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """What `clipgraft train` was asked for.
+
+    Attributes:
+        keep: what the run keeps; `place` says where, and what it goes on from.
+    """
+
+    model: ModelFlags
+    data: DataFlags
+    classes: ClassTrainFlags
+    lora: LoraFlags
+    train: TrainArgs
+    keep: RunArgs
+    place: RunFlags
+
+    @property
+    def name(self) -> str:
+        return self.place.name or default_name(self.model, self.lora, self.train)
+
+    def record(self) -> dict[str, Any]:
+        """All flags by their names."""
+        return recorded(_KINDS, [getattr(self, part.name) for part in fields(self)])
+
+    def run(self, folder: Path) -> RunArgs:
+        return self.keep.replace(out=folder, resume=self.place.resume is not None, params=self.record())
+
+    @property
+    def features(self) -> FeatureArgs:
+        return features_of(self.data, self.model.autocast)
 
 
 def run_train(argv: Sequence[str]) -> None:
@@ -42,106 +79,103 @@ def run_train(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], several: World | None) -> None:
-    kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RunFlags]
-    specs = parse("train", _SUMMARY, kinds, argv)
-    _, data, classes, lora, train, where = specs
-    faults = check_together(data, classes, lora, train, where)
+    command = TrainCommand(*parse("train", _SUMMARY, _KINDS, argv))
+    faults = check_together(command)
     try:
-        model_spec, lora, _ = resolve_start(specs[0], lora, where)
+        model, lora, _ = resolve_start(command.model, command.lora, command.place)
     except ClipgraftError as error:
         checks.refuse([*faults, *error.lines])
         raise
-    specs = [model_spec, data, classes, lora, train, where]
-    checks.refuse([*faults, *cheap_faults(specs, several)])
+    command = replace(command, model=model, lora=lora)
+    checks.refuse([*faults, *cheap_faults(command, several)])
     from clipgraft.train.distributed import ALONE
     from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines, refuse_used
 
     def choose_folder() -> Path:
-        chosen: Path = where.logs / (where.name or default_name(model_spec, lora, train))
-        refuse_used(chosen, where.resume is not None)
+        chosen = command.place.logs / command.name
+        refuse_used(chosen, command.place.resume is not None)
         return chosen
 
     world = several or ALONE
-    world.require_same({name: value for spec in specs for name, value in spec.model_dump().items()})
+    world.require_same(command.record())
     folder = world.on_rank0(choose_folder)
-    go_on = f"go on with: {continuation(argv, where.name or folder.name)}"
+    go_on = f"go on with: {continuation(argv, command.place.name or folder.name)}"
     world.advise(go_on)
+    train = train_classifier if command.classes.task == "classification" else train_model
     try:
         with early_lines():
-            if classes.task == "classification":
-                train_classifier(specs, folder, world)
-            else:
-                train_model(specs, folder, world)
+            train(command, folder, world)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; {go_on}") from None
 
 
-def train_model(specs: Sequence[Any], folder: Path, world: World) -> None:
-    """Load what the specs name, and train it into `folder`; rank 0 reads the tables."""
-    from clipgraft.cli.common import fit_options, hand_over, load_own_model
+def train_model(command: TrainCommand, folder: Path, world: World) -> None:
+    """Load what the command names, and train it into `folder`; rank 0 reads the tables."""
+    from clipgraft.cli.common import hand_over, load_own_model
     from clipgraft.cli.read_data import read_table
     from clipgraft.lora.config import auto_rank
     from clipgraft.train.fit import fit
 
-    model_spec, data, _, lora, train, where = specs
-    clip = load_own_model(model_spec, world)
+    data, lora, train = command.data, command.lora, command.train
+    clip = load_own_model(command.model, world)
 
-    def read(path: Path, spec: DataFlags, what: str) -> Pairs:
-        return world.on_rank0(lambda: read_table(clip, path, spec, what))
+    def read(path: Path, flags: DataFlags, what: str) -> Pairs:
+        return world.on_rank0(lambda: read_table(clip, path, flags, what))
 
-    train_pairs = read(data.train_data, data, "training data")
-    val_spec = data.for_validation()
-    val_pairs = read(data.val_data, val_spec, "validation data") if data.val_data else None
-    pairs = sum(len(captions) for captions in train_pairs.captions)
+    assert data.train_data is not None
+    pairs = read(data.train_data, data, "training data")
+    val = read(data.val_data, data.for_validation(), "validation data") if data.val_data else None
+    rows = sum(len(captions) for captions in pairs.captions)
     if lora.use_lora:
-        graft(clip, lora, where, train.seed, lambda: auto_rank(pairs, "retrieval"))
-    announce(clip, pairs, "pairs", train, world.world_size)
-    done = fit(
-        clip,
-        train_pairs,
-        val_pairs,
-        out=folder,
-        world=world,
-        **fit_options(specs),
-    )
+        graft(clip, lora, command.place, train.seed, lambda: auto_rank(rows, "retrieval"))
+    announce(clip, rows, "pairs", train, world.world_size)
+    done = fit(clip, pairs, val, train=train, run=command.run(folder), features=command.features, world=world)
     if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
 
 
-def train_classifier(specs: Sequence[Any], folder: Path, world: World) -> None:
-    """Load what the specs name, and train it into `folder` to tell classes apart; rank 0 reads the data."""
-    from clipgraft.cli.common import fit_options, hand_over, load_own_model
+def train_classifier(command: TrainCommand, folder: Path, world: World) -> None:
+    """Load what the command names, and train it to tell classes apart; rank 0 reads the data."""
+    from clipgraft.cli.common import hand_over, load_own_model
     from clipgraft.cli.read_data import read_class_data
-    from clipgraft.data.datasets import class_weights
     from clipgraft.lora.config import auto_rank
-    from clipgraft.train.fit_classes import fit_classifier
+    from clipgraft.train.fit import fit_classifier
 
-    model_spec, data, classes, lora, train, where = specs
-    clip = load_own_model(model_spec, world)
-    read = world.on_rank0(lambda: read_class_data(data, classes, train.seed))
+    lora, train = command.lora, command.train
+    clip = load_own_model(command.model, world)
+    read = world.on_rank0(lambda: read_class_data(command.data, command.classes, train.seed))
     if lora.use_lora:
-        graft(clip, lora, where, train.seed, lambda: auto_rank(len(read.train), "classification"))
+        rows = len(read.train)
+        graft(clip, lora, command.place, train.seed, lambda: auto_rank(rows, "classification"))
     announce(clip, len(read.train), "images", train, world.world_size)
     done = fit_classifier(
         clip,
         read.train,
         read.val,
         prompts=read.prompts,
-        out=folder,
-        head=classes.head,
-        weights=class_weights(read.train) if classes.class_weights else None,
+        head=head_of(command.classes, read.train),
+        train=train,
+        run=command.run(folder),
+        features=command.features,
         world=world,
-        **fit_options(specs),
     )
     if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
 
 
-def cheap_faults(specs: Sequence[Any], several: World | None) -> list[str]:
+def head_of(classes: ClassTrainFlags, train: Labelled) -> HeadArgs:
+    """What tells classes apart, with weights by how rare they are where these are asked for."""
+    from clipgraft.data.datasets import class_weights
+
+    head = part(classes, HeadArgs)
+    return head.replace(weights=tuple(class_weights(train))) if classes.class_weights else head
+
+
+def cheap_faults(command: TrainCommand, several: World | None) -> list[str]:
     """What is wrong with paths, tables, model, targets, prompts, device and resume; no image is opened."""
-    model_spec, data, classes, lora, train, where = specs
-    name = where.name or default_name(model_spec, lora, train)
+    data, classes, lora, train = command.data, command.classes, command.lora, command.train
+    where, name = command.place, command.name
     faults = checks.output_faults("--logs", where.logs / name, folder=True)
     faults += checks.table_faults("--train-data", data.train_data, data, classes)
     faults += checks.table_faults(
@@ -151,8 +185,8 @@ def cheap_faults(specs: Sequence[Any], several: World | None) -> list[str]:
         faults += checks.batch_faults(data.train_data, data, train, several.world_size if several else 1)
     faults += checks.prompt_faults(classes)
     if several is None:
-        faults += checks.device_faults(model_spec.device)
-    clip, wrong = checks.structure_of(model_spec)
+        faults += checks.device_faults(command.model.device)
+    clip, wrong = checks.structure_of(command.model)
     faults += wrong
     if where.from_ is not None and starts_from_adapter(where.from_):
         faults += checks.adapter_faults("--from", where.from_, clip, where.peft_out_proj)
@@ -160,7 +194,7 @@ def cheap_faults(specs: Sequence[Any], several: World | None) -> list[str]:
             faults += contradictions(clip, read_start(clip, where.from_, where), lora)
     elif lora.use_lora:
         faults += checks.target_faults(clip, lora)
-    elif _all_locked(train) and classes.head == "prompts" and not carries_adapter(model_spec):
+    elif _all_locked(train) and classes.head == "prompts" and not carries_adapter(command.model):
         faults.append("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
     return faults + checks.resume_faults(where.logs / name, lora, train, where)
 
@@ -171,12 +205,11 @@ def _all_locked(train: TrainArgs) -> bool:
     return train.lock_image and train.lock_text and not unlocked
 
 
-def check_together(
-    data: DataFlags, classes: ClassTrainFlags, lora: LoraFlags, train: TrainArgs, where: RunFlags
-) -> list[str]:
-    """Faults that each spec alone cannot see."""
-    faults = [*_data_faults(data), *checks.class_faults(classes, data)]
-    faults += [*_lora_faults(lora, train, where), *_lock_faults(lora, train), *train.epoch_faults()]
+def check_together(command: TrainCommand) -> list[str]:
+    """Faults that each group of flags alone cannot see."""
+    data, lora, train, where = command.data, command.lora, command.train, command.place
+    faults = [*_data_faults(data), *checks.class_faults(command.classes, data)]
+    faults += [*_lora_faults(command), *_lock_faults(lora, train), *train.epoch_faults()]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
@@ -194,10 +227,10 @@ def _data_faults(data: DataFlags) -> list[str]:
     return faults
 
 
-def _lora_faults(lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str]:
-    faults = []
+def _lora_faults(command: TrainCommand) -> list[str]:
+    lora, where, keep, faults = command.lora, command.place, command.keep, []
     given = sorted(name for name in lora.model_fields_set if name != "use_lora")
-    given += [name for name in ("lora_plus_ratio",) if name in train.model_fields_set]
+    given += [name for name in ("lora_plus_ratio",) if name in command.train.model_fields_set]
     if where.peft_out_proj is not None and where.from_ is None:
         faults.append("--peft-out-proj given without --from, whose adapter it is about: drop it")
     if given and not lora.use_lora and (where.from_ is None or not starts_from_adapter(where.from_)):
@@ -208,8 +241,8 @@ def _lora_faults(lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str
         faults += checks.variant_faults(lora)
     if lora.lora_targets and lora.lora_target_modules:
         faults.append("--lora-targets and --lora-target-modules both choose sites: give one of them")
-    if "save_lora_only" in where.model_fields_set and not (lora.use_lora or where.from_ is not None):
-        keeping = "--save-lora-only" if where.save_lora_only else "--no-save-lora-only"
+    if "save_lora_only" in keep.model_fields_set and not (lora.use_lora or where.from_ is not None):
+        keeping = "--save-lora-only" if keep.save_lora_only else "--no-save-lora-only"
         faults.append(f"{keeping} given without --use-lora: there is no adapter to save")
     return faults
 

@@ -1,12 +1,12 @@
-"""Options of data: how tables of images with captions or labels are read."""
+"""Options of data: how tables of images are read, and how images become features."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from clipgraft.options import Options, UserPath, separator
+from clipgraft.options import Gigabytes, Options, PythonOnly, UserPath, Workers, separator
 
 
 class ColumnArgs(Options):
@@ -47,3 +47,35 @@ class LabelArgs(TableArgs):
     """How a table or folder of images with one class each is read."""
 
     csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
+
+
+def _folder(value: Any) -> Any:
+    """The command line says `none` for no folder at all."""
+    return None if str(value) == "none" else value
+
+
+class CacheArgs(Options):
+    """How images are decoded, and where features of frozen towers are kept."""
+
+    workers: Workers = Field(2, ge=0, description="processes or threads that decode images")
+    feature_cache: Annotated[UserPath | None, BeforeValidator(_folder)] = Field(
+        None,
+        description="folder that keeps features of a frozen image tower for later runs, or 'none' "
+        "(default of commands: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
+    )
+    cache_gb: Gigabytes = Field(
+        20.0, gt=0, description="size limit of the feature cache in GB; the least recently used go first"
+    )
+
+
+class FeatureArgs(CacheArgs):
+    """How images become features."""
+
+    exact_preprocess: bool = Field(
+        False, description="preprocess images exactly as the base's own transform does"
+    )
+    autocast: Annotated[bool | None, PythonOnly()] = Field(
+        False,
+        description="compute in bf16 where it is safe; None where the device is also fast at it, or as a "
+        "resumed run did before",
+    )

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipgraft.data.args import CacheArgs
 from clipgraft.data.stored_rows import (
     ID_BYTES,
     Array,
@@ -375,3 +376,10 @@ def _existing(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that exists."""
     # Unlike Path.exists, this is False where a folder above may not be entered.
     return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))  # noqa: PTH110
+
+
+def open_cache(features: CacheArgs) -> FeatureCache | None:
+    """The feature cache that options name; None where they name none."""
+    if features.feature_cache is None:
+        return None
+    return FeatureCache(features.feature_cache, max_bytes=features.cache_gb * 1e9)

@@ -1,4 +1,5 @@
 """The public names of `clipgraft.train`; `fit`, `fit_classifier` and `distill` are flat."""
 
-from .fit import FitResult as FitResult
-from .fit_classes import fit_classifier as fit_classifier
+from .args import DistillArgs as DistillArgs
+from .args import HeadArgs as HeadArgs
+from .run import FitResult as FitResult

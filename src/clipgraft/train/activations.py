@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from clipgraft.data.feature_cache import FeatureCache, format_bytes
+from clipgraft.data.feature_cache import FeatureCache, format_bytes, open_cache
 from clipgraft.data.feature_key import UnknownError, image_key
 from clipgraft.data.features import image_rows, image_steps
 from clipgraft.data.stored_rows import StoredRows, available_memory, rows_in_memory
@@ -22,6 +22,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.family import is_lora
 from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feature_sources import PartlyFixedImages
+from clipgraft.train.setup import Setup
 
 log = logging.getLogger("clipgraft")
 _SHARE = 4
@@ -105,24 +106,18 @@ class Activations:
         return cache.shortage(key, self.images, self.row_bytes)
 
 
-def plan_activations(
-    encoder: Encoder,
-    images: Sequence[Path],
-    *,
-    cache: FeatureCache | None,
-    exact_preprocess: bool,
-    world: World = ALONE,
-) -> Activations | None:
+def plan_activations(setup: Setup, encoder: Encoder, images: Sequence[Path]) -> Activations | None:
     """What to compute once before training the image tower; None if all of it must run at every step.
 
-    Rows go to `cache` if it has room for them, else to memory if a quarter of what is free will do. One line
-    says which, and how much it is.
+    Rows go to the feature cache if it has room for them, else to memory if a quarter of what is free will do.
+    One line says which, and how much it is.
     """
-    blocks = encoder.vision_blocks
+    blocks, world = encoder.vision_blocks, setup.world
     block = first_trained_block(encoder.clip, blocks)
     if not 0 < block < blocks:
         return None
-    plan = Activations(encoder, images, block, exact_preprocess, world=world)
+    cache = open_cache(setup.features)
+    plan = Activations(encoder, images, block, setup.features.exact_preprocess, world=world)
     place = world.on_rank0(lambda: _place(plan, cache, blocks))
     return None if place is None else replace(plan, cache=cache if place == "cache" else None)
 

@@ -1,8 +1,8 @@
-"""Options of training."""
+"""Options of training: how a model is optimised, what its run keeps, and those of single recipes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -12,15 +12,21 @@ from clipgraft.options import (
     Count,
     Decay,
     Epsilon,
+    Frequency,
     Layers,
+    LossWeight,
     Options,
     PeakRate,
     Power,
+    PythonOnly,
     Rate,
     Ratio,
+    UserPath,
     Views,
     words,
 )
+
+HeadKind = Literal["linear", "cosine"]
 
 
 class TrainArgs(Options):
@@ -34,7 +40,7 @@ class TrainArgs(Options):
         None,
         min_length=1,
         description="epochs of each part of a run, such as 10,10; every part has its own "
-        "learning-rate schedule, as if a run of 10 epochs were resumed with --epochs 20 "
+        "learning-rate schedule, as if a run of 10 epochs were resumed with `epochs=20` "
         "(default: one part)",
     )
     lr: PeakRate = Field(5e-4, gt=0, description="peak learning rate")
@@ -52,22 +58,22 @@ class TrainArgs(Options):
     lr_cooldown_end: Rate = Field(0.0, ge=0, description="learning rate at the end of the cooldown")
     lr_cooldown_power: Power = Field(1.0, gt=0, description="exponent of the cooldown; 1 is linear")
     lora_plus_ratio: Ratio = Field(
-        1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of --lr"
+        1.0, ge=1, description="LoRA+: learning rate of the factors that start at zero, as a multiple of `lr`"
     )
     grad_clip_norm: ClipNorm | None = Field(None, gt=0, description="clip the gradient to this norm")
     accum_freq: Count = Field(
-        1, ge=1, description="micro-batches of --batch-size per step; the loss is contrasted over all of them"
+        1, ge=1, description="micro-batches of `batch_size` per step; the loss is contrasted over all of them"
     )
     grad_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass instead of storing them"
     )
     lock_image: bool = Field(False, description="freeze the image tower")
     lock_image_unlocked_groups: Layers = Field(
-        0, ge=0, description="with --lock-image: number of last groups that stay trainable"
+        0, ge=0, description="with `lock_image`: number of last groups that stay trainable"
     )
     lock_text: bool = Field(False, description="freeze the text tower")
     lock_text_unlocked_layers: Layers = Field(
-        0, ge=0, description="with --lock-text: number of last layers that stay trainable"
+        0, ge=0, description="with `lock_text`: number of last layers that stay trainable"
     )
     negatives: Literal["batch", "gallery"] | None = Field(
         None,
@@ -78,7 +84,7 @@ class TrainArgs(Options):
     cache_views: Views | None = Field(
         None,
         ge=1,
-        description="with --augment and a frozen image tower: number of crops of each image, encoded once",
+        description="with `augment` and a frozen image tower: number of crops of each image, encoded once",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order, dropout and crops")
 
@@ -87,9 +93,58 @@ class TrainArgs(Options):
         parts, faults = self.epoch_parts or (self.epochs,), []
         if self.epoch_parts is not None and "epochs" in self.model_fields_set and sum(parts) != self.epochs:
             given = ",".join(map(str, parts))
-            faults.append(
-                f"--epoch-parts {given} sum to {sum(parts)}, but --epochs is {self.epochs}: drop one"
-            )
+            told = f"`epoch_parts={given}` sum to {sum(parts)}, but `epochs` is {self.epochs}: drop one"
+            faults.append(told)
         if self.lr_scheduler == "const-cooldown" and not 0 < (self.epochs_cooldown or 0) <= min(parts):
-            faults.append(f"--lr-scheduler const-cooldown needs --epochs-cooldown from 1 to {min(parts)}")
+            faults.append(f"`lr_scheduler=const-cooldown` needs `epochs_cooldown` from 1 to {min(parts)}")
         return faults
+
+
+class RunArgs(Options):
+    """Where a run is kept, and what it keeps."""
+
+    out: Annotated[UserPath, PythonOnly()] = Field(description="folder of the run")
+    resume: Annotated[bool, PythonOnly()] = Field(
+        False, description="go on with the run in that folder if it has a checkpoint, to the same bits"
+    )
+    save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
+    val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
+    save_lora_only: bool = Field(
+        True,
+        description="save only adapters; `save_lora_only=False` also saves the whole model as epoch_N.pt",
+    )
+    checkpoint_steps: Frequency = Field(
+        0, ge=0, description="also checkpoint every N steps; 0: once per epoch"
+    )
+    progress: Annotated[bool | None, PythonOnly()] = Field(
+        None, description="bars: None and True where the output is a terminal"
+    )
+    params: Annotated[dict[str, Any], PythonOnly()] = Field(
+        {}, description="what else params.json and params.txt are to record"
+    )
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The options for the run's record."""
+        return self.model_dump(exclude={"out", "resume", "progress", "params"})
+
+
+class HeadArgs(Options):
+    """What tells classes apart."""
+
+    head: Literal["prompts", "linear", "cosine"] = Field(
+        "prompts",
+        description="what predicts classes: their prompts, or a trained linear or cosine head "
+        "initialized from them",
+    )
+    weights: Annotated[tuple[float, ...] | None, PythonOnly()] = Field(
+        None, description="of each class in the loss (default: 1 each)"
+    )
+
+
+class DistillArgs(Options):
+    """How much each term of the loss of a distillation counts."""
+
+    contrastive: LossWeight = Field(0.1, ge=0, description="weight of the contrastive loss")
+    feature: LossWeight = Field(10.0, ge=0, description="weight of the distance to the base's features")
+    similarity: LossWeight = Field(1.0, ge=0, description="weight of the distance to the base's similarities")

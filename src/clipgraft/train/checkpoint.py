@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 EPOCHS, PARTS = "epochs", "epoch_parts"
 _SHARING = ("batch_size", "accum_freq", "processes")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_AGAIN = "start the run again under another --name"
+_AGAIN = "start the run again under another `out`"
 _OTHER = "holds other trainable weights than this model has: resume with the run's own model"
 
 
@@ -243,7 +243,7 @@ def _fits(moment: Tensor, weight: Tensor) -> bool:
 def _read(path: Path, whole: bool = True) -> _State:
     """A checkpoint with its checksums verified; without `whole` tensors stay on disk, unverified."""
     if not os.path.lexists(path):
-        raise CheckpointError(f"no checkpoint at {path}: drop --resume to start the run")
+        raise CheckpointError(f"no checkpoint at {path}: drop `resume` to start the run")
     state = read_pt(path, _State, CheckpointError, _AGAIN, verify=whole)
     if strange := [key for key, value in state.settings.items() if not _is_plain(value)]:
         raise CheckpointError(f"{path}: settings.{strange[0]} is no plain value; {_AGAIN}")
@@ -277,5 +277,5 @@ def _same_settings(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
             f"{key} (was {saved.get(key)!r}, now {now.get(key)!r})" for key in sorted(changed)[:4]
         )
         raise CheckpointError(
-            f"{path} belongs to a run with other settings: {listed}; use the same settings, or a new --name"
+            f"{path} belongs to a run with other settings: {listed}; use the same settings, or a new `out`"
         )

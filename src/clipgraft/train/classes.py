@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path, write_json
+from clipgraft.train.args import HeadKind
 from clipgraft.writing import size_of
 
-HeadKind = Literal["linear", "cosine"]
 HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
 
 
@@ -92,6 +91,7 @@ def load_head(folder: Path) -> tuple[Head, tuple[str, ...]]:
             raise ValueError(f"{len(classes)} classes for {len(head.weight)} rows")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"no head to read in {folder} ({type(error).__name__}): train one with --head linear or cosine"
+            f"no head to read in {folder} ({type(error).__name__}): train one with `head=linear` "
+            "or `head=cosine`"
         ) from error
     return head, classes

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ConfigError
 from clipgraft.shown import shown_line
-from clipgraft.train.heartbeat import Watch
+from clipgraft.train.heartbeat import Heartbeat
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item", str, Path, int)
@@ -37,7 +37,7 @@ class World:
         rank: number of this process, from 0.
         world_size: how many there are.
         local_rank: number of this process on its machine, and of its GPU.
-        watch: knows why another process is silent; None for one that is alone.
+        heartbeat: knows why another process is silent; None for one that is alone.
 
     All methods raise ProcessLostError where another process is gone.
     """
@@ -45,7 +45,7 @@ class World:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    watch: Watch | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def alone(self) -> bool:
@@ -173,8 +173,8 @@ class World:
 
     def advise(self, advice: str) -> None:
         """What to tell the user to do where a process is lost."""
-        if self.watch is not None:
-            self.watch.advice = advice
+        if self.heartbeat is not None:
+            self.heartbeat.advice = advice
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         found = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -187,11 +187,11 @@ class World:
     def _call(self, collective: str, *arguments: Any, **options: Any) -> None:
         import torch.distributed as dist
 
-        assert self.watch is not None
+        assert self.heartbeat is not None
         try:
             getattr(dist, collective)(*arguments, **options)
         except RuntimeError as error:
-            raise self.watch.explain(error) from error
+            raise self.heartbeat.explain(error) from error
 
 
 ALONE = World()

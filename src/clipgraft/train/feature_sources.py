@@ -20,12 +20,12 @@ from clipgraft.data.stored_rows import StoredRows
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
-from clipgraft.models.sites import Tower as TowerName
+from clipgraft.models.sites import Tower
 from clipgraft.train.feed import MicroBatch
 
 
-class Tower(Protocol):
-    """Features of a micro-batch."""
+class FeatureSource(Protocol):
+    """Features of a micro-batch, by one tower."""
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """n pairs -> (n, D), any norm."""
@@ -97,7 +97,7 @@ class LiveTexts:
         return self.encoder.encode_text(self.tokens[batch.caption_ids])
 
 
-def trains(clip: Clip, tower: TowerName) -> bool:
+def trains(clip: Clip, tower: Tower) -> bool:
     """Whether any weight of a tower has a gradient to compute."""
     state = lora_state(clip)
     if state is not None:

@@ -110,8 +110,8 @@ def everywhere(batch: list[MicroBatch], world: World) -> list[MicroBatch]:
 
 
 def _too_few(rows: int, batch_size: int, accum_freq: int, processes: int) -> str:
-    times = f" x --accum-freq {accum_freq}" if accum_freq > 1 else ""
+    times = f" x `accum_freq={accum_freq}`" if accum_freq > 1 else ""
     times += f" x {processes} processes" if processes > 1 else ""
     largest = rows // (accum_freq * processes)
-    fix = f"use --batch-size {largest} or less" if largest >= 2 else "add data, or lower --accum-freq"
-    return f"{rows} captions do not fill one batch of --batch-size {batch_size}{times}: {fix}"
+    fix = f"use `batch_size={largest}` or less" if largest >= 2 else "add data, or lower `accum_freq`"
+    return f"{rows} captions do not fill one batch of `batch_size={batch_size}`{times}: {fix}"

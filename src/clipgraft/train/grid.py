@@ -117,7 +117,7 @@ def read_cell(folder: Path, settings: Mapping[str, Any]) -> CellResult | None:
     if changed:
         raise CheckpointError(
             f"{folder} was run with another {', '.join(sorted(changed)[:4])}: use the same settings, or a "
-            "new --name"
+            "new `name`"
         )
     return record.result
 

@@ -7,12 +7,15 @@ The first process that ends the run leaves a note of it there; it alone has some
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeAlias
 
 from clipgraft.errors import TrainingError
 
@@ -28,20 +31,24 @@ SUSPECT = 4.0
 GRACE = 5.0
 """Seconds that a process has to end by itself when another one has ended the run."""
 _NOTHING = "-"
+End: TypeAlias = Callable[[int, "str | None"], None]
+"""What ends a process that hangs, given its exit code and what to say, if no other process has said it."""
 
 
 class ProcessLostError(TrainingError):
     """Another process of the run has ended, on its own or by force."""
 
 
-class Watch:
+class Heartbeat:
     """What one process knows of the others. `store` must be for its use alone.
 
     Attributes:
         advice: what the user is told to do when a process is lost.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, end: End | None = None) -> None:
+        """`end` is called, in another thread, where this process hangs in spite of all."""
+        self._end_process = end or _interrupt
         self.advice = "start the run again, and let it go on from its last checkpoint"
         self._store, self._rank, self._size = store, rank, size
         self._places: list[str] = []
@@ -49,13 +56,13 @@ class Watch:
         self._ended = _NOTHING
         self._unreachable = False
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         store.set(f"place/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
         store.set(f"beat/{rank}", "0")
         store.compare_set("ended", "", _NOTHING)
 
     def start(self) -> None:
-        """Begin; every process must have made its watch before."""
+        """Begin; every process must have made its heartbeat before."""
         self._places = [place.decode() for place in self._store.multi_get(_keys("place", range(self._size)))]
         self._thread.start()
 
@@ -101,7 +108,6 @@ class Watch:
                 self._unreachable = True
             if self._reason(SILENT):
                 break
-        # Who waits on a GPU for a process that is gone hears neither signals nor exceptions.
         if not self._over.wait(GRACE):
             self._end()
 
@@ -130,12 +136,23 @@ class Watch:
         return f"rank {rank} of {self._size} ({self._places[rank]}) has died, or hangs: {what}"
 
     def _end(self) -> None:
-        """End this process, whatever it is doing."""
+        """End this process, which waits for one that is gone."""
         reason, mine = self._reason(SILENT), self._ended.startswith(f"{self._rank} ")
         code = self.claim(1)
-        if code is None and not mine:
-            os.write(2, f"clipgraft: {reason}; {self.advice}\n".encode())
-        os._exit(1 if code is None else code)
+        told = f"{reason}; {self.advice}" if code is None and not mine else None
+        self._end_process(1 if code is None else code, told)
+
+
+def _interrupt(code: int, told: str | None) -> None:
+    """End what the main thread waits for: collectives on a GPU are aborted, all else hears SIGTERM.
+
+    A command, whose process nothing else uses, gives `joined` an `end` that exits at once.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    with contextlib.suppress(RuntimeError, AttributeError, ValueError):
+        c10d._abort_process_group()  # which gloo lacks: it hears of a closed connection by itself
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 def _keys(name: str, ranks: Iterable[int]) -> list[str]:

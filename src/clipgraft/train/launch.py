@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from clipgraft.errors import ConfigError
 from clipgraft.train.distributed import ALONE, World
-from clipgraft.train.heartbeat import ProcessLostError, Watch
+from clipgraft.train.heartbeat import End, Heartbeat, ProcessLostError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -39,12 +39,15 @@ class Place:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
+def joined(end: End | None = None) -> Iterator[World]:
     """Meet the other processes of the run, for a `with` block that all of them run.
 
     Under torchrun, or any launcher that sets its variables; else this process is alone, at no cost. When one
     process ends with an exception the others do so as well, within 30 seconds: the first one with its own
     exception, the others with a SystemExit of the same code, and so without a message.
+
+    `end` is what ends a process that hangs in a collective for all that: by default its main thread is
+    interrupted; a command, whose process nothing else uses, exits at once.
 
     Raises:
         ConfigError: variables that are no numbers.
@@ -54,27 +57,27 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     place = _read(os.environ)
-    store, watch = _connect(place), Watch(_connect(place, second=True), place.rank, place.size)
+    store, heartbeat = _connect(place), Heartbeat(_connect(place, second=True), place.rank, place.size, end)
     _meet(store, place)
     own_group = _start_group(store, place)
-    watch.start()
+    heartbeat.start()
     try:
-        with _told_to_stop(watch):
-            world = World(place.rank, place.size, place.local_rank, watch)
+        with _told_to_stop(heartbeat):
+            world = World(place.rank, place.size, place.local_rank, heartbeat)
             yield world
             world.barrier()
     except SystemExit:
-        watch.stop()
+        heartbeat.stop()
         raise
     except BaseException as error:
-        code = watch.claim(int(getattr(error, "exit_code", 1)))
+        code = heartbeat.claim(int(getattr(error, "exit_code", 1)))
         if code is None:
             raise
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends when the first process ends
         time.sleep(1)  # and that one may still be writing
         raise SystemExit(code) from None
-    watch.stop()
+    heartbeat.stop()
     if own_group:
         import torch.distributed as dist
 
@@ -139,7 +142,7 @@ def _start_group(store: Store, place: Place) -> bool:
 
 
 @contextlib.contextmanager
-def _told_to_stop(watch: Watch) -> Iterator[None]:
+def _told_to_stop(heartbeat: Heartbeat) -> Iterator[None]:
     """torchrun ends all processes when one has died: SIGTERM is then a reason to find out which one."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -147,7 +150,7 @@ def _told_to_stop(watch: Watch) -> Iterator[None]:
 
     def end(kind: int, _: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise watch.find() or KeyboardInterrupt("stopped by SIGTERM")
+        raise heartbeat.find() or KeyboardInterrupt("stopped by SIGTERM")
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -20,7 +20,7 @@ from clipgraft.lora.parameters import verify_gradients
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from clipgraft.train.distributed import ALONE, World
+from clipgraft.train.distributed import World
 from clipgraft.train.feed import Feed, MicroBatch, everywhere
 from clipgraft.train.gradient_cache import contrastive_backward
 from clipgraft.train.interrupt import Interrupted, stop_requests
@@ -28,6 +28,7 @@ from clipgraft.train.objectives import Objective
 from clipgraft.train.optimizer import clamp_logit_scale, set_lr
 from clipgraft.train.run_folder import RunFolder, SilentFolder
 from clipgraft.train.schedule import Schedule
+from clipgraft.train.setup import Setup
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
 log = logging.getLogger("clipgraft")
@@ -38,36 +39,40 @@ class Loop:
     """One run: everything the loop reads, as plain values.
 
     Attributes:
+        setup: the model, the options, and the processes that train together; each of them has this loop, and
+            rank 0 alone writes.
         trained: what holds all that trains: the model, or the model and more.
         objective: what a step minimises.
         schedule: learning rate by step.
-        checkpoint_steps: steps between checkpoints besides those of every epoch; 0 for none.
         settings: what a checkpoint must agree with to be resumed.
         epoch_end: called with the number of finished epochs, 0 before the first step of a run; returns
             metrics to report, or None.
-        progress: show a bar, if the output is a terminal.
-        world: the processes that train together; each has this loop, and rank 0 alone writes.
-        seed: of the random streams of other processes than rank 0.
         began: when this part of the run began, by `time.perf_counter`.
         before: seconds that its earlier parts took, up to the checkpoint that this one goes on from.
     """
 
-    clip: Clip
+    setup: Setup
     trained: nn.Module
     feed: Feed
     objective: Objective
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    epochs: int
-    grad_clip_norm: float | None = None
-    checkpoint_steps: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     epoch_end: EpochEnd = lambda epoch: None
-    progress: bool = True
-    world: World = ALONE
-    seed: int = 0
     began: float = field(default_factory=time.perf_counter)
     before: float = 0.0
+
+    @property
+    def clip(self) -> Clip:
+        return self.setup.clip
+
+    @property
+    def world(self) -> World:
+        return self.setup.world
+
+    @property
+    def epochs(self) -> int:
+        return self.setup.train.epochs
 
     def seconds(self) -> float:
         """Of all parts of the run so far."""
@@ -153,14 +158,14 @@ class Loop:
         lr = self.schedule(number - 1)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        self.world.reseed(self.seed, number)
+        self.world.reseed(self.setup.train.seed, number)
         loss_of = self.objective.loss(everywhere(batch, self.world))
         try:
             loss = contrastive_backward(self.objective.parts(batch), loss_of, self.world)
         except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
-                f"out of GPU memory at step {number}: halve --batch-size and double --accum-freq, "
-                "which changes nothing else, or add --grad-checkpointing"
+                f"out of GPU memory at step {number}: halve `batch_size` and double `accum_freq`, "
+                "which changes nothing else, or add `grad_checkpointing`"
             ) from error
         if self.clip.device.type == "cpu" and not math.isfinite(loss):
             # Before the update, so that what a library user holds is not spoilt; elsewhere reading it costs.
@@ -169,15 +174,16 @@ class Loop:
         self.world.sum_gradients(trainable)
         if number == 1 and lora_state(self.clip) is not None:
             verify_gradients(self.clip)
-        if self.grad_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trainable, self.grad_clip_norm)
+        if (norm := self.setup.train.grad_clip_norm) is not None:
+            torch.nn.utils.clip_grad_norm_(trainable, norm)
         self.optimizer.step()
         clamp_logit_scale(self.clip.logit_scale)
         self.world.send(running_statistics(self.trained))
         return lr, loss
 
     def _checkpoint_is_due(self, step: int) -> bool:
-        return self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0
+        every = self.setup.run.checkpoint_steps
+        return every > 0 and step % every == 0
 
     def _checkpoint(self, folder: RunFolder | SilentFolder, position: Position) -> None:
         if self.world.is_rank0:
@@ -204,7 +210,7 @@ class Loop:
             total=self.feed.steps,
             initial=start,
             unit="step",
-            disable=None if self.progress else True,
+            disable=None if self.setup.shows else True,
         )
 
     def _pairs(self, batch: Sequence[MicroBatch]) -> int:
@@ -296,7 +302,7 @@ class Readings:
 
 def not_finite(number: int, lr: float, loss: float) -> TrainingError:
     """Why a loss is not finite at step `number`: before the first update it cannot be the learning rate."""
-    cause = f"the learning rate ({lr:g}) is too high; lower --lr, raise --warmup, or add --grad-clip-norm 1"
+    cause = f"the learning rate ({lr:g}) is too high; lower `lr`, raise `warmup`, or add `grad_clip_norm=1`"
     if number == 1:
-        cause = "the base or an image holds broken values; check --pretrained, or use --precision fp32"
+        cause = "the base or an image holds broken values; check `pretrained`, or use `autocast=False`"
     return TrainingError(f"the loss is {loss} at step {number}: likely {cause}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.errors import ConfigError
-from clipgraft.train.feature_sources import FixedImages, FixedTexts, Tower
+from clipgraft.train.feature_sources import FeatureSource, FixedImages, FixedTexts
 from clipgraft.train.feed import Feed
 
 MOST_NEGATIVES = 65_536
@@ -117,7 +117,9 @@ def pair_loss(
     return (to_text + to_image) / 2
 
 
-def choose_gallery(feed: Feed, images: Tower, texts: Tower, negatives: str | None) -> Gallery | None:
+def choose_gallery(
+    feed: Feed, images: FeatureSource, texts: FeatureSource, negatives: str | None
+) -> Gallery | None:
     """The gallery of a run: None for `batch`; where `negatives` is None, one if a tower's features are fixed.
 
     Raises:
@@ -134,8 +136,8 @@ def choose_gallery(feed: Feed, images: Tower, texts: Tower, negatives: str | Non
         return Gallery("texts", F.normalize(texts.features.float(), dim=-1), partners)
     if negatives == "gallery":
         raise ConfigError(
-            "--negatives gallery needs a frozen tower whose features are known beforehand (no --augment): "
-            "adapt one tower only, or use --negatives batch"
+            "`negatives=gallery` needs a frozen tower whose features are known beforehand (no `augment`): "
+            "adapt one tower only, or use `negatives=batch`"
         )
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipgraft.evaluate.classification import pool_prompts
 from clipgraft.models.clip import Clip
 from clipgraft.train.classes import class_loss
-from clipgraft.train.feature_sources import Tower
+from clipgraft.train.feature_sources import FeatureSource
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Features, Loss
 from clipgraft.train.negatives import Gallery, pair_loss
@@ -40,8 +40,8 @@ class Contrastive:
     """
 
     clip: Clip
-    images: Tower
-    texts: Tower
+    images: FeatureSource
+    texts: FeatureSource
     gallery: Gallery | None = None
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
@@ -76,7 +76,7 @@ class Prompted:
     """
 
     clip: Clip
-    images: Tower
+    images: FeatureSource
     prompts: Callable[[], Tensor] | None
     counts: Sequence[int]
     class_of_caption: Tensor
@@ -106,7 +106,7 @@ class Headed:
     """Images told apart by a classifier on their features (`classes.Head`); texts play no part."""
 
     clip: Clip
-    images: Tower
+    images: FeatureSource
     head: nn.Module
     class_of_caption: Tensor
     weights: Tensor | None = None
@@ -125,7 +125,7 @@ class Headed:
         return loss
 
 
-def _images_alone(clip: Clip, images: Tower, batch: Sequence[MicroBatch]) -> list[Encode]:
+def _images_alone(clip: Clip, images: FeatureSource, batch: Sequence[MicroBatch]) -> list[Encode]:
     """Parts that bring no texts."""
 
     def encode(part: MicroBatch) -> Features:

@@ -13,6 +13,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower
+from clipgraft.train.args import TrainArgs
 
 
 def parameter_groups(
@@ -41,24 +42,17 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    lora_plus_ratio: float = 1.0,
-) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable weights of a model.
 
     `lora_plus_ratio` is the λ of LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the factor of each update that
     starts at zero, B for all but embeddings, learns λ times as fast.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if lora_plus_ratio != 1 else []
+    ratio = args.lora_plus_ratio
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if ratio != 1 else []
     faster = [layer.starts_at_zero for layer in layers]
-    groups = parameter_groups(model.named_parameters(), weight_decay, faster, lora_plus_ratio)
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    groups = parameter_groups(model.named_parameters(), args.wd, faster, ratio)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -74,7 +68,7 @@ def clamp_logit_scale(logit_scale: nn.Parameter) -> None:
             logit_scale.clamp_(0, math.log(100))
 
 
-_FLAGS = {"vision": "--lock-image-unlocked-groups", "text": "--lock-text-unlocked-layers"}
+_OPTION = {"vision": "lock_image_unlocked_groups", "text": "lock_text_unlocked_layers"}
 
 
 def lock_tower(clip: Clip, tower: Tower, unlocked_groups: int = 0) -> None:
@@ -88,9 +82,7 @@ def lock_tower(clip: Clip, tower: Tower, unlocked_groups: int = 0) -> None:
     """
     groups = clip.family.tower_groups(clip.model, tower)
     if unlocked_groups and len(groups) == 1:
-        raise ConfigError(
-            f"{_FLAGS[tower]}: this base's {tower} tower can only be locked whole; drop the flag"
-        )
+        raise ConfigError(f"`{_OPTION[tower]}`: this base's {tower} tower can only be locked whole; drop it")
     locked = max(0, len(groups) - unlocked_groups)
     for number, group in enumerate(groups):
         for parameter in group:

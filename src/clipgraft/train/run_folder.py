@@ -57,13 +57,13 @@ def refuse_used(path: Path, resume: bool) -> None:
 def _refuse_begun(path: Path, resume: bool) -> None:
     if not resume and started(path):
         raise ConfigError(
-            f"run {path} exists already: add --resume latest to continue it, or choose another --name"
+            f"run {path} exists already: add `resume=True` to continue it, or choose another `out`"
         )
     others = () if _is_run(path) else _others(path)
     if others:
         raise ConfigError(
             f"run {path}: the folder holds what no run of clipgraft made ({min(others)}), and is left as it "
-            "is: choose another --name, or an empty folder"
+            "is: choose another `out`, or an empty folder"
         )
     refuse_other(path / "adapter")
 
@@ -138,7 +138,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"--logs: cannot make {self.checkpoints}: {error.strerror}") from error
+            raise ConfigError(f"`out`: cannot make {self.checkpoints}: {error.strerror}") from error
         self._params = params
         self._board: SummaryWriter | None = None
         self._handler: logging.FileHandler | None = None

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from clipgraft.errors import CheckpointError, together
-from clipgraft.train.args import TrainArgs
+from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.checkpoint import EPOCHS, PARTS, recorded_parts, recorded_position, recorded_settings
 from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.run_folder import latest_checkpoint
@@ -26,44 +26,44 @@ log = logging.getLogger("clipgraft")
 Schedule: TypeAlias = Callable[[int], float]
 
 
-def plan_epochs(options: Mapping[str, Any], out: Path, resume: bool, world: World = ALONE) -> TrainArgs:
-    """The spec of a run from its options; of one that is resumed with the parts it has had so far.
+def plan_epochs(asked: TrainArgs, run: RunArgs, world: World = ALONE) -> TrainArgs:
+    """The options of a run; of one that is resumed with the parts it has had so far.
 
-    More epochs than the run was to have are one more part. Without `epochs` it has those it was to have.
+    More epochs than the run was to have are one more part. Where `epochs` is not given, a resumed run has
+    those it was to have.
 
     Raises:
-        ConfigError: options out of range.
+        ConfigError: options that do not go together.
         CheckpointError: fewer epochs than the run has done or was to have, or other parts than it has had.
     """
-    asked = TrainArgs(**options)
     _check(asked)
-    parts = world.on_rank0(lambda: _parts(asked, out, resume))
-    spec = asked.model_copy(update={EPOCHS: sum(parts), PARTS: parts if len(parts) > 1 else None})
-    _check(spec)
-    return spec
+    parts = world.on_rank0(lambda: _parts(asked, run.out, run.resume))
+    planned = asked.replace(**{EPOCHS: sum(parts), PARTS: parts if len(parts) > 1 else None})
+    _check(planned)
+    return planned
 
 
-def _check(spec: TrainArgs) -> None:
-    if faults := spec.epoch_faults():
+def _check(args: TrainArgs) -> None:
+    if faults := args.epoch_faults():
         raise together(faults)
 
 
-def parts_of(spec: TrainArgs) -> tuple[int, ...]:
+def parts_of(args: TrainArgs) -> tuple[int, ...]:
     """Epochs of each part, in order."""
-    return spec.epoch_parts or (spec.epochs,)
+    return args.epoch_parts or (args.epochs,)
 
 
-def part_ends(spec: TrainArgs) -> frozenset[int]:
+def part_ends(args: TrainArgs) -> frozenset[int]:
     """The number of finished epochs at the end of each part."""
-    return frozenset(accumulate(parts_of(spec)))
+    return frozenset(accumulate(parts_of(args)))
 
 
-def schedule_of(spec: TrainArgs, steps_per_epoch: int) -> Schedule:
+def schedule_of(args: TrainArgs, steps_per_epoch: int) -> Schedule:
     """Learning rate by step of the whole run, counted from 0, part after part."""
     starts, schedules = [], []
-    for number, epochs in enumerate(parts_of(spec)):
-        starts.append(steps_per_epoch * sum(parts_of(spec)[:number]))
-        schedules.append(_schedule(spec, epochs, steps_per_epoch, first=number == 0))
+    for number, epochs in enumerate(parts_of(args)):
+        starts.append(steps_per_epoch * sum(parts_of(args)[:number]))
+        schedules.append(_schedule(args, epochs, steps_per_epoch, first=number == 0))
 
     def at(step: int) -> float:
         number = max(n for n, start in enumerate(starts) if start <= step)
@@ -72,33 +72,33 @@ def schedule_of(spec: TrainArgs, steps_per_epoch: int) -> Schedule:
     return at
 
 
-def _schedule(spec: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool) -> Schedule:
+def _schedule(args: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool) -> Schedule:
     total = steps_per_epoch * epochs
-    warmup = min(spec.warmup, total // 10) if first else 0
-    if first and warmup < spec.warmup:
-        log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, spec.warmup)
-    cooldown = (spec.epochs_cooldown or 0) * steps_per_epoch
+    warmup = min(args.warmup, total // 10) if first else 0
+    if first and warmup < args.warmup:
+        log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, args.warmup)
+    cooldown = (args.epochs_cooldown or 0) * steps_per_epoch
     return make_schedule(
-        spec.lr_scheduler, spec.lr, warmup, total, cooldown, spec.lr_cooldown_end, spec.lr_cooldown_power
+        args.lr_scheduler, args.lr, warmup, total, cooldown, args.lr_cooldown_end, args.lr_cooldown_power
     )
 
 
-def _parts(spec: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
+def _parts(args: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
     latest = latest_checkpoint(out)
     if not (resume and latest.exists()):
-        return parts_of(spec)
+        return parts_of(args)
     before = recorded_parts(recorded_settings(latest))
     if before is None:
-        return parts_of(spec)
-    if spec.epoch_parts is not None:
-        if spec.epoch_parts[: len(before)] != before:
+        return parts_of(args)
+    if args.epoch_parts is not None:
+        if args.epoch_parts[: len(before)] != before:
             raise CheckpointError(
-                f"{out} has epochs in parts of {_listed(before)}, and --epoch-parts says "
-                f"{_listed(spec.epoch_parts)}: begin with the parts it has, or choose a new --name"
+                f"{out} has epochs in parts of {_listed(before)}, and `epoch_parts` says "
+                f"{_listed(args.epoch_parts)}: begin with the parts it has, or choose a new `out`"
             )
-        return spec.epoch_parts
-    planned, asked = sum(before), spec.epochs
-    if EPOCHS not in spec.model_fields_set or asked == planned:
+        return args.epoch_parts
+    planned, asked = sum(before), args.epochs
+    if EPOCHS not in args.model_fields_set or asked == planned:
         return before
     if asked < planned:
         raise CheckpointError(_too_few(out, asked, planned, recorded_position(latest).epoch))
@@ -107,7 +107,7 @@ def _parts(spec: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
         out,
         _epochs(planned),
         asked - planned,
-        _told(spec, planned + 1),
+        _told(args, planned + 1),
     )
     return (*before, asked - planned)
 
@@ -115,23 +115,23 @@ def _parts(spec: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
 def _too_few(out: Path, asked: int, planned: int, done: int) -> str:
     if asked <= done:
         return (
-            f"--epochs {asked}: {out} has done {_epochs(done)} already; ask for {planned} or more, or choose "
-            "a new --name"
+            f"`epochs={asked}`: {out} has done {_epochs(done)} already; ask for {planned} or more, or choose "
+            "a new `out`"
         )
     return (
-        f"--epochs {asked}: {out} is under way to {_epochs(planned)}, and its learning rate with it; ask for "
-        f"{planned} or more, or choose a new --name"
+        f"`epochs={asked}`: {out} is under way to {_epochs(planned)}, and its learning rate with it; ask for "
+        f"{planned} or more, or choose a new `out`"
     )
 
 
-def _told(spec: TrainArgs, first: int) -> str:
+def _told(args: TrainArgs, first: int) -> str:
     """The learning rate of an added part, in words."""
-    if spec.lr_scheduler == "const":
-        return f"with the same learning rate, {spec.lr:g}"
-    end = 0.0 if spec.lr_scheduler == "cosine" else spec.lr_cooldown_end
-    how = "by a cosine" if spec.lr_scheduler == "cosine" else f"over the last {spec.epochs_cooldown} epochs"
+    if args.lr_scheduler == "const":
+        return f"with the same learning rate, {args.lr:g}"
+    end = 0.0 if args.lr_scheduler == "cosine" else args.lr_cooldown_end
+    how = "by a cosine" if args.lr_scheduler == "cosine" else f"over the last {args.epochs_cooldown} epochs"
     return (
-        f"for which the learning rate starts at {spec.lr:g} again in epoch {first} and falls to {end:g} {how}"
+        f"for which the learning rate starts at {args.lr:g} again in epoch {first} and falls to {end:g} {how}"
     )
 
 

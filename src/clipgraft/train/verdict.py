@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from clipgraft.evaluate.bootstrap import Difference, Interval, Measured, compare_outcomes, points
@@ -15,6 +16,7 @@ _FEW = {"pairs": 2000, "images": 500}
 _HARDLY = 0.05  # share of the loss
 _LOW_LR = 1e-4  # below what adapters learn well with
 _LOST = 0.01  # share of the queries
+_SAME = 1e-4  # share of the loss
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def advise(word: Word, epoch: int, trained: Trained) -> Sequence[str]:
     early = 2 * epoch <= trained.epochs and trained.lost >= _LOST
     if early:
         told = f"it was best after epoch {epoch} of {trained.epochs}"
-        found.append(f"--epochs {epoch}, or --lr {trained.lr / 3:.1g}: {told}")
+        found.append(f"`epochs={epoch}`, or `lr={trained.lr / 3:.1g}`: {told}")
     if word == "better":
         return found
     if trained.losses is not None and not early:
@@ -135,10 +137,10 @@ def advise(word: Word, epoch: int, trained: Trained) -> Sequence[str]:
         if last > (1 - _HARDLY) * first:
             told = f"the loss hardly fell, {first:.3f} to {last:.3f}"
             factor = 10 if trained.lr < _LOW_LR else 3
-            found.append(f"--lr {factor * trained.lr:.1g} or more --epochs: {told}")
+            found.append(f"`lr={factor * trained.lr:.1g}` or more `epochs`: {told}")
         elif word == "worse":
             found.append(
-                f"--lr {trained.lr / 3:.1g}: the loss fell from {first:.3f} to {last:.3f} all the same"
+                f"`lr={trained.lr / 3:.1g}`: the loss fell from {first:.3f} to {last:.3f} all the same"
             )
     if (wider := _wider(trained.roles)) is not None:
         found.append(wider)
@@ -158,4 +160,27 @@ def _wider(roles: Collection[tuple[str, str]] | None) -> str | None:
     if tower is None and mlp:
         return None
     why = "both towers" if name == "linear" and tower else "MLPs too"
-    return f"--lora-targets {name}: {why}"
+    return f"`targets={name}`: {why}"
+
+
+def nothing_learnt(losses: Sequence[float], steps: int) -> str | None:
+    """What the losses of a run say against it; None where they say nothing. `steps` is those of an epoch."""
+    if not losses:
+        return None
+    if max(map(abs, losses)) < 1e-6:
+        return (
+            "nothing was learnt: the loss was 0.0 at every step, since no pair of a batch had a negative; "
+            "give more different images and captions, or a larger `batch_size`"
+        )
+    if len(losses) > 2 and max(losses) - min(losses) < _SAME * max(map(abs, losses)):
+        return (
+            f"nothing was learnt: the loss was {losses[-1]:.4f} at every step, as if all images, or all "
+            "captions, were one; look at the training data"
+        )
+    first, last = fmean(losses[:steps]), fmean(losses[-steps:])
+    if len(losses) >= 2 * steps and abs(first - last) < _SAME * abs(first):
+        return (
+            f"nothing was learnt: the mean loss was {first:.4f} in the first epoch and {last:.4f} in the "
+            "last; raise `lr`"
+        )
+    return None

@@ -14,17 +14,19 @@ import clipgraft as cg
 from clipgraft.cli.flags import search, shared, tools, training
 from clipgraft.cli.flags.groups import build_options, flag
 from clipgraft.cli.flags.training import LoraFlags, RunFlags
+from clipgraft.data import args as data_args
 from clipgraft.options import Options
 from clipgraft.train import args
 from clipgraft.train.args import TrainArgs
 
 GROUPS = [
     kind
-    for module in (shared, training, tools, search, args)
+    for module in (shared, training, tools, search, args, data_args)
     for kind in vars(module).values()
     if inspect.isclass(kind) and issubclass(kind, Options) and kind.__module__ == module.__name__
 ]
 REQUIRED: dict[type[Options], dict[str, str]] = {
+    args.RunArgs: {"out": "a"},
     tools.CompactFlags: {"model": "a", "out": "b"},
     tools.ConvertFlags: {"src": "a", "out": "b", "to": "peft"},
     tools.InspectFlags: {"model": "a"},

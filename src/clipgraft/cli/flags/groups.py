@@ -12,7 +12,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from clipgraft.errors import ConfigError, together
-from clipgraft.options import Fault, Options, Positional, nearest
+from clipgraft.options import Fault, Options, Positional, PythonOnly, nearest
 from clipgraft.yaml_files import load_yaml
 
 
@@ -24,19 +24,28 @@ class Group:
         kind: the option group.
         prefix: what stands before each of its fields: `r` of a group with the prefix `lora_` is `--lora-r`.
         names: flags of single fields, in field spelling, where prefix and field do not make them.
-        without: fields that the command does not offer.
+        without: fields that the command does not offer, besides those marked `PythonOnly`.
+        told: how messages name what is an option in Python alone, such as `out` -> `--name`.
+        fixed: values of fields that the command does not offer.
     """
 
     kind: type[Options]
     prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
+    told: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fields(self) -> dict[str, FieldInfo]:
         """The fields that the command offers, by the names of their flags in field spelling."""
+        return {self.named(name): self.kind.model_fields[name] for name in self.offered}
+
+    @property
+    def offered(self) -> list[str]:
+        """The names of these fields in Python."""
         infos = self.kind.model_fields.items()
-        return {self.named(name): info for name, info in infos if name not in self.without}
+        return [name for name, info in infos if name not in self.without and not _python_only(info)]
 
     def named(self, name: str) -> str:
         """The flag of a field in field spelling: `r` -> `lora_r`."""
@@ -67,6 +76,10 @@ def positional_fields(kinds: Iterable[AnyGroup]) -> dict[str, bool]:
     return {name: mark.many for name, info in fields.items() if (mark := _mark(info)) is not None}
 
 
+def _python_only(info: FieldInfo) -> bool:
+    return any(isinstance(mark, PythonOnly) for mark in info.metadata)
+
+
 def _mark(info: FieldInfo) -> Positional | None:
     return next((mark for mark in info.metadata if isinstance(mark, Positional)), None)
 
@@ -87,9 +100,8 @@ def build_options(
     faults = [_unknown(given, known) for given in strange]
     made: list[Options] = []
     for group in groups:
-        offered = [name for name in group.kind.model_fields if name not in group.without]
-        own = {name: values[group.named(name)] for name in offered if group.named(name) in values}
-        found = group.kind.check(own)
+        own = {name: values[group.named(name)] for name in group.offered if group.named(name) in values}
+        found = group.kind.check({**group.fixed, **own})
         if isinstance(found, Options):
             made.append(found)
         else:
@@ -97,6 +109,15 @@ def build_options(
     if faults:
         raise together(faults)
     return made
+
+
+def recorded(kinds: Sequence[AnyGroup], made: Sequence[Options]) -> dict[str, Any]:
+    """The values of a command's flags by their names, as the records of runs and sweeps have them."""
+    return {
+        group.named(name).rstrip("_"): getattr(options, name)
+        for group, options in zip(grouped(kinds), made, strict=True)
+        for name in group.offered
+    }
 
 
 def _told(group: Group, fault: Fault) -> str:

@@ -6,13 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from clipgraft.data.args import TableArgs
+from clipgraft.data.args import CacheArgs, FeatureArgs, TableArgs
 from clipgraft.options import (
-    Gigabytes,
     Options,
     Precision,
     UserPath,
-    Workers,
+    part,
     separator,
 )
 
@@ -52,26 +51,8 @@ class ModelFlags(DeviceFlags):
     )
 
 
-class CacheFlags(Options):
-    """How images are decoded, and where features of frozen towers are kept."""
-
-    workers: Workers = Field(2, ge=0, description="processes or threads that decode images")
-    feature_cache: UserPath | None = Field(
-        None,
-        description="folder that keeps features of a frozen image tower for later runs, or 'none' "
-        "(default: features in $CLIPGRAFT_CACHE or ~/.cache/clipgraft)",
-    )
-    cache_gb: Gigabytes = Field(
-        20.0, gt=0, description="size limit of the feature cache in GB; the least recently used go first"
-    )
-
-
-class TableFlags(TableArgs, CacheFlags):
+class TableFlags(TableArgs, FeatureArgs):
     """How tables of images and captions are read, and their images made features."""
-
-    exact_preprocess: bool = Field(
-        False, description="preprocess images exactly as the base's own transform does"
-    )
 
 
 class DataFlags(TableFlags):
@@ -126,3 +107,12 @@ class ClassFlags(PromptFlags):
         """The same, with the label column of the validation data."""
         key = self.val_csv_label_key or self.csv_label_key
         return self.model_copy(update={"csv_label_key": key})
+
+
+def features_of(flags: CacheArgs, autocast: bool | None = False) -> FeatureArgs:
+    """How a command makes features: by default it keeps them in the folder that all commands share."""
+    from clipgraft.data.feature_cache import default_folder
+
+    found = part(flags, FeatureArgs, autocast=autocast)
+    given = "feature_cache" in flags.model_fields_set
+    return found if given else found.replace(feature_cache=default_folder())

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.shared import OverwriteFlags
 from clipgraft.options import (
     AdapterWeight,
@@ -14,7 +15,6 @@ from clipgraft.options import (
     Blocks,
     Count,
     Layers,
-    LossWeight,
     Options,
     Paths,
     Positional,
@@ -29,6 +29,7 @@ from clipgraft.options import (
     expressions,
     words,
 )
+from clipgraft.train.args import DistillArgs
 
 
 class DemoFlags(OverwriteFlags):
@@ -174,7 +175,7 @@ class CompactFlags(Options):
     )
 
 
-class DistillFlags(Options):
+class DistillFlags(DistillArgs):
     """Distillation of the smaller model from its base."""
 
     distill_data: UserPath | None = Field(
@@ -183,13 +184,16 @@ class DistillFlags(Options):
     val_data: UserPath | None = Field(
         None, description="validation data, for the recall of base and smaller model"
     )
-    contrastive: LossWeight = Field(0.1, ge=0, description="weight of the contrastive loss")
-    feature: LossWeight = Field(10.0, ge=0, description="weight of the distance to the base's features")
-    similarity: LossWeight = Field(1.0, ge=0, description="weight of the distance to the base's similarities")
     run: UserPath | None = Field(None, description="folder of the training run (default: OUT-distill)")
     resume: Literal["latest"] | None = Field(
         None, description="'latest' continues the run where it stopped, with bit-identical results"
     )
+
+
+DISTILL = Group(
+    DistillFlags,
+    told={"out": "--run", "resume=True": "--resume latest", "autocast=False": "--precision fp32"},
+)
 
 
 class ReportFlags(OverwriteFlags):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.shared import ClassFlags, OverwriteFlags
 from clipgraft.lora.config import Bias, Initialization, LoraConfig, Variant
 from clipgraft.options import (
@@ -16,7 +17,6 @@ from clipgraft.options import (
     Batch,
     Count,
     Dropout,
-    Frequency,
     Options,
     PeakRate,
     Rank,
@@ -29,20 +29,16 @@ from clipgraft.options import (
     expressions,
     words,
 )
+from clipgraft.train.args import HeadArgs, RunArgs
 
 
-class ClassTrainFlags(ClassFlags):
+class ClassTrainFlags(ClassFlags, HeadArgs):
     """Training to tell classes apart."""
 
     val_size: float | None = Field(
         None, gt=0, lt=1, description="fraction of each class to hold out for validation"
     )
     shots: Count | None = Field(None, ge=1, description="train on this many images of each class")
-    head: Literal["prompts", "linear", "cosine"] = Field(
-        "prompts",
-        description="what predicts classes: their prompts, or a trained linear or cosine head "
-        "initialized from them",
-    )
     class_weights: bool = Field(False, description="give rare classes more weight in the loss")
 
 
@@ -137,24 +133,29 @@ class SweepFlags(AdapterFlags):
     name: str = Field("sweep", min_length=1, description="name of the sweep; the same name continues it")
 
 
+RUN = Group(
+    RunArgs,
+    told={
+        "out": "--name",
+        "resume": "--resume",
+        "resume=True": "--resume latest",
+        "apply_lora": "--use-lora",
+        "fit_classifier": "--task classification",
+        "autocast=False": "--precision fp32",
+    },
+    fixed={"out": Path()},
+)
+
+
 class RunFlags(Options):
-    """Where a run is kept and what it reports."""
+    """Where a run is kept, and what it goes on from."""
 
     logs: UserPath = Field(Path("logs"), description="folder that holds the runs")
     name: str | None = Field(
         None, min_length=1, description="name of the run (default: date, model and settings)"
     )
-    save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
-    val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
-    save_lora_only: bool = Field(
-        True,
-        description="save only adapters; --no-save-lora-only also saves the whole model as epoch_N.pt",
-    )
     resume: Literal["latest"] | None = Field(
         None, description="'latest' continues the run --name where it stopped, with bit-identical results"
-    )
-    checkpoint_steps: Frequency = Field(
-        0, ge=0, description="also checkpoint every N steps; 0: once per epoch"
     )
     from_: UserPath | None = Field(None, description="adapter or run whose weights a new run starts from")
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(

@@ -33,12 +33,12 @@ class Wording:
         from clipgraft.cli.flags.groups import grouped  # loads pydantic, which `--help` does without
 
         for group in grouped(kinds):
-            for name, named in getattr(group.kind, "library_names", {}).items():
-                self._flags.setdefault(name, group.label(named)) if named in group.kind.model_fields else None
-            for name in group.kind.model_fields:
-                if name not in group.without:
-                    self._flags.setdefault(name, group.label(name))
-                    self._flags.setdefault(group.named(name), group.label(name))
+            names = getattr(group.kind, "library_names", {})
+            for name in group.offered:
+                self._flags.setdefault(name, group.label(name))
+                self._flags.setdefault(group.named(name), group.label(name))
+            known = {name: group.label(field) for name, field in names.items() if field in group.offered}
+            self._flags.update({**known, **group.told})
 
     def forget(self) -> None:
         self._flags.clear()
@@ -49,6 +49,8 @@ class Wording:
 
     def _reword(self, found: re.Match[str]) -> str:
         name, value = found[1], found[2]
+        if (known := self._flags.get(found[0].strip("`"))) is not None:
+            return known
         named = self._flags.get(name) or self._flags.get(f"{name}_")
         if named is None:
             return found[0]

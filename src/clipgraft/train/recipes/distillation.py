@@ -1,17 +1,64 @@
-"""Agreement of a student with its teacher, whose features are known before training begins."""
+"""Learn to agree with a larger model on pairs; its features are known before training begins."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.data.datasets import Pairs
+from clipgraft.engine.encoder import Encoder
+from clipgraft.errors import ConfigError
+from clipgraft.models.clip import Clip
+from clipgraft.train.args import DistillArgs
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
+from clipgraft.train.inputs import Inputs
 from clipgraft.train.objectives import Objective
+from clipgraft.train.recipes.contrastive import ContrastiveRecipe, contrastive, require_contrast
+
+log = logging.getLogger("clipgraft")
+
+
+class DistillationRecipe(ContrastiveRecipe):
+    """The contrastive loss of pairs, and agreement with a teacher's features and similarities.
+
+    The teacher runs once over images and captions, as it is when training begins, and never again.
+    """
+
+    def __init__(self, teacher: Clip, pairs: Pairs, val: Pairs | None, weights: DistillArgs) -> None:
+        super().__init__(pairs, val)
+        self.teacher = teacher
+        self.weights = weights
+
+    def check(self) -> None:
+        weights = self.weights
+        if not (weights.contrastive or weights.feature or weights.similarity):
+            raise ConfigError("`contrastive`, `feature` and `similarity` are all 0: one of them must count")
+        if not weights.feature and not weights.similarity:
+            require_contrast(self.pairs)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "teacher": self.teacher.fingerprint,
+            "weights": self.weights.model_dump(),
+        }
+
+    def objective(self, inputs: Inputs) -> Objective:
+        log.info("the teacher encodes each image and caption once")
+        encoder = Encoder(self.teacher, inputs.setup.autocast)
+        images = inputs.encode_images(self.pairs.images, encoder=encoder)
+        texts = inputs.encode_captions(inputs.feed.captions, encoder)
+        taught = Teacher(images, texts, float(self.teacher.logit_scale.detach()))
+        if self.weights.feature:
+            _check_sizes(inputs, images)
+        return Distilled(contrastive(inputs), taught, self.weights, inputs.setup.clip.logit_scale)
 
 
 @dataclass(frozen=True)
@@ -30,21 +77,6 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How much each term counts; 0 leaves one out.
-
-    Attributes:
-        contrastive: of the pairs themselves, as in training without a teacher.
-        feature: of the distance to the teacher's features.
-        similarity: of the divergence from the teacher's similarities within the batch.
-    """
-
-    contrastive: float
-    feature: float
-    similarity: float
-
-
-@dataclass(frozen=True)
 class Distilled:
     """The loss of another objective on the pairs, and agreement with a teacher.
 
@@ -55,7 +87,7 @@ class Distilled:
 
     pairs: Objective
     teacher: Teacher
-    weights: Weights
+    weights: DistillArgs
     logit_scale: Tensor
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
@@ -120,3 +152,12 @@ def _logits(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
 def _divergence(given: Tensor, wanted: Tensor) -> Tensor:
     logs = F.log_softmax(given, dim=-1), F.log_softmax(wanted, dim=-1)
     return F.kl_div(*logs, reduction="batchmean", log_target=True)
+
+
+def _check_sizes(inputs: Inputs, wanted: Tensor) -> None:
+    own = inputs.encode_own_captions([""]).shape[1]
+    if own != wanted.shape[1]:
+        raise ConfigError(
+            f"the student's features have {own} numbers and the teacher's {wanted.shape[1]}: "
+            "give `feature=0` and let their similarities agree"
+        )

@@ -1,0 +1,1 @@
+"""What can be learnt, and from what: one file a recipe."""

@@ -1,0 +1,106 @@
+"""Learn to match images and captions: the contrastive loss of CLIP."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from clipgraft.data.datasets import Pairs
+from clipgraft.errors import DataError
+from clipgraft.evaluate.bootstrap import Measured
+from clipgraft.evaluate.retrieval import measure_retrieval
+from clipgraft.train.feature_sources import FixedImages
+from clipgraft.train.inputs import Inputs
+from clipgraft.train.negatives import choose_gallery
+from clipgraft.train.objectives import Contrastive, Objective
+from clipgraft.train.recipes.recipe import Recipe
+
+log = logging.getLogger("clipgraft")
+_FEW_CAPTIONS = 20
+"""Pairs that share a caption on average, from which on captions look like classes."""
+
+
+class ContrastiveRecipe(Recipe):
+    """Each image is told from all other captions, and each caption from all other images."""
+
+    def check(self) -> None:
+        require_contrast(self.pairs)
+
+    def settings(self) -> dict[str, Any]:
+        return {"data": data_digest(self.pairs)}
+
+    def objective(self, inputs: Inputs) -> Objective:
+        if isinstance(inputs.images, FixedImages):
+            require_different(inputs.images.features)
+        return contrastive(inputs)
+
+    def measure(self, inputs: Inputs) -> Measured:
+        assert self.val is not None
+        val = self.val
+        images = inputs.val_features(val.images)
+        texts = inputs.encode_captions([caption for group in val.captions for caption in group])
+        # Several processes encode a share each, and rank 0 counts.
+        return inputs.setup.world.on_rank0(lambda: measure_retrieval(inputs.encoder, val, images, texts))
+
+
+def contrastive(inputs: Inputs) -> Contrastive:
+    """The contrastive objective, over the gallery of a frozen tower where there is one."""
+    gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, inputs.setup.train.negatives)
+    return Contrastive(inputs.setup.clip, inputs.images, inputs.texts, gallery)
+
+
+def require_contrast(train: Pairs) -> None:
+    """Refuse pairs among which no image or no caption can be told from another.
+
+    Equal captions are no negatives of one another, nor are captions of one image: the loss is 0.0 at every
+    step.
+
+    Raises:
+        DataError: saying what there is only one of.
+    """
+    rows = train.rows()
+    captions = {caption for _, caption in rows}
+    images = {train.images[image] for image, _ in rows}
+    if len(captions) == 1:
+        raise DataError(
+            f"nothing to learn: all {len(rows):,} captions are the same, {next(iter(captions))[:60]!r}, and "
+            "equal captions are no negatives of one another; check the caption column (`csv_caption_key`), "
+            "or give captions that differ"
+        )
+    if len(images) == 1:
+        raise DataError(
+            f"nothing to learn: all {len(rows):,} captions are of one image, {next(iter(images)).name}, and "
+            "no other is there to tell it from; check the image column (`csv_img_key`), or give more images"
+        )
+    if len(rows) >= _FEW_CAPTIONS * len(captions):
+        log.warning(
+            "%d pairs have only %d different captions, and equal ones are no negatives of one another: if "
+            "they are classes, `fit_classifier` learns more from them",
+            len(rows),
+            len(captions),
+        )
+
+
+def require_different(features: Tensor) -> None:
+    """Refuse images whose features, (N, D) unit-norm of a frozen tower, are all the same.
+
+    Raises:
+        DataError: they are.
+    """
+    if float((features - features[:1]).abs().max()) < 1e-6:
+        raise DataError(
+            f"nothing to learn: the frozen image tower gives the same features for all {len(features):,} "
+            "images, as if they were copies of one; check the images, or train the image tower too "
+            "(`targets=linear`)"
+        )
+
+
+def data_digest(train: Pairs) -> str:
+    """What the training data are, by names and captions."""
+    digest = hashlib.sha256()
+    for image, caption in train.rows():
+        digest.update(f"{image}\t{train.images[image].name}\t{caption}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]

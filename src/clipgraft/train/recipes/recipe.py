@@ -1,0 +1,64 @@
+"""What every recipe of training has: its data, its objective, its measure."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from clipgraft.data.datasets import Pairs
+from clipgraft.evaluate.bootstrap import Measured
+from clipgraft.models.clip import Clip
+from clipgraft.train.inputs import Inputs
+from clipgraft.train.objectives import Objective
+
+
+class Recipe(ABC):
+    """What is learnt, and from what; `clipgraft.train.run.run_recipe` does all the rest.
+
+    A new recipe is a class derived from this one: the pairs that batches are drawn from, an `objective` over
+    the features of a batch, and what `measure` finds after an epoch. Feature sources, caches, the loop,
+    several processes, checkpoints and the run folder are the same for all.
+
+    Attributes:
+        pairs: images and texts that batches are drawn from.
+        val: the same to measure on; None to measure nothing.
+        unit: what the rows are called.
+        head: what trains besides the model, once `objective` has made it; None for nothing.
+        needs_tower: whether something of the model must train.
+    """
+
+    unit: ClassVar[Literal["pairs", "images"]] = "pairs"
+    needs_tower: bool = True
+
+    def __init__(self, pairs: Pairs, val: Pairs | None = None) -> None:
+        self.pairs = pairs
+        self.val = val
+        self.head: nn.Module | None = None
+
+    def check(self) -> None:  # noqa: B027 - most recipes have nothing to refuse
+        """Refuse data from which nothing can be learnt, before anything is computed."""
+
+    def check_model(self, clip: Clip) -> None:  # noqa: B027
+        """Refuse a model in which the wrong weights train."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What must be the same in a run that is resumed: the data, and the recipe's own options."""
+
+    def sample(self) -> Pairs:
+        """Pairs that show an adapter the data that it is to start on."""
+        return self.pairs
+
+    @abstractmethod
+    def objective(self, inputs: Inputs) -> Objective:
+        """What a step minimises."""
+
+    def measure(self, inputs: Inputs) -> Measured:
+        """What the model reaches on `val` as it is, the same in every process."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Write what the run made besides the model, into its folder."""
