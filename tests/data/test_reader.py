@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipgraft.data import reader
+from clipgraft.data.args import TableArgs
 from clipgraft.data.datasets import Pairs
 from clipgraft.data.reader import find_duplicates, read_pairs, read_texts
 from clipgraft.errors import ConfigError, DataError
@@ -452,3 +453,27 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         read_texts(tmp_path / "a.txt")
     with pytest.raises(DataError, match="not found"):
         read_texts(tmp_path / "b.txt")
+
+
+def test_data_print_what_was_read(folder: Path) -> None:
+    """Who prints what was read would see every path, or not learn that rows were left out."""
+    pairs = read_pairs(table(folder, ("img/0.png", "a"), ("img/0.png", "b"), ("img/lost.png", "c")))
+    source = pairs.report.source
+    assert repr(pairs) == f"Pairs(1 images, 2 captions; {source}: 1 of 3 lines skipped)"
+    assert repr(pairs[:1]) == "Pairs(1 images, 2 captions)"
+    assert pairs[:1] == pairs
+    assert len(repr(pairs.report).splitlines()) == 1
+    assert "1 of 3" not in repr(read_pairs(table(folder, ("img/0.png", "a"))))
+
+
+def test_options_are_one_value(folder: Path) -> None:
+    """A misspelt option would be ignored, or single ones not go together with a value of several."""
+    path = folder / "t.csv"
+    path.write_text("photo;words\nimg/0.png;a dog\n", encoding="utf-8")
+    columns = TableArgs(csv_img_key="photo", csv_caption_key="words")
+    assert read_pairs(path, columns).captions == (("a dog",),)
+    assert read_pairs(path, columns, csv_separator=";", strict=True).captions == (("a dog",),)
+    with pytest.raises(DataError, match='`csv_img_key`: no column "image"'):
+        read_pairs(path, columns, csv_img_key="image")
+    with pytest.raises(ConfigError, match=r"csv_image_key.*did you mean csv_img_key"):
+        read_pairs(path, csv_image_key="photo")
