@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.engine.attention import Attention
+from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
@@ -206,7 +206,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(base: nn.Module) -> N
     model, _ = adapted(base, dropout=0.3)
     model.train()
     pixels, ids = ragged(base)
-    grads, kernels = [], Attention()
+    grads, kernels = [], AttentionKernels()
     for checkpointing in (False, True):
         model.zero_grad()
         torch.manual_seed(5)

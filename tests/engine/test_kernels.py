@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from clipgraft.engine import attention as kernels
 from clipgraft.engine import frozen_weights as products
-from clipgraft.engine.attention import Attention, causal_mask, length_mask, sdpa
+from clipgraft.engine.attention import AttentionKernels, causal_mask, length_mask, sdpa
 from clipgraft.engine.attention import products as two_products
 from clipgraft.engine.linear import masked, random_mask
 
@@ -51,12 +51,12 @@ def test_the_faster_kernel_is_chosen_and_kept(monkeypatch: pytest.MonkeyPatch) -
         return next(seconds)
 
     monkeypatch.setattr(kernels, "_seconds", fake)
-    attention = Attention()
+    attention = AttentionKernels()
     q, k, _ = qkv()
     assert attention.choose(q, k, True) == attention.choose(q, k, True) == "sdpa"
     assert attention.choose(q, k, False) == "products"
     assert len(measured) == 4
-    assert Attention().choose(q, k, True) == "sdpa", "the machine knows it by now"
+    assert AttentionKernels().choose(q, k, True) == "sdpa", "the machine knows it by now"
     assert len(measured) == 4
 
 
@@ -66,16 +66,16 @@ def test_a_damaged_list_of_choices_is_made_anew(monkeypatch: pytest.MonkeyPatch,
     q, k, _ = qkv()
     for content in ("", "[]", '{"x": 3}'):
         (tmp_path / "kernels.json").write_text(content)
-        assert Attention().choose(q, k, False) in kernels.KERNELS
+        assert AttentionKernels().choose(q, k, False) in kernels.KERNELS
         assert json.loads((tmp_path / "kernels.json").read_text())
     monkeypatch.setenv("CLIPGRAFT_CACHE", str(tmp_path / "kernels.json"))
-    assert Attention().choose(q, k, False) in kernels.KERNELS
+    assert AttentionKernels().choose(q, k, False) in kernels.KERNELS
 
 
 def test_long_sequences_use_the_kernel_without_a_square_in_memory() -> None:
     """A 24×24 patch grid with many heads runs out of memory."""
     q = torch.zeros(1, 1, 577, 4)
-    assert Attention().choose(q, q, True) == "sdpa"
+    assert AttentionKernels().choose(q, q, True) == "sdpa"
 
 
 def test_measuring_leaves_the_random_numbers_alone() -> None:
@@ -84,7 +84,7 @@ def test_measuring_leaves_the_random_numbers_alone() -> None:
     wanted = torch.rand(3)
     torch.manual_seed(0)
     q, k, _ = qkv()
-    Attention().choose(q, k, True)
+    AttentionKernels().choose(q, k, True)
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -138,7 +138,7 @@ def test_frozen_products_are_those_of_the_plain_weight(
 def test_several_machines_agree() -> None:
     """Two workers of one run would round their vectors differently, whoever met an image deciding."""
     told: list[tuple[str, str]] = []
-    attention = Attention(lambda key, name: told.append((key, name)) or "sdpa")  # type: ignore[func-returns-value]
+    attention = AttentionKernels(lambda key, name: told.append((key, name)) or "sdpa")  # type: ignore[func-returns-value]
     q = torch.zeros(1, 2, 8, 16)
     assert attention.choose(q, q, trains=False) == "sdpa"
     assert attention.choose(q, q, trains=False) == "sdpa"

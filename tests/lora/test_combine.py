@@ -170,7 +170,7 @@ def test_loading_again_replaces_at_once(tiny_hf: nn.Module, tmp_path: Path) -> N
     assert as_clip(tiny_hf).logit_scale.item() == other_scale
 
 
-@pytest.mark.parametrize("name", ["half", "train", "training", "to", "acting", "forward", "1", "vi-2+en"])
+@pytest.mark.parametrize("name", ["half", "train", "training", "to", "active", "forward", "1", "vi-2+en"])
 def test_any_name_will_do(name: str, tiny_openclip: nn.Module) -> None:
     """An adapter with an everyday name cannot be loaded, or breaks `model.half()` and `model.train()`."""
     base = run(tiny_openclip)

@@ -96,7 +96,7 @@ def test_attention_without_biases(grad: bool) -> None:
     ref = SiteRef(Site("text", 0, "k"), "", "in_proj_weight", "fused", (16, 16), slice(16, 32))
     layer, ours.lora_k = PlainLora(ref, 2, 3.0), AdapterSlot()
     ours.lora_k.put("default", layer)
-    ours.lora_k.acting = "default"
+    ours.lora_k.active = "default"
     layer.lora_B.data.normal_()
     with torch.no_grad():
         explicit.in_proj_weight[16:32] += 1.5 * layer.lora_B @ layer.lora_A

@@ -25,7 +25,7 @@ def backward(model: nn.Module) -> None:
         ),
         (lambda model: model.requires_grad_(True), "weights of the base are not frozen"),
         (
-            lambda model: setattr(require_lora(model).slots["text.1.v"], "acting", None),
+            lambda model: setattr(require_lora(model).slots["text.1.v"], "active", None),
             "2 trainable weights got no gradient.*enable_lora",
         ),
         (lambda model: layer_of(model, "text.1.k").requires_grad_(False), "got no gradient"),

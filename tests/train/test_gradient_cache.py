@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.data.features import encode_images
-from clipgraft.engine.attention import Attention
+from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.train.feature_sources import FixedImages, LiveImages, LiveTexts, Tower
@@ -83,7 +83,7 @@ def test_two_passes_equal_one_graph_over_all_micro_batches(
     make_clip: MakeClip, pairs: cg.Pairs, dropout: float, autocast: bool
 ) -> None:
     """With dropout the second pass must see the masks of the first, or gradients are of another loss."""
-    found, kernels = [], Attention()
+    found, kernels = [], AttentionKernels()
     for together in (True, False):
         clip = grafted(make_clip, dropout)
         encoder = Encoder(clip, autocast, kernels)

@@ -39,7 +39,8 @@ def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
         clip = make_clip()
         torch.manual_seed(0)
         targets = changes.pop("targets", "text-attention")
-        cg.apply_lora(clip, r=2, dropout=0.3, targets=targets, train_logit_scale=True)
+        variant = changes.pop("variant", "lora")
+        cg.apply_lora(clip, r=2, dropout=0.3, targets=targets, variant=variant, train_logit_scale=True)
         options: dict[str, Any] = {
             "batch_size": 4,
             "epochs": EPOCHS,
@@ -133,6 +134,15 @@ def test_a_frozen_image_tower_with_crops(cache_views: int | None, train: Train, 
     with dies_at(RunFolder, "event", 9, before=False):
         train(tmp_path / "killed", **options)
     train(tmp_path / "killed", resume=True, **options)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_vera(train: Train, tmp_path: Path) -> None:
+    """The random matrices of VeRA are others in the process that goes on, or its vectors start anew."""
+    train(tmp_path / "whole", variant="vera", lora_plus_ratio=4.0)
+    with dies_at(RunFolder, "event", 9, before=False):
+        train(tmp_path / "killed", variant="vera", lora_plus_ratio=4.0)
+    train(tmp_path / "killed", variant="vera", lora_plus_ratio=4.0, resume=True)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 

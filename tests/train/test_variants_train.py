@@ -74,6 +74,17 @@ def test_lora_plus_trains_the_zero_factors_faster(make_clip: Any) -> None:
     assert rates[id(clip.logit_scale)] == 5e-4
 
 
+def test_lora_plus_trains_vectors_that_start_at_zero_faster(make_clip: Any) -> None:
+    """`lora_plus_ratio` does nothing for VeRA."""
+    clip = make_clip()
+    cg.apply_lora(clip, r=2, variant="vera")
+    optimizer = make_optimizer(clip.model, 1e-3, 0.1, 0.9, 0.98, 1e-6, 16.0)
+    set_lr(optimizer, 5e-4)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for layer in require_lora(clip).layers.values():
+        assert (rates[id(layer.vera_lambda_b)], rates[id(layer.vera_lambda_d)]) == (16 * 5e-4, 5e-4)
+
+
 def test_a_merged_model_does_not_train(make_clip: Any, pairs: cg.Pairs, tmp_path: Path) -> None:
     """A run on merged weights trains an update that is in the base already."""
     clip = make_clip()

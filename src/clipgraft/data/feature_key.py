@@ -58,7 +58,7 @@ def image_key(
 def vision_lora_is_active(clip: Clip) -> bool:
     """Tell whether an active adapter changes image features."""
     state = lora_state(clip)
-    return state is not None and state.acting is not None and state.acting.touches("vision")
+    return state is not None and state.in_effect is not None and state.in_effect.touches("vision")
 
 
 def tower_fingerprint(clip: Clip) -> str:

@@ -2,7 +2,7 @@
 
 On CPUs the backward pass of torch's scaled-dot-product attention takes many times the time of the few small
 products it stands for, when sequences are as short as captions. Which of the two is faster is measured
-(`Attention`), not assumed.
+(`AttentionKernels`), not assumed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 KERNELS: dict[str, Attend] = {"products": products, "sdpa": sdpa}
 
 
-class Attention:
+class AttentionKernels:
     """Attention by the kernel that is fastest for a device, type and length.
 
     Each is measured once on a machine and kept beside the feature cache, so that two runs of one seed

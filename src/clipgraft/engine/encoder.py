@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.engine import towers
-from clipgraft.engine.attention import Attention
+from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.frozen_weights import WeightCache
 from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters
 from clipgraft.engine.packing import Packed, pack
@@ -35,7 +35,7 @@ class Encoder:
         self,
         clip: Clip,
         autocast: bool = False,
-        attention: Attention | None = None,
+        attention: AttentionKernels | None = None,
         grad_checkpointing: bool = False,
         pack: bool = True,
     ) -> None:
@@ -45,7 +45,7 @@ class Encoder:
         """
         self.clip = clip
         self.dtype = torch.bfloat16 if autocast else clip.dtype
-        self.attention = Attention() if attention is None else attention
+        self.attention = AttentionKernels() if attention is None else attention
         self.autocast = autocast
         self._checkpointing = grad_checkpointing
         self._weights = WeightCache(self.dtype, pack)
@@ -123,11 +123,11 @@ class Encoder:
     def _stock(self) -> torch.autocast:
         return torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.autocast)
 
-    def _run(self) -> towers.Run:
+    def _run(self) -> towers.TowerPass:
         state = lora_state(self.clip)
-        acting = ActiveAdapter.of(None if state is None else state.acting, self._norms)
+        adapter = ActiveAdapter.of(None if state is None else state.in_effect, self._norms)
         kernel = self.attention.kernel(trains=self.clip.model.training)
-        return towers.Run(self._weights, acting, kernel, self._checkpointing)
+        return towers.TowerPass(self._weights, adapter, kernel, self._checkpointing)
 
     def encode_rows(
         self, tower: Tower, inputs: Tensor, groups: Sequence[tuple[Adapter | None, Tensor]]
@@ -143,33 +143,35 @@ class Encoder:
             (B, D) features, not normalised.
         """
         order = torch.cat([rows for _, rows in groups])
-        actings = [ActiveAdapter.of(adapter, self._norms) for adapter, _ in groups]
+        adapters = [ActiveAdapter.of(adapter, self._norms) for adapter, _ in groups]
         counts = [len(rows) for _, rows in groups]
         with torch.no_grad():
             ordered = inputs[order.to(inputs.device)]
-            features = (self._mixed_text if tower == "text" else self._mixed_images)(ordered, actings, counts)
+            features = (self._mixed_text if tower == "text" else self._mixed_images)(
+                ordered, adapters, counts
+            )
             return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
 
     def is_plain(self, tower: Tower) -> bool:
         """Whether a tower is computed here, and not by its own forward."""
         return (self._text if tower == "text" else self._vision) is not None
 
-    def _mixed_text(self, tokens: Tensor, actings: list[ActiveAdapter], counts: list[int]) -> Tensor:
+    def _mixed_text(self, tokens: Tensor, adapters: list[ActiveAdapter], counts: list[int]) -> Tensor:
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         assert self._text is not None
         assert ends is not None
         kinds = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         packed = pack(tokens.cpu(), ends.cpu(), kinds).to(self.clip.device)
-        shares = [AdapterShare(*parts) for parts in zip(actings, *packed.shares, strict=True)]
+        shares = [AdapterShare(*parts) for parts in zip(adapters, *packed.shares, strict=True)]
         return towers.run_text(self._text, packed, self._mixed_run(shares))
 
-    def _mixed_images(self, pixels: Tensor, actings: list[ActiveAdapter], counts: list[int]) -> Tensor:
+    def _mixed_images(self, pixels: Tensor, adapters: list[ActiveAdapter], counts: list[int]) -> Tensor:
         assert self._vision is not None
         stops = list(itertools.accumulate(counts))
         rows = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
-        shares = [AdapterShare(acting, own, own) for acting, own in zip(actings, rows, strict=True)]
+        shares = [AdapterShare(adapter, own, own) for adapter, own in zip(adapters, rows, strict=True)]
         return towers.run_vision(self._vision, self._moved(pixels), self._mixed_run(shares))
 
-    def _mixed_run(self, shares: list[AdapterShare]) -> towers.Run:
+    def _mixed_run(self, shares: list[AdapterShare]) -> towers.TowerPass:
         kernel = self.attention.kernel(trains=False)
-        return towers.Run(self._weights, ActiveAdapter(), kernel, mix=MixedAdapters(tuple(shares)))
+        return towers.TowerPass(self._weights, ActiveAdapter(), kernel, mix=MixedAdapters(tuple(shares)))

@@ -45,7 +45,7 @@ class ActiveAdapter:
 class AdapterShare:
     """The nodes that one adapter acts on: `nodes` of all, and `pooled` among the pooled ones."""
 
-    acting: ActiveAdapter
+    adapter: ActiveAdapter
     nodes: slice
     pooled: slice | Tensor
 
@@ -72,7 +72,7 @@ class MixedAdapters:
         """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
         parts = _outputs(linear)
         for share in self.shares:
-            updates = share.acting.among(parts)
+            updates = share.adapter.among(parts)
             if updates:
                 _adapt(y, x, updates, share.pooled if pooled else share.nodes)
         return y
@@ -80,14 +80,14 @@ class MixedAdapters:
     def norm(self, y: Tensor, norm: nn.LayerNorm, pooled: bool) -> Tensor:
         """Norms with what adapters add to their bias."""
         for share in self.shares:
-            if norm in share.acting.norms:
-                y[share.pooled if pooled else share.nodes] += share.acting.norms[norm].to(y.dtype)
+            if norm in share.adapter.norms:
+                y[share.pooled if pooled else share.nodes] += share.adapter.norms[norm].to(y.dtype)
         return y
 
     def embed(self, y: Tensor, tokens: Tensor, part: Part) -> Tensor:
         """(N, dim) that the base's table gives for (N,) ids -> the same with adapters."""
         for share in self.shares:
-            layer = share.acting.layers.get(part.site)
+            layer = share.adapter.layers.get(part.site)
             if layer is not None:
                 own = share.nodes
                 y[own] = layer.adapt(y[own], tokens[own], part.weight, None)
@@ -96,7 +96,7 @@ class MixedAdapters:
     def positions(self, y: Tensor, indices: Tensor, part: Part) -> Tensor:
         """The same for positions."""
         for share in self.shares:
-            layer = share.acting.layers.get(part.site)
+            layer = share.adapter.layers.get(part.site)
             if layer is not None:
                 own = share.nodes
                 y[own] = layer.folded(part.weight).index_select(0, indices[own])

@@ -97,28 +97,28 @@ class Captions:
         return list(zip(packed.groups, torch.split(cells, sizes), strict=True))
 
 
-_RunBlock: TypeAlias = Callable[[Tensor, Block, int, Layout], Tensor]
+_BlockForward: TypeAlias = Callable[[Tensor, Block, int, Layout], Tensor]
 
 
 @dataclass(frozen=True)
-class Run:
+class TowerPass:
     """How to compute.
 
     Attributes:
         weights: base weights in the compute type.
-        acting: the adapter of all rows; without effect where there is a `mix`.
+        adapter: the adapter of all rows; without effect where there is a `mix`.
         kernel: of attention.
         checkpointing: keep only the input of each block, and compute the block again for its gradient.
         mix: adapters that act on some rows each, without gradients; None for one adapter, or none, on all.
     """
 
     weights: WeightCache
-    acting: ActiveAdapter
+    adapter: ActiveAdapter
     kernel: Attend
     checkpointing: bool = False
     mix: MixedAdapters | None = None
 
-    def times(self, length: int) -> Run:
+    def times(self, length: int) -> TowerPass:
         """For rows that are to be `length` nodes each."""
         return self if self.mix is None else replace(self, mix=self.mix.times(length))
 
@@ -133,7 +133,7 @@ class Run:
         if self.mix is not None:
             assert frozen is not None
             return self.mix.linear(frozen.forward(x), x, linear, pooled)
-        updates = self.acting.updates(linear)
+        updates = self.adapter.updates(linear)
         if frozen is not None:
             return frozen_linear(x, frozen, updates)
         return trained_linear(x, *self.weights.stacked(linear), updates)
@@ -145,8 +145,8 @@ class Run:
     def wide_norm(self, x: Tensor, norm: nn.LayerNorm, pooled: bool = False) -> Tensor:
         """The same in the type of x."""
         bias = None if norm.bias is None else norm.bias.to(x.dtype)
-        if self.mix is None and bias is not None and norm in self.acting.norms:
-            bias = bias + self.acting.norms[norm].to(x.dtype)
+        if self.mix is None and bias is not None and norm in self.adapter.norms:
+            bias = bias + self.adapter.norms[norm].to(x.dtype)
         normed = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
         return normed if self.mix is None else self.mix.norm(normed, norm, pooled)
 
@@ -155,14 +155,14 @@ class Run:
         x = F.embedding(tokens, part.weight)
         if self.mix is not None:
             return self.mix.embed(x, tokens, part)
-        layer = self.acting.layers.get(part.site)
+        layer = self.adapter.layers.get(part.site)
         return x if layer is None else layer.adapt(x, tokens, part.weight, None)
 
     def positions(self, indices: Tensor, part: Part) -> Tensor:
         """(N,) positions -> (N, dim) out of a small table, in its own type."""
         if self.mix is not None:
             return self.mix.positions(part.weight.index_select(0, indices), indices, part)
-        layer = self.acting.layers.get(part.site)
+        layer = self.adapter.layers.get(part.site)
         return (part.weight if layer is None else layer.folded(part.weight)).index_select(0, indices)
 
     def finish(self, pooled: Tensor, norm: nn.LayerNorm, proj: Linear | None) -> Tensor:
@@ -178,7 +178,7 @@ class Run:
         if self.mix is not None:
             features = self.mix.linear(F.linear(normed, part.matrix, part.bias), normed, proj, pooled=True)
         else:
-            features = trained_linear(normed, part.matrix, part.bias, self.acting.updates(proj))
+            features = trained_linear(normed, part.matrix, part.bias, self.adapter.updates(proj))
         return features.to(pooled.dtype)
 
     def blocks(self, x: Tensor, blocks: tuple[Block, ...], heads: int, layout: Layout) -> Tensor:
@@ -192,7 +192,7 @@ class Run:
             x = self._maybe_again(self._block, x, block, heads, layout)
         return x
 
-    def _maybe_again(self, run: _RunBlock, x: Tensor, block: Block, heads: int, layout: Layout) -> Tensor:
+    def _maybe_again(self, run: _BlockForward, x: Tensor, block: Block, heads: int, layout: Layout) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(run, x, block, heads, layout, use_reentrant=False)
         return run(x, block, heads, layout)
@@ -216,20 +216,20 @@ class Run:
         return x + self.linear(hidden, block.fc2, pooled)
 
 
-def run_text(tower: TextTower, packed: Packed, run: Run) -> Tensor:
+def run_text(tower: TextTower, packed: Packed, run: TowerPass) -> Tensor:
     """Packed captions -> (B, D) fp32 features, in the order they were packed in."""
     x = run.embed(packed.tokens, tower.tokens) + run.positions(packed.positions, tower.positions)
     pooled = run.blocks(x.to(run.residual), tower.blocks, tower.heads, Captions(packed))
     return run.finish(pooled, tower.norm, tower.proj).index_select(0, packed.row_of)
 
 
-def run_vision(tower: VisionTower, pixels: Tensor, run: Run) -> Tensor:
+def run_vision(tower: VisionTower, pixels: Tensor, run: TowerPass) -> Tensor:
     """(B, 3, H, W) pixels -> (B, D) fp32 features."""
     x = embed_patches(tower, pixels, run)
     return run_from_patches(tower, x, run)
 
 
-def embed_patches(tower: VisionTower, pixels: Tensor, run: Run) -> Tensor:
+def embed_patches(tower: VisionTower, pixels: Tensor, run: TowerPass) -> Tensor:
     """(B, 3, H, W) pixels -> (B, 1 + patches, dim) input of the first block, fp32."""
     height, width = tower.patch_size
     rows, down, across = len(pixels), pixels.shape[2] // height, pixels.shape[3] // width
@@ -243,7 +243,7 @@ def embed_patches(tower: VisionTower, pixels: Tensor, run: Run) -> Tensor:
     return run.times(x.shape[1]).wide_norm(x.flatten(0, 1), tower.norm_pre).view(x.shape)
 
 
-def _vision_positions(tower: VisionTower, rows: int, run: Run) -> Tensor:
+def _vision_positions(tower: VisionTower, rows: int, run: TowerPass) -> Tensor:
     """(1 + patches, dim), or (rows, 1 + patches, dim) where rows differ."""
     length = tower.positions.weight.shape[0]
     indices = torch.arange(length, device=tower.positions.weight.device)
@@ -252,14 +252,14 @@ def _vision_positions(tower: VisionTower, rows: int, run: Run) -> Tensor:
     return run.times(length).positions(indices.repeat(rows), tower.positions).view(rows, length, -1)
 
 
-def run_from_patches(tower: VisionTower, x: Tensor, run: Run, first: int = 0) -> Tensor:
+def run_from_patches(tower: VisionTower, x: Tensor, run: TowerPass, first: int = 0) -> Tensor:
     """(B, L, dim) input of block number `first` -> (B, D) fp32 features."""
     run = run.times(x.shape[1])
     pooled = run.blocks(x.flatten(0, 1), tower.blocks[first:], tower.heads, _images(x))
     return run.finish(pooled, tower.norm, tower.proj)
 
 
-def run_to_block(tower: VisionTower, x: Tensor, run: Run, stop: int) -> Tensor:
+def run_to_block(tower: VisionTower, x: Tensor, run: TowerPass, stop: int) -> Tensor:
     """(B, L, dim) input of the first block -> (B, L, dim) input of block number `stop`."""
     return run.some_blocks(x.flatten(0, 1), tower.blocks[:stop], tower.heads, _images(x)).view(x.shape)
 

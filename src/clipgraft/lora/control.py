@@ -78,9 +78,9 @@ def make_active(clip: Clip, state: LoraState, name: str | None) -> None:
     """Bring the model into line with its state and a new choice; to be called by who is alone with it."""
     _put_scale_aside(clip, state)
     state.active = name
-    acting, chosen = state.acting, state.adapter
+    in_effect, chosen = state.in_effect, state.adapter
     for slot in state.slots.values():
-        slot.acting = None if acting is None else name
+        slot.active = None if in_effect is None else name
     for adapter in state.adapters.values():
         for parameter in adapter.parameters():
             parameter.requires_grad_(adapter is chosen and state.merged is None)
@@ -100,11 +100,11 @@ def _put_scale_aside(clip: Clip, state: LoraState) -> None:
 
 def _show_scale(clip: Clip, state: LoraState) -> None:
     """The temperature of the adapter that acts, or of what is merged."""
-    scale, acting = clip.logit_scale, state.acting
-    shown = None if acting is None else acting.logit_scale
+    scale, in_effect = clip.logit_scale, state.in_effect
+    shown = None if in_effect is None else in_effect.logit_scale
     scale.requires_grad_(shown is not None)
-    if acting is not None and shown is not None:
-        scale.data, acting.logit_scale, state.scale_moved = shown.to(scale.device), None, True
+    if in_effect is not None and shown is not None:
+        scale.data, in_effect.logit_scale, state.scale_moved = shown.to(scale.device), None, True
     elif state.merged is not None:
         moved = {name: state.adapters[name].logit_scale for name in state.merged.weights}
         shifts = [

@@ -304,13 +304,13 @@ class BiasLayer(nn.Module):
 
 
 class AdapterSlot(nn.Module):
-    """The updates of one place by adapter name, of which at most one acts.
+    """The updates of one place by adapter name, of which at most one is in effect.
 
     Attributes:
-        acting: the name of the adapter that acts; None, or that of one without an update here, for none.
+        active: the name of the adapter in effect; None, or that of one without an update here, for none.
     """
 
-    acting: str | None = None
+    active: str | None = None
 
     def put(self, name: str, layer: nn.Module) -> None:
         """Hang an adapter's update here."""
@@ -322,18 +322,18 @@ class AdapterSlot(nn.Module):
 
     @property
     def current(self) -> LoraLayer | None:
-        """The update of a site that acts."""
-        layer = self._acting_layer()
+        """The update of a site that is in effect."""
+        layer = self._active_layer()
         return layer if isinstance(layer, LoraLayer) else None
 
     @property
     def current_bias(self) -> BiasLayer | None:
-        """The addition to the bias of a norm that acts."""
-        layer = self._acting_layer()
+        """The addition to the bias of a norm that is in effect."""
+        layer = self._active_layer()
         return layer if isinstance(layer, BiasLayer) else None
 
-    def _acting_layer(self) -> nn.Module | None:
-        return None if self.acting is None else self._modules.get(_key(self.acting))
+    def _active_layer(self) -> nn.Module | None:
+        return None if self.active is None else self._modules.get(_key(self.active))
 
 
 _TAKEN = frozenset(dir(AdapterSlot()))

@@ -97,7 +97,7 @@ class LoraState:
         return None if self.active is None else self.adapters.get(self.active)
 
     @property
-    def acting(self) -> Adapter | None:
+    def in_effect(self) -> Adapter | None:
         """The adapter that changes what the model computes; None while it is disabled or merged."""
         return self.adapter if self.enabled and self.merged is None else None
 

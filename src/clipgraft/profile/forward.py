@@ -244,7 +244,7 @@ def _site_costs(clip: Clip, tower: Tower, base: Trace, whole: Trace) -> Iterable
 
 def _updates(clip: Clip) -> dict[Site, LoraLayer]:
     state = lora_state(clip)
-    return {} if state is None or state.acting is None else dict(state.acting.layers)
+    return {} if state is None or state.in_effect is None else dict(state.in_effect.layers)
 
 
 def _update_macs(model: nn.Module, layer: LoraLayer, products: Iterable[Product]) -> int:

@@ -25,7 +25,7 @@ from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps
 from clipgraft.data.loading import Transform
 from clipgraft.data.preprocessing import FastPreprocess
-from clipgraft.engine.attention import KERNELS, Attention
+from clipgraft.engine.attention import KERNELS, AttentionKernels
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, together
 from clipgraft.files import inside
@@ -297,8 +297,8 @@ def _named(sets: Sequence[VectorSet]) -> str:
     return " and ".join(names) + where
 
 
-def _attention(manifest: Manifest) -> Attention:
+def _attention(manifest: Manifest) -> AttentionKernels:
     """The kernels that the finished shards were computed with: others round otherwise."""
-    attention = Attention()
+    attention = AttentionKernels()
     attention.choices.update({key: name for key, name in manifest.kernels.items() if name in KERNELS})
     return attention

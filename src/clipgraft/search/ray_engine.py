@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from clipgraft.engine.attention import Attention
+from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ClusterError, ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip
@@ -57,7 +57,7 @@ class Job:
     def engine(self, device: str, agree: Callable[[str, str], str]) -> LocalEngine:
         """What encodes in this process."""
         torch.set_num_threads(self.threads)  # sums may round otherwise with another number
-        attention = Attention(agree)
+        attention = AttentionKernels(agree)
         attention.choices.update(self.kernels)
         encoder = Encoder(self.clip.to(device), self.autocast, attention)
         return LocalEngine(encoder, self.modality, self.sets, self.switch, self.dtype)

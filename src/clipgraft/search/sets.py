@@ -44,7 +44,7 @@ def acting_digest(clip: Clip, tower: Tower) -> str | None:
     """`adapter_digest` of what acts on a model now; raises AdapterError while adapters are merged into it."""
     require_unmerged(clip, "tell whose vectors these are")
     state = lora_state(clip)
-    return adapter_digest(None if state is None else state.acting, tower)
+    return adapter_digest(None if state is None else state.in_effect, tower)
 
 
 def vector_sets(clip: Clip, adapters: Sequence[str] | None, tower: Tower) -> tuple[VectorSet, ...]:

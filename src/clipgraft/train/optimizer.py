@@ -24,20 +24,19 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW groups: matrices decay; biases, norms and scales (anything below two dimensions) do not.
 
-    Matrices that are to learn `faster`, `ratio` times as fast as the others, are a group of their own.
+    Parameters that are to learn `faster`, `ratio` times as fast as the others, are groups of their own.
     """
     fast = set(map(id, faster))
-    decayed: list[nn.Parameter] = []
-    boosted: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for _, parameter in named:
-        if parameter.requires_grad:
-            matrices = boosted if id(parameter) in fast else decayed
-            (matrices if parameter.ndim >= 2 else plain).append(parameter)
+    trained = [parameter for _, parameter in named if parameter.requires_grad]
+
+    def some(matrices: bool, boosted: bool) -> list[nn.Parameter]:
+        return [p for p in trained if (p.ndim >= 2) == matrices and (id(p) in fast) == boosted]
+
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": boosted, "weight_decay": weight_decay, "lr_ratio": ratio},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": some(True, False), "weight_decay": weight_decay},
+        {"params": some(True, True), "weight_decay": weight_decay, "lr_ratio": ratio},
+        {"params": some(False, False), "weight_decay": 0.0},
+        {"params": some(False, True), "weight_decay": 0.0, "lr_ratio": ratio},
     ]
     return [group for group in groups if group["params"]]
 
@@ -46,7 +45,7 @@ def make_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable weights of a model.
 
     `lora_plus_ratio` is the λ of LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the factor of each update that
-    starts at zero, B for all but embeddings, learns λ times as fast.
+    starts at zero, B for all but embeddings (b of VeRA), learns λ times as fast.
     """
     ratio = args.lora_plus_ratio
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if ratio != 1 else []
