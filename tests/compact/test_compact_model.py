@@ -68,7 +68,7 @@ def test_texts_of_the_corpus_keep_their_features(emoji: Clip, tmp_path: Path) ->
     small = compact_model(emoji, texts=TEXTS)
     assert torch.equal(encoded(small.clip), encoded(emoji))
     assert small.clip.tokenize(OTHERS).max() < len(small.vocabulary.token_ids)  # type: ignore[union-attr]
-    out = write_compact(small, tmp_path / "nhỏ")
+    out = write_compact(small, str(tmp_path / "nhỏ"))  # as the documents call it
     assert torch.equal(encoded(cg.load(out)), encoded(emoji))
     assert torch.equal(stock(out, TEXTS), stock(Path(emoji.model.name_or_path), TEXTS))
     assert emoji.fingerprint == before

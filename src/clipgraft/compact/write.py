@@ -23,7 +23,7 @@ def check_out(out: Path) -> None:
         )
 
 
-def write_compact(compacted: Compacted, out: Path) -> Path:
+def write_compact(compacted: Compacted, out: str | Path) -> Path:
     """Write a folder for `CLIPModel`, `AutoTokenizer`, `AutoImageProcessor` and `clipgraft.load`.
 
     `compact.json` says which blocks and tokens of which base it is made of. All of it is there, or nothing.
@@ -31,6 +31,7 @@ def write_compact(compacted: Compacted, out: Path) -> Path:
     Raises:
         ModelError: `out` exists, or the model came without tokenizer or preprocessing.
     """
+    out = Path(out)
     check_out(out)
     clip = compacted.clip
     clip.tokenize("")
