@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from clipgraft.cli import common
-from clipgraft.cli.together import launcher
+from clipgraft.cli.train import launcher
 from clipgraft.errors import ConfigError
 from clipgraft.train import heartbeat as heartbeat_module
 from clipgraft.train.distributed import ALONE, World

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from clipgraft.cli.flags.wording import reworded
@@ -58,3 +60,22 @@ def plain_output() -> Iterator[None]:
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep off the terminal what Python prints and logs, as in processes other than rank 0."""
+    log = logging.getLogger("clipgraft")
+    log.addFilter(_drop)
+    try:
+        with contextlib.ExitStack() as stack:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        log.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False

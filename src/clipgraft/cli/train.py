@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,12 @@ from clipgraft.cli.start import (
     resolve_start,
     starts_from_adapter,
 )
-from clipgraft.cli.together import launcher, run_together
+from clipgraft.cli.terminal import silence
 from clipgraft.data.args import FeatureArgs
 from clipgraft.errors import ClipgraftError
 from clipgraft.options import part
 from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs
+from clipgraft.train.launch import several
 
 if TYPE_CHECKING:
     from clipgraft.data.datasets import Labelled, Pairs
@@ -74,11 +77,27 @@ class TrainCommand:
 
 
 def run_train(argv: Sequence[str]) -> None:
-    """Parse, train, and say how to go on with a run that is interrupted; under torchrun in all processes."""
-    run_together(_run, argv)
+    """Parse, train, and say how to go on with a run that is interrupted; under torchrun in all processes.
+
+    Only rank 0 writes to the terminal, but for the one process whose error ends the run.
+    """
+    if not several():
+        _run(argv, None)
+        return
+    from clipgraft.train.launch import joined
+
+    with joined(_exit) as world, contextlib.nullcontext() if world.is_rank0 else silence():
+        _run(argv, world)
 
 
-def _run(argv: Sequence[str], several: World | None) -> None:
+def _exit(code: int, told: str | None) -> None:
+    """End the process of a command, whatever it is doing: in a collective on a GPU it hears nothing else."""
+    if told is not None:
+        os.write(2, f"clipgraft: {told}\n".encode())
+    os._exit(code)
+
+
+def _run(argv: Sequence[str], started: World | None) -> None:
     command = TrainCommand(*parse("train", _SUMMARY, _KINDS, argv))
     faults = check_together(command)
     try:
@@ -87,7 +106,7 @@ def _run(argv: Sequence[str], several: World | None) -> None:
         checks.refuse([*faults, *error.lines])
         raise
     command = replace(command, model=model, lora=lora)
-    checks.refuse([*faults, *cheap_faults(command, several)])
+    checks.refuse([*faults, *cheap_faults(command, started)])
     from clipgraft.train.distributed import ALONE
     from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines, refuse_used
@@ -97,7 +116,7 @@ def _run(argv: Sequence[str], several: World | None) -> None:
         refuse_used(chosen, command.place.resume is not None)
         return chosen
 
-    world = several or ALONE
+    world = started or ALONE
     world.require_same(command.record())
     folder = world.on_rank0(choose_folder)
     go_on = f"go on with: {continuation(argv, command.place.name or folder.name)}"
@@ -172,7 +191,7 @@ def head_of(classes: ClassTrainFlags, train: Labelled) -> HeadArgs:
     return head.replace(weights=tuple(class_weights(train))) if classes.class_weights else head
 
 
-def cheap_faults(command: TrainCommand, several: World | None) -> list[str]:
+def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
     """What is wrong with paths, tables, model, targets, prompts, device and resume; no image is opened."""
     data, classes, lora, train = command.data, command.classes, command.lora, command.train
     where, name = command.place, command.name
@@ -182,9 +201,9 @@ def cheap_faults(command: TrainCommand, several: World | None) -> list[str]:
         "--val-data", data.val_data, data.for_validation(), classes.for_validation()
     )
     if classes.task == "retrieval":
-        faults += checks.batch_faults(data.train_data, data, train, several.world_size if several else 1)
+        faults += checks.batch_faults(data.train_data, data, train, started.world_size if started else 1)
     faults += checks.prompt_faults(classes)
-    if several is None:
+    if started is None:
         faults += checks.device_faults(command.model.device)
     clip, wrong = checks.structure_of(command.model)
     faults += wrong
@@ -296,3 +315,13 @@ def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int 
     shared = f" in {processes} processes" if processes > 1 else ""
     plural = "s" if epochs > 1 else ""
     log.info("%d %s, batches of %d%s, %d epoch%s", rows, unit, batch, shared, epochs, plural)
+
+
+def launcher(environment: Mapping[str, str] = os.environ) -> str:
+    """Write what this process was started with, before its verb: `clipgraft`, or torchrun and its flags."""
+    if not several(environment):
+        return "clipgraft"
+    size, here = environment["WORLD_SIZE"], environment.get("LOCAL_WORLD_SIZE")
+    flags = f"--nproc-per-node {shlex.quote(size)}" if here in (size, None) else "[its flags as before]"
+    # Without `--` torchrun takes --logs for the beginning of a flag of its own.
+    return f"torchrun {flags} -m -- clipgraft"

@@ -13,11 +13,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from clipgraft.errors import ConfigError
-from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.heartbeat import End, Heartbeat, ProcessLostError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from clipgraft.train.distributed import World
 
 
 _MEET = timedelta(minutes=5)
@@ -53,6 +54,8 @@ def joined(end: End | None = None) -> Iterator[World]:
         ConfigError: variables that are no numbers.
         ProcessLostError: a process did not come, or was killed.
     """
+    from clipgraft.train.distributed import ALONE, World
+
     if not several():
         yield ALONE
         return
