@@ -1,4 +1,4 @@
-"""Cheap checks before dear ones: all that is wrong with a command and can be known without weights or pixels.
+"""Check a command before anything slow: all faults that show without weights or pixels.
 
 Each function gives faults, one line each, so that a command tells all of them at once, before it loads a
 model or opens an image.
@@ -40,7 +40,7 @@ def refuse(faults: Iterable[str]) -> None:
 
 
 def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
-    """The faults that a check raises, after the flag they belong to."""
+    """Collect the faults that a check raises, each after the flag it belongs to."""
     try:
         check()
     except ClipgraftError as error:
@@ -50,7 +50,7 @@ def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
 
 
 def missing_data(name: str, path: Path) -> list[str]:
-    """What is wrong with a path to data, before anything is read: nothing, or one line."""
+    """Find what is wrong with a path to data, before anything is read: nothing, or one line."""
     from clipgraft.data.text_files import is_tar_name, tar_advice
 
     if path.exists():
@@ -63,7 +63,7 @@ def missing_data(name: str, path: Path) -> list[str]:
 def table_faults(
     name: str, path: Path | None, columns: ColumnArgs, classes: ClassFlags | None = None
 ) -> list[str]:
-    """A table whose header lacks a column, of which no row is read; of a folder its captions file's.
+    """Find columns that the header of a table lacks, or of a folder's captions file; no row is read.
 
     With `classes` of classification it is one of images and labels. A path at which nothing is, is another's
     fault to tell.
@@ -82,7 +82,7 @@ def table_faults(
 
 
 def batch_faults(path: Path | None, columns: ColumnArgs, train: TrainArgs, processes: int = 1) -> list[str]:
-    """Fewer rows than one step takes, of a table of one caption a row; only so many rows are read."""
+    """Find a table with fewer rows than one step takes; only so many rows are read."""
     from clipgraft.data.doors import open_table
 
     if path is None or not path.is_file():
@@ -108,7 +108,7 @@ def batch_faults(path: Path | None, columns: ColumnArgs, train: TrainArgs, proce
 
 
 def output_faults(name: str, path: Path | None, *, folder: bool = False) -> list[str]:
-    """A place where nothing can be written, tried in the nearest folder above it; nothing is left there."""
+    """Find a place that cannot be written to, by trying the nearest existing folder; leaves nothing."""
     if path is None:
         return []
     if folder and path.exists() and not path.is_dir():
@@ -130,14 +130,14 @@ def output_faults(name: str, path: Path | None, *, folder: bool = False) -> list
 
 
 def device_faults(name: str) -> list[str]:
-    """A device that is not there."""
+    """Find a device that does not exist here."""
     from clipgraft.cli.common import pick_device
 
     return fault_of(lambda: pick_device(name))
 
 
 def structure_of(model: ModelFlags) -> tuple[Clip | None, list[str]]:
-    """A model without its weights, to check sites against; None where only loading it will tell.
+    """Build a model without its weights, to check sites; None if only loading it will tell.
 
     What is no name and no path of a model is a fault.
     """
@@ -162,7 +162,7 @@ def structure_of(model: ModelFlags) -> tuple[Clip | None, list[str]]:
 
 
 def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
-    """Targets and patterns that name no site of the model."""
+    """Find targets and patterns that name no site of the model."""
     from clipgraft.lora.targets import guide_targets, override_values, select_sites
 
     if lora.lora_target_modules is not None and (
@@ -189,7 +189,7 @@ def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
 
 
 def variant_faults(lora: LoraFlags) -> list[str]:
-    """Options that the variant of the adapter does not have."""
+    """Find options that the variant of the adapter does not have."""
     from clipgraft.lora.variants import check_variant
 
     r = 16 if lora.lora_r == "auto" else int(lora.lora_r)
@@ -197,7 +197,7 @@ def variant_faults(lora: LoraFlags) -> list[str]:
 
 
 def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = None) -> list[str]:
-    """An adapter that is not there, cannot be read, or has sites that the model lacks."""
+    """Find an adapter that is missing, cannot be read, or has sites that the model lacks."""
     from clipgraft.adapters.convert import read_any
 
     layers: dict[str, int] = {}
@@ -216,7 +216,7 @@ def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = Non
 
 
 def prompt_faults(classes: ClassFlags) -> list[str]:
-    """Prompts and templates that cannot be read."""
+    """Find prompts and templates that cannot be read."""
     from clipgraft.data.prompts import find_templates, read_prompts
 
     if classes.task != "classification":
@@ -227,7 +227,7 @@ def prompt_faults(classes: ClassFlags) -> list[str]:
 
 
 def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFlags) -> list[str]:
-    """Flags that do not fit the checkpoint to go on from."""
+    """Find flags that do not fit the checkpoint to resume from."""
     from clipgraft.train.checkpoint import recorded_parts, recorded_settings
     from clipgraft.train.run_folder import latest_checkpoint
     from clipgraft.train.schedule import plan_epochs
@@ -264,7 +264,7 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
 
 
 def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
-    """Flags of classification that do not go together."""
+    """Find flags of classification that do not go together."""
     faults = []
     given = sorted(name for name in classes.model_fields_set if name != "task")
     if given and classes.task == "retrieval":

@@ -24,7 +24,7 @@ _MAY_CHANGE = ("dropout", "targets", "init")
 
 
 def starts_from_adapter(path: Path) -> bool:
-    """Whether `--from` names an adapter, and not all weights of a run; so does a path at which nothing is."""
+    """Whether `--from` names an adapter and not a fine-tuned model; a missing path counts as an adapter."""
     from clipgraft.adapters.folder import is_adapter
     from clipgraft.adapters.run_folder import find_run_model
 
@@ -45,7 +45,7 @@ def carries_adapter(model: ModelFlags) -> bool:
 def resolve_start(
     model: ModelFlags, lora: LoraFlags, where: RunFlags
 ) -> tuple[ModelFlags, LoraFlags, Path | None]:
-    """What `--from` means: the base, whether an adapter trains, and the adapter to load, if it is one.
+    """Resolve `--from` into the base, the LoRA flags, and the adapter to load if it is one.
 
     Raises:
         AdapterError: there is nothing to start from, or the adapter does not name its base.
@@ -82,7 +82,7 @@ def resolve_start(
 
 
 def read_start(clip: Clip, path: Path, where: RunFlags) -> AdapterFile:
-    """The adapter to start from, as it is on this base."""
+    """Read the adapter to start from, in terms of this base's sites."""
     from clipgraft.adapters.attach import in_terms_of
     from clipgraft.adapters.convert import read_any
 
@@ -97,7 +97,7 @@ def read_start(clip: Clip, path: Path, where: RunFlags) -> AdapterFile:
 
 
 def contradictions(clip: Clip, file: AdapterFile, lora: LoraFlags) -> list[str]:
-    """Flags that say another adapter than the one to start from; one line, or none."""
+    """List flags that contradict the adapter to start from: one line, or none."""
     from clipgraft.lora.targets import guide_targets, select_sites
 
     differing: list[str] = []
@@ -123,7 +123,7 @@ def contradictions(clip: Clip, file: AdapterFile, lora: LoraFlags) -> list[str]:
 
 
 def attach_start(clip: Clip, path: Path, lora: LoraFlags, where: RunFlags) -> None:
-    """Put the adapter to start from on its base, to be trained on.
+    """Attach the adapter to start from to its base, for further training.
 
     Raises:
         AdapterError: it cannot be read, or was made for another base.
@@ -179,7 +179,7 @@ def graft(
 
 
 def attach_adapter(clip: Clip, config: LoraConfig, seed: int) -> None:
-    """Attach an adapter, drawn from a seed."""
+    """Attach a new adapter, initialized from a seed."""
     import torch
 
     from clipgraft.lora.inject import apply_lora

@@ -58,7 +58,7 @@ def run_sweep(argv: Sequence[str]) -> None:
 def _run_cells(
     folder: Path, specs: Sequence[Any], settings: dict[str, Any], material: Material, towers: frozenset[str]
 ) -> list[CellResult]:
-    """What finished cells have left, and what comes of the others."""
+    """Read the results of finished cells, and run the others."""
     from clipgraft.cli.sweep_cell import Job, run_apart
     from clipgraft.train.grid import grid, read_cell, write_cell
 
@@ -83,7 +83,7 @@ def _run_cells(
 def _check(
     model: ModelFlags, data: DataFlags, classes: ClassTrainFlags, sweep: SweepFlags, train: TrainArgs
 ) -> None:
-    """What each spec alone cannot see, before anything slow; raises ConfigError with all faults."""
+    """Raise ConfigError with all faults that no option alone shows, before anything slow."""
     from clipgraft.lora.targets import select_sites
 
     faults = checks.class_faults(classes, data)
@@ -118,7 +118,7 @@ def _check(
 
 
 def _start_faults(model: ModelFlags) -> list[str]:
-    """An adapter, or a run that made one, where a sweep needs the base that its cells start from."""
+    """Refuse an adapter, or a run that made one, as the model: cells start from a base."""
     from clipgraft.adapters.open import split_adapter
 
     try:
@@ -135,7 +135,7 @@ def _start_faults(model: ModelFlags) -> list[str]:
 
 
 def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
-    """What cells of one table must share; which of them there are may grow."""
+    """Collect the settings that all cells of a table must share; more cells may be added later."""
     grown = {"targets", "lora_r", "seeds", "seed", "base", "full", "logs", "name", "workers", "cache_gb"}
     dumped = {name: value for spec in specs for name, value in spec.model_dump(mode="json").items()}
     shared = recorded([type(spec) for spec in specs], specs).keys() - grown

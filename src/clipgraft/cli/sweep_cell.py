@@ -1,7 +1,7 @@
-"""One cell of a sweep in a process of its own: a fresh interpreter, whose memory no other cell has touched.
+"""Run one cell of a sweep in its own process, so that its peak memory is its own.
 
-On Ctrl-C and SIGTERM, which the sweep passes on, it saves and stops; when
-the sweep is killed it dies as well.
+On Ctrl-C and SIGTERM, which the sweep passes on, it saves and stops; when the sweep is killed it dies as
+well.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Job:
-    """What a cell's process is told.
+    """What a cell's process is given.
 
     Attributes:
         place: the cell's folder.
@@ -52,7 +52,7 @@ class Job:
 
 
 def run_apart(job: Job) -> CellResult:
-    """Run a cell, or go on with it, in a process of its own.
+    """Run or resume a cell in its own process.
 
     Raises:
         SystemExit: the process was killed; with a line on stderr, and the code that shells give for that.
@@ -138,7 +138,7 @@ def _passing_on(process: BaseProcess) -> Iterator[_Requests]:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """Hold SIGINT back, in a process that is started here until it asks for it; here none is lost."""
+    """Block SIGINT in a process that is started here, until it unblocks it; here it stays pending."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -150,7 +150,7 @@ def _held_back() -> Iterator[None]:
 
 
 def _serve(sender: Connection, job: bytes) -> None:
-    """The cell's process: tell what came of the job."""
+    """Run a job in the cell's process, and send the result or the error."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that came to the whole group until now
@@ -179,7 +179,7 @@ def _die_with_parent() -> None:
 
 
 def _run(job: Job) -> CellResult:
-    """Train or measure, with lines on the terminal as the sweep's own."""
+    """Train or measure a cell, printing like the sweep itself."""
     from clipgraft.cli.common import hand_over, load_model
     from clipgraft.cli.start import attach_adapter
     from clipgraft.cli.sweep_work import work_of

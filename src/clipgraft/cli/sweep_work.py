@@ -1,4 +1,4 @@
-"""What the cells of a sweep share: the data, read once, and how a model is trained and measured on them."""
+"""Read the data of a sweep once for all cells, and train and measure a model on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Measure: TypeAlias = Callable[[Clip], dict[str, float]]
 
 @dataclass(frozen=True)
 class Work:
-    """How a model is trained and measured.
+    """Functions that train and measure a model.
 
     Attributes:
         fit: trains a model on the training data, and measures it on the validation data.
@@ -40,13 +40,13 @@ class Work:
     test: Measure | None
 
     def tested(self, clip: Clip) -> dict[str, float]:
-        """Metrics on the test data, named so; none without such data."""
+        """Measure on the test data, with names that begin with `test_`; nothing without such data."""
         return {f"test_{name}": value for name, value in self.test(clip).items()} if self.test else {}
 
 
 @dataclass(frozen=True)
 class Material:
-    """What is read and decided once, for all cells; other processes get a copy.
+    """Data and choices that all cells share; other processes get a copy.
 
     Attributes:
         autocast: whether to compute in bf16.
@@ -92,13 +92,13 @@ def read_material(clip: Clip, specs: Sequence[Any]) -> Material:
 
 
 def _shown(task: TaskName, tested: bool) -> tuple[str, ...]:
-    """The metrics of a sweep's table; of test data the decisive ones."""
+    """Name the metrics of a sweep's table; of test data only the decisive ones."""
     test = tuple(f"test_{name}" for name in DECISIVE[task]) if tested else ()
     return HEADLINE[task] + test
 
 
 def work_of(material: Material, specs: Sequence[Any]) -> Work:
-    """How a model is trained and measured on the data of a sweep."""
+    """Make the functions that train and measure a model on the data of a sweep."""
     _, data, classes, _, _ = specs
     features = features_of(data, material.autocast)
     if material.pairs is not None:
@@ -108,7 +108,7 @@ def work_of(material: Material, specs: Sequence[Any]) -> Work:
 
 
 def _measuring(features: FeatureArgs) -> dict[str, Any]:
-    """What evaluation takes of the options of features."""
+    """Select the options of features that evaluation takes."""
     return {
         "autocast": features.autocast,
         "workers": features.workers,

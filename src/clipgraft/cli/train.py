@@ -184,7 +184,7 @@ def train_classifier(command: TrainCommand, folder: Path, world: World) -> None:
 
 
 def head_of(classes: ClassTrainFlags, train: Labelled) -> HeadArgs:
-    """What tells classes apart, with weights by how rare they are where these are asked for."""
+    """Collect the options of the head, with class weights if they are asked for."""
     from clipgraft.data.datasets import class_weights
 
     head = part(classes, HeadArgs)
@@ -192,7 +192,7 @@ def head_of(classes: ClassTrainFlags, train: Labelled) -> HeadArgs:
 
 
 def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
-    """What is wrong with paths, tables, model, targets, prompts, device and resume; no image is opened."""
+    """Find faults of paths, tables, model, targets, prompts, device and resume; no image is opened."""
     data, classes, lora, train = command.data, command.classes, command.lora, command.train
     where, name = command.place, command.name
     faults = checks.output_faults("--logs", where.logs / name, folder=True)
@@ -225,7 +225,7 @@ def _all_locked(train: TrainArgs) -> bool:
 
 
 def check_together(command: TrainCommand) -> list[str]:
-    """Faults that each group of flags alone cannot see."""
+    """Find faults that no group of flags alone shows."""
     data, lora, train, where = command.data, command.lora, command.train, command.place
     faults = [*_data_faults(data), *checks.class_faults(command.classes, data)]
     faults += [*_lora_faults(command), *_lock_faults(lora, train), *train.epoch_faults()]
@@ -281,7 +281,7 @@ def _lock_faults(lora: LoraFlags, train: TrainArgs) -> list[str]:
 
 
 def continuation(argv: Sequence[str], name: str) -> str:
-    """The command that goes on with an interrupted run, to be pasted into a shell.
+    """Write the shell command that resumes an interrupted run.
 
     Where torchrun started processes on several machines, its own flags are the user's to repeat.
     """
@@ -292,14 +292,14 @@ def continuation(argv: Sequence[str], name: str) -> str:
 
 
 def default_name(model: ModelFlags, lora: LoraFlags, train: TrainArgs) -> str:
-    """Date, model and the settings that differ most between runs, as open_clip names its runs."""
+    """Name a run by date, model and the settings that differ most, as open_clip does."""
     stem = Path(model.model.removeprefix("hf:")).stem.replace("/", "-")
     kind = f"lora_r{lora.lora_r}" if lora.use_lora else "full"
     return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr:g}-b_{train.batch_size}"
 
 
 def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int = 1) -> None:
-    """One line on what is about to train; `unit` is what the rows are: pairs, or images."""
+    """Log one line on what is about to train; `unit` says what the rows are: pairs or images."""
     import torch
 
     from clipgraft.lora.parameters import count_parameters
