@@ -13,6 +13,7 @@ import torch
 import clipgraft as cg
 from clipgraft.cli.eval import metrics_table
 from clipgraft.data import features
+from clipgraft.data.args import FeatureArgs
 from clipgraft.evaluate.compare import compare_retrieval
 from clipgraft.models import device
 from clipgraft.models.load import load
@@ -110,7 +111,7 @@ def test_images_are_encoded_again_only_if_their_tower_is_adapted(
                     seen.append(len(paths)) or real(paths, *args, **options)
                 ),
             )
-            found = compare_retrieval({"base": clip}, pairs, batch_size=5, workers=0)
+            found = compare_retrieval({"base": clip}, pairs, FeatureArgs(workers=0), batch_size=5)
         assert seen == times * [len(pairs)]
         assert found["adapter"].metrics == pytest.approx(cg.evaluate_retrieval(clip, pairs, workers=0))
 

@@ -185,7 +185,7 @@ def test_where_activations_are_kept_and_why(
     free(4 * total - 1)
     line = told(cache=tight)
     assert "all of it runs at every step" in line
-    assert line.endswith("raise --cache-gb")
+    assert line.endswith("raise `cache_gb`")
     assert "there is no feature cache" in told()
     assert not tight.folder.exists()
     told(cache=cache)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import clipgraft as cg
 from clipgraft.data import features
+from clipgraft.data.args import FeatureArgs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_images, image_rows
 from clipgraft.models.clip import Clip
@@ -170,9 +171,10 @@ def test_activations_are_stored_beside_features(
     def forward(pixels: torch.Tensor) -> torch.Tensor:
         return clip.model.visual.conv1(pixels).flatten(2).transpose(1, 2)
 
-    options: dict[str, Any] = {"stored": "patches", "dtype": torch.bfloat16, "workers": 0, "cache": cache}
-    first = image_rows(clip, pairs.images, forward, **options)
-    again = image_rows(clip, pairs.images, forward, **options)
+    options: dict[str, Any] = {"stored": "patches", "dtype": torch.bfloat16, "cache": cache}
+    features = FeatureArgs(workers=0)
+    first = image_rows(clip, pairs.images, forward, features, **options)
+    again = image_rows(clip, pairs.images, forward, features, **options)
     assert sum(seen) == 2 * len(pairs)
     assert first.shape == (len(pairs), 16, 32)
     ids = torch.tensor([11, 0, 5])

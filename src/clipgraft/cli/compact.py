@@ -170,15 +170,12 @@ def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path)
 
 
 def _measure(name: str, clip: Clip, val: Pairs, table: TableFlags, device: DeviceFlags) -> None:
+    from clipgraft.data.args import FeatureArgs
     from clipgraft.evaluate.metrics import headline
     from clipgraft.evaluate.retrieval import evaluate_retrieval
 
     metrics = evaluate_retrieval(
-        clip,
-        val,
-        workers=table.workers,
-        autocast=device.autocast,
-        exact_preprocess=table.exact_preprocess,
+        clip, val, part(table, FeatureArgs, autocast=device.autocast, feature_cache=None)
     )
     log.info("%s: %s", name, headline(metrics))
 

@@ -117,7 +117,6 @@ def load_base() -> Clip:
 
 def make_world(spec: DemoFlags, base: Clip) -> World:
     """Write scenes and captions like a user's data, read them back, and encode the images once."""
-    from clipgraft.data.feature_cache import open_cache
     from clipgraft.data.features import encode_images
     from clipgraft.data.reader import read_pairs
     from clipgraft.emoji.scenes import write_scenes
@@ -134,10 +133,8 @@ def make_world(spec: DemoFlags, base: Clip) -> World:
     autocast = bf16_is_fast(base.device)
     log.info("%s", what_auto_chooses(base.device))
     log.info("the image tower is frozen: each image is encoded once")
-    cache = open_cache(features_in(spec, autocast))
-    _, test_images = (
-        encode_images(base, p.images, autocast=autocast, cache=cache) for p in (train_pairs, test)
-    )
+    features = features_in(spec, autocast)
+    _, test_images = (encode_images(base, p.images, features) for p in (train_pairs, test))
     return World(train_pairs, test, english, test_images, autocast)
 
 

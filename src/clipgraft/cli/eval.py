@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags, features_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipgraft.adapters.run_folder import RunModel
+    from clipgraft.data.args import FeatureArgs
     from clipgraft.evaluate.bootstrap import Measured
     from clipgraft.evaluate.classification import ClassificationResult
     from clipgraft.models.clip import Clip
@@ -40,7 +41,6 @@ def run_eval(argv: Sequence[str]) -> None:
     from clipgraft.adapters.run_folder import find_run_model
     from clipgraft.cli.common import load_model
     from clipgraft.cli.read_data import read_table
-    from clipgraft.data.feature_cache import open_cache
     from clipgraft.evaluate.compare import compare_retrieval
     from clipgraft.files import write_json
     from clipgraft.models.device import use_autocast
@@ -52,21 +52,15 @@ def run_eval(argv: Sequence[str]) -> None:
         load_adapter(clip, spec.adapter, force=spec.force, peft_out_proj=spec.peft_out_proj)
     elif whole is not None and whole.kind != "adapter":
         models = {**_beginning(whole, model_spec), whole.kind: clip}
-    options = {
-        "batch_size": spec.batch_size,
-        "workers": data.workers,
-        "autocast": use_autocast(model_spec.autocast, clip.device),
-        "cache": open_cache(features_of(data)),
-        "exact_preprocess": data.exact_preprocess,
-    }
+    features = features_of(data, use_autocast(model_spec.autocast, clip.device))
     if classes.task == "classification":
         classifier = spec.classifier or (whole.head if whole is not None and spec.adapter is None else None)
-        results = _classified(models, data, classes, classifier, **options)
+        results = _classified(models, data, classes, classifier, features, spec.batch_size)
         measured = {name: result.measured for name, result in results.items()}
         print(class_table(results))
     else:
         pairs = read_table(clip, data.val_data, data.for_validation(), "validation data")
-        measured = compare_retrieval(models, pairs, **options)
+        measured = compare_retrieval(models, pairs, features, spec.batch_size)
         columns = {name: found.metrics for name, found in measured.items()}
         print(metrics_table(columns).text(terminal_width()))
     verdicts = _verdicts(measured)
@@ -127,7 +121,8 @@ def _classified(
     data: DataFlags,
     classes: ClassFlags,
     classifier: Path | None,
-    **options: Any,
+    features: FeatureArgs,
+    batch_size: int,
 ) -> dict[str, ClassificationResult]:
     """Measure the prompts of the classes with each model, and a saved classifier with the last one.
 
@@ -143,20 +138,22 @@ def _classified(
     assert data.val_data is not None
     images = read_images(data.val_data, data, classes, "images", validation=True)
     if classifier is None:
-        return compare_classification(models, images, prompts_of(images.classes, classes), **options)
+        prompts = prompts_of(images.classes, classes)
+        return compare_classification(models, images, prompts, features, batch_size)
     head, names = load_head(classifier)
     images = match_classes(images, names)
+    prompts = prompts_of(images.classes, classes)
 
-    def logits(features: Tensor) -> Tensor:
-        if features.shape[1] != head.weight.shape[1]:
+    def logits(encoded: Tensor) -> Tensor:
+        if encoded.shape[1] != head.weight.shape[1]:
             raise CheckpointError(
                 f"--classifier {classifier} takes features of {head.weight.shape[1]} numbers, the model "
-                f"gives {features.shape[1]}: give the --model and --adapter that it was trained with"
+                f"gives {encoded.shape[1]}: give the --model and --adapter that it was trained with"
             )
-        found: Tensor = head(features)
+        found: Tensor = head(encoded)
         return found
 
-    results = compare_classification(models, images, prompts_of(images.classes, classes), logits, **options)
+    results = compare_classification(models, images, prompts, features, batch_size, logits)
     results[head.kind] = results.pop("head")
     return results
 

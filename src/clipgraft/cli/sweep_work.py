@@ -12,7 +12,6 @@ from clipgraft.cli.read_data import ClassData, read_class_data, read_images, rea
 from clipgraft.cli.train import head_of
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled, Pairs, match_classes
-from clipgraft.data.feature_cache import open_cache
 from clipgraft.evaluate.classification import evaluate_classification
 from clipgraft.evaluate.metrics import DECISIVE, HEADLINE, TaskName
 from clipgraft.evaluate.retrieval import evaluate_retrieval
@@ -107,19 +106,9 @@ def work_of(material: Material, specs: Sequence[Any]) -> Work:
     return _classification(material.classes, classes, material.test, features)
 
 
-def _measuring(features: FeatureArgs) -> dict[str, Any]:
-    """Select the options of features that evaluation takes."""
-    return {
-        "autocast": features.autocast,
-        "workers": features.workers,
-        "cache": open_cache(features),
-        "exact_preprocess": features.exact_preprocess,
-    }
-
-
 def _retrieval(train: Pairs, val: Pairs, test: Pairs | None, features: FeatureArgs) -> Work:
     def on(pairs: Pairs) -> Measure:
-        return lambda model: evaluate_retrieval(model, pairs, **_measuring(features))
+        return lambda model: evaluate_retrieval(model, pairs, features)
 
     def train_on_pairs(model: Clip, args: TrainArgs, run: RunArgs) -> FitResult:
         return fit(model, train, val, train=args, run=run, features=features)
@@ -134,8 +123,7 @@ def _classification(
     assert val is not None
 
     def on(images: Labelled) -> Measure:
-        measuring = _measuring(features)
-        return lambda model: evaluate_classification(model, images, read.prompts, **measuring).metrics
+        return lambda model: evaluate_classification(model, images, read.prompts, features).metrics
 
     def train_on_images(model: Clip, args: TrainArgs, run: RunArgs) -> FitResult:
         return fit_classifier(

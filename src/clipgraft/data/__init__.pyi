@@ -1,5 +1,6 @@
 """The public names of `clipgraft.data`."""
 
+from .args import FeatureArgs as FeatureArgs
 from .args import LabelArgs as LabelArgs
 from .args import TableArgs as TableArgs
 from .datasets import Labelled as Labelled

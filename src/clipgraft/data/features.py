@@ -6,12 +6,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.args import FeatureArgs
+from clipgraft.data.feature_cache import FeatureCache, open_cache
 from clipgraft.data.feature_key import UnknownError, image_key, vision_lora_is_active
 from clipgraft.data.loading import Transform, image_batches
 from clipgraft.data.preprocessing import fast_preprocess
@@ -28,38 +30,46 @@ log = logging.getLogger("clipgraft")
 def encode_images(
     clip: Clip,
     paths: Sequence[Path],
+    features: FeatureArgs | None = None,
     *,
     batch_size: int = 64,
-    workers: int = 2,
-    autocast: bool | None = False,
     encoder: Encoder | None = None,
-    progress: Progress = None,
-    cache: FeatureCache | None = None,
     transform: Transform | None = None,
-    exact_preprocess: bool = False,
+    cache: FeatureCache | None = None,
     label: str = "image features",
+    progress: Progress = None,
+    **options: Any,
 ) -> Tensor:
-    """Unit-norm fp32 features of image files, (N, D) on the CPU, in the order of `paths`.
+    """Encode image files to unit-norm fp32 features, (N, D) on the CPU, in the order of `paths`.
 
-    The model runs in eval mode and is left in the mode it was in. `progress` is None for a bar in terminals
-    and notebooks, True for one anywhere, False for none, or a function of (done, of how many). With a
-    `cache`, only images it does not hold are encoded, unless LoRA acts on the image tower; `label` names them
-    where it says so. `autocast` computes in bf16, with None where the device is fast at it; `encoder` takes
-    the place of a new one with it.
+    The model runs in eval mode and is left in the mode it was in. With a feature cache, only images it does
+    not hold are encoded, unless LoRA acts on the image tower.
 
-    `transform` takes the place of the model's own preprocessing. Either runs in its faster form where
-    `clipgraft.data.preprocessing` has one, which states how close that is; not with `exact_preprocess`.
+    Args:
+        clip: the model.
+        paths: image files, at least one.
+        features: how images become features, and where features are kept.
+        batch_size: images encoded at once.
+        encoder: takes the place of a new one.
+        transform: takes the place of the model's own preprocessing. Either runs in its faster form where
+            `clipgraft.data.preprocessing` has one, which states how close that is, unless `exact_preprocess`.
+        cache: an open feature cache, in place of the one that `features` names.
+        label: names the images in log lines and on the progress bar.
+        progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
+            (done, of how many).
+        **options: single fields of `FeatureArgs`, such as `workers=0`, in place of those of `features`.
 
     Raises:
         DataError: there is no image, or one that cannot be used.
         ModelError: the model came without preprocessing.
     """
-
-    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
+    features = (features or FeatureArgs()).replace(**options)
+    encoder = encoder or Encoder(clip, use_autocast(features.autocast, clip.device))
 
     def forward(pixels: Tensor) -> Tensor:
         return F.normalize(encoder.encode_image(pixels), dim=-1)
 
+    cache = cache or open_cache(features)
     if cache is not None and vision_lora_is_active(clip):
         log.info("%s: features are not cached, the image tower carries LoRA", label)
         cache = None
@@ -68,13 +78,11 @@ def encode_images(
             clip,
             paths,
             forward,
+            features.replace(autocast=encoder.autocast),
             batch_size=batch_size,
-            workers=workers,
-            autocast=encoder.autocast,
             progress=counting(told, len(paths)),
             cache=cache,
             transform=transform,
-            exact_preprocess=exact_preprocess,
             label=label,
         ).tensor()
 
@@ -89,36 +97,34 @@ def image_rows(
     clip: Clip,
     paths: Sequence[Path],
     forward: Callable[[Tensor], Tensor],
+    features: FeatureArgs,
     *,
     stored: str = "image features",
     dtype: torch.dtype = torch.float32,
     item_shape: tuple[int, ...] | None = None,
     batch_size: int = 64,
-    workers: int = 2,
-    autocast: bool = False,
     progress: Callable[[int], None] | None = None,
     cache: FeatureCache | None = None,
     transform: Transform | None = None,
-    exact_preprocess: bool = False,
     shortest: int | None = None,
     label: str = "image features",
 ) -> StoredRows:
-    """What a frozen part of the image tower gives for image files, (N, *item), one row each, in order.
+    """Compute what a frozen part of the image tower gives for image files, (N, *item), one row each.
 
-    `forward` maps pixels (n, 3, H, W) to (n, *item) and runs in eval mode without gradients. With a `cache`,
-    `stored` must name what it computes, and no adapter may act on the way; rows stay on disk until they are
-    asked for. `dtype` is what rows are kept in. `progress` is told how many images each batch added. The
-    other arguments are those of `encode_images`, of `image_batches` (`shortest`) and of
-    `FeatureCache.get_or_compute` (`item_shape`).
+    `forward` maps pixels (n, 3, H, W) to (n, *item) and runs in eval mode without gradients, in the precision
+    that `features.autocast` says. With a `cache`, `stored` must name what it computes, and no adapter may act
+    on the way; rows stay on disk until they are asked for. `dtype` is what rows are kept in. `progress` is
+    told how many images each batch added. The other arguments are those of `encode_images`, of
+    `image_batches` (`shortest`) and of `FeatureCache.get_or_compute` (`item_shape`).
     """
     if not paths:
         raise DataError("there is no image to encode; give at least one")
-    steps = image_steps(clip, transform, exact_preprocess)
+    steps = image_steps(clip, transform, features.exact_preprocess)
 
     def compute(missing: Sequence[Path], add: Callable[[Tensor], None]) -> None:
         with evaluating(clip), torch.inference_mode():
             for indices, pixels in image_batches(
-                missing, steps, batch_size=batch_size, workers=workers, shortest=shortest
+                missing, steps, batch_size=batch_size, workers=features.workers, shortest=shortest
             ):
                 add(forward(pixels))
                 if progress is not None:
@@ -126,6 +132,7 @@ def image_rows(
 
     if cache is not None:
         try:
+            autocast = features.autocast is True
             key = image_key(clip, steps, stored=stored, dtype=dtype, autocast=autocast, shortest=shortest)
         except UnknownError as reason:
             log.info("%s: features are not cached, the preprocessing holds %s", label, reason)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
@@ -139,16 +141,15 @@ def evaluate_classification(
     model: ClipLike,
     data: Labelled,
     prompts: Sequence[Sequence[str]],
+    features: FeatureArgs | None = None,
     *,
     batch_size: int = 64,
-    workers: int = 2,
-    autocast: bool | None = False,
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     prototypes: Tensor | None = None,
-    progress: Progress = None,
     cache: FeatureCache | None = None,
-    exact_preprocess: bool = False,
+    progress: Progress = None,
+    **options: Any,
 ) -> ClassificationResult:
     """Classify the images of `data` by the prompts of each class: zero-shot, or with the model's adapter.
 
@@ -158,16 +159,15 @@ def evaluate_classification(
         model: a `Clip` or a raw model.
         data: images and labels.
         prompts: of each of `data.classes`, as `clipgraft.data.prompts.class_prompts` makes them.
+        features: how images become features, and where those are kept, unless LoRA acts on the image tower.
         batch_size: images encoded at once.
-        workers: processes that decode images.
-        autocast: compute features in bf16 where it is safe; None where the device is also fast at it.
-        encoder: takes the place of a new one with `autocast`.
+        encoder: takes the place of a new one.
         image_features: unit-norm (N, D) features of `data.images`, where they are known already.
         prototypes: unit-norm (C, D) features of the classes, where they are known already.
         progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
             (done, of how many).
-        cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
-        exact_preprocess: preprocess images with the model's own transform, to the last grey level.
+        cache: an open feature cache, in place of the one that `features` names.
+        **options: single fields of `FeatureArgs`, such as `workers=0`, in place of those of `features`.
 
     Raises:
         DataError: prompts and classes differ in number, or an image cannot be used.
@@ -175,17 +175,17 @@ def evaluate_classification(
     if len(prompts) != len(data.classes):
         raise DataError(f"prompts of {len(prompts)} classes for {len(data.classes)} classes; give all theirs")
     clip = as_clip(model)
-    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
+    features = (features or FeatureArgs()).replace(**options)
+    encoder = encoder or Encoder(clip, use_autocast(features.autocast, clip.device))
     if image_features is None:
         image_features = encode_images(
             clip,
             data.images,
+            features,
             batch_size=batch_size,
-            workers=workers,
             encoder=encoder,
-            progress=progress,
             cache=cache,
-            exact_preprocess=exact_preprocess,
+            progress=progress,
         )
     if prototypes is None:
         prototypes = class_features(encoder, prompts)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.features import encode_images
 from clipgraft.engine.encoder import Encoder
@@ -26,25 +28,27 @@ from clipgraft.models.clip import Clip
 _R = TypeVar("_R")
 
 
-def compare_retrieval(models: Mapping[str, Clip], pairs: Pairs, **options: Any) -> dict[str, Measured]:
+def compare_retrieval(
+    models: Mapping[str, Clip], pairs: Pairs, features: FeatureArgs, batch_size: int = 64
+) -> dict[str, Measured]:
     """Measure retrieval with each model under its name; an adapter counts as one, beside its base.
 
-    `options` are what `encode_images` and `evaluate_retrieval` both take.
+    `features` say how images become features, `batch_size` how many are encoded at once.
     """
-    autocast = bool(options.get("autocast"))
 
     def measure(clip: Clip, images: Tensor) -> Measured:
-        return measure_retrieval(Encoder(clip, autocast), pairs, images)
+        return measure_retrieval(Encoder(clip, bool(features.autocast)), pairs, images)
 
-    return _each(models, pairs.images, measure, **options)
+    return _each(models, partial(_encode, pairs.images, features, batch_size), measure)
 
 
 def compare_classification(
     models: Mapping[str, Clip],
     images: Labelled,
     prompts: Sequence[Sequence[str]],
+    features: FeatureArgs,
+    batch_size: int = 64,
     head: Callable[[Tensor], Tensor] | None = None,
-    **options: Any,
 ) -> dict[str, ClassificationResult]:
     """Measure zero-shot classification with each model under its name; an adapter counts as one.
 
@@ -52,16 +56,17 @@ def compare_classification(
         models: the models by name.
         images: what is classified.
         prompts: of each class.
+        features: how images become features.
+        batch_size: images encoded at once.
         head: gives logits of image features; measured on those of the last model, under the name `head`.
-        options: what `encode_images` and `evaluate_classification` both take.
     """
     latest: list[Tensor] = []
 
-    def measure(clip: Clip, features: Tensor) -> ClassificationResult:
-        latest[:] = [features]
-        return evaluate_classification(clip, images, prompts, image_features=features, **options)
+    def measure(clip: Clip, found: Tensor) -> ClassificationResult:
+        latest[:] = [found]
+        return evaluate_classification(clip, images, prompts, features, image_features=found)
 
-    results = _each(models, images.images, measure, **options)
+    results = _each(models, partial(_encode, images.images, features, batch_size), measure)
     if head is not None:
         with torch.no_grad():
             logits = head(latest[0].cpu())
@@ -69,18 +74,22 @@ def compare_classification(
     return results
 
 
+def _encode(files: Sequence[Path], features: FeatureArgs, batch_size: int, clip: Clip) -> Tensor:
+    return encode_images(clip, files, features, batch_size=batch_size)
+
+
 def _each(
-    models: Mapping[str, Clip], files: Sequence[Path], measure: Callable[[Clip, Tensor], _R], **options: Any
+    models: Mapping[str, Clip], encode: Callable[[Clip], Tensor], measure: Callable[[Clip, Tensor], _R]
 ) -> dict[str, _R]:
     return {
         ("adapter" if name == "adapter" else heading): found
         for heading, clip in models.items()
-        for name, found in _beside_base(clip, files, measure, **options).items()
+        for name, found in _beside_base(clip, encode, measure).items()
     }
 
 
 def _beside_base(
-    clip: Clip, files: Sequence[Path], measure: Callable[[Clip, Tensor], _R], **options: Any
+    clip: Clip, encode: Callable[[Clip], Tensor], measure: Callable[[Clip, Tensor], _R]
 ) -> dict[str, _R]:
     """Measure the base on unit-norm features of images and, where the model carries one, its adapter.
 
@@ -88,10 +97,10 @@ def _beside_base(
     """
     state = lora_state(clip)
     if state is None:
-        return {"base": measure(clip, encode_images(clip, files, **options))}
+        return {"base": measure(clip, encode(clip))}
     with lora_disabled(clip):
-        images = encode_images(clip, files, **options)
+        images = encode(clip)
         base = measure(clip, images)
     if state.chosen().touches("vision"):
-        images = encode_images(clip, files, **options)
+        images = encode(clip)
     return {"base": base, "adapter": measure(clip, images)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Pairs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
@@ -23,48 +25,46 @@ from clipgraft.progress import Progress
 def evaluate_retrieval(
     model: ClipLike,
     pairs: Pairs,
+    features: FeatureArgs | None = None,
     *,
     batch_size: int = 64,
-    workers: int = 2,
-    autocast: bool | None = False,
     encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     text_features: Tensor | None = None,
-    progress: Progress = None,
     cache: FeatureCache | None = None,
-    exact_preprocess: bool = False,
+    progress: Progress = None,
+    **options: Any,
 ) -> Metrics:
     """Measure recall and rank in both directions over all images and captions of `pairs`.
 
     Args:
         model: a `Clip` or a raw model.
         pairs: images with one or many captions each.
+        features: how images become features, and where those are kept, unless LoRA acts on the image tower.
         batch_size: images encoded at once.
-        workers: processes that decode images.
-        autocast: compute features in bf16 where it is safe; None where the device is also fast at it.
-        encoder: takes the place of a new one with `autocast`.
+        encoder: takes the place of a new one.
         image_features: (N, D) features of `pairs.images`, where they are known already.
         text_features: (M, D) features of all captions, in the order of the images.
         progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
             (done, of how many).
-        cache: where features of the images are looked up and kept, unless LoRA acts on the image tower.
-        exact_preprocess: preprocess images with the model's own transform, to the last grey level.
+        cache: an open feature cache, in place of the one that `features` names.
+        **options: single fields of `FeatureArgs`, such as `workers=0`, in place of those of `features`.
 
     Returns:
         Metrics under the names of `clipgraft.evaluate.metrics`: a dict that prints readably.
     """
     clip = as_clip(model)
-    encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
+    features = (features or FeatureArgs()).replace(**options)
+    encoder = encoder or Encoder(clip, use_autocast(features.autocast, clip.device))
     if image_features is None:
         image_features = encode_images(
             clip,
             pairs.images,
+            features,
             batch_size=batch_size,
-            workers=workers,
             encoder=encoder,
-            progress=progress,
             cache=cache,
-            exact_preprocess=exact_preprocess,
+            progress=progress,
         )
     return Metrics(measure_retrieval(encoder, pairs, image_features, text_features).metrics)
 

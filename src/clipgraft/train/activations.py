@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from clipgraft.data.args import FeatureArgs
 from clipgraft.data.feature_cache import FeatureCache, format_bytes, open_cache
 from clipgraft.data.feature_key import UnknownError, image_key
 from clipgraft.data.features import image_rows, image_steps
@@ -42,7 +43,7 @@ class Activations:
     encoder: Encoder
     images: Sequence[Path]
     block: int
-    exact_preprocess: bool
+    features: FeatureArgs
     cache: FeatureCache | None = None
     world: World = ALONE
 
@@ -60,39 +61,37 @@ class Activations:
     def row_bytes(self) -> int:
         return math.prod(self.encoder.vision_shape) * self.dtype.itemsize
 
-    def compute(self, workers: int, progress: Callable[[int], None]) -> PartlyFixedImages:
+    def compute(self, progress: Callable[[int], None]) -> PartlyFixedImages:
         """Run the frozen blocks on every image that the cache does not hold."""
-        return PartlyFixedImages(self.encoder, self._rows(workers, progress), self.block)
+        return PartlyFixedImages(self.encoder, self._rows(progress), self.block)
 
-    def _rows(self, workers: int, progress: Callable[[int], None]) -> StoredRows:
-        some = partial(self._rows_of, workers=workers, progress=progress)
+    def _rows(self, progress: Callable[[int], None]) -> StoredRows:
+        some = partial(self._rows_of, progress=progress)
         if self.world.alone:
             return some(self.images)
         if self.cache is None:
             return rows_in_memory(in_shares(self.world, self.images, lambda own: some(own).tensor()))
         some(self.images[self.world.share(len(self.images))] or self.images[:1])
         self.world.barrier()
-        return self._rows_of(self.images, workers, lambda images: None)
+        return self._rows_of(self.images, lambda images: None)
 
-    def _rows_of(self, images: Sequence[Path], workers: int, progress: Callable[[int], None]) -> StoredRows:
+    def _rows_of(self, images: Sequence[Path], progress: Callable[[int], None]) -> StoredRows:
         return image_rows(
             self.encoder.clip,
             images,
             partial(self.encoder.encode_to_block, block=self.block),
+            self.features.replace(autocast=self.encoder.autocast),
             stored=self.stored,
             dtype=self.dtype,
             item_shape=self.encoder.vision_shape,
-            workers=workers,
-            autocast=self.encoder.autocast,
             progress=progress,
             cache=self.cache,
-            exact_preprocess=self.exact_preprocess,
             label=self.stored,
         )
 
     def cache_shortage(self, cache: FeatureCache) -> str | None:
         """Why the cache would not keep all rows; None if it would."""
-        steps = image_steps(self.encoder.clip, exact_preprocess=self.exact_preprocess)
+        steps = image_steps(self.encoder.clip, exact_preprocess=self.features.exact_preprocess)
         try:
             key = image_key(
                 self.encoder.clip,
@@ -117,7 +116,7 @@ def plan_activations(setup: Setup, encoder: Encoder, images: Sequence[Path]) -> 
     if not 0 < block < blocks:
         return None
     cache = open_cache(setup.features)
-    plan = Activations(encoder, images, block, setup.features.exact_preprocess, world=world)
+    plan = Activations(encoder, images, block, setup.features, world=world)
     place = world.on_rank0(lambda: _place(plan, cache, blocks))
     return None if place is None else replace(plan, cache=cache if place == "cache" else None)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipgraft.data.datasets import Pairs
-from clipgraft.data.feature_cache import open_cache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.loading import SeededView, Transform
 from clipgraft.engine.encoder import Encoder
@@ -79,9 +78,8 @@ class Inputs:
         encode = partial(
             encode_images,
             self.setup.clip,
-            workers=features.workers,
+            features=features.replace(feature_cache=None),
             encoder=self.encoder,
-            exact_preprocess=features.exact_preprocess,
         )
         return in_shares(self.setup.world, paths, encode)
 
@@ -161,7 +159,7 @@ def _partly_fixed(
     """
     total = len(lower.images)
     with _bar(setup, lower.stored, total) as advance:
-        images = lower.compute(setup.features.workers, advance)
+        images = lower.compute(advance)
     if total == train:
         return images, None
     ids = range(train, total)
@@ -207,16 +205,13 @@ def _transform(clip: Clip, augment: bool) -> Transform:
 def _encode_images(
     setup: Setup, encoder: Encoder, paths: Sequence[Path], what: str, transform: Transform | None = None
 ) -> Tensor:
-    features = setup.features
     encode = partial(
         encode_images,
         encoder.clip,
-        workers=features.workers,
+        features=setup.features,
         encoder=encoder,
         progress=None if setup.shows else False,
-        cache=open_cache(features),
         transform=transform,
-        exact_preprocess=features.exact_preprocess,
         label=what,
     )
     return in_shares(setup.world, paths, encode)
