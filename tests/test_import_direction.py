@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import clipgraft
@@ -53,6 +55,32 @@ def test_imports_run_one_way() -> None:
         back = [other for other in imported_parts(path) - {part} if LEVEL[other] >= LEVEL[part]]
         wrong += [f"{path.relative_to(SOURCE)} imports {other}" for other in back]
     assert wrong == []
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """The modules of ours that a file needs when it runs, those imported inside functions included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in for_types and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_circles() -> None:
+    """Two modules that need each other are read, tested and moved only together."""
+    modules = {
+        ".".join(["clipgraft", *path.relative_to(SOURCE).with_suffix("").parts]): path
+        for path in SOURCE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    needs = {name: set(imported_modules(path)) & modules.keys() for name, path in modules.items()}
+    TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
 
 
 def test_every_part_has_a_level() -> None:
