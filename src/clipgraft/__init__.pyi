@@ -29,6 +29,7 @@ from .errors import ClipgraftError as ClipgraftError
 from .evaluate.classification import evaluate_classification as evaluate_classification
 from .evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
 from .lora.combine import combine_adapters as combine_adapters
+from .lora.config import LoraConfig as LoraConfig
 from .lora.control import disable_lora as disable_lora
 from .lora.control import enable_lora as enable_lora
 from .lora.control import lora_disabled as lora_disabled

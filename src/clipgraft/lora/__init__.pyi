@@ -2,6 +2,7 @@
 
 from .combine import Combination as Combination
 from .combine import combine_adapters as combine_adapters
+from .config import LoraConfig as LoraConfig
 from .control import disable_lora as disable_lora
 from .control import enable_lora as enable_lora
 from .control import lora_disabled as lora_disabled
