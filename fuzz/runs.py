@@ -34,8 +34,8 @@ from clipgraft.report.examples import (
 from clipgraft.report.page import Shown, run_of
 from clipgraft.report.runs import Run, read_sources
 from clipgraft.train.checkpoint import Position
-from clipgraft.train.grid import Cell, CellResult, read_cell, write_cell
 from clipgraft.train.run_folder import RunFolder
+from clipgraft.train.sweep import Cell, CellResult, read_cell, write_cell
 from fuzz.mutate import damaged, odd_json
 from fuzz.subject import Subject
 from fuzz.tables import pictures

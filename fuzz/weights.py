@@ -26,7 +26,7 @@ from clipgraft.models.load_hf import load_hf
 from clipgraft.models.load_openclip import load_config, with_weights
 from clipgraft.models.sites import Site
 from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
-from clipgraft.train.classes import Head, load_head, save_head
+from clipgraft.train.recipes.classification import Head, load_head, save_head
 from fuzz.mutate import damaged, junk, odd, odd_json
 from fuzz.subject import Subject
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import clipgraft as cg
 from clipgraft.models.load import load
-from clipgraft.train.classes import load_head
+from clipgraft.train.recipes.classification import load_head
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (255, 0, 0)}
 

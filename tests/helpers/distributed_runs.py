@@ -35,7 +35,7 @@ from clipgraft.train.gradient_cache import contrastive_backward
 from clipgraft.train.interrupt import Interrupted
 from clipgraft.train.launch import joined
 from clipgraft.train.loop import Loop
-from clipgraft.train.objectives import Contrastive
+from clipgraft.train.recipes.contrastive import Contrastive
 from fitting import groups
 
 PAIRS_IN_A_STEP = 8

@@ -15,8 +15,8 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
-from clipgraft.train.grid import Cell, CellResult, read_cell, write_cell
 from clipgraft.train.run_folder import read_events
+from clipgraft.train.sweep import Cell, CellResult, read_cell, write_cell
 
 SETTINGS: dict[str, Any] = {"lr": 1.0, "batch_size": 4}
 

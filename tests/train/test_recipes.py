@@ -22,7 +22,7 @@ from clipgraft.train.checkpoint import recorded_settings
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
-from clipgraft.train.objectives import Contrastive
+from clipgraft.train.recipes.contrastive import Contrastive
 from clipgraft.train.recipes.recipe import Recipe
 from clipgraft.train.run import run_recipe
 

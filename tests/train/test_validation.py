@@ -14,8 +14,8 @@ from torch import Tensor
 import clipgraft as cg
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
-from clipgraft.train.classes import load_head
 from clipgraft.train.recipes import contrastive
+from clipgraft.train.recipes.classification import load_head
 from clipgraft.train.validation import Validation
 from fitting import groups
 

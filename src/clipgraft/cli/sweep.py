@@ -23,7 +23,7 @@ from clipgraft.train.args import TrainArgs
 if TYPE_CHECKING:
     from clipgraft.cli.sweep_work import Material
     from clipgraft.models.clip import Clip
-    from clipgraft.train.grid import CellResult, Row
+    from clipgraft.train.sweep import CellResult, Row
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Train every combination of target set, rank and seed, and compare them in one table."
@@ -60,7 +60,7 @@ def _run_cells(
 ) -> list[CellResult]:
     """Read the results of finished cells, and run the others."""
     from clipgraft.cli.sweep_cell import Job, run_apart
-    from clipgraft.train.grid import grid, read_cell, write_cell
+    from clipgraft.train.sweep import grid, read_cell, write_cell
 
     _, _, _, sweep, train = specs
     cells = grid(
@@ -146,7 +146,7 @@ def _write(folder: Path, results: Sequence[CellResult], metrics: tuple[str, ...]
     """Print the table, and write it as text, CSV and JSON."""
     from clipgraft.files import write_json, write_text
     from clipgraft.text_tables import terminal_width
-    from clipgraft.train.grid import rows_of, table
+    from clipgraft.train.sweep import rows_of, table
 
     rows = rows_of(results)
     shown = table(rows, metrics)

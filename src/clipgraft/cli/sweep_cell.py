@@ -27,7 +27,7 @@ from clipgraft.errors import ClipgraftError, TrainingError
 
 if TYPE_CHECKING:
     from clipgraft.cli.sweep_work import Material
-    from clipgraft.train.grid import Cell, CellResult
+    from clipgraft.train.sweep import Cell, CellResult
 
 log = logging.getLogger("clipgraft")
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
@@ -185,9 +185,9 @@ def _run(job: Job) -> CellResult:
     from clipgraft.cli.sweep_work import work_of
     from clipgraft.models.device import peak_memory
     from clipgraft.train.args import RunArgs
-    from clipgraft.train.grid import CellResult
     from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines, started
+    from clipgraft.train.sweep import CellResult
 
     cell, (model_spec, _, _, sweep, train) = job.cell, job.specs
     with plain_output(), early_lines():

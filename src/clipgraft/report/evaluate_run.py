@@ -34,7 +34,7 @@ from clipgraft.models.load import load
 from clipgraft.report.examples import Examples, RetainedData, Retention
 from clipgraft.report.runs import Run
 from clipgraft.report.select_examples import Features, class_examples, retrieval_examples
-from clipgraft.train.classes import load_head
+from clipgraft.train.recipes.classification import load_head
 
 
 @dataclass(frozen=True)

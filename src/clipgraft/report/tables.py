@@ -12,7 +12,7 @@ from clipgraft.lora.variants import VARIANTS
 from clipgraft.report.examples import Examples
 from clipgraft.report.runs import Run, Sweep
 from clipgraft.text_tables import NOTHING, signed
-from clipgraft.train.grid import Row
+from clipgraft.train.sweep import Row
 from clipgraft.train.validation import BASE
 from clipgraft.train.verdict import Verdict
 

@@ -24,8 +24,8 @@ from clipgraft.train.distributed import World
 from clipgraft.train.feed import Feed, MicroBatch, everywhere
 from clipgraft.train.gradient_cache import contrastive_backward
 from clipgraft.train.interrupt import Interrupted, stop_requests
-from clipgraft.train.objectives import Objective
 from clipgraft.train.optimizer import clamp_logit_scale, set_lr
+from clipgraft.train.recipes.recipe import Objective
 from clipgraft.train.run_folder import RunFolder, SilentFolder
 from clipgraft.train.schedule import Schedule
 from clipgraft.train.setup import Setup

@@ -33,9 +33,8 @@ from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feature_sources import trains
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.loop import Loop, running_statistics
-from clipgraft.train.objectives import Objective
 from clipgraft.train.optimizer import make_optimizer
-from clipgraft.train.recipes.recipe import Recipe
+from clipgraft.train.recipes.recipe import Objective, Recipe
 from clipgraft.train.run_folder import RunFolder, Saver, SilentFolder, made_with
 from clipgraft.train.schedule import part_ends, schedule_of
 from clipgraft.train.setup import Setup, set_up

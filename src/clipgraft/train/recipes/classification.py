@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.engine.encoder import Encoder
-from clipgraft.errors import ConfigError, DataError
+from clipgraft.errors import CheckpointError, ConfigError, DataError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classification import (
     ClassificationResult,
@@ -22,13 +28,15 @@ from clipgraft.evaluate.classification import (
     evaluate_classification,
     pool_prompts,
 )
+from clipgraft.files import atomic_path, write_json
 from clipgraft.models.clip import Clip
-from clipgraft.train.args import HeadArgs
-from clipgraft.train.classes import Head, save_head
-from clipgraft.train.feature_sources import trains
+from clipgraft.train.args import HeadArgs, HeadKind
+from clipgraft.train.feature_sources import FeatureSource, trains
+from clipgraft.train.feed import MicroBatch
+from clipgraft.train.gradient_cache import Encode, Features, Loss
 from clipgraft.train.inputs import Inputs
-from clipgraft.train.objectives import Headed, Objective, Prompted
-from clipgraft.train.recipes.recipe import Recipe
+from clipgraft.train.recipes.recipe import Objective, Recipe
+from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
 
@@ -179,3 +187,159 @@ def _judge_head(head: Head, images: Tensor, val: Labelled) -> ClassificationResu
 def _named(data: Labelled) -> Pairs:
     """Each image with the name of its class for a caption."""
     return Pairs(data.images, tuple((data.classes[label],) for label in data.labels))
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Images told apart by class: cross-entropy over the classes' prompts.
+
+    Prompts are encoded once a step, as a part of their own, and not at all if their features are fixed; each
+    of several processes encodes a share of them.
+
+    Attributes:
+        images: what the image tower gives for a micro-batch.
+        prompts: () -> (P, D) features of all prompts, class by class, any norm; of several processes, this
+            one's share; None if it has none.
+        counts: how many prompts each class has.
+        class_of_caption: (captions,) the class that a caption id stands for.
+        weights: (C,) of the classes in the loss, or None.
+    """
+
+    clip: Clip
+    images: FeatureSource
+    prompts: Callable[[], Tensor] | None
+    counts: Sequence[int]
+    class_of_caption: Tensor
+    weights: Tensor | None = None
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        images = _images_alone(self.clip, self.images, batch)
+        return images if self.prompts is None else [partial(self._encode_prompts, self.prompts), *images]
+
+    def _encode_prompts(self, prompts: Callable[[], Tensor]) -> Features:
+        texts = prompts().to(self.clip.device)
+        return texts.new_empty(0, texts.shape[1]), texts
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
+
+        def loss(images: Tensor, texts: Tensor) -> Tensor:
+            prototypes = pool_prompts(F.normalize(texts.float(), dim=-1), self.counts)
+            scale = self.clip.logit_scale.float().exp()
+            return class_loss(images, prototypes, scale, labels, self.weights)
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Headed:
+    """Images told apart by a classifier on their features (`classes.Head`); texts play no part."""
+
+    clip: Clip
+    images: FeatureSource
+    head: nn.Module
+    class_of_caption: Tensor
+    weights: Tensor | None = None
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        return _images_alone(self.clip, self.images, batch)
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
+
+        def loss(images: Tensor, texts: Tensor) -> Tensor:
+            weights = None if self.weights is None else self.weights.to(images.device)
+            logits: Tensor = self.head(images)
+            return F.cross_entropy(logits, labels.to(images.device), weight=weights)
+
+        return loss
+
+
+def _images_alone(clip: Clip, images: FeatureSource, batch: Sequence[MicroBatch]) -> list[Encode]:
+    """Parts that bring no texts."""
+
+    def encode(part: MicroBatch) -> Features:
+        features = images(part).to(clip.device)
+        return features, features.new_empty(0, features.shape[1])
+
+    return [partial(encode, part) for part in batch]
+
+
+HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
+
+
+def class_loss(
+    images: Tensor, prototypes: Tensor, scale: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of (N, D) image features, any norm, over (C, D) unit-norm class features.
+
+    Args:
+        images: the features.
+        prototypes: of the classes.
+        scale: scalar inverse temperature.
+        labels: (N,) class of every image, on any device.
+        weights: (C,) of the classes, or None for 1 each.
+
+    Returns:
+        Scalar, fp32.
+    """
+    logits = scale * F.normalize(images.float(), dim=-1) @ prototypes.T
+    weight = None if weights is None else weights.to(logits)
+    return F.cross_entropy(logits, labels.to(logits.device), weight=weight)
+
+
+class Head(nn.Module):
+    """A classifier on image features that starts as the classes' prompts say.
+
+    `linear` gives x·Wᵀ + b on unit-norm x; `cosine` keeps the rows of W at unit norm and has no bias. Both
+    multiply by the inverse temperature that the model had when the head was made, so that a new head predicts
+    what zero-shot classification does.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    scale: Tensor
+
+    def __init__(self, kind: HeadKind, prototypes: Tensor, scale: float) -> None:
+        """`prototypes`: (C, D) unit-norm class features."""
+        super().__init__()
+        self.kind: HeadKind = kind
+        self.weight = nn.Parameter(prototypes.detach().clone().float())
+        self.bias = nn.Parameter(torch.zeros(len(prototypes))) if kind == "linear" else None
+        self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, D) image features, any norm -> (N, C) logits, fp32."""
+        weight = self.weight if self.kind == "linear" else F.normalize(self.weight, dim=-1)
+        logits = F.linear(F.normalize(images.float(), dim=-1), weight) * self.scale
+        return logits if self.bias is None else logits + self.bias
+
+
+def save_head(head: Head, classes: Sequence[str], folder: Path) -> None:
+    """Write `head.safetensors` and `classes.json`, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    with atomic_path(folder / HEAD_FILE, size_of(tensors)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / CLASSES_FILE, {"kind": head.kind, "classes": list(classes)})
+
+
+def load_head(folder: Path) -> tuple[Head, tuple[str, ...]]:
+    """A saved head and the names of its classes.
+
+    Raises:
+        CheckpointError: there is none, or its files are damaged or do not belong together.
+    """
+    try:
+        record = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / HEAD_FILE)
+        head = Head(record["kind"], tensors["weight"], float(tensors["scale"]))
+        head.load_state_dict(tensors)
+        classes = tuple(str(name) for name in record["classes"])
+        if len(classes) != len(head.weight):
+            raise ValueError(f"{len(classes)} classes for {len(head.weight)} rows")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no head to read in {folder} ({type(error).__name__}): train one with `head=linear` "
+            "or `head=cosine`"
+        ) from error
+    return head, classes

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipgraft.data.datasets import Pairs
 from clipgraft.errors import DataError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.retrieval import measure_retrieval
-from clipgraft.train.feature_sources import FixedImages
+from clipgraft.models.clip import Clip
+from clipgraft.train.feature_sources import FeatureSource, FixedImages
+from clipgraft.train.feed import MicroBatch
+from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
-from clipgraft.train.negatives import choose_gallery
-from clipgraft.train.objectives import Contrastive, Objective
-from clipgraft.train.recipes.recipe import Recipe
+from clipgraft.train.negatives import Gallery, choose_gallery, pair_loss
+from clipgraft.train.recipes.recipe import Objective, Recipe
 
 log = logging.getLogger("clipgraft")
 _FEW_CAPTIONS = 20
@@ -104,3 +109,32 @@ def data_digest(train: Pairs) -> str:
     for image, caption in train.rows():
         digest.update(f"{image}\t{train.images[image].name}\t{caption}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Images and captions that belong together, told from all others.
+
+    Attributes:
+        images, texts: what each tower gives for a micro-batch.
+        gallery: what the trained tower is contrasted with besides the batch.
+    """
+
+    clip: Clip
+    images: FeatureSource
+    texts: FeatureSource
+    gallery: Gallery | None = None
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        return [self._encode(part) for part in batch]
+
+    def _encode(self, part: MicroBatch) -> Encode:
+        device = self.clip.device
+        return lambda: (self.images(part).to(device), self.texts(part).to(device))
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        image_ids = torch.cat([part.image_ids for part in batch])
+        caption_ids = torch.cat([part.caption_ids for part in batch])
+        return lambda images, texts: pair_loss(
+            images, texts, self.clip.logit_scale, image_ids, caption_ids, self.gallery
+        )

@@ -19,8 +19,8 @@ from clipgraft.train.args import DistillArgs
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
-from clipgraft.train.objectives import Objective
 from clipgraft.train.recipes.contrastive import ContrastiveRecipe, contrastive, require_contrast
+from clipgraft.train.recipes.recipe import Objective
 
 log = logging.getLogger("clipgraft")
 

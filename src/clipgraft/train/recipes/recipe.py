@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import nn
 
 from clipgraft.data.datasets import Pairs
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
+from clipgraft.train.feed import MicroBatch
+from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
-from clipgraft.train.objectives import Objective
+
+
+class Objective(Protocol):
+    """A loss over the features of all micro-batches of a step (`accumulate.contrastive_backward`)."""
+
+    def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
+        """Functions that each give (image, text) features of a part of the batch."""
+
+    def loss(self, batch: Sequence[MicroBatch]) -> Loss:
+        """The scalar loss of the image and text features of all parts."""
 
 
 class Recipe(ABC):
