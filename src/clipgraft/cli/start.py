@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipgraft")
 # Options that an adapter file has already, and that may change nevertheless.
-_MAY_CHANGE = ("dropout", "targets", "init")
+_MAY_CHANGE = ("dropout", "targets", "target_modules", "init")
 
 
 def starts_from_adapter(path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Both towers computed from their parts, exactly as the models' own forwards, in less time and memory."""
+"""Compute both towers from their parts: the results of the models' own forwards in less time and memory."""

@@ -34,12 +34,12 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's own kernel."""
+    """Run torch's scaled-dot-product attention."""
     return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype))
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Two batched products around a softmax in fp32, with the backward pass written out."""
+    """Compute attention as two products around a softmax in fp32, with its backward pass written out."""
     context: Tensor = _Products.apply(q, k, v, mask)
     return context
 
@@ -132,19 +132,19 @@ class AttentionKernels:
     """
 
     def __init__(self, agree: Callable[[str, str], str] | None = None) -> None:
-        """`agree(key, name)` is told what was measured here, and says what to use, among several machines."""
+        """`agree(key, name)` gets what was measured here and returns what all machines use."""
         self.choices: dict[str, str] = {}
         self._agree = agree
 
     def kernel(self, trains: bool) -> Attend:
-        """The kernel to train with, or to encode with: a backward pass turns the order round."""
+        """Return the kernel to train with, or to encode with: a backward pass may change which is faster."""
         return partial(self._attend, trains)
 
     def _attend(self, trains: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return KERNELS[self.choose(q, k, trains)](q, k, v, mask)
 
     def choose(self, q: Tensor, k: Tensor, trains: bool) -> str:
-        """Name of the kernel for queries (B, heads, M, D) and keys (B, heads, L, D)."""
+        """Name the kernel for queries (B, heads, M, D) and keys (B, heads, L, D)."""
         heads, length, dim = k.shape[1:]
         # Products keep all weights of a sequence in memory; GPUs have kernels for what is left.
         if length > _LONGEST_FOR_PRODUCTS or q.device.type != "cpu":
@@ -163,7 +163,7 @@ class AttentionKernels:
 
 
 def _known_here(key: str, measure: Callable[[], str]) -> str:
-    """What this machine measured for `key` before, or measures now; kept in a file of all its answers."""
+    """Return the kernel that this machine measured for `key`; measure and store it if it is new."""
     setting = f"{platform.node()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     path = cache_folder() / "kernels.json"
     known = _read(path)
@@ -180,7 +180,7 @@ def _known_here(key: str, measure: Callable[[], str]) -> str:
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
-    """An absent or damaged file is measured anew."""
+    """Read stored measurements; an absent or damaged file holds none."""
     try:
         return read_json(path, dict[str, dict[str, str]]) if path.is_file() else {}
     except DataError:
@@ -207,7 +207,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The best of a few runs, after one that warms up."""
+    """Time a function: the best of a few runs after a first one that is not counted."""
     run()
     seconds = []
     for _ in range(_REPEATS):

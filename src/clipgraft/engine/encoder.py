@@ -1,4 +1,4 @@
-"""`Encoder`: a model's two towers as fast as this package computes them."""
+"""`Encoder`: the fast forward of a model's two towers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Encoder:
         grad_checkpointing: bool = False,
         pack: bool = True,
     ) -> None:
-        """`attention` brings kernels that were chosen before; `grad_checkpointing` recomputes blocks.
+        """`attention` holds kernels that were chosen before; `grad_checkpointing` recomputes blocks.
 
         Without `pack` no weight is kept in a second layout, for speed, beside the model's own.
         """
@@ -59,7 +59,7 @@ class Encoder:
         return self._stock_text(tokens) if packed is None else self.encode_packed(packed)
 
     def pack(self, tokens: Tensor) -> Packed | None:
-        """The captions without padding, on the model's device; None where the tower does not allow it."""
+        """Pack captions without padding, on the model's device; None where the tower does not allow it."""
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         if self._text is None or ends is None:
             return None
@@ -132,7 +132,7 @@ class Encoder:
     def encode_rows(
         self, tower: Tower, inputs: Tensor, groups: Sequence[tuple[Adapter | None, Tensor]]
     ) -> Tensor:
-        """Rows of several adapters in one batch, without gradients and dropout.
+        """Encode rows of several adapters in one batch, without gradients and dropout.
 
         Args:
             tower: `text` or `vision`; it must be a plain one (`is_plain`).
@@ -153,7 +153,7 @@ class Encoder:
             return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
 
     def is_plain(self, tower: Tower) -> bool:
-        """Whether a tower is computed here, and not by its own forward."""
+        """Whether a tower is computed by the engine, not by its own forward."""
         return (self._text if tower == "text" else self._vision) is not None
 
     def _mixed_text(self, tokens: Tensor, adapters: list[ActiveAdapter], counts: list[int]) -> Tensor:

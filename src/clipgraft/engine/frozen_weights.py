@@ -28,7 +28,7 @@ class FrozenWeight:
     def __init__(
         self, weights: Callable[[], list[Tensor]], biases: Sequence[Tensor | None], pack: bool = True
     ) -> None:
-        """`weights` makes the pieces of W in the compute type, whenever it is called."""
+        """`weights` returns the pieces of W in the compute type at every call."""
         pieces = weights()
         first = pieces[0]
         self.shape: tuple[int, int] = (sum(piece.shape[0] for piece in pieces), first.shape[1])
@@ -59,7 +59,7 @@ class FrozenWeight:
 
 
 class WeightCache:
-    """Looks weights up in one compute type, and keeps what it made of frozen ones.
+    """Base weights in one compute type; those of frozen weights are kept.
 
     Of weights that are stored in that type already nothing is copied, unless `pack` lets them be brought into
     a faster layout.
@@ -71,7 +71,7 @@ class WeightCache:
         self._kept: dict[tuple[Site, ...], tuple[Hashable, FrozenWeight]] = {}
 
     def frozen(self, linear: Linear) -> FrozenWeight | None:
-        """A map without gradients, ready to be multiplied by; None if one of its parts is to get one."""
+        """Return a linear map prepared for products; None if one of its weights needs a gradient."""
         sources = [t for part in linear for t in (part.weight, part.bias) if t is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
             return None
@@ -91,7 +91,7 @@ class WeightCache:
         return _stacked(pieces), _stacked(given) if given else None
 
     def forget(self, tower: Tower) -> None:
-        """Free what was made of a tower's weights; they are prepared anew when they are needed again."""
+        """Free the prepared weights of a tower; they are prepared again at their next use."""
         self._kept = {key: kept for key, kept in self._kept.items() if key[0].tower != tower}
 
     def _prepare(self, linear: Linear) -> FrozenWeight:

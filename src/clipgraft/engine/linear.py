@@ -74,7 +74,7 @@ def rescale(y: Tensor, updates: list[Update]) -> Tensor:
 
 
 def _rescaling(update: Update) -> tuple[Tensor, Tensor]:
-    """One factor and one addend for each output, or for all, fp32."""
+    """Return a factor and an addend, fp32, of each output or of one element for all."""
     layer, offset = update.layer, update.part.offset
     weight = update.part.matrix
     factor = addend = torch.zeros(1, device=weight.device)
@@ -92,7 +92,7 @@ FactorSpan = tuple[slice, int, float]
 
 
 def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[FactorSpan], list[Tensor]]:
-    """The dropout mask, and A and B of every update."""
+    """Return the dropout mask, and A and B of every update with the rows and scale of each."""
     spans, factors = low_rank_factors(updates)
     if not spans or not updates[0].layer.dropout or not updates[0].layer.training:
         return None, spans, factors
@@ -101,7 +101,7 @@ def _low_rank(x: Tensor, updates: list[Update]) -> tuple[Tensor | None, list[Fac
 
 
 def low_rank_factors(updates: list[Update]) -> tuple[list[FactorSpan], list[Tensor]]:
-    """A and B of every update that has some, (r, in) and (out, r) each, and where they act."""
+    """Return A and B, (r, in) and (out, r), of every update of rank above 0, and the outputs of each."""
     ranked = [update for update in updates if update.layer.r]
     factors = [f.flatten(1) for update in ranked for f in update.layer.factors()]
     ranks = [a.shape[0] for a in factors[0::2]]
@@ -190,7 +190,7 @@ def random_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with zeros where the mask drops."""
+    """Return `x` with zeros where the mask drops."""
     return x.view(mask.dtype).bitwise_and(mask).view(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Which adapter acts on what: one on all rows, or several on some rows each."""
+"""Apply one adapter to all rows of a batch, or several adapters to some rows each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipgraft.models.sites import Site
 
 @dataclass(frozen=True)
 class ActiveAdapter:
-    """One adapter as the engine reads it: its updates by site, and what it adds to the biases of norms."""
+    """An adapter as the engine uses it: its updates by site, and what it adds to the biases of norms."""
 
     layers: Mapping[Site, LoraLayer] = field(default_factory=dict)
     norms: Mapping[nn.Module, Tensor] = field(default_factory=dict)
@@ -32,18 +32,18 @@ class ActiveAdapter:
         return cls(adapter.layers, {norms[path]: module.lora_bias for path, module in adapter.norms.items()})
 
     def updates(self, linear: Linear) -> list[Update]:
-        """What acts on a map, with the outputs that each part has in it."""
+        """Return the updates of a linear map, with the outputs that each part has in it."""
         return self.among(_outputs(linear))
 
     def among(self, parts: Sequence[tuple[Part, slice]]) -> list[Update]:
-        """What acts on parts of a map, each with its outputs."""
+        """Return the updates of parts of a linear map, each with its outputs."""
         layers = self.layers
         return [Update(layers[part.site], part, outputs) for part, outputs in parts if part.site in layers]
 
 
 @dataclass(frozen=True)
 class AdapterShare:
-    """The nodes that one adapter acts on: `nodes` of all, and `pooled` among the pooled ones."""
+    """The nodes of one adapter: `nodes` among all, `pooled` among the pooled ones."""
 
     adapter: ActiveAdapter
     nodes: slice
@@ -52,7 +52,7 @@ class AdapterShare:
 
 @dataclass(frozen=True)
 class MixedAdapters:
-    """Adapters on some nodes each. Nothing here has gradients, and dropout does not act.
+    """Adapters on some nodes each, without gradients and dropout.
 
     What the base gives is computed for all nodes at once; each adapter adds its part in place.
     """
@@ -60,7 +60,7 @@ class MixedAdapters:
     shares: tuple[AdapterShare, ...]
 
     def times(self, length: int) -> MixedAdapters:
-        """The same with `length` nodes for each one here."""
+        """Return the same adapters for `length` nodes in place of each node."""
         return MixedAdapters(
             tuple(
                 replace(share, nodes=slice(share.nodes.start * length, share.nodes.stop * length))
@@ -78,7 +78,7 @@ class MixedAdapters:
         return y
 
     def norm(self, y: Tensor, norm: nn.LayerNorm, pooled: bool) -> Tensor:
-        """Norms with what adapters add to their bias."""
+        """Add what adapters add to the bias of a layer norm."""
         for share in self.shares:
             if norm in share.adapter.norms:
                 y[share.pooled if pooled else share.nodes] += share.adapter.norms[norm].to(y.dtype)
@@ -94,7 +94,7 @@ class MixedAdapters:
         return y
 
     def positions(self, y: Tensor, indices: Tensor, part: Part) -> Tensor:
-        """The same for positions."""
+        """(N, dim) that the base's table gives for (N,) positions -> the same with adapters."""
         for share in self.shares:
             layer = share.adapter.layers.get(part.site)
             if layer is not None:
@@ -110,7 +110,7 @@ def _outputs(linear: Linear) -> list[tuple[Part, slice]]:
 
 
 def _adapt(y: Tensor, x: Tensor, updates: list[Update], rows: slice | Tensor) -> None:
-    """Let updates act on some rows of y, in place.
+    """Add updates to some rows of y, in place.
 
     With dozens of adapters the products are so small that every call beside them counts.
     """
@@ -130,6 +130,6 @@ def _adapt(y: Tensor, x: Tensor, updates: list[Update], rows: slice | Tensor) ->
 
 
 def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A or B of a convolution as of a map, in a type."""
+    """Return A or B as a matrix in a type; those of a convolution are flattened."""
     matrix = factor if factor.ndim == 2 else factor.flatten(1)
     return matrix if matrix.dtype == dtype else matrix.to(dtype)

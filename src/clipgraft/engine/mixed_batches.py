@@ -1,4 +1,4 @@
-"""Rows of several adapters in one batch: what `Clip.encode_image(x, adapters=[...])` runs."""
+"""Encode a batch whose rows have different adapters: `Clip.encode_image(x, adapters=[...])`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _groups(names: Names, count: int) -> _Groups:
 
 
 def _adapters(state: LoraState | None, groups: _Groups) -> list[Adapter | None]:
-    """What the names mean at this moment; unloading does not take it away from who is encoding."""
+    """Look up adapters by name; one that is unloaded meanwhile stays usable for this batch."""
     if state is None:
         named = [name for name, _ in groups if name is not None]
         if named:
@@ -81,7 +81,7 @@ def _pools_early(clip: Clip, tokens: Tensor) -> bool:
 
 
 class _Kept:
-    """An encoder kept on its model, which copies and pickles of the model do without."""
+    """Holds a model's encoder; copies and pickles of the model start without one."""
 
     def __init__(self) -> None:
         self.encoder: Encoder | None = None
@@ -91,7 +91,7 @@ class _Kept:
 
 
 def _encoder(clip: Clip) -> Encoder:
-    """The encoder of a model, made anew when the model has been moved, or autocast asks for another type."""
+    """Return a model's encoder; a new one if the model's type or autocast has changed."""
     kept: _Kept = clip.model.__dict__.setdefault(_KEPT, _Kept())
     encoder, autocast = kept.encoder, torch.is_autocast_enabled(clip.device.type)
     if encoder is None or encoder.dtype != (torch.bfloat16 if autocast else clip.dtype):
@@ -100,7 +100,7 @@ def _encoder(clip: Clip) -> Encoder:
 
 
 def _one_by_one(clip: Clip, tower: Tower, inputs: Tensor, groups: _Groups) -> Tensor:
-    """The model's own forward for each adapter, who is alone with the model meanwhile."""
+    """Run the model's own forward once for each adapter; the caller holds the model's lock alone."""
     state = lora_state(clip)
     encode = clip.family.encode_text if tower == "text" else clip.family.encode_image
     features: Tensor | None = None
@@ -121,7 +121,7 @@ def _one_by_one(clip: Clip, tower: Tower, inputs: Tensor, groups: _Groups) -> Te
 
 @contextmanager
 def _as_it_was(clip: Clip, state: LoraState | None) -> Iterator[None]:
-    """Give the model its adapter and its mode back."""
+    """Restore the model's adapter and mode at the end."""
     if state is None:
         yield
         return

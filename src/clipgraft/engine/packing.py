@@ -1,4 +1,4 @@
-"""Captions without padding, and without computing anything twice.
+"""Pack captions without padding, so that nothing is computed twice.
 
 A causal tower's state at a token depends on the tokens up to it alone. So captions that begin alike share the
 states of their common beginning (the start token at the least), equal captions share all, and what follows
@@ -134,7 +134,7 @@ def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None) -> Packed:
 
 
 def _shares(kind: _Ints, new: _Bools, places: _Ints) -> tuple[tuple[slice, ...], tuple[Tensor, ...]]:
-    """Rows come kind by kind, and so do the nodes they bring; their pooled nodes lie at `places`."""
+    """Return the nodes of each kind, which are neighbours, and its pooled nodes out of `places`."""
     stops = np.cumsum([new[kind == number].sum() for number in range(int(kind.max()) + 1)])
     starts = np.concatenate([[0], stops[:-1]])
     nodes = tuple(slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
@@ -158,7 +158,7 @@ class _Grids:
 
 
 def _fill_up(grids: _Grids, rows: slice) -> _Grids:
-    """The rows of a group in a grid of rounded size; what fills it up holds the first node."""
+    """Pad the rows of a group to a grid of rounded size; padding holds the first node."""
     real, width = rows.stop - rows.start, int(grids.lengths[rows.start])
     shape = (_round_up(real, _ROWS), _round_up(width, _WIDTH))
     nodes, new = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
@@ -169,7 +169,7 @@ def _fill_up(grids: _Grids, rows: slice) -> _Grids:
 
 
 def _rows_in(parts: list[_Grids]) -> _Ints:
-    """Where each real row is among all rows."""
+    """Return the position of each real row among all rows."""
     starts = np.cumsum([0, *(len(part.nodes) for part in parts)])
     return np.concatenate([start + np.arange(part.real) for start, part in zip(starts, parts, strict=False)])
 
@@ -187,7 +187,7 @@ def _tensor(array: _Ints) -> Tensor:
 
 
 def _distinct(ids: _Ints) -> tuple[_Ints, _Ints]:
-    """The distinct rows in lexical order, and where each row is among them."""
+    """Return the distinct rows in lexical order, and the position of each row among them."""
     order = np.lexsort(ids.T[::-1])
     ordered = ids[order]
     first = np.ones(len(ids), dtype=bool)
@@ -209,7 +209,7 @@ def _nodes(ids: _Ints, kind: _Ints) -> tuple[_Ints, _Bools]:
 
 
 def _spans(lengths: _Ints) -> list[slice]:
-    """Neighbours of similar length, in lengths that fall."""
+    """Split descending lengths into spans of similar length."""
     spans, start = [], 0
     while start < len(lengths):
         stop = start + int(np.count_nonzero(lengths[start:] >= _SAME_GROUP * lengths[start]))

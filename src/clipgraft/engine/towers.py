@@ -1,4 +1,4 @@
-"""Both towers from their parts: one run through the blocks serves captions and images."""
+"""Compute both towers from their parts: the same blocks serve captions and images."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ _BlockForward: TypeAlias = Callable[[Tensor, Block, int, Layout], Tensor]
 
 @dataclass(frozen=True)
 class TowerPass:
-    """How to compute.
+    """One forward pass: its weights, adapters and kernel.
 
     Attributes:
         weights: base weights in the compute type.
@@ -119,7 +119,7 @@ class TowerPass:
     mix: MixedAdapters | None = None
 
     def times(self, length: int) -> TowerPass:
-        """For rows that are to be `length` nodes each."""
+        """Return the pass for rows of `length` nodes each."""
         return self if self.mix is None else replace(self, mix=self.mix.times(length))
 
     @property
@@ -203,7 +203,7 @@ class TowerPass:
         return self._mlp(x, block)
 
     def _last_block(self, x: Tensor, block: Block, heads: int, layout: Layout) -> Tensor:
-        """Nothing reads the other nodes any more: they give keys and values, and no more."""
+        """Compute the last block at the pooled nodes alone; the others give keys and values only."""
         normed = self.norm(x, block.norm1)
         kv = self.linear(normed, block.qkv[1:])
         q = self.linear(normed.index_select(0, layout.pooled), block.qkv[:1], pooled=True)
@@ -269,7 +269,7 @@ def _images(x: Tensor) -> Images:
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
-    """Elementwise, in the type of `x`."""
+    """Apply an activation elementwise, in the type of `x`."""
     if kind == "quick_gelu":
         y: Tensor = _QuickGelu.apply(x)
         return y

@@ -1,4 +1,4 @@
-"""LoRA itself: layers, fused attention, attaching, and the choice of sites."""
+"""LoRA: variants, fused attention, attaching, merging, sums, and target sites."""
 
 import lazy_loader
 

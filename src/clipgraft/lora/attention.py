@@ -24,7 +24,7 @@ _WAS_TRAINABLE = "_clipgraft_was_trainable"
 
 
 def graft_attention(attention: nn.Module) -> None:
-    """Let an attention module run the forward below; call it before the base is frozen."""
+    """Replace an attention module's forward by one with updates; call it before the base is frozen."""
     multihead = isinstance(attention, nn.MultiheadAttention)
     forward: Callable[..., Any] = multihead_forward if multihead else fused_forward
     # A partial, unlike a bound method, can be pickled and read back.
@@ -56,7 +56,7 @@ def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
 
 
 def active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
-    """The updates of an attention module that act, by role."""
+    """Return the updates in effect of an attention module, by role."""
     slots = {role: getattr(attention, f"lora_{role}", None) for role in FUSED_ROLES}
     layers = {role: slot.current for role, slot in slots.items() if isinstance(slot, AdapterSlot)}
     return {role: layer for role, layer in layers.items() if layer is not None}
@@ -245,7 +245,7 @@ def _with_folded_weights(
     lora: dict[str, LoraLayer],
     arguments: tuple[object, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """The stock forward on W' made for this call alone; nothing is written back."""
+    """Run the stock forward on W' made for this call alone; nothing is written back."""
     stock = type(attention).forward
     relabel = _rounds_as_trainable(attention) and not torch.is_grad_enabled()
     if not lora and not relabel:
@@ -289,7 +289,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def _copy_with(module: _M, **weights: Tensor | None) -> _M:
-    """A shallow copy that shares everything with `module` but the named weights."""
+    """Copy a module shallowly, with other tensors for the named weights."""
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = {**module._parameters, **weights}
     return twin

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters as one adapter: exact by putting ranks side by side, or cut down to a rank.
+"""Sum adapters with weights into one: exactly, by concatenating ranks, or cut down to a rank.
 
 Σ wᵢ·sᵢ·Bᵢ·Aᵢ = [w₁·s₁·B₁ … wₙ·sₙ·Bₙ] · [A₁; …; Aₙ]
 """
@@ -29,7 +29,7 @@ from clipgraft.results import Result
 
 @dataclass(frozen=True, repr=False)
 class Combination(Result):
-    """What `combine_adapters` made.
+    """Result of `combine_adapters`.
 
     Attributes:
         name: of the new adapter.
@@ -99,7 +99,7 @@ def combine_adapters(
 
 
 def cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest B·A of at most a rank: (R, in), (out, R) -> (r, in), (out, r), by a small decomposition."""
+    """Return the nearest B·A of at most a rank, by a small SVD: (R, in), (out, R) -> (r, in), (out, r)."""
     if a.shape[0] <= rank:
         return a, b
     q_b, r_b = torch.linalg.qr(b)
@@ -147,7 +147,7 @@ def _attach(
     name: str,
     factors: Mapping[Site, tuple[Tensor, Tensor]],
 ) -> None:
-    """The new adapter, with scale 1 everywhere."""
+    """Attach the new adapter, with scale 1 at every site."""
     sources = {given: state.adapters[given] for given in weights}
     ranks = {str(site): a.shape[0] for site, (a, _) in factors.items()}
     biases = {adapter.settings.bias for adapter in sources.values()}

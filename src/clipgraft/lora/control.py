@@ -1,4 +1,4 @@
-"""Which adapter acts: choosing one by name, disabling and enabling."""
+"""Activate an adapter by name; enable and disable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipgraft.models.rwlock import rwlock_of
 
 
 def set_adapter(model: ClipLike, name: str | None) -> None:
-    """Let the adapter of that name act, and it alone; None lets the base run.
+    """Activate the adapter of that name and no other; None runs the base.
 
     Its weights, and its temperature if it has one, are what trains from now on.
 
@@ -30,7 +30,7 @@ def set_adapter(model: ClipLike, name: str | None) -> None:
 
 
 def enable_lora(model: ClipLike) -> None:
-    """Let the active adapter act again."""
+    """Put the active adapter into effect again."""
     _set_enabled(model, True)
 
 
@@ -41,7 +41,7 @@ def disable_lora(model: ClipLike) -> None:
 
 @contextlib.contextmanager
 def lora_disabled(model: ClipLike) -> Iterator[None]:
-    """`with lora_disabled(model): ...` runs the base; what acted before acts after."""
+    """Run the base inside `with lora_disabled(model): ...`; restore the state at its end."""
     before = require_lora(model).enabled
     _set_enabled(model, False)
     try:
@@ -51,7 +51,7 @@ def lora_disabled(model: ClipLike) -> Iterator[None]:
 
 
 def adapter_logit_scale(model: ClipLike, name: str | None = None) -> float | None:
-    """The log temperature of an adapter, by default of the active one, whether it acts or not.
+    """Return the log temperature of an adapter, by default the active one, in effect or not.
 
     None if it trains none.
     """
@@ -75,7 +75,7 @@ def _set_enabled(model: ClipLike, enabled: bool) -> None:
 
 
 def make_active(clip: Clip, state: LoraState, name: str | None) -> None:
-    """Bring the model into line with its state and a new choice; to be called by who is alone with it."""
+    """Make an adapter the active one; the caller holds the model's lock alone."""
     _put_scale_aside(clip, state)
     state.active = name
     in_effect, chosen = state.in_effect, state.adapter
@@ -88,7 +88,7 @@ def make_active(clip: Clip, state: LoraState, name: str | None) -> None:
 
 
 def _put_scale_aside(clip: Clip, state: LoraState) -> None:
-    """The base's temperature again; the adapter whose temperature it was keeps that."""
+    """Restore the base's temperature, and store the adapter's own on the adapter."""
     scale = clip.logit_scale
     for adapter in state.adapters.values():
         if adapter.settings.train_logit_scale and adapter.logit_scale is None:
@@ -99,7 +99,7 @@ def _put_scale_aside(clip: Clip, state: LoraState) -> None:
 
 
 def _show_scale(clip: Clip, state: LoraState) -> None:
-    """The temperature of the adapter that acts, or of what is merged."""
+    """Show the temperature of the adapter in effect, or of what is merged."""
     scale, in_effect = clip.logit_scale, state.in_effect
     shown = None if in_effect is None else in_effect.logit_scale
     scale.requires_grad_(shown is not None)

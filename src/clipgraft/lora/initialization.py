@@ -107,14 +107,14 @@ def changes_nothing(adapter: Adapter) -> bool:
 
 
 def _readers(adapter: Adapter) -> list[LoraLayer]:
-    """The updates that read vectors, not ids."""
+    """Return the updates whose inputs are vectors, not ids."""
     kinds = ("linear", "fused", "conv", "projection")
     return [layer for layer in adapter.layers.values() if layer.r and layer.kind in kinds]
 
 
 @contextmanager
 def _listening(layers: list[LoraLayer], moments: dict[LoraLayer, Tensor]) -> Iterator[None]:
-    """Add up XᵀX of what each update is given."""
+    """Sum XᵀX over the inputs of each update."""
 
     def listen(layer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(layer, LoraLayer)
@@ -130,7 +130,7 @@ def _listening(layers: list[LoraLayer], moments: dict[LoraLayer, Tensor]) -> Ite
 
 
 def _rows(layer: LoraLayer, x: Tensor, host: nn.Module | None = None) -> Tensor:
-    """Inputs of an update as (N, in): of a convolution, its patches."""
+    """Return an update's inputs as (N, in); those of a convolution are its patches."""
     if isinstance(host, nn.Conv2d):
         assert isinstance(host.padding, tuple)
         unfold = nn.functional.unfold(x.float(), host.kernel_size, host.dilation, host.padding, host.stride)

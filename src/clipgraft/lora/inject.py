@@ -1,4 +1,4 @@
-"""Attach adapters to a model and take them off again: the only file that changes what a model is made of."""
+"""Attach adapters to a model and remove them; no other file changes a model's modules."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def attach(
 
 
 def _build(clip: Clip, settings: LoraConfig, shared: Parts) -> Adapter:
-    """New updates for the sites that the settings choose; the model is not touched."""
+    """Build the updates of the chosen sites; the model is not changed."""
     refs = clip.site_refs
     chosen = select_sites(list(refs), settings.targets)
     ranks = override_values(list(refs), chosen, settings.rank_pattern)
@@ -166,7 +166,7 @@ def _build(clip: Clip, settings: LoraConfig, shared: Parts) -> Adapter:
 
 
 def _freeze(clip: Clip) -> LoraState:
-    """Let no base weight train, and remember which did.
+    """Freeze the base, and record which weights were trainable.
 
     All attention modules are grafted, not only those with an update: torch chooses their kernels by whether
     weights want gradients, so that freezing alone would change the last bits of what they compute.
@@ -183,7 +183,7 @@ def _freeze(clip: Clip) -> LoraState:
 
 
 def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
-    """Put an adapter's modules into their slots."""
+    """Register an adapter's modules in their slots."""
     refs, norms = clip.site_refs, clip.family.norms(clip.model)
     for site, layer in adapter.layers.items():
         if str(site) not in state.slots:
@@ -232,7 +232,7 @@ def _add_bias(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 
 
 def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool = False) -> None:
-    """Take an adapter off again, or all: without any, the model is the untouched base, and trains as before.
+    """Remove an adapter, or all; without any, the model is the untouched base, and trains as before.
 
     What is merged into the base is unmerged first, if that is to go. If the active adapter goes and others
     stay, none is active.
@@ -273,7 +273,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
 
 
 def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:
-    """Empty the slots of some adapters, if the model carries them."""
+    """Remove adapters from their slots, if the model carries them."""
     if state.active in names:
         make_active(clip, state, None)
     for slot in state.slots.values():
@@ -283,7 +283,7 @@ def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:
 
 
 def _ungraft_all(clip: Clip, state: LoraState) -> None:
-    """The base as it was before the first adapter."""
+    """Restore the base as it was before the first adapter."""
     for hook in state.hooks.values():
         hook.remove()
     for site, ref in reversed(clip.site_refs.items()):

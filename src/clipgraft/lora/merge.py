@@ -1,4 +1,4 @@
-"""Fold updates into the base's weights, and take them out again to the last bit."""
+"""Merge updates into the base's weights, and unmerge them to the last bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clipgraft.models.rwlock import rwlock_of
 
 
 def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float] | None = None) -> None:
-    """Write W' into the base's weights, so that the model computes with its adapter at the base's price.
+    """Write W' into the base's weights: the model runs with its adapter at the base's cost.
 
     Updates are computed and added in fp32, whatever the type of the base, and rounded once to that type. The
     bits that are overwritten are kept in memory for `unmerge_lora`; nothing on disk changes.
@@ -63,7 +63,7 @@ def unmerge_lora(model: ClipLike) -> None:
 
 
 def restore(clip: Clip, state: LoraState) -> None:
-    """The base's own bits, if others are there; to be called by who is alone with the model."""
+    """Restore the base's own bits if something is merged; the caller holds the model's lock alone."""
     if state.merged is None:
         return
     with torch.no_grad():
@@ -88,7 +88,7 @@ def _weights(state: LoraState, names: str | Sequence[str] | Mapping[str, float] 
 
 
 def _changes(clip: Clip, state: LoraState, weights: Mapping[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the base's weights and biases with what is to be added to each, one place after another."""
+    """Yield views of the base's weights and biases, each with what is to be added to it."""
     for site, ref in clip.site_refs.items():
         layers = {name: state.adapters[name].layers.get(site) for name in weights}
         present = {name: layer for name, layer in layers.items() if layer is not None}

@@ -1,4 +1,4 @@
-"""How many weights there are, and whether the right ones train."""
+"""Count parameters, and verify that the right ones have gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def count_parameters(model: ClipLike) -> ParameterCount:
 
 
 def verify_gradients(model: ClipLike) -> int:
-    """After a backward pass: every weight that is to train has a gradient and no other one has.
+    """Check after a backward pass that every trainable weight has a gradient, and no other one.
 
     With LoRA attached, what is to train is the active adapter, and the temperature if that was asked for;
     without, whatever requires gradients.

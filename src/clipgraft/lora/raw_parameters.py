@@ -1,4 +1,4 @@
-"""Updates on raw Parameters, which no hook reaches: projections that multiply and tables that are added."""
+"""Adapt raw Parameters, which no hook reaches: projections that multiply and tables that are added."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def ungraft_table(host: nn.Module, name: str) -> None:
 
 
 def _move_to(host: nn.Module, name: str, position: int) -> None:
-    """Optimisers and state dicts go by the order of parameters."""
+    """Move a Parameter to its old position: optimisers and state dicts depend on the order."""
     items = [item for item in host._parameters.items() if item[0] != name]
     items.insert(position, (name, host._parameters[name]))
     host._parameters.clear()

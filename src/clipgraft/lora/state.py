@@ -1,4 +1,4 @@
-"""What a model carries: named adapters, of which at most one acts."""
+"""The named adapters of a model, of which at most one is in effect."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Adapter:
     origin: str = ""
 
     def modules(self) -> Iterator[LoraLayer | BiasLayer]:
-        """All that holds its weights."""
+        """Iterate over the modules that hold its weights."""
         yield from self.layers.values()
         yield from self.norms.values()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its weights, those of no element left out."""
+        """Iterate over its weights, empty ones left out."""
         return (p for module in self.modules() for p in module.parameters() if p.numel())
 
     def touches(self, tower: Tower) -> bool:
@@ -59,7 +59,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was folded into the base's weights, and the bits that were there before, by parameter name."""
+    """What is merged into the base's weights, and the bits that were there before, by parameter name."""
 
     weights: Mapping[str, float]
     originals: Mapping[str, Tensor]
@@ -93,7 +93,7 @@ class LoraState:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The chosen adapter, whether it acts or not."""
+        """The active adapter, in effect or not."""
         return None if self.active is None else self.adapters.get(self.active)
 
     @property
@@ -103,34 +103,34 @@ class LoraState:
 
     @property
     def layers(self) -> dict[Site, LoraLayer]:
-        """The updates of the chosen adapter by site."""
+        """The updates of the active adapter by site."""
         return {} if self.adapter is None else self.adapter.layers
 
     def chosen(self) -> Adapter:
-        """The chosen adapter; raises AdapterError if none is."""
+        """Return the active adapter; raises AdapterError if there is none."""
         if self.adapter is None:
             raise AdapterError(f"no adapter is active: call set_adapter with one of {self.listed()}")
         return self.adapter
 
     def named(self, name: str) -> Adapter:
-        """An adapter by name; raises AdapterError that lists the names there are."""
+        """Return an adapter by name; raises AdapterError that lists the names there are."""
         if name not in self.adapters:
             raise AdapterError(f"no adapter {name!r} on this model: loaded are {self.listed()}")
         return self.adapters[name]
 
     def listed(self) -> str:
-        """The names for a message."""
+        """List the names for a message."""
         return ", ".join(map(repr, self.adapters)) or "none"
 
 
 def lora_state(model: ClipLike) -> LoraState | None:
-    """The adapters a model carries, or None."""
+    """Return the adapters of a model, or None."""
     state = getattr(model.model if isinstance(model, Clip) else model, STATE, None)
     return state if isinstance(state, LoraState) else None
 
 
 def require_lora(model: ClipLike) -> LoraState:
-    """The adapters a model carries; raises AdapterError if it carries none."""
+    """Return the adapters of a model; raises AdapterError if it has none."""
     state = lora_state(model)
     if state is None:
         raise AdapterError("this model carries no LoRA: call apply_lora or load_adapter first")
@@ -138,7 +138,7 @@ def require_lora(model: ClipLike) -> LoraState:
 
 
 def require_unmerged(model: ClipLike, to: str) -> None:
-    """Refuse what makes no sense on folded weights; `to` says what was attempted."""
+    """Raise AdapterError while something is merged; `to` says what was attempted."""
     state = lora_state(model)
     if state is not None and state.merged is not None:
         names = ", ".join(map(repr, state.merged.weights))

@@ -1,4 +1,4 @@
-"""Which sites to adapt: named sets, small expressions, and per-site overrides.
+"""Select sites to adapt: named sets, small expressions, and per-site overrides.
 
 An expression is a comma-separated list of terms, read from left to right. A term is a named set
 (`text-attention`) or a pattern `tower.blocks.roles` or `tower.role`. The tower may be `*`; blocks are `*`,
@@ -68,7 +68,7 @@ _GUIDE_ROLES = {"in_proj": ("q", "k", "v"), "out_proj": ("out",), "c_fc": ("fc1"
 
 
 def select_sites(sites: Sequence[Site], targets: str | Iterable[str]) -> list[Site]:
-    """The sites an expression names, in model order.
+    """Return the sites that an expression names, in model order.
 
     Args:
         sites: the sites the model has.
@@ -90,21 +90,21 @@ def select_sites(sites: Sequence[Site], targets: str | Iterable[str]) -> list[Si
 
 
 def guide_targets(modules: Iterable[str]) -> str:
-    """The guide's `--lora-target-modules` names (in_proj, out_proj, …), which mean the text tower."""
+    """Translate the guide's target modules (in_proj, out_proj, …), which mean the text tower."""
     roles: list[str] = []
     for module in modules:
         name = module.strip()
         if name not in _GUIDE_ROLES:
             known = ", ".join(_GUIDE_ROLES)
-            raise TargetError(f"--lora-target-modules: {name!r} is unknown; allowed are {known}")
+            raise TargetError(f"`target_modules`: {name!r} is unknown; allowed are {known}")
         roles.extend(_GUIDE_ROLES[name])
     if not roles:
-        raise TargetError(f"--lora-target-modules is empty; allowed are {', '.join(_GUIDE_ROLES)}")
+        raise TargetError(f"`target_modules` is empty; allowed are {', '.join(_GUIDE_ROLES)}")
     return f"text.*.{'+'.join(roles)}"
 
 
 def match_sites(sites: Sequence[Site], term: str) -> list[Site]:
-    """Sites that one positive term matches; raises TargetError with near misses if there are none."""
+    """Return the sites that one positive term matches; raises TargetError with near misses if none does."""
     if term in TARGET_SETS:
         matched = {site for site in sites if TARGET_SETS[term](site)}
     else:
@@ -120,7 +120,7 @@ _V = TypeVar("_V")
 def override_values(
     sites: Sequence[Site], adapted: Sequence[Site], pattern: Mapping[str, _V]
 ) -> dict[Site, _V]:
-    """Per-site values from `{term: value}` for the sites that are adapted; later terms win.
+    """Return the value of each adapted site from `{term: value}`; later terms win.
 
     Args:
         sites: the sites the model has; `-1` is the last block of a tower, adapted or not.

@@ -1,4 +1,4 @@
-"""The variants of LoRA that there are: a new one is a class in a file of its own, and a line here."""
+"""The variants of LoRA: a new one is a class in a file of its own, and a line here."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from clipgraft.lora.config import LoraConfig
 
 def test_every_option_of_an_adapter_has_a_flag() -> None:
     """An option that Python has cannot be given on the command line, or is lost on its way."""
-    assert set(LoraFlags.library_names) == {*LoraConfig.model_fields, "use_dora"}
+    assert set(LoraFlags.library_names) == {*LoraConfig.model_fields, "use_dora", "target_modules"}
     assert set(LoraFlags.library_names.values()) <= set(LoraFlags.model_fields)
     (flags,) = build_options(
         [LoraFlags],

@@ -49,6 +49,9 @@ def _option(name: str, **changes: Any) -> Any:
     return Field(**given)
 
 
+_OF_SITES = ("r", "targets", "target_modules")
+
+
 class AdapterFlags(Options):
     """The adapter, whatever its size."""
 
@@ -57,6 +60,7 @@ class AdapterFlags(Options):
         "alpha": "lora_alpha",
         "dropout": "lora_dropout",
         "targets": "lora_targets",
+        "target_modules": "lora_target_modules",
         "variant": "lora_variant",
         "variant_options": "lora_variant_options",
         "use_rslora": "lora_rslora",
@@ -67,7 +71,7 @@ class AdapterFlags(Options):
         "alpha_pattern": "lora_alpha_pattern",
         "train_logit_scale": "lora_train_logit_scale",
     }
-    """The flags of the fields of `LoraConfig`, in field spelling."""
+    """The flags of the fields of `LoraConfig` and its shorthands, in field spelling."""
 
     lora_alpha: Alpha | None = _option("alpha", default=None)
     lora_dropout: Dropout = _option("dropout", default=0.1)
@@ -87,7 +91,7 @@ class AdapterFlags(Options):
         Raises:
             ConfigError: they name two variants.
         """
-        flags = {field: flag for field, flag in self.library_names.items() if field not in ("r", "targets")}
+        flags = {field: flag for field, flag in self.library_names.items() if field not in _OF_SITES}
         values = {field: getattr(self, flag) for field, flag in flags.items()}
         if values["variant"] is None:
             del values["variant"]
