@@ -27,13 +27,7 @@ log = logging.getLogger("clipgraft")
 _SUMMARY = "Adapt the embedded CLIP to another language; compare base, LoRA and full fine-tuning."
 # The best of what was tried for each, at equal steps: docs/demo-settings.md.
 _LORA = {"r": 32, "alpha": 64, "dropout": 0.0, "targets": "linear-text,text.token_embedding,text.proj"}
-_COMMON: dict[str, Any] = {
-    "batch_size": 128,
-    "wd": 0.1,
-    "warmup": 50,
-    "val_frequency": 0,
-    "save_frequency": 0,
-}
+_COMMON: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 50}
 _LORA_LR, _FULL_LR = 3e-3, 1e-3
 _GALLERY_QUERIES, _GALLERY_TOP = 6, 5
 
@@ -148,7 +142,7 @@ def train(clip: Clip, world: World, spec: DemoFlags, out: Path, lr: float, **opt
         clip,
         world.train,
         train=TrainArgs(**options),
-        run=RunArgs(out=out),
+        run=RunArgs(out=out, val_frequency=0, save_frequency=0),
         features=features_in(spec, world.autocast),
     )
 
