@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clipgraft.search.hits import Hit
 
 log = logging.getLogger("clipgraft")
-_INDEX = "Build a FAISS index over the vectors of an encoded folder, beside them."
+_INDEX = "Build a FAISS index of an encoded folder, and store it beside the vectors."
 _SEARCH = "Find encoded images or texts by text, by image, or by both."
 _CAPTION = 60  # characters of a caption in the table
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipgraft.errors import DataError
+from clipgraft.text_tables import signed
 
 RESAMPLES = 5000
 LEVEL = 0.95
@@ -90,8 +91,7 @@ class Difference:
 
 def points(share: float) -> str:
     """0.0312 -> +3.1"""
-    text = f"{100 * share:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
+    return signed(100 * share)
 
 
 def compare_outcomes(
