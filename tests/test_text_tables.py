@@ -88,11 +88,22 @@ def test_a_narrow_terminal_gets_blocks_of_columns() -> None:
     """Lines that a terminal breaks wherever they end cannot be read as a table."""
     table = Table("t", ("site", "a", "b", "c"), (("text.0.q", "1", "22", "333"), ("v", "4", "5", "6")))
     assert table.text(14).splitlines() == [
-        *("t", "site      a", "text.0.q  1", "v         4"),
-        *("site       b", "text.0.q  22", "v          5"),
+        *("t", "site      a", "text.0.q  1", "v         4", ""),
+        *("site       b", "text.0.q  22", "v          5", ""),
         *("site        c", "text.0.q  333", "v           6"),
     ]
     assert table.text(200) == table.text(None) == table.text()
+
+
+def test_rows_that_two_columns_name() -> None:
+    """Beside the target set alone nobody can tell which rank a number belongs to."""
+    rows = (("linear", "4", "1,000", "61.0"), ("linear", "16", "4,000", "62.5"))
+    table = Table("", ("model", "r", "trained", "R@1"), rows, "a note of some length", keys=2)
+    assert table.text(20).splitlines() == [
+        *("model    r  trained", "linear   4    1,000", "linear  16    4,000", ""),
+        *("model    r   R@1", "linear   4  61.0", "linear  16  62.5"),
+        *("a note of some", "length"),
+    ]
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Table:
         rows: the cells.
         note: what to know about the numbers, below the rows.
         left: positions of the columns that are aligned to the left, as text is; the others hold numbers.
+        keys: how many columns name a row; on a narrow terminal they stand before each block of the others.
     """
 
     title: str
@@ -34,11 +36,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     left: tuple[int, ...] = (0,)
+    keys: int = 1
 
     def text(self, width: int | None = None) -> str:
-        """Aligned columns; those that do not fit into `width` follow below, beside the first column again."""
-        lines = aligned([*([self.columns] if self.columns else []), *self.rows], self.left, width)
-        return "\n".join([*([self.title] if self.title else []), *lines, *([self.note] if self.note else [])])
+        """Aligned columns; those that do not fit into `width` follow below, beside the key columns again."""
+        rows = [*([self.columns] if self.columns else []), *self.rows]
+        note = self.note if width is None else textwrap.fill(self.note, width)
+        lines = aligned(rows, self.left, width, keys=self.keys)
+        return "\n".join([*([self.title] if self.title else []), *lines, *([note] if note else [])])
 
     def markdown(self) -> str:
         """The title as a heading, and a Markdown table."""
@@ -49,13 +54,17 @@ class Table:
 
 
 def aligned(
-    rows: Iterable[Sequence[str]], left: Sequence[int] = (0,), width: int | None = None, gap: str = _GAP
+    rows: Iterable[Sequence[str]],
+    left: Sequence[int] = (0,),
+    width: int | None = None,
+    gap: str = _GAP,
+    keys: int = 1,
 ) -> list[str]:
     """Pad the cells of rows into columns; those in `left` are flush left, the others flush right.
 
     In a column of numbers, what follows a number (a unit, a deviation, an interval) is flush left, so that
     numbers with and without it stay below each other. Where lines are longer than `width`, the columns that
-    do not fit follow in a second block of lines, which begins with the first column again.
+    do not fit follow in a second block of lines, which begins with the first `keys` columns again.
     """
     cells = [[shown_line(cell) for cell in row] for row in rows]
     if not cells:
@@ -64,8 +73,9 @@ def aligned(
         _flush_left(column) if place in left else _flush_right(column)
         for place, column in enumerate(zip(*cells, strict=True))
     ]
-    lines = []
-    for block in _blocks([display_width(column[0]) for column in padded], width, len(gap)):
+    lines: list[str] = []
+    for block in _blocks([display_width(column[0]) for column in padded], width, len(gap), keys):
+        lines += [""] if lines else []
         lines += [gap.join(row).rstrip() for row in zip(*(padded[place] for place in block), strict=True)]
     return lines
 
@@ -129,13 +139,14 @@ def _flush_right(column: Sequence[str]) -> list[str]:
     return [" " * (width - display_width(cell)) + cell for cell in padded]
 
 
-def _blocks(widths: Sequence[int], most: int | None, gap: int) -> list[list[int]]:
-    """Positions of the columns that stand beside each other; every block begins with the first column."""
-    blocks = [[0]]
-    for place in range(1, len(widths)):
+def _blocks(widths: Sequence[int], most: int | None, gap: int, keys: int) -> list[list[int]]:
+    """Positions of the columns that stand beside each other; every block begins with the key columns."""
+    named = list(range(min(keys, len(widths))))
+    blocks = [list(named)]
+    for place in range(len(named), len(widths)):
         taken = sum(widths[column] + gap for column in blocks[-1]) + widths[place]
-        if most is not None and taken > most and len(blocks[-1]) > 1:
-            blocks.append([0])
+        if most is not None and taken > most and len(blocks[-1]) > len(named):
+            blocks.append(list(named))
         blocks[-1].append(place)
     return blocks
 

@@ -180,6 +180,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
         ),
         rows=tuple((*_named(row, metrics), *((_gain(row),) if gains else ())) for row in rows),
         note=_GAIN if gains else "",
+        keys=2,
     )
 
 
