@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from clipgraft.cli import main
+from clipgraft.cli.flags.search import SearchFlags
+from clipgraft.cli.flags.wording import Wording
+from clipgraft.cli.train import _KINDS
 from tiny_pictures import write_pictures
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +29,9 @@ Answer = tuple[int, str]
 
 @cache
 def messages() -> tuple[str, ...]:
-    """Every string of the library, with … for what is put in when it runs."""
-    found = []
+    """Every string of the library, options as flags, with … for what is put in when it runs."""
+    wording, found = Wording(), list[str]()
+    wording.learn([*_KINDS, SearchFlags])
     for path in sorted((ROOT / "src" / "clipgraft").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
@@ -35,7 +39,7 @@ def messages() -> tuple[str, ...]:
                 found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(re.sub(r"%[\d.]*[sdfg]", "…", node.value).replace("%%", "%"))
-    return tuple(found)
+    return tuple(text for message in found for text in (message, wording(message)))
 
 
 def plain(text: str) -> str:
@@ -78,7 +82,7 @@ def clipgraft(
         ("eval --val-data data/pairs.csv --csv-img-key file", 'no column "…"; it has …'),
         ("eval --val-data data/semicolons.csv --csv-separator ,", "it reads as one column"),
         ("eval --val-data data/latin.csv", "byte 0x… on line … is not valid …"),
-        ("eval --val-data data/lost.csv", "none of its … rows can be used (…); correct them"),
+        ("eval --val-data data/lost.csv", "none of its … rows can be used (…)"),
         ("eval --val-data data/broken.csv", "the file is cut short (…); copy or download it again"),
         ("eval --val-data data/mixed.csv", "not found in …"),
         ("eval --val-data data/mixed.csv", "put cells that hold … in double quotes"),
