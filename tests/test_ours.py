@@ -43,7 +43,7 @@ def test_files_are_known_by_their_record(name: str, tmp_path: Path) -> None:
     path.write_bytes((OURS.get(name) or FOREIGN.get(name, "")).encode("latin-1"))
     assert made_by_us(path) == (name in OURS)
     if name in FOREIGN:
-        with pytest.raises(cg.errors.ConfigError, match=r"not made by clipgraft .* say --overwrite"):
+        with pytest.raises(cg.errors.ConfigError, match=r"not made by clipgraft .* say `overwrite=True`"):
             refuse_foreign(path, error=cg.errors.ConfigError)
     refuse_foreign(path, overwrite=True)
 
@@ -77,7 +77,7 @@ def test_models_are_replaced_where_they_are_ours(name: str, openclip_clip: Clip,
         (out / "clipgraft_model.json").unlink()
     else:
         out.write_text("precious")
-    with pytest.raises(cg.errors.ModelError, match="say --overwrite"):
+    with pytest.raises(cg.errors.ModelError, match="say `overwrite=True`"):
         write_model(openclip_clip, out, "open_clip")
     write_model(openclip_clip, out, "open_clip", overwrite=True)
     assert made_by_us(out)

@@ -88,7 +88,7 @@ def refuse_foreign(
     what = "folder" if path.is_dir() else "file"
     raise error(
         f"{told}{told and ' '}{path}: this {what} was not made by clipgraft and is left as it is; "
-        "choose another path, or say --overwrite (in Python overwrite=True)"
+        "choose another path, or say `overwrite=True`"
     )
 
 

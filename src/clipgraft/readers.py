@@ -99,7 +99,7 @@ class Tar(tarfile.TarFile):
         if not -_LAST_SECOND < member.mtime < _LAST_SECOND:  # NaN is not either
             raise tarfile.ReadError(f"{member.name[:200]!r} claims to be of second {member.mtime}")
         if member.issparse():
-            raise tarfile.ReadError(f"{member.name[:200]!r} has holes; pack it again without --sparse")
+            raise tarfile.ReadError(f"{member.name[:200]!r} has holes; pack it again without holes")
         return member
 
 

@@ -18,8 +18,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 
 from clipgraft.errors import CheckpointError, ClipgraftError, DataError
-from clipgraft.readers import reading, reason
+from clipgraft.readers import placeholder, reading, reason
 
+Rank = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Flag = StrictBool
@@ -96,20 +97,31 @@ def read_pt(
     Raises:
         error: as `read_json`.
     """
-    import torch
-
     try:
         if not path.is_file():
             raise error(f"{path}: {'is no file' if path.exists() else 'there is no such file'}; {advice}")
-        archive = zipfile.is_zipfile(path)
-        if archive:
-            _check_archive(path, verify)
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive and not verify)
+        if problem := placeholder(path):
+            raise error(f"{path}: cannot be read: {problem}")
+        value = load_pt(path, verify)
     except ClipgraftError:
         raise
     except Exception as cause:  # the unpickler raises whatever the bytes make it raise
         raise error(f"{path}: cannot be read: {_why(cause)}; {advice}") from cause
     return checked(value, kind, str(path), error, advice, finite=False)
+
+
+def load_pt(path: Path, verify: bool = False) -> Any:
+    """Load what `torch.save` wrote of tensors and plain values; raises anything on damaged bytes.
+
+    With `verify` the checksum of every part is compared, and tensors are in memory; otherwise they are mapped
+    from disk where the format allows it.
+    """
+    import torch
+
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        _check_archive(path, verify)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=(archive and not verify) or None)
 
 
 def checked(
@@ -201,7 +213,7 @@ def _check_archive(path: Path, verify: bool) -> None:
     """Refuse archives that unpack to more than they hold; torch compresses none."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError("compressed archive")
+            raise ValueError("it is a compressed archive, which torch does not write")
         if verify and (part := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {part}")
 
@@ -210,6 +222,8 @@ def _why(cause: Exception) -> str:
     text = " ".join(str(cause).split())
     if isinstance(cause, OSError) and cause.strerror:
         return f"{cause.strerror}, check its permissions and disk"
+    if "compressed archive" in text:
+        return text
     if "TorchScript" in text:
         return "it is a TorchScript archive, which holds code"
     if "weights_only" in text or "Weights only" in text or "Unsupported global" in text:

@@ -134,7 +134,7 @@ def test_another_base_is_refused(layout: str, request: pytest.FixtureRequest, tm
     ours, theirs = as_clip(base).fingerprint, as_clip(other).fingerprint
     assert ours != theirs
     with pytest.raises(
-        cg.errors.AdapterError, match=f"fingerprint {ours}, but this model's is {theirs}.*--force"
+        cg.errors.AdapterError, match=f"fingerprint {ours}, but this model's is {theirs}.*`force=True`"
     ):
         cg.load_adapter(other, folder)
     cg.load_adapter(other, folder, force=True)
@@ -326,10 +326,13 @@ DAMAGE = {
         lambda f: (f / NATIVE).write_text(
             json.dumps({k: json.loads((f / NATIVE).read_text())[k] for k in ("format", "weights_sha256")})
         ),
-        "is not in the layout this version reads",
+        "base is missing",
     ),
     "record of a later version": (lambda f: edit(f / NATIVE, format=99), "format 99.*update clipgraft"),
-    "temperature of text": (lambda f: edit(f / NATIVE, logit_scale="hot"), "layout this version reads"),
+    "temperature of text": (
+        lambda f: edit(f / NATIVE, logit_scale="hot"),
+        "logit_scale is .hot., and should be a number",
+    ),
     "temperature of nothing": (lambda f: edit(f / NATIVE, logit_scale=float("nan")), "logit_scale is nan"),
     "A without B": (lambda f: without(f, "q_proj.lora_B"), r"lacks weights of text\.0\.q \(lora_B\.weight\)"),
     "no weights in it": (lambda f: without(f, ""), "lacks the weights of every site"),
@@ -409,7 +412,7 @@ def test_a_folder_of_others_is_left(name: str, tiny_openclip: nn.Module, tmp_pat
     """An adapter that PEFT trained, or a folder of other things, would be written over by a mistyped path."""
     model = adapted(tiny_openclip)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(cg.errors.AdapterError, match=r"not made by clipgraft[^\n]+overwrite=True\)$"):
+    with pytest.raises(cg.errors.AdapterError, match=r"not made by clipgraft[^\n]+`overwrite=True`$"):
         cg.save_adapter(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "precious"

@@ -175,7 +175,7 @@ def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
 def test_towers_of_one_width(tmp_path: Path) -> None:
     """Layers of two towers of equal width are shared out by guessing."""
     data = file_of([64] * 7)
-    with pytest.raises(cg.errors.AdapterError, match=r"7 layers and does not tell.*--text-layers N"):
+    with pytest.raises(cg.errors.AdapterError, match=r"7 layers and does not tell.*`text_layers=N`"):
         clip_lora_adapter(data, tmp_path / "x.pt")
     for given_depth in ({"text_layers": 3}, {"vision_layers": 4}, {"text_layers": 3, "vision_layers": 4}):
         adapter = clip_lora_adapter(data, tmp_path / "x.pt", **given_depth)

@@ -84,7 +84,7 @@ def test_peft_on_open_clip_folders(tiny_openclip: nn.Module, tmp_path: Path) -> 
     config = peft.LoraConfig(r=4, target_modules=["attn"], init_lora_weights=False)
     peft.get_peft_model(copy.deepcopy(tiny_openclip), config).save_pretrained(tmp_path / "p")
     assert detect(tmp_path / "p") == "peft-openclip"
-    with pytest.raises(cg.errors.AdapterError, match="--peft-out-proj"):
+    with pytest.raises(cg.errors.AdapterError, match="`peft_out_proj="):
         read_any(tmp_path / "p")
     adapter = read_any(tmp_path / "p", peft_out_proj="as-meant")
     assert len(adapter.weights) == 16

@@ -216,7 +216,7 @@ def test_sites_the_guide_has_not(tiny_openclip: nn.Module, tmp_path: Path) -> No
     ):
         write_guide(adapter, tmp_path / "lora.pt")
     unnamed = AdapterFile(**{**vars(adapter_of(tiny_openclip, tmp_path)), "base": {}})
-    with pytest.raises(cg.errors.AdapterError, match=r"does not name its base.*--model"):
+    with pytest.raises(cg.errors.AdapterError, match=r"does not name its base.*`model`"):
         write_guide(unnamed, tmp_path / "lora.pt")
     assert not (tmp_path / "lora.pt").exists()
 

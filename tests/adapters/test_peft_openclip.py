@@ -115,7 +115,7 @@ def test_the_choice_is_explained(tiny_openclip: nn.Module, tmp_path: Path) -> No
         read(tmp_path)
     told = str(caught.value)
     assert "\n" not in told
-    for part in ("W + 2ΔW", "--peft-out-proj as-run", "peft_out_proj='as-run'", "as-meant", str(tmp_path)):
+    for part in ("W + 2ΔW", "`peft_out_proj='as-run'`", "as-meant", str(tmp_path)):
         assert part in told
     trained(tiny_openclip, tmp_path / "mlp", target_modules=["c_fc"])
     assert len(read(tmp_path / "mlp").weights) == 4

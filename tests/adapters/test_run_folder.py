@@ -47,7 +47,7 @@ def test_a_run_of_all_weights_is_a_model(
     found = find_run_model(run)
     assert found is not None
     assert (found.kind, found.unfinished, found.base.name) == ("fine-tuned", None, base[0])
-    with pytest.raises(cg.errors.ModelError, match="leave out `pretrained` 'none'"):
+    with pytest.raises(cg.errors.ModelError, match="brings its own weights: leave out `pretrained` none"):
         cg.load(run, "none")
     kept = run / "checkpoints" / ("epoch_1.pt" if kind == "open_clip" else "epoch_1")
     assert same(cg.load(kept), clip)

@@ -69,13 +69,13 @@ def test_a_device_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
             4.2,
             1.0,
             "computing in bf16: this CPU multiplies it 4.2 times as fast as fp32; "
-            "--precision fp32 for full precision",
+            "`precision='fp32'` for full precision",
         ),
         (
             1.0,
             2.0,
             "computing in fp32: this CPU multiplies bf16 only 0.5 times as fast; "
-            "--precision amp_bf16 to do so all the same",
+            "`precision='amp_bf16'` to do so all the same",
         ),
     ],
 )

@@ -212,7 +212,7 @@ def test_tag_whose_repository_is_gone(remote: Remote) -> None:
     """A tag whose weights were taken off the hub ends with a traceback or with no way out."""
     message = remote.refusal("tiny-clip", "gone_tag")
     assert "'tiny-clip' with pretrained 'gone_tag'" in message
-    assert "--pretrained FILE" in message
+    assert "as `pretrained`" in message
 
 
 def test_openclip_repository_as_hf(remote: Remote) -> None:

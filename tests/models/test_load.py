@@ -225,7 +225,7 @@ def test_adapter_brings_its_base(hf_folder: Path, tmp_path: Path) -> None:
     loaded = cg.load(tmp_path / "adapter")
     with torch.no_grad():
         assert loaded.encode_text(CAPTIONS).equal(clip.encode_text(CAPTIONS))
-    with pytest.raises(cg.errors.AdapterError, match="leave out --pretrained openai"):
+    with pytest.raises(cg.errors.AdapterError, match="leave out `pretrained` openai"):
         cg.load(tmp_path / "adapter", "openai")
 
 

@@ -129,7 +129,7 @@ def test_checkpoint_of_another_architecture(
     state = tiny_openclip.state_dict()
     message = refusal(tiny_config, save_pt({**state, "visual.proj": torch.ones(3, 3)}, tmp_path))
     assert "visual.proj" in message
-    assert "--model" in message
+    assert "`model`" in message
     del state["text_projection"]
     assert "text_projection" in refusal(tiny_config, save_pt(state, tmp_path))
 
@@ -188,7 +188,7 @@ def test_wrong_names() -> None:
 
 def test_checkpoint_without_architecture(tiny_openclip: nn.Module, tiny_config: Path, tmp_path: Path) -> None:
     """A checkpoint given as the model, or a config without weights, does not say what is missing."""
-    assert "--model ViT-B-32 --pretrained" in refusal(save_pt(tiny_openclip.state_dict(), tmp_path))
+    assert "`model='ViT-B-32'` and `pretrained=" in refusal(save_pt(tiny_openclip.state_dict(), tmp_path))
     assert "'none' for random weights" in refusal(tiny_config)
     assert "a JSON config has no tags" in refusal(tiny_config, "openai")
 
@@ -196,7 +196,7 @@ def test_checkpoint_without_architecture(tiny_openclip: nn.Module, tiny_config: 
 def test_weights_are_not_given_twice(hf_folder: Path) -> None:
     """`--pretrained` beside a model that has its own weights is silently ignored."""
     for name in ("emoji", hf_folder, f"hf:{hf_folder}", "hf-hub:owner/name"):
-        assert "leave out --pretrained openai" in refusal(name, "openai")
+        assert "leave out `pretrained` openai" in refusal(name, "openai")
 
 
 def test_incomplete_folders(hf_folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgraft.adapters.checkpoint import as_record
 from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, refuse_other, write_folder
 from clipgraft.adapters.peft import Tensors, config_json, name_tensors, named_base, read_tensors, tower_prefix
 from clipgraft.errors import AdapterError
@@ -28,6 +29,7 @@ from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.family import site_bias
 from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
+from clipgraft.records import Finite, Flag
 from clipgraft.results import Result
 
 
@@ -130,6 +132,31 @@ def site_scales(ranks: Mapping[Site, int], settings: LoraConfig) -> dict[Site, f
 def pairs(weights: Mapping[Site, tuple[Tensor, Tensor]]) -> dict[Site, dict[str, Tensor]]:
     """A and B by site as `AdapterFile.parts`."""
     return {site: {"lora_A": a, "lora_B": b} for site, (a, b) in weights.items()}
+
+
+@dataclass(frozen=True)
+class _Base:
+    name: str
+    pretrained: str
+    family: str
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    targets: str
+    train_logit_scale: Flag
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of `clipgraft.json`; the rest is in PEFT's files."""
+
+    base: _Base
+    settings: _Settings
+    logit_scale: Finite | None
+    metrics: dict[str, Any]
+    started_from: str = ""
 
 
 def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
@@ -258,7 +285,7 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
     if adapter.needs_base:
         raise AdapterError(
             f"{adapter.path} has whole weights, biases of B or PiSSA, which the base is needed for: name it "
-            "with --model, or load the adapter on it and save that"
+            "as `model`, or load the adapter on it and save that"
         )
     settings = adapter.settings
     tensors = Tensors(dict(adapter.parts), dict(adapter.shared), biases=dict(adapter.biases))
@@ -318,33 +345,20 @@ def as_adapter(contents: Contents) -> AdapterFile:
         path_prefix=prefix,
         base=named_base(contents.config, "transformers"),
     )
-    return adapter if contents.record is None else _with_record(adapter, contents, contents.record)
+    return adapter if contents.record is None else _with_record(adapter, contents.folder, contents.record)
 
 
-def _with_record(adapter: AdapterFile, contents: Contents, record: Mapping[str, Any]) -> AdapterFile:
-    try:
-        base, recorded, scale = record["base"], record["settings"], record["logit_scale"]
-        fingerprint = base["fingerprint"]
-        return replace(
-            adapter,
-            settings=adapter.settings.replace(
-                targets=str(recorded["targets"]),
-                train_logit_scale=bool(recorded["train_logit_scale"]),
-            ),
-            base={key: str(base[key]) for key in ("name", "pretrained", "family")},
-            fingerprint=None if fingerprint is None else str(fingerprint),
-            logit_scale=None if scale is None else _finite(scale),
-            metrics=dict(record["metrics"]),
-            started_from=str(record.get("started_from", "")),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(
-            f"{contents.folder / NATIVE_FILE} is not in the layout this version reads "
-            f"({type(error).__name__}: {error}): save the adapter again"
-        ) from error
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(float(value)):
-        raise ValueError(f"logit_scale is {value}")
-    return float(value)
+def _with_record(adapter: AdapterFile, folder: Path, values: Mapping[str, Any]) -> AdapterFile:
+    record = as_record(values, _Record, folder / NATIVE_FILE)
+    base = record.base
+    return replace(
+        adapter,
+        settings=adapter.settings.replace(
+            targets=record.settings.targets, train_logit_scale=record.settings.train_logit_scale
+        ),
+        base={"name": base.name, "pretrained": base.pretrained, "family": base.family},
+        fingerprint=base.fingerprint,
+        logit_scale=record.logit_scale,
+        metrics=record.metrics,
+        started_from=record.started_from,
+    )

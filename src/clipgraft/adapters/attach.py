@@ -241,5 +241,5 @@ def _check_base(clip: Clip, file: AdapterFile, force: bool) -> None:
     name = " / ".join(part for part in (file.base["name"], file.base["pretrained"]) if part)
     raise AdapterError(
         f"{file.path} was made for base {name or 'unnamed'} with fingerprint {file.fingerprint}, but "
-        f"this model's is {clip.fingerprint}: load that base, or pass --force (force=True) all the same"
+        f"this model's is {clip.fingerprint}: load that base, or pass `force=True` all the same"
     )

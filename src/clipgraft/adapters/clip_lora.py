@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,18 @@ from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile, pairs
 from clipgraft.adapters.checkpoint import (
+    as_record,
     as_weight,
     lora_config,
-    mapping,
-    number,
     paired,
-    rank,
     read_checkpoint,
     save_checkpoint,
     some,
-    text,
 )
-from clipgraft.adapters.uniform import KEY, Uniform, extras, rescaled, uniform, with_extras
+from clipgraft.adapters.uniform import KEY, Extras, Uniform, extras_of, rescaled, uniform, with_extras
 from clipgraft.errors import AdapterError
 from clipgraft.models.sites import TOWERS, Site, Tower
+from clipgraft.records import Finite, Rank
 
 _ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "out"}
 _PARAMS = {"q": "q", "k": "k", "v": "v", "out": "o"}
@@ -56,6 +55,23 @@ _TEXT_DEPTH = 12
 _VISION_DEPTH = {768: 12, 1024: 24}  # by width
 _VISION_COUNTS = (12, 21, 24)
 _Layer = dict[str, tuple[Tensor, Tensor]]
+_Pair = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    r: Rank
+    alpha: Finite
+    encoder: str
+    position: str
+    dropout_rate: Finite = 0.0
+
+
+@dataclass(frozen=True)
+class _File:
+    weights: dict[str, dict[str, _Pair]]
+    metadata: _Metadata
+    clipgraft: Extras | None = None
 
 
 def read_clip_lora(
@@ -79,9 +95,9 @@ def clip_lora_adapter(
     data: Mapping[str, Any], path: Path, text_layers: int | None = None, vision_layers: int | None = None
 ) -> AdapterFile:
     """`read_clip_lora` of a file that is open already."""
-    metadata = mapping(data, "metadata", path)
-    layers = _layers(mapping(data, "weights", path), path)
-    blocks = _layout(layers, metadata, path, {"text": text_layers, "vision": vision_layers})
+    file = as_record(data, _File, path)
+    layers = _layers(file.weights, path)
+    blocks = _layout(layers, file.metadata, path, {"text": text_layers, "vision": vision_layers})
     weights = {
         Site(tower, block, role): pair
         for (tower, block), layer in zip(blocks, layers, strict=True)
@@ -91,9 +107,9 @@ def clip_lora_adapter(
         raise AdapterError(f"{path} holds no LoRA weights: it is no adapter; check the path")
     settings = lora_config(
         path,
-        r=rank(metadata, path),
-        alpha=number(metadata, "alpha", path),
-        dropout=number(metadata, "dropout_rate", path, 0.0),
+        r=file.metadata.r,
+        alpha=file.metadata.alpha,
+        dropout=file.metadata.dropout_rate,
         targets=",".join(map(str, weights)),
         use_rslora=True,
     )
@@ -101,10 +117,10 @@ def clip_lora_adapter(
     if odd:
         raise AdapterError(f"{path}: {some(odd)} have another rank than the {settings.r} of its metadata")
     base = {"name": "", "pretrained": "", "family": "open_clip"}
-    return with_extras(AdapterFile(path, pairs(weights), settings, base=base), data)
+    return with_extras(AdapterFile(path, pairs(weights), settings, base=base), file.clipgraft)
 
 
-def _layers(weights: Mapping[str, Any], path: Path) -> list[_Layer]:
+def _layers(weights: Mapping[str, Mapping[str, _Pair]], path: Path) -> list[_Layer]:
     names = [f"layer_{index}" for index in range(len(weights))]
     strange = [repr(name) for name in weights if name not in set(names)]
     if strange or not names:
@@ -112,17 +128,16 @@ def _layers(weights: Mapping[str, Any], path: Path) -> list[_Layer]:
             f"{path}: its weights are {some(strange) or 'empty'} where layer_0, layer_1, … belong: "
             "save it again"
         )
-    return [_layer(mapping(weights, name, path), name, path) for name in names]
+    return [_layer(weights[name], name, path) for name in names]
 
 
-def _layer(weights: Mapping[str, Any], name: str, path: Path) -> _Layer:
+def _layer(weights: Mapping[str, _Pair], name: str, path: Path) -> _Layer:
     halves: dict[str, dict[str, Tensor]] = {}
-    for module in weights:
+    for module, pair in weights.items():
         if module not in _ROLES:
             raise AdapterError(
                 f"{path}: {name} holds {module!r}, which CLIP-LoRA has not: {', '.join(_ROLES)}; drop it"
             )
-        pair = mapping(weights, module, path)
         surplus = [repr(key) for key in pair if key not in ("w_lora_A", "w_lora_B")]
         if surplus:
             raise AdapterError(f"{path}: {name}.{module} holds {some(surplus)} beside w_lora_A and w_lora_B")
@@ -141,10 +156,10 @@ def _layer(weights: Mapping[str, Any], name: str, path: Path) -> _Layer:
 
 
 def _layout(
-    layers: Sequence[_Layer], metadata: Mapping[str, Any], path: Path, depths: Mapping[Tower, int | None]
+    layers: Sequence[_Layer], metadata: _Metadata, path: Path, depths: Mapping[Tower, int | None]
 ) -> list[tuple[Tower, int]]:
     """Tower and block of every layer; raises AdapterError where they cannot be told or do not fit."""
-    encoder, position = text(metadata, "encoder"), text(metadata, "position")
+    encoder, position = metadata.encoder, metadata.position
     if encoder not in _ENCODERS or position not in ("all", *_POSITIONS):
         raise AdapterError(
             f"{path}: encoder {encoder[:60]!r}, position {position[:60]!r}: known are {', '.join(_ENCODERS)} "
@@ -161,7 +176,7 @@ def _layout(
     if len(blocks) != count or not all(_fits(tower, blocks, layers, depths) for tower in towers):
         raise AdapterError(
             f"{path}: its {count} layers are not those of position {position!r} in encoder {encoder!r}: "
-            "pass --text-layers and --vision-layers, the blocks of each tower of its base"
+            "pass `text_layers` and `vision_layers`, the blocks of each tower of its base"
         )
     return blocks
 
@@ -210,8 +225,8 @@ def _text_layers(layers: Sequence[_Layer], path: Path, depths: Mapping[Tower, in
     if count - _TEXT_DEPTH in _VISION_COUNTS:
         return _TEXT_DEPTH
     raise AdapterError(
-        f"{path} has {count} layers and does not tell how many are of the text tower: pass --text-layers N "
-        "(text_layers=N), the number of text blocks of its base"
+        f"{path} has {count} layers and does not tell how many are of the text tower: pass `text_layers=N`, "
+        "the number of text blocks of its base"
     )
 
 
@@ -261,7 +276,7 @@ def write_clip_lora(
         "params": [letter for role, letter in _PARAMS.items() if role in roles],
         "position": position,
     }
-    save_checkpoint({"weights": weights, "metadata": metadata, KEY: extras(adapter)}, Path(path))
+    save_checkpoint({"weights": weights, "metadata": metadata, KEY: extras_of(adapter)}, Path(path))
     return Path(path)
 
 
@@ -276,7 +291,7 @@ def _check_holds(adapter: AdapterFile, depths: Mapping[Tower, int]) -> None:
         raise AdapterError(
             f"{adapter.path}: CLIP-LoRA holds q, k, v and out of the first {depths['text']} text and "
             f"{depths['vision']} vision blocks, and not {some(foreign)}; write another format, or pass "
-            "--text-layers and --vision-layers for a copy of CLIP-LoRA that adapts more"
+            "`text_layers` and `vision_layers` for a copy of CLIP-LoRA that adapts more"
         )
 
 

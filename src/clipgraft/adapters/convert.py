@@ -86,9 +86,7 @@ def adapter_place(path: Path) -> Path:
         return path
     if found.kind == "adapter":
         return found.saved
-    raise AdapterError(
-        f"{path} is a run that made no adapter, but a {found.kind} model: name it with --model"
-    )
+    raise AdapterError(f"{path} is a run that made no adapter, but a {found.kind} model: name it as `model`")
 
 
 def _is_folder(path: Path) -> bool:
@@ -132,8 +130,7 @@ def check_free(out: str | Path, form: Form, overwrite: bool = False) -> None:
         return
     if out.exists() or out.is_symlink():
         raise AdapterError(
-            f"{out} exists already and is left as it is: choose another path, or say --overwrite (in Python "
-            "overwrite=True)"
+            f"{out} exists already and is left as it is: choose another path, or say `overwrite=True`"
         )
 
 

@@ -10,7 +10,6 @@ Where a generator has two text encoders, the depth of the model at hand decides,
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -23,11 +22,12 @@ from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.adapter_file import pairs as parts_of
-from clipgraft.adapters.checkpoint import as_weight, lora_config, number, paired, some
+from clipgraft.adapters.checkpoint import AGAIN, as_record, as_weight, lora_config, paired, some
 from clipgraft.errors import AdapterError
 from clipgraft.models.hf import path_site
 from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, read_weights
+from clipgraft.records import Finite, parse_json
 
 Trainer = Literal["kohya", "diffusers"]
 
@@ -179,24 +179,19 @@ def _chosen(encoders: Mapping[str, _Encoder], text_layers: int | None, path: Pat
     if len(fitting) == 1:
         return fitting[0]
     depths = ", ".join(f"{owner} of {encoder.depth} blocks" for owner, encoder in encoders.items())
-    raise AdapterError(
-        f"{path} holds LoRA of several text encoders, {depths}: say which with --text-layers (text_layers=)"
-    )
+    raise AdapterError(f"{path} holds LoRA of several text encoders, {depths}: say which with `text_layers`")
 
 
 def _alphas(encoder: _Encoder, metadata: Mapping[str, str], owner: str, path: Path) -> dict[Site, float]:
     """The alpha of every site: its own tensor, else what the metadata says, else the rank."""
     told = _told(metadata, owner, path)
-    default = told.get("lora_alpha")
     alphas: dict[Site, float] = {}
     guessed = 0
     for site, parts in encoder.halves.items():
         own = parts.pop("alpha", None)
         if own is not None and own.numel() != 1:
             raise AdapterError(f"{path}: the alpha of {site} is no number: save it again")
-        value = None if own is None else float(own)
-        if value is None and default is not None:
-            value = number(told, "lora_alpha", path)
+        value = told.lora_alpha if own is None else float(own)
         if not value:  # kohya takes 0 for the rank too
             guessed += 1
             value = float(parts["A"].shape[0]) if "A" in parts else 1.0
@@ -206,16 +201,24 @@ def _alphas(encoder: _Encoder, metadata: Mapping[str, str], owner: str, path: Pa
     return alphas
 
 
-def _told(metadata: Mapping[str, str], owner: str, path: Path) -> dict[str, Any]:
-    """The configuration that diffusers keeps in a file's metadata, of one text encoder."""
-    try:
-        whole = json.loads(metadata.get(_METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: its {_METADATA} is not readable JSON: save it again") from error
+@dataclass(frozen=True)
+class _Told:
+    """What diffusers keeps in a file's metadata of one text encoder, as far as it matters here."""
+
+    lora_alpha: Finite | None = None
+    use_dora: Any = None
+    use_rslora: Any = None
+    alpha_pattern: Any = None
+    lora_bias: Any = None
+
+
+def _told(metadata: Mapping[str, str], owner: str, path: Path) -> _Told:
+    where = f"{path}: its {_METADATA}"
+    whole = parse_json(metadata.get(_METADATA, "{}"), dict[str, Any], where, AdapterError, AGAIN)
     prefix = f"{owner}."
-    whole = whole if isinstance(whole, dict) else {}
-    told = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
-    if used := [k for k in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias") if told.get(k)]:
+    own = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+    told = as_record(own, _Told, where)
+    if used := [k for k in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias") if getattr(told, k)]:
         raise AdapterError(
             f"{path}: its metadata says {', '.join(used)}, which is not read from such files: save plain LoRA"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,26 +18,52 @@ from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile, pairs
 from clipgraft.adapters.checkpoint import (
+    AGAIN,
+    as_record,
     as_weight,
     lora_config,
-    mapping,
-    number,
     paired,
-    rank,
     read_checkpoint,
     save_checkpoint,
     some,
-    text,
 )
-from clipgraft.adapters.uniform import KEY, Weights, extras, uniform, with_extras
+from clipgraft.adapters.uniform import KEY, Extras, Weights, extras_of, uniform, with_extras
 from clipgraft.errors import AdapterError, TargetError
 from clipgraft.lora.config import LoraConfig, as_written
 from clipgraft.lora.targets import override_values
 from clipgraft.models import hf, openclip
 from clipgraft.models.family import is_lora
 from clipgraft.models.sites import ATTENTION_ROLES, BLOCK_ROLES, EMBEDDING_ROLES, TOWERS, Site
+from clipgraft.records import Finite, Flag, Rank
 
 _LORA, _FULL, _CONFIG = "lora_state_dict", "state_dict", "lora_config"
+
+
+@dataclass(frozen=True)
+class _Config:
+    """`lora_config`: what made the weights."""
+
+    r: Rank
+    alpha: Finite
+    dropout: Finite = 0.0
+    model: str | None = None
+    name: str | None = None
+    pretrained: str | None = None
+    targets: str | None = None
+    use_rslora: Flag = False
+    train_logit_scale: Flag = True
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
+    alpha_pattern: dict[str, Finite] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint of the guide; of the two dictionaries of weights it has one."""
+
+    lora_state_dict: dict[str, Any] | None = None
+    state_dict: dict[str, Any] | None = None
+    lora_config: _Config | None = None
+    clipgraft: Extras | None = None
 
 
 def read_guide(path: str | Path) -> AdapterFile:
@@ -51,27 +77,28 @@ def read_guide(path: str | Path) -> AdapterFile:
 
 def guide_adapter(data: Mapping[str, Any], path: Path) -> AdapterFile:
     """`read_guide` of a file that is open already."""
-    alone = _LORA in data
-    state = {bare_name(name): v for name, v in mapping(data, _LORA if alone else _FULL, path).items()}
+    file = as_record(data, _File, path)
+    alone = file.lora_state_dict is not None
+    found = file.lora_state_dict if alone else file.state_dict
+    state = {bare_name(name): value for name, value in (found or {}).items()}
     weights = _weights(state, path, alone)
-    if _CONFIG not in data:
+    config = file.lora_config
+    if config is None:
         raise AdapterError(
             f"{path} has LoRA weights and no {_CONFIG!r}: their alpha, and so their effect, is unknown; "
             f"add {_CONFIG} with model, pretrained, r, alpha, dropout and target_modules"
         )
-    config = mapping(data, _CONFIG, path)
     family = "transformers" if any(name.startswith("text_model.") for name in state) else "open_clip"
     base = {
-        "name": text(config, "model") or text(config, "name"),
-        "pretrained": text(config, "pretrained"),
+        "name": config.model or config.name or "",
+        "pretrained": config.pretrained or "",
         "family": family,
     }
     adapter = AdapterFile(path, pairs(weights), _settings(weights, config, state, path), base=base)
-    if KEY in data:
-        return with_extras(adapter, data)
+    if file.clipgraft is not None:
+        return with_extras(adapter, file.clipgraft)
     # The guide's runs train the temperature with the rest; clipgraft's say whether they did.
-    trained = config.get("train_logit_scale", True)
-    scale = _temperature(state) if trained else None
+    scale = _temperature(state) if config.train_logit_scale else None
     settings = adapter.settings.replace(train_logit_scale=scale is not None)
     return replace(adapter, settings=settings, logit_scale=scale)
 
@@ -103,38 +130,31 @@ def _temperature(state: Mapping[str, Any]) -> float | None:
     return float(value) if torch.isfinite(value).all() else None
 
 
-def _settings(
-    weights: Weights, config: Mapping[str, Any], state: Mapping[str, Any], path: Path
-) -> LoraConfig:
-    r, alpha = rank(config, path), number(config, "alpha", path)
+def _settings(weights: Weights, config: _Config, state: Mapping[str, Any], path: Path) -> LoraConfig:
     sites = _all_sites(weights, state)
     try:
-        ranks = override_values(sites, list(weights), _pattern(config, "rank_pattern", path))
-        alphas = override_values(sites, list(weights), _pattern(config, "alpha_pattern", path))
-        settings = lora_config(
-            path,
-            r=r,
-            alpha=alpha,
-            dropout=number(config, "dropout", path, 0.0),
-            targets=text(config, "targets") or ",".join(map(str, weights)),
-            use_rslora=config.get("use_rslora") is True,
-            rank_pattern={str(site): int(value) for site, value in ranks.items() if value != r},
-            alpha_pattern={str(site): value for site, value in alphas.items() if value != alpha},
-        )
+        ranks = override_values(sites, list(weights), config.rank_pattern)
+        alphas = override_values(sites, list(weights), config.alpha_pattern)
     except TargetError as error:
-        raise AdapterError(f"{path}: {error}: save the adapter again") from error
+        raise AdapterError(f"{path}: {error}: {AGAIN}") from error
+    settings = lora_config(
+        path,
+        r=config.r,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        targets=config.targets or ",".join(map(str, weights)),
+        use_rslora=config.use_rslora,
+        rank_pattern={str(site): int(value) for site, value in ranks.items() if value != config.r},
+        alpha_pattern={str(site): value for site, value in alphas.items() if value != config.alpha},
+    )
     for site, (a, b) in weights.items():
-        if a.shape[0] != settings.rank_pattern.get(str(site), r):
+        r = settings.rank_pattern.get(str(site), config.r)
+        if a.shape[0] != r:
             raise AdapterError(
-                f"{path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where {_CONFIG} says rank "
-                f"{settings.rank_pattern.get(str(site), r)}: they are of two adapters; save it again"
+                f"{path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where {_CONFIG} says rank {r}: "
+                "they are of two adapters; save it again"
             )
     return settings
-
-
-def _pattern(config: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:
-    pattern = mapping(config, key, path) if key in config else {}
-    return {term: number(pattern, term, path) for term in pattern}
 
 
 def _all_sites(weights: Weights, state: Mapping[str, Any]) -> list[Site]:
@@ -165,7 +185,7 @@ def write_guide(adapter: AdapterFile, path: str | Path, epoch: int = 0) -> Path:
             be written.
     """
     state, config = _lora(adapter)
-    save_checkpoint({"epoch": epoch, _LORA: state, _CONFIG: config, KEY: extras(adapter)}, Path(path))
+    save_checkpoint({"epoch": epoch, _LORA: state, _CONFIG: config, KEY: extras_of(adapter)}, Path(path))
     return Path(path)
 
 
@@ -188,7 +208,7 @@ def write_guide_full(
     state = {name: weight.detach().cpu() for name, weight in base_state_dict.items()} | lora
     if adapter.logit_scale is not None:
         state["logit_scale"] = torch.full_like(state["logit_scale"], adapter.logit_scale)
-    save_checkpoint({"epoch": epoch, _FULL: state, _CONFIG: config, KEY: extras(adapter)}, Path(path))
+    save_checkpoint({"epoch": epoch, _FULL: state, _CONFIG: config, KEY: extras_of(adapter)}, Path(path))
     return Path(path)
 
 
@@ -200,12 +220,12 @@ def _lora(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if foreign:
         raise AdapterError(
             f"{adapter.path}: a checkpoint of the guide holds q, k, v and out of the text tower, and not "
-            f"{some(foreign)}; write another format, or train on --lora-targets text-attention"
+            f"{some(foreign)}; write another format, or train on `targets='text-attention'`"
         )
     if not adapter.base.get("name"):
         raise AdapterError(
             f"{adapter.path} does not name its base, which a checkpoint of the guide must: "
-            "pass --model and --pretrained"
+            "pass `model` and `pretrained`"
         )
     update = uniform(adapter.weights, adapter.settings)
     state: dict[str, Tensor] = {}
@@ -231,7 +251,7 @@ def _check_base(adapter: AdapterFile, base: Mapping[str, Tensor]) -> None:
         if weight is None or weight.shape[1] != a.shape[1] or weight.shape[1] != b.shape[0]:
             raise AdapterError(
                 f"{adapter.path}: the base has no {site} of width {a.shape[1]}, or is no open_clip CLIP: "
-                "pass the open_clip model that it was made for with --model and --pretrained"
+                "pass the open_clip model that it was made for as `model` and `pretrained`"
             )
 
 

@@ -45,12 +45,10 @@ def load(
     """
     source, adapter, run = _split(str(name), str(pretrained or ""))
     if pretrained and run is not None:
-        raise ModelError(
-            f"{name} is a run and brings its own weights: leave out `pretrained` {str(pretrained)!r}"
-        )
+        raise ModelError(f"{name} is a run and brings its own weights: leave out `pretrained` {pretrained}")
     if pretrained and adapter is not None:
         raise AdapterError(
-            f"{name} is an adapter and brings its base along: leave out `pretrained` {str(pretrained)!r}"
+            f"{name} is an adapter and brings its base along: leave out `pretrained` {pretrained}"
         )
     if run is not None:
         _tell_run(run)

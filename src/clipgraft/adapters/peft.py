@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.adapters.checkpoint import lora_config, number, rank, shown, some
+from clipgraft.adapters.checkpoint import lora_config, some
 from clipgraft.adapters.patterns import Matches, PatternError, end_of_path, targeted
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
@@ -20,6 +20,7 @@ from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.variants import variant_in_peft, variant_of
 from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import Site
+from clipgraft.records import shown
 
 _PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
@@ -214,6 +215,7 @@ def _site_or_none(path: str) -> Site | None:
 
 log = logging.getLogger("clipgraft")
 _MOST_KEYS = 10_000
+_HUGE = 10**15
 _CLIP_MODULE = "transformers.models.clip.modeling_clip"  # where AutoPeftModel looks for the base's class
 _DEFAULT = 8  # PEFT's r and alpha, for configurations that do not say
 # What makes an adapter compute something else than this package does.
@@ -336,9 +338,9 @@ class Rules:
         """Raises AdapterError for values that are no numbers, and for patterns that are none."""
         filled = {"r": _DEFAULT, "lora_alpha": _DEFAULT, "lora_dropout": 0.0}
         filled |= {key: value for key, value in config.items() if value is not None}
-        self.r = rank(filled, folder)
-        self.alpha = number(filled, "lora_alpha", folder)
-        self.dropout = number(filled, "lora_dropout", folder)
+        self.r = _rank(filled, folder)
+        self.alpha = _number(filled, "lora_alpha", folder)
+        self.dropout = _number(filled, "lora_dropout", folder)
         self.use_rslora = bool(config.get("use_rslora"))
         self._ranks = _pattern(config, "rank_pattern", folder)
         self._alphas = _pattern(config, "alpha_pattern", folder)
@@ -413,10 +415,28 @@ def _pattern(config: Mapping[str, Any], key: str, folder: Path) -> list[tuple[Ma
                 f"{folder / 'adapter_config.json'}: {key} key {shown(expression)} is not matched: {error}; "
                 "name the modules by their paths, or by a plain expression such as layers\\.[0-3]\\..*q_proj"
             ) from error
-        rules.append((matches, number(pattern, expression, folder)))
+        rules.append((matches, _number(pattern, expression, folder)))
     return rules
 
 
 def _first(rules: list[tuple[Matches, float]], module: str, default: float) -> float:
     """PEFT's own rule: the first pattern key that matches the end of the module path."""
     return next((value for matches, value in rules if matches(module)), default)
+
+
+def _number(config: Mapping[str, Any], key: str, path: Path, default: float | None = None) -> float:
+    """A finite number of a configuration; raises AdapterError where it is missing or something else."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _HUGE:
+        raise AdapterError(
+            f"{path}: {key!r} is {shown(value)} where a number belongs: save the adapter again"
+        )
+    return value
+
+
+def _rank(config: Mapping[str, Any], path: Path) -> int:
+    """`r` of a configuration; raises AdapterError unless it is a whole number from 1 up."""
+    value = _number(config, "r", path)
+    if value != int(value) or value < 1:
+        raise AdapterError(f"{path}: rank {value!r} is no whole number from 1 up: save the adapter again")
+    return int(value)

@@ -94,12 +94,12 @@ def read_peft_openclip(
             if site in weights:
                 raise AdapterError(
                     f"{folder} holds two updates of {site}, one of them without effect: pass "
-                    "--peft-out-proj as-run (peft_out_proj='as-run')"
+                    "`peft_out_proj='as-run'`"
                 )
             weights[site], ranks[site], alphas[site] = pair, int(r), alpha
     if not weights:
         raise AdapterError(
-            f"{folder}: PEFT never ran what it holds (out_proj alone): pass --peft-out-proj as-meant"
+            f"{folder}: PEFT never ran what it holds (out_proj alone): pass `peft_out_proj='as-meant'`"
         )
     ordered = dict(sorted(weights.items(), key=lambda item: item[0].order))
     return ordered, _settings(rules, ordered, ranks, alphas, folder)
@@ -109,8 +109,8 @@ def _choice(folder: Path, wrapped: bool) -> str:
     ran = "added them twice (W + 2ΔW)" if wrapped else "ignored them on open_clip 3"
     meant = "once" if wrapped else "once, as open_clip 4 does"
     return (
-        f"{folder} holds PEFT updates of attention's out_proj, and PEFT {ran}: pass --peft-out-proj as-run "
-        f"(peft_out_proj='as-run') for what it computed, or as-meant to add them {meant}"
+        f"{folder} holds PEFT updates of attention's out_proj, and PEFT {ran}: pass "
+        f"`peft_out_proj='as-run'` for what it computed, or as-meant to add them {meant}"
     )
 
 

@@ -55,7 +55,7 @@ class RunModel:
         if self.base.name:
             return Source(self.base.name, str(self.saved))
         raise CheckpointError(
-            f"{self.run} does not record its base: name that, and give {self.saved} with --pretrained"
+            f"{self.run} does not record its base: name that, and give {self.saved} as `pretrained`"
         )
 
 
@@ -150,7 +150,7 @@ def _saved(run: Path) -> tuple[Path, int | None]:
         if match := _EPOCH.fullmatch(place.name):
             kept.setdefault(int(match[1]), place)  # an adapter sorts before the whole model beside it
     if not kept:
-        raise CheckpointError(f"{run} has saved no model yet: finish the run with --resume latest")
+        raise CheckpointError(f"{run} has saved no model yet: finish the run with `resume='latest'`")
     epoch = max(kept)
     return kept[epoch], epoch
 

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile, pairs, site_scale, site_scales
-from clipgraft.adapters.checkpoint import mapping, number, shown, text
-from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
 from clipgraft.models.sites import Site
+from clipgraft.records import Finite, Rank
 
 Weights = dict[Site, tuple[Tensor, Tensor]]
 
@@ -67,8 +66,29 @@ def _pad(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
 KEY = "clipgraft"
 
 
-def extras(adapter: AdapterFile) -> dict[str, Any]:
-    """The entry for `adapter`: plain values alone, so that `weights_only` opens it."""
+@dataclass(frozen=True)
+class Base:
+    """A base as adapter files name it."""
+
+    name: str = ""
+    pretrained: str | None = ""
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The entry `clipgraft` of a foreign format."""
+
+    base: Base
+    ranks: dict[str, Rank]
+    metrics: dict[str, Any]
+    targets: str = ""
+    fingerprint: str | None = None
+    logit_scale: Finite | None = None
+
+
+def extras_of(adapter: AdapterFile) -> dict[str, Any]:
+    """`Extras` of an adapter as plain values, which `weights_only` opens."""
     return {
         "base": dict(adapter.base),
         "fingerprint": adapter.fingerprint,
@@ -79,41 +99,33 @@ def extras(adapter: AdapterFile) -> dict[str, Any]:
     }
 
 
-def with_extras(adapter: AdapterFile, data: Mapping[str, Any]) -> AdapterFile:
-    """`adapter` as it was before it was written: its own ranks, base, temperature and metrics.
-
-    Raises:
-        AdapterError: the entry is damaged.
-    """
-    if KEY not in data:
+def with_extras(adapter: AdapterFile, extras: Extras | None) -> AdapterFile:
+    """`adapter` as it was before it was written: its own ranks, base, temperature and metrics."""
+    if extras is None:
         return adapter
-    record = mapping(data, KEY, adapter.path)
-    fingerprint, scale = record.get("fingerprint"), record.get("logit_scale")
-    if fingerprint is not None and not isinstance(fingerprint, str):
-        raise AdapterError(f"{adapter.path}: the fingerprint is {shown(fingerprint)}: save the adapter again")
-    scale = None if scale is None else float(number(record, "logit_scale", adapter.path))
-    weights, settings = _own_ranks(adapter, mapping(record, "ranks", adapter.path))
-    base = mapping(record, "base", adapter.path)
-    targets = text(record, "targets") or settings.targets
+    weights, settings = _own_ranks(adapter, extras.ranks)
+    named = {"name": extras.base.name, "pretrained": extras.base.pretrained, "family": extras.base.family}
     return replace(
         adapter,
         parts=pairs(weights),
-        settings=settings.replace(targets=targets, train_logit_scale=scale is not None),
-        base={key: text(base, key) or adapter.base.get(key, "") for key in ("name", "pretrained", "family")},
-        fingerprint=fingerprint,
-        logit_scale=scale,
-        metrics=mapping(record, "metrics", adapter.path),
+        settings=settings.replace(
+            targets=extras.targets or settings.targets, train_logit_scale=extras.logit_scale is not None
+        ),
+        base={key: value or adapter.base.get(key, "") for key, value in named.items()},
+        fingerprint=extras.fingerprint,
+        logit_scale=extras.logit_scale,
+        metrics=dict(extras.metrics),
     )
 
 
-def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, Any]) -> tuple[Weights, LoraConfig]:
+def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, int]) -> tuple[Weights, LoraConfig]:
     """Weights without the zeros that evened out their ranks, at the scales they had with them."""
     weights: Weights = {}
     settings = adapter.settings
     rank_pattern, alpha_pattern = dict(settings.rank_pattern), dict(settings.alpha_pattern)
     for site, (a, b) in adapter.weights.items():
         r = ranks.get(str(site))
-        if not isinstance(r, int) or not 0 < r < a.shape[0] or not _is_padding(a, b, r):
+        if r is None or r >= a.shape[0] or not _is_padding(a, b, r):
             weights[site] = a, b
             continue
         weights[site] = a[:r].clone(), b[:, :r].clone()

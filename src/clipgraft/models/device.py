@@ -39,8 +39,8 @@ def use_autocast(choice: bool | None, device: torch.device) -> bool:
     if choice is not None:
         return choice
     fast = bf16_is_fast(device)
-    otherwise = "fp32 for full precision" if fast else "amp_bf16 to do so all the same"
-    log.info("%s; --precision %s", what_auto_chooses(device), otherwise)
+    other, why = ("fp32", "for full precision") if fast else ("amp_bf16", "to do so all the same")
+    log.info("%s; `precision='%s'` %s", what_auto_chooses(device), other, why)
     return fast
 
 

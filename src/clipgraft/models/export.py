@@ -179,7 +179,7 @@ def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:
     if names and (foreign or _MARKERS[form] not in names):
         raise ModelError(
             f"{out} holds {(foreign or names)[0]}, which is no part of a {form} model: choose a new folder, "
-            "or say --overwrite (in Python overwrite=True)"
+            "or say `overwrite=True`"
         )
     refuse_foreign(out, error=ModelError)
 

@@ -60,7 +60,7 @@ def _dispatch(name: str, pretrained: str, seed: int) -> Clip:
     if brings_weights and pretrained:
         if load_openclip.is_openclip(name) and Path(pretrained).is_file():
             return load_openclip.with_weights(_dispatch(name, "", seed), pretrained)
-        raise ModelError(f"'{name}' brings its own weights: leave out --pretrained {pretrained}")
+        raise ModelError(f"'{name}' brings its own weights: leave out `pretrained` {pretrained}")
     if name == "emoji":
         return load_hf(str(EMOJI_BASE), name)
     if name.startswith("hf:"):
@@ -70,7 +70,7 @@ def _dispatch(name: str, pretrained: str, seed: int) -> Clip:
     if path.suffix in load_openclip.CHECKPOINT_SUFFIXES:
         raise ModelError(
             f"'{name}' is a checkpoint and does not say which architecture it is for: "
-            f"give the model's name and the file apart, e.g. --model ViT-B-32 --pretrained {name}"
+            f"give the model's name and the file apart, e.g. `model='ViT-B-32'` and `pretrained='{name}'`"
         )
     if path.suffix == ".json":
         return load_openclip.load_config(path, pretrained, seed)

@@ -36,7 +36,7 @@ def config_failure(path: str | Path, error: Exception) -> ModelError:
 def openclip_failure(name: str, pretrained: str, error: Exception, offline: str) -> ModelError:
     """An open_clip tag or `hf-hub:` id that cannot be fetched; `offline` says why the hub cannot be used."""
     what = f"'{name}'" + (f" with pretrained '{pretrained}'" if pretrained else "")
-    instead = "download the weights elsewhere and pass the file with --pretrained FILE"
+    instead = "download the weights elsewhere and pass the file as `pretrained`"
     if name.startswith("hf-hub:"):
         instead = "pass a local folder"
     return ModelError(f"cannot fetch {what}: {_fetch_reason(error, offline)}, or {instead}")

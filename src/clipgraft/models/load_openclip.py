@@ -218,7 +218,7 @@ def _put(model: nn.Module, weights: Path, name: str) -> list[str]:
     try:
         notes = load_weights(model, file)
     except Exception as error:
-        reason = f"{one_line(error, 500)}; check that --model names its architecture"
+        reason = f"{one_line(error, 500)}; check that `model` names its architecture"
         raise checkpoint_failure(weights, name, reason) from error
     if file.torchscript and not _is_quick(model):
         notes.append(
@@ -258,11 +258,11 @@ def _check_name(name: str, model_name: str, pretrained: str) -> None:
     listed = ", ".join(tags[:6]) + (", …" if len(tags) > 6 else "")
     if not pretrained:
         raise ModelError(
-            f"model '{name}' needs weights: --pretrained takes {f'a tag ({listed}), ' if tags else ''}"
+            f"model '{name}' needs weights: `pretrained` takes {f'a tag ({listed}), ' if tags else ''}"
             f"a local checkpoint, or '{RANDOM_WEIGHTS}' for random weights"
         )
     if Path(pretrained).suffix in CHECKPOINT_SUFFIXES:
-        raise ModelError(f"--pretrained {pretrained}: there is no such file")
+        raise ModelError(f"`pretrained` {pretrained}: there is no such file")
     if not open_clip.get_pretrained_cfg(model_name, pretrained):
         raise ModelError(
             f"model '{name}' has no pretrained tag '{pretrained}'{nearest(pretrained, tags)}; "
@@ -273,11 +273,11 @@ def _check_name(name: str, model_name: str, pretrained: str) -> None:
 def _check_checkpoint(path: Path, pretrained: str) -> None:
     if not pretrained:
         raise ModelError(
-            f"model config {path} needs weights: --pretrained takes a local checkpoint, "
+            f"model config {path} needs weights: `pretrained` takes a local checkpoint, "
             f"or '{RANDOM_WEIGHTS}' for random weights"
         )
     if not Path(pretrained).is_file():
-        raise ModelError(f"--pretrained {pretrained}: there is no such file, and a JSON config has no tags")
+        raise ModelError(f"`pretrained` {pretrained}: there is no such file, and a JSON config has no tags")
 
 
 def _tokenizer(text: Mapping[str, Any], folder: Path | None, name: str = "") -> Any:

@@ -7,18 +7,17 @@ whose tensors are read past their code. Training loops wrap weights in entries (
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clipgraft.models.library_calls import log_reading
 from clipgraft.models.torchscript import is_torchscript, read_torchscript
 from clipgraft.readers import placeholder
+from clipgraft.records import load_pt
 
 # Where training loops keep the weights, the most telling first.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "clip", "weights", "params")
@@ -62,7 +61,7 @@ def read_weights(path: Path) -> WeightsFile:
             return WeightsFile(path, load_file(path))
         if is_torchscript(path):
             return _read_archive(path)
-        state, notes = _model_entry(load_torch(path))
+        state, notes = _model_entry(load_pt(path))
     except UnreadableError:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes make it raise
@@ -81,18 +80,6 @@ def _read_archive(path: Path) -> WeightsFile:
         ) from error
 
 
-def load_torch(path: Path) -> Any:
-    """What `torch.save` wrote, of tensors and plain values alone, mapped from disk where that is possible."""
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as opened:
-            unpacked = sum(entry.file_size for entry in opened.infolist())
-        # torch compresses nothing, so what unpacks to more was not written by it.
-        if unpacked > path.stat().st_size:
-            raise UnreadableError("it is a compressed archive, which torch does not write; fetch it again")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
-
-
 def check_is_weights(path: Path) -> None:
     """Refuse what download tools leave in place of a file; raises UnreadableError that names it."""
     if problem := placeholder(path):
@@ -104,6 +91,8 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; check its permissions and disk"
+    if "compressed archive" in text:
+        return f"{text}; fetch it again"
     pickled = (
         "weights_only",
         "Weights only",
