@@ -97,7 +97,7 @@ def test_an_unfinished_run_says_so(
         assert f"{run} has not come to its end: what it saved after epoch 2 is used" in caplog.text
         shutil.rmtree(run / "checkpoints")
         with pytest.raises(
-            cg.errors.CheckpointError, match="has saved no model yet: finish the run with --resume"
+            cg.errors.CheckpointError, match="has saved no model yet: finish the run with `resume"
         ):
             cg.load(run)
 
