@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = flags.table or write_spreadsheet(flags.out / "photos", flags.scenes)
     columns = cg.data.TableArgs(csv_img_key=flags.image_key, csv_caption_key=flags.caption_key)
     pairs = cg.read_pairs(table, columns)
-    print(pairs.report.summary())
+    if pairs.report is not None:
+        print(pairs.report.summary())
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     fifth = len(pairs) // 5  # split by image: no caption of a test image is in the training data
     train, test = some(pairs, order[fifth:]), some(pairs, order[:fifth])
