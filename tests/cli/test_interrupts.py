@@ -57,7 +57,7 @@ def test_a_sweep_goes_on_where_ctrl_c_stopped_it(
     assert (sweep / "table.md").is_file()
 
 
-@pytest.mark.parametrize("moment", ["making", "base: R@1", "warmup"])
+@pytest.mark.parametrize("moment", ["making", "base: R@1", "LoRA r="])
 def test_a_demo_that_is_stopped_leaves_nothing_half_written(moment: str, tmp_path: Path) -> None:
     """A picture is cut short, or a page of traceback follows Ctrl-C."""
     words = ["demo", "--out", tmp_path / "demo", "--train-scenes", 100, "--test-scenes", 100]

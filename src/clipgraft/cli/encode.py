@@ -51,7 +51,7 @@ def _faults(model: ModelFlags, spec: EncodeFlags, args: EncodeArgs) -> list[str]
 
     faults = []
     if Path(spec.source).suffix.lower() == ".txt" and not args.texts:
-        faults.append(f"{spec.source}: a .txt file holds texts: add --texts")
+        faults.append(f"{spec.source}: a .txt file holds texts, and --texts is missing: add it")
     if spec.adapter is not None and spec.adapters is not None:
         faults.append("--adapter and --adapters: give one of them")
     faults += args.faults()
