@@ -25,13 +25,13 @@ from clipgraft.report.examples import (
     Classes,
     Examples,
     Found,
-    Heat,
+    Similarities,
     Pair,
     Query,
     store_examples,
     stored_examples,
 )
-from clipgraft.report.page import Shown, run_of
+from clipgraft.report.page import Section, run_of
 from clipgraft.report.runs import Run, read_sources
 from clipgraft.train.checkpoint import Position
 from clipgraft.train.run_folder import RunFolder
@@ -66,7 +66,7 @@ RESULTS = {"trainable": 100, "bytes": 4000, "seconds": 12.5, "saved": "adapter",
 LOG = "2024-05-31 12:00:00,000 | INFO | started\n2024-05-31 12:10:00,000 | INFO | saved\n"
 
 
-def render(shown: Shown, with_examples: bool = False) -> str:
+def render(shown: Section, with_examples: bool = False) -> str:
     """Render the page of one run or sweep, with placeholders for its slow plots."""
 
     def drawn(*_: object, **__: object) -> str:
@@ -105,7 +105,7 @@ def report(folder: Path) -> Subject:
     def read() -> object:
         sources = read_sources([folder])
         assert isinstance(sources[0], Run)
-        return render(Shown(sources[0], None, None, None, ()))
+        return render(Section(sources[0], None, None, None, ()))
 
     def params_txt(rng: Random) -> None:
         (folder / "params.json").unlink()
@@ -165,7 +165,7 @@ def sweep(folder: Path) -> Subject:
         for cell in cells:
             read_cell(folder / "cells" / cell.name, settings)
         (source,) = read_sources([folder])
-        shown = Shown(source, run_of(source), None, None, ())
+        shown = Section(source, run_of(source), None, None, ())
         return render(shown)
 
     def table_alone(rng: Random) -> None:
@@ -229,7 +229,7 @@ def kept(folder: Path) -> Subject:
     (run,) = read_sources([folder])
     assert isinstance(run, Run)
     found = Found(1, (0,), (0.5,))
-    heat = Heat((0,), ("a",), (0,), ((0.5,),), ((0.5,),))
+    heat = Similarities((0,), ("a",), (0,), ((0.5,),), ((0.5,),))
     classes = Classes(("a", "b"), ((1, 0), (0, 1)), ((1, 0), (0, 1)), (Pair(0, 1, 1, 1, (0,)),))
     queries = (Query("a", 0, "fixed", found, found),)
     counts = {"fixed": 1, "broken": 0, "both right": 0, "both wrong": 0}
@@ -246,7 +246,7 @@ def kept(folder: Path) -> Subject:
         again = stored_examples(run)
         if again is None:
             return None
-        shown = Shown(run, run, again, None, ())
+        shown = Section(run, run, again, None, ())
         return render(shown, with_examples=True)
 
     breaks: list[Callable[[Random], None]] = [
