@@ -25,9 +25,9 @@ from clipgraft.report.examples import (
     Classes,
     Examples,
     Found,
-    Similarities,
     Pair,
     Query,
+    Similarities,
     store_examples,
     stored_examples,
 )

@@ -1,4 +1,4 @@
-"""How good a model is: numbers from features, and pictures of them."""
+"""Measure how good a model is: retrieval, classification, and the comparison of models."""
 
 import lazy_loader
 

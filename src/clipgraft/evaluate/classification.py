@@ -1,4 +1,4 @@
-"""Classification by prompts: features to logits, and logits to numbers.
+"""Measure classification by prompts: features to logits, and logits to metrics.
 
 `acc1`, `acc5` and `mean_per_class_recall` are those of CLIP_benchmark. Ties count against the model, as in
 `clipgraft.evaluate.metrics`: one that gives all classes the same logit is always wrong.
@@ -43,7 +43,7 @@ class ClassRow:
 
 @dataclass(frozen=True, eq=False)
 class ClassificationResult:
-    """What a classifier got right.
+    """Metrics of a classifier, in total and by class.
 
     Attributes:
         metrics: `acc1`, `acc5`, `mean_per_class_recall`, `loss`, `ece`.
@@ -59,14 +59,14 @@ class ClassificationResult:
 
     @property
     def measured(self) -> Measured:
-        """The metrics, with what every image got."""
+        """The metrics, with the outcome of every image."""
         hits, images = self.correct.numpy(), np.arange(len(self.correct))
         chance = {"acc1": 1 / len(self.per_class)}
         return Measured(dict(self.metrics), Outcomes({"acc1": hits}, {"acc1": images}, chance))
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> ClassificationResult:
-    """Accuracy, loss and calibration of a classifier.
+    """Compute accuracy, loss and calibration of a classifier from logits.
 
     `acc5` counts the first min(5, C) classes. `mean_per_class_recall` averages over the classes that have an
     image. `loss` is the mean cross-entropy. `ece` is the expected calibration error of the softmax over 15
@@ -105,7 +105,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
 
 
 def pool_prompts(features: Tensor, counts: Sequence[int]) -> Tensor:
-    """Unit-norm prompt features (P, D), class after class -> unit-norm class features (C, D).
+    """Average unit-norm prompt features (P, D), class after class, to unit-norm class features (C, D).
 
     The mean of each class's prompts, normalised again (Radford et al. 2021, *Learning Transferable Visual
     Models From Natural Language Supervision*, section 3.1.4). `counts` says how many prompts each class has.
@@ -118,7 +118,7 @@ def pool_prompts(features: Tensor, counts: Sequence[int]) -> Tensor:
 def class_features(
     model: Encoder | ClipLike, prompts: Sequence[Sequence[str]], *, batch_size: int = 256
 ) -> Tensor:
-    """Unit-norm fp32 features of classes, (C, D) on the CPU, without gradients.
+    """Encode the prompts of classes as unit-norm fp32 features (C, D) on the CPU, without gradients.
 
     Args:
         model: a `Clip`, a raw model, or the `Encoder` to use.
@@ -213,7 +213,7 @@ def _check(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
 
 
 def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For (n, C) logits, (n,) each: rank of the true class, predicted class, cross-entropy, confidence."""
+    """Return for (n, C) logits, (n,) each: rank of the true class, prediction, cross-entropy, confidence."""
     logits, columns = logits.double(), labels[:, None]
     own = logits.gather(1, columns)
     others = logits.scatter(1, columns, -torch.inf)

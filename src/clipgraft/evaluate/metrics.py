@@ -45,12 +45,12 @@ DECISIVE: Mapping[TaskName, tuple[str, ...]] = {
 
 
 def task_of(metrics: Iterable[str]) -> TaskName:
-    """Which task the names of metrics belong to."""
+    """Return the task that the names of metrics belong to."""
     return "classification" if "acc1" in metrics else "retrieval"
 
 
 def headline(metrics: Mapping[str, float]) -> str:
-    """The headline metrics in percent, on one line."""
+    """Format the headline metrics in percent, on one line."""
     names = [name for name in HEADLINE[task_of(metrics)] if name in metrics]
     return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names)
 

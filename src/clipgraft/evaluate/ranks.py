@@ -1,4 +1,4 @@
-"""The rank of every query's true answer, exact under ties, in blocks of bounded size.
+"""Rank every query's true answer, exactly under ties, in blocks of bounded size.
 
 The rank of a query is 1 + the number of *other* items that score at least as high as its best true item.
 A tie therefore counts against the model: a model that maps everything to one vector ranks every answer
@@ -137,7 +137,7 @@ def _ranks(texts: Vectors, images: Vectors, owner: Tensor, block_bytes: int) -> 
 
 
 class _Ladder:
-    """Counts each block with the coarsest product that settles it, and gives up types that rarely do."""
+    """Counts each block with the coarsest number type that settles it, and drops types that rarely do."""
 
     def __init__(self, products: dict[torch.dtype, Products]) -> None:
         self._products = products
@@ -161,7 +161,7 @@ class _Ladder:
 
 
 class _Queries:
-    """One modality as queries: the score its rivals must reach, and how many did so far."""
+    """One modality as queries: the score that rivals must reach, and how many have."""
 
     def __init__(
         self, rows: Vectors, gallery: Vectors, best: Tensor, best_row: Tensor, block_bytes: int
@@ -214,7 +214,7 @@ class _Queries:
         return True
 
     def _same(self, query: Tensor, items: slice) -> Tensor:
-        """bool (rows, items): the item is a copy of the query's best true item, and so scores the same."""
+        """Tell, as bool (rows, items), whether an item is a copy of the query's best true item."""
         return self._identity[self._best_row[query]][:, None] == self._identity[items][None, :]
 
     @functools.cached_property
@@ -223,7 +223,7 @@ class _Queries:
 
 
 def _blocks(rows: int, columns: int, block_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Near-square tiles of a (rows, columns) score matrix, none larger than `block_bytes` in float64."""
+    """Yield near-square tiles of a (rows, columns) score matrix, at most `block_bytes` each in float64."""
     budget = block_bytes // 8
     height = min(rows, max(math.isqrt(budget), budget // columns))
     width = min(columns, budget // height)

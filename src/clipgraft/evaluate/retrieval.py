@@ -72,7 +72,7 @@ def evaluate_retrieval(
 def measure_retrieval(
     encoder: Encoder, pairs: Pairs, image_features: Tensor, text_features: Tensor | None = None
 ) -> Measured:
-    """The metrics of `evaluate_retrieval` with what every query got, from features of the images."""
+    """Compute the metrics of `evaluate_retrieval`, and the outcome of every query, from image features."""
     owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
     if text_features is None:
         captions = [caption for group in pairs.captions for caption in group]
@@ -82,7 +82,7 @@ def measure_retrieval(
 
 
 def first_hits(ranks: RetrievalRanks, image_of_text: Tensor) -> Outcomes:
-    """Which queries of both directions have their right answer first; images without captions are none.
+    """Find the queries of both directions whose right answer is first; images without captions are none.
 
     In random order, c captions of an image hold the first of M places with probability c/M, which is on
     average one over the number of images with captions; a caption's image is the first of N by 1/N.

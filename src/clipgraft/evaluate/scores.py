@@ -1,4 +1,4 @@
-"""Dot products of two sets of vectors: many at once with a known error, or single ones, always the same bits.
+"""Dot products of two sets of vectors: in blocks with a known error, or pair by pair with reproducible bits.
 
 `Products` multiplies blocks in bfloat16, float32 or float64 and says by how much a score may be off; `Exact`
 scores chosen pairs in float64 in an order of additions that depends on nothing but the two vectors.
@@ -41,14 +41,14 @@ class Vectors:
         return len(self.rows)
 
     def take(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Scaled rows in another type; scaling by a power of two changes no digit."""
+        """Return scaled rows in another type; scaling by a power of two changes no digit."""
         rows = self.rows[which]
         wide = rows if rows.dtype == torch.float64 else rows.to(torch.promote_types(dtype, torch.float32))
         return (wide if self.scale == 1 else wide * self.scale).to(dtype)
 
 
 def measured(rows: Tensor, kind: str, block_bytes: int) -> Vectors:
-    """Floating (n, D) rows with their norms.
+    """Measure the norms of floating (n, D) rows.
 
     Raises:
         TrainingError: a row is not finite; comparisons with NaN are all false and would look like rank 1.
@@ -83,12 +83,12 @@ class Products:
         self.right_slack = _slack(right, right_off, left, left_off, dtype)
 
     def block(self, left: slice, right: slice) -> Tensor:
-        """(a, b) scores of some left with some right rows."""
+        """Multiply some left with some right rows to (a, b) scores."""
         return self._left.take(left, self.dtype) @ self._right.take(right, self.dtype).T
 
 
 def usable_types(device: torch.device) -> list[torch.dtype]:
-    """The number types worth a try, the fastest and coarsest first; float64 always ends the list.
+    """List the number types worth a try, the fastest and coarsest first; float64 is always the last.
 
     bfloat16 only on processors: graphics cards may sum it in bfloat16. float32 only where it is not
     secretly less, which several settings of PyTorch ask for.
@@ -106,7 +106,7 @@ class Exact:
         self._left, self._right, self._block_bytes = left, right, block_bytes
 
     def pairs(self, left_row: Tensor, right_row: Tensor) -> Tensor:
-        """float64 (p,): left[left_row[k]] · right[right_row[k]]."""
+        """Compute float64 (p,): left[left_row[k]] · right[right_row[k]]."""
         scores = torch.empty(len(left_row), dtype=torch.float64, device=left_row.device)
         for part in parts_of(len(left_row), self._left.rows.shape[1], self._block_bytes):
             terms = self._left.take(left_row[part], torch.float64)
@@ -116,7 +116,7 @@ class Exact:
 
 
 def identities(rows: Tensor, block_bytes: int) -> Tensor:
-    """int64 (n,): rows that share a number are equal. Most equal rows do share one; that is not promised.
+    """Number rows, int64 (n,), so that rows of one number are equal; a few equal rows may differ in number.
 
     Rows are sorted by a hash of their bits, and each is compared with the one before it.
     """
@@ -135,13 +135,13 @@ def identities(rows: Tensor, block_bytes: int) -> Tensor:
 
 
 def parts_of(count: int, width: int, block_bytes: int) -> Iterator[slice]:
-    """Slices of `count` rows whose float64 copy of `width` columns stays within `block_bytes` and a cache."""
+    """Yield slices of `count` rows of `width` columns that fit in `block_bytes` and a cache as float64."""
     step = max(1, min(block_bytes, _CACHE_BYTES) // (8 * width))
     return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _rounding(vectors: Vectors, dtype: torch.dtype, block_bytes: int) -> Tensor:
-    """float64 (n,): the length of what each row loses when it is rounded to `dtype`."""
+    """Return float64 (n,): the length of what each row loses when it is rounded to `dtype`."""
     if torch.promote_types(vectors.rows.dtype, dtype) == dtype:
         return torch.zeros_like(vectors.norm)
     lost = []
@@ -167,7 +167,7 @@ def _slack(
 
 
 def _float32_is_whole(device: torch.device) -> bool:
-    """Whether a float32 product keeps all 24 bits of its factors: TF32 has 11, bfloat16 8, two of them 16."""
+    """Tell whether float32 products keep all 24 bits of their factors, unlike TF32 (11) or bfloat16 (8)."""
     probe, one = torch.zeros(2, 64, 64, device=device)
     probe[:, 0], one[:, 0] = 1 + 2.0**-11 + 2.0**-23, 1
     wanted = probe[0, 0]

@@ -1,4 +1,4 @@
-"""Encode what a folder, a table or an archive holds, index it, and search it."""
+"""Encode the images or texts of a folder, table or archive, index the vectors, and search them."""
 
 import lazy_loader
 

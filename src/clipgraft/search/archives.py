@@ -44,12 +44,12 @@ _MOST_TEXT = 1 << 20  # bytes of a caption; a longer member is none
 
 
 def is_archive_pattern(source: str) -> bool:
-    """Whether a source names tar files: one, or several by braces or wildcards."""
+    """Tell whether a source names tar files: one, or several by braces or wildcards."""
     return source.rstrip("}").endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
 def open_archives(pattern: str) -> ItemSource:
-    """The tar files that a pattern names, in its order.
+    """Open the tar files that a pattern names, in its order.
 
     Raises:
         DataError: there are none, one is missing, or they are compressed.
@@ -78,13 +78,13 @@ def open_archives(pattern: str) -> ItemSource:
 
 
 def _common_folder(paths: list[str]) -> str:
-    """The folder that all lie in, at whatever depth; `os.path` knows no addresses."""
+    """Return the deepest folder that contains all paths; `os.path` does not know addresses."""
     columns = zip(*(path.split("/")[:-1] for path in paths), strict=False)
     return "/".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, columns)) or "/"
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` -> three names, zeros kept; `{a,b}.tar` -> two; combined they multiply."""
+    """Expand `a-{08..10}.tar` to three names with their zeros, `{a,b}.tar` to two; combinations multiply."""
     match = _RANGE.search(pattern) or _LIST.search(pattern)
     if match is None:
         return [pattern]
@@ -103,7 +103,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _matches(name: str) -> list[str]:
-    """The files of one name, in which wildcards may be left."""
+    """Return the files that match one name, which may have wildcards."""
     if is_address(name):
         check_protocol(name.partition("://")[0])
         if not glob.has_magic(name):
@@ -135,7 +135,7 @@ def _members_of_all(root: str, archives: tuple[str, ...], met: _Met) -> Iterator
 
 
 def _stamp(archive: str) -> tuple[int | None, int | None]:
-    """Size and time of a tar file."""
+    """Return size and modification time of a tar file."""
     if is_address(archive):
         files, path = open_filesystem(archive)
         info = files.info(path)
@@ -146,7 +146,7 @@ def _stamp(archive: str) -> tuple[int | None, int | None]:
 
 @dataclass
 class _Sample:
-    """Members with the same name up to the first dot of the file's name, as `names` has them in full.
+    """Members of an archive with the same name up to the first dot of the file's name.
 
     Attributes:
         images, texts: each with its member's name.
@@ -162,7 +162,7 @@ class _Sample:
 
 @dataclass
 class _Met:
-    """What listing the archives met: members by kind, and captions whose image is not certain."""
+    """Counts made while archives are listed: members by kind, and captions whose image is uncertain."""
 
     listing: Listing = field(default_factory=Listing)
     repeated: list[str] = field(default_factory=list)
@@ -177,7 +177,7 @@ class _Met:
         self.first_lost = self.first_lost or member
 
     def notes(self) -> tuple[str, ...]:
-        """One line for each kind of thing that a person should know of."""
+        """Return one line for each kind of irregularity."""
         lines = [f"in the archives {line}" for line in self.listing.notes()[:1]]
         if self.repeated:
             lines.append(
@@ -198,7 +198,7 @@ class _Met:
 
 
 def _members(archive: str, file: IO[bytes], met: _Met) -> Iterator[Item]:
-    """The images of one tar file, each with the text that stands beside it under the same name."""
+    """Yield the images of one tar file, each with the text beside it of the same name."""
     with Tar.open(fileobj=file, mode="r:") as tar:
         members = _Members(archive, tar, met)
         for member in _headers(tar):
@@ -214,7 +214,7 @@ def _members(archive: str, file: IO[bytes], met: _Met) -> Iterator[Item]:
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | tarfile.TarError]:
-    """The members one by one, none of them kept; last, as a value, what ended the reading too early."""
+    """Yield the members one by one without keeping any; a read error comes last, as a value."""
     try:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]
@@ -224,7 +224,7 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | tarfile.TarErro
 
 
 class _Members:
-    """Gives each image of one archive the captions that are its own, and none that may be another's.
+    """Matches captions to the images of one archive; a caption that may be another's is left out.
 
     WebDataset's rule is that a sample is what stands together under one name up to the first dot. Others name
     files `im.0.jpg`, `im.0.txt`, for whom the name goes up to the last dot: that match is taken first. Images
@@ -239,7 +239,7 @@ class _Members:
         self._waiting: dict[str, _Sample] = {}
 
     def take(self, member: tarfile.TarInfo) -> Iterator[Item]:
-        """Take in the next member; gives out the images of the sample before it, where that has ended."""
+        """Take in the next member; yields the images of the sample before it, if that has ended."""
         if not member.isfile():
             self._met.listing.other["links"] += member.islnk() or member.issym()
             return
@@ -261,7 +261,7 @@ class _Members:
             self._run[-1].texts.append((member.name, text))
 
     def finish(self) -> Iterator[Item]:
-        """Give out the last sample, and captions for images that they did not stand beside."""
+        """Yield the last sample, and captions for images that do not stand beside them."""
         yield from self._end_run()
         for sample in self._waiting.values():
             if any(self._seen[name] > 1 for name in sample.names):
@@ -312,7 +312,7 @@ class _Members:
         return Item(key, member.size, round(member.mtime * 1e6), offset=member.offset_data)
 
     def _text(self, member: tarfile.TarInfo) -> str | None:
-        """A caption; None where there is none in it, which is counted."""
+        """Return a caption, or None where the member has none, which is counted."""
         where = f"{self._archive}::{member.name}"
         if member.size > _MOST_TEXT:
             self._met.lose(where, f"longer than {_MOST_TEXT >> 20} MiB")
@@ -331,7 +331,7 @@ class _Members:
 
 
 def _doubtful(run: Sequence[_Sample]) -> set[str]:
-    """Names up to the last dot that stand several times in a run, not each time with the same files."""
+    """Return names up to the last dot that occur several times in a run with different files."""
     files: dict[str, set[frozenset[str]]] = {}
     for sample in run:
         grouped: dict[str, set[str]] = {}
@@ -343,7 +343,7 @@ def _doubtful(run: Sequence[_Sample]) -> set[str]:
 
 
 def _match(sample: _Sample) -> tuple[list[str | None], _Sample]:
-    """The caption of each image of a sample, and the texts that belong to none."""
+    """Return the caption of each image of a sample, and the texts that belong to none."""
     by_stem: dict[str, list[str]] = {}
     for member, text in sample.texts:
         by_stem.setdefault(_without_suffix(member), []).append(text)
@@ -374,13 +374,13 @@ def _suffix(name: str) -> str:
 
 
 def _without_suffix(member: str) -> str:
-    """A member's name up to the last dot of its file name."""
+    """Return a member's name up to the last dot of its file name."""
     folder, slash, file = member.rpartition("/")
     return folder + slash + file.rpartition(".")[0]
 
 
 def read_member(place: str) -> bytes:
-    """The bytes of `ARCHIVE.tar::MEMBER`, or of `ARCHIVE.tar::MEMBER::2`, the second of that name.
+    """Read `ARCHIVE.tar::MEMBER`, or `ARCHIVE.tar::MEMBER::2`, the second member of that name.
 
     Raises:
         DataError: the archive has no such file.

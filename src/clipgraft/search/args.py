@@ -13,7 +13,7 @@ _RAY = ("ray_address", "ray_workers", "ray_gpus_per_worker")
 
 
 class EncodeArgs(Options):
-    """What to encode, and by what."""
+    """Options of `encode_folder`: what to encode, and with which resources."""
 
     texts: bool = Field(False, description="encode texts: lines of a .txt file, or the captions of a table")
     dtype: Dtype = Field("float16", description="type of the vectors")
@@ -48,6 +48,6 @@ class EncodeArgs(Options):
     )
 
     def faults(self) -> list[str]:
-        """What is wrong between options."""
+        """List options that contradict each other."""
         given = [name for name in _RAY if getattr(self, name) is not None]
         return [f"`{name}`: goes with `engine='ray'`; add that" for name in given if self.engine != "ray"]

@@ -50,7 +50,7 @@ _AUTOCAST = " in bf16 autocast"
 
 @dataclass(frozen=True, repr=False)
 class EncodeResult(Result):
-    """What a run did.
+    """Counts of one run of `encode_folder`.
 
     Attributes:
         out: the folder.
@@ -87,7 +87,7 @@ def encode_folder(
     progress: Progress = None,
     **options: Any,
 ) -> EncodeResult:
-    """Write unit-norm vectors of all that `source` holds to `out`, or what differs since the last run.
+    """Write unit-norm vectors of all items of a source to a folder, or only what changed since the last run.
 
     `out` gets `img_emb/img_emb_N.npy` (or `text_emb/…`), `metadata/metadata_N.parquet`, `errors.parquet`
     (path, reason) and `manifest.json`. Numbers may have gaps. No item that cannot be used stops the run.
@@ -158,7 +158,7 @@ def _modality(clip: Clip, args: EncodeArgs) -> Modality:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run, with all that it takes."""
+    """One run of `encode_folder`, with everything it needs."""
 
     store: Store
     source: ItemSource
@@ -169,7 +169,7 @@ class _Run:
     told: Told | None
 
     def bring_up_to_date(self) -> Counts:
-        """Drop what is gone, encode what is new; returns how much of both there was."""
+        """Drop rows whose items are gone, encode new items, and count both."""
         store, work = self.store, inside(self.store.folder, WORK)
         spilled = work / "plan.sqlite"
         plan = Plan(spilled)
@@ -207,7 +207,7 @@ class _Run:
         return plan.compare()
 
     def _check_source(self, counts: Counts, plan: Plan) -> None:
-        """Refuse an empty source and another one than before: an unmounted folder would drop all rows."""
+        """Refuse an empty source, and one unlike that before: an unmounted folder would drop all rows."""
         before, name = self.store.manifest, self.source.name
         what = before.origin.kind
         if not counts.items:
@@ -219,7 +219,7 @@ class _Run:
             )
 
     def _compact(self, plan: Plan) -> None:
-        """Take rows that are gone out of their shards."""
+        """Remove rows whose items are gone from their shards."""
         touched = set(plan.touched())
         for shard in self.store.manifest.shards:
             if shard.number in touched or (self.args.retry_errors and shard.errors):
@@ -239,7 +239,7 @@ def _summary(counts: Counts, store: Store) -> str:
 
 
 def _autocast(clip: Clip, choice: bool | None, before: Manifest | None) -> bool:
-    """bf16 or not: as chosen, as before, or as measured."""
+    """Choose bf16 or not: as the user asked, as in the runs before, or as measured."""
     if choice is None and before is not None:
         return before.origin.compute.endswith(_AUTOCAST)
     return use_autocast(choice, clip.device)
@@ -260,7 +260,7 @@ def _origin(clip: Clip, modality: Modality, dtype: Dtype, autocast: bool) -> Ori
 
 
 def _digest(steps: Transform | None) -> str:
-    """16 hex digits for a preprocessing; nothing where it cannot be told, or for texts."""
+    """Return 16 hex digits that identify a preprocessing; empty for texts, and where that is impossible."""
     if steps is None:
         return ""
     try:
@@ -298,7 +298,7 @@ def _named(sets: Sequence[VectorSet]) -> str:
 
 
 def _attention(manifest: Manifest) -> AttentionKernels:
-    """The kernels that the finished shards were computed with: others round otherwise."""
+    """Use the attention kernels that computed the finished shards: others round differently."""
     attention = AttentionKernels()
     attention.choices.update({key: name for key, name in manifest.kernels.items() if name in KERNELS})
     return attention

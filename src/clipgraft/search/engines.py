@@ -49,7 +49,7 @@ class Loaded:
 
 
 class Modality(Protocol):
-    """How items become a model's inputs, and those features: one class for images and one for texts."""
+    """The way from items to a model's inputs to features: one class for images, one for texts."""
 
     kind: ClassVar[Kind]
 
@@ -62,16 +62,16 @@ class Modality(Protocol):
         """The preprocessing, None for texts."""
 
     def keys(self, root: str, items: Sequence[Item]) -> list[Any]:
-        """What of a batch of items goes to the workers."""
+        """Return what a worker needs to load a batch of items."""
 
     def load(self, keys: Any) -> Loaded:
-        """Make inputs of that, in a worker. Raises nothing for an item that cannot be used."""
+        """Load a batch, in a worker. Raises nothing for an item that cannot be used."""
 
     def finish(self, encoder: Encoder, inputs: Tensor) -> Tensor:
-        """Make of loaded inputs what the model takes, on its device."""
+        """Finish loaded inputs on the model's device."""
 
     def features(self, encoder: Encoder, inputs: Tensor) -> Tensor:
-        """Encode."""
+        """Encode finished inputs."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ImageModality:
 
 
 def _contents(refs: Sequence[Ref]) -> list[bytes | Path | str]:
-    """The bytes or path of each image; as text why there is none."""
+    """Return the bytes or path of each image, or as text the reason why it cannot be read."""
     if not any(is_address(part.location) for part in refs):
         return [_content(part) for part in refs]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -188,7 +188,7 @@ class EncodedBatch:
 
 
 class Engine(Protocol):
-    """Whatever encodes batches: this process, or a cluster."""
+    """An encoder of batches: this process, or a cluster."""
 
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
         """Yield one `EncodedBatch` for each of `count` batches, in order; to be closed.

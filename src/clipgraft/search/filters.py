@@ -64,7 +64,7 @@ def parse_where(text: str) -> tuple[Condition, ...]:
 
 
 def check_columns(conditions: Sequence[Condition], names: Sequence[str]) -> None:
-    """Raise ConfigError for a column that metadata has not."""
+    """Raise ConfigError for a column that the metadata lack."""
     for condition in conditions:
         if condition.column not in names:
             raise ConfigError(
@@ -73,7 +73,7 @@ def check_columns(conditions: Sequence[Condition], names: Sequence[str]) -> None
 
 
 def rows_where(table: Any, conditions: Sequence[Condition]) -> npt.NDArray[np.int64]:
-    """The rows of a pyarrow table that meet all conditions; raises ConfigError for a value that cannot be."""
+    """Return the rows of a pyarrow table that meet all conditions; raises ConfigError for a wrong value."""
     met = np.ones(table.num_rows, bool)
     for condition in conditions:
         met &= _met(table.column(condition.column), condition)

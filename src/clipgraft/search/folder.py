@@ -46,25 +46,25 @@ class EncodedSet:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """Those that hold vectors, in the order of their rows."""
+        """Shards that hold vectors, in the order of their rows."""
         return tuple(shard for shard in self.manifest.shards if shard.rows)
 
     def vectors(self, shard: Shard) -> Array:
-        """(rows, D) of a shard, memory-mapped. Raises DataError where the file is missing or damaged."""
+        """Map a shard's vectors (rows, D). Raises DataError where the file is missing or damaged."""
         return read_vectors(self.folder, self.manifest, self.part, shard)
 
     def metadata(self, shard: Shard, columns: Sequence[str] | None = None) -> Any:
-        """The pyarrow table of a shard. Raises DataError where the file is missing or damaged."""
+        """Read a shard's metadata with pyarrow. Raises DataError where the file is missing or damaged."""
         path = shard_file(self.folder, self.part.folder, METADATA, shard.number)
         known = shard.files[set_path(self.part.folder, METADATA, shard.number)]
         return read_metadata(path, self.manifest.origin.kind, known, shard.rows, columns)
 
     def columns(self) -> list[str]:
-        """The columns of the metadata."""
+        """Return the columns of the metadata."""
         return metadata_columns(self.manifest.origin.kind)
 
     def blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, Array]]:
-        """(first row, float32 vectors) for all rows of all shards, at most `rows` at a time."""
+        """Yield (first row, float32 vectors) for all rows of all shards, at most `rows` at a time."""
         start = 0
         for shard in self.shards:
             vectors = self.vectors(shard)
@@ -74,13 +74,13 @@ class EncodedSet:
             start += shard.rows
 
     def state(self) -> list[str]:
-        """What changes when the vectors do: the digests of the files that hold them."""
+        """Return the digests of the files that hold the vectors."""
         names = [set_path(self.part.folder, self.manifest.emb, shard.number) for shard in self.shards]
         return [shard.files[name][1] for shard, name in zip(self.shards, names, strict=True)]
 
 
 def read_folder(folder: str | Path) -> tuple[Path, Manifest, VectorSet | None]:
-    """The encoded folder that a path names, and the one set if it is that of a set.
+    """Read the manifest of an encoded folder, or of the folder of one of its sets.
 
     Raises:
         DataError: nothing is encoded there.
@@ -97,13 +97,13 @@ def read_folder(folder: str | Path) -> tuple[Path, Manifest, VectorSet | None]:
 
 
 def all_sets(folder: str | Path) -> list[EncodedSet]:
-    """Every set of vectors of a folder, or the one it is the folder of; raises DataError as `read_folder`."""
+    """List the sets of vectors of an encoded folder, or the one that is named; raises as `read_folder`."""
     place, manifest, part = read_folder(folder)
     return [EncodedSet(place, manifest, each) for each in ((part,) if part else manifest.sets)]
 
 
 def fitting_set(folder: str | Path, clip: Clip) -> EncodedSet:
-    """The vectors that a model as it is now can be compared with.
+    """Find the set of vectors that a model in its current state can be compared with.
 
     Those of its own base, whose tower was changed by what acts on the model, or by nothing if that leaves the
     tower alone.
@@ -139,7 +139,7 @@ _BLOCK = 1 << 14
 def nearest(
     encoded: EncodedSet, queries: Array, k: int, where: Sequence[Condition] = ()
 ) -> tuple[Array, Array]:
-    """The k rows of the highest inner product for each query, among those that meet the conditions.
+    """Find the k rows of the highest inner product for each query, among those that meet the conditions.
 
     Args:
         encoded: the vectors.
@@ -176,7 +176,7 @@ class _Best:
         self.rows: Array = np.empty(0, np.int64)
 
     def add(self, scores: Array, rows: Array) -> None:
-        """Take in more rows, all of which come after those before."""
+        """Add more rows, all of which come after those before."""
         if len(self.scores) == self.k:  # an equal score loses to the lower row
             better = scores > self.scores[-1]
             scores, rows = scores[better], rows[better]

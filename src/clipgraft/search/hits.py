@@ -1,4 +1,4 @@
-"""What a search finds, and one HTML page of it that needs no other file."""
+"""Results of a search, and a self-contained HTML page of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Hit:
         return f"Hit({self.rank}, {self.score:.4f}, {self.path}{words})"
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row, as for a DataFrame: rank, score, path, and the columns of the metadata."""
+        """Return one flat row, as for a DataFrame: rank, score, path, and the columns of the metadata."""
         return {**self.metadata, "rank": self.rank, "score": self.score, "path": self.path}
 
 
@@ -59,7 +59,7 @@ def write_page(
     query_image: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a page of thumbnails; an image that cannot be opened any more has its reason in its place.
+    """Write a page of thumbnails; the reason stands in the place of an image that cannot be opened.
 
     Raises DataError where jinja2 is not installed, or `path` is no page of ours and not to be overwritten.
     """
@@ -77,7 +77,7 @@ def write_page(
 
 
 def _picture(place: str | None) -> tuple[str | None, str | None]:
-    """A thumbnail as a data URI, or why there is none; neither for a text."""
+    """Return a thumbnail as a data URI, or the reason why there is none; neither for a text."""
     if place is None:
         return None, None
     try:

@@ -1,4 +1,4 @@
-"""A FAISS index over the vectors of an encoded folder, in `index/` beside them.
+"""Build and open a FAISS index over the vectors of an encoded folder, in `index/` beside them.
 
 The default compares with every vector, held in memory as float32. A factory string such as `IVF256,Flat` or
 `HNSW32` is faster and finds less: how much less is measured. Vectors go in shard by shard; only those that a
@@ -42,7 +42,7 @@ _PROBES, _K, _ENOUGH = 200, 10, 0.95
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """What `index.json` says.
+    """The content of `index.json`.
 
     Attributes:
         factory: FAISS's name of the kind of index.
@@ -71,7 +71,7 @@ class IndexRecord:
 def build_index(
     folder: str | Path, factory: str = EXACT, *, progress: Progress = None
 ) -> list[tuple[Path, IndexRecord]]:
-    """Index every set of vectors of an encoded folder, or the one set that is named.
+    """Build an index of every set of vectors of an encoded folder, or of the one set that is named.
 
     An index that is not exact is made to search harder until it finds 95 % of the 10 nearest rows of 200
     stored vectors, or cannot search harder. A text is farther from all images, so that it may find fewer.
@@ -98,7 +98,7 @@ def build_index(
 
 
 def need_faiss() -> Any:
-    """The faiss module; raises DataError where it is not installed."""
+    """Import faiss; raises DataError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -107,7 +107,7 @@ def need_faiss() -> Any:
 
 
 def open_index(encoded: EncodedSet) -> Any | None:
-    """The index of some vectors as FAISS has it; None where there is none, or one of older vectors.
+    """Open the FAISS index of a set of vectors; None where there is none, or one of older vectors.
 
     Raises:
         DataError: it is damaged, or was made of the vectors of another base or adapter.
@@ -137,7 +137,7 @@ def open_index(encoded: EncodedSet) -> Any | None:
 
 
 def _read(faiss: Any, file: Path) -> Any:
-    """An index, none of whose parts may claim to be larger than the file, where this FAISS can be told so."""
+    """Read an index; where FAISS supports it, no part of it may claim to be larger than the file."""
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         return faiss.read_index(str(file))
     before = faiss.get_deserialization_vector_byte_limit()
@@ -149,7 +149,7 @@ def _read(faiss: Any, file: Path) -> Any:
 
 
 def read_record(place: Path) -> IndexRecord | None:
-    """What an index folder says of itself, None where there is none; raises DataError if it is damaged."""
+    """Read the record of an index folder, None where there is none; raises DataError if it is damaged."""
     if not os.path.lexists(place / RECORD):
         return None
     return read_json(place / RECORD, _File, advice=_AGAIN)
@@ -157,13 +157,13 @@ def read_record(place: Path) -> IndexRecord | None:
 
 @dataclass(frozen=True)
 class _File(IndexRecord):
-    """How the file has it."""
+    """The record as the file has it."""
 
     clipgraft_index: Literal[1] = field(kw_only=True)
 
 
 def _inside(encoded: EncodedSet, name: str = "") -> str:
-    """Something in the index folder of a set, by its path below the encoded folder."""
+    """Return the path of a file in a set's index folder, relative to the encoded folder."""
     return f"{encoded.part.folder}/{INDEX_FOLDER}/{name}".strip("/")
 
 
@@ -172,7 +172,7 @@ def _place(encoded: EncodedSet) -> Path:
 
 
 def _refuse_foreign(place: Path) -> None:
-    """Keep a folder that is not an index of ours from being replaced; raises DataError."""
+    """Raise DataError where a folder that is no index of ours would be replaced."""
     if not os.path.lexists(place):
         return
     record = place / RECORD
@@ -244,7 +244,7 @@ def _made(faiss: Any, factory: str, dim: int) -> Any:
 
 
 def _train(index: Any, encoded: EncodedSet, factory: str) -> None:
-    """Train on rows at even distances."""
+    """Train an index on rows at even distances."""
     rows = encoded.manifest.rows
     wanted = np.unique(np.linspace(0, rows - 1, min(rows, _TRAINING_ROWS)).astype(np.int64))
     log.info("training %s on %s vectors", factory, f"{len(wanted):,}")
@@ -255,7 +255,7 @@ def _train(index: Any, encoded: EncodedSet, factory: str) -> None:
 
 
 def _rows(encoded: EncodedSet, wanted: Array) -> Array:
-    """Some rows, ascending, as float32."""
+    """Return some rows, given in ascending order, as float32."""
     parts = [
         block[wanted[(wanted >= first) & (wanted < first + len(block))] - first]
         for first, block in encoded.blocks()
@@ -264,7 +264,7 @@ def _rows(encoded: EncodedSet, wanted: Array) -> Array:
 
 
 def _tuned(faiss: Any, index: Any, encoded: EncodedSet) -> tuple[float, dict[str, int] | None]:
-    """Search harder until enough is found; returns recall@10 and the setting, which the index keeps."""
+    """Raise the search effort until recall is enough; returns recall@10 and the setting it took."""
     probes = np.linspace(0, encoded.manifest.rows - 1, min(_PROBES, encoded.manifest.rows)).astype(np.int64)
     probes = np.unique(probes)
     log.info("measuring how much it finds, with %d vectors as queries", len(probes))
@@ -280,7 +280,7 @@ def _tuned(faiss: Any, index: Any, encoded: EncodedSet) -> tuple[float, dict[str
 
 
 def _harder(faiss: Any, index: Any) -> Iterator[tuple[str, int]]:
-    """Settings that search ever harder, the last of them everywhere."""
+    """Yield settings of growing search effort; the last searches everything."""
     try:
         cells = faiss.extract_index_ivf(index).nlist
     except RuntimeError:
@@ -292,7 +292,7 @@ def _harder(faiss: Any, index: Any) -> Iterator[tuple[str, int]]:
 
 
 def _recall(index: Any, queries: Array, probes: Array, truth: Array) -> float:
-    """Share of each probe's nearest rows, itself left out, that the index finds."""
+    """Return the share of each probe's nearest rows, itself excluded, that the index finds."""
     _, found = index.search(queries, _K + 1)
     shares = []
     for own, near, got in zip(probes, truth, found, strict=True):
@@ -308,7 +308,7 @@ def _state(encoded: EncodedSet) -> str:
 
 @contextmanager
 def _faiss(wrong: str, instead: str) -> Iterator[None]:
-    """Turn what FAISS raises about a factory into ConfigError, with its reason and what to take instead."""
+    """Turn FAISS's errors about a factory into ConfigError, with the reason and an alternative."""
     try:
         yield
     except ClipgraftError:

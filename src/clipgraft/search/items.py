@@ -1,4 +1,4 @@
-"""Items of a source: images and texts by a name of their own, and their bytes at paths and addresses.
+"""Items of a source (images or texts), and reading their bytes at paths and addresses.
 
 Addresses are those that fsspec knows: s3://, gs://, hf://, memory://, file://.
 """
@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class ItemSource:
-    """A source that can be listed, every time anew, an item at a time.
+    """A source of items that can be listed repeatedly, one item at a time.
 
     Attributes:
         name: as the user would write it, paths made absolute.
@@ -66,7 +66,7 @@ class ItemSource:
 
 
 class Ref(NamedTuple):
-    """Where the bytes of an image are: a file or address, or a part of one."""
+    """The place of an image's bytes: a file or address, or a part of one."""
 
     location: str
     offset: int | None = None
@@ -74,12 +74,12 @@ class Ref(NamedTuple):
 
 
 def is_address(text: str) -> bool:
-    """Whether fsspec is needed to read it."""
+    """Tell whether fsspec is needed to read it."""
     return "://" in text
 
 
 def location(root: str, key: str) -> str:
-    """The path or address of an item; for one in a tar file `ARCHIVE.tar::MEMBER`."""
+    """Return the path or address of an item; in a tar file it is `ARCHIVE.tar::MEMBER`."""
     if is_address(key) or not root:
         return key
     if is_address(root):
@@ -88,7 +88,7 @@ def location(root: str, key: str) -> str:
 
 
 def ref(root: str, item: Item) -> Ref:
-    """Where to read an item."""
+    """Return the place of an item's bytes."""
     place = location(root, item.key)
     if item.offset is None:
         return Ref(place)
@@ -97,12 +97,12 @@ def ref(root: str, item: Item) -> Ref:
 
 
 def tidy(caption: str) -> str | None:
-    """A caption on one line, without surrounding blanks; None for an empty one."""
+    """Put a caption on one line, without surrounding blanks; None for an empty one."""
     return " ".join(caption.split()) or None
 
 
 def storable(text: str) -> str | None:
-    """Text that can be kept as UTF-8; None where the file system gave bytes that are none."""
+    """Return text that is valid UTF-8; None where the file system gave other bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -111,7 +111,7 @@ def storable(text: str) -> str | None:
 
 
 def relative_key(path: Path, root: Path) -> str:
-    """A path below the root as POSIX text relative to it; any other as it is."""
+    """Return a path below the root as POSIX text relative to it; any other unchanged."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
@@ -119,7 +119,7 @@ _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # as 
 
 
 def open_filesystem(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it.
+    """Open the file system of an address; returns it and the path in it.
 
     Raises:
         DataError: nothing here reads such addresses; names the package that does.
@@ -145,7 +145,7 @@ def check_protocol(protocol: str) -> None:
 
 
 def list_images_at(address: str, listing: Listing) -> Iterator[Item]:
-    """Every image below a folder, known by its suffix; hidden ones are left out. Holds one folder's names.
+    """Yield every image below a folder at an address, by suffix, without hidden ones.
 
     Raises:
         DataError: there is no such folder, or it cannot be listed.
@@ -170,7 +170,7 @@ def list_images_at(address: str, listing: Listing) -> Iterator[Item]:
 
 
 def modified(info: dict[str, Any]) -> int | None:
-    """Microseconds since 1970 at which a file was modified, None where its file system does not tell."""
+    """Return a file's modification time in microseconds since 1970, None if its file system has none."""
     found = next((info[name] for name in _TIMES if info.get(name) is not None), None)
     if isinstance(found, str):
         try:
@@ -184,7 +184,7 @@ def modified(info: dict[str, Any]) -> int | None:
 
 
 def open_at(address: str) -> IO[bytes]:
-    """A file at an address for reading, with seeks; raises DataError where there is none."""
+    """Open a file at an address for reading, seekable; raises DataError where there is none."""
     files, path = open_filesystem(address)
     try:
         return files.open(path, "rb")  # type: ignore[no-any-return]
@@ -193,7 +193,7 @@ def open_at(address: str) -> IO[bytes]:
 
 
 def read_at(part: Ref) -> bytes:
-    """The bytes of a file at an address, or of a part of one; raises whatever its file system raises."""
+    """Read a file at an address, or a part of one; raises whatever its file system raises."""
     files, path = open_filesystem(part.location)
     if part.offset is None or part.size is None:
         return files.cat_file(path)  # type: ignore[no-any-return]
@@ -201,13 +201,13 @@ def read_at(part: Ref) -> bytes:
 
 
 def unreachable(address: str, error: Exception) -> DataError:
-    """What went wrong at an address, in one line."""
+    """Make an error of one line about an address."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(f"{address}: cannot be read ({reason}); check the address, the network and credentials")
 
 
 def exists(location: str) -> bool | None:
-    """Whether there is a file at a path or address; None where that cannot be told.
+    """Tell whether there is a file at a path or address; None where that is unknown.
 
     Raises DataError where nothing here reads such addresses.
     """

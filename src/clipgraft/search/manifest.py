@@ -29,7 +29,7 @@ _ADVICE = "encode into another folder"
 
 @dataclass(frozen=True)
 class Origin:
-    """What decides the values of vectors beside the items themselves.
+    """Everything that determines vectors besides the items: base, preprocessing and number types.
 
     Attributes:
         kind: what was encoded.
@@ -49,7 +49,7 @@ class Origin:
 
     @property
     def base(self) -> str:
-        """The base for a message."""
+        """The base, as messages name it."""
         named = " / ".join(part for part in (self.name, self.pretrained) if part) or "unnamed"
         return f"{named} ({self.fingerprint})"
 
@@ -98,7 +98,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it.
+    """The content of `manifest.json`.
 
     Attributes:
         origin: what decides the values of vectors.
@@ -135,7 +135,7 @@ class Manifest:
         return sum(shard.errors for shard in self.shards)
 
     def swapped(self, old: Shard | None, new: Shard | None) -> Manifest:
-        """One shard more, less, or for another."""
+        """Return the manifest with a shard added, removed or replaced."""
         shards = tuple(shard for shard in self.shards if shard is not old)
         return replace(self, shards=(*shards, new) if new else shards)
 
@@ -149,7 +149,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, None where there is none.
+    """Read the manifest of a folder, None where there is none.
 
     It may be a stranger's: every value is checked, and every name in it is one that a shard or set here can
     have, so that no other file is ever read, written or deleted for it.
@@ -171,7 +171,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 @dataclass(frozen=True)
 class _File(Origin):
-    """How the file has it: the fields of `Origin` stand beside the others."""
+    """The manifest as the file has it: the fields of `Origin` stand beside the others."""
 
     clipgraft_encoded: Literal[1]
     source: str
@@ -185,7 +185,7 @@ class _File(Origin):
 
 
 def _fault(manifest: Manifest) -> str | None:
-    """What no run of `encode` writes, in a few words."""
+    """Describe in a few words what `encode_folder` would not have written; None if all is well."""
     folders = [part.folder for part in manifest.sets]
     if not folders or len(set(folders)) < len(folders):
         return f"sets has {len(folders)} folders of vectors, {len(set(folders))} of them different"
@@ -207,13 +207,13 @@ def _fault(manifest: Manifest) -> str | None:
 
 
 def is_set_folder(name: str) -> bool:
-    """Whether a folder of vectors can be called so, beside what else an encoded folder holds."""
+    """Tell whether a set of vectors may have this folder name."""
     plain = name not in ("", ".", "..") and not set(name) & set("/\\:\0")
     return plain and name not in _TAKEN
 
 
 def _names(manifest: Manifest, shard: Shard) -> Iterator[str]:
-    """The files of a shard."""
+    """Yield the files of a shard."""
     for part in manifest.sets if shard.rows else ():
         yield from (set_path(part.folder, kind, shard.number) for kind in (manifest.emb, METADATA))
     if shard.errors:
@@ -221,11 +221,11 @@ def _names(manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 
 def shard_file(folder: Path, part: str, kind: str, number: int) -> Path:
-    """Where a shard's file of a set is; raises DataError where a link leads out of the encoded folder."""
+    """Return the path of a shard's file; raises DataError where a link leads out of the encoded folder."""
     return inside(folder, set_path(part, kind, number), folder / MANIFEST, _ADVICE)
 
 
 def set_path(folder: str, kind: str, number: int) -> str:
-    """A shard's file of a set, below the encoded folder: `img_emb/img_emb_0.npy`, `vi/metadata/…`."""
+    """Return a shard's file relative to the encoded folder: `img_emb/img_emb_0.npy`, `vi/metadata/…`."""
     suffix = "parquet" if kind in (METADATA, ERRORS) else "npy"
     return f"{folder}/{kind}/{kind}_{number}.{suffix}".lstrip("/")

@@ -1,4 +1,4 @@
-"""What is to be done: the items of a source beside the rows that are stored already.
+"""Compare the items of a source with the stored rows, to find what is to be encoded and dropped.
 
 Both lists can be longer than memory, so they are spilled to an SQLite file, which is thrown away afterwards;
 64 MiB of it are held. Nothing in it is needed to go on after a kill: it is made anew from the source and the
@@ -52,7 +52,7 @@ WHERE item.key IS NULL OR (stored.row >= 0 AND item.caption IS NOT stored.captio
 
 @dataclass(frozen=True)
 class StoredRow:
-    """A row of a finished shard, or with row -1 an item of it that could not be used."""
+    """A row of a finished shard; row -1 is an item that could not be used."""
 
     row: int
     key: str
@@ -64,7 +64,7 @@ class StoredRow:
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a shard: rows with their captions as they are now, and unusable items by key."""
+    """The part of a shard that stays: rows with their current captions, and unusable items by key."""
 
     rows: tuple[int, ...]
     captions: tuple[str | None, ...]
@@ -73,7 +73,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many items the source has, how many are to encode, and how many stored rows are gone or changed."""
+    """Numbers of items in the source, of items to encode, and of stored rows that are gone or changed."""
 
     items: int
     to_do: int
@@ -82,7 +82,7 @@ class Counts:
 
 
 class Plan:
-    """The two lists, and what differs between them. Used by one thread."""
+    """The list of items, the list of stored rows, and their difference. For one thread."""
 
     def __init__(self, file: Path) -> None:
         """`file` is overwritten."""
@@ -98,11 +98,11 @@ class Plan:
         self._unlisted: list[str] = []
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._db.close()
 
     def take(self, items: Iterable[Item], ordered: bool) -> None:
-        """Take in a source: in its own order if `ordered`, else sorted by key."""
+        """Add the items of a source: in its own order if `ordered`, else sorted by key."""
         self._order = "item.place, item.key" if ordered else "item.key"
         with writing(self._file), self._at_once():
             self._db.executemany(_ADD, self._values(items, ordered))
@@ -114,13 +114,13 @@ class Plan:
             yield i.key, place if ordered else 0, i.bytes, i.mtime, i.caption, i.reason, i.offset
 
     def store(self, shard: int, rows: Iterable[StoredRow]) -> None:
-        """Take in a finished shard."""
+        """Add the rows of a finished shard."""
         values = ((shard, r.row, r.key, r.bytes, r.mtime, r.caption, r.reason) for r in rows)
         with writing(self._file), self._at_once():
             self._db.executemany("INSERT INTO stored VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def compare(self) -> Counts:
-        """Count what is to be done; to be called once, when both lists are complete."""
+        """Count the differences; to be called once, when both lists are complete."""
         with writing(self._file):
             self._db.execute("CREATE INDEX stored_key ON stored(key)")
             for key in self._unlisted:
@@ -132,16 +132,16 @@ class Plan:
         return Counts(items, self._count(f"SELECT count(*) {_TO_DO}"), stored - kept, stored)
 
     def overlap(self) -> bool:
-        """Whether any stored item is in the source, changed or not."""
+        """Tell whether any stored item is in the source, changed or not."""
         return self._count("SELECT EXISTS(SELECT 1 FROM stored JOIN item ON stored.key = item.key)") > 0
 
     def touched(self) -> list[int]:
-        """The shards that lose a row or get other captions."""
+        """List the shards that lose a row or get other captions."""
         with writing(self._file):
             return [shard for (shard,) in self._db.execute(_TOUCHED)]
 
     def kept(self, shard: int) -> Kept:
-        """What stays of a shard."""
+        """Return the part of a shard that stays."""
         query = (
             f"SELECT stored.row, item.caption, stored.key FROM stored JOIN item ON {_SAME} "
             "WHERE stored.shard = ? ORDER BY stored.row"
@@ -153,7 +153,7 @@ class Plan:
         return Kept(tuple(row for row, _ in rows), tuple(caption for _, caption in rows), errors)
 
     def to_do(self) -> Iterator[Item]:
-        """The items to encode, in order; `touched` shards must not be dealt with meanwhile."""
+        """Yield the items to encode, in order; `touched` must not be called meanwhile."""
         with writing(self._file):
             for row in self._db.execute(f"SELECT {_COLUMNS} {_TO_DO} ORDER BY {self._order}"):
                 yield Item(*row)

@@ -1,4 +1,4 @@
-"""`RayEngine`: batches are decoded and encoded on a Ray cluster, or on this machine by Ray's processes.
+"""Decode and encode batches on a Ray cluster, or on this machine by Ray's processes.
 
 Listing, comparing, batching and writing stay in the calling process, and so does the order: the files that it
 writes are those of a `LocalEngine` on machines of one kind.
@@ -34,7 +34,7 @@ _MOST_PER_TASK = 8  # batches, as long as that makes no more than _MOST_TASKS
 
 
 def need_ray() -> None:
-    """Raise ConfigError where Ray or what its data sets need is not installed."""
+    """Raise ConfigError where Ray, or what Ray Data needs, is not installed."""
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
@@ -43,7 +43,7 @@ def need_ray() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs; the model comes on the CPU. `threads` are those of the run at home."""
+    """Everything a worker needs; the model is on the CPU. `threads` are those of the calling process."""
 
     clip: Clip
     modality: Modality
@@ -55,7 +55,7 @@ class Job:
     threads: int
 
     def engine(self, device: str, agree: Callable[[str, str], str]) -> LocalEngine:
-        """What encodes in this process."""
+        """Make the engine that encodes in this process."""
         torch.set_num_threads(self.threads)  # sums may round otherwise with another number
         attention = AttentionKernels(agree)
         attention.choices.update(self.kernels)
@@ -65,13 +65,13 @@ class Job:
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Many processes with the model that `local` holds."""
+    """Processes on a Ray cluster, each with the model of `local`."""
 
     local: LocalEngine
     args: EncodeArgs
 
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
-        """See `Engine`. Nothing is started for no batch.
+        """See `Engine`. With no batch, nothing is started.
 
         Raises:
             ConfigError: there is no cluster at the address, or it has no GPU.
@@ -107,7 +107,7 @@ class RayEngine:
 
 
 def _turns(ray: Any, coordinator: Any, keys: Iterator[Any], count: int) -> Iterator[WorkerBatch]:
-    """Give the coordinator what is wanted, and take what was made, until all is."""
+    """Exchange keys for encoded batches with the coordinator until all batches are there."""
     fed, received, given = 0, 0, list[Any]()
     while received < count:
         turn: Turn = ray.get(coordinator.turn.remote(given, received))
@@ -120,7 +120,7 @@ def _turns(ray: Any, coordinator: Any, keys: Iterator[Any], count: int) -> Itera
 
 
 def _check_seen(made: WorkerBatch) -> None:
-    """Raise DataError for an image that is here, but not for its worker."""
+    """Raise DataError for an image that exists here, but not on its worker's machine."""
     for location in made.unseen:
         if exists(location):
             raise DataError(
@@ -131,7 +131,7 @@ def _check_seen(made: WorkerBatch) -> None:
 
 
 def _crew(ray: Any, args: EncodeArgs, device: str, threads: int, batches: int) -> Crew:
-    """How to use the cluster as it is now. A worker computes with as many threads as this process would."""
+    """Plan the use of the cluster. A worker computes with as many threads as this process would."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = float(device == "cuda") if args.ray_gpus_per_worker is None else args.ray_gpus_per_worker
     if gpus:
@@ -155,7 +155,7 @@ def _crew(ray: Any, args: EncodeArgs, device: str, threads: int, batches: int) -
 
 
 def _sent(ray: Any, local: LocalEngine, threads: int) -> Any:
-    """The model and all around it, once in the cluster's object store."""
+    """Put the model and its settings into the cluster's object store."""
     encoder = local.encoder
     kernels = dict(encoder.attention.choices)
     with _on_cpu(encoder.clip):
@@ -181,7 +181,7 @@ def _sent(ray: Any, local: LocalEngine, threads: int) -> Any:
 
 @contextmanager
 def _on_cpu(clip: Clip) -> Iterator[None]:
-    """A machine without a GPU cannot read weights that lie on one."""
+    """Move the model to the CPU meanwhile: a machine without a GPU cannot read weights on one."""
     device = clip.device
     if device.type == "cpu":
         yield
@@ -195,7 +195,7 @@ def _on_cpu(clip: Clip) -> Iterator[None]:
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """Ray as it is connected, or connected or started for as long as this lasts."""
+    """Yield Ray, connected or started for the duration if it is not connected already."""
     import ray
     import ray.util.scheduling_strategies
 

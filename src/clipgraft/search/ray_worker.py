@@ -1,4 +1,4 @@
-"""What runs on a Ray cluster: workers that decode and encode, and the coordinator that leads them.
+"""The part that runs on a Ray cluster: workers that decode and encode, and the coordinator of the workers.
 
 The coordinator runs the Ray Data job. Its data set is nothing but numbers of tasks, a few batches each: what
 is in a batch comes from the run at home when a worker asks for it, so that neither holds more of the source
@@ -36,7 +36,7 @@ _PATIENCE = 60.0  # seconds; a task that is done again may be waiting behind tho
 
 @dataclass(frozen=True)
 class Crew:
-    """How many workers, what each takes of the cluster, and how the batches are dealt to them."""
+    """The number of workers, the resources of each, and how batches are divided into tasks."""
 
     workers: int
     cpus: float
@@ -49,13 +49,13 @@ class Crew:
         return -(-self.batches // self.per_task)
 
     def span(self, task: int) -> tuple[int, int]:
-        """First batch of a task, and the first that is not in it."""
+        """Return the first batch of a task, and the first batch after it."""
         return task * self.per_task, min((task + 1) * self.per_task, self.batches)
 
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """A batch as a worker hands it over: on the CPU, with the images that it cannot see, and its machine."""
+    """A batch as a worker returns it: on the CPU, with the images that its machine does not have."""
 
     encoded: EncodedBatch
     unseen: tuple[str, ...]
@@ -64,7 +64,7 @@ class WorkerBatch:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the coordinator tells the run at home.
+    """An answer of the coordinator to the calling process.
 
     Attributes:
         wanted: how many batches are to be given in all.
@@ -78,7 +78,7 @@ class Turn:
 
 
 class Worker:
-    """One process with a model; Ray Data calls it with numbers of tasks."""
+    """One process with a model; Ray Data calls it with task numbers."""
 
     def __init__(self, job: Sequence[Any], crew: Crew, coordinator: Any) -> None:
         """`job` holds the reference of a `ray_engine.Job`."""
@@ -94,7 +94,7 @@ class Worker:
         self._engine = ray.get(job[0]).engine("cuda" if crew.gpus else "cpu", agree)
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """A row for each batch of the tasks: what was made, or one with what went wrong."""
+        """Yield a row for each batch of the tasks: the encoded batch, or the error."""
         for task in batch["item"].tolist():
             try:
                 for made in self._made(*self._crew.span(task)):
@@ -114,14 +114,14 @@ class Worker:
 
 
 def _unseen(keys: Sequence[Any], reasons: Sequence[str | None]) -> Iterator[str]:
-    """The unusable images that are not there for this machine."""
+    """Yield the unusable images that do not exist on this machine."""
     for key, reason in zip(keys, reasons, strict=True):
         if reason is not None and isinstance(key, Ref) and exists(key.location) is False:
             yield key.location
 
 
 class Coordinator:
-    """Leads the workers. Its methods are called at the same time, from the run at home and from workers."""
+    """The actor that feeds the workers; the calling process and the workers call its methods concurrently."""
 
     def __init__(self, job: Sequence[Any], crew: Crew) -> None:
         import ray
@@ -141,7 +141,7 @@ class Coordinator:
         threading.Thread(target=self._lead, args=(job, me), daemon=True).start()
 
     def turn(self, keys: Sequence[Any], received: int) -> Turn:
-        """Take the next batches' keys; wait until something was made, or more are wanted."""
+        """Take the next batches' keys; wait until a batch is encoded, or more keys are wanted."""
         with self._changed:
             self._keys.update(enumerate(keys, self._fed))
             self._fed += len(keys)
@@ -155,7 +155,7 @@ class Coordinator:
             return Turn(self._wanted, made, self._failure)
 
     def keys(self, first: int, stop: int) -> list[Any]:
-        """What is in some batches, for a worker; one that is far ahead of the others waits for them."""
+        """Return the keys of some batches to a worker; a worker far ahead of the others waits."""
         window = _WINDOW * self._crew.workers * self._crew.per_task
         with self._changed:
             self._changed.wait_for(lambda: stop <= self._received + window, _PATIENCE)
@@ -166,12 +166,12 @@ class Coordinator:
             return [self._keys[number] for number in range(first, stop)]
 
     def agree(self, key: str, name: str) -> str:
-        """The kernel that all use: what was measured first."""
+        """Return the attention kernel that all workers use: the one that was measured first."""
         with self._changed:
             return self._kernels.setdefault(key, name)
 
     def _forget(self) -> None:
-        """Drop the keys of tasks that are at home; one that lacks a batch may have to be done again."""
+        """Drop the keys of finished tasks; a task that lacks a batch may have to run again."""
         done = self._received // self._crew.per_task * self._crew.per_task
         for number in range(self._dropped, done):
             del self._keys[number]
@@ -198,7 +198,7 @@ class Coordinator:
             self._end(self._killing() or _failure(error, "Ray"))
 
     def _killing(self) -> ClusterError | None:
-        """The task that was begun too often, if there is one: whoever did it was lost."""
+        """Return an error if a task was started too often because its workers kept dying."""
         with self._changed:
             (span, times), *_ = [*self._begun.most_common(1), ((0, 0), 0)]
             keys = [part for number in range(*span) for part in self._keys.get(number, ())]
@@ -217,7 +217,7 @@ class Coordinator:
 
 
 def _rows(job: Sequence[Any], crew: Crew, coordinator: Any) -> Iterator[dict[str, Any]]:
-    """The Ray Data job: a row for each batch, in order."""
+    """Run the Ray Data job: yield a row for each batch, in order."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -240,20 +240,20 @@ def _rows(job: Sequence[Any], crew: Crew, coordinator: Any) -> Iterator[dict[str
 
 
 def _row(*, made: WorkerBatch | None = None, failure: ClipgraftError | None = None) -> dict[str, Any]:
-    """One row of Ray Data's; of what is None, no bytes."""
+    """Make one row for Ray Data; a value of None becomes empty bytes."""
     cells = {"made": made, "failure": failure}
     packed = {name: b"" if cell is None else pickle.dumps(cell) for name, cell in cells.items()}
     return {name: np.array([cell], dtype=object) for name, cell in packed.items()}
 
 
 def _failure(error: Exception, where: str) -> ClipgraftError:
-    """What went wrong as an error of ours, in one line."""
+    """Turn an exception into a `ClipgraftError` with a message of one line."""
     if isinstance(error, ClipgraftError):
         return type(error)(f"{where}: {error}")
     return ClusterError(f"{where}: {last_line(error)}; {_KEPT}")
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of a message: with errors that passed through Ray, the one that says what was wrong."""
+    """Return the last line of a message: of errors that passed through Ray, the one with the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

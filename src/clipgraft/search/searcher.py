@@ -129,7 +129,7 @@ def load_model(
 
 
 def _only_adapter(folder: str | Path, sets: Sequence[VectorSet], known: Mapping[str, str]) -> str:
-    """The adapter that made all vectors; raises AdapterError where several did, or its place is unknown."""
+    """Return the adapter that made all vectors; raises AdapterError if several did or its path is unknown."""
     names = [str(each.adapter) for each in sets]
     if len(names) > 1:
         raise AdapterError(
@@ -141,7 +141,7 @@ def _only_adapter(folder: str | Path, sets: Sequence[VectorSet], known: Mapping[
 
 
 def query_vector(clip: Clip, text: str | None, image: str | Path | None, image_weight: float = 0.5) -> Tensor:
-    """(D,) unit-norm fp32 vector of a text, an image, or their weighted sum."""
+    """Encode a text, an image, or their weighted sum as a unit-norm fp32 vector (D,)."""
     parts: list[Tensor] = []
     weights = [1.0] if text is None or image is None else [1 - image_weight, image_weight]
     with evaluating(clip), torch.inference_mode():
@@ -172,7 +172,7 @@ def _nearest(
 
 
 def _hits(encoded: EncodedSet, scores: Array, rows: Array) -> list[Hit]:
-    """Results with their metadata, each shard read once."""
+    """Return results with their metadata, reading each shard once."""
     starts = np.cumsum([0, *(shard.rows for shard in encoded.shards)])
     shards = np.searchsorted(starts, rows, side="right") - 1
     found: dict[int, dict[str, Any]] = {}

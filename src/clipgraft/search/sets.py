@@ -1,4 +1,4 @@
-"""Which folders of vectors a base with adapters makes: one for each thing that happens to the tower.
+"""Sets of vectors that a base with adapters makes: one for each different tower.
 
 An adapter that leaves the tower alone leaves its vectors as they are: all such adapters share the base's.
 """
@@ -23,7 +23,7 @@ BASE_FOLDER = "base"
 
 
 def adapter_digest(adapter: Adapter | None, tower: Tower) -> str | None:
-    """16 hex digits over all that an adapter does to a tower; None if it does nothing."""
+    """Return 16 hex digits that identify an adapter's effect on a tower; None if it has none."""
     if adapter is None or not adapter.touches(tower):
         return None
     parts: dict[str, tuple[float, nn.Module]] = {
@@ -41,14 +41,14 @@ def adapter_digest(adapter: Adapter | None, tower: Tower) -> str | None:
 
 
 def acting_digest(clip: Clip, tower: Tower) -> str | None:
-    """`adapter_digest` of what acts on a model now; raises AdapterError while adapters are merged into it."""
+    """Return `adapter_digest` of the active adapter; raises AdapterError while adapters are merged."""
     require_unmerged(clip, "tell whose vectors these are")
     state = lora_state(clip)
     return adapter_digest(None if state is None else state.in_effect, tower)
 
 
 def vector_sets(clip: Clip, adapters: Sequence[str] | None, tower: Tower) -> tuple[VectorSet, ...]:
-    """The folders of vectors to make: at the root for what acts now, or for each of several adapters.
+    """List the sets of vectors to make: one at the root for the active adapter, or one per named adapter.
 
     Raises:
         AdapterError: the model carries no such adapter, or one is called like the folder of the base.
@@ -72,13 +72,13 @@ def vector_sets(clip: Clip, adapters: Sequence[str] | None, tower: Tower) -> tup
 
 
 def sharing(clip: Clip, names: Sequence[str], tower: Tower) -> list[str]:
-    """Which of the adapters leave a tower as it is."""
+    """Return the names of adapters that leave a tower unchanged."""
     state = require_lora(clip)
     return [name for name in names if adapter_digest(state.named(name), tower) is None]
 
 
 def adapter_notes(clip: Clip, names: Sequence[str], paths: Mapping[str, str]) -> tuple[AdapterNote, ...]:
-    """What the manifest says of adapters, those that share vectors included."""
+    """Describe adapters for the manifest, those that share vectors included."""
     notes = []
     for name in names:
         adapter = require_lora(clip).named(name)
@@ -91,7 +91,7 @@ def adapter_notes(clip: Clip, names: Sequence[str], paths: Mapping[str, str]) ->
 
 @contextlib.contextmanager
 def adapters_as_they_were(clip: Clip) -> Iterator[None]:
-    """Put the choice of adapter back at the end."""
+    """Restore the active adapter at the end."""
     state = lora_state(clip)
     before = (state.active, state.enabled) if state else None
     try:

@@ -1,4 +1,4 @@
-"""Which kind of source a path, pattern or address is."""
+"""Open a path, pattern or address as a source of items."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NULLS = "captions that are none"
 
 
 def open_images(source: str, options: TableArgs = _AUTO) -> ItemSource:
-    """A folder tree, a table with a column of image paths, tar files; trees and tars also at an address.
+    """Open a source of images: a folder tree, a table with a column of image paths, or tar files.
 
     Args:
         source: a folder; a CSV, TSV, JSON Lines or Parquet file, whose paths are relative to it and may be
@@ -59,7 +59,7 @@ def open_images(source: str, options: TableArgs = _AUTO) -> ItemSource:
 
 
 def open_texts(source: str, options: TableArgs = _AUTO) -> ItemSource:
-    """A `.txt` file with a text a line, or a table with a column of texts. Equal texts are one.
+    """Open a `.txt` file with a text per line, or a table with a column of texts. Equal texts are one item.
 
     Raises DataError where there is no such file, or it lacks the column.
     """
@@ -81,7 +81,7 @@ def open_texts(source: str, options: TableArgs = _AUTO) -> ItemSource:
 
 
 def _table_source(path: Path, table: Table) -> ItemSource:
-    """A table of image paths as a source."""
+    """Make a source of a table of image paths."""
     met: Counter[str] = Counter()
     root = Path(os.path.abspath(table.folder))  # noqa: PTH100
     finders: list[ImageFinder] = []
@@ -98,7 +98,7 @@ def _table_source(path: Path, table: Table) -> ItemSource:
 
 
 def _row_notes(table: Table, met: Counter[str]) -> tuple[str, ...]:
-    """One line whose numbers add up to the rows of a table; one for captions that are none."""
+    """Return one line whose numbers add up to the rows of a table, and one for captions that are nulls."""
     nulls = met[_NULLS]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in met.items() if kind != _NULLS and count)
     rows = f"{met.total() - nulls:,} {table.unit}s: {kinds}"
@@ -106,7 +106,7 @@ def _row_notes(table: Table, met: Counter[str]) -> tuple[str, ...]:
 
 
 def _folder_source(root: Path) -> ItemSource:
-    """A folder tree as a source, listed anew every time."""
+    """Make a source of a folder tree, listed anew every time."""
     met: list[Listing] = []
 
     def items() -> Iterator[Item]:
@@ -122,7 +122,7 @@ def _folder_source(root: Path) -> ItemSource:
 
 
 def _address_source(root: str) -> ItemSource:
-    """A folder at an address as a source."""
+    """Make a source of a folder at an address."""
     met: list[Listing] = []
 
     def items() -> Iterator[Item]:
@@ -164,7 +164,7 @@ def _table_items(table: Table, root: Path, finder: ImageFinder, met: Counter[str
 
 
 def _named(root: Path, finder: ImageFinder, text: str, caption: str | None) -> Item:
-    """The image that a cell of a table names."""
+    """Make an item of the image that a table cell names."""
     if is_address(text):
         check_protocol(text.partition("://")[0])
         return Item(text, caption=caption)

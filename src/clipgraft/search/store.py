@@ -53,7 +53,7 @@ INSTALL = "pip install 'clipgraft[search]'"
 
 @dataclass(frozen=True)
 class MetaRow:
-    """One row of metadata without what is the same in all; pixels, and microseconds since 1970."""
+    """One row of metadata without the columns that are constant; times are microseconds since 1970."""
 
     key: str
     bytes: int | None = None
@@ -74,7 +74,7 @@ class ErrorRow:
 
 
 def need_pyarrow() -> Any:
-    """The pyarrow module; raises DataError where it is not installed."""
+    """Import pyarrow; raises DataError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -84,7 +84,7 @@ def need_pyarrow() -> Any:
 
 
 def metadata_table(rows: Sequence[MetaRow], kind: str, adapter: str | None, fingerprint: str) -> Any:
-    """A pyarrow table of the rows of one set."""
+    """Make a pyarrow table of the rows of one set."""
     pa = need_pyarrow()
     columns: dict[str, Any] = {}
     if kind == "images":
@@ -100,7 +100,7 @@ def metadata_table(rows: Sequence[MetaRow], kind: str, adapter: str | None, fing
 
 
 def error_table(rows: Sequence[ErrorRow], parts: Sequence[Any] = ()) -> Any:
-    """A pyarrow table of errors, after other such tables."""
+    """Make a pyarrow table of errors, appended to other such tables."""
     pa = need_pyarrow()
     columns = {
         "path": pa.array([row.key for row in rows], pa.string()),
@@ -112,7 +112,7 @@ def error_table(rows: Sequence[ErrorRow], parts: Sequence[Any] = ()) -> Any:
 
 
 def replace_captions(table: Any, captions: Sequence[str | None]) -> Any:
-    """The same metadata with other captions."""
+    """Return the same metadata with other captions."""
     pa = need_pyarrow()
     place = table.schema.get_field_index("caption")
     return table.set_column(place, "caption", pa.array(captions, pa.string()))
@@ -128,7 +128,7 @@ def write_table(path: Path, table: Any) -> None:
 def read_metadata(
     path: Path, kind: str, known: tuple[int, str], rows: int, columns: Sequence[str] | None = None
 ) -> Any:
-    """The metadata of a shard, or some columns of it.
+    """Read the metadata of a shard, or some columns of it.
 
     `known` are the size and SHA-256 that the manifest has: what has changed since it was written is not given
     to pyarrow, which could take it for other captions.
@@ -142,12 +142,12 @@ def read_metadata(
 
 
 def metadata_columns(kind: str) -> list[str]:
-    """The names of the columns of metadata."""
+    """Return the names of the columns of metadata."""
     return [*(_IMAGE_TYPES if kind == "images" else {}), *_TEXT_TYPES]
 
 
 def plain_rows(table: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Some rows of metadata as Python values; a time that Python has no date for is None."""
+    """Return some rows of metadata as Python values; a time outside Python's range is None."""
     pa = need_pyarrow()
     import pyarrow.compute as pc
 
@@ -162,7 +162,7 @@ def plain_rows(table: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def read_errors(path: Path, known: tuple[int, str], rows: int) -> Any:
-    """The errors of a shard likewise."""
+    """Read the errors of a shard, checked as in `read_metadata`."""
     return _read_table(path, known, rows, _ERROR_TYPES)
 
 
@@ -182,7 +182,7 @@ def _read_table(path: Path, known: tuple[int, str], rows: int, types: Mapping[st
 
 
 def stored_rows(table: Any) -> Iterator[StoredRow]:
-    """Metadata as rows to compare a source with."""
+    """Yield metadata as rows to compare a source with."""
     pa = need_pyarrow()
     captions = table.column("caption").to_pylist()
     if "path" not in table.column_names:
@@ -196,7 +196,7 @@ def stored_rows(table: Any) -> Iterator[StoredRow]:
 
 
 def stored_errors(table: Any) -> Iterator[StoredRow]:
-    """A table of errors likewise, each as row -1."""
+    """Yield a table of errors as such rows, each with row -1."""
     pa = need_pyarrow()
     times = table.column("mtime").cast(pa.int64()).to_pylist()
     columns = [table.column(name).to_pylist() for name in ("path", "bytes", "reason")]
@@ -205,7 +205,7 @@ def stored_errors(table: Any) -> Iterator[StoredRow]:
 
 
 def content_key(metadata: Any, errors: Any) -> str:
-    """Digest of a shard's items: their names, sizes, times, captions and faults, in order."""
+    """Hash a shard's items: their names, sizes, times, captions and faults, in order."""
     digest = hashlib.blake2b(digest_size=16)
     rows = [] if metadata is None else [stored_rows(metadata)]
     for row in itertools.chain(*rows, [] if errors is None else stored_errors(errors)):
@@ -219,14 +219,14 @@ Array = npt.NDArray[Any]
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other writers out of an encoded folder, which is made; raises BusyError where one is at work."""
+    """Create an encoded folder and lock it against other writers; raises BusyError where one is at work."""
     with sole_owner(folder / LOCK, str(folder), "wait for it, or name another folder"):
         yield
 
 
 @dataclass(frozen=True)
 class NewShard:
-    """What a shard is made of: rows, their vectors (N, D) by the set's folder, and what could not be used."""
+    """The content of a new shard: rows, their vectors (N, D) by set folder, and items that cannot be used."""
 
     rows: Sequence[MetaRow]
     vectors: Mapping[str, Array]
@@ -241,7 +241,7 @@ class Store:
         self.manifest = manifest
 
     def begin(self) -> None:
-        """Write the manifest, and remove what killed runs left."""
+        """Write the manifest, and remove files that killed runs left."""
         write_manifest(self.folder, self.manifest)
         sweep_partial(self.folder)
         listed = {name for shard in self.manifest.shards for name in shard.files}
@@ -250,7 +250,7 @@ class Store:
                 (self.folder / name).unlink()
 
     def drop_damaged(self) -> None:
-        """Unlist shards whose files are gone or of another size; their items are encoded again."""
+        """Drop shards whose files are gone or of another size; their items are encoded again."""
         for shard in self.manifest.shards:
             places = {name: self._listed(name) for name in shard.files}
             wrong = [name for name, (size, _) in shard.files.items() if _size(places[name]) != size]
@@ -264,7 +264,7 @@ class Store:
                 self._commit(shard, None)
 
     def stored(self, shard: Shard, errors: bool = True) -> Iterator[StoredRow]:
-        """The rows of a finished shard and, with `errors`, what could not be used."""
+        """Yield the rows of a finished shard and, with `errors`, the items that could not be used."""
         if shard.rows:
             yield from stored_rows(self._metadata(self.manifest.sets[0], shard))
         if shard.errors and errors:
@@ -283,7 +283,7 @@ class Store:
         )
 
     def compact(self, shard: Shard, kept: Kept) -> None:
-        """Put a shard with fewer rows, or other captions, in the place of one; vectors keep every bit."""
+        """Replace a shard by one with fewer rows or other captions; vectors keep every bit."""
         written, errors = {}, None
         for part in self.manifest.sets if kept.rows else ():
             table = self._metadata(part, shard)
@@ -296,7 +296,7 @@ class Store:
         self._put(shard, written, errors)
 
     def finish(self) -> Path:
-        """Gather what could not be used in one table; returns its path."""
+        """Gather the items that could not be used in one table; returns its path."""
         parts = [self._errors(shard) for shard in self.manifest.shards if shard.errors]
         write_table(self.folder / ERRORS_FILE, error_table((), parts))
         return self.folder / ERRORS_FILE
@@ -329,7 +329,7 @@ class Store:
             self._listed(name).unlink(missing_ok=True)
 
     def _listed(self, name: str) -> Path:
-        """A file that the manifest lists; raises DataError where a link leads out of the folder."""
+        """Return the path of a listed file; raises DataError where a link leads out of the folder."""
         return inside(self.folder, name, self.folder / MANIFEST)
 
     def _metadata(self, part: VectorSet, shard: Shard) -> Any:
@@ -342,7 +342,7 @@ class Store:
         return read_errors(path, shard.files[set_path("", ERRORS, shard.number)], shard.errors)
 
     def _numbered(self) -> Iterator[str]:
-        """Every file on disk with the name of a shard's."""
+        """Yield every file on disk that is named like a file of a shard."""
         kinds = (self.manifest.emb, METADATA)
         places = [(part.folder, kind) for part in self.manifest.sets for kind in kinds]
         for folder, kind in [*places, ("", ERRORS)]:
@@ -356,7 +356,7 @@ class Store:
 
 
 def open_folder(folder: Path) -> Manifest | None:
-    """The manifest of a folder that is to be written to; None for a new one.
+    """Read the manifest of a folder that is to be written to; None for a new one.
 
     Raises DataError where the folder is a file, or holds something else.
     """
@@ -378,7 +378,7 @@ def open_folder(folder: Path) -> Manifest | None:
 
 
 def read_vectors(folder: Path, manifest: Manifest, part: VectorSet, shard: Shard) -> Array:
-    """(rows, D) of a shard of a set, memory-mapped. Raises DataError where the file is missing or damaged."""
+    """Map a shard's vectors (rows, D) of a set; raises DataError where the file is missing or damaged."""
     advice = "run `clipgraft encode` again"
     path = shard_file(folder, part.folder, manifest.emb, shard.number)
     rows: Array = map_array(path, DataError, advice)

@@ -1,4 +1,4 @@
-"""Items through an engine into shards, in order."""
+"""Stream items through an engine into shards, in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("clipgraft")
 
 @dataclass(frozen=True)
 class _Batch:
-    """Items that go through together; the last of a shard closes it."""
+    """Items that are encoded together; the last batch of a shard closes it."""
 
     items: tuple[Item, ...]
     last: bool
@@ -104,7 +104,7 @@ def stream(
 
 
 def _batches(items: Iterable[Item], args: EncodeArgs) -> Iterator[_Batch]:
-    """Shards of items, cut into batches: who meets in a batch depends on the shard alone."""
+    """Cut items into batches that end with their shard, so that batches depend on the shard alone."""
     source = iter(items)
     ahead = list(islice(source, 1))
     while ahead:
@@ -118,7 +118,7 @@ def _batches(items: Iterable[Item], args: EncodeArgs) -> Iterator[_Batch]:
 
 
 def _how_many(items: int, args: EncodeArgs) -> int:
-    """Batches that `_batches` makes of so many items."""
+    """Count the batches that `_batches` makes of so many items."""
     shards, rest = divmod(items, args.shard_rows)
     return shards * -(-args.shard_rows // args.batch_size) + -(-rest // args.batch_size)
 
@@ -139,7 +139,7 @@ def _report(store: Store, done: int, total: int, seconds: float) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """`2 h 5 min`, `4 min 10 s`, `9 s`."""
+    """Format seconds as `2 h 5 min`, `4 min 10 s`, `9 s`."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     if hours:
