@@ -78,7 +78,7 @@ def test_lora_plus_trains_vectors_that_start_at_zero_faster(make_clip: Any) -> N
     """`lora_plus_ratio` does nothing for VeRA."""
     clip = make_clip()
     cg.apply_lora(clip, r=2, variant="vera")
-    optimizer = make_optimizer(clip.model, 1e-3, 0.1, 0.9, 0.98, 1e-6, 16.0)
+    optimizer = make_optimizer(clip.model, TrainArgs(lr=1e-3, wd=0.1, lora_plus_ratio=16.0))
     set_lr(optimizer, 5e-4)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for layer in require_lora(clip).layers.values():
