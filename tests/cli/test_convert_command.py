@@ -138,7 +138,7 @@ def test_a_trained_temperature_is_told(cli: Any, tiny_hf: nn.Module, tmp_path: P
         (["a", "taken", "--to", "peft"], "taken exists already and is left as it is"),
         (
             ["taken", "out", "--to", "peft"],
-            "taken cannot be read: it is truncated, damaged or no torch checkpoint",
+            "taken: cannot be read: it is truncated, damaged or no torch checkpoint",
         ),
     ],
 )
