@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_made_names_the_flag(tmp_path: Path) -> None:
     """`--logs` on a file would end in a traceback."""
     (tmp_path / "file").touch()
     with pytest.raises(
-        cg.errors.ConfigError, match=r"--logs: cannot make .*file/run/checkpoints: Not a directory"
+        cg.errors.ConfigError, match=r"`out`: cannot make .*file/run/checkpoints: Not a directory"
     ):
         open_run(tmp_path / "file" / "run")
 
@@ -222,7 +222,7 @@ def test_a_folder_of_a_user_is_left(name: str, resume: bool, tmp_path: Path) -> 
     path.parent.mkdir(exist_ok=True)
     path.write_text('{"lr": 1}')
     with pytest.raises(
-        cg.errors.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another --name"
+        cg.errors.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another `out`"
     ):
         open_run(tmp_path, resume)
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
