@@ -90,7 +90,7 @@ def test_words_that_are_called_unchanged_are(bpe: Bpe, corpus: list[str], more: 
 
 
 def test_the_most_used_stay() -> None:
-    """`--vocab-size` keeps rare tokens and drops frequent ones, or keeps tokens without their parts."""
+    """`vocab_size` keeps rare tokens and drops frequent ones, or keeps tokens without their parts."""
     merges = [("a", "b"), ("b", f"c{END}"), ("ab", f"c{END}"), ("a", f"b{END}")]
     tokens = [*"abc", *(f"{letter}{END}" for letter in "abc"), *(first + second for first, second in merges)]
     bpe = Bpe({token: i for i, token in enumerate([*tokens, *SPECIAL])}, merges, frozenset(SPECIAL))
@@ -100,7 +100,7 @@ def test_the_most_used_stay() -> None:
     assert most_used(bpe, counts, 11) == always | {f"ab{END}", "ab", f"abc{END}"}
     assert most_used(bpe, {}, 10) == always | {"ab", f"bc{END}"}
     with pytest.raises(
-        ConfigError, match=r"--vocab-size 7: 6 byte symbols and 2 special tokens .* ask for 8"
+        ConfigError, match=r"`vocab_size=7`: 6 byte symbols and 2 special tokens .* ask for 8"
     ):
         most_used(bpe, counts, 7)
     with pytest.raises(ConfigError, match="the base has 12 tokens"):

@@ -14,9 +14,8 @@ import transformers
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.compact.model import compact_model
+from clipgraft.compact.model import compact_model, write_compact
 from clipgraft.compact.tokens import bpe_of
-from clipgraft.compact.write import write_compact
 from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip, as_clip, family_of
 from clipgraft.models.convert import to_transformers
@@ -205,7 +204,7 @@ def test_lossy_vocabularies_say_so(emoji: Clip) -> None:
     """Texts change their tokens without anyone asking for it, or unnoticed."""
     with pytest.raises(ConfigError, match=r"needs 5\d\d tokens to be encoded as before; ask for as many"):
         compact_model(emoji, texts=TEXTS, vocab_size=515)
-    small = compact_model(emoji, texts=TEXTS, vocab_size=520, lossy=True)
+    small = compact_model(emoji, texts=TEXTS, vocab_size=520, vocab_lossy=True)
     assert small.vocabulary is not None
     assert (len(small.vocabulary.token_ids), small.vocabulary.texts) == (520, 3)
     old = torch.tensor(small.vocabulary.token_ids)
@@ -217,8 +216,8 @@ def test_lossy_vocabularies_say_so(emoji: Clip) -> None:
     ("options", "error", "message"),
     [
         ({}, ConfigError, "nothing to cut"),
-        ({"text_layers": 5}, ConfigError, "--text-layers 5: the text tower has 4; keep 1 to 4"),
-        ({"vision_layers": 0}, ConfigError, "--vision-layers 0: the vision tower has 6; keep 1 to 6"),
+        ({"text_layers": 5}, ConfigError, "`text_layers=5`: the text tower has 4; keep 1 to 4"),
+        ({"vision_layers": 0}, ConfigError, "`vision_layers=0`: the vision tower has 6; keep 1 to 6"),
         ({"text_blocks": (0, 4)}, ConfigError, "there is no block 4; name some of 0 to 3"),
         ({"text_blocks": ()}, ConfigError, "no block is left"),
         ({"vision_blocks": (2, 1)}, ConfigError, "in rising order"),

@@ -221,9 +221,7 @@ def test_a_folder_of_a_user_is_left(name: str, resume: bool, tmp_path: Path) -> 
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text('{"lr": 1}')
-    with pytest.raises(
-        cg.errors.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another `out`"
-    ):
+    with pytest.raises(cg.errors.ConfigError, match=r"no run of clipgraft made \([^\n]+choose another `out`"):
         open_run(tmp_path, resume)
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
     assert path.read_text() == '{"lr": 1}'

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
 from clipgraft.cli.flags.shared import DeviceFlags, ModelFlags, TableFlags, features_of
-from clipgraft.cli.flags.tools import DISTILL, CompactFlags, DistillFlags
+from clipgraft.cli.flags.tools import COMPACT, DISTILL, CompactFlags, DistillFlags
 from clipgraft.cli.parser import parse
 from clipgraft.locks import sole_owner
 from clipgraft.options import part
@@ -30,11 +30,11 @@ _SUMMARY = (
 
 def run_compact(argv: Sequence[str]) -> None:
     """Parse, cut, distil if asked to, write, and say what was written."""
-    kinds: list[AnyGroup] = [CompactFlags, DISTILL, TableFlags, TrainArgs, DeviceFlags]
+    kinds: list[AnyGroup] = [COMPACT, DISTILL, TableFlags, TrainArgs, DeviceFlags]
     spec, teaching, table, train, device = parse("compact", _SUMMARY, kinds, argv)
     _check_together(spec, teaching, table, train, device)
     folder = teaching.run or spec.out.with_name(f"{spec.out.name}-distill")
-    from clipgraft.compact.write import check_out
+    from clipgraft.compact.model import check_out
     from clipgraft.train.run_folder import refuse_used
 
     check_out(spec.out)
@@ -49,7 +49,7 @@ def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
     """Cut, distil if asked to, write, and say what was written."""
     spec, teaching, table, _, device = specs
     from clipgraft.cli.common import load_model
-    from clipgraft.compact.write import write_compact
+    from clipgraft.compact.model import write_compact
     from clipgraft.train.interrupt import Interrupted
     from clipgraft.train.run_folder import early_lines
 
@@ -92,6 +92,7 @@ def _check_together(
 
 
 def _cut(base: Clip, spec: CompactFlags, table: TableFlags) -> Compacted:
+    from clipgraft.compact.args import CompactArgs
     from clipgraft.compact.model import compact_model
     from clipgraft.data.args import TableArgs
     from clipgraft.data.reader import read_texts
@@ -104,16 +105,8 @@ def _cut(base: Clip, spec: CompactFlags, table: TableFlags) -> Compacted:
         texts.update(dict.fromkeys(found))
     if base.family.name != "transformers":
         log.info("converting to transformers")
-    compacted = compact_model(
-        base,
-        text_layers=spec.text_layers,
-        vision_layers=spec.vision_layers,
-        text_blocks=spec.text_blocks,
-        vision_blocks=spec.vision_blocks,
-        texts=None if spec.vocab_from is None else tuple(texts),
-        vocab_size=spec.vocab_size,
-        lossy=spec.vocab_lossy,
-    )
+    wanted = None if spec.vocab_from is None else tuple(texts)
+    compacted = compact_model(base, part(spec, CompactArgs), texts=wanted)
     _describe(compacted)
     return compacted
 
@@ -155,7 +148,7 @@ def _train(base: Clip, compacted: Compacted, specs: Sequence[Any], folder: Path)
     from clipgraft.train.fit import distill
 
     pairs = read_table(compacted.clip, teaching.distill_data, table, "training data")
-    given = recorded([CompactFlags, DISTILL, TableFlags, TrainArgs, DeviceFlags], specs)
+    given = recorded([COMPACT, DISTILL, TableFlags, TrainArgs, DeviceFlags], specs)
     resume = teaching.resume is not None
     distill(
         compacted.clip,

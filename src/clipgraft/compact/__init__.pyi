@@ -1,5 +1,6 @@
 """The public names of `clipgraft.compact`."""
 
+from .args import CompactArgs as CompactArgs
 from .model import Compacted as Compacted
 from .model import compact_model as compact_model
-from .write import write_compact as write_compact
+from .model import write_compact as write_compact

@@ -79,13 +79,13 @@ def most_used(bpe: Bpe, counts: Mapping[str, int], size: int) -> frozenset[str]:
     always = bpe.alphabet | bpe.special
     if size < len(always):
         raise ConfigError(
-            f"--vocab-size {size}: {len(bpe.alphabet)} byte symbols and {len(bpe.special)} special tokens "
+            f"`vocab_size={size}`: {len(bpe.alphabet)} byte symbols and {len(bpe.special)} special tokens "
             f"stay in any case; ask for {len(always)} or more"
         )
     made = [token for token in bpe.makers if token not in always]
     if size > len(always) + len(made):
         raise ConfigError(
-            f"--vocab-size {size}: the base has {len(always) + len(made)} tokens that texts can be made of; "
+            f"`vocab_size={size}`: the base has {len(always) + len(made)} tokens that texts can be made of; "
             "ask for fewer"
         )
     total = usage(bpe, counts)

@@ -1,22 +1,25 @@
-"""`compact_model`: from a CLIP to one with fewer blocks and tokens, all weights that stay inherited."""
+"""Make a CLIP with fewer blocks and tokens, which inherits its weights, and write it as a folder."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipgraft.compact.blocks import choose_blocks
+from clipgraft.compact.args import CompactArgs
 from clipgraft.compact.bpe import kept_merges, most_used, needed_tokens
-from clipgraft.compact.tokens import bpe_of, count_tokens, count_unchanged, cut_tokenizer
+from clipgraft.compact.tokens import bpe_of, count_tokens, count_unchanged, cut_tokenizer, write_vocabulary
 from clipgraft.errors import ConfigError, DataError, ModelError
+from clipgraft.files import atomic_folder, write_json
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.convert import require_bare, to_transformers
+from clipgraft.models.export import save_transformers_files, weights_size
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
 from clipgraft.models.processors import HfTokenizer, find_preprocess, find_tokenizer
@@ -24,6 +27,7 @@ from clipgraft.models.sites import TOWERS, Site, Tower
 from clipgraft.results import Result
 
 _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")
+RECORD = "compact.json"
 _EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
@@ -82,17 +86,9 @@ class _Cut:
 
 
 def compact_model(
-    model: ClipLike,
-    *,
-    text_layers: int | None = None,
-    vision_layers: int | None = None,
-    text_blocks: Sequence[int] | None = None,
-    vision_blocks: Sequence[int] | None = None,
-    texts: Sequence[str] | None = None,
-    vocab_size: int | None = None,
-    lossy: bool = False,
+    model: ClipLike, args: CompactArgs | None = None, *, texts: Sequence[str] | None = None, **options: Any
 ) -> Compacted:
-    """A new, smaller CLIP that inherits its weights; the base is left as it is.
+    """Make a new, smaller CLIP that inherits its weights; the base is left as it is.
 
     With all blocks kept, every text of `texts` has the features it had, to the last bit, and any other text
     can still be encoded: words that lost their tokens fall back on smaller pieces. An open_clip base becomes
@@ -100,12 +96,9 @@ def compact_model(
 
     Args:
         model: a plain CLIP without adapters, with its tokenizer if tokens are to be cut.
-        text_layers, vision_layers: how many blocks to keep, spread evenly, the first and last included.
-        text_blocks, vision_blocks: which blocks to keep, instead.
+        args: which blocks and how many tokens to keep.
         texts: the corpus whose tokens are kept.
-        vocab_size: how many tokens to keep: those of `texts`, filled up with, or without a corpus made of,
-            the base's first merges.
-        lossy: if `texts` need more than `vocab_size`, keep the most used instead of raising.
+        **options: single fields of `CompactArgs`, such as `text_layers=3`, in place of those of `args`.
 
     Raises:
         ConfigError: nothing to cut, blocks that are not there, or a vocabulary that is too small.
@@ -113,21 +106,21 @@ def compact_model(
         ModelError: the model carries an adapter, or is not one that transformers can hold.
     """
     clip = as_clip(model)
+    args = (args or CompactArgs()).replace(**options)
     require_bare(clip)
-    wanted = (text_layers, vision_layers, text_blocks, vision_blocks, texts, vocab_size)
-    if all(value is None for value in wanted):
-        raise ConfigError("nothing to cut: give --text-layers, --vision-layers, --vocab-from or --vocab-size")
+    if args == CompactArgs() and texts is None:
+        raise ConfigError("nothing to cut: give `text_layers`, `vision_layers`, `texts` or `vocab_size`")
     base = to_transformers(clip)
     if base.model.config.model_type != "clip":  # type: ignore[union-attr]
         raise ModelError(f"{type(base.model).__name__} cannot be cut: it is no plain CLIPModel")
     kept: dict[Tower, tuple[int, ...]] = {
-        "text": choose_blocks("text", _depth(base, "text"), text_layers, text_blocks),
-        "vision": choose_blocks("vision", _depth(base, "vision"), vision_layers, vision_blocks),
+        "text": choose_blocks("text", _depth(base, "text"), args.text_layers, args.text_blocks),
+        "vision": choose_blocks("vision", _depth(base, "vision"), args.vision_layers, args.vision_blocks),
     }
     tokenizer = base.tokenizer or find_tokenizer(base.family, base.model)
     cut = None
-    if texts is not None or vocab_size is not None:
-        cut = _cut(base, getattr(tokenizer, "inner", None), texts, vocab_size, lossy)
+    if texts is not None or args.vocab_size is not None:
+        cut = _cut(base, getattr(tokenizer, "inner", None), texts, args.vocab_size, args.vocab_lossy)
     small = _build(base, kept, cut)
     return Compacted(
         clip=replace(
@@ -145,6 +138,38 @@ def compact_model(
         parameters=_count(small),
         base_parameters=_count(base.model),
     )
+
+
+def choose_blocks(
+    tower: Tower, depth: int, layers: int | None = None, blocks: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The blocks of a tower of `depth` that stay: `layers` spread evenly, or `blocks` as given; else all.
+
+    Spread evenly, the first and the last are among them: 3 of 12 are 0, 5 and 11.
+
+    Raises:
+        ConfigError: both are given, or what is given is not in the tower or not in order.
+    """
+    if layers is not None and blocks is not None:
+        raise ConfigError(f"`{tower}_layers` and `{tower}_blocks` both choose blocks: give one of them")
+    if blocks is not None:
+        return _checked(tower, depth, tuple(blocks))
+    if layers is None:
+        return tuple(range(depth))
+    if not 1 <= layers <= depth:
+        raise ConfigError(f"`{tower}_layers={layers}`: the {tower} tower has {depth}; keep 1 to {depth}")
+    return tuple(place * (depth - 1) // max(layers - 1, 1) for place in range(layers))
+
+
+def _checked(tower: Tower, depth: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    shown = ",".join(map(str, blocks))
+    outside = [block for block in blocks if not 0 <= block < depth]
+    if outside or not blocks:
+        what = f"there is no block {outside[0]}" if outside else "no block is left"
+        raise ConfigError(f"`{tower}_blocks={shown}`: {what}; name some of 0 to {depth - 1}")
+    if list(blocks) != sorted(set(blocks)):
+        raise ConfigError(f"`{tower}_blocks={shown}`: name each block once, in rising order")
+    return blocks
 
 
 def _depth(base: Clip, tower: Tower) -> int:
@@ -172,8 +197,8 @@ def _cut(base: Clip, inner: Any, texts: Sequence[str] | None, size: int | None, 
     if not needed <= kept:
         if not lossy:
             raise ConfigError(
-                f"--vocab-size {size}: the corpus needs {len(needed)} tokens to be encoded as before; "
-                "ask for as many or more, or add --vocab-lossy to keep the most used"
+                f"`vocab_size={size}`: the corpus needs {len(needed)} tokens to be encoded as before; "
+                "ask for as many or more, or add `vocab_lossy=True` to keep the most used"
             )
         unchanged = count_unchanged(inner, texts or (), bpe, kept)
     tokens = sorted(kept, key=bpe.ids.__getitem__)
@@ -236,3 +261,42 @@ def _weights(
             yield name, weight[torch.tensor(cut.vocabulary.token_ids, device=weight.device)]
         else:
             yield name, weight
+
+
+def check_out(out: Path) -> None:
+    """Make sure that writing to `out` destroys nothing; raises ModelError where something is there."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise ModelError(
+            f"{out} exists already and is left as it is: choose another path, or remove it first"
+        )
+
+
+def write_compact(compacted: Compacted, out: str | Path) -> Path:
+    """Write a folder for `CLIPModel`, `AutoTokenizer`, `AutoImageProcessor` and `clipgraft.load`.
+
+    `compact.json` says which blocks and tokens of which base it is made of. All of it is there, or nothing.
+
+    Raises:
+        ModelError: `out` exists, or the model came without tokenizer or preprocessing.
+    """
+    out = Path(out)
+    check_out(out)
+    clip = compacted.clip
+    clip.tokenize("")
+    clip.require_preprocess()
+    with atomic_folder(out, weights_size(clip)) as folder:
+        save_transformers_files(clip, folder)
+        if compacted.vocabulary is not None and isinstance(clip.tokenizer, HfTokenizer):
+            write_vocabulary(clip.tokenizer.inner, folder)
+        write_json(folder / RECORD, _record(compacted))
+    return out
+
+
+def _record(compacted: Compacted) -> dict[str, object]:
+    cut = compacted.vocabulary
+    return {
+        "base": {**asdict(compacted.base), "fingerprint": compacted.fingerprint},
+        "text_blocks": compacted.text_blocks,
+        "vision_blocks": compacted.vision_blocks,
+        "token_ids": None if cut is None else cut.token_ids,
+    }

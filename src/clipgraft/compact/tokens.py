@@ -28,7 +28,7 @@ def bpe_of(inner: Any) -> Bpe:
     if "CLIPTokenizer" not in name or not hasattr(inner, "backend_tokenizer"):
         raise ModelError(
             f"its tokenizer is a {name}, not CLIP's byte-level BPE, so its vocabulary cannot be cut: "
-            "leave out --vocab-from and --vocab-size and cut blocks alone"
+            "leave out `texts` and `vocab_size` and cut blocks alone"
         )
     model = json.loads(inner.backend_tokenizer.to_str())["model"]
     odd = [key for key, value in _PLAIN.items() if model.get(key) != value]

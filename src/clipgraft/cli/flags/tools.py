@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field
 
 from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.shared import OverwriteFlags
+from clipgraft.compact.args import CompactArgs
 from clipgraft.options import (
     AdapterWeight,
     Batch,
-    Blocks,
     Count,
     Layers,
     Options,
@@ -144,7 +144,7 @@ class ProfileFlags(InspectFlags):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of the weights")
 
 
-class CompactFlags(Options):
+class CompactFlags(CompactArgs):
     """Which model to make smaller, and what of it stays."""
 
     model: Annotated[str, Positional()] = Field(
@@ -154,25 +154,14 @@ class CompactFlags(Options):
         description="folder to write, for transformers and clipgraft; must not exist yet"
     )
     pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of MODEL")
-    text_layers: Layers | None = Field(
-        None, description="number of text blocks to keep, evenly spread, including the first and the last"
-    )
-    vision_layers: Layers | None = Field(None, description="the same for the vision tower")
-    text_blocks: Blocks | None = Field(None, description="text blocks to keep, by number: 0,5,11")
-    vision_blocks: Blocks | None = Field(None, description="the same for the vision tower")
     vocab_from: Words | None = Field(
         None,
         min_length=1,
         description="keep the tokens of these texts: tables of captions, or .txt with one text a line",
     )
-    vocab_size: Tokens | None = Field(
-        None,
-        ge=1,
-        description="number of tokens to keep: those of --vocab-from, then the base's first merges",
-    )
-    vocab_lossy: bool = Field(
-        False, description="if --vocab-from needs more than --vocab-size, keep the most frequent"
-    )
+
+
+COMPACT = Group(CompactFlags, told={"texts": "--vocab-from"})
 
 
 class DistillFlags(DistillArgs):
