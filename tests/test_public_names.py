@@ -77,3 +77,13 @@ def test_import_loads_none_of_the_rest() -> None:
     code = "import sys, clipgraft; print([m for m in sys.modules if m.startswith('clipgraft.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("before", "now"), sorted(cg._NOW.items()))
+def test_names_of_before_still_work(before: str, now: str) -> None:
+    """A script of last month ends in an AttributeError, or nobody says what to write in its place."""
+    space, member = now.split(".")
+    with pytest.warns(DeprecationWarning, match=f"clipgraft.{before} is clipgraft.{now} now"):
+        found = getattr(cg, before)
+    assert found is getattr(importlib.import_module(f"clipgraft.{space}"), member)
+    assert before not in cg.__all__
