@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.lora.inject import require_lora
+from clipgraft.lora.state import require_lora
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
-from conftest import TINY_OPENCLIP, build_hf, randomise
 from explicit_lora import (
     ROLES,
     explicit_model,
@@ -37,6 +36,7 @@ from explicit_lora import (
     target,
 )
 from open_clip_4 import to_4x
+from tiny_models import TINY_OPENCLIP, build_hf, randomise
 
 
 def layouts() -> dict[str, nn.Module]:

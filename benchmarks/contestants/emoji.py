@@ -35,18 +35,10 @@ def by_clipgraft(train: int, autocast: bool = False, negatives: str = "batch") -
     """Train one epoch with `fit`, which also encodes the images."""
     clip = _with_lora()
     pairs = cg.read_pairs(_folder(train) / f"train.{_LANGUAGE}.csv", verify="header")
-    values = timed_fit(
-        clip,
-        pairs,
-        batch_size=_BATCH,
-        epochs=1,
-        lr=_LR,
-        wd=_WEIGHT_DECAY,
-        warmup=_WARMUP,
-        val_frequency=0,
-        autocast=autocast,
-        negatives=negatives,
+    train_args = cg.TrainArgs(
+        batch_size=_BATCH, epochs=1, lr=_LR, wd=_WEIGHT_DECAY, warmup=_WARMUP, negatives=negatives
     )
+    values = timed_fit(clip, pairs, train_args, cg.FeatureArgs(autocast=autocast))
     return {**values, "seconds": values["run_seconds"], "recall": _recall(clip, train)}
 
 
