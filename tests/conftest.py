@@ -6,6 +6,7 @@ import copy
 import json
 import platform
 import re
+import signal
 import string
 from collections.abc import Callable
 from importlib import metadata
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help=f"a skip fails the run unless {_ALLOWED_SKIPS.name} has it",
     )
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the tests and their processes: a shell starts background jobs with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

@@ -154,17 +154,12 @@ def test_workers_that_die_of_the_same_signal_are_no_error(run: Run, monkeypatch:
 
 def test_the_second_signal_stops_at_once() -> None:
     """A step that hangs could not be stopped with the keyboard."""
-    # A shell's background job has SIGINT ignored, and its tests too.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with stop_requests() as stop:
-            assert not stop.is_set()
+    with stop_requests() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.is_set()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("signalled", [False, True])
