@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.models.clip import as_clip
-from clipgraft.models.load_errors import KNOWN_HUB_IDS
+from clipgraft.models.hub import KNOWN_HUB_IDS
 from hub_server import HubServer
 
 TAG = "some_tag"

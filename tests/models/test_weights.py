@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
-from clipgraft.models.torchscript import read_torchscript
+from clipgraft.models.weights_file import read_torchscript
 from tiny_models import TINY_OPENCLIP, to_transformers
 
 State = dict[str, Tensor]

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from clipgraft.adapters.folder import is_adapter
 from clipgraft.errors import CheckpointError
 from clipgraft.models.clip import Source
-from clipgraft.models.openclip_config import CONFIG_FILE
+from clipgraft.models.configs import CONFIG_FILE
 from clipgraft.records import read_json
 
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clipgraft.errors import ModelError
 from clipgraft.models.architecture import Activation, TextTower, VisionTower
 from clipgraft.models.clip import Clip, family_of
+from clipgraft.models.configs import model_config
 from clipgraft.models.convert_processors import (
     ImageSettings,
     image_processor,
@@ -29,7 +30,6 @@ from clipgraft.models.convert_processors import (
 from clipgraft.models.family import LARGEST_ID, is_lora
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
-from clipgraft.models.openclip_config import model_config
 from clipgraft.models.processors import HfPreprocess, HfTokenizer
 from clipgraft.models.sites import TOWERS, Site, Tower
 

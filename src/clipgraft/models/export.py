@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from clipgraft.errors import ModelError
 from clipgraft.files import atomic_folder, atomic_path, write_json
 from clipgraft.models.clip import Clip
+from clipgraft.models.configs import CONFIG_FILE
 from clipgraft.models.convert import config_of, require_bare, to_open_clip, to_transformers
 from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.onnx import DESCRIPTION, require_onnx, write_onnx
-from clipgraft.models.openclip_config import CONFIG_FILE
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, OpenClipTokenizer
 from clipgraft.ours import FOLDER_MARK, MARK, mark_folder, refuse_foreign, version_mark
 from clipgraft.progress import Progress, Told, showing

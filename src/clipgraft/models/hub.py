@@ -1,11 +1,15 @@
-"""The Hugging Face hub: whether it answers at all, asked once before anything is fetched; what is fetched."""
+"""Fetch from the Hugging Face hub, and say in one line why a model could not be fetched or read."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from clipgraft.errors import ModelError
 
 log = logging.getLogger("clipgraft")
 
@@ -29,15 +33,13 @@ class _OfflineMode:
         from huggingface_hub import constants, is_offline_mode
 
         with self._lock:
-            if not self._users:
-                if is_offline_mode():
-                    reason, ours = "HF_HUB_OFFLINE is set", False
-                else:
-                    unreachable = _unreachable(constants.ENDPOINT)
-                    reason = f"{constants.ENDPOINT} cannot be reached ({unreachable})" if unreachable else ""
-                    ours = bool(unreachable)
-            else:
-                reason, ours = self._reason, True
+            ours = bool(self._users)
+            reason = self._reason
+            if not ours and is_offline_mode():
+                reason = "HF_HUB_OFFLINE is set"
+            elif not ours:
+                reason = _unreachable(constants.ENDPOINT)
+                ours = bool(reason)
             if ours:
                 self._users += 1
                 self._reason = reason
@@ -55,19 +57,14 @@ class _OfflineMode:
 _OFFLINE = _OfflineMode()
 
 
-@contextlib.contextmanager
-def hub_access(needed: bool) -> Iterator[str]:
+def hub_access(needed: bool) -> contextlib.AbstractContextManager[str]:
     """Yield why the hub cannot be used, "" where it can or is not needed.
 
     huggingface_hub retries every file of an unreachable hub for half a minute and has no setting for it.
     So it is asked for one sign of life first; without one its own offline mode is on inside the block, in
     which cached files still load and missing ones fail at once.
     """
-    if needed:
-        with _OFFLINE.entered() as reason:
-            yield reason
-    else:
-        yield ""
+    return _OFFLINE.entered() if needed else contextlib.nullcontext("")
 
 
 def tell_fetch(repository: str, names: Iterable[str]) -> None:
@@ -89,7 +86,7 @@ def tell_fetch(repository: str, names: Iterable[str]) -> None:
         return
 
 
-def names_in_chain(error: BaseException | None) -> set[str]:
+def _names_in_chain(error: BaseException | None) -> set[str]:
     """Class names of an error, its bases and everything it was raised from."""
     names: set[str] = set()
     while error is not None:
@@ -99,7 +96,7 @@ def names_in_chain(error: BaseException | None) -> set[str]:
 
 
 def _unreachable(endpoint: str) -> str:
-    """Why nothing answers at a URL, or "". Any answer will do, whatever its status."""
+    """Say that nothing answers at a URL, and why, or "". Any answer will do, whatever its status."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -107,7 +104,53 @@ def _unreachable(endpoint: str) -> str:
         get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         # The HTTP library differs between releases of huggingface_hub; the name of its base error does not.
-        if "TransportError" not in names_in_chain(error):
+        if "TransportError" not in _names_in_chain(error):
             raise
-        return str(error).strip() or type(error).__name__
+        return f"{endpoint} cannot be reached ({str(error).strip() or type(error).__name__})"
     return ""
+
+
+KNOWN_HUB_IDS = (
+    "openai/clip-vit-base-patch32",
+    "openai/clip-vit-base-patch16",
+    "openai/clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14-336",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+)
+
+
+def hf_failure(path: str, error: Exception, offline: str) -> ModelError:
+    """A transformers folder that cannot be read, or a hub id that cannot be fetched."""
+    if Path(path).is_dir():
+        return ModelError(f"{path} cannot be read as a transformers CLIP folder: {one_line(error)}")
+    reason = fetch_reason(error, offline)
+    near = "" if path in KNOWN_HUB_IDS else nearest(path, KNOWN_HUB_IDS)
+    return ModelError(f"cannot fetch hf:{path}{near}: {reason}, or pass a local folder")
+
+
+def fetch_reason(error: Exception, offline: str) -> str:
+    """What stopped a download, and what to do about it; `offline` says why the hub cannot be used."""
+    names = _names_in_chain(error)
+    if offline:
+        return f"{offline} and it is not in the local cache; check the network connection"
+    if "GatedRepoError" in names:
+        return "it is gated; accept its terms on the hub and log in with `hf auth login`"
+    if names & {"RepositoryNotFoundError", "HFValidationError"}:
+        return "the hub has no such model that you may read; check the spelling, log in if it is private"
+    return f"{one_line(error)}; check the network connection"
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an error as one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[: most - 1].rstrip()}…").rstrip(".:;")
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """` (did you mean a or b?)` for the nearest known names, or nothing."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(given.lower(), by_lower, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(by_lower[name] for name in close)}?)" if close else ""

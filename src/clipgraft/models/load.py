@@ -10,9 +10,9 @@ import torch
 from clipgraft.errors import ModelError
 from clipgraft.models import load_openclip
 from clipgraft.models.clip import Clip
+from clipgraft.models.configs import CONFIG_FILE
 from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.load_hf import load_hf
-from clipgraft.models.openclip_config import CONFIG_FILE
 
 log = logging.getLogger("clipgraft")
 EMOJI_BASE = Path(__file__).parent.parent / "assets" / "emoji" / "base"

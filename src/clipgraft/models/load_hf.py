@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
-from clipgraft.models.allowed import clip_config
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.hub import hub_access, tell_fetch
+from clipgraft.models.configs import transformers_config
+from clipgraft.models.hub import hf_failure, hub_access, tell_fetch
 from clipgraft.models.library_calls import no_initialization
-from clipgraft.models.load_errors import hf_failure
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, check_preprocess
 from clipgraft.models.state_dict import MisfitError, load_weights
 from clipgraft.models.weights_file import UnreadableError, WeightsFile, read_weights
@@ -37,7 +36,7 @@ def load_hf(path: str, name: str) -> Clip:
     Raises:
         ModelError: it cannot be fetched or read, is no CLIP model, or comes without some of its parts.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedConfig
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedConfig
 
     check_path(path)
     with hub_access(needed=not Path(path).is_dir()) as offline:
@@ -45,7 +44,7 @@ def load_hf(path: str, name: str) -> Clip:
             _check_downloaded(path)
             values, _ = PreTrainedConfig.get_config_dict(path)
             _check_model_type(path, values.get("model_type"))
-            config = clip_config(values, path)
+            config = transformers_config(CLIPConfig, values, path)
             config.name_or_path = path  # the model copies it when it is made
             weights, notes = _read(path)
             with no_initialization(), torch.device("meta"):

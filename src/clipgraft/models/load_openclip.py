@@ -15,24 +15,24 @@ from torch import nn
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.hub import hub_access, tell_fetch
-from clipgraft.models.library_calls import seeded
-from clipgraft.models.load_errors import (
-    checkpoint_failure,
-    config_failure,
-    nearest,
-    one_line,
-    openclip_failure,
-)
-from clipgraft.models.openclip_config import (
+from clipgraft.models.configs import (
     CONFIG_FILE,
     HUB,
     borrows,
     check_known,
     check_text_tower,
-    named_config,
+    config_failure,
+    model_config,
     read_config,
 )
+from clipgraft.models.hub import (
+    fetch_reason,
+    hub_access,
+    nearest,
+    one_line,
+    tell_fetch,
+)
+from clipgraft.models.library_calls import seeded
 from clipgraft.models.processors import OpenClipTokenizer, check_preprocess
 from clipgraft.models.state_dict import load_weights
 from clipgraft.models.weights_file import UnreadableError, read_weights
@@ -66,8 +66,7 @@ def load_name(name: str, pretrained: str, seed: int) -> Clip:
     model_name = name.replace("/", "-")
     _check_name(name, model_name, pretrained)
     is_file, random = Path(pretrained).is_file(), pretrained == RANDOM_WEIGHTS
-    config = named_config(model_name, name)
-    notes: list[str] = []
+    config = model_config(name)
     with hub_access(not (is_file or random) or borrows(config)) as offline:
         try:
             check_text_tower(config, name)
@@ -78,9 +77,8 @@ def load_name(name: str, pretrained: str, seed: int) -> Clip:
         except ModelError:
             raise
         except Exception as error:
-            raise openclip_failure(name, pretrained, error, offline) from error
-    if is_file:
-        notes = _put(model, Path(pretrained), name)
+            raise _fetch_failure(name, pretrained, error, offline) from error
+    notes = _put(model, Path(pretrained), name) if is_file else []
     return _clip(model, inner, evaluate, train, Source(name, pretrained), notes)
 
 
@@ -135,8 +133,16 @@ def _load_hub(name: str) -> Clip:
         except ModelError:
             raise
         except Exception as error:
-            raise openclip_failure(name, "", error, offline) from error
+            raise _fetch_failure(name, "", error, offline) from error
     return _build(config, name, weights, None, Source(name))
+
+
+def _fetch_failure(name: str, pretrained: str, error: Exception, offline: str) -> ModelError:
+    what = f"'{name}'" + (f" with pretrained '{pretrained}'" if pretrained else "")
+    instead = "download the weights elsewhere and pass the file as `pretrained`"
+    if name.startswith(HUB):
+        instead = "pass a local folder"
+    return ModelError(f"cannot fetch {what}: {fetch_reason(error, offline)}, or {instead}")
 
 
 def _build(
@@ -162,14 +168,14 @@ def _build(
         except ModelError:
             raise
         except Exception as error:
-            raise config_failure(where, error) from error  # type: ignore[arg-type]
+            raise config_failure(where, error) from error
     notes = [] if weights is None else _put(model, weights, str(where))
     try:
         return _clip(model, inner, evaluate, train, source, notes)
     except ModelError:
         raise
     except Exception as error:
-        raise config_failure(where, error) from error  # type: ignore[arg-type]
+        raise config_failure(where, error) from error
 
 
 def _named_model(name: str, tag: str | None, seed: int, random: bool = True) -> tuple[nn.Module, Any, Any]:
@@ -203,33 +209,31 @@ def _tell_tag(name: str, tag: str) -> None:
 
 def _put(model: nn.Module, weights: Path, name: str) -> list[str]:
     """Give a model the weights of a file; returns what the user is to know of it."""
+    refused = f"{weights} cannot be read as weights of {name}"
     if weights.suffix in _BIG_VISION:
         import open_clip
 
         try:
             open_clip.load_checkpoint(model, str(weights))
         except Exception as error:
-            raise checkpoint_failure(weights, name, one_line(error)) from error
+            raise ModelError(f"{refused}: {one_line(error)}") from error
         return []
     try:
         file = read_weights(weights)
     except UnreadableError as error:
-        raise checkpoint_failure(weights, name, str(error)) from error
+        raise ModelError(f"{refused}: {error}") from error
     try:
         notes = load_weights(model, file)
     except Exception as error:
         reason = f"{one_line(error, 500)}; check that `model` names its architecture"
-        raise checkpoint_failure(weights, name, reason) from error
-    if file.torchscript and not _is_quick(model):
+        raise ModelError(f"{refused}: {reason}") from error
+    quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
+    if file.torchscript and not quick:
         notes.append(
             "OpenAI's archives are of models with QuickGELU, and this one has GELU: take the model's name "
             "with -quickgelu, or quick_gelu in its config"
         )
     return [f"{weights}: {note}" for note in notes]
-
-
-def _is_quick(model: nn.Module) -> bool:
-    return any(type(module).__name__ == "QuickGELU" for module in model.modules())
 
 
 def is_openclip(name: str) -> bool:

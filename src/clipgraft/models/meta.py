@@ -17,22 +17,22 @@ from torch import nn
 
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
-from clipgraft.models.allowed import openclip_config, transformers_config
 from clipgraft.models.clip import Clip, Source, family_of
-from clipgraft.models.hub import hub_access
-from clipgraft.models.library_calls import quiet_libraries
-from clipgraft.models.load import EMOJI_BASE
-from clipgraft.models.load_errors import hf_failure, one_line
-from clipgraft.models.load_hf import check_path
-from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
-from clipgraft.models.openclip_config import (
+from clipgraft.models.configs import (
     CONFIG_FILE,
     HUB,
     borrows,
     check_known,
     check_text_tower,
     model_config,
+    openclip_config,
+    transformers_config,
 )
+from clipgraft.models.hub import hf_failure, hub_access, one_line
+from clipgraft.models.library_calls import quiet_libraries
+from clipgraft.models.load import EMOJI_BASE
+from clipgraft.models.load_hf import check_path
+from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
 
 Overrides = Mapping[str, object]
 

@@ -23,8 +23,8 @@ from clipgraft.models.architecture import image_features, text_features
 from clipgraft.models.clip import Clip
 from clipgraft.models.convert_processors import cleaning_of, hf_tokenizer_files, image_settings
 from clipgraft.models.family import LARGEST_ID
+from clipgraft.models.hub import one_line
 from clipgraft.models.library_calls import quiet_libraries
-from clipgraft.models.load_errors import one_line
 from clipgraft.models.sites import Site
 
 DESCRIPTION = "clipgraft_onnx.json"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.models.family import Family
+from clipgraft.models.hub import one_line
 from clipgraft.models.library_calls import quiet_libraries
-from clipgraft.models.load_errors import one_line
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site
 

@@ -20,7 +20,7 @@ from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import base_parameter, is_lora, submodule
-from clipgraft.models.load_errors import one_line
+from clipgraft.models.hub import one_line
 from clipgraft.models.sites import Site, SiteRef, Tower
 from clipgraft.profile.trace import LayerCost, Product, Trace, join, on_meta, trace
 from clipgraft.results import Result

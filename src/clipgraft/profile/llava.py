@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
-from clipgraft.models.load_errors import one_line
+from clipgraft.models.hub import one_line
 from clipgraft.profile.trace import Trace, trace
 from clipgraft.results import Result
 

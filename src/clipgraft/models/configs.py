@@ -1,4 +1,4 @@
-"""What a model's configuration file may hand to open_clip and transformers: known settings, plain values.
+"""Configurations of models, and what of them open_clip and transformers get: known settings, plain values.
 
 A configuration comes with a stranger's model. Both libraries pass its entries on as keyword arguments, and
 some of those run code or fetch it (`trust_remote_code`, `auto_map`, kernels of the hub, `hf-hub:` names of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.errors import ModelError
+from clipgraft.models.hub import KNOWN_HUB_IDS, nearest, one_line
+from clipgraft.readers import placeholder
 
+CONFIG_FILE = "open_clip_config.json"
+HUB = "hf-hub:"
 _TOP = (
     "embed_dim",
     "quick_gelu",
@@ -41,6 +46,111 @@ _SHARED = ("pad_token_id", "bos_token_id", "eos_token_id", "rope_theta")
 _UNSAFE = re.compile(r"auto_map|trust_remote_code|_implementation|quantization_config|kernel|custom_", re.I)
 
 
+def model_config(name: str) -> dict[str, Any]:
+    """The `model_cfg` of a base that `load` loaded under this name.
+
+    Raises:
+        ModelError: there is none, or not any more.
+    """
+    import open_clip
+
+    path = Path(name)
+    config: dict[str, Any] | None = None
+    if path.suffix == ".json":
+        config = read_config(path)["model_cfg"]
+    elif name and path.is_dir():
+        config = read_config(path / CONFIG_FILE)["model_cfg"]
+    elif name:
+        try:
+            config = open_clip.get_model_config(name if name.startswith(HUB) else name.replace("/", "-"))
+        except Exception as error:
+            raise config_failure(name, error) from error
+        config = None if config is None else openclip_config(config, name)
+    if config is None:
+        raise ModelError(
+            f"'{name}' has no known open_clip configuration: write a checkpoint (.pt), which needs none"
+        )
+    return config
+
+
+def check_known(name: str) -> None:
+    """Raise ModelError, with the nearest names, for a name that is not open_clip's."""
+    import open_clip
+
+    models = open_clip.list_models()
+    if name.replace("/", "-") not in models:
+        near = nearest(name, [*models, "emoji", *(f"hf:{hub_id}" for hub_id in KNOWN_HUB_IDS)])
+        raise ModelError(
+            f"no model '{name}': it is no open_clip name, local folder or JSON config{near}; "
+            "transformers models are written hf:owner/name"
+        )
+
+
+def check_text_tower(settings: Mapping[str, Any], where: object) -> None:
+    """Look at the configuration of a text tower of transformers before open_clip builds one from it.
+
+    Raises:
+        ModelError: open_clip does not know it, or it brings code along.
+    """
+    name = settings["text_cfg"].get("hf_model_name")
+    if not name:
+        return
+    from open_clip.hf_configs import arch_dict
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(name)
+    told = f"{where}: text_cfg.hf_model_name {name}"
+    kind = values.get("model_type")
+    if kind not in arch_dict:
+        raise ModelError(
+            f"{told} is a text tower of type {kind!r}: open_clip builds {', '.join(arch_dict)}; the code of "
+            "other models is never run"
+        )
+    for key, value in values.items():
+        if re.search(r"_implementation|kernel", key) and value not in _OFF and "/" in str(value):
+            raise ModelError(f"{told} says {key} {_shown(value)}, code of the hub, which is never run")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The parts `model_cfg` and `preprocess_cfg` of a JSON file, which may be the former alone."""
+    if problem := placeholder(path):
+        raise ModelError(f"model config {path} cannot be read: {problem}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"model config {path}: there is no such file") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"model config {path} is not readable JSON: {one_line(error)}") from error
+    whole = value if isinstance(value, dict) else {}
+    model = whole.get("model_cfg", whole)
+    towers = ("vision_cfg", "text_cfg")
+    missing = [key for key in ("embed_dim", *towers) if not isinstance(model, dict) or key not in model]
+    if missing:
+        raise ModelError(
+            f"model config {path} lacks {', '.join(missing)}: it must be an open_clip model config"
+        )
+    flat = [key for key in towers if not isinstance(model[key], dict)]
+    if flat:
+        raise ModelError(f"model config {path}: {' and '.join(flat)} must be an object of settings")
+    return {
+        "model_cfg": openclip_config(model, path),
+        "preprocess_cfg": preprocess_config(whole.get("preprocess_cfg"), path),
+    }
+
+
+def config_failure(where: object, error: Exception) -> ModelError:
+    """A configuration that open_clip cannot build a model from."""
+    return ModelError(
+        f"{where} cannot be built as an open_clip model: {one_line(error)}; correct it, or load by name"
+    )
+
+
+def borrows(config: Mapping[str, Any], tokenizer: bool = True) -> bool:
+    """Whether a model's text tower, or its tokenizer, is one of transformers and comes from the hub."""
+    text = config.get("text_cfg", {})
+    return bool(text.get("hf_model_name") or (tokenizer and text.get("hf_tokenizer_name")))
+
+
 def openclip_config(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """A copy of an open_clip `model_cfg` that holds nothing but known settings of plain values.
 
@@ -54,8 +164,8 @@ def openclip_config(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for key, value in config.items():
         if key in known:
-            fields = [field.name for field in dataclasses.fields(known[key])]
-            checked[key] = _tower(_mapping(value, key, where), key, fields, where)
+            settings = [field.name for field in dataclasses.fields(known[key])]
+            checked[key] = _tower(_mapping(value, key, where), key, settings, where)
         elif key in _TOP:
             checked[key] = _plain(value, key, where)
         elif value not in _OFF:
@@ -77,13 +187,6 @@ def preprocess_config(config: object, where: object) -> dict[str, Any]:
     return {key: _plain(given[key], f"preprocess_cfg.{key}", where) for key in _PREPROCESS if key in given}
 
 
-def clip_config(values: Mapping[str, Any], where: object) -> Any:
-    """A `transformers.CLIPConfig` of the entries that say how CLIP is built; others are left behind."""
-    from transformers import CLIPConfig
-
-    return transformers_config(CLIPConfig, values, where)
-
-
 def transformers_config(kind: Any, values: Mapping[str, Any], where: object) -> Any:
     """A configuration of a class of transformers, of the entries that this class declares itself.
 
@@ -93,23 +196,7 @@ def transformers_config(kind: Any, values: Mapping[str, Any], where: object) -> 
     return kind(**_declared(kind, values, where))
 
 
-def text_tower_config(values: Mapping[str, Any], where: object) -> None:
-    """Refuse a text tower of transformers that open_clip does not know, or that brings code along."""
-    from open_clip.hf_configs import arch_dict
-
-    kind = values.get("model_type")
-    if kind not in arch_dict:
-        raise ModelError(
-            f"{where} is a text tower of type {kind!r}: open_clip builds {', '.join(arch_dict)}; the code of "
-            "other models is never run"
-        )
-    for key, value in values.items():
-        if re.search(r"_implementation|kernel", key) and value not in _OFF and "/" in str(value):
-            raise ModelError(f"{where} says {key} {_shown(value)}, code of the hub, which is never run")
-
-
-def _tower(given: Mapping[str, Any], tower: str, fields: Iterable[str], where: object) -> dict[str, Any]:
-    known = list(fields)
+def _tower(given: Mapping[str, Any], tower: str, known: list[str], where: object) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for key, value in given.items():
         path = f"{tower}.{key}"
@@ -161,7 +248,8 @@ def _check_place(name: object, key: str, where: object) -> None:
 
 def _declared(kind: Any, values: Mapping[str, Any], where: object) -> dict[str, Any]:
     own = {name for name in _fields(kind) if not _UNSAFE.search(name)} | set(_SHARED)
-    inner = {name: _class_of(spec) for name, spec in _parts(kind).items()}
+    parts = getattr(kind, "sub_configs_defaults", None) or getattr(kind, "sub_configs", None) or {}
+    inner = {name: getattr(spec, "config_class", spec) for name, spec in parts.items()}
     kept: dict[str, Any] = {}
     for key, value in values.items():
         # Early repositories say `text_config_dict` beside, or in place of, `text_config`.
@@ -197,35 +285,26 @@ def _fields(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)} - shared
 
 
-def _parts(kind: Any) -> Mapping[str, Any]:
-    return getattr(kind, "sub_configs_defaults", None) or getattr(kind, "sub_configs", None) or {}
-
-
-def _class_of(spec: Any) -> Any:
-    return getattr(spec, "config_class", spec)
-
-
 def _plain(value: Any, key: str, where: object) -> Any:
     """A number, word, flag or short list of those; raises ModelError for anything else."""
-    rows = value if _is_list(value) else [value]
+    is_list = isinstance(value, (list, tuple))
+    rows = value if is_list else [value]
     pairs = key.rpartition(".")[2] == "image_grid_pinpoints"  # of LLaVA-NeXT
-    items = [item for row in rows[:65] for item in (row[:65] if pairs and _is_list(row) else [row])]
+    items = [
+        i for row in rows[:65] for i in (row[:65] if pairs and isinstance(row, (list, tuple)) else [row])
+    ]
     if len(items) > 64 or not all(_is_scalar(item) for item in items):
         raise ModelError(f"{where}: {key} is {_shown(value)} where a number, a word or a short list belongs")
     limit = _MOST_BLOCKS if key.rpartition(".")[2] in ("layers", "num_hidden_layers") else _LARGEST
     if any(isinstance(item, (int, float)) and abs(item) > limit for item in items):
         raise ModelError(f"{where}: {key} is {_shown(value)}: it may be at most {limit:,}")
-    return list(value) if _is_list(value) else value
+    return list(value) if is_list else value
 
 
 def _is_scalar(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 300)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def _mapping(value: object, key: str, where: object) -> Mapping[str, Any]:
@@ -236,19 +315,15 @@ def _mapping(value: object, key: str, where: object) -> Mapping[str, Any]:
 
 def _unknown(key: str, where: object, known: Iterable[str]) -> ModelError:
     if key.rpartition(".")[2] in _REMOTE:
-        return ModelError(_code(key, where))
+        return ModelError(
+            f"{where} asks for {key}, which would run code that came with the model; that is never run: "
+            "remove the entry, and take a model and tokenizer that transformers itself knows"
+        )
     listed = list(known)
     ending = ", …" if len(listed) > 12 else ""
     return ModelError(
         f"{where}: {_shown(key)} is no setting of an open_clip model that clipgraft hands on: remove it "
         f"(there are {', '.join(listed[:12])}{ending})"
-    )
-
-
-def _code(key: str, where: object) -> str:
-    return (
-        f"{where} asks for {key}, which would run code that came with the model; that is never run: remove "
-        "the entry, and take a model and tokenizer that transformers itself knows"
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, RobertaConfig, SiglipConfig
 
 import clipgraft as cg
-from clipgraft.models.allowed import clip_config, openclip_config, transformers_config
+from clipgraft.models.configs import openclip_config, transformers_config
 from tiny_models import TINY_OPENCLIP
 
 
@@ -97,7 +97,9 @@ def test_transformers_configurations() -> None:
     """A transformers folder is built with other settings than its config.json says, or with its kernels."""
     config = CLIPConfig(text_config={"hidden_size": 48, "num_attention_heads": 4}, projection_dim=40)
     values = config.to_dict()
-    kept = clip_config({**values, "auto_map": {"AutoModel": "a.B"}, "use_kernels": True}, "here").to_dict()
+    kept = transformers_config(
+        CLIPConfig, {**values, "auto_map": {"AutoModel": "a.B"}, "use_kernels": True}, "here"
+    ).to_dict()
     assert {key: kept[key] for key in values} == values
     assert "auto_map" not in kept
     hostile = {
@@ -105,17 +107,17 @@ def test_transformers_configurations() -> None:
         "_attn_implementation": "owner/kernel",
         "text_config": {"attn_implementation": "a/b"},
     }
-    built = clip_config(hostile, "here")
+    built = transformers_config(CLIPConfig, hostile, "here")
     assert "/" not in f"{built._attn_implementation} {built.text_config._attn_implementation}"
     siglip = SiglipConfig().to_dict()
     assert transformers_config(SiglipConfig, siglip, "here").to_dict() == siglip
     with pytest.raises(cg.errors.ModelError, match="text_config is list of 1"):
-        clip_config({"text_config": [1]}, "here")
+        transformers_config(CLIPConfig, {"text_config": [1]}, "here")
 
 
 def test_early_repositories(tiny_hf: nn.Module, tmp_path: Path) -> None:
     """`text_config_dict`, as the first CLIP repositories have it, is dropped and the default sizes taken."""
     text = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
-    config = clip_config({"text_config": None, "text_config_dict": text}, "here")
+    config = transformers_config(CLIPConfig, {"text_config": None, "text_config_dict": text}, "here")
     with torch.device("meta"):
         assert CLIPModel(config).text_model.embeddings.token_embedding.weight.shape[1] == 48
