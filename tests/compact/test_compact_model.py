@@ -19,10 +19,9 @@ from clipgraft.compact.tokens import bpe_of
 from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip, as_clip, family_of
 from clipgraft.models.convert import to_transformers
-from clipgraft.models.convert_processors import to_hf_tokenizer
 from clipgraft.models.family import LARGEST_ID
 from clipgraft.models.load import load
-from clipgraft.models.processors import HfTokenizer, OpenClipTokenizer
+from clipgraft.models.processors import HfTokenizer, OpenClipTokenizer, to_hf_tokenizer
 
 TEXTS = ("a photo of a dog", "hai con chó đang chạy trên bãi cỏ 🐕", "Dogs & cats; it's 12 o'clock!")
 OTHERS = ("zebra crossing", "một chiếc ô tô", "")

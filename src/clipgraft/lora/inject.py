@@ -35,7 +35,7 @@ from clipgraft.lora.state import (
 from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.lora.variants import check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.family import site_bias, site_weight, submodule
+from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site, SiteRef
 
@@ -173,7 +173,7 @@ def _freeze(clip: Clip) -> LoraState:
     """
     trainable = frozenset(name for name, p in clip.model.named_parameters() if p.requires_grad)
     state = LoraState(trainable, clip.logit_scale.detach().clone())
-    hosts = {submodule(clip.model, ref.module) for ref in clip.site_refs.values() if ref.kind == "fused"}
+    hosts = {clip.model.get_submodule(ref.module) for ref in clip.site_refs.values() if ref.kind == "fused"}
     for host in hosts:
         graft_attention(host)
     clip.model.requires_grad_(False)
@@ -200,7 +200,7 @@ def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
 
 
 def _graft(model: nn.Module, ref: SiteRef, state: LoraState) -> None:
-    host, slot = submodule(model, ref.module), AdapterSlot()
+    host, slot = model.get_submodule(ref.module), AdapterSlot()
     state.slots[str(ref.site)] = slot
     if ref.kind == "fused":
         setattr(host, f"lora_{ref.site.role}", slot)
@@ -297,7 +297,7 @@ def _ungraft_all(clip: Clip, state: LoraState) -> None:
 
 
 def _ungraft(model: nn.Module, site: Site, ref: SiteRef, has_slot: bool) -> None:
-    host = submodule(model, ref.module)
+    host = model.get_submodule(ref.module)
     if ref.kind == "fused":
         ungraft_attention(host)
     if not has_slot:

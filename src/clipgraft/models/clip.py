@@ -77,7 +77,9 @@ class Clip:
     @property
     def logit_scale(self) -> nn.Parameter:
         """Log of the inverse temperature, as the model trains it."""
-        return self.family.logit_scale(self.model)
+        scale = self.model.logit_scale
+        assert isinstance(scale, nn.Parameter)
+        return scale
 
     @property
     def context_length(self) -> int:

@@ -12,13 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipgraft.errors import ModelError
 from clipgraft.models.architecture import Activation, TextTower, VisionTower
 from clipgraft.models.clip import Clip, family_of
 from clipgraft.models.configs import model_config
-from clipgraft.models.convert_processors import (
+from clipgraft.models.family import LARGEST_ID, is_lora
+from clipgraft.models.hf import LARGEST_ID_AS_EOS
+from clipgraft.models.library_calls import no_initialization, quiet_libraries
+from clipgraft.models.processors import (
+    HfPreprocess,
+    HfTokenizer,
     ImageSettings,
     image_processor,
     image_settings,
@@ -27,12 +32,9 @@ from clipgraft.models.convert_processors import (
     to_openclip_tokenizer,
     tokenizer_config,
 )
-from clipgraft.models.family import LARGEST_ID, is_lora
-from clipgraft.models.hf import LARGEST_ID_AS_EOS
-from clipgraft.models.library_calls import no_initialization, quiet_libraries
-from clipgraft.models.processors import HfPreprocess, HfTokenizer
 from clipgraft.models.sites import TOWERS, Site, Tower
 
+_DEFAULT_EPS, _DEFAULT_RATIO = 1e-5, 4.0
 _HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -75,14 +77,11 @@ def to_open_clip(clip: Clip) -> Clip:
     settings = image_settings(clip)
     tokenizer = to_openclip_tokenizer(clip)
     model = _converted(clip, lambda: open_clip.CLIP(**config))
-    evaluate = train = None
-    if settings is not None:
-        evaluate, train = _openclip_transforms(model, settings)
-    family = family_of(model)
+    evaluate, train = (None, None) if settings is None else _openclip_transforms(model, settings)
     return replace(
         clip,
         model=model,
-        family=family,
+        family=family_of(model),
         tokenizer=tokenizer,
         preprocess=evaluate,
         preprocess_train=train,
@@ -149,8 +148,9 @@ def _openclip_transforms(model: nn.Module, settings: ImageSettings) -> tuple[Any
     from open_clip.model import set_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    config = PreprocessCfg(**preprocess_config(settings))
-    set_model_preprocess_cfg(model, {**preprocess_config(settings), "mode": "RGB", "fill_color": 0})
+    values = preprocess_config(settings)
+    config = PreprocessCfg(**values)
+    set_model_preprocess_cfg(model, {**values, "mode": "RGB", "fill_color": 0})
     return image_transform_v2(config, is_train=False), image_transform_v2(config, is_train=True)
 
 
@@ -164,19 +164,14 @@ def _converted(clip: Clip, build: Callable[[], nn.Module]) -> nn.Module:
     if odd := sorted(given.keys() ^ wanted.keys()):
         where = clip.family.name if odd[0] in given else family_of(model).name
         raise ModelError(f"only {where} has a weight {odd[0]} ({len(odd)} in all): this model has no twin")
-    for name, weight in wanted.items():
-        _put(name, weight, given[name])
+    for name, target in wanted.items():
+        value = given[name]
+        # open_clip may keep its temperature as a vector of one.
+        if value.shape != target.shape and not value.numel() == target.numel() == 1:
+            raise ModelError(f"{name} is {tuple(value.shape)}, but its twin {tuple(target.shape)}")
+        with torch.no_grad():
+            target.copy_(value.reshape(target.shape))
     return model.eval()
-
-
-def _put(name: str, target: Tensor, value: Tensor) -> None:
-    # open_clip may keep its temperature as a vector of one.
-    if value.numel() == target.numel() == 1:
-        value = value.reshape(target.shape)
-    if value.shape != target.shape:
-        raise ModelError(f"{name} is {tuple(value.shape)}, but its twin {tuple(target.shape)}")
-    with torch.no_grad():
-        target.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -214,11 +209,6 @@ class ClipShape:
     dim: int
 
 
-def is_plain(clip: Clip) -> bool:
-    """Whether both towers are CLIP's own transformers, which either library can hold."""
-    return not _why_not_plain(clip)
-
-
 def shape_of(clip: Clip) -> ClipShape:
     """Measure a model.
 
@@ -234,7 +224,6 @@ def shape_of(clip: Clip) -> ClipShape:
     assert vision is not None
     assert pooled is not None
     refs = clip.site_refs
-    projection = refs[Site("text", None, "proj")]
     return ClipShape(
         text=_tower_shape(clip, "text", text),
         vision=_tower_shape(clip, "vision", vision),
@@ -243,7 +232,7 @@ def shape_of(clip: Clip) -> ClipShape:
         pooled_id=pooled,
         image_size=clip.family.image_size(clip.model),
         patch_size=vision.patch_size,
-        dim=projection.shape[0],
+        dim=refs[Site("text", None, "proj")].shape[0],
     )
 
 
@@ -280,21 +269,18 @@ def _eps(clip: Clip, tower: Tower) -> set[float]:
     return {norm.eps for norm in norms if id(norm.weight) in owned}
 
 
-_DEFAULT_EPS, _DEFAULT_RATIO = 1e-5, 4.0
-
-
 def config_of(clip: Clip) -> dict[str, Any]:
     """The `model_cfg` of an open_clip model, its tokenizer's files taken to lie beside it.
 
     Raises:
         ModelError: the model is not a plain CLIP and the name it was loaded by does not tell either.
     """
-    if not is_plain(clip):
+    if _why_not_plain(clip):
         return model_config(clip.source.name)
     config = config_of_shape(shape_of(clip))
     config["text_cfg"] |= tokenizer_config(clip.tokenizer)
-    bias = clip.family.logit_bias(clip.model)
-    if bias is not None:
+    bias = getattr(clip.model, "logit_bias", None)
+    if isinstance(bias, nn.Parameter):
         config["init_logit_bias"] = float(bias.detach())
     split = getattr(clip.model, "text", None)
     if isinstance(split, nn.Module):

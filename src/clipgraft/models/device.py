@@ -83,21 +83,15 @@ def peak_memory() -> Iterator[Callable[[], float | None]]:
 def _reset() -> bool:
     if not _CLEAR.exists():
         return False
-    _give_back_freed()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone keeps what is freed
+    if trim is not None:
+        trim(0)
     try:
         _CLEAR.write_text("5")
     except OSError:
         return False
     return True
-
-
-def _give_back_freed() -> None:
-    gc.collect()
-    trim = getattr(
-        ctypes.CDLL(None), "malloc_trim", None
-    )  # glibc alone keeps what is freed, and can return it
-    if trim is not None:
-        trim(0)
 
 
 def _high_water() -> float | None:

@@ -57,12 +57,6 @@ class Family(Protocol):
     def context_length(self, model: nn.Module) -> int:
         """Longest token sequence the text tower takes."""
 
-    def logit_scale(self, model: nn.Module) -> nn.Parameter:
-        """The trained log of the inverse temperature."""
-
-    def logit_bias(self, model: nn.Module) -> nn.Parameter | None:
-        """SigLIP's logit bias, where the model has one."""
-
     def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
         """The tower's parameters from input to output in the groups open_clip's lock_*_tower unlocks."""
 
@@ -76,14 +70,9 @@ class Family(Protocol):
         """Base weights under `transformers.CLIPModel` names, (out, in) oriented, adapters left out."""
 
 
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path; "" is the model."""
-    return model.get_submodule(path)
-
-
 def site_weight(model: nn.Module, ref: SiteRef) -> Tensor:
     """The base weight of a site in its canonical shape, as a view where the layout allows it."""
-    weight = base_parameter(submodule(model, ref.module), ref.parameter)
+    weight = base_parameter(model.get_submodule(ref.module), ref.parameter)
     if ref.rows is not None:
         return weight[ref.rows]
     return weight.T if ref.kind == "projection" else weight
@@ -95,7 +84,7 @@ def site_bias(model: nn.Module, ref: SiteRef) -> Tensor | None:
         return None
     *path, leaf = ref.parameter.split(".")
     name = "in_proj_bias" if leaf == "in_proj_weight" else "bias"
-    bias = getattr(submodule(model, ".".join(filter(None, [ref.module, *path]))), name, None)
+    bias = getattr(model.get_submodule(".".join(filter(None, [ref.module, *path]))), name, None)
     if not isinstance(bias, Tensor):
         return None
     return bias if ref.rows is None else bias[ref.rows]
@@ -122,12 +111,9 @@ def is_lora(name: str) -> bool:
 
 def pooled_positions(tokens: Tensor, pooled_id: int) -> Tensor:
     """(N, L) ids and what `Family.pooled_id` says -> (N,) positions that are pooled."""
-    return tokens.argmax(dim=-1) if pooled_id == LARGEST_ID else first_position(tokens.eq(pooled_id))
-
-
-def first_position(matches: Tensor) -> Tensor:
-    """(N, L) booleans -> (N,) index of the first True in each row (0 where there is none)."""
-    return matches.to(torch.int32).argmax(dim=-1)
+    if pooled_id == LARGEST_ID:
+        return tokens.argmax(dim=-1)
+    return tokens.eq(pooled_id).to(torch.int32).argmax(dim=-1)  # 0 where there is none
 
 
 def parameters_of(items: Sequence[object]) -> list[nn.Parameter]:

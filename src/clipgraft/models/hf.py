@@ -15,7 +15,6 @@ from clipgraft.models.family import (
     parameters_of,
     pooled_positions,
     site_weight,
-    submodule,
 )
 from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower, block_number
 
@@ -106,17 +105,8 @@ class HfFamily:
     def context_length(self, model: nn.Module) -> int:
         return int(model.config.text_config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
 
-    def logit_scale(self, model: nn.Module) -> nn.Parameter:
-        scale = model.logit_scale
-        assert isinstance(scale, nn.Parameter)
-        return scale
-
-    def logit_bias(self, model: nn.Module) -> nn.Parameter | None:
-        bias = getattr(model, "logit_bias", None)
-        return bias if isinstance(bias, nn.Parameter) else None
-
     def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
-        owner = submodule(model, _TOWER_MODULE[tower])
+        owner = model.get_submodule(_TOWER_MODULE[tower])
         norms = ("final_layer_norm",) if tower == "text" else ("post_layernorm",)
         first = [getattr(owner, "embeddings", None), getattr(owner, "pre_layrnorm", None)]
         blocks = list(owner.encoder.layers)  # type: ignore[union-attr, arg-type]
@@ -168,7 +158,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 
 def _ref(model: nn.Module, site: Site) -> SiteRef:
     path = site_path(site)
-    module = submodule(model, path)
+    module = model.get_submodule(path)
     kind: SiteKind = "linear"
     if isinstance(module, nn.Embedding):
         kind = "embedding"

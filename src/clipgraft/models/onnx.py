@@ -1,6 +1,6 @@
 """Both towers as ONNX graphs, checked in ONNX Runtime against PyTorch before anybody gets to see them.
 
-Plain towers are exported from their parts (`plain.py`), so that batch and text length stay free. Others are
+Plain towers are exported from their parts, so that batch and text length stay free. Others are
 exported through their library's own forward, at the full context length.
 """
 
@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
-from clipgraft.models.architecture import image_features, text_features
+from clipgraft.models.architecture import Block, Linear, TextTower, VisionTower
 from clipgraft.models.clip import Clip
-from clipgraft.models.convert_processors import cleaning_of, hf_tokenizer_files, image_settings
 from clipgraft.models.family import LARGEST_ID
 from clipgraft.models.hub import one_line
 from clipgraft.models.library_calls import quiet_libraries
+from clipgraft.models.processors import cleaning_of, hf_tokenizer_files, image_settings
 from clipgraft.models.sites import Site
 
 DESCRIPTION = "clipgraft_onnx.json"
@@ -97,7 +98,7 @@ class _TextGraph(nn.Module):
             return family.encode_text(self.model, input_ids)
         ends = family.text_ends(self.model, input_ids)
         assert ends is not None
-        return text_features(tower, input_ids, ends)
+        return _text_features(tower, input_ids, ends)
 
     def sample(self, batch: int) -> Tensor:
         """Ids whose pooled token is at another place in each row, and again after it; some short if free."""
@@ -137,7 +138,7 @@ class _VisionGraph(nn.Module):
         tower = self.clip.family.vision_tower(self.model)
         if tower is None:
             return self.reference(pixel_values)
-        return image_features(tower, pixel_values)
+        return _image_features(tower, pixel_values)
 
     def sample(self, batch: int) -> Tensor:
         """Pixels of about the range that normalised ones have."""
@@ -241,3 +242,56 @@ def _own_kernels_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+# The forward of plain towers in a handful of operators: the libraries' own forwards take fast paths, build
+# masks in Python and fix the length of texts.
+
+
+def _text_features(tower: TextTower, tokens: Tensor, ends: Tensor) -> Tensor:
+    """(N, L) int64 ids and the (N,) positions of their pooled tokens -> (N, D) features."""
+    rows, length = tokens.shape
+    x = F.embedding(tokens, tower.tokens.weight) + tower.positions.weight[:length]
+    for block in tower.blocks:
+        x = _block(block, x, tower.heads, causal=True)
+    return _finish(tower, x[torch.arange(rows, device=tokens.device), ends])
+
+
+def _image_features(tower: VisionTower, images: Tensor) -> Tensor:
+    """(N, 3, H, W) pixels -> (N, D) features."""
+    (patch,) = tower.patch
+    patches = F.conv2d(images, patch.weight, patch.bias, stride=tower.patch_size).flatten(2).transpose(1, 2)
+    first = tower.class_embedding.expand(patches.shape[0], 1, -1)
+    x: Tensor = tower.norm_pre(torch.cat([first, patches], dim=1) + tower.positions.weight)
+    for block in tower.blocks:
+        x = _block(block, x, tower.heads, causal=False)
+    return _finish(tower, x[:, 0])
+
+
+def _finish(tower: TextTower | VisionTower, pooled: Tensor) -> Tensor:
+    normed: Tensor = tower.norm(pooled)
+    return normed if tower.proj is None else _linear(tower.proj, normed)
+
+
+def _block(block: Block, x: Tensor, heads: int, causal: bool) -> Tensor:
+    q, k, v = (torch.unflatten(t, -1, (heads, -1)).transpose(1, 2) for t in _qkv(block.qkv, block.norm1(x)))
+    context = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    x = x + _linear(block.out, context.transpose(1, 2).flatten(2))
+    inner = _linear(block.fc1, block.norm2(x))
+    if block.act == "quick_gelu":
+        inner = inner * torch.sigmoid(1.702 * inner)
+    else:
+        inner = F.gelu(inner, approximate="tanh" if block.act == "gelu_tanh" else "none")
+    return x + _linear(block.fc2, inner)
+
+
+def _qkv(parts: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    """One product where the three share a weight."""
+    if parts[0].rows is not None:
+        return F.linear(x, parts[0].weight, parts[0].bias).chunk(3, dim=-1)
+    return tuple(_linear((part,), x) for part in parts)
+
+
+def _linear(parts: Linear, x: Tensor) -> Tensor:
+    (part,) = parts
+    return F.linear(x, part.matrix, part.bias)

@@ -98,15 +98,6 @@ class OpenClipFamily:
     def context_length(self, model: nn.Module) -> int:
         return int(getattr(model, "context_length", None) or _text_tower(model).context_length)  # type: ignore[arg-type]
 
-    def logit_scale(self, model: nn.Module) -> nn.Parameter:
-        scale = model.logit_scale
-        assert isinstance(scale, nn.Parameter)
-        return scale
-
-    def logit_bias(self, model: nn.Module) -> nn.Parameter | None:
-        bias = getattr(model, "logit_bias", None)
-        return bias if isinstance(bias, nn.Parameter) else None
-
     def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
         if tower == "text":
             owner = _text_tower(model)

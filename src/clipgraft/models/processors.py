@@ -1,14 +1,12 @@
-"""Tokenizers and image preprocessing of both families behind one interface each.
-
-`find_tokenizer` and `find_preprocess` look for those of a raw model that `clipgraft.load` did not load.
-"""
+"""Tokenizers and image preprocessing of both families: one interface each, and from one to the other."""
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from PIL import Image
@@ -22,7 +20,12 @@ from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site
 
+if TYPE_CHECKING:
+    from clipgraft.models.clip import Clip
+
 Preprocess: TypeAlias = Callable[[Picture], Tensor]
+_CLIP_VOCABULARY = 49408
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 
 class Tokenizer(Protocol):
@@ -103,9 +106,6 @@ class HfPreprocess:
         return repr(self.processor)
 
 
-_CLIP_VOCABULARY = 49408
-
-
 def find_tokenizer(family: Family, model: nn.Module) -> Tokenizer | None:
     """CLIP's own tokenizer for its vocabulary, or the one beside a transformers model's weights."""
     if family.name == "open_clip":
@@ -167,3 +167,212 @@ def check_preprocess(preprocess: Any, size: tuple[int, int], where: object) -> N
             f"{where}: its image preprocessing gives {given} where the model takes {(3, *size)}: "
             "correct its preprocessor_config.json or preprocess_cfg"
         )
+
+
+# From one library to the other.
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a model's images are prepared.
+
+    Attributes:
+        size: (height, width) in pixels.
+        mean: of each channel, of 0..1.
+        std: of each channel, of 0..1.
+        interpolation: `bicubic` or `bilinear`.
+        resize_mode: open_clip's word: `shortest` (then the middle is cut out), `squash` or `longest`.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+
+
+def image_settings(clip: Clip) -> ImageSettings | None:
+    """What a model's preprocessing does; None for a model that comes without.
+
+    Raises:
+        ModelError: a transformers processor that does something else.
+    """
+    if clip.family.name == "open_clip":
+        recorded = getattr(clip.model.visual, "preprocess_cfg", None)
+        return None if recorded is None else _recorded_settings(recorded)
+    preprocess = clip.preprocess or find_preprocess(clip.family, clip.model)
+    return _processor_settings(preprocess.processor) if isinstance(preprocess, HfPreprocess) else None
+
+
+def image_processor(settings: ImageSettings) -> Any:
+    """The `transformers.CLIPImageProcessor` of the same settings; raises ModelError where there is none.
+
+    Its pixels differ from those of open_clip's transform: it resizes with PyTorch's 8-bit kernel instead of
+    Pillow's (at most two grey levels, mostly none), and rounds an odd margin of the cut down.
+    """
+    from transformers import CLIPImageProcessor
+
+    height, width = settings.size
+    common = {
+        "resample": next(code for code, name in _RESAMPLE.items() if name == settings.interpolation),
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "crop_size": {"height": height, "width": width},
+    }
+    if settings.resize_mode == "squash":
+        return CLIPImageProcessor(size={"height": height, "width": width}, do_center_crop=False, **common)
+    if settings.resize_mode == "shortest" and height == width:
+        return CLIPImageProcessor(size={"shortest_edge": height}, **common)
+    raise ModelError(
+        f"images resized to {height}x{width} in mode '{settings.resize_mode}' have no CLIPImageProcessor: "
+        "keep the model in the open_clip form"
+    )
+
+
+def preprocess_config(settings: ImageSettings) -> dict[str, Any]:
+    """The same settings as open_clip's `PreprocessCfg` takes them."""
+    height, width = settings.size
+    return {
+        "size": height if height == width else [height, width],
+        "mean": list(settings.mean),
+        "std": list(settings.std),
+        "interpolation": settings.interpolation,
+        "resize_mode": settings.resize_mode,
+    }
+
+
+def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
+    """A model's tokenizer as one of transformers; None for a model that comes without.
+
+    open_clip repairs texts with ftfy first (HTML entities, curly quotes, ligatures, broken encodings) and
+    transformers does not; all other texts get the same ids.
+
+    Raises:
+        ModelError: a tokenizer that does more than transformers can.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    tokenizer = clip.tokenizer or find_tokenizer(clip.family, clip.model)
+    if tokenizer is None or isinstance(tokenizer, HfTokenizer):
+        return tokenizer
+    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else tokenizer
+    usual = isinstance(inner, SimpleTokenizer) and _cleaning(inner) == "lower"
+    if usual and inner.reduction_fn is None and len(inner.all_special_ids) == 2:
+        return HfTokenizer(_bpe_tokenizer(inner, clip.context_length), clip.context_length)
+    bare = isinstance(inner, HFTokenizer) and _cleaning(inner) == "whitespace"
+    if bare and not inner.strip_sep_token and not inner.tokenizer_mode:
+        return HfTokenizer(inner.tokenizer, clip.context_length)
+    raise ModelError(
+        f"{type(inner).__name__} with its settings has no counterpart in transformers: "
+        "keep the model in the open_clip form"
+    )
+
+
+def to_openclip_tokenizer(clip: Clip) -> OpenClipTokenizer | None:
+    """A transformers model's tokenizer as one of open_clip; None for a model that comes without.
+
+    CLIP's own becomes `SimpleTokenizer`, any other is wrapped in `HFTokenizer`, which also repairs texts.
+
+    Raises:
+        ModelError: clip's tokenizer is not one of transformers.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    tokenizer = clip.tokenizer or find_tokenizer(clip.family, clip.model)
+    if tokenizer is None:
+        return None
+    if not isinstance(tokenizer, HfTokenizer):
+        raise ModelError(
+            f"a {type(tokenizer).__name__} cannot be used by open_clip: load the model with clipgraft.load"
+        )
+    length = clip.context_length
+    clips_own = SimpleTokenizer(context_length=length)
+    is_clip = "CLIPTokenizer" in type(tokenizer.inner).__name__  # which lowers case
+    if is_clip and tokenizer.inner.get_vocab() == _vocabulary(clips_own):
+        return OpenClipTokenizer(clips_own, length)
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
+        tokenizer.inner.save_pretrained(folder)
+        return OpenClipTokenizer(HFTokenizer(folder, context_length=length), length)
+
+
+def tokenizer_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What open_clip's `text_cfg` says of a tokenizer whose files lie beside it; {} for `SimpleTokenizer`."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else None
+    if isinstance(inner, HFTokenizer):
+        kwargs: dict[str, Any] = {"clean": _cleaning(inner)}
+        if inner.strip_sep_token:
+            kwargs["strip_sep_token"] = True
+        mode = {"tokenizer_mode": inner.tokenizer_mode} if inner.tokenizer_mode else {}
+        # open_clip looks in the folder of the configuration, whatever name is given here.
+        return {"hf_tokenizer_name": ".", "tokenizer_kwargs": kwargs, **mode}
+    if isinstance(inner, SimpleTokenizer) and _cleaning(inner) != "lower":
+        return {"tokenizer_kwargs": {"clean": _cleaning(inner)}}
+    return {}
+
+
+def hf_tokenizer_files(clip: Clip) -> Any:
+    """The transformers tokenizer to put beside an export, even if texts need `cleaning_of` first; or None."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    inner = getattr(clip.tokenizer, "inner", None)
+    if isinstance(inner, SimpleTokenizer):
+        return _bpe_tokenizer(inner, clip.context_length)
+    return inner if isinstance(clip.tokenizer, HfTokenizer) else getattr(inner, "tokenizer", None)
+
+
+def cleaning_of(tokenizer: Tokenizer | None) -> str | None:
+    """open_clip's name for what it does to texts before it splits them: `lower`, `whitespace`, …"""
+    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else None
+    return _cleaning(inner) or None if hasattr(inner, "clean_fn") else None
+
+
+def _recorded_settings(recorded: Any) -> ImageSettings:
+    size = recorded["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    interpolation = "bilinear" if recorded["interpolation"] == "bilinear" else "bicubic"
+    mean, std = tuple(recorded["mean"]), tuple(recorded["std"])
+    return ImageSettings((height, width), mean, std, interpolation, recorded["resize_mode"])
+
+
+def _processor_settings(processor: Any) -> ImageSettings:
+    says = processor.to_dict()
+    known = {name: int(value) for name, value in dict(says["size"]).items() if value is not None}
+    crop = says.get("crop_size") if says.get("do_center_crop") else None
+    cut = (int(crop["height"]), int(crop["width"])) if crop else None
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    scaled = all(says.get(step) for step in steps) and abs(says["rescale_factor"] * 255 - 1) < 1e-6
+    interpolation = _RESAMPLE.get(int(says["resample"]))
+    if scaled and not says.get("do_pad") and interpolation:
+        rest = (tuple(says["image_mean"]), tuple(says["image_std"]), interpolation)
+        edge = known.get("shortest_edge")
+        if set(known) == {"shortest_edge"} and edge and cut == (edge, edge):
+            return ImageSettings((edge, edge), *rest, "shortest")
+        target = (known.get("height", 0), known.get("width", 0))
+        if set(known) == {"height", "width"} and cut in (None, target):
+            return ImageSettings(target, *rest, "squash")
+    raise ModelError(
+        f"{type(processor).__name__} with size {known} and crop {cut} prepares images in a way that "
+        "open_clip has no setting for: keep the model in the transformers form"
+    )
+
+
+def _cleaning(inner: Any) -> str:
+    from open_clip.tokenizer import get_clean_fn
+
+    names = ("lower", "whitespace", "canonicalize")
+    return next((name for name in names if get_clean_fn(name) is inner.clean_fn), "")
+
+
+def _vocabulary(inner: Any) -> dict[str, int]:
+    """A `SimpleTokenizer`'s pieces, its start and end tokens under the names transformers gives them."""
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {renamed.get(piece, piece): index for piece, index in inner.encoder.items()}
+
+
+def _bpe_tokenizer(inner: Any, length: int) -> Any:
+    from transformers import CLIPTokenizer
+
+    merges = sorted(inner.bpe_ranks, key=inner.bpe_ranks.__getitem__)
+    return CLIPTokenizer(vocab=_vocabulary(inner), merges=merges, model_max_length=length)

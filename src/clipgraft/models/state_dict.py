@@ -66,11 +66,13 @@ def load_weights(model: nn.Module, file: WeightsFile) -> list[str]:
         MisfitError: weights are missing, left over, or of other shapes.
     """
     state = _unwrapped(file.state)
-    own = _live(model)
+    own = dict(model.state_dict())
     found = max((_named(state, layout) for layout in _layouts(model, own)), key=lambda found: found.covered)
     twin = None
     if found.covered < len(found.layout) and (twin := _openclip_twin(model)) is not None:
-        found = max(found, _named(state, _live(twin)), key=lambda found: found.covered / len(found.layout))
+        found = max(
+            found, _named(state, dict(twin.state_dict())), key=lambda found: found.covered / len(found.layout)
+        )
     notes = [*file.notes, *_others(found)]
     _check_names(found, model)
     for name, target in found.layout.items():
@@ -85,23 +87,16 @@ def load_weights(model: nn.Module, file: WeightsFile) -> list[str]:
     return notes
 
 
-def _live(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors by name."""
-    return dict(model.state_dict())
-
-
 def _layouts(model: nn.Module, own: Layout) -> list[Layout]:
     """The names that this very model's weights have in different libraries, its own first."""
-    split = any(name.startswith("text.") for name in own)
-    other = {(name.removeprefix("text.") if split else _split_name(name)): t for name, t in own.items()}
+    if any(name.startswith("text.") for name in own):
+        other = {name.removeprefix("text."): tensor for name, tensor in own.items()}
+    else:
+        other = {f"text.{n}" if n.startswith(_SPLIT) else n: tensor for n, tensor in own.items()}
     layouts: list[Layout] = [own]
     if family_of(model).name == "open_clip":
         layouts += [other, dict(family_of(model).canonical_weights(model))]
     return layouts
-
-
-def _split_name(name: str) -> str:
-    return f"text.{name}" if name.startswith(_SPLIT) else name
 
 
 def _openclip_twin(model: nn.Module) -> nn.Module | None:
@@ -190,11 +185,9 @@ def _put(model: nn.Module, name: str, target: Tensor, value: Tensor | None, note
     if target.is_floating_point() and not value.is_floating_point():
         raise MisfitError(f"{name} is of type {value.dtype}, no weight")
     # Libraries keep temperatures as numbers and as vectors of one.
-    if value.numel() == target.numel() == 1:
-        value = value.reshape(target.shape)
-    if value.shape != target.shape:
+    if value.shape != target.shape and not value.numel() == target.numel() == 1:
         value = _resized(model, name, target, value, notes)
-    target.copy_(value)
+    target.copy_(value.reshape(target.shape))
 
 
 def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor, notes: list[str]) -> Tensor:

@@ -19,7 +19,7 @@ from clipgraft.lora.control import disable_lora
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.family import base_parameter, is_lora, submodule
+from clipgraft.models.family import base_parameter, is_lora
 from clipgraft.models.hub import one_line
 from clipgraft.models.sites import Site, SiteRef, Tower
 from clipgraft.profile.trace import LayerCost, Product, Trace, join, on_meta, trace
@@ -230,7 +230,7 @@ def _site_costs(clip: Clip, tower: Tower, base: Trace, whole: Trace) -> Iterable
     for site, ref in clip.site_refs.items():
         if site.tower != tower:
             continue
-        weight = base_parameter(submodule(clip.model, ref.module), ref.parameter)
+        weight = base_parameter(clip.model.get_submodule(ref.module), ref.parameter)
         layer = updates.get(site)
         acts = layer is not None and any(names[id(p)] in whole.weights for p in layer.parameters())
         yield SiteCost(
