@@ -33,12 +33,12 @@ from .lora.config import LoraConfig as LoraConfig
 from .lora.control import disable_lora as disable_lora
 from .lora.control import enable_lora as enable_lora
 from .lora.control import lora_disabled as lora_disabled
+from .lora.control import merge_lora as merge_lora
 from .lora.control import set_adapter as set_adapter
+from .lora.control import unmerge_lora as unmerge_lora
 from .lora.inject import apply_lora as apply_lora
 from .lora.inject import remove_lora as remove_lora
-from .lora.merge import merge_lora as merge_lora
-from .lora.merge import unmerge_lora as unmerge_lora
-from .lora.parameters import count_parameters as count_parameters
+from .lora.state import count_parameters as count_parameters
 from .search.args import EncodeArgs as EncodeArgs
 from .train.args import RunArgs as RunArgs
 from .train.args import TrainArgs as TrainArgs

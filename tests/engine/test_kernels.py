@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from clipgraft.engine import attention as kernels
-from clipgraft.engine import frozen_weights as products
 from clipgraft.engine.attention import AttentionKernels, causal_mask, length_mask, sdpa
 from clipgraft.engine.attention import products as two_products
-from clipgraft.engine.linear import masked, random_mask
+from clipgraft.engine.linear import FrozenWeight, masked, packing_works, random_mask
 
 
 def qkv(length: int = 9, queries: int = 9) -> list[torch.Tensor]:
@@ -119,14 +118,14 @@ def test_frozen_products_are_those_of_the_plain_weight(
     packing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A torch that cannot pack weights computes something else than one that can."""
-    if packing and not products.packing_works():
+    if packing and not packing_works():
         pytest.skip("this torch does not pack bf16 weights")
-    monkeypatch.setattr(products, "packing_works", lambda: packing)
+    monkeypatch.setattr("clipgraft.engine.linear.packing_works", lambda: packing)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(48, 32, generator=generator), torch.randn(48, generator=generator)
     x, grad = torch.randn(11, 32, generator=generator), torch.randn(11, 48, generator=generator)
     weight, bias, x, grad = (t.to(torch.bfloat16) for t in (weight, bias, x, grad))
-    frozen = products.FrozenWeight(lambda: list(weight.split([20, 28])), bias.split([20, 28]))
+    frozen = FrozenWeight(lambda: list(weight.split([20, 28])), bias.split([20, 28]))
     assert frozen.packs == packing
     exact = F.linear(x.float(), weight.float(), bias.float())
     torch.testing.assert_close(frozen.forward(x).float(), exact, atol=0.1, rtol=0.01)

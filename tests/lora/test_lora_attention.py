@@ -87,7 +87,7 @@ def test_attention_without_biases(grad: bool) -> None:
     """A base whose attention has no biases cannot be adapted."""
     from clipgraft.lora.attention import graft_attention
     from clipgraft.lora.layers import AdapterSlot
-    from clipgraft.lora.plain import PlainLora
+    from clipgraft.lora.variants import PlainLora
     from clipgraft.models.sites import Site, SiteRef
 
     stock = nn.MultiheadAttention(16, 2, bias=False, batch_first=True).eval()

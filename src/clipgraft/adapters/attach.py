@@ -20,9 +20,8 @@ from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.initialization import initialize_from_base
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import outputs_of
-from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
-from clipgraft.lora.variants import check_variant, variant_of
+from clipgraft.lora.variants import PlainLora, check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.hf import path_site, site_path

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile, lora_state_dict, save_adapter
 from clipgraft.adapters.attach import load_adapter
-from clipgraft.engine.mixed_batches import Names, encode_rows
-from clipgraft.lora.control import disable_lora, enable_lora
+from clipgraft.engine.encoder import Names, encode_rows
+from clipgraft.lora.control import disable_lora, enable_lora, merge_lora, unmerge_lora
 from clipgraft.lora.inject import apply_lora
-from clipgraft.lora.merge import merge_lora, unmerge_lora
-from clipgraft.lora.parameters import count_parameters, verify_gradients
-from clipgraft.lora.state import require_lora
+from clipgraft.lora.state import count_parameters, require_lora, verify_gradients
 from clipgraft.lora.targets import guide_targets
 from clipgraft.models.clip import Clip as BaseClip
 from clipgraft.models.clip import ClipLike, Images, unit_norm

@@ -16,8 +16,7 @@ from clipgraft.adapters.patterns import Matches, PatternError, end_of_path, targ
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.layers import LoraLayer, Parts
-from clipgraft.lora.plain import PlainLora
-from clipgraft.lora.variants import variant_in_peft, variant_of
+from clipgraft.lora.variants import PlainLora, variant_in_peft, variant_of
 from clipgraft.models.hf import path_site, site_path
 from clipgraft.models.sites import Site
 from clipgraft.records import shown

@@ -111,8 +111,8 @@ def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> No
 
 
 def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any, overwrite: bool) -> None:
+    from clipgraft.lora.control import merge_lora
     from clipgraft.lora.inject import remove_lora
-    from clipgraft.lora.merge import merge_lora
     from clipgraft.models.export import write_model
 
     merge_lora(clip, amounts)

@@ -302,8 +302,7 @@ def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int 
     """Log one line on what is about to train; `unit` says what the rows are: pairs or images."""
     import torch
 
-    from clipgraft.lora.parameters import count_parameters
-    from clipgraft.lora.state import lora_state
+    from clipgraft.lora.state import count_parameters, lora_state
 
     count = count_parameters(clip)
     if lora_state(clip) is not None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clipgraft.data.feature_cache import FeatureKey
 from clipgraft.data.loading import Transform
+from clipgraft.lora.inject import AdaptedProjection
 from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer
-from clipgraft.lora.raw_parameters import AdaptedProjection
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 

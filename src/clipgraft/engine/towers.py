@@ -19,8 +19,7 @@ from clipgraft.engine.attention import (
     look_up,
     split_heads,
 )
-from clipgraft.engine.frozen_weights import WeightCache
-from clipgraft.engine.linear import frozen_linear, trained_linear
+from clipgraft.engine.linear import WeightCache, frozen_linear, trained_linear
 from clipgraft.engine.mixed_adapters import ActiveAdapter, MixedAdapters
 from clipgraft.engine.packing import Group, Packed
 from clipgraft.models.architecture import Activation, Block, Linear, Part, TextTower, VisionTower

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.lora.layers import AdapterSlot, LoraLayer
+from clipgraft.models.sites import ATTENTION_ROLES
 
-FUSED_ROLES = ("q", "k", "v", "out")
 _QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 _WAS_TRAINABLE = "_clipgraft_was_trainable"
 
@@ -55,9 +55,9 @@ def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
     return _was_trainable(attention) and (torch.is_grad_enabled() or not cast)
 
 
-def active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
+def _active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
     """Return the updates in effect of an attention module, by role."""
-    slots = {role: getattr(attention, f"lora_{role}", None) for role in FUSED_ROLES}
+    slots = {role: getattr(attention, f"lora_{role}", None) for role in ATTENTION_ROLES}
     layers = {role: slot.current for role, slot in slots.items() if isinstance(slot, AdapterSlot)}
     return {role: layer for role, layer in layers.items() if layer is not None}
 
@@ -79,7 +79,7 @@ def multihead_forward(
     or boolean, as there. Cross-attention and calls with `need_weights`, `key_padding_mask` or `is_causal`
     run the stock forward on W': exact too, but without dropout on the adapter path.
     """
-    lora = active_lora(attention)
+    lora = _active_lora(attention)
     arguments = (
         query,
         key,
@@ -142,7 +142,7 @@ def fused_forward(
 
     `k_x` and `v_x` are 4.x's; its blocks pass them even where they are `x` itself.
     """
-    lora = active_lora(attention)
+    lora = _active_lora(attention)
     if not lora:
         extra = {name: t for name, t in (("k_x", k_x), ("v_x", v_x)) if t is not None}
         result: Tensor = type(attention).forward(attention, x, **extra, attn_mask=attn_mask)

@@ -19,8 +19,8 @@ from clipgraft.lora.control import set_adapter
 from clipgraft.lora.initialization import principal
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer
-from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.state import Adapter, LoraState, check_name, require_lora, require_unmerged
+from clipgraft.lora.variants import PlainLora
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_weight
 from clipgraft.models.sites import Site

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from clipgraft.errors import AdapterError
 from clipgraft.lora.layers import LoraLayer
-from clipgraft.lora.plain import PlainLora
 from clipgraft.lora.state import Adapter, require_lora, require_unmerged
-from clipgraft.lora.variants import variant_of
+from clipgraft.lora.variants import PlainLora, variant_of
 from clipgraft.models.clip import ClipLike, as_clip
 
 

@@ -6,22 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.attention import graft_attention, ungraft_attention
 from clipgraft.lora.config import LoraConfig
-from clipgraft.lora.control import make_active
+from clipgraft.lora.control import make_active, restore_base
 from clipgraft.lora.initialization import initialize_from_base
 from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer, Parts
-from clipgraft.lora.merge import restore
-from clipgraft.lora.plain import PlainLora
-from clipgraft.lora.raw_parameters import (
-    graft_projection,
-    graft_table,
-    ungraft_projection,
-    ungraft_table,
-)
 from clipgraft.lora.state import (
     DEFAULT,
     STATE,
@@ -33,11 +27,11 @@ from clipgraft.lora.state import (
     require_unmerged,
 )
 from clipgraft.lora.targets import override_values, select_sites
-from clipgraft.lora.variants import check_variant, variant_of
+from clipgraft.lora.variants import PlainLora, check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
 from clipgraft.models.rwlock import rwlock_of
-from clipgraft.models.sites import Site, SiteRef
+from clipgraft.models.sites import SiteRef
 
 _MOST_OVER = 4
 
@@ -205,9 +199,9 @@ def _graft(model: nn.Module, ref: SiteRef, state: LoraState) -> None:
     if ref.kind == "fused":
         setattr(host, f"lora_{ref.site.role}", slot)
     elif ref.kind == "projection":
-        graft_projection(host, ref.parameter, slot)
+        _graft_projection(host, ref.parameter, slot)
     elif ref.kind == "table":
-        graft_table(host, ref.parameter, slot)
+        _graft_table(host, ref.parameter, slot)
     else:
         host.lora = slot
         state.hooks[str(ref.site)] = host.register_forward_hook(_adapt)
@@ -263,7 +257,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
             scale = clip.logit_scale.data
             if keep_merged:
                 state.merged = None
-            restore(clip, state)
+            restore_base(clip, state)
             make_active(clip, state, state.active)
             _take_off(clip, state, gone)
             if not state.adapters:
@@ -287,7 +281,19 @@ def _ungraft_all(clip: Clip, state: LoraState) -> None:
     for hook in state.hooks.values():
         hook.remove()
     for site, ref in reversed(clip.site_refs.items()):
-        _ungraft(clip.model, site, ref, str(site) in state.slots)
+        host, has_slot = clip.model.get_submodule(ref.module), str(site) in state.slots
+        if ref.kind == "fused":
+            ungraft_attention(host)
+        if not has_slot:
+            continue
+        if ref.kind == "fused":
+            delattr(host, f"lora_{site.role}")
+        elif ref.kind == "projection":
+            _ungraft_projection(host, ref.parameter)
+        elif ref.kind == "table":
+            _ungraft_table(host, ref.parameter)
+        else:
+            del host.lora
     for path, norm in clip.family.norms(clip.model).items():
         if path in state.slots:
             del norm.lora
@@ -296,17 +302,98 @@ def _ungraft_all(clip: Clip, state: LoraState) -> None:
     delattr(clip.model, STATE)
 
 
-def _ungraft(model: nn.Module, site: Site, ref: SiteRef, has_slot: bool) -> None:
-    host = model.get_submodule(ref.module)
-    if ref.kind == "fused":
-        ungraft_attention(host)
-    if not has_slot:
-        return
-    if ref.kind == "fused":
-        delattr(host, f"lora_{site.role}")
-    elif ref.kind == "projection":
-        ungraft_projection(host, ref.parameter)
-    elif ref.kind == "table":
-        ungraft_table(host, ref.parameter)
-    else:
-        del host.lora
+# Raw Parameters, which no hook reaches: projections that multiply and tables that are added.
+
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+class AdaptedProjection(nn.Module):
+    """Stands where a raw (in, out) Parameter stood, for models that compute `x @ self.proj`.
+
+    torch hands `tensor @ self` to `__torch_function__`, so that the update acts on `x` itself and dropout
+    can be on the adapter path, which no replacement of the weight could do.
+    """
+
+    def __init__(self, weight: nn.Parameter, slot: AdapterSlot, position: int) -> None:
+        """`position` is the Parameter's place among those of its host."""
+        super().__init__()
+        self.weight = weight
+        self.lora = slot
+        self.position = position
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        out, layer = x @ self.weight, self.lora.current
+        return out if layer is None else layer.adapt(out, x, self.weight.T, None)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS and len(args) == 2 and isinstance(args[1], cls):
+            return args[1](args[0])
+        raise NotImplementedError(
+            f"LoRA on a raw projection acts in `x @ proj`, but this model calls {func.__name__} on it: "
+            "leave proj out of the targets"
+        )
+
+
+class AdaptedTable(nn.Module):
+    """Parametrisation of a raw (rows, dim) position table: W', dropout not defined on positions."""
+
+    def __init__(self, slot: AdapterSlot, position: int) -> None:
+        """`position` is the table's place among the Parameters of its host."""
+        super().__init__()
+        self.lora = slot
+        self.position = position
+
+    def forward(self, weight: Tensor) -> Tensor:
+        layer = self.lora.current
+        return weight if layer is None else layer.folded(weight)
+
+
+def _graft_projection(host: nn.Module, name: str, slot: AdapterSlot) -> None:
+    """Put an `AdaptedProjection` where the Parameter `name` of `host` is."""
+    position = list(host._parameters).index(name)
+    weight = host._parameters.pop(name)
+    assert weight is not None
+    setattr(host, name, AdaptedProjection(weight, slot, position))
+
+
+def _ungraft_projection(host: nn.Module, name: str) -> None:
+    """Give `host` its bare Parameter back."""
+    adapted = getattr(host, name)
+    delattr(host, name)
+    host.register_parameter(name, adapted.weight)
+    _move_to(host, name, adapted.position)
+
+
+def _graft_table(host: nn.Module, name: str, slot: AdapterSlot) -> None:
+    """Let `host` read W' where it reads the Parameter `name`."""
+    position = list(host._parameters).index(name)
+    parametrize.register_parametrization(host, name, AdaptedTable(slot, position))
+
+
+def _ungraft_table(host: nn.Module, name: str) -> None:
+    """Give `host` its bare Parameter back.
+
+    Deep copies share the class that torch made for the parametrised host, and torch would take the name off
+    that class: off a class of the host's own, the copies keep their update.
+    """
+    position = host.parametrizations[name][0].position  # type: ignore[index, union-attr]
+    shared = type(host)
+    host.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    parametrize.remove_parametrizations(host, name, leave_parametrized=False)
+    _move_to(host, name, position)
+
+
+def _move_to(host: nn.Module, name: str, position: int) -> None:
+    """Move a Parameter to its old position: optimisers and state dicts depend on the order."""
+    items = [item for item in host._parameters.items() if item[0] != name]
+    items.insert(position, (name, host._parameters[name]))
+    host._parameters.clear()
+    host._parameters.update(items)

@@ -1,7 +1,6 @@
 """The update of one site: the protocol that every variant of LoRA follows, and its arithmetic.
 
-A variant is a subclass in a file of its own, listed in `clipgraft.lora.variants`: plain LoRA (`plain`), DoRA
-(`dora`), VeRA (`vera`).
+A variant is a subclass, listed in `clipgraft.lora.variants`.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
     tokenizer = clip.tokenizer or find_tokenizer(clip.family, clip.model)
     if tokenizer is None or isinstance(tokenizer, HfTokenizer):
         return tokenizer
-    inner = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else tokenizer
+    inner: Any = tokenizer.inner if isinstance(tokenizer, OpenClipTokenizer) else tokenizer
     usual = isinstance(inner, SimpleTokenizer) and _cleaning(inner) == "lower"
     if usual and inner.reduction_fn is None and len(inner.all_special_ids) == 2:
         return HfTokenizer(_bpe_tokenizer(inner, clip.context_length), clip.context_length)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipgraft.errors import TrainingError
-from clipgraft.lora.parameters import verify_gradients
-from clipgraft.lora.state import lora_state
+from clipgraft.lora.state import lora_state, verify_gradients
 from clipgraft.models.clip import Clip
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from clipgraft.train.distributed import World

@@ -22,8 +22,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import TrainingError
 from clipgraft.evaluate.metrics import Metrics, headline
 from clipgraft.lora.initialization import changes_nothing, is_new, start_from_data
-from clipgraft.lora.parameters import count_parameters
-from clipgraft.lora.state import lora_state, require_unmerged
+from clipgraft.lora.state import count_parameters, lora_state, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.export import size_on_disk
 from clipgraft.pictures import open_image
