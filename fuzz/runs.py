@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import write_adapter
+from clipgraft.adapters.folder import write_adapter
 from clipgraft.data.feature_cache import FeatureCache, FeatureKey
 from clipgraft.engine import attention
 from clipgraft.files import write_json

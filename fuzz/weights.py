@@ -17,9 +17,10 @@ from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, pairs, write_adapter
+from clipgraft.adapters.adapter_file import AdapterFile, pairs
 from clipgraft.adapters.clip_lora import write_clip_lora
 from clipgraft.adapters.convert import detect, read_any
+from clipgraft.adapters.folder import write_adapter
 from clipgraft.adapters.guide_format import write_guide
 from clipgraft.lora.config import LoraConfig
 from clipgraft.models.load_hf import load_hf

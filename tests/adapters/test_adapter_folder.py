@@ -337,8 +337,11 @@ DAMAGE = {
     "A without B": (lambda f: without(f, "q_proj.lora_B"), r"lacks weights of text\.0\.q \(lora_B\.weight\)"),
     "no weights in it": (lambda f: without(f, ""), "lacks the weights of every site"),
     "another rank": (lambda f: edit(f / CONFIG, r=5), "the files are of two adapters"),
-    "rank of text": (lambda f: edit(f / CONFIG, r="four"), "'r' is 'four' where a number belongs"),
-    "rank pattern of text": (lambda f: edit(f / CONFIG, rank_pattern="q"), "rank_pattern is no JSON object"),
+    "rank of text": (lambda f: edit(f / CONFIG, r="four"), "r is 'four', and should be a whole number"),
+    "rank pattern of text": (
+        lambda f: edit(f / CONFIG, rank_pattern="q"),
+        "rank_pattern is 'q', and should be an object",
+    ),
     "a broken pattern": (lambda f: edit(f / CONFIG, alpha_pattern={"(": 2}), "is no pattern"),
     "an alpha of nothing": (lambda f: edit(f / CONFIG, lora_alpha=-1), "alpha: got -1"),
     "a dropout of everything": (lambda f: edit(f / CONFIG, lora_dropout=1), "dropout: got 1"),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.adapters.adapter_file import AdapterFile, pairs
-from clipgraft.adapters.clip_lora import clip_lora_adapter, read_clip_lora, write_clip_lora
+from clipgraft.adapters.clip_lora import read_clip_lora, write_clip_lora
+from clipgraft.adapters.convert import read_any
 from clipgraft.lora.inject import LoraConfig
 from clipgraft.models.sites import Site
 from damaged_values import damaged, read_or_one_line
@@ -80,7 +81,7 @@ def test_which_layer_is_which(backbone: str, encoder: str, position: str, tmp_pa
     widths = [text_width if tower == "text" else vision_width for tower, _ in wanted]
     data = file_of(widths, "qo", encoder=encoder, position=position)
     torch.save(data, tmp_path / "lora_weights.pt")
-    adapter = read_clip_lora(tmp_path / "lora_weights.pt")
+    adapter = read_any(tmp_path / "lora_weights.pt")
     assert [str(site) for site in adapter.weights] == [
         f"{t}.{b}.{role}" for t, b in wanted for role in ("q", "out")
     ]
@@ -150,7 +151,7 @@ def test_clip_lora_loads_what_we_write(name: str, tiny_openclip: nn.Module, tmp_
     wanted = features(explicit_model(base, updates_of(adapter)), *sample)
     assert largest(features(load_as_clip_lora(base, path), *sample), wanted) < 1e-5
     assert largest(features(base, *sample), wanted) > 0.01
-    again = read_clip_lora(path, text_layers=2, vision_layers=2)
+    again = read_any(path, text_layers=2, vision_layers=2)
     assert again.weights.keys() == adapter.weights.keys()
     for site, delta in deltas(adapter).items():
         assert (deltas(again)[site] - delta).abs().max() <= 2**-22 * delta.abs().max()
@@ -165,7 +166,7 @@ def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
     data["weights"] = {
         n: {"q_proj": {k: v.half() for k, v in d["q_proj"].items()}} for n, d in data["weights"].items()
     }
-    adapter = clip_lora_adapter(data, tmp_path / "x.pt")
+    adapter = read_clip_lora(data, tmp_path / "x.pt")
     a, b = adapter.weights[Site("text", 4, "q")]
     assert (a.dtype, b.dtype) == (torch.float32, torch.float32)
     assert torch.equal(a, data["weights"]["layer_0"]["q_proj"]["w_lora_A"].float())
@@ -176,11 +177,11 @@ def test_towers_of_one_width(tmp_path: Path) -> None:
     """Layers of two towers of equal width are shared out by guessing."""
     data = file_of([64] * 7)
     with pytest.raises(cg.errors.AdapterError, match=r"7 layers and does not tell.*`text_layers=N`"):
-        clip_lora_adapter(data, tmp_path / "x.pt")
+        read_clip_lora(data, tmp_path / "x.pt")
     for given_depth in ({"text_layers": 3}, {"vision_layers": 4}, {"text_layers": 3, "vision_layers": 4}):
-        adapter = clip_lora_adapter(data, tmp_path / "x.pt", **given_depth)
+        adapter = read_clip_lora(data, tmp_path / "x.pt", **given_depth)
         assert [len({s.block for s in adapter.weights if s.tower == t}) for t in ("text", "vision")] == [3, 4]
-    whole = clip_lora_adapter(file_of([64] * 24), tmp_path / "x.pt")
+    whole = read_clip_lora(file_of([64] * 24), tmp_path / "x.pt")
     assert sum(site.tower == "text" for site in whole.weights) == 12 * 3
 
 
@@ -197,7 +198,7 @@ def test_towers_of_one_width(tmp_path: Path) -> None:
 def test_layers_that_do_not_fit(change: dict[str, Any], depths: dict[str, int], tmp_path: Path) -> None:
     """A file whose layers are not those its metadata names is read all the same."""
     with pytest.raises(cg.errors.AdapterError, match="are not those of position"):
-        clip_lora_adapter(file_of(**change), tmp_path / "x.pt", **depths)
+        read_clip_lora(file_of(**change), tmp_path / "x.pt", **depths)
 
 
 def handmade(sites: list[str], width: int = 32) -> AdapterFile:
@@ -218,16 +219,16 @@ def test_sites_clip_lora_has_not(tmp_path: Path) -> None:
         write_clip_lora(deep, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
     path = write_clip_lora(deep, tmp_path / "x.pt", text_layers=14)
-    assert read_clip_lora(path).weights.keys() == deep.weights.keys()
+    assert read_any(path).weights.keys() == deep.weights.keys()
 
 
 def test_files_of_before_september_2024(tmp_path: Path) -> None:
     """Older files on ViT-L/14, whose positions named other blocks, are put on the blocks of today."""
     data = file_of([768] * 12 + [1024] * 21, "q")
-    found = clip_lora_adapter(data, tmp_path / "x.pt").weights
+    found = read_clip_lora(data, tmp_path / "x.pt").weights
     assert [s.block for s in found if s.tower == "vision"] == list(range(21))
     data = file_of([768] * 6 + [1024] * 6, "q", position="half-up")
-    found = clip_lora_adapter(data, tmp_path / "x.pt").weights
+    found = read_clip_lora(data, tmp_path / "x.pt").weights
     assert [s.block for s in found if s.tower == "vision"] == list(range(6, 12))
 
 
@@ -249,7 +250,7 @@ def test_damaged_files(data: Any) -> None:
     """A damaged or hostile file ends in a traceback instead of one line."""
     if not isinstance(data, dict):
         return
-    adapter = read_or_one_line(lambda: clip_lora_adapter(data, Path("x.pt")), "x.pt")
+    adapter = read_or_one_line(lambda: read_clip_lora(data, Path("x.pt")), "x.pt")
     if adapter is not None:
         assert all(a.shape[0] == b.shape[1] and a.dtype == torch.float32 for a, b in adapter.weights.values())
         updates_of(adapter)

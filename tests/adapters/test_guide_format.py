@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import clipgraft as cg
 from clipgraft.adapters.adapter_file import AdapterFile
-from clipgraft.adapters.guide_format import guide_adapter, read_guide, write_guide, write_guide_full
+from clipgraft.adapters.convert import read_any
+from clipgraft.adapters.guide_format import read_guide, write_guide, write_guide_full
 from clipgraft.models.clip import as_clip
 from clipgraft.train.run_folder import Saver
 from damaged_values import damaged, read_or_one_line
@@ -81,7 +82,7 @@ def test_the_guide_loads_what_we_write(name: str, tiny_openclip: nn.Module, tmp_
 def test_round_trip(name: str, tiny_openclip: nn.Module, tmp_path: Path) -> None:
     """There and back, an adapter has lost its ranks, its base or the last bits of its weights."""
     adapter = adapter_of(tiny_openclip, tmp_path, name)
-    again = read_guide(write_guide(adapter, tmp_path / "lora.pt"))
+    again = read_any(write_guide(adapter, tmp_path / "lora.pt"))
     assert again.weights.keys() == adapter.weights.keys()
     assert all(torch.equal(again.weights[site][0], a) for site, (a, _) in adapter.weights.items())
     for site, delta in deltas(adapter).items():
@@ -90,7 +91,7 @@ def test_round_trip(name: str, tiny_openclip: nn.Module, tmp_path: Path) -> None
     for field in ("base", "fingerprint", "logit_scale", "metrics"):
         assert getattr(again, field) == getattr(adapter, field)
     assert (again.settings.dropout, again.settings.targets) == (0, adapter.settings.targets)
-    twice = read_guide(write_guide(again, tmp_path / "twice.pt"))
+    twice = read_any(write_guide(again, tmp_path / "twice.pt"))
     assert all(torch.equal(twice.weights[s][i], again.weights[s][i]) for s in again.weights for i in (0, 1))
 
 
@@ -128,7 +129,7 @@ def test_we_load_what_the_guide_saves(
 ) -> None:
     """An adapter that was trained with the guide's code computes something else here."""
     trained = guide_file(tiny_openclip, tmp_path / "epoch_20.pt", full, prefix)
-    adapter = read_guide(tmp_path / "epoch_20.pt")
+    adapter = read_any(tmp_path / "epoch_20.pt")
     sample = inputs(tiny_openclip)
     found = features(explicit_model(tiny_openclip, updates_of(adapter)), *sample)
     assert largest(found, features(trained, *sample)) < 1e-5
@@ -158,8 +159,8 @@ def test_full_file(tiny_openclip: nn.Module, tmp_path: Path) -> None:
     sample = inputs(model)
     wanted = features(explicit_model(tiny_openclip, updates_of(adapter)), *sample)
     assert largest(features(model.eval(), *sample), wanted) < 1e-5
-    assert deltas(read_guide(path)).keys() == deltas(adapter).keys()
-    assert read_guide(path).logit_scale == 1.5
+    assert deltas(read_any(path)).keys() == deltas(adapter).keys()
+    assert read_any(path).logit_scale == 1.5
 
 
 def test_full_file_needs_its_own_base(tiny_openclip: nn.Module, tiny_hf: nn.Module, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_our_own_full_checkpoints(layout: str, request: pytest.FixtureRequest, t
     model.logit_scale.data.fill_(1.25)
     Saver(as_clip(model), tmp_path, lora_only=False).save_epoch(3, {})
     wanted = cg.read_adapter(tmp_path / "checkpoints" / "epoch_3")
-    found = read_guide(tmp_path / "checkpoints" / "epoch_3.pt")
+    found = read_any(tmp_path / "checkpoints" / "epoch_3.pt")
     assert found.weights.keys() == wanted.weights.keys()
     assert all(torch.equal(found.weights[s][i], wanted.weights[s][i]) for s in wanted.weights for i in (0, 1))
     ours, theirs = updates_of(found), updates_of(wanted)
@@ -202,7 +203,7 @@ def test_a_checkpoint_made_with_our_aliases(tiny_openclip: nn.Module, tmp_path: 
     torch.save(
         {"lora_state_dict": cg.get_lora_state_dict(tiny_openclip), "lora_config": config}, tmp_path / "a.pt"
     )
-    found = updates_of(read_guide(tmp_path / "a.pt"))
+    found = updates_of(read_any(tmp_path / "a.pt"))
     assert found.keys() == updates.keys()
     assert all(torch.equal(found[s][i], updates[s][i]) for s in updates for i in (0, 1))
     assert {scale for *_, scale in found.values()} == {2}
@@ -244,7 +245,7 @@ def test_damaged_files(data: Any) -> None:
     """A damaged or hostile file ends in a traceback instead of one line."""
     if not isinstance(data, dict):
         return
-    adapter = read_or_one_line(lambda: guide_adapter(data, Path("x.pt")), "x.pt")
+    adapter = read_or_one_line(lambda: read_guide(data, Path("x.pt")), "x.pt")
     if adapter is not None:
         assert all(a.shape[0] == b.shape[1] and a.dtype == torch.float32 for a, b in adapter.weights.values())
         updates_of(adapter)
@@ -258,6 +259,6 @@ def test_strange_names(names: list[str], depth: int) -> None:
     data = {"lora_state_dict": weights, "lora_config": {"r": 4, "alpha": 4}}
     if names or depth >= 10**9:
         with pytest.raises(cg.errors.AdapterError, match="belong to no site"):
-            guide_adapter(data, Path("x.pt"))
+            read_guide(data, Path("x.pt"))
     else:
-        assert [site.block for site in guide_adapter(data, Path("x.pt")).weights] == [depth]
+        assert [site.block for site in read_guide(data, Path("x.pt")).weights] == [depth]

@@ -1,8 +1,12 @@
-"""Adapter folders: weights in PEFT's layout over transformers names, plus what clipgraft knows of them.
+"""An adapter apart from any model, and the same adapter at one rank and one scale.
 
-`adapter_model.safetensors` and `adapter_config.json` are what stock `PeftModel.from_pretrained` opens on the
-`transformers.CLIPModel` with the same base weights, whichever family trained them. `clipgraft.json` adds the
-spec, the base and its fingerprint, the temperature and the metrics, so that loading needs only the path.
+Some formats hold no others. Ranks are evened out with rows of zeros in A and columns of zeros in B, which
+add exactly nothing to B·A. Where a site's scale s differs from the common s₀, B becomes B·s/s₀, so that
+s₀·B·A is what s·B·A was; the product is taken in fp64 and rounded to fp32 once (to the bit where s/s₀ is a
+power of two).
+
+What such a format has no place for (own ranks, base, temperature, metrics) is kept under the key `clipgraft`.
+Other readers pass it over; without it a file is read all the same, at the format's own rank.
 """
 
 from __future__ import annotations
@@ -10,27 +14,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.adapters.checkpoint import as_record
-from clipgraft.adapters.folder import NATIVE_FILE, Contents, read_folder, refuse_other, write_folder
-from clipgraft.adapters.peft import Tensors, config_json, name_tensors, named_base, read_tensors, tower_prefix
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
-from clipgraft.lora.control import adapter_logit_scale
-from clipgraft.lora.state import Adapter, require_lora, require_unmerged
 from clipgraft.lora.variants import variant_of
-from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
-from clipgraft.models.family import site_bias
-from clipgraft.models.hf import site_path
 from clipgraft.models.sites import Site
-from clipgraft.records import Finite, Flag
+from clipgraft.records import Finite, Rank
 from clipgraft.results import Result
+
+Weights = dict[Site, tuple[Tensor, Tensor]]
+KEY = "clipgraft"
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +50,7 @@ class AdapterFile(Result):
         biases: whole biases, (out,), by the path of their module in `transformers.CLIPModel`.
         offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
         full: whole weights, (out, in), by site: what PEFT calls modules to save.
-        path_prefix: what PEFT's module paths lacked of those of `CLIPModel` (`peft_layout.tower_prefix`).
+        path_prefix: what PEFT's module paths lacked of those of `CLIPModel` (`adapters.peft`).
         started_from: the adapter file that its training began with; empty for one that began anew.
     """
 
@@ -78,7 +78,7 @@ class AdapterFile(Result):
         return tuple(self.parts)
 
     @property
-    def weights(self) -> dict[Site, tuple[Tensor, Tensor]]:
+    def weights(self) -> Weights:
         """A and B by site, in the shapes of `SiteRef.lora_shapes`, of variants that store them."""
         return {
             site: (parts["lora_A"], parts["lora_B"])
@@ -95,7 +95,7 @@ class AdapterFile(Result):
     @property
     def scales(self) -> dict[Site, float]:
         """The s of W + s·B·A by site."""
-        return site_scales(self.ranks, self.settings)
+        return {site: _site_scale(self.settings, site, r) for site, r in self.ranks.items()}
 
     @property
     def needs_base(self) -> bool:
@@ -118,247 +118,120 @@ class AdapterFile(Result):
             )
 
 
-def site_scale(settings: LoraConfig, site: Site, r: int) -> float:
-    """The s of W + s·B·A of one site of rank `r`."""
+def _site_scale(settings: LoraConfig, site: Site, r: int) -> float:
     alpha = settings.alpha_pattern.get(str(site), settings.alpha)
     return variant_of(settings).scale_of(alpha, r, settings.use_rslora)
 
 
-def site_scales(ranks: Mapping[Site, int], settings: LoraConfig) -> dict[Site, float]:
-    """The scale of every site, by their ranks."""
-    return {site: site_scale(settings, site, r) for site, r in ranks.items()}
+def with_scale(settings: LoraConfig, site: Site, r: int, scale: float) -> LoraConfig:
+    """The settings with another rank and scale of a site."""
+    alpha = scale * (math.sqrt(r) if settings.use_rslora else r)
+    return settings.replace(
+        rank_pattern={**settings.rank_pattern, str(site): r},
+        alpha_pattern={**settings.alpha_pattern, str(site): alpha},
+    )
 
 
-def pairs(weights: Mapping[Site, tuple[Tensor, Tensor]]) -> dict[Site, dict[str, Tensor]]:
+def pairs(weights: Weights) -> dict[Site, dict[str, Tensor]]:
     """A and B by site as `AdapterFile.parts`."""
     return {site: {"lora_A": a, "lora_B": b} for site, (a, b) in weights.items()}
 
 
 @dataclass(frozen=True)
-class _Base:
-    name: str
-    pretrained: str
-    family: str
-    fingerprint: str | None
+class Uniform:
+    """Linear weights of one rank and one scale: ΔW = scale·B·A, A (r, in), B (out, r), fp32."""
+
+    weights: Weights
+    r: int
+    scale: float
+
+
+def uniform(adapter: AdapterFile) -> Uniform:
+    """Linear weights of plain LoRA brought to their largest rank and their most frequent scale."""
+    r, scales = max(adapter.ranks.values()), adapter.scales
+    common = Counter(scales.values()).most_common(1)[0][0]
+    padded = {site: _pad(a, b, r) for site, (a, b) in adapter.weights.items()}
+    return Uniform({site: (a, _fold(b, scales[site] / common)) for site, (a, b) in padded.items()}, r, common)
+
+
+def rescaled(update: Uniform, scale: float) -> Uniform:
+    """The same update at another scale."""
+    factor = update.scale / scale
+    return Uniform({site: (a, _fold(b, factor)) for site, (a, b) in update.weights.items()}, update.r, scale)
+
+
+def _fold(b: Tensor, factor: float) -> Tensor:
+    """B·factor, rounded once."""
+    return (b.detach().to("cpu", torch.float64) * factor).to(torch.float32).contiguous()
+
+
+def _pad(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    missing = r - a.shape[0]
+    a, b = (t.detach().to("cpu", torch.float32) for t in (a, b))
+    return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
 
 
 @dataclass(frozen=True)
-class _Settings:
-    targets: str
-    train_logit_scale: Flag
+class Base:
+    """A base as adapter files name it."""
+
+    name: str = ""
+    pretrained: str | None = ""
+    family: str = ""
 
 
 @dataclass(frozen=True)
-class _Record:
-    """What is read of `clipgraft.json`; the rest is in PEFT's files."""
+class Extras:
+    """The entry `clipgraft` of a foreign format."""
 
-    base: _Base
-    settings: _Settings
-    logit_scale: Finite | None
+    base: Base
+    ranks: dict[str, Rank]
     metrics: dict[str, Any]
-    started_from: str = ""
+    targets: str = ""
+    fingerprint: str | None = None
+    logit_scale: Finite | None = None
 
 
-def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
-    """An adapter's weights by site name: `text.0.q.lora_A`, …; detached, on the model's device.
-
-    Of the active adapter, or of the one that is named; with all that its variant trains.
-    """
-    state = require_lora(model)
-    adapter = state.chosen() if name is None else state.named(name)
-    modules = {**{str(site): layer for site, layer in adapter.layers.items()}, **adapter.norms}
+def extras_of(adapter: AdapterFile) -> dict[str, Any]:
+    """`Extras` of an adapter as plain values, which `weights_only` opens."""
     return {
-        f"{place}.{part}": tensor.detach()
-        for place, module in modules.items()
-        for part, tensor in module.state_dict().items()
-        if tensor.numel()
-    }
-
-
-def save_adapter(
-    model: ClipLike,
-    path: str | Path,
-    metrics: Mapping[str, Any] | None = None,
-    *,
-    name: str | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write an adapter of a model as a folder.
-
-    Args:
-        model: a `Clip` or raw model that carries LoRA.
-        path: the folder; made if needed. An older adapter in it stays readable until the new one is whole;
-            a folder with anything else in it, an adapter that PEFT wrote among it, is left as it is.
-        metrics: numbers to keep with it.
-        name: which adapter, by default the active one.
-        overwrite: write it into such a folder nevertheless; files of other names stay.
-
-    Returns:
-        The folder.
-
-    Raises:
-        AdapterError: the model carries no such adapter, or the folder holds other things.
-        WriteError: the folder cannot be written.
-    """
-    refuse_other(Path(path), overwrite)
-    clip = as_clip(model)
-    state = require_lora(clip)
-    adapter = state.chosen() if name is None else state.named(name)
-    scale = adapter_logit_scale(clip, name)
-    return write_adapter(describe(clip, adapter, Path(path), scale, dict(metrics or {})), Path(path))
-
-
-def describe(
-    clip: Clip, adapter: Adapter, path: Path, logit_scale: float | None, metrics: dict[str, Any]
-) -> AdapterFile:
-    """An adapter on a model as it is written to files: PiSSA as the update of rank 2r that it is."""
-    if adapter.norms or any(not layer.is_plain for layer in adapter.layers.values()):
-        require_unmerged(clip, "save an adapter with DoRA or biases")
-    refs, source = clip.site_refs, findable(clip)
-    layers = {site: layer for site, layer in adapter.layers.items() if layer.r}
-    parts = {
-        site: {name: _as_stored(tensor) for name, tensor in layer.stored().items()}
-        for site, layer in layers.items()
-    }
-    biases: dict[str, Tensor] = {}
-    for site, layer in adapter.layers.items():
-        bias = site_bias(clip.model, refs[site])
-        if layer.lora_bias is not None and bias is not None:
-            biases[site_path(site)] = _as_stored(bias.float() + layer.lora_bias)
-    norms = clip.family.norms(clip.model)
-    biases |= {p: _as_stored(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
-    variant = variant_of(adapter.settings)
-    return AdapterFile(
-        path,
-        parts,
-        _exact(adapter.settings, parts, {site: layer.scaling for site, layer in layers.items()}),
-        base={**asdict(source), "family": clip.family.name},
-        fingerprint=clip.fingerprint,
-        logit_scale=logit_scale,
-        metrics=metrics,
-        shared=_all_as_stored(variant.stored_shared(adapter.shared, adapter.settings)),
-        biases=biases,
-        started_from=adapter.origin,
-    )
-
-
-def _all_as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _as_stored(tensor) for name, tensor in tensors.items()}
-
-
-def _as_stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
-
-
-def _exact(
-    settings: LoraConfig, parts: Mapping[Site, Mapping[str, Tensor]], scales: Mapping[Site, float]
-) -> LoraConfig:
-    """The settings with ranks and alphas as the weights have them, the most frequent ones as the default."""
-    kind = variant_of(settings)
-    ranks = {site: kind.rank_of(own) or 0 for site, own in parts.items()}
-    # The scale is proportional to alpha.
-    alphas = {site: scales[site] / kind.scale_of(1.0, r, settings.use_rslora) for site, r in ranks.items()}
-    r, alpha = _usual(settings.r, ranks), _usual(settings.alpha, alphas)
-    return settings.replace(
-        r=r,
-        alpha=alpha,
-        init="default",
-        rank_pattern={str(site): n for site, n in ranks.items() if n != r},
-        alpha_pattern={
-            str(site): a for site, a in alphas.items() if not math.isclose(a, alpha, rel_tol=1e-12)
-        },
-    )
-
-
-def _usual(asked: Any, found: Mapping[Site, Any]) -> Any:
-    """What was asked for, if any site has it; else what most sites have."""
-    near = [value for value in found.values() if math.isclose(value, asked, rel_tol=1e-12)]
-    return asked if near or not found else Counter(found.values()).most_common(1)[0][0]
-
-
-def write_adapter(adapter: AdapterFile, path: Path) -> Path:
-    """Write an adapter that is apart from any model as a folder; returns it.
-
-    Raises:
-        AdapterError: it has parts that only its base tells the meaning of, or the folder cannot be written.
-    """
-    if adapter.needs_base:
-        raise AdapterError(
-            f"{adapter.path} has whole weights, biases of B or PiSSA, which the base is needed for: name it "
-            "as `model`, or load the adapter on it and save that"
-        )
-    settings = adapter.settings
-    tensors = Tensors(dict(adapter.parts), dict(adapter.shared), biases=dict(adapter.biases))
-    base = {"name": "", "pretrained": "", "family": "", **adapter.base}
-    record = {
-        "base": {**base, "fingerprint": adapter.fingerprint},
-        "sites": [str(site) for site in adapter.parts],
-        "settings": settings.record(),
+        "base": dict(adapter.base),
+        "fingerprint": adapter.fingerprint,
         "logit_scale": adapter.logit_scale,
-        "metrics": adapter.metrics,
-        **({"started_from": adapter.started_from} if adapter.started_from else {}),
+        "metrics": dict(adapter.metrics),
+        "targets": adapter.settings.targets,
+        "ranks": {str(site): a.shape[0] for site, (a, _) in adapter.weights.items()},
     }
-    named = name_tensors(tensors, variant_of(settings))
-    write_folder(path, named, config_json(settings, adapter.parts, base["name"]), record)
-    return path
 
 
-def findable(clip: Clip) -> Source:
-    """Where the base is, so that it is found from any working directory: local paths are made absolute."""
-    name, pretrained = clip.source.name, clip.source.pretrained
-    hub = getattr(clip.model, "name_or_path", None)
-    if not name and isinstance(hub, str) and hub:
-        name = f"hf:{hub}"
-    prefix = "hf:" if name.startswith("hf:") else ""
-    path = Path(name.removeprefix(prefix))
-    if name not in ("", "emoji") and path.exists():
-        name = f"{prefix}{path.resolve()}"
-    if pretrained and Path(pretrained).is_file():
-        pretrained = str(Path(pretrained).resolve())
-    return Source(name, pretrained)
-
-
-def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
-    """Read an adapter folder (or the folder of a run that holds one) without touching any model.
-
-    `name` picks one where the folder holds several in subfolders, as PEFT saves named adapters.
-
-    Raises:
-        AdapterError: no adapter there, or it is truncated, mixed from two saves, or foreign.
-    """
-    return as_adapter(read_folder(Path(path), name))
-
-
-def as_adapter(contents: Contents) -> AdapterFile:
-    """`read_adapter` of a folder that has been read."""
-    prefix = tower_prefix(contents.tensors, contents.config, contents.folder)
-    tensors, settings = read_tensors(contents.tensors, contents.config, contents.folder, prefix)
-    adapter = AdapterFile(
-        contents.folder,
-        tensors.parts,
-        settings,
-        contents.config,
-        shared=tensors.shared,
-        biases=tensors.biases,
-        offsets=tensors.offsets,
-        full=tensors.full,
-        path_prefix=prefix,
-        base=named_base(contents.config, "transformers"),
-    )
-    return adapter if contents.record is None else _with_record(adapter, contents.folder, contents.record)
-
-
-def _with_record(adapter: AdapterFile, folder: Path, values: Mapping[str, Any]) -> AdapterFile:
-    record = as_record(values, _Record, folder / NATIVE_FILE)
-    base = record.base
+def with_extras(adapter: AdapterFile, extras: Extras | None) -> AdapterFile:
+    """`adapter` as it was before it was written: its own ranks, base, temperature and metrics."""
+    if extras is None:
+        return adapter
+    weights, settings = _own_ranks(adapter, extras.ranks)
+    named = {"name": extras.base.name, "pretrained": extras.base.pretrained, "family": extras.base.family}
     return replace(
         adapter,
-        settings=adapter.settings.replace(
-            targets=record.settings.targets, train_logit_scale=record.settings.train_logit_scale
+        parts=pairs(weights),
+        settings=settings.replace(
+            targets=extras.targets or settings.targets, train_logit_scale=extras.logit_scale is not None
         ),
-        base={"name": base.name, "pretrained": base.pretrained, "family": base.family},
-        fingerprint=base.fingerprint,
-        logit_scale=record.logit_scale,
-        metrics=record.metrics,
-        started_from=record.started_from,
+        base={key: value or adapter.base.get(key, "") for key, value in named.items()},
+        fingerprint=extras.fingerprint,
+        logit_scale=extras.logit_scale,
+        metrics=dict(extras.metrics),
     )
+
+
+def _own_ranks(adapter: AdapterFile, ranks: Mapping[str, int]) -> tuple[Weights, LoraConfig]:
+    """Weights without the zeros that evened out their ranks, at the scales they had with them."""
+    weights: Weights = {}
+    settings = adapter.settings
+    for site, (a, b) in adapter.weights.items():
+        r = ranks.get(str(site))
+        if r is None or r >= a.shape[0] or a[r:].any() or b[:, r:].any():
+            weights[site] = a, b
+            continue
+        weights[site] = a[:r].clone(), b[:, :r].clone()
+        settings = with_scale(settings, site, r, _site_scale(settings, site, a.shape[0]))
+    return weights, settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.adapter_file import AdapterFile, with_scale
 from clipgraft.adapters.checkpoint import some
 from clipgraft.adapters.convert import read_any
 from clipgraft.adapters.peft import missing_sites, told_shapes
@@ -107,7 +106,7 @@ def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
         if refs[site].kind == "conv":
             a, b = a.view(-1, *change.shape[1:]), b[:, :, None, None]
         parts[site] = {"lora_A": a, "lora_B": b}
-        settings = _with_scale(settings, site, a.shape[0], 1.0)
+        settings = with_scale(settings, site, a.shape[0], 1.0)
     if file.config.get("init_lora_weights") == "pissa":
         settings, parts = _with_starts(clip, file, settings, parts)
     scales = file.scales
@@ -117,15 +116,6 @@ def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
             raise AdapterError(f"{file.path}: {site} has no bias on this base, but the adapter moves one")
         biases[site_path(site)] = bias.detach().cpu().float() + scales[site] * offset
     return replace(file, parts=parts, settings=settings, biases=biases, offsets={}, full={})
-
-
-def _with_scale(settings: LoraConfig, site: Site, r: int, scale: float) -> LoraConfig:
-    """The settings with another rank and scale of a site."""
-    alpha = scale * (math.sqrt(r) if settings.use_rslora else r)
-    return settings.replace(
-        rank_pattern={**settings.rank_pattern, str(site): r},
-        alpha_pattern={**settings.alpha_pattern, str(site): alpha},
-    )
 
 
 def _with_starts(
@@ -140,7 +130,7 @@ def _with_starts(
         assert layer.lora_start_B is not None
         doubled = (torch.cat([a, layer.lora_start_A]), torch.cat([b, -layer.lora_start_B], dim=1))
         both[site] = {**parts[site], **dict(zip(("lora_A", "lora_B"), doubled, strict=True))}
-        settings = _with_scale(settings, site, 2 * a.shape[0], scales[site])
+        settings = with_scale(settings, site, 2 * a.shape[0], scales[site])
     return settings, both
 
 
@@ -188,7 +178,7 @@ def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> No
                 f"{file.path}: {site} has {tuple(tensor.shape)} where this model needs {shape}; load the "
                 "base it was made for"
             )
-    missing = missing_sites(file.config, (*file.parts, *file.full), refs, file.path_prefix)
+    missing = missing_sites(file, refs)
     if missing:
         raise AdapterError(
             f"{file.path} lacks {len(missing)} of its target sites, {some(missing)}: "

@@ -17,10 +17,12 @@ from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.files import atomic_path
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.variants import check_variant
+from clipgraft.models.sites import Site
 from clipgraft.records import checked, read_pt
 from clipgraft.writing import size_of
 
 T = TypeVar("T")
+K = TypeVar("K")
 AGAIN = "save the adapter again"
 
 
@@ -41,10 +43,27 @@ def as_record(data: object, kind: type[T], where: object) -> T:
     return checked(data, kind, str(where), AdapterError, AGAIN, finite=False)
 
 
-def lora_config(path: Path, **values: Any) -> LoraConfig:
-    """The options that a file says; raises AdapterError for values that none has."""
+def lora_config(
+    path: Path,
+    r: int,
+    alpha: float,
+    ranks: Mapping[Site, int],
+    alphas: Mapping[Site, float],
+    **others: Any,
+) -> LoraConfig:
+    """The options that a file says, with the rank and alpha of each of its sites.
+
+    Raises:
+        AdapterError: a value is none that the option can have.
+    """
+    values = {
+        "targets": ",".join(map(str, ranks)),
+        "rank_pattern": {str(site): own for site, own in ranks.items() if own != r},
+        "alpha_pattern": {str(site): own for site, own in alphas.items() if own != alpha},
+        **others,
+    }
     try:
-        config = LoraConfig(**values)
+        config = LoraConfig(r=r, alpha=alpha, **values)
         check_variant(config)
     except ConfigError as error:
         raise AdapterError(f"{path}: {error}: save the adapter again") from error
@@ -81,7 +100,7 @@ def as_weight(value: object, name: str, path: Path, ndim: int = 2) -> Tensor:
     raise AdapterError(f"{path}: {name!r} is {kind} where LoRA weights belong: save the adapter again")
 
 
-def paired(halves: Mapping[Any, Mapping[str, Tensor]], path: Path) -> dict[Any, tuple[Tensor, Tensor]]:
+def paired(halves: Mapping[K, Mapping[str, Tensor]], path: Path) -> dict[K, tuple[Tensor, Tensor]]:
     """A and B together.
 
     Raises:

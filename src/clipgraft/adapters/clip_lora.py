@@ -18,17 +18,25 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, pairs
+from clipgraft.adapters.adapter_file import (
+    KEY,
+    AdapterFile,
+    Extras,
+    Uniform,
+    extras_of,
+    pairs,
+    rescaled,
+    uniform,
+    with_extras,
+)
 from clipgraft.adapters.checkpoint import (
     as_record,
     as_weight,
     lora_config,
     paired,
-    read_checkpoint,
     save_checkpoint,
     some,
 )
-from clipgraft.adapters.uniform import KEY, Extras, Uniform, extras_of, rescaled, uniform, with_extras
 from clipgraft.errors import AdapterError
 from clipgraft.models.sites import TOWERS, Site, Tower
 from clipgraft.records import Finite, Rank
@@ -75,26 +83,19 @@ class _File:
 
 
 def read_clip_lora(
-    path: str | Path, text_layers: int | None = None, vision_layers: int | None = None
+    data: Mapping[str, Any], path: Path, text_layers: int | None = None, vision_layers: int | None = None
 ) -> AdapterFile:
     """Read a file that CLIP-LoRA's `save_lora` wrote.
 
     Args:
+        data: what `read_checkpoint` made of the file.
         path: the `.pt` file.
         text_layers: blocks of the text tower, where the file leaves it open (12 in every CLIP of OpenAI).
         vision_layers: blocks of the vision tower.
 
     Raises:
-        AdapterError: the file cannot be opened without running code, is damaged, or does not tell which
-            layers belong to which tower.
+        AdapterError: the file is damaged, or does not tell which layers belong to which tower.
     """
-    return clip_lora_adapter(read_checkpoint(Path(path)), Path(path), text_layers, vision_layers)
-
-
-def clip_lora_adapter(
-    data: Mapping[str, Any], path: Path, text_layers: int | None = None, vision_layers: int | None = None
-) -> AdapterFile:
-    """`read_clip_lora` of a file that is open already."""
     file = as_record(data, _File, path)
     layers = _layers(file.weights, path)
     blocks = _layout(layers, file.metadata, path, {"text": text_layers, "vision": vision_layers})
@@ -105,14 +106,8 @@ def clip_lora_adapter(
     }
     if not weights:
         raise AdapterError(f"{path} holds no LoRA weights: it is no adapter; check the path")
-    settings = lora_config(
-        path,
-        r=file.metadata.r,
-        alpha=file.metadata.alpha,
-        dropout=file.metadata.dropout_rate,
-        targets=",".join(map(str, weights)),
-        use_rslora=True,
-    )
+    r, alpha, dropout = file.metadata.r, file.metadata.alpha, file.metadata.dropout_rate
+    settings = lora_config(path, r, alpha, dict.fromkeys(weights, r), {}, dropout=dropout, use_rslora=True)
     odd = [str(site) for site, (a, _) in weights.items() if a.shape[0] != settings.r]
     if odd:
         raise AdapterError(f"{path}: {some(odd)} have another rank than the {settings.r} of its metadata")
@@ -261,7 +256,7 @@ def write_clip_lora(
     numbers = {tower: {s.block or 0 for s in adapter.weights if s.tower == tower} for tower in TOWERS}
     towers = [tower for tower in TOWERS if numbers[tower]]
     position, order = _position({tower: sorted(numbers[tower]) for tower in towers}, depths)
-    update = _whole_alpha(uniform(adapter.weights, adapter.settings))
+    update = _whole_alpha(uniform(adapter))
     weights: dict[str, dict[str, dict[str, Tensor]]] = {}
     for index, (tower, block) in enumerate(order):
         layer = weights[f"layer_{index}"] = {}

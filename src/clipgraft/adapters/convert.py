@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, as_adapter, pairs, write_adapter
+from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import read_checkpoint
-from clipgraft.adapters.clip_lora import clip_lora_adapter, write_clip_lora
+from clipgraft.adapters.clip_lora import read_clip_lora, write_clip_lora
 from clipgraft.adapters.diffusion import read_diffusion, trainer_of
-from clipgraft.adapters.folder import FILES, is_adapter, read_folder
-from clipgraft.adapters.guide_format import guide_adapter, write_guide, write_guide_full
-from clipgraft.adapters.peft import named_base
+from clipgraft.adapters.folder import FILES, as_adapter, is_adapter, read_folder, write_adapter
+from clipgraft.adapters.guide_format import read_guide, write_guide, write_guide_full
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
 from clipgraft.adapters.run_folder import find_run_model
 from clipgraft.errors import AdapterError
@@ -71,8 +70,8 @@ def read_any(
         return read_diffusion(path, text_layers)
     data = read_checkpoint(path)
     if _detect_file(data, path) == "clip-lora":
-        return clip_lora_adapter(data, path, text_layers, vision_layers)
-    return guide_adapter(data, path)
+        return read_clip_lora(data, path, text_layers, vision_layers)
+    return read_guide(data, path)
 
 
 def adapter_place(path: Path) -> Path:
@@ -97,9 +96,7 @@ def _read_folder(path: Path, name: str | None, peft_out_proj: OutProj | None) ->
     contents = read_folder(path, name)
     if not is_peft_openclip(contents.tensors, contents.config):
         return as_adapter(contents)
-    weights, settings = read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
-    base = named_base(contents.config, "open_clip")
-    return AdapterFile(contents.folder, pairs(weights), settings, base=base)
+    return read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
 
 
 def _detect_file(data: Mapping[str, Any], path: Path) -> Format:

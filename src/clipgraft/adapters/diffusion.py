@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile
-from clipgraft.adapters.adapter_file import pairs as parts_of
+from clipgraft.adapters.adapter_file import AdapterFile, pairs
 from clipgraft.adapters.checkpoint import AGAIN, as_record, as_weight, lora_config, paired, some
 from clipgraft.errors import AdapterError
 from clipgraft.models.hf import path_site
@@ -226,22 +225,10 @@ def _told(metadata: Mapping[str, str], owner: str, path: Path) -> _Told:
 
 
 def _adapter(path: Path, encoder: _Encoder, alphas: Mapping[Site, float]) -> AdapterFile:
-    pairs = paired(encoder.halves, path)
-    weights = dict(sorted(pairs.items(), key=lambda item: item[0].order))
+    weights = dict(sorted(paired(encoder.halves, path).items(), key=lambda item: item[0].order))
     ranks = {site: a.shape[0] for site, (a, _) in weights.items()}
-    r, alpha = _most(ranks.values()), _most(alphas[site] for site in weights)
-    settings = lora_config(
-        path,
-        r=int(r),
-        alpha=alpha,
-        dropout=0.0,
-        targets=",".join(map(str, weights)),
-        rank_pattern={str(site): n for site, n in ranks.items() if n != r},
-        alpha_pattern={str(site): alphas[site] for site in weights if alphas[site] != alpha},
-    )
+    alphas = {site: alphas[site] for site in weights}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    settings = lora_config(path, int(r), alpha, ranks, alphas, dropout=0.0)
     base = {"name": "", "pretrained": "", "family": "transformers"}
-    return AdapterFile(path, parts_of(weights), settings, base=base)
-
-
-def _most(values: Any) -> Any:
-    return Counter(values).most_common(1)[0][0]
+    return AdapterFile(path, pairs(weights), settings, base=base)

@@ -1,40 +1,262 @@
-"""The three files of an adapter folder: written as one, read as one, refused where they do not match.
+"""Adapter folders: weights in PEFT's layout over transformers names, plus what clipgraft knows of them.
 
-`adapter_model.safetensors` and `adapter_config.json` are PEFT's; `clipgraft.json` is ours and holds the
-digest of the weights it was written for. While a save is under way the new record lies beside the old one,
-and the one that names the weights that are there is in force. So a save that is killed at any point leaves
-the old adapter or the new one, never half of each.
+`adapter_model.safetensors` and `adapter_config.json` are what stock `PeftModel.from_pretrained` opens on the
+`transformers.CLIPModel` with the same base weights, whichever family trained them. `clipgraft.json` adds the
+spec, the base and its fingerprint, the temperature and the metrics, so that loading needs only the path, and
+the digest of the weights it was written for. While a save is under way the new record lies beside the old
+one, and the one that names the weights that are there is in force. So a save that is killed at any point
+leaves the old adapter or the new one, never half of each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clipgraft.adapters.checkpoint import as_weight
+from clipgraft.adapters.adapter_file import AdapterFile
+from clipgraft.adapters.checkpoint import as_record, as_weight
+from clipgraft.adapters.peft import CONFIG_FILE, config_json, name_tensors, read_peft
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, write_json
+from clipgraft.lora.config import LoraConfig
+from clipgraft.lora.control import adapter_logit_scale
+from clipgraft.lora.state import require_lora, require_unmerged
+from clipgraft.lora.variants import variant_of
+from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
+from clipgraft.models.family import site_bias
+from clipgraft.models.hf import site_path
+from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, check_is_weights, read_weights
 from clipgraft.ours import refuse_foreign
-from clipgraft.readers import placeholder
-from clipgraft.records import read_json
+from clipgraft.readers import placeholder, reason
+from clipgraft.records import Finite, Flag, read_json
 from clipgraft.writing import size_of, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 PICKLED_FILE = "adapter_model.bin"  # what PEFT wrote until 0.7
 NATIVE_FILE = "clipgraft.json"
 FILES = (WEIGHTS_FILE, PICKLED_FILE, CONFIG_FILE, NATIVE_FILE)
 PENDING_FILE = ".clipgraft.json.next"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Base:
+    name: str
+    pretrained: str
+    family: str
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    targets: str
+    train_logit_scale: Flag
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of `clipgraft.json`; the rest is in PEFT's files."""
+
+    base: _Base
+    settings: _Settings
+    logit_scale: Finite | None
+    metrics: dict[str, Any]
+    started_from: str = ""
+
+
+def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
+    """An adapter's weights by site name: `text.0.q.lora_A`, …; detached, on the model's device.
+
+    Of the active adapter, or of the one that is named; with all that its variant trains.
+    """
+    state = require_lora(model)
+    adapter = state.chosen() if name is None else state.named(name)
+    modules = {**{str(site): layer for site, layer in adapter.layers.items()}, **adapter.norms}
+    return {
+        f"{place}.{part}": tensor.detach()
+        for place, module in modules.items()
+        for part, tensor in module.state_dict().items()
+        if tensor.numel()
+    }
+
+
+def save_adapter(
+    model: ClipLike,
+    path: str | Path,
+    metrics: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter of a model as a folder.
+
+    Args:
+        model: a `Clip` or raw model that carries LoRA.
+        path: the folder; made if needed. An older adapter in it stays readable until the new one is whole;
+            a folder with anything else in it, an adapter that PEFT wrote among it, is left as it is.
+        metrics: numbers to keep with it.
+        name: which adapter, by default the active one.
+        overwrite: write it into such a folder nevertheless; files of other names stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the model carries no such adapter, or the folder holds other things.
+        WriteError: the folder cannot be written.
+    """
+    path = Path(path)
+    refuse_other(path, overwrite)
+    return write_adapter(_described(as_clip(model), name, path, dict(metrics or {})), path)
+
+
+def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]) -> AdapterFile:
+    """An adapter on a model as it is written to files: PiSSA as the update of rank 2r that it is."""
+    state = require_lora(clip)
+    adapter = state.chosen() if name is None else state.named(name)
+    if adapter.norms or any(not layer.is_plain for layer in adapter.layers.values()):
+        require_unmerged(clip, "save an adapter with DoRA or biases")
+    refs, source = clip.site_refs, findable(clip)
+    layers = {site: layer for site, layer in adapter.layers.items() if layer.r}
+    parts = {
+        site: {name: _as_stored(tensor) for name, tensor in layer.stored().items()}
+        for site, layer in layers.items()
+    }
+    biases: dict[str, Tensor] = {}
+    for site, layer in adapter.layers.items():
+        bias = site_bias(clip.model, refs[site])
+        if layer.lora_bias is not None and bias is not None:
+            biases[site_path(site)] = _as_stored(bias.float() + layer.lora_bias)
+    norms = clip.family.norms(clip.model)
+    biases |= {p: _as_stored(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
+    shared = variant_of(adapter.settings).stored_shared(adapter.shared, adapter.settings)
+    return AdapterFile(
+        path,
+        parts,
+        _exact(adapter.settings, parts, {site: layer.scaling for site, layer in layers.items()}),
+        base={**asdict(source), "family": clip.family.name},
+        fingerprint=clip.fingerprint,
+        logit_scale=adapter_logit_scale(clip, name),
+        metrics=metrics,
+        shared={name: _as_stored(tensor) for name, tensor in shared.items()},
+        biases=biases,
+        started_from=adapter.origin,
+    )
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
+
+
+def _exact(
+    settings: LoraConfig, parts: Mapping[Site, Mapping[str, Tensor]], scales: Mapping[Site, float]
+) -> LoraConfig:
+    """The settings with ranks and alphas as the weights have them, the most frequent ones as the default."""
+    kind = variant_of(settings)
+    ranks = {site: kind.rank_of(own) or 0 for site, own in parts.items()}
+    # The scale is proportional to alpha.
+    alphas = {site: scales[site] / kind.scale_of(1.0, r, settings.use_rslora) for site, r in ranks.items()}
+    r, alpha = _usual(settings.r, ranks), _usual(settings.alpha, alphas)
+    return settings.replace(
+        r=r,
+        alpha=alpha,
+        init="default",
+        rank_pattern={str(site): n for site, n in ranks.items() if n != r},
+        alpha_pattern={
+            str(site): a for site, a in alphas.items() if not math.isclose(a, alpha, rel_tol=1e-12)
+        },
+    )
+
+
+def _usual(asked: Any, found: Mapping[Site, Any]) -> Any:
+    """What was asked for, if any site has it; else what most sites have."""
+    near = [value for value in found.values() if math.isclose(value, asked, rel_tol=1e-12)]
+    return asked if near or not found else Counter(found.values()).most_common(1)[0][0]
+
+
+def write_adapter(adapter: AdapterFile, path: Path) -> Path:
+    """Write an adapter that is apart from any model as a folder; returns it.
+
+    Raises:
+        AdapterError: it has parts that only its base tells the meaning of, or the folder cannot be written.
+    """
+    if adapter.needs_base:
+        raise AdapterError(
+            f"{adapter.path} has whole weights, biases of B or PiSSA, which the base is needed for: name it "
+            "as `model`, or load the adapter on it and save that"
+        )
+    settings = adapter.settings
+    base = {"name": "", "pretrained": "", "family": "", **adapter.base}
+    record = {
+        "base": {**base, "fingerprint": adapter.fingerprint},
+        "sites": [str(site) for site in adapter.parts],
+        "settings": settings.record(),
+        "logit_scale": adapter.logit_scale,
+        "metrics": adapter.metrics,
+        **({"started_from": adapter.started_from} if adapter.started_from else {}),
+    }
+    _write_folder(path, name_tensors(adapter), config_json(adapter), record)
+    return path
+
+
+def findable(clip: Clip) -> Source:
+    """Where the base is, so that it is found from any working directory: local paths are made absolute."""
+    name, pretrained = clip.source.name, clip.source.pretrained
+    hub = getattr(clip.model, "name_or_path", None)
+    if not name and isinstance(hub, str) and hub:
+        name = f"hf:{hub}"
+    prefix = "hf:" if name.startswith("hf:") else ""
+    path = Path(name.removeprefix(prefix))
+    if name not in ("", "emoji") and path.exists():
+        name = f"{prefix}{path.resolve()}"
+    if pretrained and Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).resolve())
+    return Source(name, pretrained)
+
+
+def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
+    """Read an adapter folder (or the folder of a run that holds one) without touching any model.
+
+    `name` picks one where the folder holds several in subfolders, as PEFT saves named adapters.
+
+    Raises:
+        AdapterError: no adapter there, or it is truncated, mixed from two saves, or foreign.
+    """
+    return as_adapter(read_folder(Path(path), name))
+
+
+def as_adapter(contents: Contents) -> AdapterFile:
+    """`read_adapter` of a folder that has been read."""
+    adapter = read_peft(contents.tensors, contents.config, contents.folder)
+    return adapter if contents.record is None else _with_record(adapter, contents.record)
+
+
+def _with_record(adapter: AdapterFile, values: Mapping[str, Any]) -> AdapterFile:
+    record = as_record(values, _Record, adapter.path / NATIVE_FILE)
+    base = record.base
+    return replace(
+        adapter,
+        settings=adapter.settings.replace(
+            targets=record.settings.targets, train_logit_scale=record.settings.train_logit_scale
+        ),
+        base={"name": base.name, "pretrained": base.pretrained, "family": base.family},
+        fingerprint=base.fingerprint,
+        logit_scale=record.logit_scale,
+        metrics=record.metrics,
+        started_from=record.started_from,
+    )
 
 
 @dataclass(frozen=True)
@@ -73,14 +295,9 @@ def _bears_record(folder: Path) -> bool:
     return False
 
 
-def write_folder(
+def _write_folder(
     folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], record: Mapping[str, Any]
 ) -> None:
-    """Write an adapter folder, or replace the adapter in it.
-
-    Raises:
-        WriteError: the folder cannot be written.
-    """
     with atomic_path(folder / WEIGHTS_FILE, size_of(tensors)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
         digest = {"format": FORMAT_VERSION, "weights_sha256": _digest(temporary)}
@@ -105,7 +322,12 @@ def read_folder(path: Path, name: str | None = None) -> Contents:
             config = _read_json(folder / CONFIG_FILE)
             if name == PENDING_FILE and isinstance(record.get("adapter_config"), dict):
                 config = record["adapter_config"]
-            return Contents(folder, tensors, config, _current(record, folder / name))
+            if (version := record.get("format")) != FORMAT_VERSION:
+                raise AdapterError(
+                    f"{folder / name} has format {version!r}, this clipgraft reads {FORMAT_VERSION}: update "
+                    "clipgraft, or save the adapter again"
+                )
+            return Contents(folder, tensors, config, record)
     if NATIVE_FILE in records:
         raise AdapterError(
             f"{folder}: {WEIGHTS_FILE} is not the file {NATIVE_FILE} was written for: copy all files of the "
@@ -127,7 +349,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
         raise AdapterError(f"{weights} cannot be read: {error}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
-            f"{weights} is truncated or damaged ({_brief(error)}): copy or save it again"
+            f"{weights} is truncated or damaged ({reason(error)}): copy or save it again"
         ) from error
 
 
@@ -155,9 +377,9 @@ def find_folder(path: Path, name: str | None = None) -> Path:
         raise AdapterError(f"no adapter at {path}: there is no such folder; check the path")
     weights = next((name for name in (WEIGHTS_FILE, PICKLED_FILE) if (path / name).is_file()), None)
     if weights is not None:
-        lone = f"{path} holds {weights} without {CONFIG_FILE}"
         raise AdapterError(
-            f"no adapter at {path}: {lone}; an adapter is a folder with {CONFIG_FILE} and its weights"
+            f"no adapter at {path}: {path} holds {weights} without {CONFIG_FILE}; an adapter is a folder "
+            f"with {CONFIG_FILE} and its weights"
         )
     raise AdapterError(
         f"no adapter at {path}: an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it"
@@ -178,16 +400,6 @@ def _holds_adapter(folder: Path) -> bool:
     return weights and (folder / CONFIG_FILE).is_file()
 
 
-def _current(record: dict[str, Any], path: Path) -> dict[str, Any]:
-    version = record.get("format")
-    if version != FORMAT_VERSION:
-        raise AdapterError(
-            f"{path} has format {version!r}, this clipgraft reads {FORMAT_VERSION}: update clipgraft, or "
-            "save the adapter again"
-        )
-    return record
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if problem := placeholder(path):
         raise AdapterError(f"{path} cannot be read: {problem}")
@@ -196,8 +408,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _brief(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.splitlines() or [type(error).__name__])[0][:120]

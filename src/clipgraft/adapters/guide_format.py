@@ -16,18 +16,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, pairs
+from clipgraft.adapters.adapter_file import (
+    KEY,
+    AdapterFile,
+    Extras,
+    Weights,
+    extras_of,
+    pairs,
+    uniform,
+    with_extras,
+)
 from clipgraft.adapters.checkpoint import (
     AGAIN,
     as_record,
     as_weight,
     lora_config,
     paired,
-    read_checkpoint,
     save_checkpoint,
     some,
 )
-from clipgraft.adapters.uniform import KEY, Extras, Weights, extras_of, uniform, with_extras
 from clipgraft.errors import AdapterError, TargetError
 from clipgraft.lora.config import LoraConfig, as_written
 from clipgraft.lora.targets import override_values
@@ -66,17 +73,14 @@ class _File:
     clipgraft: Extras | None = None
 
 
-def read_guide(path: str | Path) -> AdapterFile:
+def read_guide(data: Mapping[str, Any], path: Path) -> AdapterFile:
     """Read a checkpoint of the guide, or the `.pt` that clipgraft writes beside an adapter.
 
+    `data` is what `read_checkpoint` made of `path`.
+
     Raises:
-        AdapterError: the file cannot be opened without running code, is damaged, or holds no LoRA.
+        AdapterError: it is damaged, or holds no LoRA.
     """
-    return guide_adapter(read_checkpoint(Path(path)), Path(path))
-
-
-def guide_adapter(data: Mapping[str, Any], path: Path) -> AdapterFile:
-    """`read_guide` of a file that is open already."""
     file = as_record(data, _File, path)
     alone = file.lora_state_dict is not None
     found = file.lora_state_dict if alone else file.state_dict
@@ -119,8 +123,7 @@ def _weights(state: Mapping[str, Any], path: Path, alone: bool) -> Weights:
             f"{path} holds {len(surplus)} weights that belong to no site of a CLIP model: {some(surplus)}; "
             "drop them, or make the adapter with the guide's names"
         )
-    pairs = paired(halves, path)
-    return dict(sorted(pairs.items(), key=lambda item: item[0].order))
+    return dict(sorted(paired(halves, path).items(), key=lambda item: item[0].order))
 
 
 def _temperature(state: Mapping[str, Any]) -> float | None:
@@ -137,22 +140,22 @@ def _settings(weights: Weights, config: _Config, state: Mapping[str, Any], path:
         alphas = override_values(sites, list(weights), config.alpha_pattern)
     except TargetError as error:
         raise AdapterError(f"{path}: {error}: {AGAIN}") from error
+    own_ranks = {site: int(ranks.get(site, config.r)) for site in weights}
     settings = lora_config(
         path,
-        r=config.r,
-        alpha=config.alpha,
+        config.r,
+        config.alpha,
+        own_ranks,
+        alphas,
         dropout=config.dropout,
-        targets=config.targets or ",".join(map(str, weights)),
         use_rslora=config.use_rslora,
-        rank_pattern={str(site): int(value) for site, value in ranks.items() if value != config.r},
-        alpha_pattern={str(site): value for site, value in alphas.items() if value != config.alpha},
+        **({"targets": config.targets} if config.targets else {}),
     )
     for site, (a, b) in weights.items():
-        r = settings.rank_pattern.get(str(site), config.r)
-        if a.shape[0] != r:
+        if a.shape[0] != own_ranks[site]:
             raise AdapterError(
-                f"{path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where {_CONFIG} says rank {r}: "
-                "they are of two adapters; save it again"
+                f"{path}: {site} has A {tuple(a.shape)}, B {tuple(b.shape)} where {_CONFIG} says rank "
+                f"{own_ranks[site]}: they are of two adapters; save it again"
             )
     return settings
 
@@ -227,7 +230,7 @@ def _lora(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{adapter.path} does not name its base, which a checkpoint of the guide must: "
             "pass `model` and `pretrained`"
         )
-    update = uniform(adapter.weights, adapter.settings)
+    update = uniform(adapter)
     state: dict[str, Tensor] = {}
     for site, (a, b) in update.weights.items():
         state[guide_name(site, "A")], state[guide_name(site, "B")] = a, b

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from clipgraft.adapters.adapter_file import AdapterFile, Weights, pairs
 from clipgraft.adapters.checkpoint import as_weight, lora_config, paired, some
-from clipgraft.adapters.peft import Rules, read_variant
-from clipgraft.adapters.uniform import Weights
+from clipgraft.adapters.peft import named_base, read_variant
 from clipgraft.errors import AdapterError
-from clipgraft.lora.config import LoraConfig
 from clipgraft.models.openclip import path_site, split_path
 from clipgraft.models.sites import Site
 
@@ -33,18 +31,6 @@ _INSIDE = ".base_layer.out_proj"
 _WRAPPED, _BARE = f"attn{_INSIDE}", "attn.out_proj"
 # With both `attn` and `out_proj` as targets PEFT saves the base weights of the latter too.
 _INERT = (f"{_BARE}.base_layer.weight", f"{_BARE}.base_layer.bias")
-
-
-@dataclass(frozen=True)
-class _Module:
-    """One adapted module: the path that PEFT's patterns match, where it lives, A and B."""
-
-    path: str
-    pair: tuple[Tensor, Tensor]
-
-    @property
-    def inner(self) -> str:
-        return split_path(self.path)[2]
 
 
 def is_peft_openclip(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
@@ -59,8 +45,8 @@ def is_peft_openclip(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 def read_peft_openclip(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, out_proj: OutProj | None = None
-) -> tuple[Weights, LoraConfig]:
-    """A and B by site, and the settings that scale them.
+) -> AdapterFile:
+    """Read an adapter that PEFT made on an open_clip model.
 
     Args:
         tensors: `adapter_model.safetensors`.
@@ -75,34 +61,45 @@ def read_peft_openclip(
             than plain LoRA, names lie outside the model's sites, one half of a pair is missing, or weights
             and configuration disagree.
     """
-    read_variant(config, folder, plain=True)
-    rules = Rules(config, folder)
+    _, known = read_variant(config, folder, plain=True)
+    rule = known.rules(folder)
     modules = _modules(tensors, folder)
-    inner = {module.inner for module in modules}
+    inner = {split_path(path)[2] for path in modules}
     if out_proj is None and inner & {_WRAPPED, _BARE}:
         raise AdapterError(_choice(folder, _WRAPPED in inner))
     alphas: dict[Site, float] = {}
     ranks: dict[Site, int] = {}
     weights: Weights = {}
-    for module in modules:
-        if module.inner == _BARE and out_proj == "as-run":
+    for path, module in modules.items():
+        place = split_path(path)[2]
+        if place == _BARE and out_proj == "as-run":
             continue
         # PEFT gives the out_proj inside a wrapped attention the rank and alpha of the attention.
-        r, alpha = rules.of(module.path.removesuffix(_INSIDE))
-        alpha *= 2 if module.inner == _WRAPPED and out_proj == "as-run" else 1
-        for site, pair in _sites(module, int(r), folder).items():
+        r, alpha = rule(path.removesuffix(_INSIDE))
+        alpha *= 2 if place == _WRAPPED and out_proj == "as-run" else 1
+        for site, pair in _sites(path, module, r, folder).items():
             if site in weights:
                 raise AdapterError(
                     f"{folder} holds two updates of {site}, one of them without effect: pass "
                     "`peft_out_proj='as-run'`"
                 )
-            weights[site], ranks[site], alphas[site] = pair, int(r), alpha
+            weights[site], ranks[site], alphas[site] = pair, r, alpha
     if not weights:
         raise AdapterError(
             f"{folder}: PEFT never ran what it holds (out_proj alone): pass `peft_out_proj='as-meant'`"
         )
-    ordered = dict(sorted(weights.items(), key=lambda item: item[0].order))
-    return ordered, _settings(rules, ordered, ranks, alphas, folder)
+    sites = sorted(weights, key=lambda site: site.order)
+    settings = lora_config(
+        folder,
+        known.r,
+        known.lora_alpha,
+        {site: ranks[site] for site in sites},
+        {site: alphas[site] for site in sites},
+        dropout=known.lora_dropout,
+        use_rslora=known.use_rslora,
+    )
+    parts = pairs({site: weights[site] for site in sites})
+    return AdapterFile(folder, parts, settings, base=named_base(config, "open_clip"))
 
 
 def _choice(folder: Path, wrapped: bool) -> str:
@@ -114,7 +111,8 @@ def _choice(folder: Path, wrapped: bool) -> str:
     )
 
 
-def _modules(tensors: Mapping[str, Tensor], folder: Path) -> list[_Module]:
+def _modules(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by the path of their module, which PEFT's patterns match."""
     halves: dict[str, dict[str, Tensor]] = {}
     surplus: list[str] = []
     for full, tensor in tensors.items():
@@ -133,7 +131,7 @@ def _modules(tensors: Mapping[str, Tensor], folder: Path) -> list[_Module]:
             f"{folder} holds {len(surplus)} weights that are no LoRA on a site of an open_clip model: "
             f"{some(surplus)}; train it without them, or drop them"
         )
-    return [_Module(path, pair) for path, pair in paired(halves, folder).items()]
+    return paired(halves, folder)
 
 
 def _is_known(path: str, table: bool) -> bool:
@@ -153,43 +151,24 @@ def _is_inert(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return wrapped and name in {f"{attention}.{inert}" for inert in _INERT}
 
 
-def _sites(module: _Module, r: int, folder: Path) -> Weights:
+def _sites(path: str, pair: tuple[Tensor, Tensor], r: int, folder: Path) -> Weights:
     """The sites of one module; a fused B is cut into those of q, k and v, which share their A."""
-    (a, b), (tower, block, inner) = module.pair, split_path(module.path)
+    (a, b), (tower, block, inner) = pair, split_path(path)
     if a.shape[0] != r:
         raise AdapterError(
-            f"{folder}: {module.path} has A {tuple(a.shape)}, B {tuple(b.shape)} where the configuration "
+            f"{folder}: {path} has A {tuple(a.shape)}, B {tuple(b.shape)} where the configuration "
             f"says rank {r}: the files are of two adapters; copy them together again"
         )
     if inner == _WRAPPED:
         return {Site(tower, block, "out"): (a, b)}
     if inner != "attn" or block is None:
-        site = path_site(module.path)
+        site = path_site(path)
         assert site is not None
         return {site: (a, b)}
     if b.shape[0] != 3 * a.shape[1]:
         raise AdapterError(
-            f"{folder}: {module.path} has A {tuple(a.shape)}, B {tuple(b.shape)}, which is no fused q, k and "
+            f"{folder}: {path} has A {tuple(a.shape)}, B {tuple(b.shape)}, which is no fused q, k and "
             "v: save the adapter again"
         )
     parts = zip("qkv", b.chunk(3), strict=True)
     return {Site(tower, block, role): (a.clone(), part.clone()) for role, part in parts}
-
-
-def _settings(
-    rules: Rules,
-    weights: Weights,
-    ranks: Mapping[Site, int],
-    alphas: Mapping[Site, float],
-    folder: Path,
-) -> LoraConfig:
-    return lora_config(
-        folder,
-        r=rules.r,
-        alpha=rules.alpha,
-        dropout=rules.dropout,
-        targets=",".join(map(str, weights)),
-        use_rslora=rules.use_rslora,
-        rank_pattern={str(site): r for site, r in ranks.items() if r != rules.r},
-        alpha_pattern={str(site): alpha for site, alpha in alphas.items() if alpha != rules.alpha},
-    )

@@ -99,7 +99,7 @@ def _form(spec: MergeFlags, clip: Clip) -> str:
 
 
 def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> None:
-    from clipgraft.adapters.adapter_file import save_adapter
+    from clipgraft.adapters.folder import save_adapter
     from clipgraft.lora.combine import combine_adapters
 
     made = combine_adapters(clip, amounts, "+".join([*amounts, "sum"]), rank=spec.rank)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from clipgraft.adapters.adapter_file import read_adapter
 from clipgraft.adapters.attach import load_adapter
+from clipgraft.adapters.folder import read_adapter
 from clipgraft.adapters.open import tell_base
 from clipgraft.adapters.run_folder import RunModel, find_path
 from clipgraft.data.args import ColumnArgs

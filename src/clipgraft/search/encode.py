@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clipgraft.adapters.adapter_file import findable
+from clipgraft.adapters.folder import findable
 from clipgraft.data.args import TableArgs
 from clipgraft.data.feature_key import UnknownError, describe
 from clipgraft.data.features import image_steps

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipgraft.adapters.adapter_file import findable
+from clipgraft.adapters.folder import findable
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Pairs
 from clipgraft.engine.encoder import Encoder

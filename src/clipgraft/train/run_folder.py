@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clipgraft.adapters.adapter_file import save_adapter
-from clipgraft.adapters.folder import refuse_other
+from clipgraft.adapters.folder import refuse_other, save_adapter
 from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.files import atomic_path, is_partial, sweep_partial, write_json, write_text
 from clipgraft.locks import LOCK, require_free, sole_owner
