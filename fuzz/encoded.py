@@ -18,15 +18,18 @@ import pyarrow as pa
 from clipgraft.search.filters import parse_where
 from clipgraft.search.folder import all_sets, read_folder
 from clipgraft.search.index import build_index
+from clipgraft.search.items import Item
 from clipgraft.search.manifest import AdapterNote, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Kept
 from clipgraft.search.searcher import _hits, _nearest
-from clipgraft.search.store import ErrorRow, MetaRow, NewShard, Store, metadata_table, open_folder
+from clipgraft.search.store import NewShard, Store, metadata_table, open_folder
 from fuzz.mutate import damaged, odd, odd_json
 from fuzz.subject import Subject
 from fuzz.tables import parquet_contents
 
 DIM, ROWS = 6, 4
+ITEMS = [Item(f"{number}.png", 100, number * 10**9, "a cat") for number in range(ROWS)]
+SIZES = [(8, 8)] * ROWS
 VECTORS, TABLE, ERRORS = "img_emb/img_emb_0.npy", "metadata/metadata_0.parquet", "errors/errors_0.parquet"
 INDEX, RECORD = "index/image.index", "index/index.json"
 
@@ -39,10 +42,9 @@ def encode(folder: Path) -> None:
     store = Store(folder, replace(manifest, kernels={"a": "math"}))
     folder.mkdir()
     store.begin()
-    rows = [MetaRow(f"{number}.png", 100, number * 10**9, "a cat", 8, 8) for number in range(ROWS)]
     vectors = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float16)
-    for errors in ([ErrorRow("x.png", "is damaged", 3, 4)], []):
-        store.add(NewShard(rows, {"": vectors}, errors))
+    for errors in ([Item("x.png", 3, 4, reason="is damaged")], []):
+        store.add(NewShard(ITEMS, SIZES, {"": vectors}, errors))
     store.finish()
 
 
@@ -157,8 +159,7 @@ def metadata(folder: Path) -> Subject:
     """Damage Parquet tables of an encoded folder, mostly with a matching digest."""
     encode(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    rows = [MetaRow(f"{number}.png", 100, number * 10**9, "a cat", 8, 8) for number in range(ROWS)]
-    table = metadata_table(rows, "images", None, "0123456789abcdef")
+    table = metadata_table(ITEMS, SIZES, "images", None, "0123456789abcdef")
     made = [_table(table), *_other_types(table)]
     errors = (folder / ERRORS).read_bytes()
 

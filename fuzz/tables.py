@@ -19,8 +19,8 @@ from clipgraft.cli.flags.groups import build_options, read_yaml
 from clipgraft.data.prompts import read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.errors import ConfigError
-from clipgraft.search.hits import Hit, write_page
 from clipgraft.search.items import location
+from clipgraft.search.searcher import Hit, write_page
 from clipgraft.search.sources import open_images, open_texts
 from clipgraft.train.args import TrainArgs
 from fuzz.mutate import ESCAPES, NUMBERS, TEXTS, damaged, odd, odd_json, odd_lines

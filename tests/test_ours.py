@@ -13,7 +13,7 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.models.export import write_model
 from clipgraft.ours import made_by_us, mark_folder, refuse_foreign
-from clipgraft.search.hits import write_page
+from clipgraft.search.searcher import write_page
 
 OURS = {
     "metrics.json": '{"base": {"image_to_text_R@1": 0.5}}',

@@ -12,8 +12,8 @@ import clipgraft as cg
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.search.encode import encode_folder
+from clipgraft.search.folder import adapter_digest
 from clipgraft.search.manifest import read_manifest
-from clipgraft.search.sets import adapter_digest
 from encoded_folders import GOOD, MakeAdapter, read_encoded, tree_bytes, vectors_one_by_one
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}

@@ -189,17 +189,17 @@ def test_listing_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_more_than_a_shard_is_held(clip: Clip, pictures: Path, tmp_path: Path) -> None:
     """Memory would grow with the number of images."""
-    from clipgraft.search import stream
+    from clipgraft.search import encode
 
     held: list[int] = []
-    real = stream._Growing.add
+    real = encode._Growing.add
 
     def add(self: Any, *rest: Any) -> None:
         real(self, *rest)
         held.append(len(self.rows) + len(self.errors))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream._Growing, "add", add)
+        patch.setattr(encode._Growing, "add", add)
         encode_folder(clip, pictures, tmp_path / "out", **SMALL)
     assert max(held) == SMALL["shard_rows"]
 

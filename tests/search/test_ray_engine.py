@@ -24,11 +24,10 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.search import ray_engine
 from clipgraft.search.args import EncodeArgs
-from clipgraft.search.encode import encode_folder
+from clipgraft.search.encode import _batches, _how_many, encode_folder
 from clipgraft.search.items import Item
 from clipgraft.search.plan import Plan
 from clipgraft.search.ray_worker import _WINDOW, Crew
-from clipgraft.search.stream import _batches, _how_many
 from encoded_folders import BAD, GOOD, MakeAdapter, read_errors, tree_bytes, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}

@@ -14,9 +14,8 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.search.encode import encode_folder
 from clipgraft.search.folder import fitting_set, nearest
-from clipgraft.search.hits import Hit, write_page
 from clipgraft.search.index import build_index
-from clipgraft.search.searcher import query, query_vector
+from clipgraft.search.searcher import Hit, query, query_vector, write_page
 from encoded_folders import GOOD, MakeAdapter, read_encoded, write_picture
 
 SMALL = {"batch_size": 4, "shard_rows": 6, "workers": 0, "autocast": False}

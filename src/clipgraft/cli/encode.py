@@ -132,7 +132,7 @@ def _load_adapters(clip: Clip, spec: EncodeFlags) -> dict[str, str]:
 
 def _encode(clip: Clip, spec: EncodeFlags, args: EncodeArgs, paths: dict[str, str]) -> EncodeResult:
     from clipgraft.search.encode import encode_folder
-    from clipgraft.search.sets import sharing
+    from clipgraft.search.folder import sharing
 
     shared = sharing(clip, list(paths), "text" if args.texts else "vision") if paths else []
     if shared:

@@ -20,7 +20,7 @@ from clipgraft.text_tables import aligned
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
-    from clipgraft.search.hits import Hit
+    from clipgraft.search.searcher import Hit
 
 log = logging.getLogger("clipgraft")
 _INDEX = "Build a FAISS index of an encoded folder, and store it beside the vectors."
@@ -89,7 +89,7 @@ def run_search(argv: Sequence[str]) -> None:
     )
     print(as_json(hits) if spec.format == "json" else as_table(hits))
     if spec.html is not None:
-        from clipgraft.search.hits import write_page
+        from clipgraft.search.searcher import write_page
 
         title = " + ".join([part for part in (spec.text, spec.image and spec.image.name) if part])
         log.info("wrote %s", write_page(spec.html, title, hits, spec.image, spec.overwrite))

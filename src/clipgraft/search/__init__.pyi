@@ -3,7 +3,7 @@
 from .args import EncodeArgs as EncodeArgs
 from .encode import EncodeResult as EncodeResult
 from .encode import encode_folder as encode_folder
-from .hits import Hit as Hit
 from .index import build_index as build_index
+from .searcher import Hit as Hit
 from .searcher import load_model as load_model
 from .searcher import query as query

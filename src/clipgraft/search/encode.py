@@ -14,10 +14,16 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from clipgraft.adapters.folder import findable
 from clipgraft.data.args import TableArgs
@@ -34,15 +40,14 @@ from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress, Told, showing
 from clipgraft.results import Result
 from clipgraft.search.args import EncodeArgs
-from clipgraft.search.engines import Engine, ImageModality, LocalEngine, Modality, TextModality
-from clipgraft.search.items import ItemSource
+from clipgraft.search.engines import EncodedBatch, ImageModality, LocalEngine, Modality, TextModality
+from clipgraft.search.folder import adapter_notes, vector_sets
+from clipgraft.search.items import Item, ItemSource
 from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Counts, Plan
 from clipgraft.search.ray_engine import RayEngine, need_ray
-from clipgraft.search.sets import adapter_notes, vector_sets
 from clipgraft.search.sources import open_images, open_texts
-from clipgraft.search.store import Store, need_pyarrow, open_folder, sole_writer
-from clipgraft.search.stream import Reading, stream
+from clipgraft.search.store import NewShard, Size, Store, need_pyarrow, open_folder, sole_writer
 
 log = logging.getLogger("clipgraft")
 _AUTOCAST = " in bf16 autocast"
@@ -163,7 +168,7 @@ class _Run:
     store: Store
     source: ItemSource
     notes: tuple[AdapterNote, ...]
-    engine: Engine
+    engine: LocalEngine | RayEngine
     modality: Modality
     args: EncodeArgs
     told: Told | None
@@ -187,8 +192,7 @@ class _Run:
             store.begin()
             self._compact(plan)
             log.info("%s", _summary(counts, store))
-            reading = Reading(plan.to_do(), self.source.root, counts.to_do)
-            stream(store, reading, self.engine, self.modality, self.args, self.told)
+            _stream(self, plan, counts.to_do)
             store.finish()
         finally:
             plan.close()
@@ -224,6 +228,116 @@ class _Run:
         for shard in self.store.manifest.shards:
             if shard.number in touched or (self.args.retry_errors and shard.errors):
                 self.store.compact(shard, plan.kept(shard.number))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Items that are encoded together; the last batch of a shard closes it."""
+
+    items: tuple[Item, ...]
+    last: bool
+
+    @property
+    def usable(self) -> list[Item]:
+        return [item for item in self.items if item.reason is None]
+
+
+@dataclass
+class _Growing:
+    """A shard before it is written; vectors stay on the model's device until then."""
+
+    rows: list[Item] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+    errors: list[Item] = field(default_factory=list)
+    vectors: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, batch: _Batch, encoded: EncodedBatch) -> None:
+        reasons, sizes = iter(encoded.reasons), iter(encoded.sizes)
+        for item in batch.items:
+            reason = next(reasons) if item.reason is None else item.reason
+            if reason is not None:
+                self.errors.append(replace(item, reason=reason))
+                continue
+            width, height, size = next(sizes, (None, None, None))
+            self.rows.append(replace(item, bytes=size) if item.bytes is None else item)
+            self.sizes.append((width, height))
+        for folder, part in encoded.vectors.items():
+            self.vectors.setdefault(folder, []).append(part)
+
+    def whole(self) -> NewShard:
+        vectors = {folder: torch.cat(parts).cpu().numpy() for folder, parts in self.vectors.items()}
+        return NewShard(self.rows, self.sizes, vectors, self.errors)
+
+
+def _stream(run: _Run, plan: Plan, total: int) -> None:
+    """Encode the items of a plan into new shards, in order."""
+    pending: deque[_Batch] = deque()
+    store = run.store
+
+    def keys() -> Iterator[Any]:
+        for batch in _batches(plan.to_do(), run.args):
+            pending.append(batch)
+            yield run.modality.keys(run.source.root, batch.usable)
+
+    started, done, shard = time.monotonic(), 0, _Growing()
+    kernels: dict[str, str] = {}
+    with closing(run.engine.encode(keys(), _how_many(total, run.args))) as batches:
+        for encoded in batches:
+            batch = pending.popleft()
+            shard.add(batch, encoded)
+            kernels.update(encoded.kernels)
+            done += len(batch.items)
+            if batch.last:
+                store.manifest = replace(store.manifest, kernels=dict(sorted(kernels.items())))
+                store.add(shard.whole())
+                shard = _Growing()
+                _report(store, done, total, time.monotonic() - started)
+            if run.told is not None:
+                run.told(done, total)
+
+
+def _batches(items: Iterable[Item], args: EncodeArgs) -> Iterator[_Batch]:
+    """Cut items into batches that end with their shard, so that batches depend on the shard alone."""
+    source = iter(items)
+    ahead = list(islice(source, 1))
+    while ahead:
+        left = args.shard_rows
+        while ahead and left:
+            count = min(args.batch_size, left)
+            batch = (*ahead, *islice(source, count - 1))
+            left -= len(batch)
+            ahead = list(islice(source, 1))
+            yield _Batch(batch, last=not left or not ahead)
+
+
+def _how_many(items: int, args: EncodeArgs) -> int:
+    """Count the batches that `_batches` makes of so many items."""
+    shards, rest = divmod(items, args.shard_rows)
+    return shards * -(-args.shard_rows // args.batch_size) + -(-rest // args.batch_size)
+
+
+def _report(store: Store, done: int, total: int, seconds: float) -> None:
+    rate = done / seconds if seconds else 0.0
+    left = _duration((total - done) / rate) if rate else "?"
+    what = store.manifest.origin.kind
+    log.info(
+        "shard %d: %s of %s %s, %.0f/s, %s left",
+        store.manifest.next - 1,
+        f"{done:,}",
+        f"{total:,}",
+        what,
+        rate,
+        left,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Format seconds as `2 h 5 min`, `4 min 10 s`, `9 s`."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def _summary(counts: Counts, store: Store) -> str:
@@ -278,17 +392,17 @@ def check_same(out: Path, before: Manifest | None, origin: Origin, sets: Sequenc
         return
     was = before.origin
     folders = [{(part.folder, part.digest) for part in parts} for parts in (before.sets, sets)]
-    differences: list[tuple[bool, Callable[[], str]]] = [
-        (was.kind != origin.kind, lambda: f"holds {was.kind}, not {origin.kind}"),
-        (was.fingerprint != origin.fingerprint, lambda: f"was made by base {was.base}, not by {origin.base}"),
-        (folders[0] != folders[1], lambda: f"holds vectors of {_named(before.sets)}, not of {_named(sets)}"),
-        (was.dtype != origin.dtype, lambda: f"holds {was.dtype}, not {origin.dtype}"),
-        (was.compute != origin.compute, lambda: f"was computed in {was.compute}, not in {origin.compute}"),
-        (was.preprocessing != origin.preprocessing, lambda: "was made with another preprocessing"),
+    differences = [
+        (was.kind != origin.kind, f"holds {was.kind}, not {origin.kind}"),
+        (was.fingerprint != origin.fingerprint, f"was made by base {was.base}, not by {origin.base}"),
+        (folders[0] != folders[1], f"holds vectors of {_named(before.sets)}, not of {_named(sets)}"),
+        (was.dtype != origin.dtype, f"holds {was.dtype}, not {origin.dtype}"),
+        (was.compute != origin.compute, f"was computed in {was.compute}, not in {origin.compute}"),
+        (was.preprocessing != origin.preprocessing, "was made with another preprocessing"),
     ]
-    for differs, say in differences:
+    for differs, fault in differences:
         if differs:
-            raise DataError(f"{out}: {say()}; give what it was made with, or name another folder to write to")
+            raise DataError(f"{out}: {fault}; give what it was made with, or name another folder to write to")
 
 
 def _named(sets: Sequence[VectorSet]) -> str:

@@ -1,6 +1,6 @@
 """Turn batches of items into vectors: read images or tokenize texts ahead, and encode them in this process.
 
-`Engine` is the protocol; `ray_engine.RayEngine` does the same on a cluster.
+`ray_engine.RayEngine` does the same on a cluster.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.control import set_adapter
 from clipgraft.models.clip import Clip
 from clipgraft.pictures import ImageError, open_sized
+from clipgraft.search.folder import adapters_as_they_were
 from clipgraft.search.items import Item, Ref, is_address, read_at, ref
 from clipgraft.search.manifest import Dtype, Kind, VectorSet
-from clipgraft.search.sets import adapters_as_they_were
 
 _AT_ONCE = 16  # requests to a network, which mostly wait
 _THINNEST = 1000  # an image that is this many times as long as wide fills the memory when it is resized
@@ -48,44 +48,20 @@ class Loaded:
     reasons: list[str | None]
 
 
-class Modality(Protocol):
-    """The way from items to a model's inputs to features: one class for images, one for texts."""
-
-    kind: ClassVar[Kind]
-
-    @property
-    def workers(self) -> int:
-        """Processes that call `load`; 0 is a thread."""
-
-    @property
-    def steps(self) -> Transform | None:
-        """The preprocessing, None for texts."""
-
-    def keys(self, root: str, items: Sequence[Item]) -> list[Any]:
-        """Return what a worker needs to load a batch of items."""
-
-    def load(self, keys: Any) -> Loaded:
-        """Load a batch, in a worker. Raises nothing for an item that cannot be used."""
-
-    def finish(self, encoder: Encoder, inputs: Tensor) -> Tensor:
-        """Finish loaded inputs on the model's device."""
-
-    def features(self, encoder: Encoder, inputs: Tensor) -> Tensor:
-        """Encode finished inputs."""
-
-
 @dataclass(frozen=True)
 class ImageModality:
     """Images: read and decoded by worker processes, finished on the model's device."""
 
     kind: ClassVar[Kind] = "images"
     steps: Transform
-    workers: int
+    workers: int  # processes that call `load`; 0 is a thread
 
     def keys(self, root: str, items: Sequence[Item]) -> list[Ref]:
+        """Return what a worker needs to load a batch of items."""
         return [ref(root, item) for item in items]
 
     def load(self, keys: Sequence[Ref]) -> Loaded:
+        """Load a batch, in a worker. Raises nothing for an item that cannot be used."""
         pixels: list[Tensor] = []
         sizes: list[tuple[int, int, int]] = []
         reasons: list[str | None] = []
@@ -100,6 +76,7 @@ class ImageModality:
         return Loaded(torch.stack(pixels) if pixels else None, sizes, reasons)
 
     def finish(self, encoder: Encoder, inputs: Tensor) -> Tensor:
+        """Finish loaded inputs on the model's device."""
         pixels = inputs.to(encoder.clip.device)
         return self.steps.finish(pixels) if isinstance(self.steps, FastPreprocess) else pixels
 
@@ -171,6 +148,9 @@ class TextModality:
         return encoder.encode_text(inputs)
 
 
+Modality = ImageModality | TextModality
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
     """A batch of B items, N of them usable.
@@ -185,16 +165,6 @@ class EncodedBatch:
     reasons: Sequence[str | None]
     vectors: Mapping[str, Tensor]
     kernels: Mapping[str, str]
-
-
-class Engine(Protocol):
-    """An encoder of batches: this process, or a cluster."""
-
-    def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
-        """Yield one `EncodedBatch` for each of `count` batches, in order; to be closed.
-
-        `keys` are those of a `Modality`, taken as they are needed, by the caller's thread.
-        """
 
 
 @dataclass(frozen=True)
@@ -216,7 +186,11 @@ class LocalEngine:
     dtype: Dtype
 
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
-        """See `Engine`. Vectors stay on the model's device."""
+        """Yield one `EncodedBatch` for each of `count` batches, in order; to be closed.
+
+        `keys` are those of a modality, taken as they are needed, by the caller's thread. Vectors stay on the
+        model's device.
+        """
         clip = self.encoder.clip
         batches = prefetch(self.modality.load, keys, self.modality.workers)
         with evaluating(clip), adapters_as_they_were(clip), closing(batches):

@@ -1,27 +1,36 @@
-"""Read an encoded folder: the vectors that fit a model, their shards, and the rows nearest to a query."""
+"""Read an encoded folder: its sets of vectors, those that fit a model, and the rows nearest to a query.
+
+A base with adapters makes one set of vectors for each different tower. An adapter that leaves the tower alone
+leaves its vectors as they are: all such adapters share the base's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from clipgraft.errors import AdapterError, DataError, ModelError
+from clipgraft.lora.control import disable_lora, set_adapter
+from clipgraft.lora.state import Adapter, lora_state, require_lora, require_unmerged
 from clipgraft.models.clip import Clip
+from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.search.filters import Condition, check_columns, rows_where
 from clipgraft.search.manifest import (
-    METADATA,
+    AdapterNote,
     Manifest,
     Shard,
     VectorSet,
+    is_set_folder,
     read_manifest,
     set_path,
-    shard_file,
 )
-from clipgraft.search.sets import acting_digest
 from clipgraft.search.store import Array, metadata_columns, read_metadata, read_vectors
 
 
@@ -55,9 +64,7 @@ class EncodedSet:
 
     def metadata(self, shard: Shard, columns: Sequence[str] | None = None) -> Any:
         """Read a shard's metadata with pyarrow. Raises DataError where the file is missing or damaged."""
-        path = shard_file(self.folder, self.part.folder, METADATA, shard.number)
-        known = shard.files[set_path(self.part.folder, METADATA, shard.number)]
-        return read_metadata(path, self.manifest.origin.kind, known, shard.rows, columns)
+        return read_metadata(self.folder, self.manifest, self.part, shard, columns)
 
     def columns(self) -> list[str]:
         """Return the columns of the metadata."""
@@ -183,3 +190,87 @@ class _Best:
         scores, rows = np.concatenate([self.scores, scores]), np.concatenate([self.rows, rows])
         order = np.lexsort((rows, -scores))[: self.k]
         self.scores, self.rows = scores[order], rows[order]
+
+
+BASE_FOLDER = "base"
+
+
+def adapter_digest(adapter: Adapter | None, tower: Tower) -> str | None:
+    """Return 16 hex digits that identify an adapter's effect on a tower; None if it has none."""
+    if adapter is None or not adapter.touches(tower):
+        return None
+    parts: dict[str, tuple[float, nn.Module]] = {
+        str(site): (layer.scaling, layer) for site, layer in adapter.layers.items() if site.tower == tower
+    }
+    for path, norm in adapter.norms.items():
+        if path.startswith(f"{tower}_model."):
+            parts[path] = (1.0, norm)
+    digest = hashlib.sha256()
+    for name, (scaling, module) in sorted(parts.items()):
+        for part, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name}.{part} {scaling!r} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.detach().float().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()[:16]
+
+
+def acting_digest(clip: Clip, tower: Tower) -> str | None:
+    """Return `adapter_digest` of the active adapter; raises AdapterError while adapters are merged."""
+    require_unmerged(clip, "tell whose vectors these are")
+    state = lora_state(clip)
+    return adapter_digest(None if state is None else state.in_effect, tower)
+
+
+def vector_sets(clip: Clip, adapters: Sequence[str] | None, tower: Tower) -> tuple[VectorSet, ...]:
+    """List the sets of vectors to make: one at the root for the active adapter, or one per named adapter.
+
+    Raises:
+        AdapterError: the model carries no such adapter, or one is called like the folder of the base.
+    """
+    require_unmerged(clip, "encode with adapters")
+    if adapters is None:
+        state = lora_state(clip)
+        digest = acting_digest(clip, tower)
+        return (VectorSet("", state.active if state and digest else None, digest),)
+    state = require_lora(clip)
+    found: dict[str | None, VectorSet] = {}
+    for name in adapters:
+        if name == BASE_FOLDER or not is_set_folder(name):
+            raise AdapterError(
+                f"adapter {name!r} would be taken for another folder: load it under another name"
+            )
+        digest = adapter_digest(state.named(name), tower)
+        folder, adapter = (BASE_FOLDER, None) if digest is None else (name, name)
+        found.setdefault(digest, VectorSet(folder, adapter, digest))
+    return tuple(found.values())
+
+
+def sharing(clip: Clip, names: Sequence[str], tower: Tower) -> list[str]:
+    """Return the names of adapters that leave a tower unchanged."""
+    state = require_lora(clip)
+    return [name for name in names if adapter_digest(state.named(name), tower) is None]
+
+
+def adapter_notes(clip: Clip, names: Sequence[str], paths: Mapping[str, str]) -> tuple[AdapterNote, ...]:
+    """Describe adapters for the manifest, those that share vectors included."""
+    notes = []
+    for name in names:
+        adapter = require_lora(clip).named(name)
+        digests: dict[str, str] = {
+            tower: found for tower in TOWERS if (found := adapter_digest(adapter, tower))
+        }
+        notes.append(AdapterNote(name, paths.get(name, ""), digests))
+    return tuple(notes)
+
+
+@contextlib.contextmanager
+def adapters_as_they_were(clip: Clip) -> Iterator[None]:
+    """Restore the active adapter at the end."""
+    state = lora_state(clip)
+    before = (state.active, state.enabled) if state else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            set_adapter(clip, before[0])
+            if not before[1]:
+                disable_lora(clip)

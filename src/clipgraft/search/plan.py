@@ -51,18 +51,6 @@ WHERE item.key IS NULL OR (stored.row >= 0 AND item.caption IS NOT stored.captio
 
 
 @dataclass(frozen=True)
-class StoredRow:
-    """A row of a finished shard; row -1 is an item that could not be used."""
-
-    row: int
-    key: str
-    bytes: int | None
-    mtime: int | None
-    caption: str | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
 class Kept:
     """The part of a shard that stays: rows with their current captions, and unusable items by key."""
 
@@ -113,9 +101,9 @@ class Plan:
                 self._unlisted.append(i.key)
             yield i.key, place if ordered else 0, i.bytes, i.mtime, i.caption, i.reason, i.offset
 
-    def store(self, shard: int, rows: Iterable[StoredRow]) -> None:
-        """Add the rows of a finished shard."""
-        values = ((shard, r.row, r.key, r.bytes, r.mtime, r.caption, r.reason) for r in rows)
+    def store(self, shard: int, rows: Iterable[tuple[int, Item]]) -> None:
+        """Add the rows of a finished shard; row -1 is an item that could not be used."""
+        values = ((shard, row, i.key, i.bytes, i.mtime, i.caption, i.reason) for row, i in rows)
         with writing(self._file), self._at_once():
             self._db.executemany("INSERT INTO stored VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 

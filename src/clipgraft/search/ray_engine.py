@@ -71,7 +71,7 @@ class RayEngine:
     args: EncodeArgs
 
     def encode(self, keys: Iterable[Any], count: int) -> Generator[EncodedBatch, None, None]:
-        """See `Engine`. With no batch, nothing is started.
+        """Encode as `LocalEngine.encode` does. With no batch, nothing is started.
 
         Raises:
             ConfigError: there is no cluster at the address, or it has no GPU.

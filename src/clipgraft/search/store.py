@@ -26,6 +26,7 @@ from clipgraft.errors import DataError
 from clipgraft.files import atomic_path, inside, sweep_partial
 from clipgraft.locks import LOCK, sole_owner
 from clipgraft.readers import map_array, read_parquet, reading
+from clipgraft.search.items import Item
 from clipgraft.search.manifest import (
     ERRORS,
     ERRORS_FILE,
@@ -40,8 +41,9 @@ from clipgraft.search.manifest import (
     shard_file,
     write_manifest,
 )
-from clipgraft.search.plan import Kept, StoredRow
+from clipgraft.search.plan import Kept
 
+log = logging.getLogger("clipgraft")
 _AGAIN = "delete it, and run `clipgraft encode` again"
 _TEXT, _TIME = "string", "timestamp[us, tz=UTC]"
 _IMAGE_TYPES = {"path": _TEXT, "bytes": "int64", "mtime": _TIME, "width": "int32", "height": "int32"}
@@ -49,28 +51,9 @@ _TEXT_TYPES = {"caption": _TEXT, "adapter": _TEXT, "base_fingerprint": _TEXT}
 _ERROR_TYPES = {"path": _TEXT, "reason": _TEXT, "bytes": "int64", "mtime": _TIME}
 _LAST = 62_000_000_000_000_000  # microseconds from 1970 to the year 3934, and to 5 before our era
 INSTALL = "pip install 'clipgraft[search]'"
-
-
-@dataclass(frozen=True)
-class MetaRow:
-    """One row of metadata without the columns that are constant; times are microseconds since 1970."""
-
-    key: str
-    bytes: int | None = None
-    mtime: int | None = None
-    caption: str | None = None
-    width: int | None = None
-    height: int | None = None
-
-
-@dataclass(frozen=True)
-class ErrorRow:
-    """An item that could not be used."""
-
-    key: str
-    reason: str
-    bytes: int | None = None
-    mtime: int | None = None
+Array = npt.NDArray[Any]
+Size = tuple[int | None, int | None]
+"""Width and height in pixels; None of texts."""
 
 
 def need_pyarrow() -> Any:
@@ -83,7 +66,9 @@ def need_pyarrow() -> Any:
     return pyarrow
 
 
-def metadata_table(rows: Sequence[MetaRow], kind: str, adapter: str | None, fingerprint: str) -> Any:
+def metadata_table(
+    rows: Sequence[Item], sizes: Sequence[Size], kind: str, adapter: str | None, fingerprint: str
+) -> Any:
     """Make a pyarrow table of the rows of one set."""
     pa = need_pyarrow()
     columns: dict[str, Any] = {}
@@ -91,15 +76,15 @@ def metadata_table(rows: Sequence[MetaRow], kind: str, adapter: str | None, fing
         columns["path"] = pa.array([row.key for row in rows], pa.string())
         columns["bytes"] = pa.array([row.bytes for row in rows], pa.int64())
         columns["mtime"] = pa.array([row.mtime for row in rows], pa.timestamp("us", "UTC"))
-        columns["width"] = pa.array([row.width for row in rows], pa.int32())
-        columns["height"] = pa.array([row.height for row in rows], pa.int32())
+        columns["width"] = pa.array([width for width, _ in sizes], pa.int32())
+        columns["height"] = pa.array([height for _, height in sizes], pa.int32())
     columns["caption"] = pa.array([row.caption for row in rows], pa.string())
     columns["adapter"] = pa.array([adapter] * len(rows), pa.string())
     columns["base_fingerprint"] = pa.array([fingerprint] * len(rows), pa.string())
     return pa.table(columns)
 
 
-def error_table(rows: Sequence[ErrorRow], parts: Sequence[Any] = ()) -> Any:
+def _error_table(rows: Sequence[Item], parts: Sequence[Any] = ()) -> Any:
     """Make a pyarrow table of errors, appended to other such tables."""
     pa = need_pyarrow()
     columns = {
@@ -111,14 +96,7 @@ def error_table(rows: Sequence[ErrorRow], parts: Sequence[Any] = ()) -> Any:
     return pa.concat_tables([*parts, pa.table(columns)]).combine_chunks()
 
 
-def replace_captions(table: Any, captions: Sequence[str | None]) -> Any:
-    """Return the same metadata with other captions."""
-    pa = need_pyarrow()
-    place = table.schema.get_field_index("caption")
-    return table.set_column(place, "caption", pa.array(captions, pa.string()))
-
-
-def write_table(path: Path, table: Any) -> None:
+def _write_table(path: Path, table: Any) -> None:
     """Write a table atomically; equal tables become equal bytes."""
     pa = need_pyarrow()
     with atomic_path(path) as temporary:
@@ -126,19 +104,18 @@ def write_table(path: Path, table: Any) -> None:
 
 
 def read_metadata(
-    path: Path, kind: str, known: tuple[int, str], rows: int, columns: Sequence[str] | None = None
+    folder: Path, manifest: Manifest, part: VectorSet, shard: Shard, columns: Sequence[str] | None = None
 ) -> Any:
-    """Read the metadata of a shard, or some columns of it.
-
-    `known` are the size and SHA-256 that the manifest has: what has changed since it was written is not given
-    to pyarrow, which could take it for other captions.
+    """Read the metadata of a shard of a set with pyarrow, or some columns of them.
 
     Raises:
-        DataError: it is missing or damaged, or is not what `metadata_table` writes.
+        DataError: the file is missing or damaged, or is not what `metadata_table` writes.
     """
     types = {**_IMAGE_TYPES, **_TEXT_TYPES}
-    wanted = metadata_columns(kind) if columns is None else columns
-    return _read_table(path, known, rows, {name: types[name] for name in wanted})
+    wanted = metadata_columns(manifest.origin.kind) if columns is None else columns
+    path = shard_file(folder, part.folder, METADATA, shard.number)
+    known = shard.files[set_path(part.folder, METADATA, shard.number)]
+    return _read_table(path, known, shard.rows, {name: types[name] for name in wanted})
 
 
 def metadata_columns(kind: str) -> list[str]:
@@ -161,12 +138,12 @@ def plain_rows(table: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
-def read_errors(path: Path, known: tuple[int, str], rows: int) -> Any:
-    """Read the errors of a shard, checked as in `read_metadata`."""
-    return _read_table(path, known, rows, _ERROR_TYPES)
-
-
 def _read_table(path: Path, known: tuple[int, str], rows: int, types: Mapping[str, str]) -> Any:
+    """Read a table of a shard.
+
+    `known` are the size and SHA-256 that the manifest has: what has changed since it was written is not given
+    to pyarrow, which could take it for other captions.
+    """
     need_pyarrow()
     with reading(path, DataError, _AGAIN):
         content = path.read_bytes()
@@ -181,40 +158,36 @@ def _read_table(path: Path, known: tuple[int, str], rows: int, types: Mapping[st
     return table
 
 
-def stored_rows(table: Any) -> Iterator[StoredRow]:
-    """Yield metadata as rows to compare a source with."""
+def _stored_rows(table: Any) -> Iterator[tuple[int, Item]]:
+    """Yield metadata as items to compare a source with, by their rows."""
     pa = need_pyarrow()
     captions = table.column("caption").to_pylist()
     if "path" not in table.column_names:
         for row, text in enumerate(captions):
-            yield StoredRow(row, text, None, None, text)
+            yield row, Item(text, caption=text)
         return
     keys, sizes = table.column("path").to_pylist(), table.column("bytes").to_pylist()
     times = table.column("mtime").cast(pa.int64()).to_pylist()
     for row, (key, size, mtime, caption) in enumerate(zip(keys, sizes, times, captions, strict=True)):
-        yield StoredRow(row, key, size, mtime, caption)
+        yield row, Item(key, size, mtime, caption)
 
 
-def stored_errors(table: Any) -> Iterator[StoredRow]:
-    """Yield a table of errors as such rows, each with row -1."""
+def _stored_errors(table: Any) -> Iterator[tuple[int, Item]]:
+    """Yield a table of errors as such items, each with row -1."""
     pa = need_pyarrow()
     times = table.column("mtime").cast(pa.int64()).to_pylist()
     columns = [table.column(name).to_pylist() for name in ("path", "bytes", "reason")]
     for key, size, reason, mtime in zip(*columns, times, strict=True):
-        yield StoredRow(-1, key, size, mtime, None, reason)
+        yield -1, Item(key, size, mtime, reason=reason)
 
 
-def content_key(metadata: Any, errors: Any) -> str:
+def _content_key(metadata: Any, errors: Any) -> str:
     """Hash a shard's items: their names, sizes, times, captions and faults, in order."""
     digest = hashlib.blake2b(digest_size=16)
-    rows = [] if metadata is None else [stored_rows(metadata)]
-    for row in itertools.chain(*rows, [] if errors is None else stored_errors(errors)):
-        digest.update(repr((row.key, row.bytes, row.mtime, row.caption, row.reason)).encode())
+    rows = () if metadata is None else _stored_rows(metadata)
+    for _, item in itertools.chain(rows, () if errors is None else _stored_errors(errors)):
+        digest.update(repr((item.key, item.bytes, item.mtime, item.caption, item.reason)).encode())
     return digest.hexdigest()
-
-
-log = logging.getLogger("clipgraft")
-Array = npt.NDArray[Any]
 
 
 @contextmanager
@@ -226,11 +199,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NewShard:
-    """The content of a new shard: rows, their vectors (N, D) by set folder, and items that cannot be used."""
+    """The content of a new shard: N rows, their vectors (N, D) by set folder, and what cannot be used."""
 
-    rows: Sequence[MetaRow]
+    rows: Sequence[Item]
+    sizes: Sequence[Size]
     vectors: Mapping[str, Array]
-    errors: Sequence[ErrorRow]
+    errors: Sequence[Item]
 
 
 class Store:
@@ -263,43 +237,45 @@ class Store:
                 )
                 self._commit(shard, None)
 
-    def stored(self, shard: Shard, errors: bool = True) -> Iterator[StoredRow]:
+    def stored(self, shard: Shard, errors: bool = True) -> Iterator[tuple[int, Item]]:
         """Yield the rows of a finished shard and, with `errors`, the items that could not be used."""
         if shard.rows:
-            yield from stored_rows(self._metadata(self.manifest.sets[0], shard))
+            yield from _stored_rows(read_metadata(self.folder, self.manifest, self.manifest.sets[0], shard))
         if shard.errors and errors:
-            yield from stored_errors(self._errors(shard))
+            yield from _stored_errors(self._errors(shard))
 
     def add(self, rows: NewShard) -> None:
         """Write a new shard and list it."""
         origin, metadata = self.manifest.origin, {}
         for part in self.manifest.sets if rows.rows else ():
-            metadata[part] = metadata_table(rows.rows, origin.kind, part.adapter, origin.fingerprint)
+            metadata[part] = metadata_table(
+                rows.rows, rows.sizes, origin.kind, part.adapter, origin.fingerprint
+            )
             if self.manifest.dim is None:
                 self.manifest = replace(self.manifest, dim=int(rows.vectors[part.folder].shape[1]))
-        errors = error_table(rows.errors) if rows.errors else None
-        return self._put(
+        errors = _error_table(rows.errors) if rows.errors else None
+        self._put(
             None, {part: (table, rows.vectors[part.folder]) for part, table in metadata.items()}, errors
         )
 
     def compact(self, shard: Shard, kept: Kept) -> None:
         """Replace a shard by one with fewer rows or other captions; vectors keep every bit."""
-        written, errors = {}, None
+        pa, written, errors = need_pyarrow(), {}, None
         for part in self.manifest.sets if kept.rows else ():
-            table = self._metadata(part, shard)
+            table = read_metadata(self.folder, self.manifest, part, shard).take(list(kept.rows))
+            captions = pa.array(kept.captions, pa.string())
+            table = table.set_column(table.schema.get_field_index("caption"), "caption", captions)
             vectors = read_vectors(self.folder, self.manifest, part, shard)
-            table = replace_captions(table.take(list(kept.rows)), kept.captions)
             written[part] = (table, vectors[list(kept.rows)])
         if kept.errors:
             table = self._errors(shard)
             errors = table.filter([path in kept.errors for path in table.column("path").to_pylist()])
         self._put(shard, written, errors)
 
-    def finish(self) -> Path:
-        """Gather the items that could not be used in one table; returns its path."""
+    def finish(self) -> None:
+        """Gather the items that could not be used in one table."""
         parts = [self._errors(shard) for shard in self.manifest.shards if shard.errors]
-        write_table(self.folder / ERRORS_FILE, error_table((), parts))
-        return self.folder / ERRORS_FILE
+        _write_table(self.folder / ERRORS_FILE, _error_table((), parts))
 
     def _put(self, old: Shard | None, sets: Mapping[VectorSet, tuple[Any, Array]], errors: Any) -> None:
         """Write the tables and vectors of a new shard, and list it in the place of an old one."""
@@ -310,15 +286,15 @@ class Store:
             )
             with atomic_path(emb, vectors.nbytes) as temporary, temporary.open("wb") as file:
                 np.save(file, vectors)
-            write_table(meta, table)
+            _write_table(meta, table)
             paths += [emb, meta]
         if errors is not None:
             paths.append(shard_file(self.folder, "", ERRORS, number))
-            write_table(paths[-1], errors)
+            _write_table(paths[-1], errors)
         metadata = next((table for table, _ in sets.values()), None)
         rows, unusable = (0 if table is None else table.num_rows for table in (metadata, errors))
         files = {path.relative_to(self.folder).as_posix(): _size_and_digest(path) for path in paths}
-        new = Shard(number, rows, unusable, content_key(metadata, errors), files) if paths else None
+        new = Shard(number, rows, unusable, _content_key(metadata, errors), files) if paths else None
         self._commit(old, new)
 
     def _commit(self, old: Shard | None, new: Shard | None) -> None:
@@ -332,14 +308,9 @@ class Store:
         """Return the path of a listed file; raises DataError where a link leads out of the folder."""
         return inside(self.folder, name, self.folder / MANIFEST)
 
-    def _metadata(self, part: VectorSet, shard: Shard) -> Any:
-        path = shard_file(self.folder, part.folder, METADATA, shard.number)
-        known = shard.files[set_path(part.folder, METADATA, shard.number)]
-        return read_metadata(path, self.manifest.origin.kind, known, shard.rows)
-
     def _errors(self, shard: Shard) -> Any:
         path = shard_file(self.folder, "", ERRORS, shard.number)
-        return read_errors(path, shard.files[set_path("", ERRORS, shard.number)], shard.errors)
+        return _read_table(path, shard.files[set_path("", ERRORS, shard.number)], shard.errors, _ERROR_TYPES)
 
     def _numbered(self) -> Iterator[str]:
         """Yield every file on disk that is named like a file of a shard."""
