@@ -22,7 +22,6 @@ from clipgraft.adapters.adapter_file import (
     KEY,
     AdapterFile,
     Extras,
-    Uniform,
     extras_of,
     pairs,
     rescaled,
@@ -256,7 +255,9 @@ def write_clip_lora(
     numbers = {tower: {s.block or 0 for s in adapter.weights if s.tower == tower} for tower in TOWERS}
     towers = [tower for tower in TOWERS if numbers[tower]]
     position, order = _position({tower: sorted(numbers[tower]) for tower in towers}, depths)
-    update = _whole_alpha(uniform(adapter))
+    update = uniform(adapter)
+    root = math.sqrt(update.r)
+    update = rescaled(update, max(1, round(update.scale * root)) / root)
     weights: dict[str, dict[str, dict[str, Tensor]]] = {}
     for index, (tower, block) in enumerate(order):
         layer = weights[f"layer_{index}"] = {}
@@ -266,7 +267,7 @@ def write_clip_lora(
     roles = {site.role for site in adapter.weights}
     metadata = {
         "r": update.r,
-        "alpha": round(update.scale * math.sqrt(update.r)),
+        "alpha": round(update.scale * root),
         "encoder": towers[0] if len(towers) == 1 else "both",
         "params": [letter for role, letter in _PARAMS.items() if role in roles],
         "position": position,
@@ -316,8 +317,3 @@ def _position(
 def _covered(position: str, tower: Tower, depth: int) -> list[int]:
     table = _POSITIONS_24 if tower == "vision" and depth > 12 else _POSITIONS
     return [block for block in table.get(position, ()) if block < depth]
-
-
-def _whole_alpha(update: Uniform) -> Uniform:
-    root = math.sqrt(update.r)
-    return rescaled(update, max(1, round(update.scale * root)) / root)

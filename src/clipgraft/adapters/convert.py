@@ -65,7 +65,10 @@ def read_any(
     """
     path = adapter_place(Path(path))
     if _is_folder(path):
-        return _read_folder(path, name, peft_out_proj)
+        contents = read_folder(path, name)
+        if is_peft_openclip(contents.tensors, contents.config):
+            return read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
+        return as_adapter(contents)
     if path.suffix == ".safetensors":
         return read_diffusion(path, text_layers)
     data = read_checkpoint(path)
@@ -90,13 +93,6 @@ def adapter_place(path: Path) -> Path:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() or path.name in FILES
-
-
-def _read_folder(path: Path, name: str | None, peft_out_proj: OutProj | None) -> AdapterFile:
-    contents = read_folder(path, name)
-    if not is_peft_openclip(contents.tensors, contents.config):
-        return as_adapter(contents)
-    return read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
 
 
 def _detect_file(data: Mapping[str, Any], path: Path) -> Format:
@@ -160,7 +156,9 @@ def write_any(
     out = Path(out)
     check_free(out, form, overwrite)
     if form == "peft":
-        return _write_folder(adapter, out)
+        with atomic_folder(out) as temporary:
+            write_adapter(adapter, temporary)
+        return out
     if form == "guide":
         return write_guide(adapter, out, epoch)
     if form == "clip-lora":
@@ -168,10 +166,3 @@ def write_any(
     if base_state_dict is None:
         raise AdapterError("guide-full holds the base's weights: pass base_state_dict")
     return write_guide_full(adapter, base_state_dict, out, epoch)
-
-
-def _write_folder(adapter: AdapterFile, out: Path) -> Path:
-    """An adapter folder that appears under its name only when all its files are there."""
-    with atomic_folder(out) as temporary:
-        write_adapter(adapter, temporary)
-    return out

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,7 +233,8 @@ def _lora(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
     update = uniform(adapter)
     state: dict[str, Tensor] = {}
     for site, (a, b) in update.weights.items():
-        state[guide_name(site, "A")], state[guide_name(site, "B")] = a, b
+        stem = f"transformer.resblocks.{site.block}.lora_{site.role}"
+        state |= {f"{stem}.lora_A": a, f"{stem}.lora_B": b}
     roles = {site.role for site in adapter.weights}
     config = {
         "model": adapter.base["name"],
@@ -261,11 +262,6 @@ def _check_base(adapter: AdapterFile, base: Mapping[str, Tensor]) -> None:
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 _NAME = re.compile(r"(?P<host>.+)\.lora_(?P<part>[AB])", re.DOTALL)
 _TABLE = re.compile(r"parametrizations\.(?P<name>\w+)\.0$")
-
-
-def guide_name(site: Site, part: Literal["A", "B"]) -> str:
-    """The guide's name of a text attention site: `transformer.resblocks.0.lora_q.lora_A`."""
-    return f"transformer.resblocks.{site.block}.lora_{site.role}.lora_{part}"
 
 
 def bare_name(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Plan:
     def take(self, items: Iterable[Item], ordered: bool) -> None:
         """Add the items of a source: in its own order if `ordered`, else sorted by key."""
         self._order = "item.place, item.key" if ordered else "item.key"
-        with writing(self._file), self._at_once():
+        with self._at_once():
             self._db.executemany(_ADD, self._values(items, ordered))
 
     def _values(self, items: Iterable[Item], ordered: bool) -> Iterator[tuple[object, ...]]:
@@ -104,7 +105,7 @@ class Plan:
     def store(self, shard: int, rows: Iterable[tuple[int, Item]]) -> None:
         """Add the rows of a finished shard; row -1 is an item that could not be used."""
         values = ((shard, row, i.key, i.bytes, i.mtime, i.caption, i.reason) for row, i in rows)
-        with writing(self._file), self._at_once():
+        with self._at_once():
             self._db.executemany("INSERT INTO stored VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def compare(self) -> Counts:
@@ -150,19 +151,10 @@ class Plan:
         with writing(self._file):
             return int(self._db.execute(query).fetchone()[0])
 
-    def _at_once(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-class _Transaction:
-    """One transaction: without it SQLite writes after every row."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    @contextmanager
+    def _at_once(self) -> Iterator[None]:
+        """One transaction: without it SQLite writes after every row."""
+        with writing(self._file):
+            self._db.execute("BEGIN")
+            yield
             self._db.execute("COMMIT")

@@ -70,30 +70,40 @@ def metadata_table(
     rows: Sequence[Item], sizes: Sequence[Size], kind: str, adapter: str | None, fingerprint: str
 ) -> Any:
     """Make a pyarrow table of the rows of one set."""
-    pa = need_pyarrow()
-    columns: dict[str, Any] = {}
-    if kind == "images":
-        columns["path"] = pa.array([row.key for row in rows], pa.string())
-        columns["bytes"] = pa.array([row.bytes for row in rows], pa.int64())
-        columns["mtime"] = pa.array([row.mtime for row in rows], pa.timestamp("us", "UTC"))
-        columns["width"] = pa.array([width for width, _ in sizes], pa.int32())
-        columns["height"] = pa.array([height for _, height in sizes], pa.int32())
-    columns["caption"] = pa.array([row.caption for row in rows], pa.string())
-    columns["adapter"] = pa.array([adapter] * len(rows), pa.string())
-    columns["base_fingerprint"] = pa.array([fingerprint] * len(rows), pa.string())
-    return pa.table(columns)
-
-
-def _error_table(rows: Sequence[Item], parts: Sequence[Any] = ()) -> Any:
-    """Make a pyarrow table of errors, appended to other such tables."""
-    pa = need_pyarrow()
-    columns = {
-        "path": pa.array([row.key for row in rows], pa.string()),
-        "reason": pa.array([row.reason for row in rows], pa.string()),
-        "bytes": pa.array([row.bytes for row in rows], pa.int64()),
-        "mtime": pa.array([row.mtime for row in rows], pa.timestamp("us", "UTC")),
+    files = {
+        "path": [row.key for row in rows],
+        "bytes": [row.bytes for row in rows],
+        "mtime": [row.mtime for row in rows],
+        "width": [width for width, _ in sizes],
+        "height": [height for _, height in sizes],
     }
-    return pa.concat_tables([*parts, pa.table(columns)]).combine_chunks()
+    texts = {
+        "caption": [row.caption for row in rows],
+        "adapter": [adapter] * len(rows),
+        "base_fingerprint": [fingerprint] * len(rows),
+    }
+    return _table({**files, **texts} if kind == "images" else texts)
+
+
+def _error_table(rows: Sequence[Item]) -> Any:
+    return _table(
+        {
+            "path": [row.key for row in rows],
+            "reason": [row.reason for row in rows],
+            "bytes": [row.bytes for row in rows],
+            "mtime": [row.mtime for row in rows],
+        }
+    )
+
+
+def _table(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Make a pyarrow table of columns that are of the types which their names have in every table."""
+    pa = need_pyarrow()
+    numbers = {"bytes": pa.int64(), "mtime": pa.timestamp("us", "UTC")}
+    types = {**numbers, "width": pa.int32(), "height": pa.int32()}
+    return pa.table(
+        {name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}
+    )
 
 
 def _write_table(path: Path, table: Any) -> None:
@@ -275,7 +285,8 @@ class Store:
     def finish(self) -> None:
         """Gather the items that could not be used in one table."""
         parts = [self._errors(shard) for shard in self.manifest.shards if shard.errors]
-        _write_table(self.folder / ERRORS_FILE, _error_table((), parts))
+        table = need_pyarrow().concat_tables([*parts, _error_table(())]).combine_chunks()
+        _write_table(self.folder / ERRORS_FILE, table)
 
     def _put(self, old: Shard | None, sets: Mapping[VectorSet, tuple[Any, Array]], errors: Any) -> None:
         """Write the tables and vectors of a new shard, and list it in the place of an old one."""
