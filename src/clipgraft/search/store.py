@@ -70,14 +70,14 @@ def metadata_table(
     rows: Sequence[Item], sizes: Sequence[Size], kind: str, adapter: str | None, fingerprint: str
 ) -> Any:
     """Make a pyarrow table of the rows of one set."""
-    files = {
+    files: dict[str, Sequence[Any]] = {
         "path": [row.key for row in rows],
         "bytes": [row.bytes for row in rows],
         "mtime": [row.mtime for row in rows],
         "width": [width for width, _ in sizes],
         "height": [height for _, height in sizes],
     }
-    texts = {
+    texts: dict[str, Sequence[Any]] = {
         "caption": [row.caption for row in rows],
         "adapter": [adapter] * len(rows),
         "base_fingerprint": [fingerprint] * len(rows),
