@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipgraft.emoji.art import ART, load_art, sprite
-from clipgraft.emoji.captions import name_group
+from clipgraft.emoji.captions import WORDS, name_group
 from clipgraft.emoji.drawing import COLOURS, PATTERNS, Group, Stream, cells, combination_split
 from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes, write_scenes
-from clipgraft.emoji.words import WORDS
 from clipgraft.errors import DataError
 
 

@@ -6,9 +6,136 @@ catalogue ("links: Katze, rechts: 3 × roter Apfel; blauer Hintergrund"), which 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from clipgraft.emoji.art import load_art
 from clipgraft.emoji.drawing import Group, Scene, Stream
-from clipgraft.emoji.words import WORDS
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of one language that captions are put together from.
+
+    A further language is one more entry of `WORDS`, and its CLDR names in `objects.json`.
+
+    Attributes:
+        colours: the colour words, in the order of `drawing.COLOURS`.
+        grounds: pattern ("plain", "striped", "dotted", "checked") -> background with a `{colour}` field.
+        row, column: words for the first, middle and last place.
+        counts: how two, three and four of a thing begin.
+        picture, et: the words for "picture" and "and".
+    """
+
+    colours: tuple[str, ...]
+    grounds: dict[str, str]
+    row: tuple[str, ...] = ("", "", "")
+    column: tuple[str, ...] = ("", "", "")
+    counts: tuple[str, str, str] = ("2 × ", "3 × ", "4 × ")
+    picture: str = ""
+    et: str = ""
+
+
+def _grounds(plain: str, striped: str, dotted: str, checked: str) -> dict[str, str]:
+    return {"plain": plain, "gradient": plain, "striped": striped, "dotted": dotted, "checked": checked}
+
+
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(words.split(", "))
+
+
+WORDS: dict[str, Words] = {
+    "en": Words(
+        _listed("white, black, red, orange, yellow, green, blue, purple, pink, brown, grey"),
+        _grounds(
+            "a {colour} background",
+            "a striped {colour} background",
+            "a dotted {colour} background",
+            "a checked {colour} background",
+        ),
+        counts=("two ", "three ", "four "),
+    ),
+    "vi": Words(
+        _listed("trắng, đen, đỏ, cam, vàng, xanh lá cây, xanh lam, tím, hồng, nâu, xám"),
+        _grounds("nền {colour}", "nền kẻ sọc {colour}", "nền chấm bi {colour}", "nền kẻ ô {colour}"),
+        counts=("hai ", "ba ", "bốn "),
+    ),
+    "fr": Words(
+        _listed("blanc, noir, rouge, orange, jaune, vert, bleu, violet, rose, marron, gris"),
+        _grounds(
+            "fond {colour}", "fond {colour} à rayures", "fond {colour} à pois", "fond {colour} à carreaux"
+        ),
+        row=_listed("à gauche, au milieu, à droite"),
+        column=_listed("en haut, au milieu, en bas"),
+        picture="image",
+        et="et",
+    ),
+    "de": Words(
+        _listed("weiß, schwarz, rot, orange, gelb, grün, blau, lila, rosa, braun, grau"),
+        _grounds(
+            "Hintergrund {colour}",
+            "Hintergrund {colour} gestreift",
+            "Hintergrund {colour} gepunktet",
+            "Hintergrund {colour} kariert",
+        ),
+        row=_listed("links, in der Mitte, rechts"),
+        column=_listed("oben, in der Mitte, unten"),
+        picture="Bild",
+        et="und",
+    ),
+    "es": Words(
+        _listed("blanco, negro, rojo, naranja, amarillo, verde, azul, morado, rosa, marrón, gris"),
+        _grounds(
+            "fondo {colour}",
+            "fondo {colour} a rayas",
+            "fondo {colour} con lunares",
+            "fondo {colour} a cuadros",
+        ),
+        row=_listed("a la izquierda, en el centro, a la derecha"),
+        column=_listed("arriba, en el centro, abajo"),
+        picture="imagen",
+        et="y",
+    ),
+    "pt": Words(
+        _listed("branco, preto, vermelho, laranja, amarelo, verde, azul, roxo, rosa, marrom, cinza"),
+        _grounds(
+            "fundo {colour}", "fundo {colour} listrado", "fundo {colour} de bolinhas", "fundo {colour} xadrez"
+        ),
+        row=_listed("à esquerda, no meio, à direita"),
+        column=_listed("em cima, no meio, embaixo"),
+        picture="imagem",
+        et="e",
+    ),
+    "id": Words(
+        _listed("putih, hitam, merah, oranye, kuning, hijau, biru, ungu, merah muda, cokelat, abu-abu"),
+        _grounds(
+            "latar {colour}",
+            "latar {colour} bergaris",
+            "latar {colour} berbintik",
+            "latar {colour} kotak-kotak",
+        ),
+        row=_listed("di kiri, di tengah, di kanan"),
+        column=_listed("di atas, di tengah, di bawah"),
+        counts=("dua ", "tiga ", "empat "),
+        picture="gambar",
+        et="dan",
+    ),
+    "tr": Words(
+        _listed("beyaz, siyah, kırmızı, turuncu, sarı, yeşil, mavi, mor, pembe, kahverengi, gri"),
+        _grounds(
+            "{colour} arka plan",
+            "çizgili {colour} arka plan",
+            "puantiyeli {colour} arka plan",
+            "kareli {colour} arka plan",
+        ),
+        row=_listed("solda, ortada, sağda"),
+        column=_listed("üstte, ortada, altta"),
+        counts=("iki ", "üç ", "dört "),
+        picture="resim",
+        et="ve",
+    ),
+}
+
+LANGUAGES: tuple[str, ...] = tuple(WORDS)
 
 # One caption comes from each of the five sets, so that the five of an image always differ. Fields: a, b, c
 # the groups; is_a and so on the verb that agrees; bg the background with its pattern; colour only its colour.
@@ -113,9 +240,6 @@ _CATALOGUE: dict[str, Sets] = {
 }
 
 
-COLOUR_ORDER = WORDS["en"].colours
-
-
 def name_group(group: Group, language: str) -> str:
     """A group as a noun phrase: "three red apples", "ba quả táo đỏ", "3 × pomme rouge"."""
     thing, words = load_art().objects[group.index], WORDS[language]
@@ -137,7 +261,7 @@ def _sets(scene: Scene, language: str) -> Sets:
 def describe(scene: Scene, key: str, language: str) -> tuple[str, ...]:
     """Five different captions of a scene, NFC; `key` decides which sentence of each set is taken."""
     words = WORDS[language]
-    colour = words.colours[COLOUR_ORDER.index(scene.colour)]
+    colour = words.colours[WORDS["en"].colours.index(scene.colour)]
     places = words.column if scene.layout == "column" else words.row
     ground = words.grounds[scene.pattern].format(colour=colour)
     fields = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from clipgraft.emoji.art import load_art
-from clipgraft.emoji.drawing import COLOURS, PATTERNS, SPLITS, Group, Scene, Stream, paint
+from clipgraft.emoji.drawing import SPLITS, Scene, Stream, arrange, paint
 from clipgraft.emoji.scenes import write_image
 from clipgraft.errors import DataError
 from clipgraft.writing import writing
@@ -88,9 +88,5 @@ def class_scene(name: str, split: str, key: str) -> Scene:
     left = list(class_objects()[name])
     kinds = 1 + stream.weighted(_KINDS)
     chosen = [left.pop(stream.below(len(left))) for _ in range(kinds)]
-    groups = tuple(Group(index, 1 + stream.weighted(_COUNTS[kinds])) for index in chosen)
-    layout = "alone" if kinds == 1 else ("row", "column")[stream.below(2)]
-    colour = tuple(COLOURS)[stream.below(len(COLOURS))]
-    pattern = PATTERNS[stream.below(len(PATTERNS))]
     styles = [i for i, style in enumerate(art.styles) if (style == TEST_STYLE) == (split == "test")]
-    return Scene(groups, layout, colour, pattern, styles[stream.below(len(styles))])
+    return arrange(stream, chosen, _COUNTS[kinds], styles)

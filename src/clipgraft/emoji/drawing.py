@@ -112,11 +112,23 @@ def draw_scene(key: str, split: str) -> Scene:
                 chosen.append(index)
         if combination_split([art.objects[i].code for i in chosen]) == split:
             break
-    groups = tuple(Group(i, 1 + stream.weighted(_COUNTS[kinds])) for i in chosen)
-    layout = "alone" if kinds == 1 else ("row", "column")[stream.below(2)]
+    return arrange(stream, chosen, _COUNTS[kinds], range(len(art.styles)))
+
+
+def arrange(stream: Stream, chosen: Sequence[int], counts: Sequence[float], styles: Sequence[int]) -> Scene:
+    """Choose everything but the objects of a scene.
+
+    Args:
+        stream: decides.
+        chosen: numbers of the objects, in reading order.
+        counts: how probable one, two, three and four copies of an object are.
+        styles: numbers of the art styles to choose from.
+    """
+    groups = tuple(Group(index, 1 + stream.weighted(counts)) for index in chosen)
+    layout = "alone" if len(groups) == 1 else ("row", "column")[stream.below(2)]
     colour = tuple(COLOURS)[stream.below(len(COLOURS))]
     pattern = PATTERNS[stream.below(len(PATTERNS))]
-    return Scene(groups, layout, colour, pattern, stream.below(len(art.styles)))
+    return Scene(groups, layout, colour, pattern, styles[stream.below(len(styles))])
 
 
 def _cells_alone(count: int) -> list[Box]:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipgraft.emoji.captions import describe
+from clipgraft.emoji.captions import LANGUAGES, describe
 from clipgraft.emoji.drawing import SIDE, SPLITS, Scene, draw_scene, paint
-from clipgraft.emoji.words import LANGUAGES
 from clipgraft.errors import DataError
 from clipgraft.files import atomic_path
 from clipgraft.writing import writing
@@ -69,14 +68,18 @@ class EmojiScenes:
         Raises:
             DataError: `language` is not in `LANGUAGES`.
         """
-        if language not in LANGUAGES:
-            raise DataError(f"EmojiScenes has no language {language!r}; choose one of {', '.join(LANGUAGES)}")
+        _check_language(language)
         return describe(self.scene(index), self._key(index), language)
 
     def _key(self, index: int) -> str:
         if not 0 <= index < self.size:
             raise IndexError(f"scene {index} is outside 0..{self.size - 1} of split {self.split!r}")
         return f"{self.seed}/{self.split}/{index}"
+
+
+def _check_language(language: str) -> None:
+    if language not in LANGUAGES:
+        raise DataError(f"EmojiScenes has no language {language!r}; choose one of {', '.join(LANGUAGES)}")
 
 
 def write_scenes(
@@ -94,9 +97,8 @@ def write_scenes(
         DataError: unknown split or language, a negative size, or other files under these names.
     """
     scenes = EmojiScenes(split, size, seed)
-    unknown = [language for language in languages if language not in LANGUAGES]
-    if unknown:
-        raise DataError(f"EmojiScenes has no language {unknown[0]!r}; choose one of {', '.join(LANGUAGES)}")
+    for language in languages:
+        _check_language(language)
     with writing(folder / "images"):
         (folder / "images").mkdir(parents=True, exist_ok=True)
     names = [f"images/{split}_{i:05d}.png" for i in range(size)]
