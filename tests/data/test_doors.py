@@ -20,10 +20,21 @@ from PIL import Image
 
 from clipgraft.data import doors
 from clipgraft.data.args import TableArgs
-from clipgraft.data.columns import IMAGES, TEXTS, Header, Wanted, choose_columns
 from clipgraft.data.doors import Door, open_table
 from clipgraft.data.reader import read_labelled, read_pairs, read_texts
-from clipgraft.data.rows import BadRow, Row, Rows, Table, is_null, make_row
+from clipgraft.data.table import (
+    IMAGES,
+    TEXTS,
+    BadRow,
+    Header,
+    Row,
+    Rows,
+    Table,
+    Wanted,
+    choose_columns,
+    is_null,
+    make_row,
+)
 from clipgraft.errors import ClipgraftError, ConfigError, DataError
 
 quick = settings(

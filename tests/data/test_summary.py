@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipgraft.data.reader import read_pairs
-from clipgraft.data.rows import BadRow
 from clipgraft.data.summary import (
     BadRows,
     PairReport,
     count_long_captions,
 )
+from clipgraft.data.table import BadRow
 from clipgraft.errors import DataError
 
 CLEAN = PairReport(

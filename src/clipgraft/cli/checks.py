@@ -68,8 +68,8 @@ def table_faults(
     With `classes` of classification it is one of images and labels. A path at which nothing is, is another's
     fault to tell.
     """
-    from clipgraft.data.columns import LABELS
     from clipgraft.data.doors import open_table
+    from clipgraft.data.table import LABELS
 
     if path is None or not path.exists():
         return []

@@ -14,8 +14,18 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.columns import CAPTION, Columns, Header, Wanted, choose_columns
-from clipgraft.data.rows import BadRow, Cells, Rows, Table, make_row
+from clipgraft.data.table import (
+    CAPTION,
+    BadRow,
+    Cells,
+    Columns,
+    Header,
+    Rows,
+    Table,
+    Wanted,
+    choose_columns,
+    make_row,
+)
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.pictures import IMAGE_SUFFIXES

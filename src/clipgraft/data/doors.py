@@ -1,27 +1,43 @@
 """Open a source of images with captions or labels, whatever kind of file or folder it is.
 
 A kind of file is a `Door` in `DOORS`: a function, in a file of its own, that opens a path as a `Table` of
-rows. Most doors let `choose_columns` find the wanted columns among the names that the file has. Everything
-else (missing and unreadable images, limits on bad rows, the summary) is the work of `clipgraft.data.reader`.
+rows. Most doors let `choose_columns` find the wanted columns among the names that the file has. A folder has
+a file of captions, a `name.txt` beside each image, or a folder for each class. Everything else (missing and
+unreadable images, limits on bad rows, the summary) is the work of `clipgraft.data.reader`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.columns import LABEL, PAIRS, Wanted
 from clipgraft.data.delimited import open_delimited
-from clipgraft.data.folders import find_captions_file, open_class_folders, open_sidecars
+from clipgraft.data.image_files import Listing, list_images
 from clipgraft.data.json_tables import open_json
 from clipgraft.data.parquet import open_parquet
-from clipgraft.data.rows import Table
-from clipgraft.data.text_files import is_tar_name, is_text, tar_advice, what_it_is
+from clipgraft.data.table import LABEL, PAIRS, BadRow, Cells, Row, Rows, Table, Wanted, make_row
+from clipgraft.data.text_files import is_tar_name, is_text, tar_advice, text_lines, what_it_is
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.readers import POINTER, is_pointer
+
+CAPTIONS_FILES = (
+    "metadata.jsonl",  # Hugging Face imagefolder
+    "metadata.csv",
+    "metadata.parquet",
+    "captions.jsonl",
+    "captions.csv",
+    "captions.tsv",
+    "captions.txt",  # Flickr8k
+    "Flickr8k.token.txt",
+    "results.csv",  # Flickr30k
+)
+_TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq", ".token"})
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
 
 
 @dataclass(frozen=True)
@@ -61,20 +77,9 @@ def open_table(source: Path, args: TableArgs | None = None, wanted: Wanted = PAI
         raise ConfigError(f"`image_root` {args.image_root}: there is no such folder; check the path")
     door = _door_of(source, args.dataset_type)
     if door is None and wanted.text is LABEL:
-        return open_class_folders(source)
+        return _open_class_folders(source)
     table = door.open(source, args, wanted) if door else _open_folder(source, args, wanted)
     return table if args.image_root is None else replace(table, folder=args.image_root)
-
-
-def _open_folder(source: Path, args: TableArgs, wanted: Wanted) -> Table:
-    captions, notes = find_captions_file(source)
-    if captions is None:
-        return open_sidecars(source, args, wanted)
-    door = _by_suffix(captions)
-    assert door is not None
-    table = door.open(captions, args, wanted)
-    notes = (f"captions from {captions.name}", *notes, *table.notes)
-    return replace(table, folder=source, kind=f"folder, {table.kind}", notes=notes)
 
 
 def _door_of(source: Path, dataset_type: str) -> Door | None:
@@ -120,3 +125,122 @@ def _nearest(source: Path) -> str:
         return f"; there is no folder {source.parent} either"
     near = get_close_matches(source.name, [path.name for path in source.parent.iterdir()], n=1)
     return f'; did you mean "{near[0]}"?' if near else "; check the path"
+
+
+def _open_folder(folder: Path, args: TableArgs, wanted: Wanted) -> Table:
+    """Open the captions file of a folder, or the text files beside its images."""
+    there = [folder / name for name in CAPTIONS_FILES if (folder / name).is_file()]
+    if not there:
+        return _open_sidecars(folder, args, wanted)
+    captions, *others = there
+    door = _by_suffix(captions)
+    assert door is not None
+    table = door.open(captions, args, wanted)
+    notes = [f"captions from {captions.name}"]
+    if others:
+        names = ", ".join(path.name for path in others)
+        notes.append(f"not read: {names} (name a file instead of the folder to read it)")
+    return replace(table, folder=folder, kind=f"folder, {table.kind}", notes=(*notes, *table.notes))
+
+
+def _open_sidecars(folder: Path, args: TableArgs, wanted: Wanted) -> Table:
+    """Open a folder in which `name.txt` holds the captions of `name.jpg`, one a line.
+
+    Raises DataError when there is no image, or no image has such a file.
+    """
+    listing = Listing()
+    images = list_images(folder, listing)
+    if not images:
+        raise DataError(
+            f"{folder}: no images in this folder ({'; '.join(listing.notes())}); name a folder of images, or "
+            "a table of their paths"
+        )
+    if not any(_sidecar(image) for image in images):
+        names = ", ".join(CAPTIONS_FILES)
+        advice = f"{_other_tables(folder)}add one of {names}, or a NAME.txt beside each image"
+        raise DataError(f"{folder}: {len(images):,} images and no captions; {advice}")
+    rows = partial(_sidecar_rows, folder, images, args.csv_encoding, wanted.cells(args))
+    return Table(folder, folder, "folder, NAME.txt beside each image", "image", rows, listing.notes())
+
+
+def _sidecar(image: Path) -> Path | None:
+    """Find the text file of an image: `x.jpg.txt`, or `x.txt`, which other images of that name share."""
+    for path in (image.with_name(f"{image.name}.txt"), image.with_suffix(".txt")):
+        if path.is_file():
+            return path
+    return None
+
+
+def _other_tables(folder: Path) -> str:
+    """Name tables in a folder and beside it: one of them may be what the user meant."""
+    places = (folder, Path(os.path.abspath(folder)).parent)  # noqa: PTH100 - `..` of a link is meant as typed
+    there = [
+        path
+        for place in places
+        for path in sorted(place.iterdir())
+        if path.suffix.lower() in _TABLES and path.is_file()
+    ]
+    return f"name the table with them ({', '.join(map(str, there[:3]))}), or " if there else ""
+
+
+def _sidecar_rows(folder: Path, images: list[Path], encoding: str | None, cells: Cells) -> Rows:
+    for number, image in enumerate(images, 1):
+        name = str(image.relative_to(folder))
+        text = _sidecar(image)
+        if text is None:
+            yield BadRow(number, name, "no text file beside it")
+            continue
+        try:
+            captions = [line for line in text_lines(text, encoding) if line.strip()]
+        except DataError as error:
+            kind = "git-lfs pointer" if is_pointer(text) else "cannot be read"
+            yield BadRow(number, name, str(error), f"its text file: {kind}")
+        else:
+            yield make_row(number, name, captions or None, cells)
+
+
+def _open_class_folders(folder: Path) -> Table:
+    """Open a folder whose sub-folders are classes; an image's is the one right below `folder`, at any depth.
+
+    Raises:
+        DataError: no sub-folder holds an image, or they are the parts of a data set.
+    """
+    listing = Listing()
+    found = list_images(folder, listing)
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    images: dict[str, list[Path]] = {path.name: [] for path in folders}
+    loose = [path for path in found if path.parent == folder]
+    for path in found:
+        if path.parent != folder:
+            images.setdefault(path.relative_to(folder).parts[0], []).append(path)
+    if not any(images.values()):
+        raise DataError(_no_class_folders(folder, len(folders), len(loose)))
+    _refuse_splits(folder, folders)
+    notes = (f"not used: images that lie beside the class folders ({len(loose):,})",) if loose else ()
+    rows = partial(_class_rows, folder, images)
+    notes = (*listing.notes(), *notes)
+    return Table(folder, folder, "folder of class folders", "image", rows, notes, labels=tuple(images))
+
+
+def _class_rows(folder: Path, images: dict[str, list[Path]]) -> Rows:
+    labelled = ((path, name) for name, found in images.items() for path in found)
+    for number, (path, name) in enumerate(labelled, 1):
+        yield Row(number, str(path.relative_to(folder)), (name,))
+
+
+def _no_class_folders(folder: Path, count: int, loose: int) -> str:
+    layout = f"put the images of each class into a folder of its own, such as {folder / 'cat' / '1.jpg'}"
+    if count:
+        return f"{folder}: none of its {count:,} folders holds an image; {layout}"
+    there = f"no class folders, only images ({loose:,})" if loose else "no class folders"
+    return f"{folder}: {there}; {layout}, or name a table with a label column"
+
+
+def _refuse_splits(folder: Path, folders: Sequence[Path]) -> None:
+    """Raise DataError where the folders are parts of a data set: they would be learnt as classes."""
+    names = [path.name for path in folders]
+    if {name.casefold() for name in names} <= _SPLITS and all(
+        any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()) for path in folders
+    ):
+        parts = ", ".join(names)
+        raise DataError(f"{folder}: holds parts of a data set ({parts}), not classes; name {folders[0]}")

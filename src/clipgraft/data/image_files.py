@@ -175,7 +175,8 @@ class ImageFinder:
     def _look(self, text: str) -> Path | str:
         try:
             for spelling in _spellings(text):
-                path = Path(os.path.normpath(self._folder / spelling))
+                # Half the time of `self._folder / spelling`, for tables of a million images.
+                path = Path(os.path.normpath(os.path.join(self._folder, spelling)))  # noqa: PTH118
                 if path.is_file():
                     return path
         except (OSError, ValueError) as error:
@@ -256,10 +257,11 @@ def _is_relative(text: str) -> bool:
     return not ("://" in text or Path(text).is_absolute() or PureWindowsPath(text).drive)
 
 
-def _spellings(text: str) -> list[str]:
-    forms = [text, text.replace("\\", "/")]
-    forms += [unicodedata.normalize(form, forms[1]) for form in ("NFC", "NFD")]
-    return list(dict.fromkeys(forms))
+def _spellings(text: str) -> Iterator[str]:
+    yield text
+    forward = text.replace("\\", "/")
+    forms = [forward, *(unicodedata.normalize(form, forward) for form in ("NFC", "NFD"))]
+    yield from (form for form in dict.fromkeys(forms) if form != text)
 
 
 def _why_missing(folder: Path, text: str) -> str:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.columns import Header, Wanted, choose_columns
-from clipgraft.data.rows import BadRow, Cells, Rows, Table, make_row
+from clipgraft.data.table import BadRow, Cells, Header, Rows, Table, Wanted, choose_columns, make_row
 from clipgraft.data.text_files import text_encoding, text_lines
 from clipgraft.errors import DataError
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.columns import Header, Wanted, choose_columns
 from clipgraft.data.json_tables import flat
-from clipgraft.data.rows import Cells, Rows, Table, make_row
+from clipgraft.data.table import Cells, Header, Rows, Table, Wanted, choose_columns, make_row
 from clipgraft.errors import ClipgraftError, DataError
 from clipgraft.readers import reading_parquet
 

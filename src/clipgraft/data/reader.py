@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipgraft.data.args import LabelArgs, TableArgs
-from clipgraft.data.columns import LABEL, LABELS, PAIRS, TEXTS, Wanted
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.delimited import is_token_file
 from clipgraft.data.doors import open_table
 from clipgraft.data.image_files import ImageFinder, Listing, list_images
-from clipgraft.data.rows import BadRow, Row, Table
 from clipgraft.data.summary import BadRows, LabelReport, PairReport, Remarks
+from clipgraft.data.table import LABEL, LABELS, PAIRS, TEXTS, BadRow, Row, Table, Wanted
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.pictures import ImageError, check_images

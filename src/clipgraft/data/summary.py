@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from clipgraft.data.rows import BadRow, Row
+from clipgraft.data.table import BadRow, Row
 from clipgraft.errors import DataError
 from clipgraft.results import Result
 from clipgraft.shown import shown_line

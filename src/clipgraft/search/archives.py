@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from clipgraft.data.image_files import Listing
-from clipgraft.data.rows import is_null
+from clipgraft.data.table import is_null
 from clipgraft.errors import DataError
 from clipgraft.readers import Tar
 from clipgraft.search.items import (

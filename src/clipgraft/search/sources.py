@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.columns import IMAGES, TEXTS
 from clipgraft.data.doors import open_table
 from clipgraft.data.image_files import ImageFinder, Listing, Unlisted, walk_images
-from clipgraft.data.rows import Row, Table
+from clipgraft.data.table import IMAGES, TEXTS, Row, Table
 from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.search.archives import is_archive_pattern, open_archives
