@@ -80,7 +80,6 @@ def test_a_path_means_the_same_file_however_it_is_written(
         {"stored": "input of vision block 3"},
         {"precision": "bfloat16"},
         {"dtype": "float16"},
-        {"shortest": 224},
     ],
     ids=lambda change: next(iter(change)),
 )

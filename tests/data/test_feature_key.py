@@ -25,6 +25,7 @@ from clipgraft.data.feature_key import (
     vision_lora_is_active,
 )
 from clipgraft.data.loading import SeededView
+from clipgraft.data.stored_rows import RowKind
 from clipgraft.models.clip import as_clip
 from clipgraft.models.processors import HfPreprocess
 from tiny_models import in_every_layout
@@ -185,18 +186,17 @@ def test_what_cannot_be_told_apart_is_not_cached() -> None:
             describe(step)
 
 
-def test_precision_and_decoding_are_in_the_key(tiny_openclip: nn.Module) -> None:
+def test_precision_and_kind_are_in_the_key(tiny_openclip: nn.Module) -> None:
     """bf16 features would be taken for fp32 ones."""
     clip, steps = as_clip(tiny_openclip), compose()
     keys = {
         image_key(clip, steps).digest,
         image_key(clip, steps, autocast=True).digest,
-        image_key(clip, steps, dtype=torch.bfloat16).digest,
-        image_key(clip, steps, shortest=32).digest,
-        image_key(clip, steps, stored="input of vision block 1").digest,
+        image_key(clip, steps, RowKind(dtype=torch.bfloat16)).digest,
+        image_key(clip, steps, RowKind("input of vision block 1")).digest,
         image_key(clip.to(torch.bfloat16), steps).digest,
     }
-    assert len(keys) == 6
+    assert len(keys) == 5
 
 
 def test_views_depend_on_seed_number_and_image_alone() -> None:

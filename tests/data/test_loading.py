@@ -133,8 +133,7 @@ def test_fault_in_a_transform_is_not_taken_for_a_bad_image(images: list[Path], w
 def test_jpeg_is_decoded_at_reduced_size(tmp_path: Path) -> None:
     """Encoding large photos would not be any faster with `shortest`."""
     Image.new("RGB", (256, 256)).save(tmp_path / "a.jpg")
-    (_, batch), *_ = image_batches([tmp_path / "a.jpg"], PLAIN, batch_size=1, shortest=64)
-    assert batch.shape == (1, 3, 64, 64)
+    assert ImageDataset([tmp_path / "a.jpg"], PLAIN, shortest=64)[0][1].shape == (3, 64, 64)
 
 
 @given(

@@ -17,6 +17,7 @@ from clipgraft.data import features
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_images, image_rows
+from clipgraft.data.stored_rows import RowKind
 from clipgraft.models.clip import Clip
 from fitting import groups
 
@@ -171,10 +172,9 @@ def test_activations_are_stored_beside_features(
     def forward(pixels: torch.Tensor) -> torch.Tensor:
         return clip.model.visual.conv1(pixels).flatten(2).transpose(1, 2)
 
-    options: dict[str, Any] = {"stored": "patches", "dtype": torch.bfloat16, "cache": cache}
-    features = FeatureArgs(workers=0)
-    first = image_rows(clip, pairs.images, forward, features, **options)
-    again = image_rows(clip, pairs.images, forward, features, **options)
+    features, kind = FeatureArgs(workers=0), RowKind("patches", torch.bfloat16)
+    first = image_rows(clip, pairs.images, forward, features, kind, cache=cache)
+    again = image_rows(clip, pairs.images, forward, features, kind, cache=cache)
     assert sum(seen) == 2 * len(pairs)
     assert first.shape == (len(pairs), 16, 32)
     ids = torch.tensor([11, 0, 5])

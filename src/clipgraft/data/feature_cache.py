@@ -62,7 +62,6 @@ class FeatureKey:
         stored: what is kept of an image, "image features" or "input of vision block 9".
         precision: what it was computed in.
         dtype: what it is kept in, a torch dtype's name.
-        shortest: the smallest side that a JPEG could be decoded at.
     """
 
     tower: str
@@ -70,7 +69,6 @@ class FeatureKey:
     stored: str
     precision: str
     dtype: str = "float32"
-    shortest: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -81,7 +79,8 @@ class FeatureKey:
     @property
     def digest(self) -> str:
         """Return 32 hex digits."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        # `shortest` was once a field, and is in the names of entries that exist.
+        text = json.dumps({"format": FORMAT, "shortest": None, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipgraft.data.feature_cache import FeatureKey
 from clipgraft.data.loading import Transform
+from clipgraft.data.stored_rows import FEATURES, RowKind
 from clipgraft.lora.inject import AdaptedProjection
 from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer
 from clipgraft.lora.state import lora_state
@@ -33,25 +34,18 @@ class UnknownError(Exception):
 
 
 def image_key(
-    clip: Clip,
-    transform: Transform,
-    *,
-    stored: str = "image features",
-    dtype: torch.dtype = torch.float32,
-    autocast: bool = False,
-    shortest: int | None = None,
+    clip: Clip, transform: Transform, kind: RowKind = FEATURES, *, autocast: bool = False
 ) -> FeatureKey:
-    """Return the key of features that the image tower's base weights make; adapters do not count.
+    """Return the key of rows that the image tower's base weights make; adapters do not count.
 
     Raises UnknownError for a transform that holds a function or object of no fixed meaning.
     """
     return FeatureKey(
         tower=tower_fingerprint(clip),
         preprocessing=describe(transform),
-        stored=stored,
+        stored=kind.stored,
         precision=f"{str(clip.dtype).removeprefix('torch.')}{' in bf16 autocast' if autocast else ''}",
-        dtype=str(dtype).removeprefix("torch."),
-        shortest=shortest,
+        dtype=str(kind.dtype).removeprefix("torch."),
     )
 
 

@@ -17,7 +17,7 @@ from clipgraft.data.feature_cache import FeatureCache, open_cache
 from clipgraft.data.feature_key import UnknownError, image_key, vision_lora_is_active
 from clipgraft.data.loading import Transform, image_batches
 from clipgraft.data.preprocessing import fast_preprocess
-from clipgraft.data.stored_rows import StoredRows, computed_rows
+from clipgraft.data.stored_rows import FEATURES, RowKind, StoredRows, computed_rows
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
@@ -98,24 +98,20 @@ def image_rows(
     paths: Sequence[Path],
     forward: Callable[[Tensor], Tensor],
     features: FeatureArgs,
+    kind: RowKind = FEATURES,
     *,
-    stored: str = "image features",
-    dtype: torch.dtype = torch.float32,
-    item_shape: tuple[int, ...] | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
     cache: FeatureCache | None = None,
     transform: Transform | None = None,
-    shortest: int | None = None,
     label: str = "image features",
 ) -> StoredRows:
     """Compute what a frozen part of the image tower gives for image files, (N, *item), one row each.
 
     `forward` maps pixels (n, 3, H, W) to (n, *item) and runs in eval mode without gradients, in the precision
-    that `features.autocast` says. With a `cache`, `stored` must name what it computes, and no adapter may act
-    on the way; rows stay on disk until they are asked for. `dtype` is what rows are kept in. `progress` is
-    told how many images each batch added. The other arguments are those of `encode_images`, of
-    `image_batches` (`shortest`) and of `FeatureCache.get_or_compute` (`item_shape`).
+    that `features.autocast` says. With a `cache`, `kind` must name what it computes, and no adapter may act
+    on the way; rows stay on disk until they are asked for. `progress` is told how many images each batch
+    added. The other arguments are those of `encode_images`.
     """
     if not paths:
         raise DataError("there is no image to encode; give at least one")
@@ -124,7 +120,7 @@ def image_rows(
     def compute(missing: Sequence[Path], add: Callable[[Tensor], None]) -> None:
         with evaluating(clip), torch.inference_mode():
             for indices, pixels in image_batches(
-                missing, steps, batch_size=batch_size, workers=features.workers, shortest=shortest
+                missing, steps, batch_size=batch_size, workers=features.workers
             ):
                 add(forward(pixels))
                 if progress is not None:
@@ -132,15 +128,14 @@ def image_rows(
 
     if cache is not None:
         try:
-            autocast = features.autocast is True
-            key = image_key(clip, steps, stored=stored, dtype=dtype, autocast=autocast, shortest=shortest)
+            key = image_key(clip, steps, kind, autocast=features.autocast is True)
         except UnknownError as reason:
             log.info("%s: features are not cached, the preprocessing holds %s", label, reason)
         else:
             return cache.get_or_compute(
-                key, paths, compute, label=label, item_shape=item_shape, progress=progress
+                key, paths, compute, label=label, item_shape=kind.shape, progress=progress
             )
-    return computed_rows(paths, compute, dtype)
+    return computed_rows(paths, compute, kind.dtype)
 
 
 def encode_captions(

@@ -75,41 +75,26 @@ class ImageDataset(Dataset[tuple[int, Tensor]]):
 
 
 def image_batches(
-    images: Sequence[str | Path],
-    transform: Transform,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    shortest: int | None = None,
+    images: Sequence[str | Path], transform: Transform, *, batch_size: int, workers: int = 0
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Go over all images once, in order: yields (int64 indices (B,), images (B, 3, H, W)); the last may be
     smaller.
 
     The next batches are decoded while the caller works on this one: by `workers` processes, or with 0 by one
     thread. They end when the iteration ends or is closed. A `FastPreprocess` says itself how small a JPEG may
-    be decoded, and its 8-bit pixels are normalised here; else `shortest` is handed to `open_image`.
+    be decoded, and its 8-bit pixels are normalised here.
     Raises ImageError, with the path, at an image that cannot be used.
     """
-    batches = [
-        range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)
-    ]
-    if isinstance(transform, FastPreprocess):
-        return _finished(transform, image_pixels(images, transform, batches, workers, shortest))
-    make = ImageDataset(images, transform, shortest=shortest).batch
-    return prefetch(make, batches, workers)
-
-
-def image_pixels(
-    images: Sequence[str | Path],
-    transform: FastPreprocess,
-    batches: Iterable[Sequence[int]],
-    workers: int = 0,
-    shortest: int | None = None,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the given batches as (int64 indices (B,), uint8 (B, 3, H, W)), for `transform.finish`."""
-    decode_at = transform.shortest if shortest is None else shortest
-    make = ImageDataset(images, transform.pixels, shortest=decode_at).batch
-    return prefetch(make, batches, workers)
+    starts = range(0, len(images), batch_size)
+    batches = [range(start, min(start + batch_size, len(images))) for start in starts]
+    fast = transform if isinstance(transform, FastPreprocess) else None
+    if fast is None:
+        dataset = ImageDataset(images, transform)
+    else:
+        dataset = ImageDataset(images, fast.pixels, shortest=fast.shortest)
+    with closing(prefetch(dataset.batch, batches, workers)) as made:
+        for ids, pixels in made:
+            yield ids, pixels if fast is None else fast.finish(pixels)
 
 
 def prefetch(
@@ -120,14 +105,6 @@ def prefetch(
     Keys are taken as they are needed, a few ahead. `make` draws no random numbers.
     """
     return _in_workers(make, keys, workers) if workers else _in_thread(make, keys)
-
-
-def _finished(
-    transform: FastPreprocess, batches: Generator[tuple[Tensor, Tensor], None, None]
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    with closing(batches):
-        for ids, pixels in batches:
-            yield ids, transform.finish(pixels)
 
 
 def epoch_batches(

@@ -35,6 +35,23 @@ Array: TypeAlias = npt.NDArray[Any]
 Compute: TypeAlias = Callable[[Sequence[Path], Callable[[Tensor], None]], None]
 """compute(paths, add): call `add` with (n, *item) rows, batch after batch, in the order of `paths`."""
 
+
+@dataclass(frozen=True)
+class RowKind:
+    """What is kept of each image.
+
+    Attributes:
+        stored: its name: "image features", or "input of vision block 9".
+        dtype: what values are kept in.
+        shape: of one row, where it is known before the first row is computed.
+    """
+
+    stored: str = "image features"
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] | None = None
+
+
+FEATURES = RowKind()
 ID_BYTES = 16
 INDEX, DATA = ".index", ".npy"
 _DIGEST_BYTES, _BLOCK = 16, 1 << 24
@@ -279,19 +296,11 @@ def mark_used(shard: Shard) -> None:
         os.utime(shard.index)
 
 
-def remove_shard(index: Path) -> int:
-    """Delete a shard, its index first; returns the bytes freed, 0 where the system does not let it go."""
-    freed = 0
-    for path in (index, index.with_suffix(DATA)):
-        try:
-            size = path.stat().st_size
-            path.unlink()
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return freed
-        freed += size
-    return freed
+def remove_shard(index: Path) -> None:
+    """Delete a shard, its index first; one that the system does not let go stays."""
+    with contextlib.suppress(OSError):
+        index.unlink(missing_ok=True)
+        index.with_suffix(DATA).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -57,21 +57,20 @@ _NAMES = (
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def check_encoding(name: str) -> str:
-    """Return the name; raise ConfigError where Python knows no such encoding of text."""
-    try:
-        "a".encode(name)
-    except (LookupError, ValueError) as error:
-        raise ConfigError(f"`csv_encoding` {name}: no such encoding; write one such as cp1252") from error
-    return name
-
-
 def text_encoding(path: Path, given: str | None = None) -> str:
-    """Return the given encoding, or the one that a mark or the bytes of the file show; else UTF-8."""
+    """Return the given encoding, or the one that a mark or the bytes of the file show; else UTF-8.
+
+    Raises ConfigError where Python knows no such encoding of text.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if given is not None:
-        check_encoding(given)
+        try:
+            "a".encode(given)
+        except (LookupError, ValueError) as error:
+            raise ConfigError(
+                f"`csv_encoding` {given}: no such encoding; write one such as cp1252"
+            ) from error
         return "utf-8-sig" if codecs.lookup(given).name == "utf-8" else given
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"

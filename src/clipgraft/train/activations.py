@@ -16,7 +16,7 @@ from clipgraft.data.args import FeatureArgs
 from clipgraft.data.feature_cache import FeatureCache, format_bytes, open_cache
 from clipgraft.data.feature_key import UnknownError, image_key
 from clipgraft.data.features import image_rows, image_steps
-from clipgraft.data.stored_rows import StoredRows, available_memory, rows_in_memory
+from clipgraft.data.stored_rows import RowKind, StoredRows, available_memory, rows_in_memory
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
@@ -48,18 +48,14 @@ class Activations:
     world: World = ALONE
 
     @property
-    def stored(self) -> str:
-        """What a row is."""
-        return f"input of vision block {self.block}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What rows are kept in: bf16 where the blocks compute in it, which halves what is read at a step."""
-        return torch.bfloat16 if self.encoder.dtype == torch.bfloat16 else torch.float32
+    def kind(self) -> RowKind:
+        """What a row is: in bf16 where the blocks compute in it, which halves what is read at a step."""
+        dtype = torch.bfloat16 if self.encoder.dtype == torch.bfloat16 else torch.float32
+        return RowKind(f"input of vision block {self.block}", dtype, self.encoder.vision_shape)
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.encoder.vision_shape) * self.dtype.itemsize
+        return math.prod(self.encoder.vision_shape) * self.kind.dtype.itemsize
 
     def compute(self, progress: Callable[[int], None]) -> PartlyFixedImages:
         """Run the frozen blocks on every image that the cache does not hold."""
@@ -81,25 +77,17 @@ class Activations:
             images,
             partial(self.encoder.encode_to_block, block=self.block),
             self.features.replace(autocast=self.encoder.autocast),
-            stored=self.stored,
-            dtype=self.dtype,
-            item_shape=self.encoder.vision_shape,
+            self.kind,
             progress=progress,
             cache=self.cache,
-            label=self.stored,
+            label=self.kind.stored,
         )
 
     def cache_shortage(self, cache: FeatureCache) -> str | None:
         """Why the cache would not keep all rows; None if it would."""
         steps = image_steps(self.encoder.clip, exact_preprocess=self.features.exact_preprocess)
         try:
-            key = image_key(
-                self.encoder.clip,
-                steps,
-                stored=self.stored,
-                dtype=self.dtype,
-                autocast=self.encoder.autocast,
-            )
+            key = image_key(self.encoder.clip, steps, self.kind, autocast=self.encoder.autocast)
         except UnknownError as reason:
             return f"the feature cache cannot name a preprocessing that holds {reason}"
         return cache.shortage(key, self.images, self.row_bytes)
