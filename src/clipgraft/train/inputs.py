@@ -158,7 +158,7 @@ def _partly_fixed(
     The first `train` of the images are trained on, the others are for validation.
     """
     total = len(lower.images)
-    with _bar(setup, lower.stored, total) as advance:
+    with _bar(setup, lower.kind.stored, total) as advance:
         images = lower.compute(advance)
     if total == train:
         return images, None
