@@ -94,20 +94,11 @@ def points(share: float) -> str:
     return signed(100 * share)
 
 
-def compare_outcomes(
-    before: Outcomes,
-    after: Outcomes,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
-) -> Difference:
+def compare_outcomes(before: Outcomes, after: Outcomes, *, seed: int = 0) -> Difference:
     """The gain from `before` to `after` on the same queries, with percentile bootstrap intervals.
 
     Args:
         before, after: of two models on the same data.
-        resamples: how often the images are drawn anew.
-        level: probability of the intervals.
         seed: of the draws; the same seed gives the same intervals.
 
     Raises:
@@ -124,7 +115,7 @@ def compare_outcomes(
             )
     gains = [np.asarray(after.hits[n], float) - np.asarray(before.hits[n], float) for n in names]
     owners = [np.asarray(after.groups[n]) for n in names]
-    means, found = bootstrap_means(gains, owners, resamples=resamples, level=level, seed=seed)
+    means, found = bootstrap_means(gains, owners, seed=seed)
     moved = np.concatenate([owner[gain != 0] for gain, owner in zip(gains, owners, strict=True)])
     return Difference(
         mean=means,
@@ -135,12 +126,7 @@ def compare_outcomes(
 
 
 def bootstrap_means(
-    values: Sequence[Values],
-    groups: Sequence[Values],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
+    values: Sequence[Values], groups: Sequence[Values], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Interval, list[Interval]]:
     """Percentile intervals of some means that share their groups, and of the mean of these means.
 
@@ -148,7 +134,6 @@ def bootstrap_means(
         values: for each of M columns, floating (n,): one number a query; columns may differ in length.
         groups: for each column, integer (n,): the group of each query, which is drawn as a whole.
         resamples: how often as many groups as there are are drawn with replacement.
-        level: probability of the intervals, between 0 and 1.
         seed: of the draws.
 
     Returns:
@@ -171,10 +156,10 @@ def bootstrap_means(
     estimate = total[:columns] / total[columns:]
     with np.errstate(invalid="ignore"):  # a draw may hold no query of a column
         means = drawn[:, :columns] / drawn[:, columns:]
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low, high = np.nanquantile(np.column_stack([means, means.mean(1)]), tails, axis=0)
     found = [
-        Interval(float(v), float(a), float(b), level)
+        Interval(float(v), float(a), float(b))
         for v, a, b in zip([*estimate, estimate.mean()], low, high, strict=True)
     ]
     return found[-1], found[:-1]

@@ -144,7 +144,6 @@ def evaluate_classification(
     features: FeatureArgs | None = None,
     *,
     batch_size: int = 64,
-    encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     prototypes: Tensor | None = None,
     cache: FeatureCache | None = None,
@@ -161,7 +160,6 @@ def evaluate_classification(
         prompts: of each of `data.classes`, as `clipgraft.data.prompts.class_prompts` makes them.
         features: how images become features, and where those are kept, unless LoRA acts on the image tower.
         batch_size: images encoded at once.
-        encoder: takes the place of a new one.
         image_features: unit-norm (N, D) features of `data.images`, where they are known already.
         prototypes: unit-norm (C, D) features of the classes, where they are known already.
         progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
@@ -172,11 +170,10 @@ def evaluate_classification(
     Raises:
         DataError: prompts and classes differ in number, or an image cannot be used.
     """
-    if len(prompts) != len(data.classes):
-        raise DataError(f"prompts of {len(prompts)} classes for {len(data.classes)} classes; give all theirs")
+    _check_prompts(prompts, data)
     clip = as_clip(model)
     features = (features or FeatureArgs()).replace(**options)
-    encoder = encoder or Encoder(clip, use_autocast(features.autocast, clip.device))
+    encoder = Encoder(clip, use_autocast(features.autocast, clip.device))
     if image_features is None:
         image_features = encode_images(
             clip,
@@ -187,11 +184,28 @@ def evaluate_classification(
             cache=cache,
             progress=progress,
         )
+    return measure_classification(encoder, data, prompts, image_features, prototypes)
+
+
+def measure_classification(
+    encoder: Encoder,
+    data: Labelled,
+    prompts: Sequence[Sequence[str]],
+    image_features: Tensor,
+    prototypes: Tensor | None = None,
+) -> ClassificationResult:
+    """Compute the result of `evaluate_classification` from image features."""
+    _check_prompts(prompts, data)
     if prototypes is None:
         prototypes = class_features(encoder, prompts)
-    scale = clip.logit_scale.detach().float().exp().cpu()
+    scale = encoder.clip.logit_scale.detach().float().exp().cpu()
     logits = scale * image_features.float().cpu() @ prototypes.T
     return classification_metrics(logits, torch.tensor(data.labels), data.classes)
+
+
+def _check_prompts(prompts: Sequence[Sequence[str]], data: Labelled) -> None:
+    if len(prompts) != len(data.classes):
+        raise DataError(f"prompts of {len(prompts)} classes for {len(data.classes)} classes; give all theirs")
 
 
 def _check(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ def compare_retrieval(
     def measure(clip: Clip, images: Tensor) -> Measured:
         return measure_retrieval(Encoder(clip, bool(features.autocast)), pairs, images)
 
-    return _each(models, partial(_encode, pairs.images, features, batch_size), measure)
+    return _each(models, pairs.images, features, batch_size, measure)
 
 
 def compare_classification(
@@ -66,7 +66,7 @@ def compare_classification(
         latest[:] = [found]
         return evaluate_classification(clip, images, prompts, features, image_features=found)
 
-    results = _each(models, partial(_encode, images.images, features, batch_size), measure)
+    results = _each(models, images.images, features, batch_size, measure)
     if head is not None:
         with torch.no_grad():
             logits = head(latest[0].cpu())
@@ -74,33 +74,28 @@ def compare_classification(
     return results
 
 
-def _encode(files: Sequence[Path], features: FeatureArgs, batch_size: int, clip: Clip) -> Tensor:
-    return encode_images(clip, files, features, batch_size=batch_size)
-
-
 def _each(
-    models: Mapping[str, Clip], encode: Callable[[Clip], Tensor], measure: Callable[[Clip, Tensor], _R]
+    models: Mapping[str, Clip],
+    files: Sequence[Path],
+    features: FeatureArgs,
+    batch_size: int,
+    measure: Callable[[Clip, Tensor], _R],
 ) -> dict[str, _R]:
-    return {
-        ("adapter" if name == "adapter" else heading): found
-        for heading, clip in models.items()
-        for name, found in _beside_base(clip, encode, measure).items()
-    }
-
-
-def _beside_base(
-    clip: Clip, encode: Callable[[Clip], Tensor], measure: Callable[[Clip, Tensor], _R]
-) -> dict[str, _R]:
-    """Measure the base on unit-norm features of images and, where the model carries one, its adapter.
+    """Measure each model on unit-norm features of images, and an adapter that it carries beside its base.
 
     Images are encoded twice only where the adapter acts on the vision tower.
     """
-    state = lora_state(clip)
-    if state is None:
-        return {"base": measure(clip, encode(clip))}
-    with lora_disabled(clip):
-        images = encode(clip)
-        base = measure(clip, images)
-    if state.chosen().touches("vision"):
-        images = encode(clip)
-    return {"base": base, "adapter": measure(clip, images)}
+    found: dict[str, _R] = {}
+    for name, clip in models.items():
+        encode = partial(encode_images, clip, files, features, batch_size=batch_size)
+        state = lora_state(clip)
+        if state is None:
+            found[name] = measure(clip, encode())
+            continue
+        with lora_disabled(clip):
+            images = encode()
+            found[name] = measure(clip, images)
+        if state.chosen().touches("vision"):
+            images = encode()
+        found["adapter"] = measure(clip, images)
+    return found

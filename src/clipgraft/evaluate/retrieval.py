@@ -28,7 +28,6 @@ def evaluate_retrieval(
     features: FeatureArgs | None = None,
     *,
     batch_size: int = 64,
-    encoder: Encoder | None = None,
     image_features: Tensor | None = None,
     text_features: Tensor | None = None,
     cache: FeatureCache | None = None,
@@ -42,7 +41,6 @@ def evaluate_retrieval(
         pairs: images with one or many captions each.
         features: how images become features, and where those are kept, unless LoRA acts on the image tower.
         batch_size: images encoded at once.
-        encoder: takes the place of a new one.
         image_features: (N, D) features of `pairs.images`, where they are known already.
         text_features: (M, D) features of all captions, in the order of the images.
         progress: None shows a bar in terminals and notebooks, True always, False never; or a function of
@@ -55,7 +53,7 @@ def evaluate_retrieval(
     """
     clip = as_clip(model)
     features = (features or FeatureArgs()).replace(**options)
-    encoder = encoder or Encoder(clip, use_autocast(features.autocast, clip.device))
+    encoder = Encoder(clip, use_autocast(features.autocast, clip.device))
     if image_features is None:
         image_features = encode_images(
             clip,

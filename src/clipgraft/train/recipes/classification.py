@@ -18,14 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgraft.data.datasets import Labelled, Pairs
-from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import CheckpointError, ConfigError, DataError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classification import (
     ClassificationResult,
     class_features,
     classification_metrics,
-    evaluate_classification,
+    measure_classification,
     pool_prompts,
 )
 from clipgraft.files import atomic_path, write_json
@@ -108,22 +107,13 @@ class ClassificationRecipe(Recipe):
         if head is not None:
             return world.on_rank0(lambda: _judge_head(head, images, val).measured)
         prototypes = self._prototypes(inputs)
-        return world.on_rank0(lambda: self._judge(inputs.encoder, images, prototypes).measured)
+        return world.on_rank0(
+            lambda: measure_classification(inputs.encoder, val, self.prompts, images, prototypes).measured
+        )
 
     def save(self, folder: Path) -> None:
         if self.head is not None:
             save_head(self.head, self.data.classes, folder / "head")
-
-    def _judge(self, encoder: Encoder, images: Tensor, prototypes: Tensor) -> ClassificationResult:
-        assert self.val_data is not None
-        return evaluate_classification(
-            encoder.clip,
-            self.val_data,
-            self.prompts,
-            encoder=encoder,
-            image_features=images,
-            prototypes=prototypes,
-        )
 
     def _prompt_features(self, inputs: Inputs) -> Callable[[], Tensor] | None:
         """This process's share of all prompts, as (P, D) features: computed at every call if the text tower
