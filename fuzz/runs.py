@@ -31,8 +31,8 @@ from clipgraft.report.examples import (
     store_examples,
     stored_examples,
 )
-from clipgraft.report.page import Section, run_of
-from clipgraft.report.runs import Run, read_sources
+from clipgraft.report.page import Section
+from clipgraft.report.runs import Run, read_sources, run_of
 from clipgraft.train.checkpoint import Position
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.sweep import Cell, CellResult, read_cell, write_cell

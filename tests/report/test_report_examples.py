@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clipgraft as cg
+from clipgraft.data.args import FeatureArgs
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.report import evaluate_run
-from clipgraft.report.evaluate_run import ComputeOptions, compute_examples
+from clipgraft.report.evaluate_run import ComputeOptions, _spread, compute_examples
 from clipgraft.report.examples import Examples, stored_examples
 from clipgraft.report.runs import read_run, read_sweep
-from clipgraft.report.select_examples import _spread
 from clipgraft.report.write_report import write_report
 from html_pages import read_page
 from tiny_pictures import IMAGES
 
-CPU = ComputeOptions(torch.device("cpu"), workers=0)
+CPU = ComputeOptions(torch.device("cpu"), FeatureArgs(workers=0))
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
 from clipgraft.cli.flags.training import ClassTrainFlags
@@ -18,26 +15,14 @@ from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.models.clip import Clip
 from clipgraft.options import part
-from clipgraft.shown import shown_line
+from clipgraft.progress import showing
 
 log = logging.getLogger("clipgraft")
 
 
-@contextlib.contextmanager
-def checking(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar for images that are being checked; yields a function of (done, total)."""
-    with tqdm(desc=f"checking {shown_line(what)}", unit="image", leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
 def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
     """Read and check pairs, and print the summary of them."""
-    with checking(what) as progress:
+    with showing(None, f"checking {what}") as progress:
         pairs = read_pairs(path, spec, workers=spec.workers, progress=progress)
     captions = [caption for group in pairs.captions for caption in group]
     assert pairs.report is not None
@@ -79,7 +64,7 @@ def read_images(
     columns = data.for_validation() if validation else data
     label = (classes.for_validation() if validation else classes).csv_label_key
     args = part(columns, LabelArgs, csv_label_key=label, dataset_type="auto")
-    with checking(what) as progress:
+    with showing(None, f"checking {what}") as progress:
         images = read_labelled(path, args, workers=data.workers, progress=progress)
     assert images.report is not None
     log.info("%s", images.report.summary())

@@ -35,10 +35,9 @@ def run_report(argv: Sequence[str]) -> None:
 
     def computing() -> ComputeOptions:
         from clipgraft.cli.common import pick_device
-        from clipgraft.data.feature_cache import open_cache
         from clipgraft.report.evaluate_run import ComputeOptions
 
-        return ComputeOptions(pick_device(spec.device), images.workers, open_cache(features_of(images)))
+        return ComputeOptions(pick_device(spec.device), features_of(images))
 
     retained = _retained(spec, columns, prompts)
     out = write_report(

@@ -62,18 +62,8 @@ def curves(
         _plain_axes(axes, across, up)
         if kept is not None:
             axes.axvline(kept, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=0)
-            word = axes.annotate(
-                f"kept: {kept:.0f}",
-                (kept, 1),
-                (0, 3),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=8.5,
-                color=MUTED,
-            )
-            word.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+            above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+            _annotate(axes, f"kept: {kept:.0f}", (kept, 1), (0, 3), **above)
         if len(lines) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         ends = "; ".join(f"{c.label} ends at {c.y[-1]:.3g}" for c in lines[: len(SERIES)] if len(c.y))
@@ -93,6 +83,13 @@ def loss(name: str, title: str, losses: Sequence[tuple[int, float]]) -> str:
         _plain_axes(axes, "step", "loss")
         described = f"From {values[0]:.3g} to {values[-1]:.3g} in {steps[-1]:,.0f} steps."
         return to_svg(figure, name, title, described)
+
+
+def _annotate(
+    axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **where: Any
+) -> None:
+    word = axes.annotate(text, point, offset, textcoords="offset points", fontsize=8.5, color=MUTED, **where)
+    word.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
 
 
 def _plain_axes(axes: Axes, across: str, up: str) -> None:
@@ -122,22 +119,11 @@ def against_weights(name: str, metric: str, label: str, lines: Sequence[ResultRo
                 color=SERIES[place],
                 marker=MARKERS[place],
                 linestyle=DASHES[place] if joined else "none",
-                capsize=3,
-                elinewidth=1.1,
-                markeredgecolor=PAPER,
-                markeredgewidth=0.8,
+                **_POINTS,
             )
             for line, across, up in zip(points, x, y, strict=True):
                 if line.r is not None:
-                    word = axes.annotate(
-                        f"r={line.r}",
-                        (across, up),
-                        (7, -4),
-                        textcoords="offset points",
-                        fontsize=8.5,
-                        color=MUTED,
-                    )
-                    word.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+                    _annotate(axes, f"r={line.r}", (across, up), (7, -4))
         axes.set_xscale("log")
         sizes = [line.trained for line in lines if line.trained]
         # Within two decades the powers of ten alone may leave an axis with a single number.
@@ -177,10 +163,7 @@ def by_targets(name: str, metric: str, label: str, lines: Sequence[ResultRow]) -
                 color=SERIES[place % len(SERIES)],
                 marker=MARKERS[place % len(MARKERS)],
                 linestyle="none",
-                capsize=3,
-                elinewidth=1.1,
-                markeredgecolor=PAPER,
-                markeredgewidth=0.8,
+                **_POINTS,
             )
         axes.set_yticks(range(len(groups)), list(groups), color=INK)
         axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -193,55 +176,60 @@ def by_targets(name: str, metric: str, label: str, lines: Sequence[ResultRow]) -
         return to_svg(figure, name, f"{label} by target set", _said(metric, lines))
 
 
-def matrix(
-    name: str,
-    title: str,
-    values: Sequence[Sequence[float]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    texts: Sequence[Sequence[str]],
-    limits: tuple[float, float],
-    across: str,
-    up: str,
-    outlined: Sequence[int] = (),
-) -> str:
-    """Draw a matrix of shaded cells with `texts` written into them.
+@dataclass(frozen=True)
+class Matrix:
+    """A square matrix whose cells are shaded by their value.
 
-    `limits` are the values of the lightest and the darkest shade; `outlined` is for each row the column that
-    is framed: the true one.
+    Attributes:
+        values: of the cells, row by row.
+        texts: what is written into the cells.
+        names: of the rows, and of the columns in the same order.
+        limits: the values of the lightest and the darkest shade.
+        up, across: what the rows and the columns are.
+        framed: for each row the true column, which is framed.
     """
-    table = np.asarray(values, dtype=float)
-    low, high = limits
+
+    values: Sequence[Sequence[float]]
+    texts: Sequence[Sequence[str]]
+    names: Sequence[str]
+    limits: tuple[float, float]
+    up: str
+    across: str
+    framed: Sequence[int]
+
+
+def matrix(name: str, title: str, table: Matrix) -> str:
+    """Draw a matrix of shaded cells with texts written into them."""
+    names, size = table.names, len(table.names)
+    low, high = table.limits
     edges = np.linspace(low, high if high > low else low + 1, len(HEAT) + 1)
-    side = min(26.0, 520.0 / max(table.shape))
-    longest = max((len(label) for label in (*rows, *columns)), default=1)
+    side = min(26.0, 520.0 / size)
+    longest = max((len(label) for label in names), default=1)
     with style():
-        figure, axes = canvas(90 + 5.2 * longest + side * len(columns), 70 + 5.2 * longest + side * len(rows))
-        shades = np.clip(np.searchsorted(edges, table, side="right") - 1, 0, len(HEAT) - 1)
+        figure, axes = canvas(90 + 5.2 * longest + side * size, 70 + 5.2 * longest + side * size)
+        found = np.searchsorted(edges, np.asarray(table.values, dtype=float), side="right") - 1
+        shades = np.clip(found, 0, len(HEAT) - 1)
         for shade in np.unique(shades):
             cells = [_cell(row, column) for row, column in np.argwhere(shades == shade)]
             axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=HEAT[shade], linewidth=0))
-        axes.set_xlim(0, len(columns))
-        axes.set_ylim(len(rows), 0)
+        axes.set_xlim(0, size)
+        axes.set_ylim(size, 0)
         axes.set_aspect("equal")
         axes.grid(visible=False)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        axes.set_xticks(
-            np.arange(len(columns)) + 0.5, columns, rotation=90 if longest > 2 else 0, fontsize=8.5
-        )
-        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=9.5)
-        axes.set_xlabel(across)
-        axes.set_ylabel(up)
-        _write(axes, texts, shades, min(9.0, side * 0.42))
-        for row, column in enumerate(outlined):
+        places = np.arange(size) + 0.5
+        axes.set_xticks(places, names, rotation=90 if longest > 2 else 0, fontsize=8.5)
+        axes.set_yticks(places, names, fontsize=9.5)
+        axes.set_xlabel(table.across)
+        axes.set_ylabel(table.up)
+        _write(axes, table.texts, shades, min(9.0, side * 0.42))
+        for row, column in enumerate(table.framed):
             corner = ([column, column + 1, column + 1, column, column], [row, row, row + 1, row + 1, row])
             axes.plot(*corner, color=INK, linewidth=1.1, clip_on=False)
-        return to_svg(
-            figure, name, title, f"A matrix of {len(rows)} rows ({up}) and {len(columns)} columns ({across})."
-        )
+        said = f"A matrix of {size} rows ({table.up}) and {size} columns ({table.across})."
+        return to_svg(figure, name, title, said)
 
 
 def _cell(row: int, column: int) -> Path:
@@ -335,6 +323,12 @@ HEAT_INK = tuple(f"#0400{number:02x}" for number in range(len(HEAT)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), "-", "--", ":")
 
+_POINTS: dict[str, Any] = {
+    "capsize": 3,
+    "elinewidth": 1.1,
+    "markeredgecolor": PAPER,
+    "markeredgewidth": 0.8,
+}
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",

@@ -1,21 +1,21 @@
-"""Load the model and the data of a run again, and compute its examples and its retention."""
+"""Load the model and the data of a run again, measure what it forgot, and select the examples to show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clipgraft.adapters.attach import load_adapter
 from clipgraft.adapters.folder import read_adapter
 from clipgraft.adapters.open import tell_base
 from clipgraft.adapters.run_folder import RunModel, find_path
-from clipgraft.data.args import ColumnArgs
+from clipgraft.data.args import ColumnArgs, FeatureArgs
 from clipgraft.data.datasets import Labelled, Pairs, match_classes, split_labelled
-from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
@@ -27,23 +27,37 @@ from clipgraft.evaluate.classification import (
     classification_metrics,
     evaluate_classification,
 )
-from clipgraft.evaluate.retrieval import evaluate_retrieval
+from clipgraft.evaluate.ranks import retrieval_ranks
+from clipgraft.evaluate.retrieval import evaluate_retrieval, retrieval_metrics
 from clipgraft.lora.control import lora_disabled
 from clipgraft.models.clip import Clip, Source
 from clipgraft.models.load import load
-from clipgraft.report.examples import Examples, RetainedData, Retention
+from clipgraft.report.examples import (
+    Classes,
+    Examples,
+    Found,
+    Pair,
+    Query,
+    QueryKind,
+    RetainedData,
+    Retention,
+    Similarities,
+)
 from clipgraft.report.runs import Run
-from clipgraft.report.select_examples import Features, class_examples, retrieval_examples
 from clipgraft.train.recipes.classification import load_head
+
+TOP = 5
+SHOWN: dict[QueryKind, int] = {"fixed": 4, "broken": 2, "both wrong": 2, "both right": 1}
+HEAT = 12
+PAIRS, PICTURES = 6, 4
 
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """Device, loader workers and feature cache with which features are computed."""
+    """The device, and how images become features where the run does not say it."""
 
     device: torch.device
-    workers: int = 2
-    cache: FeatureCache | None = None
+    features: FeatureArgs
 
 
 def compute_examples(run: Run, how: ComputeOptions) -> Examples:
@@ -61,101 +75,71 @@ def compute_retention(run: Run, retained: RetainedData, how: ComputeOptions) -> 
     Raises:
         ClipgraftError: the base, what the run saved, or the data are not there.
     """
-    measured, items = _measure_retained(run, retained, how)
-    return Retention(retained.task, measured["base"], measured["adapted"], items)
-
-
-def _measure_retained(
-    run: Run, retained: RetainedData, how: ComputeOptions
-) -> tuple[dict[str, dict[str, float]], int]:
-    evaluate: Callable[[Clip, Encoder], dict[str, float]]
-    options = {"workers": how.workers, "cache": how.cache}
+    # In the precision of the run, so that its numbers are reproduced.
+    features = how.features.replace(autocast=_in_bf16(run))
+    models = base_and_adapted(run, how.device)
+    keys: dict[str, Any] = {**retained.keys, "max_bad_rows": None}
     if retained.task == "classification":
-        labelled = read_labelled(retained.path, max_bad_rows=None, **retained.keys)  # type: ignore[arg-type]
+        labelled = read_labelled(retained.path, **keys)
         given = None if retained.prompts is None else read_prompts(retained.prompts)
         prompts = class_prompts(labelled.classes, given, find_templates(retained.templates))
-        items = len(labelled)
-
-        def evaluate(clip: Clip, encoder: Encoder) -> dict[str, float]:
-            result = evaluate_classification(clip, labelled, prompts, encoder=encoder, **options)  # type: ignore[arg-type]
-            return result.metrics
-    else:
-        pairs = read_pairs(retained.path, max_bad_rows=None, verify="header", **retained.keys)  # type: ignore[arg-type]
-        items = len(pairs)
-
-        def evaluate(clip: Clip, encoder: Encoder) -> dict[str, float]:
-            return evaluate_retrieval(clip, pairs, encoder=encoder, **options)  # type: ignore[arg-type]
-
-    return {
-        name: evaluate(clip, _encoder(run, clip)) for name, clip in base_and_adapted(run, how.device)
-    }, items
+        results = {
+            name: evaluate_classification(clip, labelled, prompts, features).metrics for name, clip in models
+        }
+        return Retention(retained.task, results["base"], results["adapted"], len(labelled))
+    pairs = read_pairs(retained.path, verify="header", **keys)
+    results = {name: evaluate_retrieval(clip, pairs, features) for name, clip in models}
+    return Retention(retained.task, results["base"], results["adapted"], len(pairs))
 
 
-def _encoder(run: Run, clip: Clip) -> Encoder:
-    """Compute in the precision of the run, so that its numbers are reproduced."""
-    return Encoder(clip, run.params.get("autocast") is True)
+def _in_bf16(run: Run) -> bool:
+    return run.params.get("autocast") is True
 
 
 def _retrieved(run: Run, how: ComputeOptions) -> Examples:
     pairs, missing = read_validation_pairs(run)
     captions = [caption for _, caption in pairs.rows()]
+    features = _as_the_run(run, how)
     made = {}
     for name, clip in base_and_adapted(run, how.device):
-        encoder = _encoder(run, clip)
-        images = _image_features(run, clip, pairs.images, encoder, how)
-        made[name] = Features(images, encode_captions(clip, captions, encoder=encoder))
-    return retrieval_examples(pairs, made, missing)
+        encoder = Encoder(clip, _in_bf16(run))
+        found = encode_images(clip, pairs.images, features, encoder=encoder)
+        made[name] = Features(found, encode_captions(clip, captions, encoder=encoder))
+    return _retrieval_examples(pairs, made, missing)
 
 
 def _classified(run: Run, how: ComputeOptions) -> Examples:
-    data = read_validation_classes(run)
-    labels = torch.tensor(data.images.labels)
+    images, prompts, missing = read_validation_classes(run)
+    labels = torch.tensor(images.labels)
+    features = _as_the_run(run, how)
     made: dict[str, Features] = {}
     results: dict[str, ClassificationResult] = {}
     predicted: list[int] = []
     head, names = _head(run)
-    if names and names != data.images.classes:
+    if names and names != images.classes:
         head = None
     for name, clip in base_and_adapted(run, how.device):
-        encoder = _encoder(run, clip)
-        images = _image_features(run, clip, data.images.images, encoder, how)
-        made[name] = Features(images, class_features(encoder, data.prompts))
-        logits = clip.logit_scale.detach().float().exp().cpu() * images @ made[name].texts.T
+        encoder = Encoder(clip, _in_bf16(run))
+        found = encode_images(clip, images.images, features, encoder=encoder)
+        made[name] = Features(found, class_features(encoder, prompts))
+        logits = clip.logit_scale.detach().float().exp().cpu() * found @ made[name].texts.T
         if name == "adapted" and head is not None:
             with torch.no_grad():
-                logits = head(images)
-        results[name] = classification_metrics(logits, labels, data.images.classes)
+                logits = head(found)
+        results[name] = classification_metrics(logits, labels, images.classes)
         predicted = logits.argmax(1).tolist()
     kind = str(run.params.get("head")) if head is not None else ""
-    return class_examples(data.images, made, results, predicted, data.missing, kind)
+    return _class_examples(images, made, results, predicted, missing, kind)
+
+
+def _as_the_run(run: Run, how: ComputeOptions) -> FeatureArgs:
+    return how.features.replace(exact_preprocess=run.params.get("exact_preprocess") is True)
 
 
 def _head(run: Run) -> tuple[torch.nn.Module | None, tuple[str, ...]]:
     """Load the classification head that the run trained, with its classes; (None, ()) if it trained none."""
     folder = run.path / "head"
     return load_head(folder) if folder.is_dir() else (None, ())
-
-
-def _image_features(
-    run: Run, clip: Clip, images: tuple[Path, ...], encoder: Encoder, how: ComputeOptions
-) -> torch.Tensor:
-    return encode_images(
-        clip,
-        images,
-        workers=how.workers,
-        encoder=encoder,
-        cache=how.cache,
-        exact_preprocess=run.params.get("exact_preprocess") is True,
-    )
-
-
-@dataclass(frozen=True)
-class ClassData:
-    """Validation images with the prompts of their classes, and the number of images that are missing."""
-
-    images: Labelled
-    prompts: tuple[tuple[str, ...], ...]
-    missing: int
 
 
 def base_and_adapted(run: Run, device: torch.device) -> Iterator[tuple[str, Clip]]:
@@ -212,8 +196,10 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
     return pairs, report.missing_images + report.unreadable_images
 
 
-def read_validation_classes(run: Run) -> ClassData:
-    """Read the validation images of a classification run as it split them, with the prompts of their classes.
+def read_validation_classes(run: Run) -> tuple[Labelled, tuple[tuple[str, ...], ...], int]:
+    """Read the validation images of a classification run as it split them.
+
+    Returns them, the prompts of their classes, and the number of images that cannot be read.
 
     Raises:
         DataError: the run names none, or nothing of them is left.
@@ -237,7 +223,7 @@ def read_validation_classes(run: Run) -> ClassData:
         )
     templates = find_templates(params.get("templates") or "photo")
     given = None if file is None else read_prompts(file)
-    return ClassData(val, class_prompts(val.classes, given, templates), lost)
+    return val, class_prompts(val.classes, given, templates), lost
 
 
 def _read_images(run: Run, name: str) -> tuple[Labelled, int]:
@@ -274,3 +260,190 @@ def _data_path(run: Run, name: str) -> Path:
     if found is None:
         raise DataError(f"{run.path}: its data {recorded} are not there; run from where it was started")
     return found
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit-norm features of one model: images (N, D), and texts (M, D) or classes (C, D)."""
+
+    images: Tensor
+    texts: Tensor
+
+
+class ShownImages:
+    """Image files that are shown, each once, by position."""
+
+    def __init__(self, files: Sequence[object]) -> None:
+        self._files = files
+        self.shown: list[str] = []
+        self._places: dict[int, int] = {}
+
+    def __call__(self, image: int) -> int:
+        """Return the position in `shown` of image number `image`."""
+        if image not in self._places:
+            self._places[image] = len(self.shown)
+            self.shown.append(str(self._files[image]))
+        return self._places[image]
+
+
+def _retrieval_examples(pairs: Pairs, sides: Mapping[str, Features], missing: int) -> Examples:
+    """Select queries and similarities of retrieval; `texts` are all captions in image order."""
+    rows = pairs.rows()
+    owner = torch.tensor([image for image, _ in rows])
+    base, adapted = sides["base"], sides["adapted"]
+    ranks = {name: retrieval_ranks(s.images, s.texts, owner).text_to_image for name, s in sides.items()}
+    kinds = _kinds(ranks["base"], ranks["adapted"])
+    album = ShownImages([path.absolute() for path in pairs.images])
+    chosen = [(kind, row) for kind, number in SHOWN.items() for row in _spread(kinds[kind], number, owner)]
+    tops = {name: _tops(side, [row for _, row in chosen]) for name, side in sides.items()}
+    queries = []
+    for place, (kind, row) in enumerate(chosen):
+        found = [
+            Found(int(ranks[name][row]), tuple(map(album, tops[name][0][place])), tops[name][1][place])
+            for name in ("base", "adapted")
+        ]
+        queries.append(Query(rows[row][1], album(rows[row][0]), kind, found[0], found[1]))
+    heat = _caption_heat(pairs, sides, album)
+    return Examples(
+        task="retrieval",
+        base=retrieval_metrics(base.images, base.texts, owner),
+        adapted=retrieval_metrics(adapted.images, adapted.texts, owner),
+        items=len(pairs),
+        missing=missing,
+        counts={kind: len(found) for kind, found in kinds.items()},
+        images=tuple(album.shown),
+        queries=tuple(queries),
+        heat=heat,
+        classes=None,
+    )
+
+
+def _kinds(base: Tensor, adapted: Tensor) -> dict[QueryKind, list[int]]:
+    """Group captions by whether rank 1 was right before and after adaptation."""
+    before, after = base == 1, adapted == 1
+    split: dict[QueryKind, Tensor] = {
+        "fixed": ~before & after,
+        "broken": before & ~after,
+        "both wrong": ~before & ~after,
+        "both right": before & after,
+    }
+    return {kind: mask.nonzero()[:, 0].tolist() for kind, mask in split.items()}
+
+
+def _spread(rows: Sequence[int], number: int, owner: Tensor | None = None) -> list[int]:
+    """Pick `number` evenly spaced rows, so that they are neither the best nor the worst ones."""
+    if owner is not None:
+        first: dict[int, int] = {}
+        for row in rows:
+            first.setdefault(int(owner[row]), row)
+        rows = list(first.values())
+    if len(rows) <= number:
+        return list(rows)
+    return [rows[(2 * place + 1) * len(rows) // (2 * number)] for place in range(number)]
+
+
+def _tops(side: Features, rows: Sequence[int]) -> tuple[list[list[int]], tuple[tuple[float, ...], ...]]:
+    """Return image numbers and cosines of the first images for some captions."""
+    if not rows:
+        return [], ()
+    scores, images = (side.texts[list(rows)] @ side.images.T).topk(min(TOP, len(side.images)))
+    return images.tolist(), _rounded(scores)
+
+
+def _caption_heat(pairs: Pairs, sides: Mapping[str, Features], album: ShownImages) -> Similarities:
+    """Compare a dozen images, spread over the data, with the first caption of each; equal captions once."""
+    starts = [0]
+    for captions in pairs.captions:
+        starts.append(starts[-1] + len(captions))
+    distinct: dict[str, int] = {}
+    for image, captions in enumerate(pairs.captions):
+        distinct.setdefault(captions[0], image)
+    chosen = _spread(list(distinct.values()), HEAT)
+    texts = [starts[image] for image in chosen]
+    captions = tuple(pairs.captions[image][0] for image in chosen)
+    return _similarities(sides, chosen, texts, captions, album)
+
+
+def _class_examples(
+    data: Labelled,
+    sides: Mapping[str, Features],
+    results: Mapping[str, ClassificationResult],
+    predicted: Sequence[int],
+    missing: int,
+    head: str,
+) -> Examples:
+    """Select confusions and similarities of classification; `texts` are the classes."""
+    album = ShownImages([path.absolute() for path in data.images])
+    confusions = {name: result.confusion.tolist() for name, result in results.items()}
+    heat = _class_heat(data, sides, album)
+    pairs = _pairs(data, confusions, predicted, album)
+    return Examples(
+        task="classification",
+        base=results["base"].metrics,
+        adapted=results["adapted"].metrics,
+        items=len(data),
+        missing=missing,
+        counts={},
+        images=tuple(album.shown),
+        queries=(),
+        heat=heat,
+        classes=Classes(
+            names=data.classes,
+            base=tuple(map(tuple, confusions["base"])),
+            adapted=tuple(map(tuple, confusions["adapted"])),
+            pairs=pairs,
+            head=head,
+        ),
+    )
+
+
+def _pairs(
+    data: Labelled, confusions: Mapping[str, list[list[int]]], predicted: Sequence[int], album: ShownImages
+) -> tuple[Pair, ...]:
+    """List the pairs of classes that the adapted model confuses most often."""
+    counts = [
+        (count, true, other)
+        for true, row in enumerate(confusions["adapted"])
+        for other, count in enumerate(row)
+        if other != true and count
+    ]
+    pairs = []
+    for count, true, other in sorted(counts, key=lambda item: (-item[0], item[1:]))[:PAIRS]:
+        mistaken = [
+            image
+            for image, (label, taken) in enumerate(zip(data.labels, predicted, strict=True))
+            if (label, taken) == (true, other)
+        ]
+        shown = tuple(map(album, mistaken[:PICTURES]))
+        pairs.append(Pair(true, other, confusions["base"][true][other], count, shown))
+    return tuple(pairs)
+
+
+def _class_heat(data: Labelled, sides: Mapping[str, Features], album: ShownImages) -> Similarities:
+    """Compare one image of each of a dozen classes with those classes."""
+    first: dict[int, int] = {}
+    for image, label in enumerate(data.labels):
+        first.setdefault(label, image)
+    labels = _spread(sorted(first), HEAT)
+    images = [first[label] for label in labels]
+    names = tuple(data.classes[label] for label in labels)
+    return _similarities(sides, images, labels, names, album)
+
+
+def _similarities(
+    sides: Mapping[str, Features],
+    images: Sequence[int],
+    columns: Sequence[int],
+    texts: tuple[str, ...],
+    album: ShownImages,
+) -> Similarities:
+    """Compare images with the texts in some columns, of which each image has its own at its place."""
+    base, adapted = (
+        _rounded(side.images[list(images)] @ side.texts[list(columns)].T)
+        for side in (sides["base"], sides["adapted"])
+    )
+    return Similarities(tuple(map(album, images)), texts, tuple(range(len(images))), base, adapted)
+
+
+def _rounded(scores: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(round(value, 4) for value in row) for row in scores.tolist())

@@ -224,7 +224,6 @@ def _state(path: Path | None) -> list[tuple[str, int, int]]:
     return [(file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns) for file, s in states]
 
 
-log = logging.getLogger("clipgraft")
 RETENTION_FILE = Path("results") / "forgotten.json"
 
 

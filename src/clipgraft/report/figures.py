@@ -99,14 +99,15 @@ def heat_maps(examples: Examples, name: str) -> list[Figure]:
         svg = charts.matrix(
             f"{name}-heat-{title}",
             f"Similarity of images and {texts}, {title} model",
-            side,
-            numbers,
-            numbers,
-            texts=[[_cosine(value) for value in row] for row in side],
-            limits=(min(values), max(values)),
-            across=texts,
-            up="images",
-            outlined=heat.truth,
+            charts.Matrix(
+                side,
+                texts=[[_cosine(value) for value in row] for row in side],
+                names=numbers,
+                limits=(min(values), max(values)),
+                up="images",
+                across=texts,
+                framed=heat.truth,
+            ),
         )
         likest = [max(range(len(row)), key=row.__getitem__) for row in side]
         right = sum(place == true for place, true in zip(likest, heat.truth, strict=True))
@@ -136,14 +137,15 @@ def confusions(classes: Classes, name: str) -> tuple[list[Figure], int]:
         svg = charts.matrix(
             f"{name}-confusion-{title}",
             f"Confusion matrix, {title} model",
-            [[count / total for count in row] for row, total in zip(chosen, sums, strict=True)],
-            names,
-            names,
-            texts=[[str(count) if count else "" for count in row] for row in chosen],
-            limits=(0.0, 1.0),
-            across="taken for",
-            up="true class",
-            outlined=range(len(kept)),
+            charts.Matrix(
+                [[count / total for count in row] for row, total in zip(chosen, sums, strict=True)],
+                texts=[[str(count) if count else "" for count in row] for row in chosen],
+                names=names,
+                limits=(0.0, 1.0),
+                up="true class",
+                across="taken for",
+                framed=range(len(kept)),
+            ),
         )
         hits = sum(counts[place][place] for place in range(len(counts)))
         caption = f"{title}: {hits:,} of {sum(map(sum, counts)):,} images right"

@@ -19,7 +19,7 @@ import clipgraft
 from clipgraft.evaluate.metrics import HEADLINE
 from clipgraft.report import figures, tables
 from clipgraft.report.examples import Examples, Found, Retention
-from clipgraft.report.runs import Run, Sweep, best_run
+from clipgraft.report.runs import Run, Sweep
 from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
 from clipgraft.text_tables import NOTHING
 
@@ -227,11 +227,6 @@ def _examples_of(item: Section) -> str:
     if isinstance(item.source, Sweep) and item.run is not None:
         return f"{item.source.name}: its best adapter, {item.run.name}"
     return item.source.name
-
-
-def run_of(source: Run | Sweep) -> Run | None:
-    """Choose the run whose examples are shown: the run itself, or the best adapter of a sweep."""
-    return best_run(source) if isinstance(source, Sweep) else source
 
 
 SIDE = 112

@@ -232,8 +232,12 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep(path, path.resolve().name, task, settings, rows, tuple(cells), runs, unfinished)
 
 
-def best_run(sweep: Sweep) -> Run | None:
-    """Choose the run with the best adapter by the task's headline metrics; None if there is none to load."""
+def run_of(source: Run | Sweep) -> Run | None:
+    """Choose the run whose examples are shown: the run itself, or the best adapter of a sweep."""
+    return _best_run(source) if isinstance(source, Sweep) else source
+
+
+def _best_run(sweep: Sweep) -> Run | None:
     head = DECISIVE[sweep.task]
     scored = [
         (sum(row.mean.get(name, 0.0) for name in head), row) for row in sweep.rows if row.kind == "lora"

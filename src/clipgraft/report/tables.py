@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -87,12 +87,17 @@ def charted(task: TaskName) -> tuple[str, ...]:
     return (*DECISIVE[task], "mean_per_class_recall")[:2]
 
 
+def _lora_option(params: Mapping[str, Any], name: str) -> Any:
+    """Look up an option of a run's adapter: recorded as a group, or as a flag by earlier versions."""
+    recorded = params.get("lora")
+    group: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
+    return group.get(name, params.get(f"lora_{name}"))
+
+
 def adapter_title(params: Mapping[str, Any]) -> tuple[str, int | None]:
     """Return (target set, rank) of a run's adapter, as far as they are recorded."""
-    recorded = params.get("lora")
-    lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
-    rank = lora.get("r", params.get("lora_r"))
-    targets = lora.get("targets") or params.get("lora_targets") or "text-attention"
+    rank = _lora_option(params, "r")
+    targets = _lora_option(params, "targets") or params.get("lora_targets") or "text-attention"
     return str(targets), rank if isinstance(rank, int) else None
 
 
@@ -187,9 +192,7 @@ def _base_line(metrics: Mapping[str, float]) -> ResultRow:
 def how_trained(run: Run, row: Row | None = None) -> dict[str, str]:
     """Describe how a run was trained and its gain, as text by column; empty where nothing is recorded."""
     params = run.params
-    recorded = params.get("lora")
-    lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
-    alpha = lora.get("alpha", params.get("lora_alpha")) if run.kind == "lora" else None
+    alpha = _lora_option(params, "alpha") if run.kind == "lora" else None
     epochs = params.get("epochs")
     kept = "" if run.best_epoch in (None, epochs) else f", kept {run.best_epoch}"
     versions = [f"{name} {value}" for name, value in run.made_with.items() if name != "machine"]
@@ -224,8 +227,6 @@ def _number(value: object) -> str:
 
 def _with_best(lines: Sequence[ResultRow]) -> tuple[ResultRow, ...]:
     """Mark the highest number of each column among the rows that trained, where there are several."""
-    from dataclasses import replace
-
     trained = [line for line in lines if line.kind != "base" and line.mean]
     names = {name for names in HEADLINE.values() for name in names}
     top = {n: max((line.mean.get(n, 0.0) for line in trained), default=0.0) for n in names}
@@ -359,13 +360,11 @@ def _data(params: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _adapter(params: Mapping[str, Any], targets: str, rank: str) -> str:
-    recorded = params.get("lora")
-    lora: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
-    is_dora = lora.get("use_dora") or params.get("lora_dora")
-    variant = "dora" if is_dora else str(lora.get("variant", "lora"))
+    is_dora = _lora_option(params, "use_dora") or params.get("lora_dora")
+    variant = "dora" if is_dora else str(_lora_option(params, "variant") or "lora")
     kind = VARIANTS[variant].label if variant in VARIANTS else "LoRA"
-    alpha = lora.get("alpha", params.get("lora_alpha"))
-    dropout = lora.get("dropout", params.get("lora_dropout"))
+    alpha = _lora_option(params, "alpha")
+    dropout = _lora_option(params, "dropout")
     parts = [f"{kind} r={rank} on {targets}"]
     if alpha is not None:
         parts.append(f"alpha {alpha:g}")

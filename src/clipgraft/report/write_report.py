@@ -41,8 +41,8 @@ def write_report(
             validation data, are computed once, and are kept in `results/` of each run. Where that is not
             possible, the page says why.
         retained: other data on which to measure what was forgotten.
-        computing: gives device, workers and feature cache when something must be computed; by default the CPU
-            and no cache.
+        computing: gives the device and how images become features when something must be computed; by
+            default the CPU, without a feature cache.
         overwrite: replace a file that is no page of ours.
 
     Returns:
@@ -82,7 +82,8 @@ def _section(
     computing: Callable[[], ComputeOptions],
 ) -> Section:
     """Measure what the page shows of a run or sweep; what cannot be measured becomes a note on the page."""
-    from clipgraft.report.page import Section, run_of
+    from clipgraft.report.page import Section
+    from clipgraft.report.runs import run_of
 
     run = run_of(source)
     notes: list[str] = []
@@ -137,6 +138,7 @@ def _forgotten(run: Run, retained: RetainedData, computing: Callable[[], Compute
 def _on_the_cpu() -> ComputeOptions:
     import torch
 
+    from clipgraft.data.args import FeatureArgs
     from clipgraft.report.evaluate_run import ComputeOptions
 
-    return ComputeOptions(torch.device("cpu"))
+    return ComputeOptions(torch.device("cpu"), FeatureArgs())
