@@ -59,6 +59,8 @@ def inside(folder: Path, name: str, record: Path | str = "", advice: str = "writ
     kept = not (path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive)
     try:
         if kept and (folder / path).resolve().is_relative_to(folder.resolve()):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (folder / path).stat()  # Python 3.13 resolves links in a circle to themselves
             return folder / path
     except (OSError, RuntimeError, ValueError):  # links in a circle, a NUL
         pass

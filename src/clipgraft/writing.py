@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import re
 import shutil
@@ -135,6 +136,7 @@ def _write_error(target: Path, reason: int, needs: int | None, temporary: Path |
 
 def _room(folder: Path, temporary: Path | None) -> int | None:
     """Bytes that were free before anything was written."""
+    gc.collect()  # an earlier write that failed may hold its deleted file open in a cycle of references
     with contextlib.suppress(OSError):
         own = 0
         if temporary is not None:

@@ -12,7 +12,7 @@ import torch
 
 import clipgraft as cg
 from clipgraft.adapters.open import split_adapter
-from clipgraft.adapters.run_folder import find_run_model
+from clipgraft.adapters.run_folder import find_path, find_run_model
 from clipgraft.models.clip import Clip
 from fitting import groups
 from tiny_pictures import write_pictures
@@ -164,3 +164,9 @@ def test_where_a_model_is_taken_from(tiny_config: Path, pairs: cg.Pairs, tmp_pat
         cg.errors.AdapterError, match="a run that made no adapter, but a fine-tuned model: name it"
     ):
         cg.load_adapter(clip, tmp_path / "full")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "['a', 'b']" * 60])
+def test_a_recorded_path_that_no_file_can_have_is_not_there(name: str, tmp_path: Path) -> None:
+    """A report over a stranger's run ended in a traceback, "File name too long"."""
+    assert find_path(name, tmp_path) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 def find_path(recorded: str, run: Path) -> Path | None:
     """A path as a run recorded it: from here, or from a folder above the run, where it was started."""
     places = [Path(recorded), *(above / recorded for above in run.resolve().parents)]
-    return next((place for place in places if place.exists()), None)
+    # `Path.exists` raises for a name that is too long, or holds a NUL; a record may hold either.
+    return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110
 
 
 def _described(run: Path, saved: Path, epoch: int | None = None) -> RunModel:
