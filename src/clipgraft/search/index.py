@@ -26,7 +26,7 @@ from clipgraft.readers import reading
 from clipgraft.records import Finite, Whole, read_json
 from clipgraft.search.folder import EncodedSet, all_sets, nearest
 from clipgraft.search.manifest import INDEX_FOLDER
-from clipgraft.search.store import INSTALL, Array, sole_writer
+from clipgraft.search.store import INSTALL, Array, size_and_digest, sole_writer
 
 log = logging.getLogger("clipgraft")
 FORMAT = 1
@@ -127,7 +127,7 @@ def open_index(encoded: EncodedSet) -> Any | None:
         return None
     faiss, file = need_faiss(), inside(encoded.folder, _inside(encoded, FILES[origin.kind]))
     with reading(file, DataError, _AGAIN):
-        if record.sha256 is not None and _digest(file) != record.sha256:
+        if record.sha256 is not None and size_and_digest(file)[1] != record.sha256:
             raise DataError(f"{file}: is damaged: its bytes are not those that {RECORD} lists; {_AGAIN}")
         index = _read(faiss, file)
         held = (index.ntotal, index.d, index.metric_type)
@@ -177,20 +177,9 @@ def _refuse_foreign(place: Path) -> None:
         return
     record = place / RECORD
     strange = not place.is_dir() or {path.name for path in place.iterdir()} - {RECORD, *FILES.values()}
-    if strange or (any(place.iterdir()) and b"clipgraft_index" not in _bytes(record)):
+    known = record.read_bytes() if record.is_file() else b""
+    if strange or (any(place.iterdir()) and b"clipgraft_index" not in known):
         raise DataError(f"{place}: holds something else than an index of ours; move it away, then {_AGAIN}")
-
-
-def _bytes(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _build(faiss: Any, encoded: EncodedSet, factory: str, progress: Progress) -> tuple[Path, IndexRecord]:
@@ -209,23 +198,21 @@ def _build(faiss: Any, encoded: EncodedSet, factory: str, progress: Progress) ->
                 if told is not None:
                     told(first + len(block), encoded.manifest.rows)
         recall, settings = (None, None) if factory == EXACT else _tuned(faiss, index, encoded)
-    rows = encoded.manifest.rows
     part = encoded.part
-    state = _state(encoded)
     with atomic_folder(place) as temporary:
         file = temporary / FILES[origin.kind]
         faiss.write_index(index, str(file))
         record = IndexRecord(
             factory,
-            rows,
+            encoded.manifest.rows,
             dim,
             origin.fingerprint,
             part.adapter,
             part.digest,
-            state,
+            _state(encoded),
             recall,
             settings,
-            _digest(file),
+            size_and_digest(file)[1],
         )
         write_json(temporary / RECORD, {"clipgraft_index": FORMAT, **asdict(record)})
     return place, record

@@ -304,7 +304,7 @@ class Store:
             _write_table(paths[-1], errors)
         metadata = next((table for table, _ in sets.values()), None)
         rows, unusable = (0 if table is None else table.num_rows for table in (metadata, errors))
-        files = {path.relative_to(self.folder).as_posix(): _size_and_digest(path) for path in paths}
+        files = {path.relative_to(self.folder).as_posix(): size_and_digest(path) for path in paths}
         new = Shard(number, rows, unusable, _content_key(metadata, errors), files) if paths else None
         self._commit(old, new)
 
@@ -373,7 +373,8 @@ def read_vectors(folder: Path, manifest: Manifest, part: VectorSet, shard: Shard
     return rows
 
 
-def _size_and_digest(path: Path) -> tuple[int, str]:
+def size_and_digest(path: Path) -> tuple[int, str]:
+    """Return the size of a file in bytes, and its SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
