@@ -11,7 +11,7 @@ import transformers
 
 import clipgraft as cg
 from clipgraft.models.load import load
-from clipgraft.train.interrupt import Interrupted
+from clipgraft.train.loop import Interrupted
 
 QUICK = ("--workers", 0, "--precision", "fp32")
 

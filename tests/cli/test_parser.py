@@ -12,9 +12,8 @@ import clipgraft as cg
 from clipgraft.cli.flags.groups import AnyGroup, flag, grouped, recorded
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags
 from clipgraft.cli.flags.training import RUN, LoraFlags, RunFlags
-from clipgraft.cli.help import EXAMPLES
 from clipgraft.cli.main import VERBS, function_of, main
-from clipgraft.cli.parser import parse
+from clipgraft.cli.parser import EXAMPLES, parse
 from clipgraft.train.args import TrainArgs
 
 KINDS: list[AnyGroup] = [ModelFlags, DataFlags, LoraFlags, TrainArgs, RUN, RunFlags]

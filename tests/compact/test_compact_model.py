@@ -15,7 +15,7 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.compact.model import compact_model, write_compact
-from clipgraft.compact.tokens import bpe_of
+from clipgraft.compact.vocabulary import bpe_of
 from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.models.clip import Clip, as_clip, family_of
 from clipgraft.models.convert import to_transformers

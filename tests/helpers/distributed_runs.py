@@ -28,13 +28,11 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.train import inputs as inputs_module
 from clipgraft.train.distributed import ALONE, World
-from clipgraft.train.feature_sources import LiveImages, LiveTexts
-from clipgraft.train.feed import Feed, everywhere
+from clipgraft.train.feed import Feed, LiveImages, LiveTexts, everywhere
 from clipgraft.train.fit import distill, fit_classifier
 from clipgraft.train.gradient_cache import contrastive_backward
-from clipgraft.train.interrupt import Interrupted
 from clipgraft.train.launch import joined
-from clipgraft.train.loop import Loop
+from clipgraft.train.loop import Interrupted, Loop
 from clipgraft.train.recipes.contrastive import Contrastive
 from fitting import groups
 

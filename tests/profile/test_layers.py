@@ -14,7 +14,7 @@ import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.meta import clip_on_meta
 from clipgraft.profile.forward import costs
-from clipgraft.profile.layers import layer_table, structure
+from clipgraft.profile.tables import layer_table, structure
 from clipgraft.profile.trace import trace
 
 # The published table of the compact CLIP: 3 layers a tower, 4,940 tokens.

@@ -19,10 +19,8 @@ from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.train import activations
-from clipgraft.train.activations import first_trained_block
-from clipgraft.train.feature_sources import LiveImages, PartlyFixedImages
-from clipgraft.train.feed import MicroBatch
-from clipgraft.train.inputs import Inputs
+from clipgraft.train.feed import LiveImages, MicroBatch, PartlyFixedImages
+from clipgraft.train.inputs import Inputs, first_trained_block
 from explicit_lora import randomise_lora
 from fitting import groups, prepared
 

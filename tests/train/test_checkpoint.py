@@ -17,7 +17,7 @@ import clipgraft as cg
 from clipgraft.train import checkpoint
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from clipgraft.train.optimizer import make_optimizer
+from clipgraft.train.setup import make_optimizer
 
 SETTINGS = {"lr": 1e-3, "batch_size": 4, "lora": None}
 

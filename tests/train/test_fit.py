@@ -16,7 +16,7 @@ import clipgraft as cg
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
-from clipgraft.train.feature_sources import trains
+from clipgraft.train.feed import trains
 from clipgraft.train.fit import FitResult
 from fitting import groups, prepared
 

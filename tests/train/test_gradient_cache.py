@@ -13,10 +13,9 @@ from clipgraft.data.features import encode_images
 from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
-from clipgraft.train.feature_sources import FixedImages, LiveImages, LiveTexts, Tower
-from clipgraft.train.feed import Feed, MicroBatch
+from clipgraft.train.feed import Feed, FixedImages, LiveImages, LiveTexts, MicroBatch, Tower
 from clipgraft.train.gradient_cache import contrastive_backward
-from clipgraft.train.negatives import contrastive_loss
+from clipgraft.train.recipes.contrastive import pair_loss
 
 MakeClip = Callable[[], Clip]
 SITES = "text.*.*,vision.*.*,vision.proj,text.proj"
@@ -36,7 +35,7 @@ def grafted(make_clip: MakeClip, dropout: float, targets: str = SITES) -> Clip:
 def loss_of(clip: Clip, batch: Sequence[MicroBatch]) -> Callable[[Tensor, Tensor], Tensor]:
     images = torch.cat([part.image_ids for part in batch])
     captions = torch.cat([part.caption_ids for part in batch])
-    return lambda a, b: contrastive_loss(a, b, clip.logit_scale, images, captions)
+    return lambda a, b: pair_loss(a, b, clip.logit_scale, images, captions)
 
 
 def encoders(

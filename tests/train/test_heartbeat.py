@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from clipgraft.cli import common
@@ -107,8 +108,8 @@ def test_the_command_to_go_on_with() -> None:
 def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """All processes would crowd onto the first GPU, and the others stand idle."""
     chosen: list[int] = []
-    monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(common.torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert common.own_device("auto", World(3, 4, 1)) == "cuda:1"
     assert chosen == [1]
     assert common.own_device("cpu", World(3, 4, 1)) == "cpu"
@@ -117,5 +118,5 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         common.own_device("auto", World(2, 4, 2))
     with pytest.raises(ConfigError, match="use --device auto, or cpu"):
         common.own_device("cuda:0", World(1, 4, 1))
-    monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert common.own_device("auto", World(1, 4, 1)) == "auto"

@@ -15,7 +15,7 @@ import pytest
 import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.train.feed import Feed
-from clipgraft.train.interrupt import Interrupted, stop_requests
+from clipgraft.train.loop import Interrupted, stop_requests
 from clipgraft.train.recipes import contrastive
 from clipgraft.train.run_folder import RunFolder
 from fitting import groups

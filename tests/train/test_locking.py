@@ -12,7 +12,7 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.sites import Tower
-from clipgraft.train.optimizer import lock_tower
+from clipgraft.train.setup import lock_tower
 
 TOWERS: list[Tower] = ["text", "vision"]
 

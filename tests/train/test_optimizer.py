@@ -14,8 +14,8 @@ from torch import nn
 
 import clipgraft as cg
 from clipgraft.train.args import TrainArgs
-from clipgraft.train.optimizer import clamp_logit_scale, make_optimizer, parameter_groups, set_lr
 from clipgraft.train.schedule import make_schedule
+from clipgraft.train.setup import clamp_logit_scale, make_optimizer, parameter_groups, set_lr
 
 
 def decays_in_open_clip(name: str, parameter: nn.Parameter) -> bool:

@@ -11,7 +11,7 @@ import torch
 import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.train.args import TrainArgs
-from clipgraft.train.optimizer import make_optimizer, set_lr
+from clipgraft.train.setup import make_optimizer, set_lr
 from fitting import groups
 
 VARIANTS: dict[str, dict[str, Any]] = {

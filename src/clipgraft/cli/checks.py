@@ -24,7 +24,6 @@ from clipgraft.options import part
 from clipgraft.train.args import RunArgs, TrainArgs
 
 if TYPE_CHECKING:
-    from clipgraft.adapters.adapter_file import AdapterFile
     from clipgraft.models.clip import Clip
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -163,18 +162,13 @@ def structure_of(model: ModelFlags) -> tuple[Clip | None, list[str]]:
 
 def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
     """Find targets and patterns that name no site of the model."""
-    from clipgraft.lora.targets import guide_targets, override_values, select_sites
+    from clipgraft.lora.targets import override_values, select_sites
 
-    if lora.lora_target_modules is not None and (
-        faults := fault_of(lambda: guide_targets(lora.lora_target_modules or ()))
-    ):
+    if faults := fault_of(lambda: lora.asked_targets):
         return faults
-    targets = lora.lora_targets or "text-attention"
-    if lora.lora_target_modules is not None:
-        targets = guide_targets(lora.lora_target_modules)
     if clip is None:
         return []
-    sites = clip.sites
+    sites, targets = clip.sites, lora.asked_targets or "text-attention"
     faults = fault_of(lambda: select_sites(sites, targets), "--lora-targets")
     if faults:
         return faults
@@ -198,21 +192,9 @@ def variant_faults(lora: LoraFlags) -> list[str]:
 
 def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = None) -> list[str]:
     """Find an adapter that is missing, cannot be read, or has sites that the model lacks."""
-    from clipgraft.adapters.convert import read_any
+    from clipgraft.cli.common import read_adapter
 
-    layers: dict[str, int] = {}
-    if clip is not None:
-        layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
-
-    def read() -> AdapterFile:
-        return read_any(
-            path,
-            peft_out_proj=out_proj,
-            text_layers=layers.get("text"),
-            vision_layers=layers.get("vision"),
-        )
-
-    return fault_of(read, name)
+    return fault_of(lambda: read_adapter(path, out_proj, clip), name)
 
 
 def prompt_faults(classes: ClassFlags) -> list[str]:

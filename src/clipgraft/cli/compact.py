@@ -50,7 +50,7 @@ def _make(argv: Sequence[str], specs: Sequence[Any], folder: Path) -> None:
     spec, teaching, table, _, device = specs
     from clipgraft.cli.common import load_model
     from clipgraft.compact.model import write_compact
-    from clipgraft.train.interrupt import Interrupted
+    from clipgraft.train.loop import Interrupted
     from clipgraft.train.run_folder import early_lines
 
     try:

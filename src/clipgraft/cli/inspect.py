@@ -111,8 +111,7 @@ def _numbers(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
 
 
 def _sections(found: Inspection, spec: InspectFlags) -> list[str]:
-    from clipgraft.profile.layers import layer_table
-    from clipgraft.profile.tables import sites_table, targets_table
+    from clipgraft.profile.tables import layer_table, sites_table, targets_table
 
     config = json.dumps(found.config, indent=2, ensure_ascii=False, default=str)
     layers = layer_table(found.profile.trace, spec.depth)

@@ -125,8 +125,8 @@ def _measured(spec: ProfileFlags) -> Measurement:
 
 
 def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
-    from clipgraft.profile.layers import cost_tree
     from clipgraft.profile.tables import (
+        cost_tree,
         measured_table,
         site_costs_table,
         towers_table,
@@ -163,9 +163,8 @@ def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
         ConfigError: flags that are of CLIP alone, or counts that are not complete.
         ModelError: no model can be built from the configuration.
     """
-    from clipgraft.profile.layers import cost_tree
     from clipgraft.profile.llava import llava_costs, llava_on_meta
-    from clipgraft.profile.tables import llava_table
+    from clipgraft.profile.tables import cost_tree, llava_table
     from clipgraft.results import plain
 
     tokens = _llava_tokens(spec)

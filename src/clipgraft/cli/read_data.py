@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
-from clipgraft.cli.flags.training import ClassTrainFlags
 from clipgraft.data.args import LabelArgs
-from clipgraft.data.datasets import Labelled, Pairs, few_shot, match_classes, split_labelled
+from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.models.clip import Clip
@@ -29,32 +27,6 @@ def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
     report = pairs.report.with_long_captions(captions, clip.count_tokens, clip.context_length)
     log.info("%s", report.summary())
     return pairs
-
-
-@dataclass(frozen=True)
-class ClassData:
-    """Images to train and evaluate on, and the prompts of their classes."""
-
-    train: Labelled
-    val: Labelled | None
-    prompts: tuple[tuple[str, ...], ...]
-
-
-def read_class_data(data: DataFlags, classes: ClassTrainFlags, seed: int) -> ClassData:
-    """Read and check labelled images, split off the validation images, and print the summary."""
-    assert data.train_data is not None
-    train = read_images(data.train_data, data, classes, "training images")
-    val = None
-    if data.val_data is not None:
-        held_out = read_images(data.val_data, data, classes, "validation images", validation=True)
-        val = match_classes(held_out, train.classes)
-    elif classes.val_size is not None:
-        train, val = split_labelled(train, classes.val_size, seed)
-        log.info("%d images to train on, %d held out", len(train), len(val))
-    if classes.shots is not None:
-        train = few_shot(train, classes.shots, seed)
-        log.info("%d images to train on: %d shots a class", len(train), classes.shots)
-    return ClassData(train, val, prompts_of(train.classes, classes))
 
 
 def read_images(

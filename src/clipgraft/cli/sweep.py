@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
+from clipgraft.cli.common import base_below
 from clipgraft.cli.flags.groups import recorded
-from clipgraft.cli.flags.shared import DataFlags, ModelFlags
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
 from clipgraft.cli.flags.training import ClassTrainFlags, SweepFlags
 from clipgraft.cli.parser import parse
-from clipgraft.errors import ClipgraftError
 from clipgraft.locks import LOCK, require_free, sole_owner
 from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
 
 if TYPE_CHECKING:
-    from clipgraft.cli.sweep_work import Material
+    from clipgraft.cli.sweep_cell import Job
     from clipgraft.models.clip import Clip
     from clipgraft.train.sweep import CellResult, Row
 
@@ -42,27 +42,30 @@ def run_sweep(argv: Sequence[str]) -> None:
     busy = (folder / LOCK, f"sweep {folder}", "wait until it ends, or choose another --name")
     require_free(*busy)
     from clipgraft.cli.common import load_model
-    from clipgraft.cli.sweep_work import read_material
+    from clipgraft.cli.sweep_cell import Job
+    from clipgraft.cli.training_data import read_training_data
+    from clipgraft.evaluate.metrics import DECISIVE, HEADLINE
     from clipgraft.lora.targets import select_sites
+    from clipgraft.models.device import use_autocast
 
     clip = load_model(model_spec)
     towers = frozenset(site.tower for term in sweep.targets for site in select_sites(clip.sites, term))
-    material = read_material(clip, specs)
+    features = features_of(data, use_autocast(model_spec.autocast, clip.device))
+    read = read_training_data(clip, data, classes, train.seed, sweep.test_data)
     settings = _settings(specs, clip)
     del clip  # every cell loads its own
+    tested = () if read.test is None else tuple(f"test_{name}" for name in DECISIVE[read.task])
     with sole_owner(*busy):
-        results = _run_cells(folder, specs, settings, material, towers)
-        _write(folder, results, material.shown)
+        results = _run_cells(folder, Job(model_spec, sweep, train, read, features, towers), settings)
+        _write(folder, results, HEADLINE[read.task] + tested)
 
 
-def _run_cells(
-    folder: Path, specs: Sequence[Any], settings: dict[str, Any], material: Material, towers: frozenset[str]
-) -> list[CellResult]:
+def _run_cells(folder: Path, job: Job, settings: dict[str, Any]) -> list[CellResult]:
     """Read the results of finished cells, and run the others."""
-    from clipgraft.cli.sweep_cell import Job, run_apart
+    from clipgraft.cli.sweep_cell import run_apart
     from clipgraft.train.sweep import grid, read_cell, write_cell
 
-    _, _, _, sweep, train = specs
+    sweep, train = job.sweep, job.train
     cells = grid(
         sweep.targets, sweep.lora_r, range(train.seed, train.seed + sweep.seeds), sweep.base, sweep.full
     )
@@ -72,7 +75,7 @@ def _run_cells(
         result = read_cell(place, settings)
         if result is None:
             log.info("cell %d of %d: %s", number, len(cells), cell.name)
-            result = run_apart(Job(cell, place, specs, material, towers))
+            result = run_apart(job, cell, place)
             write_cell(place, result, settings)
         else:
             log.info("cell %d of %d: %s is finished already", number, len(cells), cell.name)
@@ -119,13 +122,8 @@ def _check(
 
 def _start_faults(model: ModelFlags) -> list[str]:
     """Refuse an adapter, or a run that made one, as the model: cells start from a base."""
-    from clipgraft.adapters.open import split_adapter
-
-    try:
-        base, adapter = split_adapter(model.model, model.pretrained)
-    except ClipgraftError:  # told by `structure_of`
-        return []
-    if adapter is None:
+    base = base_below(model)
+    if base is None:
         return []
     named = f"--model {base.name}" + (f" --pretrained {base.pretrained}" if base.pretrained else "")
     return [

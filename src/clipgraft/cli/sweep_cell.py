@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,7 +26,11 @@ from clipgraft.cli.terminal import CELL_PROCESS, plain_output
 from clipgraft.errors import ClipgraftError, TrainingError
 
 if TYPE_CHECKING:
-    from clipgraft.cli.sweep_work import Material
+    from clipgraft.cli.flags.shared import ModelFlags
+    from clipgraft.cli.flags.training import SweepFlags
+    from clipgraft.cli.training_data import ClassData, PairData
+    from clipgraft.data.args import FeatureArgs
+    from clipgraft.train.args import TrainArgs
     from clipgraft.train.sweep import Cell, CellResult
 
 log = logging.getLogger("clipgraft")
@@ -35,24 +39,18 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Job:
-    """What a cell's process is given.
+    """What the cells of a sweep share; `data` are read once for all, and any of them adapts `towers`."""
 
-    Attributes:
-        place: the cell's folder.
-        specs: the model, data, class, sweep and train specs.
-        material: the data, which are read once for all cells.
-        towers: those that any cell of the sweep adapts.
-    """
-
-    cell: Cell
-    place: Path
-    specs: Sequence[Any]
-    material: Material
+    model: ModelFlags
+    sweep: SweepFlags
+    train: TrainArgs
+    data: PairData | ClassData
+    features: FeatureArgs
     towers: frozenset[str]
 
 
-def run_apart(job: Job) -> CellResult:
-    """Run or resume a cell in its own process.
+def run_apart(job: Job, cell: Cell, place: Path) -> CellResult:
+    """Run or resume a cell, whose folder is `place`, in its own process.
 
     Raises:
         SystemExit: the process was killed; with a line on stderr, and the code that shells give for that.
@@ -62,7 +60,9 @@ def run_apart(job: Job) -> CellResult:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     # As bytes, so that the new process is ready for signals before it imports all that they are made of.
-    process = context.Process(target=_serve, args=(sender, pickle.dumps(job)), name=CELL_PROCESS)
+    process = context.Process(
+        target=_serve, args=(sender, pickle.dumps((job, cell, place))), name=CELL_PROCESS
+    )
     with _passing_on(process) as requests, receiver:
         with sender, _held_back():
             process.start()
@@ -78,12 +78,12 @@ def run_apart(job: Job) -> CellResult:
         if number > 0:
             name = signal.Signals(number).name
             print(
-                f"clipgraft: cell {job.cell.name}: its process was ended by {name} (by hand, or by the "
+                f"clipgraft: cell {cell.name}: its process was ended by {name} (by hand, or by the "
                 "system when memory is short): run the same command again to go on with it",
                 file=sys.stderr,
             )
             raise SystemExit(128 + number)
-        raise TrainingError(f"cell {job.cell.name}: its process ended with code {process.exitcode}")
+        raise TrainingError(f"cell {cell.name}: its process ended with code {process.exitcode}")
     if kind == "raise":
         raise value
     result: CellResult = value
@@ -161,7 +161,7 @@ def _serve(sender: Connection, job: bytes) -> None:
     sender.send(("ready", None))
     answer: tuple[str, object]
     try:
-        answer = ("done", _run(pickle.loads(job)))
+        answer = ("done", _run(*pickle.loads(job)))
     except (ClipgraftError, KeyboardInterrupt, OSError) as error:
         answer = ("raise", error)
     except Exception:
@@ -178,44 +178,41 @@ def _die_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run(job: Job) -> CellResult:
+def _run(job: Job, cell: Cell, place: Path) -> CellResult:
     """Train or measure a cell, printing like the sweep itself."""
-    from clipgraft.cli.common import hand_over, load_model
-    from clipgraft.cli.start import attach_adapter
-    from clipgraft.cli.sweep_work import work_of
+    from clipgraft.cli.common import attach_adapter, hand_over, load_model
     from clipgraft.models.device import peak_memory
     from clipgraft.train.args import RunArgs
-    from clipgraft.train.interrupt import Interrupted
+    from clipgraft.train.loop import Interrupted
     from clipgraft.train.run_folder import early_lines, started
     from clipgraft.train.sweep import CellResult
 
-    cell, (model_spec, _, _, sweep, train) = job.cell, job.specs
+    sweep, train, data, features = job.sweep, job.train, job.data, job.features
     with plain_output(), early_lines():
-        clip, work = load_model(model_spec), work_of(job.material, job.specs)
+        clip = load_model(job.model)
         if cell.kind == "base":
-            metrics = work.validate(clip) | work.tested(clip)
-            hand_over(clip, job.place, metrics)
+            metrics = data.validate(clip, features) | data.tested(clip, features)
+            hand_over(clip, place, metrics)
             return CellResult(cell, metrics)
         # Written out, so that an unfinished cell of other epochs is refused and not extended.
-        parts = train.epoch_parts or (train.epochs,)
-        args = train.replace(seed=cell.seed, epochs=sum(parts), epoch_parts=parts)
+        args = train.replace(seed=cell.seed, epochs=sum(train.parts), epoch_parts=train.parts)
         if cell.kind == "full":
             locks = {"lock_image": "vision" not in job.towers, "lock_text": "text" not in job.towers}
             args = args.replace(**locks, lr=sweep.full_lr or train.lr)
         else:
             attach_adapter(clip, sweep.adapter(cell.r, cell.targets), cell.seed)
-        folder = job.place / "run"
+        folder = place / "run"
         try:
             with peak_memory() as peak:
                 run = RunArgs(out=folder, resume=started(folder), save_frequency=0, val_frequency=0)
-                done = work.fit(clip, args, run)
+                done = data.fit(clip, args, run, features)
                 high = peak()
         except Interrupted as stop:
             told = Interrupted(f"cell {cell.name}: {stop}; run the same command again to go on")
             told.signal = stop.signal
             raise told from None
         metrics = {name: float(value) for name, value in done.metrics.items() if name != "epoch"}
-        metrics |= work.tested(clip)
-        hand_over(clip, job.place, metrics, done.base)
+        metrics |= data.tested(clip, features)
+        hand_over(clip, place, metrics, done.base)
         gain = None if done.verdict is None else done.verdict.difference
         return CellResult(cell, metrics, done.trainable, done.bytes, done.seconds, high, gain)

@@ -13,27 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
-from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
-from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
-from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, RunFlags
-from clipgraft.cli.parser import parse
-from clipgraft.cli.start import (
-    carries_adapter,
+from clipgraft.cli.common import (
+    base_below,
     contradictions,
     graft,
     read_start,
     resolve_start,
     starts_from_adapter,
 )
+from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
+from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
+from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import silence
 from clipgraft.data.args import FeatureArgs
 from clipgraft.errors import ClipgraftError
-from clipgraft.options import part
-from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs
+from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.launch import several
 
 if TYPE_CHECKING:
-    from clipgraft.data.datasets import Labelled, Pairs
     from clipgraft.models.clip import Clip
     from clipgraft.train.distributed import World
 
@@ -108,7 +106,7 @@ def _run(argv: Sequence[str], started: World | None) -> None:
     command = replace(command, model=model, lora=lora)
     checks.refuse([*faults, *cheap_faults(command, started)])
     from clipgraft.train.distributed import ALONE
-    from clipgraft.train.interrupt import Interrupted
+    from clipgraft.train.loop import Interrupted
     from clipgraft.train.run_folder import early_lines, refuse_used
 
     def choose_folder() -> Path:
@@ -121,74 +119,28 @@ def _run(argv: Sequence[str], started: World | None) -> None:
     folder = world.on_rank0(choose_folder)
     go_on = f"go on with: {continuation(argv, command.place.name or folder.name)}"
     world.advise(go_on)
-    train = train_classifier if command.classes.task == "classification" else train_model
     try:
         with early_lines():
-            train(command, folder, world)
+            _train(command, folder, world)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; {go_on}") from None
 
 
-def train_model(command: TrainCommand, folder: Path, world: World) -> None:
-    """Load what the command names, and train it into `folder`; rank 0 reads the tables."""
+def _train(command: TrainCommand, folder: Path, world: World) -> None:
+    """Load what the command names, and train it into `folder`; rank 0 reads the data."""
     from clipgraft.cli.common import hand_over, load_own_model
-    from clipgraft.cli.read_data import read_table
+    from clipgraft.cli.training_data import read_training_data
     from clipgraft.lora.config import auto_rank
-    from clipgraft.train.fit import fit
-
-    data, lora, train = command.data, command.lora, command.train
-    clip = load_own_model(command.model, world)
-
-    def read(path: Path, flags: DataFlags, what: str) -> Pairs:
-        return world.on_rank0(lambda: read_table(clip, path, flags, what))
-
-    assert data.train_data is not None
-    pairs = read(data.train_data, data, "training data")
-    val = read(data.val_data, data.for_validation(), "validation data") if data.val_data else None
-    rows = sum(len(captions) for captions in pairs.captions)
-    if lora.use_lora:
-        graft(clip, lora, command.place, train.seed, lambda: auto_rank(rows, "retrieval"))
-    announce(clip, rows, "pairs", train, world.world_size)
-    done = fit(clip, pairs, val, train=train, run=command.run(folder), features=command.features, world=world)
-    if world.is_rank0:
-        hand_over(clip, folder, done.metrics or None, done.base)
-
-
-def train_classifier(command: TrainCommand, folder: Path, world: World) -> None:
-    """Load what the command names, and train it to tell classes apart; rank 0 reads the data."""
-    from clipgraft.cli.common import hand_over, load_own_model
-    from clipgraft.cli.read_data import read_class_data
-    from clipgraft.lora.config import auto_rank
-    from clipgraft.train.fit import fit_classifier
 
     lora, train = command.lora, command.train
     clip = load_own_model(command.model, world)
-    read = world.on_rank0(lambda: read_class_data(command.data, command.classes, train.seed))
+    data = world.on_rank0(lambda: read_training_data(clip, command.data, command.classes, train.seed))
     if lora.use_lora:
-        rows = len(read.train)
-        graft(clip, lora, command.place, train.seed, lambda: auto_rank(rows, "classification"))
-    announce(clip, len(read.train), "images", train, world.world_size)
-    done = fit_classifier(
-        clip,
-        read.train,
-        read.val,
-        prompts=read.prompts,
-        head=head_of(command.classes, read.train),
-        train=train,
-        run=command.run(folder),
-        features=command.features,
-        world=world,
-    )
+        graft(clip, lora, command.place, train.seed, lambda: auto_rank(data.rows, data.task))
+    announce(clip, data.rows, data.unit, train, world.world_size)
+    done = data.fit(clip, train, command.run(folder), command.features, world)
     if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
-
-
-def head_of(classes: ClassTrainFlags, train: Labelled) -> HeadArgs:
-    """Collect the options of the head, with class weights if they are asked for."""
-    from clipgraft.data.datasets import class_weights
-
-    head = part(classes, HeadArgs)
-    return head.replace(weights=tuple(class_weights(train))) if classes.class_weights else head
 
 
 def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
@@ -213,7 +165,7 @@ def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
             faults += contradictions(clip, read_start(clip, where.from_, where), lora)
     elif lora.use_lora:
         faults += checks.target_faults(clip, lora)
-    elif _all_locked(train) and classes.head == "prompts" and not carries_adapter(command.model):
+    elif _all_locked(train) and classes.head == "prompts" and base_below(command.model) is None:
         faults.append("nothing to train: both towers are frozen; drop a --lock flag or add --use-lora")
     return faults + checks.resume_faults(where.logs / name, lora, train, where)
 

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.compact.args import CompactArgs
-from clipgraft.compact.bpe import kept_merges, most_used, needed_tokens
-from clipgraft.compact.tokens import bpe_of, count_tokens, count_unchanged, cut_tokenizer, write_vocabulary
+from clipgraft.compact.vocabulary import (
+    bpe_of,
+    count_tokens,
+    count_unchanged,
+    cut_tokenizer,
+    kept_merges,
+    most_used,
+    needed_tokens,
+    write_vocabulary,
+)
 from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.files import atomic_folder, write_json
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip

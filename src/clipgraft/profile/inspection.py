@@ -21,7 +21,7 @@ from clipgraft.models.export import size_on_disk
 from clipgraft.models.meta import ModelConfig, Overrides, build_model, read_model_config
 from clipgraft.models.sites import SiteKind
 from clipgraft.profile.forward import ClipProfile, costs
-from clipgraft.profile.layers import structure
+from clipgraft.profile.tables import structure
 from clipgraft.profile.training import TargetCost, target_costs
 from clipgraft.results import Result
 

@@ -10,8 +10,8 @@ import torch
 from clipgraft.files import write_json, write_text
 from clipgraft.models.clip import Clip
 from clipgraft.profile.forward import costs
-from clipgraft.profile.layers import layer_table, structure
 from clipgraft.profile.measure import median_seconds
+from clipgraft.profile.tables import layer_table, structure
 
 RESULTS = "results"
 

@@ -88,9 +88,14 @@ class TrainArgs(Options):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order, dropout and crops")
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Epochs of each part of the run, in order."""
+        return self.epoch_parts or (self.epochs,)
+
     def epoch_faults(self) -> list[str]:
         """What is wrong between `epochs` and `epoch_parts`, and with a cooldown that does not fit a part."""
-        parts, faults = self.epoch_parts or (self.epochs,), []
+        parts, faults = self.parts, []
         if self.epoch_parts is not None and "epochs" in self.model_fields_set and sum(parts) != self.epochs:
             given = ",".join(map(str, parts))
             told = f"`epoch_parts={given}` sum to {sum(parts)}, but `epochs` is {self.epochs}: drop one"

@@ -107,9 +107,7 @@ def load_checkpoint(
     """
     state = _read(path)
     _same_settings(path, state.settings, settings)
-    weights, buffers = _trainable(model), _buffers(model)
-    if not (_alike(state.weights, weights) and _alike(state.buffers, buffers)):
-        raise CheckpointError(f"{path} {_OTHER}")
+    _require_alike(path, state, model)
     moments = _moments(path, state.optimizer, optimizer)
     try:
         torch.set_rng_state(state.random)
@@ -117,8 +115,7 @@ def load_checkpoint(
             torch.cuda.set_rng_state_all(state.cuda_random[: torch.cuda.device_count()])
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: random is no state of torch's random numbers; {_AGAIN}") from error
-    _copy(state.weights, weights)
-    _copy(state.buffers, buffers)
+    _copy(state, model)
     optimizer.load_state_dict(moments)
     return state.position
 
@@ -130,11 +127,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         CheckpointError: no such file, not readable, or of another model.
     """
     state = _read(path)
-    weights, buffers = _trainable(model), _buffers(model)
-    if not (_alike(state.weights, weights) and _alike(state.buffers, buffers)):
-        raise CheckpointError(f"{path} {_OTHER}")
-    _copy(state.weights, weights)
-    _copy(state.buffers, buffers)
+    _require_alike(path, state, model)
+    _copy(state, model)
 
 
 def recorded_settings(path: Path) -> dict[str, Any]:
@@ -191,6 +185,11 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
+def _require_alike(path: Path, state: _State, model: nn.Module) -> None:
+    if not (_alike(state.weights, _trainable(model)) and _alike(state.buffers, _buffers(model))):
+        raise CheckpointError(f"{path} {_OTHER}")
+
+
 def _alike(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> bool:
     """Whether tensors have the names, shapes and types of others, and hold all their values."""
     return saved.keys() == into.keys() and all(
@@ -203,10 +202,11 @@ def _whole(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.device.type == "cpu"
 
 
-def _copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+def _copy(state: _State, model: nn.Module) -> None:
     with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(saved[name])
+        for saved, into in ((state.weights, _trainable(model)), (state.buffers, _buffers(model))):
+            for name, tensor in into.items():
+                tensor.copy_(saved[name])
 
 
 def _moments(path: Path, saved: _Optimizer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""The training loop: the only one."""
+"""The training loop, the only one, and how Ctrl-C or SIGTERM stops it: between two steps, all saved."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +24,10 @@ from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoin
 from clipgraft.train.distributed import World
 from clipgraft.train.feed import Feed, MicroBatch, everywhere
 from clipgraft.train.gradient_cache import contrastive_backward
-from clipgraft.train.interrupt import Interrupted, stop_requests
-from clipgraft.train.optimizer import clamp_logit_scale, set_lr
 from clipgraft.train.recipes.recipe import Objective
 from clipgraft.train.run_folder import RunFolder, SilentFolder
 from clipgraft.train.schedule import Schedule
-from clipgraft.train.setup import Setup
+from clipgraft.train.setup import Setup, clamp_logit_scale, set_lr
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
 log = logging.getLogger("clipgraft")
@@ -132,14 +132,14 @@ class Loop:
     ) -> Position:
         self.trained.train()
         start = position.step_in_epoch
-        batches = self.feed.batches(epoch, start)
+        batches, every = self.feed.batches(epoch, start), self.setup.run.checkpoint_steps
         with contextlib.closing(batches), self._bar(epoch, start) as bar:
             readings = Readings(folder, bar, self.clip.device)
             for number, batch in enumerate(self._until(stop, batches), start=start + 1):
                 position = Position(epoch, number, position.step + 1)
                 lr, loss = self._step(batch, position.step)
                 readings.add(position.step, lr, self._pairs(batch), loss, self.clip.logit_scale)
-                if number < self.feed.steps and self._checkpoint_is_due(position.step):
+                if number < self.feed.steps and every and position.step % every == 0:
                     readings.read()
                     self._checkpoint(folder, position)
             readings.read()
@@ -179,10 +179,6 @@ class Loop:
         clamp_logit_scale(self.clip.logit_scale)
         self.world.send(running_statistics(self.trained))
         return lr, loss
-
-    def _checkpoint_is_due(self, step: int) -> bool:
-        every = self.setup.run.checkpoint_steps
-        return every > 0 and step % every == 0
 
     def _checkpoint(self, folder: RunFolder | SilentFolder, position: Position) -> None:
         if self.world.is_rank0:
@@ -305,3 +301,57 @@ def not_finite(number: int, lr: float, loss: float) -> TrainingError:
     if number == 1:
         cause = "the base or an image holds broken values; check `pretrained`, or use `autocast=False`"
     return TrainingError(f"the loss is {loss} at step {number}: likely {cause}")
+
+
+_NOTICE = b"\nstopping after this step, then saving; once more stops at once, without saving\n"
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+# A terminal or job scheduler signals the loader's processes too, and when one of them dies torch raises,
+# wherever the step is. Windows has no such signal.
+_CHILD_DIED = (signal.SIGCHLD,) if hasattr(signal, "SIGCHLD") else ()
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, has saved itself, and can be resumed. No `except Exception` catches it.
+
+    Attributes:
+        signal: which one asked last; the command ends with 128 and its number, as shells have it.
+    """
+
+    signal: int = signal.SIGINT
+
+
+@contextlib.contextmanager
+def stop_requests(quiet: bool = False) -> Iterator[threading.Event]:
+    """Yield an event that the first SIGINT or SIGTERM sets; the second one acts as if this were not here.
+
+    The first one prints a notice, unless `quiet`. Outside the main thread no signal arrives, and the
+    event is never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before: dict[signal.Signals, Any] = {kind: signal.getsignal(kind) for kind in _REQUESTS}
+    owner = os.getpid()
+
+    def request(kind: int, _: object) -> None:
+        if os.getpid() != owner:  # a loader's process that inherited this handler: its owner ends it
+            return
+        stop.set()
+        Interrupted.signal = kind
+        if not quiet:
+            os.write(2, _NOTICE)  # what print and logging use may be locked by the code this interrupts
+        _set(before)
+        for child in _CHILD_DIED:
+            before[child] = signal.signal(child, signal.SIG_DFL)
+
+    _set(dict.fromkeys(_REQUESTS, request))
+    try:
+        yield stop
+    finally:
+        _set(before)
+
+
+def _set(handlers: dict[signal.Signals, Any]) -> None:
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)

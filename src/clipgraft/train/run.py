@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,14 +30,13 @@ from clipgraft.pictures import open_image
 from clipgraft.results import Result
 from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.distributed import ALONE, World
-from clipgraft.train.feature_sources import trains
+from clipgraft.train.feed import trains
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.loop import Loop, running_statistics
-from clipgraft.train.optimizer import make_optimizer
 from clipgraft.train.recipes.recipe import Objective, Recipe
 from clipgraft.train.run_folder import RunFolder, Saver, SilentFolder, made_with
-from clipgraft.train.schedule import part_ends, schedule_of
-from clipgraft.train.setup import Setup, set_up
+from clipgraft.train.schedule import schedule_of
+from clipgraft.train.setup import Setup, make_optimizer, set_up
 from clipgraft.train.validation import BASE, STARTED, Validation
 from clipgraft.train.verdict import Trained, Verdict, nothing_learnt
 
@@ -129,7 +129,7 @@ class _Run:
         self.validation = (
             Validation(folder.path, _began_with(setup.clip), setup.run.resume) if first else None
         )
-        self.ends: Collection[int] = part_ends(setup.train)
+        self.ends = frozenset(accumulate(setup.train.parts))
 
     def train(self, started: float) -> FitResult:
         """Encode what is constant, train, and save; `started` is when the run began."""

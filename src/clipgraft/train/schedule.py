@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,21 +47,11 @@ def _check(args: TrainArgs) -> None:
         raise together(faults)
 
 
-def parts_of(args: TrainArgs) -> tuple[int, ...]:
-    """Epochs of each part, in order."""
-    return args.epoch_parts or (args.epochs,)
-
-
-def part_ends(args: TrainArgs) -> frozenset[int]:
-    """The number of finished epochs at the end of each part."""
-    return frozenset(accumulate(parts_of(args)))
-
-
 def schedule_of(args: TrainArgs, steps_per_epoch: int) -> Schedule:
     """Learning rate by step of the whole run, counted from 0, part after part."""
     starts, schedules = [], []
-    for number, epochs in enumerate(parts_of(args)):
-        starts.append(steps_per_epoch * sum(parts_of(args)[:number]))
+    for number, epochs in enumerate(args.parts):
+        starts.append(steps_per_epoch * sum(args.parts[:number]))
         schedules.append(_schedule(args, epochs, steps_per_epoch, first=number == 0))
 
     def at(step: int) -> float:
@@ -85,11 +74,9 @@ def _schedule(args: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool
 
 def _parts(args: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
     latest = latest_checkpoint(out)
-    if not (resume and latest.exists()):
-        return parts_of(args)
-    before = recorded_parts(recorded_settings(latest))
+    before = recorded_parts(recorded_settings(latest)) if resume and latest.exists() else None
     if before is None:
-        return parts_of(args)
+        return args.parts
     if args.epoch_parts is not None:
         if args.epoch_parts[: len(before)] != before:
             raise CheckpointError(
@@ -102,13 +89,8 @@ def _parts(args: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
         return before
     if asked < planned:
         raise CheckpointError(_too_few(out, asked, planned, recorded_position(latest).epoch))
-    log.info(
-        "%s was to have %s: %d more follow, %s",
-        out,
-        _epochs(planned),
-        asked - planned,
-        _told(args, planned + 1),
-    )
+    added, told = asked - planned, _told(args, planned + 1)
+    log.info("%s was to have %s: %d more follow, %s", out, _epochs(planned), added, told)
     return (*before, asked - planned)
 
 

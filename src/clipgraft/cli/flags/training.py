@@ -112,6 +112,15 @@ class LoraFlags(AdapterFlags):
         None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
     )
 
+    @property
+    def asked_targets(self) -> str | None:
+        """The sites that either flag names; None if none does. Raises TargetError for a name of no site."""
+        from clipgraft.lora.targets import guide_targets
+
+        return (
+            self.lora_targets if self.lora_target_modules is None else guide_targets(self.lora_target_modules)
+        )
+
 
 class SweepFlags(AdapterFlags):
     """The grid, and the adapters in it."""

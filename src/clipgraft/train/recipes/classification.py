@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgraft.data.datasets import Labelled, Pairs
+from clipgraft.data.features import encode_captions
 from clipgraft.errors import CheckpointError, ConfigError, DataError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classification import (
-    ClassificationResult,
     class_features,
     classification_metrics,
     measure_classification,
@@ -30,14 +30,14 @@ from clipgraft.evaluate.classification import (
 from clipgraft.files import atomic_path, write_json
 from clipgraft.models.clip import Clip
 from clipgraft.train.args import HeadArgs, HeadKind
-from clipgraft.train.feature_sources import FeatureSource, trains
-from clipgraft.train.feed import MicroBatch
+from clipgraft.train.feed import FeatureSource, MicroBatch, trains
 from clipgraft.train.gradient_cache import Encode, Features, Loss
 from clipgraft.train.inputs import Inputs
 from clipgraft.train.recipes.recipe import Objective, Recipe
 from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
+HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
 
 
 class ClassificationRecipe(Recipe):
@@ -104,8 +104,14 @@ class ClassificationRecipe(Recipe):
         assert self.val_data is not None
         val, head, world = self.val_data, self.head, inputs.setup.world
         images = inputs.val_features(val.images)
+
+        def by_head(head: Head) -> Measured:
+            with torch.no_grad():
+                logits = head(images.to(head.weight.device))
+            return classification_metrics(logits, torch.tensor(val.labels), val.classes).measured
+
         if head is not None:
-            return world.on_rank0(lambda: _judge_head(head, images, val).measured)
+            return world.on_rank0(lambda: by_head(head))
         prototypes = self._prototypes(inputs)
         return world.on_rank0(
             lambda: measure_classification(inputs.encoder, val, self.prompts, images, prototypes).measured
@@ -127,7 +133,7 @@ class ClassificationRecipe(Recipe):
             tokens = encoder.clip.tokenize(texts)
             return lambda: encoder.encode_text(tokens)
         log.info("the text tower is frozen: each prompt is encoded once")
-        features = inputs.encode_own_captions(texts)
+        features = encode_captions(encoder.clip, texts, encoder=encoder)
         return lambda: features
 
     def _prototypes(self, inputs: Inputs) -> Tensor:
@@ -166,12 +172,6 @@ def require_classes(train: Labelled) -> None:
             train.classes[next(iter(present))],
             len(train.classes),
         )
-
-
-def _judge_head(head: Head, images: Tensor, val: Labelled) -> ClassificationResult:
-    with torch.no_grad():
-        logits = head(images.to(head.weight.device))
-    return classification_metrics(logits, torch.tensor(val.labels), val.classes)
 
 
 def _named(data: Labelled) -> Pairs:
@@ -216,14 +216,16 @@ class Prompted:
         def loss(images: Tensor, texts: Tensor) -> Tensor:
             prototypes = pool_prompts(F.normalize(texts.float(), dim=-1), self.counts)
             scale = self.clip.logit_scale.float().exp()
-            return class_loss(images, prototypes, scale, labels, self.weights)
+            logits = scale * F.normalize(images.float(), dim=-1) @ prototypes.T
+            weights = None if self.weights is None else self.weights.to(logits)
+            return F.cross_entropy(logits, labels.to(logits.device), weight=weights)
 
         return loss
 
 
 @dataclass(frozen=True)
 class Headed:
-    """Images told apart by a classifier on their features (`classes.Head`); texts play no part."""
+    """Images told apart by a classifier on their features (`Head`); texts play no part."""
 
     clip: Clip
     images: FeatureSource
@@ -253,29 +255,6 @@ def _images_alone(clip: Clip, images: FeatureSource, batch: Sequence[MicroBatch]
         return features, features.new_empty(0, features.shape[1])
 
     return [partial(encode, part) for part in batch]
-
-
-HEAD_FILE, CLASSES_FILE = "head.safetensors", "classes.json"
-
-
-def class_loss(
-    images: Tensor, prototypes: Tensor, scale: Tensor, labels: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of (N, D) image features, any norm, over (C, D) unit-norm class features.
-
-    Args:
-        images: the features.
-        prototypes: of the classes.
-        scale: scalar inverse temperature.
-        labels: (N,) class of every image, on any device.
-        weights: (C,) of the classes, or None for 1 each.
-
-    Returns:
-        Scalar, fp32.
-    """
-    logits = scale * F.normalize(images.float(), dim=-1) @ prototypes.T
-    weight = None if weights is None else weights.to(logits)
-    return F.cross_entropy(logits, labels.to(logits.device), weight=weight)
 
 
 class Head(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.data.datasets import Pairs
+from clipgraft.data.features import encode_captions
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
@@ -53,7 +54,7 @@ class DistillationRecipe(ContrastiveRecipe):
     def objective(self, inputs: Inputs) -> Objective:
         log.info("the teacher encodes each image and caption once")
         encoder = Encoder(self.teacher, inputs.setup.autocast)
-        images = inputs.encode_images(self.pairs.images, encoder=encoder)
+        images = inputs.encode_images(self.pairs.images, encoder)
         texts = inputs.encode_captions(inputs.feed.captions, encoder)
         taught = Teacher(images, texts, float(self.teacher.logit_scale.detach()))
         if self.weights.feature:
@@ -155,7 +156,7 @@ def _divergence(given: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _check_sizes(inputs: Inputs, wanted: Tensor) -> None:
-    own = inputs.encode_own_captions([""]).shape[1]
+    own = encode_captions(inputs.setup.clip, [""], encoder=inputs.encoder).shape[1]
     if own != wanted.shape[1]:
         raise ConfigError(
             f"the student's features have {own} numbers and the teacher's {wanted.shape[1]}: "

@@ -18,7 +18,7 @@ from clipgraft.train.inputs import Inputs
 
 
 class Objective(Protocol):
-    """A loss over the features of all micro-batches of a step (`accumulate.contrastive_backward`)."""
+    """A loss over the features of all micro-batches of a step (`train.gradient_cache`)."""
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
         """Functions that each give (image, text) features of a part of the batch."""

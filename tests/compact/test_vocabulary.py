@@ -12,9 +12,18 @@ from tokenizers import models
 from transformers import CLIPTokenizer
 
 import clipgraft as cg
-from clipgraft.compact.bpe import END, Bpe, kept_merges, most_used, needed_tokens, unchanged_tokens
 from clipgraft.compact.model import compact_model
-from clipgraft.compact.tokens import bpe_of, count_tokens, cut_tokenizer
+from clipgraft.compact.vocabulary import (
+    END,
+    Bpe,
+    bpe_of,
+    count_tokens,
+    cut_tokenizer,
+    kept_merges,
+    most_used,
+    needed_tokens,
+    unchanged_tokens,
+)
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
 from clipgraft.models.load import load

@@ -1,0 +1,141 @@
+"""Read what `clipgraft train` or all cells of a sweep train on; train a model on it, and measure one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from clipgraft.cli.flags.shared import DataFlags
+from clipgraft.cli.flags.training import ClassTrainFlags
+from clipgraft.cli.read_data import prompts_of, read_images, read_table
+from clipgraft.data.args import FeatureArgs
+from clipgraft.data.datasets import Labelled, Pairs, class_weights, few_shot, match_classes, split_labelled
+from clipgraft.evaluate.classification import evaluate_classification
+from clipgraft.evaluate.metrics import TaskName
+from clipgraft.evaluate.retrieval import evaluate_retrieval
+from clipgraft.models.clip import Clip
+from clipgraft.options import part
+from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs
+from clipgraft.train.distributed import ALONE, World
+from clipgraft.train.fit import fit, fit_classifier
+from clipgraft.train.run import FitResult
+
+log = logging.getLogger("clipgraft")
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Images and captions to train, validate and test on; other processes get a copy."""
+
+    train: Pairs
+    val: Pairs | None
+    test: Pairs | None
+
+    task: ClassVar[TaskName] = "retrieval"
+    unit: ClassVar[str] = "pairs"
+
+    @property
+    def rows(self) -> int:
+        return sum(len(captions) for captions in self.train.captions)
+
+    def fit(
+        self, clip: Clip, train: TrainArgs, run: RunArgs, features: FeatureArgs, world: World = ALONE
+    ) -> FitResult:
+        return fit(clip, self.train, self.val, train=train, run=run, features=features, world=world)
+
+    def validate(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
+        return {} if self.val is None else evaluate_retrieval(clip, self.val, features)
+
+    def tested(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
+        """Measure on the test data, with names that begin with `test_`; nothing without such data."""
+        found = {} if self.test is None else evaluate_retrieval(clip, self.test, features)
+        return {f"test_{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class ClassData:
+    """Labelled images to train, validate and test on, with the prompts of their classes."""
+
+    train: Labelled
+    val: Labelled | None
+    test: Labelled | None
+    prompts: tuple[tuple[str, ...], ...]
+    head: HeadArgs
+
+    task: ClassVar[TaskName] = "classification"
+    unit: ClassVar[str] = "images"
+
+    @property
+    def rows(self) -> int:
+        return len(self.train)
+
+    def fit(
+        self, clip: Clip, train: TrainArgs, run: RunArgs, features: FeatureArgs, world: World = ALONE
+    ) -> FitResult:
+        return fit_classifier(
+            clip,
+            self.train,
+            self.val,
+            prompts=self.prompts,
+            head=self.head,
+            train=train,
+            run=run,
+            features=features,
+            world=world,
+        )
+
+    def validate(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
+        return {} if self.val is None else self._measure(clip, self.val, features)
+
+    def tested(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
+        """Measure the prompts on the test data, with names that begin with `test_`."""
+        found = {} if self.test is None else self._measure(clip, self.test, features)
+        return {f"test_{name}": value for name, value in found.items()}
+
+    def _measure(self, clip: Clip, images: Labelled, features: FeatureArgs) -> dict[str, float]:
+        return evaluate_classification(clip, images, self.prompts, features).metrics
+
+
+def read_training_data(
+    clip: Clip, data: DataFlags, classes: ClassTrainFlags, seed: int, test: Path | None = None
+) -> PairData | ClassData:
+    """Read and check the data that flags name, and print the summaries.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    assert data.train_data is not None
+    if classes.task == "classification":
+        return _read_classes(data, classes, seed, test)
+    pairs = read_table(clip, data.train_data, data, "training data")
+    val = tested = None
+    if data.val_data is not None:
+        val = read_table(clip, data.val_data, data.for_validation(), "validation data")
+    if test is not None:
+        tested = read_table(clip, test, data, "test data")
+    return PairData(pairs, val, tested)
+
+
+def _read_classes(data: DataFlags, classes: ClassTrainFlags, seed: int, test: Path | None) -> ClassData:
+    """Read labelled images, hold out those to validate on, and keep a few shots of the others if asked to."""
+    assert data.train_data is not None
+    train = read_images(data.train_data, data, classes, "training images")
+    val = tested = None
+    if data.val_data is not None:
+        held_out = read_images(data.val_data, data, classes, "validation images", validation=True)
+        val = match_classes(held_out, train.classes)
+    elif classes.val_size is not None:
+        train, val = split_labelled(train, classes.val_size, seed)
+        log.info("%d images to train on, %d held out", len(train), len(val))
+    if classes.shots is not None:
+        train = few_shot(train, classes.shots, seed)
+        log.info("%d images to train on: %d shots a class", len(train), classes.shots)
+    prompts = prompts_of(train.classes, classes)
+    if test is not None:
+        tested = match_classes(read_images(test, data, classes, "test images"), train.classes)
+    head = part(classes, HeadArgs)
+    if classes.class_weights:
+        head = head.replace(weights=tuple(class_weights(train)))
+    return ClassData(train, val, tested, prompts, head)
