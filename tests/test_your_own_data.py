@@ -13,7 +13,7 @@ import pytest
 
 from clipgraft.cli import main
 from clipgraft.cli.flags.search import SearchFlags
-from clipgraft.cli.flags.wording import Wording
+from clipgraft.cli.terminal import Wording
 from clipgraft.cli.train import _KINDS
 from tiny_pictures import write_pictures
 

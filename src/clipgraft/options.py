@@ -13,7 +13,7 @@ Options that only the command line has are groups in `clipgraft.cli.flags`.
 
 A message of the library names an option as it is written in Python, in backticks: `` `epochs` ``,
 `` `epochs=3` ``, `` `save_lora_only=False` ``. The command line rewrites them as `--epochs`,
-`--epochs 3` and `--no-save-lora-only` (`clipgraft.cli.flags.wording`).
+`--epochs 3` and `--no-save-lora-only` (`clipgraft.cli.terminal`).
 """
 
 from __future__ import annotations

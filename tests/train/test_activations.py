@@ -18,7 +18,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import Clip
 from clipgraft.models.openclip import OpenClipFamily
-from clipgraft.train import activations
+from clipgraft.train import inputs as inputs_module
 from clipgraft.train.feed import LiveImages, MicroBatch, PartlyFixedImages
 from clipgraft.train.inputs import Inputs, first_trained_block
 from explicit_lora import randomise_lora
@@ -39,7 +39,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Sets how much memory there is; none at first."""
 
     def has(count: int | None) -> None:
-        monkeypatch.setattr(activations, "available_memory", lambda: count)
+        monkeypatch.setattr(inputs_module, "available_memory", lambda: count)
 
     has(None)
     return has

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
-from clipgraft.cli.flags.wording import wording
+from clipgraft.cli.terminal import wording
 from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
 from clipgraft.errors import ClipgraftError, together
 from clipgraft.options import part

@@ -9,8 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from clipgraft.cli.flags.wording import wording
-from clipgraft.cli.terminal import CELL_PROCESS, plain_output
+from clipgraft.cli.terminal import CELL_PROCESS, plain_output, wording
 from clipgraft.errors import ClipgraftError
 from clipgraft.shown import one_line, shown
 
@@ -29,7 +28,11 @@ VERBS = {
     "compact": "build a smaller CLIP from some blocks and tokens of a base, and distil the base into it",
     "demo": "adapt the embedded model to Vietnamese captions and show the gain",
 }
-_MODULES = {"index": "search", "convert": "merge"}  # of verbs whose module has another name
+_MODULES = {
+    "index": "search",
+    "convert": "merge",
+    "inspect": "profile",
+}  # of verbs whose module has another name
 _HELP = ("-h", "--help")
 _INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
 

@@ -20,7 +20,7 @@ from clipgraft.cli.flags.groups import (
     positional_fields,
     read_yaml,
 )
-from clipgraft.cli.flags.wording import wording
+from clipgraft.cli.terminal import wording
 from clipgraft.errors import ConfigError
 from clipgraft.options import Options, Repeated, expressions
 

@@ -1,15 +1,14 @@
-"""`clipgraft profile`."""
+"""`clipgraft inspect` and `clipgraft profile`: describe a model, and show what it costs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.tools import ProfileFlags
+from clipgraft.cli.flags.tools import InspectFlags, ProfileFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError, together
 from clipgraft.text_tables import terminal_width
@@ -18,56 +17,160 @@ if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
     from clipgraft.models.meta import ModelConfig
     from clipgraft.profile.forward import ClipProfile
+    from clipgraft.profile.inspection import AdapterInspection, Inspection
     from clipgraft.profile.llava import LlavaProfile, LlavaTokens
     from clipgraft.profile.measure import Measurement
     from clipgraft.profile.training import TrainingCost
-    from clipgraft.text_tables import Table
 
+
+_INSPECT = "Describe a model, a run or an adapter. Weights of models are neither needed nor loaded."
+_PROFILE = "Show what a model costs to run and to train. Weights are neither needed nor loaded."
 _IMAGE_SIZE = {"transformers": "vision_config.image_size", "open_clip": "vision_cfg.image_size"}
-_SUMMARY = "Show what a model costs to run and to train. Weights are neither needed nor loaded."
 _OF_CLIP = ("targets", "lora_r", "batch_size", "adapter", "measure", "device", "precision", "pretrained")
 _LLAVA_COUNTS = ("crops", "language_tokens", "logits")
 _LLAVA_IMAGE, _LLAVA_TEXT_TOKENS = (480, 640), 64
 _TRAINED = ("text-attention", "vision-attention", "attention", "all-linear", "all")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What the command prints."""
+def run_inspect(argv: Sequence[str]) -> None:
+    """Parse, inspect, print."""
+    (spec,) = parse("inspect", _INSPECT, [InspectFlags], argv)
+    from clipgraft.adapters.open import split_adapter
+    from clipgraft.profile.inspection import inspect
 
-    profile: ClipProfile
-    training: tuple[TrainingCost, ...]
-    measured: Measurement | None
+    if _is_adapter(spec.model):
+        _show_adapter(spec)
+        return
+    source, _ = split_adapter(spec.model, spec.pretrained)
+    found = inspect(
+        source.name, spec.set, pretrained=_tag(source.pretrained), targets=spec.targets, r=spec.lora_r
+    )
+    if spec.format == "json":
+        _print_json(found, found.profile)
+    else:
+        print("\n\n".join(_described(found, spec)))
+
+
+def _print_json(found: object, profile: ClipProfile | None = None) -> None:
+    """Print a result as JSON, and under `profile` the layers of all its modules."""
+    from clipgraft.results import plain
+
+    document = plain(found, without=frozenset({"trace"}))
+    if profile is not None:
+        document["profile"]["layers"] = plain(profile.layers)
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a name is an adapter of any format, or a run that made one."""
+    from clipgraft.adapters.folder import is_adapter
+    from clipgraft.adapters.run_folder import find_run_model
+    from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
+
+    path = Path(name)
+    if is_adapter(path):
+        return True
+    found = find_run_model(path)
+    if found is not None:
+        return found.kind == "adapter"
+    return path.is_file() and path.suffix in CHECKPOINT_SUFFIXES
+
+
+def _tag(pretrained: str) -> str | None:
+    """Keep a tag, which may decide on QuickGELU; drop a file, which does not."""
+    return pretrained if pretrained and not Path(pretrained).exists() else None
+
+
+def _show_adapter(spec: InspectFlags) -> None:
+    from clipgraft.profile.inspection import inspect_adapter
+    from clipgraft.profile.tables import adapted_table
+
+    if given := sorted(spec.model_fields_set - {"model", "format"}):
+        raise ConfigError(
+            f"{', '.join(map(flag, given))} given, but {spec.model} is an adapter: drop it, or name a model"
+        )
+    found = inspect_adapter(spec.model)
+    if spec.format == "json":
+        _print_json(found)
+        return
+    table = adapted_table(found.sites)
+    facts = "\n".join(f"{name}: {value}" for name, value in _facts(found))
+    if spec.format == "markdown":
+        print(f"# {found.path}\n\n```text\n{facts}\n```\n\n{table.markdown()}")
+    else:
+        print(f"{found.path}\n{facts}\n\n{table.text(terminal_width())}")
+
+
+def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
+    """List what the text form says of an adapter besides its sites."""
+    settings = found.settings
+    named = " / ".join(part for part in (found.base.get("name"), found.base.get("pretrained")) if part)
+    print_of = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
+    plain = [name for name in ("use_rslora", "use_dora", "train_logit_scale") if getattr(settings, name)]
+    variant = [] if settings.variant in ("lora", "dora") else [("variant", settings.variant)]
+    return [
+        ("format", found.format),
+        ("base", (named or "not named") + print_of),
+        ("rank", settings.r),
+        ("alpha", f"{settings.alpha:g}"),
+        ("dropout", f"{settings.dropout:g}"),
+        ("targets", settings.targets),
+        ("bias", settings.bias),
+        *variant,
+        *((name, "yes") for name in plain),
+        ("weights", f"{found.parameters:,} at {len(found.sites)} sites, {found.bytes / 1e6:.2f} MB on disk"),
+        *([("started from", found.started_from)] if found.started_from else []),
+        *(("with", part) for part in found.parts),
+        *((f"measured {name}", f"{value:g}") for name, value in _numbers(found.metrics)),
+    ]
+
+
+def _numbers(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
+    return [(name, float(value)) for name, value in metrics.items() if isinstance(value, int | float)]
+
+
+def _described(found: Inspection, spec: InspectFlags) -> list[str]:
+    from clipgraft.profile.tables import layer_table, sites_table, targets_table
+
+    config = json.dumps(found.config, indent=2, ensure_ascii=False, default=str)
+    layers = layer_table(found.profile.trace, spec.depth)
+    tables = (sites_table(found.sites, found.r), targets_table(found.targets))
+    head = f"{found.name}, a model of {found.library}: {found.profile.parameters:,} weights"
+    if spec.format == "markdown":
+        blocks = (("configuration", "json", config), ("structure", "text", found.structure))
+        fenced = [f"## {name}\n\n```{kind}\n{text}\n```" for name, kind, text in blocks]
+        shown = [f"## layers\n\n```text\n{layers}\n```", *(table.markdown() for table in tables)]
+        return [f"# {head}", *fenced, *shown]
+    return [head, f"configuration\n{config}", f"structure\n{found.structure}", f"layers\n{layers}"] + [
+        table.text(terminal_width()) for table in tables
+    ]
 
 
 def run_profile(argv: Sequence[str]) -> None:
     """Parse, profile, measure if asked to, print."""
-    (spec,) = parse("profile", _SUMMARY, [ProfileFlags], argv)
+    (spec,) = parse("profile", _PROFILE, [ProfileFlags], argv)
     spec = _apart(spec)
     from clipgraft.models.meta import read_model_config
     from clipgraft.profile.forward import costs
-    from clipgraft.profile.training import training_costs
-    from clipgraft.results import plain
+    from clipgraft.profile.llava import MODEL_TYPE
+    from clipgraft.profile.training import distinct_sets, training_costs
 
     config = read_model_config(spec.model, spec.set, spec.pretrained)
-    if _is_llava(config):
+    if config.values.get("model_type") == MODEL_TYPE:
         _show_llava(config, spec)
         return
     if given := sorted(spec.model_fields_set & set(_LLAVA_COUNTS)):
         raise ConfigError(f"{', '.join(map(flag, given))}: of LLaVA-NeXT alone, and {spec.model} is none")
     clip = _model(spec, "meta")
     batch, length = spec.batch_size, spec.text_tokens
-    report = Report(
-        profile=costs(clip, batch=batch, text_tokens=length),
-        training=training_costs(clip, _targets(spec, clip), spec.lora_r, batch=batch, text_tokens=length),
-        measured=_measured(spec) if spec.measure else None,
-    )
+    profile = costs(clip, batch=batch, text_tokens=length)
+    targets = spec.targets or distinct_sets(clip, _TRAINED)
+    training = training_costs(clip, targets, spec.lora_r, batch=batch, text_tokens=length)
+    measured = _measured(spec) if spec.measure else None
     if spec.format == "json":
-        document = plain(report, without=frozenset({"trace"}))
-        document["profile"]["layers"] = plain(report.profile.layers)
-        print(json.dumps(document, indent=2, ensure_ascii=False))
+        _print_json({"profile": profile, "training": training, "measured": measured}, profile)
     else:
-        print("\n\n".join(_sections(clip, report, spec)))
+        print("\n\n".join(_profiled(clip, profile, training, measured, spec)))
 
 
 def _apart(spec: ProfileFlags) -> ProfileFlags:
@@ -108,12 +211,6 @@ def _model(spec: ProfileFlags, device: str) -> Clip:
     return clip
 
 
-def _targets(spec: ProfileFlags, clip: Clip) -> tuple[str, ...]:
-    from clipgraft.profile.training import distinct_sets
-
-    return spec.targets or distinct_sets(clip, _TRAINED)
-
-
 def _measured(spec: ProfileFlags) -> Measurement:
     from clipgraft.cli.common import pick_device
     from clipgraft.profile.forward import costs
@@ -124,7 +221,13 @@ def _measured(spec: ProfileFlags) -> Measurement:
     return measure(clip, profile)
 
 
-def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
+def _profiled(
+    clip: Clip,
+    profile: ClipProfile,
+    training: Sequence[TrainingCost],
+    measured: Measurement | None,
+    spec: ProfileFlags,
+) -> list[str]:
     from clipgraft.profile.tables import (
         cost_tree,
         measured_table,
@@ -133,12 +236,10 @@ def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
         training_table,
     )
 
-    profile = report.profile
     tree = cost_tree(clip.model, profile.trace, spec.depth)
-    tables: list[Table] = [towers_table(profile), site_costs_table(profile)]
-    tables.append(training_table(report.training, profile.batch))
-    if report.measured is not None:
-        tables.append(measured_table(report.measured))
+    tables = [towers_table(profile), site_costs_table(profile), training_table(training, profile.batch)]
+    if measured is not None:
+        tables.append(measured_table(measured))
     height, width = profile.image_size
     head = (
         f"{profile.name}: {profile.parameters:,} weights, images of {height}x{width}, "
@@ -147,13 +248,6 @@ def _sections(clip: Clip, report: Report, spec: ProfileFlags) -> list[str]:
     if spec.format == "markdown":
         return [f"# {head}", f"## modules\n\n```text\n{tree}\n```", *(t.markdown() for t in tables)]
     return [head, tree, *(table.text(terminal_width()) for table in tables)]
-
-
-def _is_llava(config: ModelConfig) -> bool:
-    """Whether a configuration is of LLaVA-NeXT."""
-    from clipgraft.profile.llava import MODEL_TYPE
-
-    return config.values.get("model_type") == MODEL_TYPE
 
 
 def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:

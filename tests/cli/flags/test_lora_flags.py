@@ -6,7 +6,7 @@ import pytest
 
 from clipgraft.cli.flags.groups import build_options
 from clipgraft.cli.flags.training import LoraFlags
-from clipgraft.cli.flags.wording import Wording
+from clipgraft.cli.terminal import Wording
 from clipgraft.errors import ConfigError
 from clipgraft.lora.config import LoraConfig
 

@@ -12,9 +12,9 @@ from pydantic import Field
 
 import clipgraft as cg
 from clipgraft.cli.flags.groups import Group, build_options
-from clipgraft.cli.flags.wording import Wording, reworded, wording
 from clipgraft.cli.main import main
 from clipgraft.cli.parser import parse
+from clipgraft.cli.terminal import Wording, reworded, wording
 from clipgraft.options import Options, Positional
 from clipgraft.train.run_folder import RunFolder
 
