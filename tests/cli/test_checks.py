@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clipgraft import pictures
-from clipgraft.cli import checks, common
+from clipgraft.cli import checks
 from clipgraft.cli.flags.shared import TableFlags
 from clipgraft.errors import ConfigError
 from clipgraft.train.args import TrainArgs
@@ -17,7 +17,7 @@ from clipgraft.train.args import TrainArgs
 @pytest.fixture(autouse=True)
 def _nothing_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a model is loaded nor an image opened."""
-    monkeypatch.setattr(common, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("clipgraft.adapters.open.load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(pictures, "open_image", lambda *_, **__: pytest.fail("an image was opened"))
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.cli import common
 from clipgraft.cli.main import main
 from clipgraft.cli.train import continuation
 from clipgraft.models.load import load
@@ -71,7 +70,7 @@ def test_the_guides_command(
     command = command.replace("${DATASET_PATH}", str(data)).replace("${LOG_DIR}", str(tmp_path / "logs"))
     # The only change: a base from this disk where the guide's would be downloaded.
     monkeypatch.setattr(
-        common, "load", lambda name, tag, **options: load(str(tiny_config), "none", **options)
+        "clipgraft.adapters.open.load", lambda name, tag, **options: load(str(tiny_config), "none", **options)
     )
     outcome = cli(*shlex.split(command)[1:])
     assert (outcome.code, outcome.err) == (0, "")
@@ -154,7 +153,7 @@ def test_a_resume_that_does_not_fit_is_told_first(train: Any, monkeypatch: pytes
     """Settings that do not fit a checkpoint are found after all images have been opened."""
     words = ("--use-lora", "--lora-r", 2, "--name", "run")
     assert train(*words).code == 0
-    monkeypatch.setattr(common, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("clipgraft.adapters.open.load", lambda *_, **__: pytest.fail("the model was loaded"))
     outcome = train("--use-lora", "--lora-r", 4, "--name", "run", "--resume", "latest", "--lr", "0.3")
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert "--lr (was 0.0005, now 0.3), --lora-r (was 2, now 4)" in outcome.err
@@ -223,7 +222,7 @@ def test_faults_between_flags_come_together_and_before_the_model(
     cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong path should not be found after the model was downloaded."""
-    monkeypatch.setattr(common, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("clipgraft.adapters.open.load", lambda *_, **__: pytest.fail("the model was loaded"))
     words = "train --train-data nowhere.csv --val-data none.csv --lora-r 4 --lora-alpha 8 --save-lora-only"
     words += " --lora-targets text.*.q --lora-target-modules in_proj --lock-image-unlocked-groups 2"
     outcome = cli(*words.split(), "--resume", "latest")
@@ -292,7 +291,7 @@ def test_divergence_is_code_1(train: Any) -> None:
 def test_a_used_name_is_refused_at_once(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a finished run must not cost a model load to be refused, nor be overwritten."""
     assert train("--use-lora", "--name", "run").code == 0
-    monkeypatch.setattr(common, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("clipgraft.adapters.open.load", lambda *_, **__: pytest.fail("the model was loaded"))
     outcome = train("--use-lora", "--name", "run")
     assert outcome.code == 2
     assert "exists already: add --resume latest to continue it, or choose another --name" in outcome.err

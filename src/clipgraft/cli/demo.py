@@ -141,6 +141,7 @@ def train(clip: Clip, world: World, spec: DemoFlags, out: Path, lr: float, **opt
     return fit(
         clip,
         world.train,
+        world.test,  # measured before the first step and after the last, so that it chooses nothing
         train=TrainArgs(**options),
         run=RunArgs(out=out, val_frequency=0, save_frequency=0),
         features=features_in(spec, world.autocast),

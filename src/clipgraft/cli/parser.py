@@ -49,6 +49,7 @@ HEADINGS = {
     "TableArgs": "data",
     "TableFlags": "data",
     "DataFlags": "data",
+    "ValFlags": "data",
     "CacheArgs": "machine",
     "PromptFlags": "classes",
     "ClassFlags": "classes",
