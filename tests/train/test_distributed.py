@@ -239,7 +239,8 @@ def train_and_fail(how: str, at: int, out: Path, config: Path, table: Path) -> t
     )
     assert done.returncode == 1, "torchrun's own code"
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
-    code = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: 1 ", done.stderr)
+    # Both processes end, with the same code where neither was killed; torchrun names the one it saw first.
+    code = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: \d ", done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("clipgraft: ")]
     return lines, int(code.group(1)) if code else 0
 

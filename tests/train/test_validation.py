@@ -62,6 +62,16 @@ def test_the_base_is_measured_before_the_first_step(
     assert "epoch 0, the base: image_to_text_R@1" in (tmp_path / "run" / "out.log").read_text()
 
 
+def test_an_epoch_is_measured_with_its_own_weights(
+    make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path
+) -> None:
+    """Copies in bf16 of the weights before training would be measured, and the wrong epoch be the best."""
+    clip = make_clip()
+    result = fit(clip, pairs, tmp_path / "run", epochs=1, lr=1e-2, autocast=True)
+    found = cg.evaluate_retrieval(clip, pairs, workers=0, autocast=True)
+    assert {name: result.metrics[name] for name in found} == pytest.approx(found)
+
+
 def test_measuring_the_base_changes_no_bit_of_the_run(
     make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path
 ) -> None:

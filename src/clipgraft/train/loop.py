@@ -176,6 +176,8 @@ class Loop:
         if (norm := self.setup.train.grad_clip_norm) is not None:
             torch.nn.utils.clip_grad_norm_(trainable, norm)
         self.optimizer.step()
+        # The fused AdamW does not (torch 2.14), and who keeps bf16 copies of weights goes by their versions.
+        torch.autograd.graph.increment_version(trainable)
         clamp_logit_scale(self.clip.logit_scale)
         self.world.send(running_statistics(self.trained))
         return lr, loss
