@@ -208,6 +208,7 @@ def test_conditions(clip: Clip, out: Path) -> None:
     ("words", "says"),
     [
         ({}, "nothing to search for"),
+        ({"text": ["a dog", "a cat"]}, "`text`: got a list, allowed is one text"),
         ({"text": "x", "k": 0}, "`k`"),
         ({"text": "x", "image_weight": 1.5}, "`image_weight`"),
         ({"text": "x", "where": "nothing=1"}, "there is no column 'nothing'; there are path, bytes"),

@@ -100,6 +100,8 @@ def query(
     """
     if text is None and image is None:
         raise ConfigError("nothing to search for: give a text, an image, or both")
+    if not isinstance(text, str | None):
+        raise ConfigError(f"`text`: got a {type(text).__name__}, allowed is one text; ask once for each")
     if not 0 <= image_weight <= 1:
         raise ConfigError(f"`image_weight`: got {image_weight:g}, allowed is 0 to 1")
     if k < 1:
