@@ -38,8 +38,9 @@ class _OfflineMode:
             if not ours and is_offline_mode():
                 reason = "HF_HUB_OFFLINE is set"
             elif not ours:
-                reason = _unreachable(constants.ENDPOINT)
-                ours = bool(reason)
+                unreachable = _unreachable(constants.ENDPOINT)
+                reason = f"{constants.ENDPOINT} cannot be reached ({unreachable})" if unreachable else ""
+                ours = bool(unreachable)
             if ours:
                 self._users += 1
                 self._reason = reason
@@ -96,7 +97,7 @@ def _names_in_chain(error: BaseException | None) -> set[str]:
 
 
 def _unreachable(endpoint: str) -> str:
-    """Say that nothing answers at a URL, and why, or "". Any answer will do, whatever its status."""
+    """Why nothing answers at a URL, or "". Any answer will do, whatever its status."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -106,7 +107,7 @@ def _unreachable(endpoint: str) -> str:
         # The HTTP library differs between releases of huggingface_hub; the name of its base error does not.
         if "TransportError" not in _names_in_chain(error):
             raise
-        return f"{endpoint} cannot be reached ({str(error).strip() or type(error).__name__})"
+        return str(error).strip() or type(error).__name__
     return ""
 
 
