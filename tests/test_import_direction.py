@@ -16,7 +16,7 @@ LAYERS = (
     ("writing", "progress", "text_tables"),
     ("locks",),
     ("files", "readers"),
-    ("records", "yaml_files", "ours", "emoji", "pictures"),
+    ("records", "ours", "emoji", "pictures"),
     ("options",),
     ("models",),
     ("results",),

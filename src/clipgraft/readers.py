@@ -2,6 +2,9 @@
 
 Readers such as pyarrow, numpy, tarfile, FAISS, safetensors and torch raise almost any type on damaged bytes
 (KeyError, UnicodeDecodeError, OverflowError, struct.error, …), so that a list of types is never whole.
+
+YAML of strangers is read within bounds: aliases of aliases double with each line, so that some lines stand
+for gigabytes, and deep nesting ends in a RecursionError.
 """
 
 from __future__ import annotations
@@ -134,3 +137,80 @@ def read_parquet(content: Path | bytes, path: Path, columns: Sequence[str] | Non
         table = pyarrow.parquet.read_table(source, columns=columns, partitioning=None)
         table.validate(full=True)  # text that is not UTF-8, offsets that lead out of the column
         return table
+
+
+_LONGEST_YAML = 4_000_000
+_MOST_YAML_VALUES = 200_000  # with what aliases stand for
+_DEEPEST_YAML = 20
+
+
+def load_yaml(path: Path, loader: type[Any], error: type[ClipgraftError], label: str) -> Any:
+    """The one document of a file, by a PyYAML loader class.
+
+    Raises:
+        error: the file cannot be read, is no YAML, or is larger or deeper than settings are; it begins with
+            `label`.
+    """
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_YAML + 1)
+    except OSError as cause:
+        raise error(f"{label}: cannot be read: {cause.strerror}; check the path") from cause
+    try:
+        text = content.decode("utf-8-sig")
+        fault = _too_large(content) or _too_deep(yaml.parse(text, loader))
+        if not fault:
+            node = yaml.compose(text, loader)
+            fault = _expands(node)
+        if not fault:
+            return yaml.load(text, loader)
+    except ClipgraftError:
+        raise
+    except Exception as cause:  # ValueError, OverflowError, KeyError, … of constructors, beside YAMLError
+        raise error(f"{label} is not YAML: {reason(cause)}; correct it") from cause
+    raise error(f"{label}: {fault}; write it out in plain lines")
+
+
+def _too_large(content: bytes) -> str:
+    return f"is larger than {_LONGEST_YAML:,} bytes" if len(content) > _LONGEST_YAML else ""
+
+
+def _too_deep(events: Any) -> str:
+    """Looked for among the parser's events, which come without recursion."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_YAML:
+            return f"has more than {_DEEPEST_YAML} levels"
+    return ""
+
+
+def _expands(root: Any) -> str:
+    """Whether aliases stand for too much, or for what they are in."""
+    import yaml
+
+    sizes: dict[int, int] = {}
+
+    def size(node: Any, above: frozenset[int]) -> int:
+        if id(node) in above:
+            return _MOST_YAML_VALUES + 1
+        if id(node) not in sizes:
+            parts: list[Any] = []
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            below = above | {id(node)} if parts else above
+            sizes[id(node)] = 1 + sum(size(part, below) for part in parts)
+        return sizes[id(node)]
+
+    most = 0 if root is None else size(root, frozenset())
+    return (
+        f"has more than {_MOST_YAML_VALUES:,} values, aliases (*name) counted"
+        if most > _MOST_YAML_VALUES
+        else ""
+    )

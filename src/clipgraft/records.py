@@ -29,20 +29,14 @@ T = TypeVar("T")
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 _DEEPEST = 64  # levels of nesting; ours have seven
 _LARGEST = 2**64  # of a whole number: seeds have 64 bits
-_MOST_VALUES = (
-    5_000_000  # of one file: a `.pt` file may name one list a thousand times over, and so on inside
-)
+# Of one file: a `.pt` file may name one list a thousand times over, and so on inside.
+_MOST_VALUES = 5_000_000
 _MOST_BYTES = 512 << 20
-_LIST, _OBJECT, _WHOLE = "a list", "an object", "a whole number"
 _BELONGS = {
-    **{"tuple": _LIST, "list": _LIST, "dict": _OBJECT, "dataclass": _OBJECT, "mapping": _OBJECT},
-    **{
-        "int": _WHOLE,
-        "int_from_float": _WHOLE,
-        "float": "a number",
-        "bool": "true or false",
-        "string": "text",
-    },
+    **dict.fromkeys(("tuple", "list"), "a list"),
+    **dict.fromkeys(("dict", "dataclass", "mapping"), "an object"),
+    **dict.fromkeys(("int", "int_from_float"), "a whole number"),
+    **{"float": "a number", "bool": "true or false", "string": "text"},
 }
 
 
@@ -159,15 +153,9 @@ def _told(fault: Mapping[str, Any]) -> str:
     field = _named(fault["loc"])
     if fault["type"] == "missing":
         return f"{field} is missing"
-    told = (
-        str(fault["msg"])
-        .removeprefix("Value error, ")
-        .removeprefix("Input should be ")
-        .partition(", unable")[0]
-    )
-    belongs = _BELONGS.get(
-        fault["type"].removesuffix("_parsing").removesuffix("_type"), told.partition(", unable")[0]
-    )
+    told = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    kind = fault["type"].removesuffix("_parsing").removesuffix("_type")
+    belongs = _BELONGS.get(kind, told.partition(", unable")[0])
     return f"{field} is {shown(fault['input'])}, and should be {belongs}"
 
 

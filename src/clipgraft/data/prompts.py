@@ -10,8 +10,8 @@ from typing import Any
 
 from clipgraft.data.datasets import near_misses
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.readers import load_yaml
 from clipgraft.records import shown
-from clipgraft.yaml_files import load_yaml
 
 log = logging.getLogger("clipgraft")
 

@@ -100,7 +100,7 @@ def write_model(
                 _write_open_clip(_as_open_clip(clip, tell), folder, tell)
             mark_folder(folder, form=form)
         tell.end()
-    return Written(_files(out), differences)
+    return Written(tuple(sorted(path for path in out.rglob("*") if path.is_file())), differences)
 
 
 class _Steps:
@@ -182,10 +182,6 @@ def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:
             "or say `overwrite=True`"
         )
     refuse_foreign(out, error=ModelError)
-
-
-def _files(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def save_model(clip: Clip, path: Path, epoch: int) -> Path:

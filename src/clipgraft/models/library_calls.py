@@ -120,14 +120,12 @@ class _QuietThreads(logging.Filter):
 _QUIET = _QuietThreads()
 
 
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> contextlib.AbstractContextManager[None]:
     """Keep the libraries' log lines, warnings and bars off the terminal while a model loads or is saved.
 
     Bars of downloads and clipgraft's own log lines stay. Other threads go on logging and warning.
     """
-    with _QUIET.entered():
-        yield
+    return _QUIET.entered()
 
 
 def log_reading(what: object, size: float) -> None:

@@ -30,9 +30,8 @@ from clipgraft.models.configs import (
 )
 from clipgraft.models.hub import hf_failure, hub_access, one_line
 from clipgraft.models.library_calls import quiet_libraries
-from clipgraft.models.load import EMOJI_BASE
+from clipgraft.models.load import CHECKPOINT_SUFFIXES, EMOJI_BASE
 from clipgraft.models.load_hf import check_path
-from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
 
 Overrides = Mapping[str, object]
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from clipgraft.errors import ConfigError, together
 from clipgraft.options import Fault, Options, Positional, PythonOnly, nearest
-from clipgraft.yaml_files import load_yaml
+from clipgraft.readers import load_yaml
 
 
 @dataclass(frozen=True)
