@@ -65,7 +65,7 @@ def _is_adapter(name: str) -> bool:
     """Whether a name is an adapter of any format, or a run that made one."""
     from clipgraft.adapters.folder import is_adapter
     from clipgraft.adapters.run_folder import find_run_model
-    from clipgraft.models.load_openclip import CHECKPOINT_SUFFIXES
+    from clipgraft.models.load import CHECKPOINT_SUFFIXES
 
     path = Path(name)
     if is_adapter(path):
