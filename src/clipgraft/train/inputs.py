@@ -52,6 +52,8 @@ _NOT_CACHED = (
     "the image tower is frozen, but `augment` crops every image anew: features are not cached, images are "
     "decoded and encoded at every step; `cache_views=K` encodes K crops of each once, which is much faster"
 )
+_SHARE = 4
+"""At most 1/4 of the memory that is free is filled: rows are there twice while they are put together."""
 
 
 @dataclass(frozen=True)
@@ -226,11 +228,6 @@ def _bar(setup: Setup, what: str, total: int) -> Iterator[Callable[[int], None]]
             bar.update(images)
 
         yield advance
-
-
-log = logging.getLogger("clipgraft")
-_SHARE = 4
-"""At most 1/4 of the memory that is free is filled: rows are there twice while they are put together."""
 
 
 @dataclass(frozen=True)
