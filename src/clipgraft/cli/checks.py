@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.groups import flag
-from clipgraft.cli.flags.shared import ClassFlags, ModelFlags, ValFlags
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
 from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.cli.terminal import wording
 from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
@@ -245,7 +245,7 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
     return faults
 
 
-def class_faults(classes: ClassFlags, data: ValFlags) -> list[str]:
+def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
     """Find flags of classification that do not go together."""
     faults = []
     given = sorted(name for name in classes.model_fields_set if name != "task")

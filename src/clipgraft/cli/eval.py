@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
-from clipgraft.cli.flags.shared import ClassFlags, ModelFlags, ValFlags, features_of
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags, features_of
 from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import CheckpointError, ConfigError
@@ -34,7 +34,7 @@ _SUMMARY = "Measure retrieval or classification of a base, or of an adapter or r
 
 def run_eval(argv: Sequence[str]) -> None:
     """Parse, load, evaluate, print a table and optionally write JSON."""
-    kinds: list[type[Options]] = [ModelFlags, ValFlags, ClassFlags, EvalFlags]
+    kinds: list[type[Options]] = [ModelFlags, DataFlags, ClassFlags, EvalFlags]
     model_spec, data, classes, spec = parse("eval", _SUMMARY, kinds, argv)
     checks.refuse(_faults(model_spec, data, classes, spec))
     from clipgraft.adapters.attach import load_adapter
@@ -73,7 +73,7 @@ def run_eval(argv: Sequence[str]) -> None:
         log.info("wrote %s", spec.out)
 
 
-def _faults(model: ModelFlags, data: ValFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
+def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
     """List everything that is wrong and known without weights or pixels."""
     faults = checks.class_faults(classes, data)
     if data.val_data is None:
@@ -118,7 +118,7 @@ def _beginning(whole: RunModel, spec: ModelFlags) -> dict[str, Clip]:
 
 def _classified(
     models: Mapping[str, Clip],
-    data: ValFlags,
+    data: DataFlags,
     classes: ClassFlags,
     classifier: Path | None,
     features: FeatureArgs,

@@ -49,7 +49,6 @@ HEADINGS = {
     "TableArgs": "data",
     "TableFlags": "data",
     "DataFlags": "data",
-    "ValFlags": "data",
     "CacheArgs": "machine",
     "PromptFlags": "classes",
     "ClassFlags": "classes",

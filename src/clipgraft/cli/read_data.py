@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipgraft.cli.flags.shared import ClassFlags, TableFlags, ValFlags
+from clipgraft.cli.flags.shared import ClassFlags, DataFlags, TableFlags
 from clipgraft.data.args import LabelArgs
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
@@ -30,7 +30,7 @@ def read_table(clip: Clip, path: Path, spec: TableFlags, what: str) -> Pairs:
 
 
 def read_images(
-    path: Path, data: ValFlags, classes: ClassFlags, what: str, validation: bool = False
+    path: Path, data: DataFlags, classes: ClassFlags, what: str, validation: bool = False
 ) -> Labelled:
     """Read a set of labelled images and print its summary; `validation` data may have its own columns."""
     columns = data.for_validation() if validation else data

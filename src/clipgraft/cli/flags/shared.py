@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -14,9 +14,6 @@ from clipgraft.options import (
     part,
     separator,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class OverwriteFlags(Options):
@@ -58,12 +55,11 @@ class TableFlags(TableArgs, FeatureArgs):
     """How tables of images and captions are read, and their images made features."""
 
 
-class ValFlags(TableFlags):
-    """Images and captions to measure on."""
+class DataFlags(TableFlags):
+    """Images and captions."""
 
-    val_data: UserPath | None = Field(
-        None, description="validation data: a table of images and captions, or a folder of both"
-    )
+    train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
+    val_data: UserPath | None = Field(None, description="validation data, in the same form")
     val_csv_img_key: str | None = Field(None, description="--csv-img-key of --val-data, if it differs")
     val_csv_caption_key: str | None = Field(
         None, description="--csv-caption-key of --val-data, if it differs"
@@ -79,17 +75,11 @@ class ValFlags(TableFlags):
     )
     val_image_root: UserPath | None = Field(None, description="--image-root of --val-data, if it differs")
 
-    def for_validation(self) -> Self:
+    def for_validation(self) -> DataFlags:
         """The same, with the columns of the validation data in place of the training data's."""
         given = {name: getattr(self, name) for name in type(self).model_fields if name.startswith("val_")}
         other = {name.removeprefix("val_"): value for name, value in given.items() if value is not None}
         return self.model_copy(update={name: other[name] for name in other if name != "data"})
-
-
-class DataFlags(ValFlags):
-    """Images and captions to train and to measure on."""
-
-    train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
 
 
 class PromptFlags(Options):
