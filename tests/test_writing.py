@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ def _faiss(path: Path) -> None:
 
 def _sqlite(path: Path) -> None:
     path.unlink()
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("CREATE TABLE t(x BLOB)")
         db.executemany("INSERT INTO t VALUES (?)", ((b"x" * 1000,) for _ in range(1000)))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clipgraft.errors import ClipgraftError
-from clipgraft.report.runs import Run, Sweep, best_run, read_run, read_sources, read_sweep
+from clipgraft.report.runs import Run, Sweep, read_run, read_sources, read_sweep, run_of
 from clipgraft.report.write_report import write_report
 from html_pages import read_page
 
@@ -86,7 +86,7 @@ def test_the_best_adapter_of_a_sweep(world: Any) -> None:
         for row in sweep.rows
         if row.kind == "lora"
     }
-    run = best_run(sweep)
+    run = run_of(sweep)
     assert run is not None
     lora = run.params["lora"]
     assert totals[lora["targets"], lora["r"]] == max(totals.values())

@@ -80,9 +80,13 @@ class Plan:
             file.parent.mkdir(exist_ok=True)
             file.unlink(missing_ok=True)
             self._db = sqlite3.connect(file, isolation_level=None)
-            for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
-                self._db.execute(f"PRAGMA {setting}")
-            self._db.executescript(_TABLES)
+            try:
+                for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
+                    self._db.execute(f"PRAGMA {setting}")
+                self._db.executescript(_TABLES)
+            except BaseException:
+                self._db.close()
+                raise
         self._order = "item.place, item.key"
         self._unlisted: list[str] = []
 
