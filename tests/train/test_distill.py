@@ -160,17 +160,17 @@ def test_goes_on_to_the_same_bits(
     """A distillation that was killed ends elsewhere than one that was not, or goes on with other weights."""
     straight = make_student(hf_clip)
     distil(straight, hf_clip, out=tmp_path / "straight")
-    step = Loop._step
+    step = Loop.step
 
     def dies(self: Loop, batch: Any, number: int) -> Any:
         if number == 9:
             raise KeyboardInterrupt
         return step(self, batch, number)
 
-    monkeypatch.setattr(Loop, "_step", dies)
+    monkeypatch.setattr(Loop, "step", dies)
     with pytest.raises(KeyboardInterrupt):
         distil(make_student(hf_clip), hf_clip, checkpoint_steps=2)
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Loop, "step", step)
     with pytest.raises(CheckpointError, match="weights"):
         distil(make_student(hf_clip), hf_clip, checkpoint_steps=2, resume=True, feature=2.0)
     again = make_student(hf_clip)

@@ -13,6 +13,7 @@ from clipgraft.adapters.run_folder import RunModel, find_run_model, is_run, read
 from clipgraft.errors import CheckpointError, DataError
 from clipgraft.evaluate.metrics import DECISIVE, TaskName, task_of
 from clipgraft.records import Finite, Whole
+from clipgraft.train.rate import Rate
 from clipgraft.train.run_folder import EVENTS, read_events
 from clipgraft.train.sweep import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
 from clipgraft.train.verdict import Verdict
@@ -165,6 +166,7 @@ class _Results:
     rows: Whole | None = None
     made_with: Mapping[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
+    rate: Rate | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
     return Run(
         path=path,
         name=name or path.resolve().name,
-        params={**read_params(path), **(params or {})},
+        params={**read_params(path), **(params or {}), **_found_rate(results)},
         losses=tuple((int(e["step"]), float(e["loss"])) for e in events if e["kind"] == "train"),
         base=next((_metrics(line) for line in measured if line["step"] == 0), None),
         evaluations=tuple(line for line in measured if line["step"] > 0),
@@ -203,6 +205,11 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
         rows=results.rows if results else None,
         made_with=results.made_with if results else {},
     )
+
+
+def _found_rate(results: _Results | None) -> dict[str, Any]:
+    """The learning rate of a run whose `lr` was `auto`, in place of that word."""
+    return {} if results is None or results.rate is None else {"lr": results.rate.lr}
 
 
 def read_sweep(path: Path) -> Sweep:

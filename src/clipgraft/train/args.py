@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from clipgraft.options import (
+    AutoRate,
     Beta,
     ClipNorm,
     Count,
@@ -16,7 +17,6 @@ from clipgraft.options import (
     Layers,
     LossWeight,
     Options,
-    PeakRate,
     Power,
     PythonOnly,
     Rate,
@@ -43,7 +43,11 @@ class TrainArgs(Options):
         "learning-rate schedule, as if a run of 10 epochs were resumed with `epochs=20` "
         "(default: one part)",
     )
-    lr: PeakRate = Field(5e-4, gt=0, description="peak learning rate")
+    lr: AutoRate = Field(
+        5e-4,
+        description="peak learning rate; auto tries several on a part of the training data, for at most 15 % "
+        "of the run's steps",
+    )
     wd: Decay = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
     beta1: Beta = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
     beta2: Beta = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
@@ -87,6 +91,12 @@ class TrainArgs(Options):
         description="with `augment` and a frozen image tower: number of crops of each image, encoded once",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order, dropout and crops")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate once it is known: `auto` is replaced before the first step."""
+        assert self.lr != "auto"
+        return self.lr
 
     @property
     def parts(self) -> tuple[int, ...]:

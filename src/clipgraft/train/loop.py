@@ -137,7 +137,7 @@ class Loop:
             readings = Readings(folder, bar, self.clip.device)
             for number, batch in enumerate(self._until(stop, batches), start=start + 1):
                 position = Position(epoch, number, position.step + 1)
-                lr, loss = self._step(batch, position.step)
+                lr, loss = self.step(batch, position.step)
                 readings.add(position.step, lr, self._pairs(batch), loss, self.clip.logit_scale)
                 if number < self.feed.steps and every and position.step % every == 0:
                     readings.read()
@@ -152,7 +152,7 @@ class Loop:
             log.info("epoch %d of %d: mean loss %.4f", epoch + 1, self.epochs, mean)
         return Position(epoch + 1, 0, position.step)
 
-    def _step(self, batch: list[MicroBatch], number: int) -> tuple[float, Tensor]:
+    def step(self, batch: list[MicroBatch], number: int) -> tuple[float, Tensor]:
         """Take step `number`, counted from 1; its learning rate, and the loss before it."""
         lr = self.schedule(number - 1)
         set_lr(self.optimizer, lr)

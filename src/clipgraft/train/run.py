@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +33,7 @@ from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feed import trains
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.loop import Loop, running_statistics
+from clipgraft.train.rate import Rate, Subject, choose_rate
 from clipgraft.train.recipes.recipe import Objective, Recipe
 from clipgraft.train.run_folder import RunFolder, Saver, SilentFolder, made_with
 from clipgraft.train.schedule import schedule_of
@@ -58,6 +59,7 @@ class FitResult(Result):
         base: metrics before the first step; None without validation data.
         best_epoch: the epoch that `saved` is, the best on the validation data; without them the last.
         verdict: whether that epoch is better than what the run began with; None where that is not known.
+        rate: how the learning rate was found; None where it was given.
     """
 
     _shows = ("saved", "bytes", "trainable", "seconds", "best_epoch", "metrics", "base", "verdict")
@@ -71,6 +73,7 @@ class FitResult(Result):
     base: dict[str, float] | None = None
     best_epoch: int | None = None
     verdict: Verdict | None = None
+    rate: Rate | None = None
 
     @property
     def metrics(self) -> Metrics:
@@ -130,6 +133,7 @@ class _Run:
             Validation(folder.path, _began_with(setup.clip), setup.run.resume) if first else None
         )
         self.ends = frozenset(accumulate(setup.train.parts))
+        self.rate: Rate | None = None
 
     def train(self, started: float) -> FitResult:
         """Encode what is constant, train, and save; `started` is when the run began."""
@@ -141,7 +145,12 @@ class _Run:
         objective = recipe.objective(self.inputs)
         if not trains(clip, "vision"):
             encoder.forget("vision")
-        loop = self._loop(objective, started)
+        head = recipe.head
+        trained = clip.model if head is None else nn.ModuleDict({"model": clip.model, "head": head})
+        if args.lr == "auto":
+            self.rate = choose_rate(Subject(setup, trained, self.inputs.feed, objective), self.folder.path)
+            self.setup = replace(setup, train=args.replace(lr=self.rate.lr))
+        loop = self._loop(trained, objective, started)
         torch.manual_seed(args.seed)
         try:
             loop.run(self.folder, setup.run.resume)
@@ -155,9 +164,8 @@ class _Run:
             recipe.save(self.folder.path)
         return result
 
-    def _loop(self, objective: Objective, started: float) -> Loop:
-        clip, args, head = self.setup.clip, self.setup.train, self.recipe.head
-        trained = clip.model if head is None else nn.ModuleDict({"model": clip.model, "head": head})
+    def _loop(self, trained: nn.Module, objective: Objective, started: float) -> Loop:
+        args = self.setup.train
         return Loop(
             setup=self.setup,
             trained=trained,
@@ -220,6 +228,7 @@ class _Run:
             base=self.validation.before,
             best_epoch=epoch,
             verdict=self.validation.verdict(kept, self._as_trained(losses)),
+            rate=self.rate,
         )
         rows = len(self.inputs.feed.caption_of_row)
         self.folder.finish({**asdict(result), "rows": rows, "made_with": made_with(clip)})
@@ -258,7 +267,7 @@ class _Run:
             rows=len(self.inputs.feed.caption_of_row),
             unit=self.recipe.unit,
             epochs=self.setup.train.epochs,
-            lr=self.setup.train.lr,
+            lr=self.setup.train.peak_lr,
             roles=None if state is None else {(site.tower, site.role) for site in state.chosen().layers},
             losses=(fmean(first), fmean(last)) if len(losses) > steps else None,
         )

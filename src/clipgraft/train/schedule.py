@@ -68,7 +68,7 @@ def _schedule(args: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool
         log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, args.warmup)
     cooldown = (args.epochs_cooldown or 0) * steps_per_epoch
     return make_schedule(
-        args.lr_scheduler, args.lr, warmup, total, cooldown, args.lr_cooldown_end, args.lr_cooldown_power
+        args.lr_scheduler, args.peak_lr, warmup, total, cooldown, args.lr_cooldown_end, args.lr_cooldown_power
     )
 
 
@@ -108,13 +108,12 @@ def _too_few(out: Path, asked: int, planned: int, done: int) -> str:
 
 def _told(args: TrainArgs, first: int) -> str:
     """The learning rate of an added part, in words."""
+    rate = args.lr if isinstance(args.lr, str) else f"{args.lr:g}"
     if args.lr_scheduler == "const":
-        return f"with the same learning rate, {args.lr:g}"
+        return f"with the same learning rate, {rate}"
     end = 0.0 if args.lr_scheduler == "cosine" else args.lr_cooldown_end
     how = "by a cosine" if args.lr_scheduler == "cosine" else f"over the last {args.epochs_cooldown} epochs"
-    return (
-        f"for which the learning rate starts at {args.lr:g} again in epoch {first} and falls to {end:g} {how}"
-    )
+    return f"for which the learning rate starts at {rate} again in epoch {first} and falls to {end:g} {how}"
 
 
 def _epochs(number: int) -> str:

@@ -134,7 +134,9 @@ def make_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if ratio != 1 else []
     faster = [layer.starts_at_zero for layer in layers]
     groups = parameter_groups(model.named_parameters(), args.wd, faster, ratio)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=args.peak_lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
