@@ -138,6 +138,11 @@ MISTAKES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("no sets", lambda m: m.update(sets=[]), "sets has 0 folders of vectors"),
     ("sets twice", lambda m: m.update(sets=m["sets"] * 2), "sets has 2 folders of vectors, 1 of them"),
     ("dim", lambda m: m.update(dim=None), "dim is None, and there are 21 rows"),
+    (
+        "long",
+        lambda m: m.update(dim=2**31),
+        "dim is 2147483648, and no model gives vectors of more than 1,048,576",
+    ),
     ("kernels", lambda m: m.update(kernels=5), "kernels is 5, and should be an object"),
     (
         "adapters",

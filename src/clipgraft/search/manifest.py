@@ -24,6 +24,7 @@ VECTORS: Mapping[str, str] = {"images": "img_emb", "texts": "text_emb"}
 METADATA, ERRORS = "metadata", "errors"
 WORK, INDEX_FOLDER, ERRORS_FILE = ".work", "index", "errors.parquet"
 _TAKEN = {*VECTORS.values(), METADATA, ERRORS, WORK, INDEX_FOLDER, ERRORS_FILE, MANIFEST, ".lock"}
+_LONGEST = 1 << 20
 _ADVICE = "encode into another folder"
 
 
@@ -194,6 +195,8 @@ def _fault(manifest: Manifest) -> str | None:
             return f"sets[{place}].folder is {shown(folder)}, which is no name of a folder of vectors"
     if manifest.rows and not manifest.dim:
         return f"dim is {manifest.dim}, and there are {manifest.rows} rows"
+    if manifest.dim and manifest.dim > _LONGEST:
+        return f"dim is {manifest.dim}, and no model gives vectors of more than {_LONGEST:,} numbers"
     numbers = set[int]()
     for place, shard in enumerate(manifest.shards):
         if shard.number in numbers or shard.number >= manifest.next:
