@@ -249,6 +249,8 @@ def test_foreign_folders(hf_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_folder, siglip)
     (siglip / "config.json").write_text('{"model_type": "siglip"}', encoding="utf-8")
     assert "'siglip' model" in refusal(siglip)
+    (siglip / "config.json").write_text('{"model_type": "a\\nb"}', encoding="utf-8")
+    assert "\n" not in refusal(siglip)
     (siglip / "config.json").write_text("{", encoding="utf-8")
     assert "cannot be read" in refusal(siglip)
     other = tmp_path / "other"

@@ -169,7 +169,9 @@ def _check_model_type(path: str, kind: object) -> None:
         raise ModelError(f"hf:{path} has no config.json: if it holds an open_clip model, load hf-hub:{path}")
     # transformers would load another type's weights where names agree and draw the rest at random.
     if kind != "clip":
-        raise ModelError(f"{path} holds a '{kind}' model: clipgraft loads transformers models of type 'clip'")
+        raise ModelError(
+            f"{path} holds a {str(kind)[:100]!r} model: clipgraft loads transformers models of type 'clip'"
+        )
 
 
 def _check_vocabulary(path: str, inner: Any, rows: int) -> None:
