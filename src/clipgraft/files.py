@@ -68,6 +68,24 @@ def inside(folder: Path, name: str, record: Path | str = "", advice: str = "writ
     raise DataError(f"{where} {name[:200]!r}, which is outside of {folder}; nothing was touched; {advice}")
 
 
+def path_exists(name: str | Path) -> bool:
+    """Tell whether there is a file or folder of this name, which a stranger may have written.
+
+    `Path.exists`, `is_file` and `is_dir` raise for a name that is too long for any file.
+    """
+    return os.path.exists(name)  # noqa: PTH110
+
+
+def file_exists(name: str | Path) -> bool:
+    """Tell whether there is a file of this name; as `path_exists`."""
+    return os.path.isfile(name)  # noqa: PTH113
+
+
+def folder_exists(name: str | Path) -> bool:
+    """Tell whether there is a folder of this name; as `path_exists`."""
+    return os.path.isdir(name)  # noqa: PTH112
+
+
 @contextmanager
 def atomic_path(target: Path, needs: int | None = None) -> Iterator[Path]:
     """Yield a temporary path; on success the file there is synced to disk and takes the name `target`.

@@ -28,7 +28,7 @@ from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import as_record, as_weight
 from clipgraft.adapters.peft import CONFIG_FILE, config_json, name_tensors, read_peft
 from clipgraft.errors import AdapterError
-from clipgraft.files import atomic_path, write_json
+from clipgraft.files import atomic_path, file_exists, write_json
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.control import adapter_logit_scale
 from clipgraft.lora.state import require_lora, require_unmerged
@@ -221,7 +221,7 @@ def findable(clip: Clip) -> Source:
     path = Path(name.removeprefix(prefix))
     if name not in ("", "emoji") and path.exists():
         name = f"{prefix}{path.resolve()}"
-    if pretrained and Path(pretrained).is_file():
+    if pretrained and file_exists(pretrained):
         pretrained = str(Path(pretrained).resolve())
     return Source(name, pretrained)
 

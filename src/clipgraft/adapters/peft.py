@@ -15,6 +15,7 @@ from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import as_record, lora_config, some
 from clipgraft.adapters.patterns import Matches, PatternError, end_of_path, targeted
 from clipgraft.errors import AdapterError
+from clipgraft.files import folder_exists
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.layers import LoraLayer, Parts
 from clipgraft.lora.variants import PlainLora, variant_in_peft, variant_of
@@ -263,7 +264,7 @@ def named_base(config: Mapping[str, Any], family: str) -> dict[str, str]:
     """The base that PEFT recorded, as `load` takes it: a local folder as it is, anything else as a hub id."""
     name = config.get("base_model_name_or_path")
     name = name.strip() if isinstance(name, str) and "\0" not in name else ""
-    if name and not Path(name).is_dir():
+    if name and not folder_exists(name):
         name = f"hf:{name}" if family == "transformers" else ""
     return {"name": name, "pretrained": "", "family": family}
 

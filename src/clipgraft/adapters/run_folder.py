@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from clipgraft.adapters.folder import is_adapter
 from clipgraft.errors import CheckpointError
+from clipgraft.files import path_exists
 from clipgraft.models.clip import Source
 from clipgraft.models.configs import CONFIG_FILE
 from clipgraft.records import read_json
@@ -121,8 +121,7 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 def find_path(recorded: str, run: Path) -> Path | None:
     """A path as a run recorded it: from here, or from a folder above the run, where it was started."""
     places = [Path(recorded), *(above / recorded for above in run.resolve().parents)]
-    # `Path.exists` raises for a name that is too long, or holds a NUL; a record may hold either.
-    return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110
+    return next(filter(path_exists, places), None)
 
 
 def _described(run: Path, saved: Path, epoch: int | None = None) -> RunModel:

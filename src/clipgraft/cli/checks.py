@@ -20,6 +20,7 @@ from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.cli.terminal import wording
 from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
 from clipgraft.errors import ClipgraftError, together
+from clipgraft.files import path_exists
 from clipgraft.options import part
 from clipgraft.train.args import RunArgs, TrainArgs
 
@@ -152,7 +153,7 @@ def structure_of(model: ModelFlags) -> tuple[Clip | None, list[str]]:
         return None, [f"--pretrained {model.pretrained}: {told}"]
     try:
         source, _ = split_adapter(model.model, model.pretrained)
-        tag = source.pretrained if source.pretrained and not Path(source.pretrained).exists() else None
+        tag = source.pretrained if source.pretrained and not path_exists(source.pretrained) else None
         return clip_on_meta(source.name, pretrained=None if tag == "none" else tag), []
     except ClipgraftError as error:
         there = Path(model.model.removeprefix("hf:")).exists() or model.model.startswith(("hf:", "hf-hub:"))

@@ -11,6 +11,7 @@ from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.tools import InspectFlags, ProfileFlags
 from clipgraft.cli.parser import parse
 from clipgraft.errors import ConfigError, together
+from clipgraft.files import file_exists, path_exists
 from clipgraft.text_tables import terminal_width
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _is_adapter(name: str) -> bool:
 
 def _tag(pretrained: str) -> str | None:
     """Keep a tag, which may decide on QuickGELU; drop a file, which does not."""
-    return pretrained if pretrained and not Path(pretrained).exists() else None
+    return pretrained if pretrained and not path_exists(pretrained) else None
 
 
 def _show_adapter(spec: InspectFlags) -> None:
@@ -184,7 +185,7 @@ def _apart(spec: ProfileFlags) -> ProfileFlags:
         )
     if source.name == spec.model:
         return spec
-    tag = None if Path(source.pretrained).is_file() else source.pretrained or None
+    tag = None if file_exists(source.pretrained) else source.pretrained or None
     named = {"model": source.name, "pretrained": tag}
     return spec.model_copy(update=named if adapter is None else {**named, "adapter": adapter})
 

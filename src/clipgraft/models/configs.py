@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.errors import ModelError
+from clipgraft.files import folder_exists
 from clipgraft.models.hub import KNOWN_HUB_IDS, nearest, one_line
 from clipgraft.readers import placeholder
 
@@ -240,7 +241,7 @@ def _check_timm(vision: dict[str, Any], where: object) -> None:
 
 
 def _check_place(name: object, key: str, where: object) -> None:
-    if not isinstance(name, str) or not (_HUB_ID.fullmatch(name) or Path(name).is_dir()):
+    if not isinstance(name, str) or not (_HUB_ID.fullmatch(name) or folder_exists(name)):
         raise ModelError(
             f"{where}: {key} is {_shown(name)}, neither a hub id (owner/name) nor a folder that is there"
         )

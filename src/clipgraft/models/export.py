@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipgraft.errors import ModelError
-from clipgraft.files import atomic_folder, atomic_path, write_json
+from clipgraft.files import atomic_folder, atomic_path, path_exists, write_json
 from clipgraft.models.clip import Clip
 from clipgraft.models.configs import CONFIG_FILE
 from clipgraft.models.convert import config_of, require_bare, to_open_clip, to_transformers
@@ -159,7 +159,7 @@ def _require_inputs(clip: Clip) -> None:
 def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:
     """Refuse to replace anything but an earlier export of this form, unless told to."""
     source = {clip.source.name.removeprefix("hf:"), clip.source.pretrained} - {"", "emoji"}
-    if out.exists() and any(Path(name).exists() and out.samefile(name) for name in source):
+    if out.exists() and any(path_exists(name) and out.samefile(name) for name in source):
         raise ModelError(f"{out} is what the model was loaded from: choose another place")
     is_file = form == "open_clip" and out.suffix in _FILE_SUFFIXES
     if out.is_symlink() and not out.exists():

@@ -7,9 +7,9 @@ import difflib
 import logging
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from clipgraft.errors import ModelError
+from clipgraft.files import folder_exists
 
 log = logging.getLogger("clipgraft")
 
@@ -125,7 +125,7 @@ KNOWN_HUB_IDS = (
 
 def hf_failure(path: str, error: Exception, offline: str) -> ModelError:
     """A transformers folder that cannot be read, or a hub id that cannot be fetched."""
-    if Path(path).is_dir():
+    if folder_exists(path):
         return ModelError(f"{path} cannot be read as a transformers CLIP folder: {one_line(error)}")
     reason = fetch_reason(error, offline)
     near = "" if path in KNOWN_HUB_IDS else nearest(path, KNOWN_HUB_IDS)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
-from clipgraft.files import write_json
+from clipgraft.files import file_exists, write_json
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.configs import (
     CONFIG_FILE,
@@ -91,7 +91,7 @@ def _dispatch(name: str, pretrained: str, seed: int) -> Clip:
     path = Path(name)
     brings_weights = name == "emoji" or name.startswith(("hf:", "hf-hub:")) or path.is_dir()
     if brings_weights and pretrained:
-        if _is_openclip(name) and Path(pretrained).is_file():
+        if _is_openclip(name) and file_exists(pretrained):
             return with_weights(_dispatch(name, "", seed), pretrained)
         raise ModelError(f"'{name}' brings its own weights: leave out `pretrained` {pretrained}")
     if name == "emoji":
@@ -132,7 +132,7 @@ def _load_named(name: str, pretrained: str, seed: int) -> Clip:
     # open_clip's tokenizer look-up does not know the spelling ViT-B/32, which its model look-up takes.
     model_name = name.replace("/", "-")
     _check_name(name, model_name, pretrained)
-    is_file, random = Path(pretrained).is_file(), pretrained == RANDOM_WEIGHTS
+    is_file, random = file_exists(pretrained), pretrained == RANDOM_WEIGHTS
     config = model_config(name)
     with hub_access(not (is_file or random) or borrows(config)) as offline:
         try:
@@ -323,7 +323,7 @@ def _check_name(name: str, model_name: str, pretrained: str) -> None:
     import open_clip
 
     check_known(name)
-    if pretrained == RANDOM_WEIGHTS or Path(pretrained).is_file():
+    if pretrained == RANDOM_WEIGHTS or file_exists(pretrained):
         return
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     listed = ", ".join(tags[:6]) + (", …" if len(tags) > 6 else "")
@@ -347,7 +347,7 @@ def _check_checkpoint(path: Path, pretrained: str) -> None:
             f"model config {path} needs weights: `pretrained` takes a local checkpoint, "
             f"or '{RANDOM_WEIGHTS}' for random weights"
         )
-    if not Path(pretrained).is_file():
+    if not file_exists(pretrained):
         raise ModelError(f"`pretrained` {pretrained}: there is no such file, and a JSON config has no tags")
 
 

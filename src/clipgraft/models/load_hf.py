@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
+from clipgraft.files import folder_exists
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.configs import transformers_config
 from clipgraft.models.hub import hf_failure, hub_access, tell_fetch
@@ -39,7 +40,7 @@ def load_hf(path: str, name: str) -> Clip:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedConfig
 
     check_path(path)
-    with hub_access(needed=not Path(path).is_dir()) as offline:
+    with hub_access(needed=not folder_exists(path)) as offline:
         try:
             _check_downloaded(path)
             values, _ = PreTrainedConfig.get_config_dict(path)
@@ -110,7 +111,7 @@ def _weight_files(path: str) -> list[Path]:
         ]:
             raise ModelError(f"{found} names shards outside its folder, {odd[0]!r}: fetch the model again")
         return [shard for name in shards if (shard := _file_of(path, name, required=True)) is not None]
-    where = "that folder" if Path(path).is_dir() else "that repository"
+    where = "that folder" if folder_exists(path) else "that repository"
     raise ModelError(
         f"{path} cannot be read as a transformers CLIP folder: {where} holds no weights "
         f"({', '.join(_WEIGHTS)})"
@@ -121,7 +122,7 @@ def _file_of(path: str, name: str, required: bool = False) -> Path | None:
     """A file of a folder or hub id, fetched if need be; None where it is not there."""
     from transformers.utils import cached_file
 
-    if Path(name).suffix in _SHARDS and not Path(path).is_dir():
+    if Path(name).suffix in _SHARDS and not folder_exists(path):
         tell_fetch(path, [name])
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=required)
     return None if found is None else Path(found)
@@ -157,7 +158,7 @@ def check_path(path: str) -> None:
     """Refuse what is neither a folder with a model in it nor written like a hub id."""
     if not path:
         raise ModelError("'hf:' names no model: write hf:owner/name, or hf: and a local folder")
-    if Path(path).is_dir():
+    if folder_exists(path):
         if not (Path(path) / "config.json").is_file():
             raise ModelError(f"{path} has no config.json: it is no transformers model folder")
     elif path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1:
@@ -165,7 +166,7 @@ def check_path(path: str) -> None:
 
 
 def _check_model_type(path: str, kind: object) -> None:
-    if kind is None and not Path(path).is_dir():
+    if kind is None and not folder_exists(path):
         raise ModelError(f"hf:{path} has no config.json: if it holds an open_clip model, load hf-hub:{path}")
     # transformers would load another type's weights where names agree and draw the rest at random.
     if kind != "clip":

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
-from clipgraft.files import write_json
+from clipgraft.files import path_exists, write_json
 from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.configs import (
     CONFIG_FILE,
@@ -118,7 +118,7 @@ def _is_hf(path: Path) -> bool:
 def _read_hf(path: str, name: str) -> ModelConfig:
     from transformers import PreTrainedConfig
 
-    local = Path(path).exists()
+    local = path_exists(path)
     with quiet_libraries(), hub_access(needed=not local) as offline:
         try:
             values, _ = PreTrainedConfig.get_config_dict(path)
