@@ -105,13 +105,16 @@ def _rank(value: Any) -> Any:
     raise ValueError("a whole number from 1 up, or auto")
 
 
-def _auto_or_number(value: Any) -> Any:
+def _auto_or_rate(value: Any) -> Any:
     if value == "auto":
         return value
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        rate = float(value)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("a number above 0, or auto") from None
+    if not 1e-37 <= rate <= 1e38:
+        raise ValueError("a number from 1e-37 to 1e+38: less is 0 in fp32, and more is infinite")
+    return rate
 
 
 def within(least: float, most: float, why: str) -> AfterValidator:
@@ -172,7 +175,7 @@ SumRank = Annotated[int, within(1, 10**6, "no site has more rows")]
 Tokens = Annotated[int, within(1, 10**9, "no model reads more")]
 Rate = Annotated[float, within(0, 1e38, "with more, it is infinite in fp32")]
 PeakRate = Annotated[float, within(1e-37, 1e38, "less is 0 in fp32, and more is infinite")]
-AutoRate = Annotated[Annotated[PeakRate, Field(gt=0)] | Literal["auto"], BeforeValidator(_auto_or_number)]
+AutoRate = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_rate)]
 Beta = Annotated[float, within(0, 0.999999, "with more, no run is long enough for the average")]
 Power = Annotated[float, within(1e-3, 1e3, "beyond that, the cooldown is a single step")]
 ClipNorm = Annotated[float, within(1e-12, 1e12, "less stops all learning, and more clips nothing")]
