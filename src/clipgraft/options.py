@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,10 @@ def _auto_or_rate(value: Any) -> Any:
         rate = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError("a number above 0, or auto") from None
+    if not math.isfinite(rate):
+        raise ValueError("a finite number")
+    if rate <= 0:
+        raise ValueError("greater than 0")
     if not 1e-37 <= rate <= 1e38:
         raise ValueError("a number from 1e-37 to 1e+38: less is 0 in fp32, and more is infinite")
     return rate
