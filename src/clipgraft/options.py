@@ -117,17 +117,24 @@ def _auto_or_rate(value: Any) -> Any:
         raise ValueError("a finite number")
     if rate <= 0:
         raise ValueError("greater than 0")
-    if not 1e-37 <= rate <= 1e38:
-        raise ValueError("a number from 1e-37 to 1e+38: less is 0 in fp32, and more is infinite")
+    _check_range(rate, *_PEAK_RATES)
     return rate
+
+
+_PEAK_RATES = (1e-37, 1e38, "less is 0 in fp32, and more is infinite")
+
+
+def _check_range(value: float, least: float, most: float, why: str) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"a number from {least:g} to {most:g}: {why}")
 
 
 def within(least: float, most: float, why: str) -> AfterValidator:
     """Bounds beyond which a number is certainly a slip of the keyboard, with what would come of it."""
 
     def check(value: float | None) -> float | None:
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"a number from {least:g} to {most:g}: {why}")
+        if value is not None:
+            _check_range(value, least, most, why)
         return value
 
     return AfterValidator(check)
@@ -179,7 +186,7 @@ Layers = Annotated[int, within(0, 10_000, "no model has more")]
 SumRank = Annotated[int, within(1, 10**6, "no site has more rows")]
 Tokens = Annotated[int, within(1, 10**9, "no model reads more")]
 Rate = Annotated[float, within(0, 1e38, "with more, it is infinite in fp32")]
-PeakRate = Annotated[float, within(1e-37, 1e38, "less is 0 in fp32, and more is infinite")]
+PeakRate = Annotated[float, within(*_PEAK_RATES)]
 AutoRate = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_rate)]
 Beta = Annotated[float, within(0, 0.999999, "with more, no run is long enough for the average")]
 Power = Annotated[float, within(1e-3, 1e3, "beyond that, the cooldown is a single step")]

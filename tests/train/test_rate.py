@@ -123,6 +123,18 @@ def test_a_short_run_takes_a_stated_default(
     )
 
 
+def test_images_with_many_captions_are_not_all_held_out(
+    make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path
+) -> None:
+    """A batch that shows every image would leave trials nothing to train on: a search without end."""
+    few = cg.Pairs(pairs.images[:4], [[f"{n} {m}" for m in "abcdef"] for n in range(4)])
+    result = fit(adapted(make_clip), few, tmp_path / "run", lr="auto", batch_size=8, epochs=80)
+    assert result.rate is not None
+    assert result.rate.lr == ADAPTER_RATE
+    assert result.rate.why is not None
+    assert "too large a part" in result.rate.why
+
+
 def test_a_resumed_run_keeps_its_rate(
     make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +176,7 @@ def test_classes_and_heads_too(head: str, make_clip: MakeClip, pairs: cg.Pairs, 
     )
     assert result.rate is not None
     assert result.rate.why is None
+    assert {trial.lr for trial in result.rate.trials} <= set(ADAPTER_RATES), "not those of a whole model"
 
 
 @pytest.mark.parametrize("lr", ["fast", "", 0, -1.0, float("nan"), None, 1e39])

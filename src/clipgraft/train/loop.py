@@ -237,6 +237,14 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
+@contextlib.contextmanager
+def same_random() -> Iterator[None]:
+    """Random streams are after this as they were before, whatever loaders drew from them."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
 _STEPS_BETWEEN_READINGS = 25
 """On a GPU: reading a number waits for every step that was queued before it."""
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -22,10 +22,9 @@ from clipgraft.data.features import evaluating
 from clipgraft.errors import CheckpointError, TrainingError
 from clipgraft.files import write_json
 from clipgraft.lora.state import lora_state
-from clipgraft.models.family import is_lora
 from clipgraft.records import Finite, Whole, read_json
-from clipgraft.train.feed import Feed, MicroBatch
-from clipgraft.train.loop import Loop, running_statistics
+from clipgraft.train.feed import Feed, MicroBatch, trains
+from clipgraft.train.loop import Loop, running_statistics, same_random
 from clipgraft.train.recipes.recipe import Objective
 from clipgraft.train.schedule import make_schedule
 from clipgraft.train.setup import Setup, make_optimizer
@@ -41,6 +40,7 @@ ADAPTER_RATE, MODEL_RATE = 1e-3, 1e-5
 _HELD_OUT = 0.1  # of an epoch's batches
 _MOST_HELD_OUT = 8  # batches
 _FEWEST_STEPS = 4  # of a first trial: with fewer, warmup is all of it
+_LEAST_LEFT = 0.5  # of all pairs, to train trials on
 _FORWARD = 1 / 3  # what a batch costs that is only measured, in steps
 
 
@@ -103,7 +103,7 @@ class Plan:
         return [(size, self.steps * 2**number) for number, size in enumerate(sizes)]
 
     def cost(self, held_out: int) -> float:
-        """In steps, measuring `held_out` batches after each trial included."""
+        """In steps, measuring `held_out` batches before the trials and after each included."""
         measured = 1 + sum(size for size, _ in self.rungs)
         return sum(size * steps for size, steps in self.rungs) + _FORWARD * held_out * measured
 
@@ -112,13 +112,11 @@ def plan_trials(rates: Sequence[float], total_steps: int, held_out: int) -> Plan
     """The longest trials of all rates, else of the middle three, that cost no more than `SHARE` of a run."""
     middle = len(rates) // 2
     for some in (tuple(rates), tuple(rates[middle - 1 : middle + 2])):
-        fitting = (
-            Plan(some, steps)
-            for steps in range(total_steps, _FEWEST_STEPS - 1, -1)
-            if Plan(some, steps).cost(held_out) <= SHARE * total_steps
-        )
-        if (found := next(fitting, None)) is not None:
-            return found
+        fixed = Plan(some, 0).cost(held_out)
+        a_step = Plan(some, 1).cost(held_out) - fixed
+        steps = int((SHARE * total_steps - fixed) / a_step)
+        if steps >= _FEWEST_STEPS:
+            return Plan(some, steps)
     return None
 
 
@@ -152,41 +150,48 @@ def choose_rate(what: Subject, folder: Path) -> Rate:
 
 def _search(what: Subject) -> Rate:
     setup, feed = what.setup, what.feed
-    whole = any(p.requires_grad and not is_lora(name) for name, p in setup.clip.model.named_parameters())
-    adapter = lora_state(setup.clip) is not None or not whole  # a head alone learns as fast as an adapter
-    default = ADAPTER_RATE if adapter else MODEL_RATE
+    towers = trains(setup.clip, "vision") or trains(setup.clip, "text")
+    whole = towers and lora_state(setup.clip) is None  # a head alone learns as fast as an adapter
+    rates, default = (MODEL_RATES, MODEL_RATE) if whole else (ADAPTER_RATES, ADAPTER_RATE)
     if not setup.world.alone:
         return Rate(default, why="several processes train together; search in one, or give `lr`")
-    epoch, total = feed.steps, feed.steps * setup.train.epochs
-    held_out = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * epoch)))
-    plan = plan_trials(ADAPTER_RATES if adapter else MODEL_RATES, total, held_out) if epoch > 1 else None
+    total = feed.steps * setup.train.epochs
+    held_out = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * feed.steps)))
+    plan = plan_trials(rates, total, held_out)
     if plan is None:
         return Rate(default, why=f"{SHARE:.0%} of the run's {total:,} steps are too few for trials")
-    with _restoring(what.module) as restore:
-        trials = _Trials(what, held_out, restore)
+    with same_random():
+        trials = _Trials(what, held_out)
+        if trials.left < _LEAST_LEFT:
+            return Rate(default, why="the images of one batch are too large a part of all, to hold them out")
         before = trials.loss()
         left: list[float] = list(plan.rates)
         for size, steps in plan.rungs:
             left = sorted(left, key=trials.order)[:size]
             for lr in left:
                 trials.run(lr, steps)
-        best = min(left, key=trials.order)
-    cost = plan.cost(held_out) / total
-    return Rate(best, tuple(trials.done), before, trials.pairs, cost)
+    best = min(left, key=trials.order)
+    return Rate(best, tuple(trials.done), before, trials.pairs, plan.cost(held_out) / total)
 
 
 class _Trials:
-    """Trainings from the same weights on the batches that are not held out."""
+    """Trainings from the same weights on the batches that are not held out.
 
-    def __init__(self, what: Subject, held_out: int, restore: Restore) -> None:
+    Attributes:
+        done: the trials so far.
+        pairs: how many are held out.
+        left: the share of all pairs whose images are not.
+    """
+
+    def __init__(self, what: Subject, held_out: int) -> None:
         self.done: list[Trial] = []
         self._what = what
-        self._restore = restore
         with contextlib.closing(what.feed.batches(0, 0)) as batches:
             self._held_out = list(islice(batches, held_out))
         ids = [part.image_ids for batch in self._held_out for part in batch]
         self._images = torch.unique(torch.cat(ids))
         self.pairs = sum(map(len, ids))
+        self.left = 1 - float(torch.isin(what.feed.image_of_row, self._images).float().mean())
 
     def order(self, lr: float) -> float:
         """What candidates are sorted by: the loss of their last trial, infinite where it diverged."""
@@ -207,24 +212,24 @@ class _Trials:
             schedule=make_schedule("cosine", lr, warmup, steps),
         )
         loss: float | None = None
-        try:
-            trial.trained.train()
-            for number, batch in enumerate(islice(self._batches(), steps), 1):
-                trial.step(batch, number)
-            loss = self.loss()
-        except TrainingError as error:
-            log.debug("trial at %g: %s", lr, error)
-        finally:
-            self._restore()
+        with _restored(what.module), contextlib.closing(self._batches()) as batches:
+            try:
+                what.module.train()
+                for number, batch in enumerate(islice(batches, steps), 1):
+                    trial.step(batch, number)
+                loss = self.loss()
+            except TrainingError as error:
+                log.debug("trial at %g: %s", lr, error)
         self.done.append(Trial(lr, steps, loss if loss is not None and math.isfinite(loss) else None))
 
-    def _batches(self) -> Iterator[list[MicroBatch]]:
+    def _batches(self) -> Generator[list[MicroBatch], None, None]:
         """Those of epoch after epoch, without the pairs of held-out images."""
-        feed = self._what.feed
-        for batch in chain.from_iterable(feed.batches(epoch, 0) for epoch in count()):
-            kept = [_without(part, self._images) for part in batch]
-            if kept := [part for part in kept if len(part.image_ids) > 1]:
-                yield kept
+        for epoch in count():
+            with contextlib.closing(self._what.feed.batches(epoch, 0)) as batches:
+                for batch in batches:
+                    kept = [_without(part, self._images) for part in batch]
+                    if kept := [part for part in kept if len(part.image_ids) > 1]:
+                        yield kept
 
     def loss(self) -> float:
         """Mean of the held-out batches, by the model as it is."""
@@ -244,27 +249,15 @@ def _without(part: MicroBatch, images: Tensor) -> MicroBatch:
     return MicroBatch(part.image_ids[keep], part.caption_ids[keep], pixels, part.turns[keep])
 
 
-class Restore:
-    """Gives all that trains the values it had when this was made."""
-
-    def __init__(self, trained: nn.Module) -> None:
-        self._tensors = [p for p in trained.parameters() if p.requires_grad] + running_statistics(trained)
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
-
-    def __call__(self) -> None:
+@contextlib.contextmanager
+def _restored(trained: nn.Module) -> Iterator[None]:
+    """All that trains has afterwards the values it had, and no gradient."""
+    tensors = [p for p in trained.parameters() if p.requires_grad] + running_statistics(trained)
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for tensor, value in zip(self._tensors, self._values, strict=True):
+            for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
                 tensor.grad = None
-
-
-@contextlib.contextmanager
-def _restoring(trained: nn.Module) -> Iterator[Restore]:
-    """Weights, statistics and random streams are afterwards as they were."""
-    restore = Restore(trained)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield restore
-        finally:
-            restore()

@@ -32,7 +32,7 @@ from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feed import trains
 from clipgraft.train.inputs import prepare_inputs
-from clipgraft.train.loop import Loop, running_statistics
+from clipgraft.train.loop import Loop, running_statistics, same_random
 from clipgraft.train.rate import Rate, Subject, choose_rate
 from clipgraft.train.recipes.recipe import Objective, Recipe
 from clipgraft.train.run_folder import RunFolder, Saver, SilentFolder, made_with
@@ -201,7 +201,7 @@ class _Run:
         validation = self.validation
         known = self.setup.world.on_rank0(lambda: validation.before if validation else None)
         if known is None:
-            with _same_random(), _blaming_the_base():
+            with same_random(), _blaming_the_base():
                 measured = self.recipe.measure(self.inputs)
             if validation is not None:
                 validation.begin(measured)
@@ -301,14 +301,6 @@ def _blaming_the_base() -> Iterator[None]:
             "features of the validation data are not finite before the first step: likely the base or an "
             "image holds broken values; check `pretrained`, or use `autocast=False`"
         ) from error
-
-
-@contextlib.contextmanager
-def _same_random() -> Iterator[None]:
-    """Random streams are after this as they were before, whatever loaders drew from them."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
 
 
 def _began(clip: Clip) -> dict[str, str]:
