@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -184,6 +184,7 @@ def valid() -> dict[str, Any]:
 
 
 @settings(max_examples=300)
+@example(data={**valid(), "config": {**valid()["config"], "lora_alpha": -1}})  # several options are wrong
 @given(data=damaged(valid()))
 def test_damaged_adapters(data: Any) -> None:
     """A damaged or hostile adapter ends in a traceback instead of one line."""

@@ -239,7 +239,7 @@ def test_a_resumed_run_goes_on_where_it_was(
 
     whole, again = adapted(), adapted()
     wanted = fit(whole, pairs, tmp_path / "whole", epochs=3)
-    step = loop.Loop._step
+    step = loop.Loop.step
 
     def killed(self: Any, batch: Any, number: int) -> Any:
         if number == 6:
@@ -247,7 +247,7 @@ def test_a_resumed_run_goes_on_where_it_was(
         return step(self, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "_step", killed)
+        patch.setattr(loop.Loop, "step", killed)
         with pytest.raises(RuntimeError, match="killed"):
             fit(again, pairs, tmp_path / "again", epochs=3, checkpoint_steps=2)
     resumed = adapted()

@@ -137,7 +137,7 @@ def gradients(clip: Clip, table: Path, world: World, accum_freq: int) -> tuple[T
 @contextlib.contextmanager
 def asked_to_stop(world: World, rank: int, at: int) -> Iterator[None]:
     """Send SIGTERM to one rank alone in step `at`, and expect Interrupted in all."""
-    real = Loop._step
+    real = Loop.step
 
     def stepping(self: Loop, batch: Any, number: int) -> Any:
         if world.rank == rank and number == at:
@@ -145,7 +145,7 @@ def asked_to_stop(world: World, rank: int, at: int) -> Iterator[None]:
         return real(self, batch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_step", stepping)
+        patch.setattr(Loop, "step", stepping)
         try:
             yield
         except Interrupted:

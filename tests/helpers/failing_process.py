@@ -12,7 +12,7 @@ from clipgraft.errors import DataError
 from clipgraft.train.loop import Loop
 
 HOW, RANK, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-_step = Loop._step
+_step = Loop.step
 
 
 def failing(self: Loop, batch: Any, number: int) -> Any:
@@ -28,5 +28,5 @@ def failing(self: Loop, batch: Any, number: int) -> Any:
 
 if HOW == "settings" and os.environ["RANK"] == str(RANK):
     sys.argv += ["--lr", "3e-5", "--workers", "1"]
-Loop._step = failing  # type: ignore[method-assign]
+Loop.step = failing  # type: ignore[method-assign]
 sys.exit(main(sys.argv[4:]))

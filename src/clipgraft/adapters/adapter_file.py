@@ -132,7 +132,7 @@ def with_scale(settings: LoraConfig, site: Site, r: int, scale: float) -> LoraCo
     )
 
 
-def pairs(weights: Weights) -> dict[Site, dict[str, Tensor]]:
+def parts_of(weights: Weights) -> dict[Site, dict[str, Tensor]]:
     """A and B by site as `AdapterFile.parts`."""
     return {site: {"lora_A": a, "lora_B": b} for site, (a, b) in weights.items()}
 
@@ -212,7 +212,7 @@ def with_extras(adapter: AdapterFile, extras: Extras | None) -> AdapterFile:
     named = {"name": extras.base.name, "pretrained": extras.base.pretrained, "family": extras.base.family}
     return replace(
         adapter,
-        parts=pairs(weights),
+        parts=parts_of(weights),
         settings=settings.replace(
             targets=extras.targets or settings.targets, train_logit_scale=extras.logit_scale is not None
         ),

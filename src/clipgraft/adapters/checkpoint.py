@@ -66,7 +66,8 @@ def lora_config(
         config = LoraConfig(r=r, alpha=alpha, **values)
         check_variant(config)
     except ConfigError as error:
-        raise AdapterError(f"{path}: {error}: save the adapter again") from error
+        faults = "; ".join(str(error).splitlines())
+        raise AdapterError(f"{path}: {faults}: save the adapter again") from error
     return config
 
 

@@ -23,7 +23,7 @@ from clipgraft.adapters.adapter_file import (
     AdapterFile,
     Extras,
     extras_of,
-    pairs,
+    parts_of,
     rescaled,
     uniform,
     with_extras,
@@ -111,7 +111,7 @@ def read_clip_lora(
     if odd:
         raise AdapterError(f"{path}: {some(odd)} have another rank than the {settings.r} of its metadata")
     base = {"name": "", "pretrained": "", "family": "open_clip"}
-    return with_extras(AdapterFile(path, pairs(weights), settings, base=base), file.clipgraft)
+    return with_extras(AdapterFile(path, parts_of(weights), settings, base=base), file.clipgraft)
 
 
 def _layers(weights: Mapping[str, Mapping[str, _Pair]], path: Path) -> list[_Layer]:

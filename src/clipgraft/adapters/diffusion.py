@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, pairs
+from clipgraft.adapters.adapter_file import AdapterFile, parts_of
 from clipgraft.adapters.checkpoint import AGAIN, as_record, as_weight, lora_config, paired, some
 from clipgraft.errors import AdapterError
 from clipgraft.models.hf import path_site
@@ -231,4 +231,4 @@ def _adapter(path: Path, encoder: _Encoder, alphas: Mapping[Site, float]) -> Ada
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     settings = lora_config(path, int(r), alpha, ranks, alphas, dropout=0.0)
     base = {"name": "", "pretrained": "", "family": "transformers"}
-    return AdapterFile(path, pairs(weights), settings, base=base)
+    return AdapterFile(path, parts_of(weights), settings, base=base)

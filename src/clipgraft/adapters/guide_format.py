@@ -22,7 +22,7 @@ from clipgraft.adapters.adapter_file import (
     Extras,
     Weights,
     extras_of,
-    pairs,
+    parts_of,
     uniform,
     with_extras,
 )
@@ -98,7 +98,7 @@ def read_guide(data: Mapping[str, Any], path: Path) -> AdapterFile:
         "pretrained": config.pretrained or "",
         "family": family,
     }
-    adapter = AdapterFile(path, pairs(weights), _settings(weights, config, state, path), base=base)
+    adapter = AdapterFile(path, parts_of(weights), _settings(weights, config, state, path), base=base)
     if file.clipgraft is not None:
         return with_extras(adapter, file.clipgraft)
     # The guide's runs train the temperature with the rest; clipgraft's say whether they did.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, Weights, pairs
+from clipgraft.adapters.adapter_file import AdapterFile, Weights, parts_of
 from clipgraft.adapters.checkpoint import as_weight, lora_config, paired, some
 from clipgraft.adapters.peft import named_base, read_variant
 from clipgraft.errors import AdapterError
@@ -98,7 +98,7 @@ def read_peft_openclip(
         dropout=known.lora_dropout,
         use_rslora=known.use_rslora,
     )
-    parts = pairs({site: weights[site] for site in sites})
+    parts = parts_of({site: weights[site] for site in sites})
     return AdapterFile(folder, parts, settings, base=named_base(config, "open_clip"))
 
 
