@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipgraft.adapters.adapter_file import AdapterFile, pairs
+from clipgraft.adapters.adapter_file import AdapterFile, parts_of
 from clipgraft.adapters.clip_lora import write_clip_lora
 from clipgraft.adapters.convert import detect, read_any
 from clipgraft.adapters.folder import write_adapter
@@ -139,7 +139,7 @@ def make_adapter(folder: Path) -> AdapterFile:
     settings = LoraConfig(r=RANK, alpha=4, targets="text-attention")
     base = {"name": "ViT-B-32", "pretrained": "openai", "family": "open_clip"}
     return AdapterFile(
-        folder, pairs(weights), settings, base=base, fingerprint="0123456789abcdef", metrics={"R@1": 0.5}
+        folder, parts_of(weights), settings, base=base, fingerprint="0123456789abcdef", metrics={"R@1": 0.5}
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import clipgraft as cg
-from clipgraft.adapters.adapter_file import AdapterFile, pairs
+from clipgraft.adapters.adapter_file import AdapterFile, parts_of
 from clipgraft.adapters.clip_lora import read_clip_lora, write_clip_lora
 from clipgraft.adapters.convert import read_any
 from clipgraft.lora.inject import LoraConfig
@@ -205,7 +205,7 @@ def handmade(sites: list[str], width: int = 32) -> AdapterFile:
     weights: dict[Site, tuple[Tensor, Tensor]] = {
         Site.parse(site): (torch.ones(2, width), torch.ones(width, 2)) for site in sites
     }
-    return AdapterFile(Path("handmade"), pairs(weights), LoraConfig(r=2, alpha=2))
+    return AdapterFile(Path("handmade"), parts_of(weights), LoraConfig(r=2, alpha=2))
 
 
 def test_sites_clip_lora_has_not(tmp_path: Path) -> None:
