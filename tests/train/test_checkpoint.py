@@ -98,6 +98,15 @@ def test_latest_is_readable_while_it_is_rewritten(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
 
 
+def test_names_of_settings_stay_on_their_line(tmp_path: Path) -> None:
+    """A stranger's checkpoint could write a line that looks like ours."""
+    path = tmp_path / "latest.pt"
+    save_checkpoint(path, *trained(), Position(0, 1, 1), {**SETTINGS, "a\nclipgraft: b": 1})
+    with pytest.raises(cg.errors.CheckpointError, match="belongs to a run with other settings") as caught:
+        load_checkpoint(path, *trained(), SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_failed_write_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk would take the last good checkpoint with it."""
     path = tmp_path / "latest.pt"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
 from clipgraft.records import Whole, read_pt
+from clipgraft.shown import one_line
 from clipgraft.writing import size_of
 
 log = logging.getLogger("clipgraft")
@@ -274,7 +275,7 @@ def _same_settings(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if changed:
         listed = ", ".join(
-            f"{key} (was {saved.get(key)!r}, now {now.get(key)!r})" for key in sorted(changed)[:4]
+            f"{one_line(key)} (was {saved.get(key)!r}, now {now.get(key)!r})" for key in sorted(changed)[:4]
         )
         raise CheckpointError(
             f"{path} belongs to a run with other settings: {listed}; use the same settings, or a new `out`"
