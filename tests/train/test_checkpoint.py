@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from torch import nn
 
 import clipgraft as cg
@@ -132,16 +132,20 @@ def good_file(tmp_path: Path) -> bytes:
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_damaged_files_are_refused_in_one_line(data: st.DataObject, good_file: bytes, tmp_path: Path) -> None:
+@given(
+    kind=st.sampled_from(["cut", "random", "flipped"]),
+    place=st.integers(0, 2**20),
+    junk=st.binary(max_size=300),
+)
+@example(kind="random", place=0, junk=b"version https://git-lfs.github.com/spec/v1\n")
+@example(kind="random", place=0, junk=b"<!doctype html>")
+def test_damaged_files_are_refused_in_one_line(
+    kind: str, place: int, junk: bytes, good_file: bytes, tmp_path: Path
+) -> None:
     """A half-copied checkpoint would end in a page of traceback, or be trained on."""
-    kind = data.draw(st.sampled_from(["cut", "random", "flipped"]))
-    place = data.draw(st.integers(0, len(good_file) - 1))
-    damaged = good_file[:place]
-    if kind == "random":
-        damaged = data.draw(st.binary(max_size=300))
-    if kind == "flipped":
-        damaged = good_file[:place] + bytes([good_file[place] ^ 4]) + good_file[place + 1 :]
+    place %= len(good_file)
+    flipped = good_file[:place] + bytes([good_file[place] ^ 4]) + good_file[place + 1 :]
+    damaged = {"cut": good_file[:place], "random": junk, "flipped": flipped}[kind]
     (tmp_path / "latest.pt").write_bytes(damaged)
     model, optimizer = trained(seed=5)
     told = "start the run again"
@@ -152,7 +156,8 @@ def test_damaged_files_are_refused_in_one_line(data: st.DataObject, good_file: b
     else:  # a bit between the archive's parts is nobody's
         assert kind == "flipped"
         assert all_equal(model.state_dict(), trained()[0].state_dict())
-    assert "start the run again" in told
+    # Hypothesis writes git-lfs pointers and pages too, since readers.py names how they begin.
+    assert any(way in told for way in ("start the run again", "git lfs pull", "download it again"))
     assert "\n" not in told
 
 
