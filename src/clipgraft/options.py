@@ -124,6 +124,21 @@ def _auto_or_rate(value: Any) -> Any:
 _PEAK_RATES = (1e-37, 1e38, "less is 0 in fp32, and more is infinite")
 
 
+def _auto_or_weight(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        weight = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("a number above 0, or auto") from None
+    if not 0 < weight <= _MOST_WEIGHT:
+        raise ValueError(f"a number above 0 and up to {_MOST_WEIGHT:g}, or auto")
+    return weight
+
+
+_MOST_WEIGHT = 1e6
+
+
 def _check_range(value: float, least: float, most: float, why: str) -> None:
     if not least <= value <= most:
         raise ValueError(f"a number from {least:g} to {most:g}: {why}")
@@ -193,7 +208,8 @@ Power = Annotated[float, within(1e-3, 1e3, "beyond that, the cooldown is a singl
 ClipNorm = Annotated[float, within(1e-12, 1e12, "less stops all learning, and more clips nothing")]
 Dropout = Annotated[float, within(0, 0.99, "with more, next to nothing of the adapter's path is left")]
 Gigabytes = Annotated[float, within(1e-6, 1e6, "with less, nothing fits in; with more, no disk holds it")]
-LossWeight = Annotated[float, within(0, 1e6, "with more, the loss leaves the range of fp32")]
+AutoWeight = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_weight)]
+LossWeight = Annotated[float, within(0, _MOST_WEIGHT, "with more, the loss leaves the range of fp32")]
 AdapterWeight = Annotated[float, within(-1e6, 1e6, "beyond that, weights leave the range of fp32")]
 GpuShare = Annotated[float, within(0, 1024, "no machine has more")]
 Workers = Annotated[int, within(0, 1024, "with more, the system has no processes left")]

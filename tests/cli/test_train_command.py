@@ -269,6 +269,13 @@ def test_missing_data_is_named(cli: Any) -> None:
         (["--use-lora", "--cache-views", "2"], "--cache-views given without --augment: add --augment"),
         (["--csv-img-key", "picture"], "picture"),
         (["--precision", "fp16"], "--precision: got 'fp16'"),
+        (["--retain-weight", "3"], "--retain-weight given without --retain: say what to retain, or drop it"),
+        (["--retain", "nowhere.txt"], "--retain nowhere.txt: there is no such file or folder"),
+        (
+            ["--retain", "auto", "--retain-weight", "0"],
+            "--retain-weight: got '0', allowed is a number above 0",
+        ),
+        (["--patience", "2"], "--patience needs validation data, by which the best epoch is known"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(words: list[str], told: str, train: Any) -> None:
@@ -277,6 +284,50 @@ def test_bad_input_is_one_line_and_code_2(words: list[str], told: str, train: An
     assert outcome.code == 2
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            "a dog\na cat\na dog\n",
+            "2 different texts are too few to hold a model to; give 20 or more, or --retain auto",
+        ),
+        ("", "holds no text"),
+    ],
+)
+def test_too_little_to_retain_is_told_before_the_model(
+    content: str, told: str, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would begin, and hold its model to nothing much."""
+    monkeypatch.setattr("clipgraft.adapters.open.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "few.txt").write_text(content)
+    outcome = train("--use-lora", "--retain", tmp_path / "few.txt")
+    assert outcome.code == 2
+    assert "few.txt" in outcome.err
+    assert told in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_retained_texts_and_the_strength_that_is_saved(train: Any, table: Path, tmp_path: Path) -> None:
+    """The flags would change nothing, or what is told would be another adapter than the one that is saved."""
+    texts = tmp_path / "old.txt"
+    texts.write_text("".join(f"an old word number {number}\n" for number in range(40)))
+    words = ["--use-lora", "--val-data", table, "--retain", texts, "--strength", "auto", "--name", "kept"]
+    outcome = train(*words, "--lr", "1e-2", "--epochs", "2")
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "logs" / "kept"
+    results = json.loads((run / "results.json").read_text())
+    curve, told = results["strength"], outcome.out + outcome.err
+    assert curve["applied"]
+    assert f"saved with strength {curve['recommended']:g}" in told
+    assert "held to the base on 32 texts" in told
+    assert "--retain-weight auto takes 30, untried" in told
+    assert curve["texts"] == 8
+    alpha = json.loads((run / "adapter" / "adapter_config.json").read_text())["lora_alpha"]
+    assert alpha == pytest.approx(16 * curve["recommended"])
+    params = json.loads((run / "params.json").read_text())
+    assert (params["retain"], params["strength"]) == (str(texts), "auto")
 
 
 def test_divergence_is_code_1(train: Any) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import clipgraft as cg
 from clipgraft.data.datasets import Labelled
 from clipgraft.data.feature_cache import FeatureCache
+from clipgraft.data.retained import Retained
 from clipgraft.engine import attention
 from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
@@ -41,6 +42,7 @@ BOTH = "text.*.q,v,fc1,vision.*.q,v,fc1"
 SETTINGS: dict[str, Any] = {"epochs": 2, "lr": 1e-3, "warmup": 0, "workers": 0, "progress": False}
 CLASSES = ("even", "odd", "third")
 PROMPTS = (("an even picture", "even"), ("an odd picture",), ("a third picture", "the third"))
+RETAINED = Retained(tuple(f"a text number {number} to keep" for number in range(40)), weight=2.0)
 Case = Callable[[Clip, Path, Path, World], object]
 
 
@@ -115,8 +117,10 @@ CASES: dict[str, Case] = {
     "linear head": partial(on_classes, targets=None, head="linear"),
     "cosine head": partial(on_classes, targets="vision.1.fc1", head="cosine"),
     "distillation": from_teacher,
+    "retained": partial(on_pairs, targets=BOTH, retain=RETAINED, accum_freq=2),
+    "retained by images": partial(on_pairs, targets="vision.1.*", retain=RETAINED),
 }
-QUICK = ("text tower", "crops", "prompts")
+QUICK = ("text tower", "crops", "prompts", "retained")
 DROPPING = {"targets": BOTH, "lora": {"dropout": 0.3}, "augment": True, "accum_freq": 2}
 
 

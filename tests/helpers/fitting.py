@@ -20,7 +20,7 @@ _GROUPS: dict[str, type[Options]] = {
     "head": HeadArgs,
     "weights": DistillArgs,
 }
-_OTHERS = ("prompts", "val", "world")
+_OTHERS = ("prompts", "val", "world", "retain")
 
 
 def groups(**options: Any) -> dict[str, Any]:

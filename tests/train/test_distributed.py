@@ -24,6 +24,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.load import load
 from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feed import Feed, MicroBatch
+from clipgraft.train.strength import STRENGTHS
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 OTHERS = tuple(name for name in distributed_runs.CASES if name not in distributed_runs.QUICK)
@@ -124,7 +125,10 @@ def test_two_processes_equal_one_in_other_ways(
 def test_evaluation_is_shared(both: Path) -> None:
     """Every process would encode all validation images, which takes as long as one process takes."""
     shares = [json.loads((both / f"shares-crops-{rank}.json").read_text()) for rank in (0, 1)]
-    assert shares == [[6, 6, 6], [6, 6, 6]], "the base and two epochs"
+    base_and_epochs = 3
+    assert shares == [[6] * (base_and_epochs + 2 * len(STRENGTHS))] * 2, (
+        "metrics and answers of each strength"
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_bits(both: Path) -> None:

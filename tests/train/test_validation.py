@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import clipgraft as cg
+from clipgraft.errors import ConfigError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
 from clipgraft.train.recipes import contrastive
@@ -24,7 +25,15 @@ WORDS = ["a picture of thing number 3", "the same words"]
 
 
 def fit(clip: Clip, pairs: cg.Pairs, out: Path, **options: Any) -> cg.train.FitResult:
-    settings: dict[str, Any] = {"batch_size": 8, "epochs": 3, "lr": 1e-2, "workers": 0, "progress": False}
+    settings: dict[str, Any] = {
+        "batch_size": 8,
+        "epochs": 3,
+        "lr": 1e-2,
+        "workers": 0,
+        "progress": False,
+        "strength": "none",
+    }
+    settings["strength"] = "none"
     return cg.fit(clip, pairs, pairs, **groups(out=out, **{**settings, **options}))
 
 
@@ -236,3 +245,51 @@ def test_a_damaged_record_is_named(clip: Clip, pairs: cg.Pairs, tmp_path: Path) 
         fit(clip, pairs, tmp_path / "run", epochs=1, resume=True)
     record.unlink()
     assert fit(clip, pairs, tmp_path / "run", epochs=1, resume=True).verdict is None
+
+
+def test_patience_ends_a_run_and_keeps_its_best_epoch(
+    make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would train on for hours after its best epoch, or hand over the last one."""
+    clip = make_clip()
+    cg.apply_lora(clip, r=2)
+    scored(monkeypatch, [0.5, 0.2, 0.7, 0.1, 0.3, 0.9])
+    result = fit(clip, pairs, tmp_path / "run", epochs=5, patience=2, save_frequency=0)
+    assert (result.best_epoch, result.stopped) == (2, 4)
+    assert [line["epoch"] for line in result.history] == [1, 2, 3, 4]
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "stopped after epoch 4 of 5: `patience=2`" in log
+    assert "kept epoch 2 of 4, the best on the validation data" in log
+    assert "is checkpoints/epoch_4" in log
+    assert (tmp_path / "run" / "checkpoints" / "epoch_4").is_dir()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["stopped"] == 4
+
+
+def test_a_run_that_patience_ended_stays_ended(make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path) -> None:
+    """Resuming a finished run would train epochs that nobody waits for."""
+    for resume in (False, True):
+        clip = make_clip()
+        torch.manual_seed(0)
+        cg.apply_lora(clip, r=2)
+        with pytest.MonkeyPatch.context() as patch:
+            scored(patch, [0.3] if resume else [0.5, 0.7, 0.2, 0.3])
+            result = fit(clip, pairs, tmp_path / "run", epochs=6, patience=2, resume=resume)
+        assert (result.best_epoch, result.stopped) == (1, 3)
+
+
+def test_patience_with_a_better_epoch_changes_nothing(
+    make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would end although it still gets better."""
+    clip = make_clip()
+    cg.apply_lora(clip, r=2)
+    scored(monkeypatch, [0.1, 0.2, 0.1, 0.4, 0.3])
+    result = fit(clip, pairs, tmp_path / "run", epochs=4, patience=2)
+    assert (result.best_epoch, result.stopped) == (3, None)
+
+
+def test_patience_needs_validation_data(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
+    """Nothing would tell which epoch is the best, and the option would be ignored in silence."""
+    with pytest.raises(ConfigError, match="`patience` needs validation data"):
+        cg.fit(clip, pairs, **groups(out=tmp_path / "run", batch_size=8, epochs=1, patience=1))
+    assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from clipgraft.cli.common import (
 )
 from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
-from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, RetainFlags, RunFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import silence
 from clipgraft.data.args import FeatureArgs
@@ -32,6 +32,7 @@ from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.launch import several
 
 if TYPE_CHECKING:
+    from clipgraft.data.retained import Retained
     from clipgraft.models.clip import Clip
     from clipgraft.train.distributed import World
 
@@ -39,7 +40,9 @@ log = logging.getLogger("clipgraft")
 _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images with captions."
 
 
-_KINDS: list[AnyGroup] = [ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RUN, RunFlags]
+_KINDS: list[AnyGroup] = [
+    *(ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RetainFlags, RUN, RunFlags)
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class TrainCommand:
     classes: ClassTrainFlags
     lora: LoraFlags
     train: TrainArgs
+    retain: RetainFlags
     keep: RunArgs
     place: RunFlags
 
@@ -135,12 +139,36 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
     lora, train = command.lora, command.train
     clip = load_own_model(command.model, world)
     data = world.on_rank0(lambda: read_training_data(clip, command.data, command.classes, train.seed))
+    retained = world.on_rank0(lambda: retained_by(command, clip))
     if lora.use_lora:
         graft(clip, lora, command.place, train.seed, lambda: auto_rank(data.rows, data.task))
     announce(clip, data.rows, data.unit, train, world.world_size)
-    done = data.fit(clip, train, command.run(folder), command.features, world)
+    done = data.fit(clip, train, command.run(folder), command.features, retained, world)
     if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
+
+
+def retained_by(command: TrainCommand, clip: Clip) -> Retained | None:
+    """Make what the model is not to forget; None for nothing."""
+    from clipgraft.cli.training_data import read_what_to_retain
+    from clipgraft.data.retained import retained_texts
+
+    flags = command.retain
+    if flags.retain is None:
+        return None
+    if flags.retain == "auto":
+        return retained_texts(clip, flags.retain_weight)
+    return read_what_to_retain(flags, command.data)
+
+
+def _unreadable_texts(command: TrainCommand) -> list[str]:
+    """Find texts to retain that are none, or too few; a path at which nothing is, is told elsewhere."""
+    from clipgraft.cli.training_data import read_what_to_retain
+
+    given = command.retain
+    if given.retain is None or given.retain == "auto" or not Path(given.retain).exists():
+        return []
+    return checks.fault_of(lambda: read_what_to_retain(given, command.data), "--retain")
 
 
 def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
@@ -155,6 +183,7 @@ def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
     if classes.task == "retrieval":
         faults += checks.batch_faults(data.train_data, data, train, started.world_size if started else 1)
     faults += checks.prompt_faults(classes)
+    faults += _unreadable_texts(command)
     if started is None:
         faults += checks.device_faults(command.model.device)
     clip, wrong = checks.structure_of(command.model)
@@ -180,7 +209,13 @@ def check_together(command: TrainCommand) -> list[str]:
     """Find faults that no group of flags alone shows."""
     data, lora, train, where = command.data, command.lora, command.train, command.place
     faults = [*_data_faults(data), *checks.class_faults(command.classes, data)]
-    faults += [*_lora_faults(command), *_lock_faults(lora, train), *train.epoch_faults()]
+    faults += [
+        *_retain_faults(command),
+        *_patience_faults(command),
+        *_lora_faults(command),
+        *_lock_faults(lora, train),
+        *train.epoch_faults(),
+    ]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
     if where.resume is not None and where.name is None:
@@ -196,6 +231,21 @@ def _data_faults(data: DataFlags) -> list[str]:
         if path is not None:
             faults += checks.missing_data(name, path)
     return faults
+
+
+def _retain_faults(command: TrainCommand) -> list[str]:
+    given = command.retain
+    if given.retain is None and "retain_weight" in given.model_fields_set:
+        return ["--retain-weight given without --retain: say what to retain, or drop it"]
+    if given.retain is None or given.retain == "auto":
+        return []
+    return checks.missing_data("--retain", Path(given.retain))
+
+
+def _patience_faults(command: TrainCommand) -> list[str]:
+    if command.keep.patience is None or command.data.val_data or command.classes.val_size:
+        return []
+    return ["--patience needs validation data, by which the best epoch is known: add --val-data"]
 
 
 def _lora_faults(command: TrainCommand) -> list[str]:

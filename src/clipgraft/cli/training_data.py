@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from clipgraft.cli.flags.shared import DataFlags
-from clipgraft.cli.flags.training import ClassTrainFlags
+from clipgraft.cli.flags.training import ClassTrainFlags, RetainFlags
 from clipgraft.cli.read_data import prompts_of, read_images, read_table
-from clipgraft.data.args import FeatureArgs
+from clipgraft.data.args import FeatureArgs, TableArgs
 from clipgraft.data.datasets import Labelled, Pairs, class_weights, few_shot, match_classes, split_labelled
+from clipgraft.data.retained import Retained, read_retained
 from clipgraft.evaluate.classification import evaluate_classification
 from clipgraft.evaluate.metrics import TaskName
 from clipgraft.evaluate.retrieval import evaluate_retrieval
@@ -41,9 +42,22 @@ class PairData:
         return sum(len(captions) for captions in self.train.captions)
 
     def fit(
-        self, clip: Clip, train: TrainArgs, run: RunArgs, features: FeatureArgs, world: World = ALONE
+        self,
+        clip: Clip,
+        train: TrainArgs,
+        run: RunArgs,
+        features: FeatureArgs,
+        retain: Retained | None = None,
+        world: World = ALONE,
     ) -> FitResult:
-        return fit(clip, self.train, self.val, train=train, run=run, features=features, world=world)
+        return fit(
+            *(clip, self.train, self.val),
+            train=train,
+            run=run,
+            features=features,
+            retain=retain,
+            world=world,
+        )
 
     def validate(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
         return {} if self.val is None else evaluate_retrieval(clip, self.val, features)
@@ -72,7 +86,13 @@ class ClassData:
         return len(self.train)
 
     def fit(
-        self, clip: Clip, train: TrainArgs, run: RunArgs, features: FeatureArgs, world: World = ALONE
+        self,
+        clip: Clip,
+        train: TrainArgs,
+        run: RunArgs,
+        features: FeatureArgs,
+        retain: Retained | None = None,
+        world: World = ALONE,
     ) -> FitResult:
         return fit_classifier(
             clip,
@@ -83,6 +103,7 @@ class ClassData:
             train=train,
             run=run,
             features=features,
+            retain=retain,
             world=world,
         )
 
@@ -116,6 +137,16 @@ def read_training_data(
     if test is not None:
         tested = read_table(clip, test, data, "test data")
     return PairData(pairs, val, tested)
+
+
+def read_what_to_retain(flags: RetainFlags, data: DataFlags) -> Retained:
+    """Read the texts that a model is not to forget from the file or folder that is named.
+
+    Raises:
+        DataError: they cannot be read, or are too few.
+    """
+    assert flags.retain is not None
+    return read_retained(flags.retain, part(data, TableArgs, dataset_type="auto"), flags.retain_weight)
 
 
 def _read_classes(data: DataFlags, classes: ClassTrainFlags, seed: int, test: Path | None) -> ClassData:

@@ -13,3 +13,6 @@ from .prompts import read_prompts as read_prompts
 from .reader import read_labelled as read_labelled
 from .reader import read_pairs as read_pairs
 from .reader import read_texts as read_texts
+from .retained import Retained as Retained
+from .retained import read_retained as read_retained
+from .retained import retained_texts as retained_texts

@@ -59,15 +59,15 @@ def curves(
             axes.plot(line.x, line.y, label=line.label, markeredgecolor=PAPER, markeredgewidth=0.8, **look)
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=SERIES[place], alpha=0.16, linewidth=0)
-        _plain_axes(axes, across, up)
+        _plain_axes(axes, across, up, whole=all(float(x).is_integer() for line in lines for x in line.x))
         if kept is not None:
             axes.axvline(kept, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=0)
             above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
-            _annotate(axes, f"kept: {kept:.0f}", (kept, 1), (0, 3), **above)
+            _annotate(axes, f"kept: {kept:g}", (kept, 1), (0, 3), **above)
         if len(lines) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         ends = "; ".join(f"{c.label} ends at {c.y[-1]:.3g}" for c in lines[: len(SERIES)] if len(c.y))
-        mark = "" if kept is None else f" Kept: {across} {kept:.0f}."
+        mark = "" if kept is None else f" Kept: {across} {kept:g}."
         return to_svg(figure, name, title, f"{up} over {across}: {ends}.{mark}")
 
 
@@ -92,11 +92,11 @@ def _annotate(
     word.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
 
 
-def _plain_axes(axes: Axes, across: str, up: str) -> None:
+def _plain_axes(axes: Axes, across: str, up: str, whole: bool = True) -> None:
     axes.set_xlabel(across)
     axes.set_title(up, loc="left", fontsize=10, color=INK, pad=8)
     axes.grid(axis="x", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.03)
 

@@ -9,6 +9,7 @@ from clipgraft.report import charts
 from clipgraft.report.examples import Classes, Examples
 from clipgraft.report.runs import Run, Sweep
 from clipgraft.report.tables import METRIC_WORDS, ResultGroup, charted
+from clipgraft.train.strength import StrengthCurve
 
 _MOST_CLASSES = 32
 
@@ -44,7 +45,28 @@ def _run_learning(run: Run, name: str) -> list[Figure]:
             f"{name}-val", title, "epoch", "validation, %", lines, points=True, kept=run.best_epoch
         )
         figures.append(Figure(svg))
+    if run.strength is not None:
+        figures.append(_strength(run.strength, run.name, name))
     return figures
+
+
+def _strength(curve: StrengthCurve, run: str, name: str) -> Figure:
+    """Draw what is gained and what is kept by the strength of what was learnt."""
+    strengths = [point.strength for point in curve.points]
+    lines = [
+        charts.Curve("gained: validation", strengths, [100 * point.gained for point in curve.points]),
+        charts.Curve("kept of the base", strengths, [100 * point.kept for point in curve.points]),
+    ]
+    svg = charts.curves(
+        f"{name}-strength", f"Strength of {run}", "strength", "%", lines, points=True, kept=curve.recommended
+    )
+    saved = "and saved" if curve.applied else "while 1, as trained, was saved"
+    return Figure(
+        svg,
+        f"Strength {curve.recommended:g} is recommended, {saved}: it keeps most within a point of the best "
+        "gain. Kept are first answers that are the base's, between the validation images and "
+        f"{curve.texts:,} texts ({curve.source}).",
+    )
 
 
 def _sweep_learning(sweep: Sweep, name: str) -> list[Figure]:

@@ -15,6 +15,7 @@ from clipgraft.evaluate.metrics import DECISIVE, TaskName, task_of
 from clipgraft.records import Finite, Whole
 from clipgraft.train.rate import Rate
 from clipgraft.train.run_folder import EVENTS, read_events
+from clipgraft.train.strength import StrengthCurve
 from clipgraft.train.sweep import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
 from clipgraft.train.verdict import Verdict
 
@@ -42,6 +43,7 @@ class Run:
         started, ended: first and last line of its log.
         rows: how many pairs or images it trained on; None where that is not recorded.
         made_with: machine and versions, by name.
+        strength: what is gained and kept by the strength of what was learnt; None where that is not known.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Run:
     ended: datetime | None
     rows: int | None = None
     made_with: Mapping[str, str] = field(default_factory=dict)
+    strength: StrengthCurve | None = None
 
     @property
     def saved(self) -> Path | None:
@@ -88,7 +91,9 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics of the epoch that was saved, or of the last one so far."""
+        """Metrics of what was saved, or of the last epoch so far."""
+        if self.strength is not None and self.strength.applied:
+            return _metrics(self.strength.metrics)
         best = [line for line in self.evaluations if line.get("epoch") == self.best_epoch]
         kept = best or self.evaluations[-1:]
         return _metrics(kept[-1]) if kept else {}
@@ -167,6 +172,7 @@ class _Results:
     made_with: Mapping[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
     rate: Rate | None = None
+    strength: StrengthCurve | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,7 @@ def read_run(path: Path, name: str = "", params: Mapping[str, Any] | None = None
         ended=ended,
         rows=results.rows if results else None,
         made_with=results.made_with if results else {},
+        strength=results.strength if results else None,
     )
 
 

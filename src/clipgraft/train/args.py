@@ -124,6 +124,16 @@ class RunArgs(Options):
     )
     save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
     val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
+    patience: Count | None = Field(
+        None,
+        ge=1,
+        description="stop when the best epoch on the validation data was this many epochs ago, and keep that",
+    )
+    strength: Literal["sweep", "auto", "none"] = Field(
+        "sweep",
+        description="after training, measure what is gained and kept from 0 to 1.5 times the strength of "
+        "what was learnt; auto: save the recommended one as the adapter's alpha; none: do not measure",
+    )
     save_lora_only: bool = Field(
         True,
         description="save only adapters; `save_lora_only=False` also saves the whole model as epoch_N.pt",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled, Pairs
+from clipgraft.data.retained import Retained
 from clipgraft.models.clip import ClipLike, as_clip
 from clipgraft.train.args import DistillArgs, HeadArgs, RunArgs, TrainArgs
 from clipgraft.train.distributed import ALONE, World
@@ -25,6 +26,7 @@ def fit(
     run: RunArgs,
     train: TrainArgs = _TRAIN,
     features: FeatureArgs = _FEATURES,
+    retain: Retained | None = None,
     world: World = ALONE,
 ) -> FitResult:
     """Train a model's adapter on pairs, or the model itself if it carries none.
@@ -38,6 +40,7 @@ def fit(
         run: the run folder, and what is kept in it.
         train: optimisation: epochs, learning rate, batches.
         features: how images are decoded, and where features of a frozen image tower are kept for other runs.
+        retain: texts on which the model is to stay as its base is (`clipgraft.data.retained_texts`).
         world: the processes that train together, each of which calls this (`clipgraft.train.launch`).
 
     Raises:
@@ -47,7 +50,7 @@ def fit(
         TrainingError: the loss is not finite, or gradients are where they must not be.
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
-    return run_recipe(model, ContrastiveRecipe(pairs, val), train, run, features, world)
+    return run_recipe(model, ContrastiveRecipe(pairs, val, retain), train, run, features, world)
 
 
 def fit_classifier(
@@ -60,6 +63,7 @@ def fit_classifier(
     head: HeadArgs = _HEAD,
     train: TrainArgs = _TRAIN,
     features: FeatureArgs = _FEATURES,
+    retain: Retained | None = None,
     world: World = ALONE,
 ) -> FitResult:
     """Train a model to tell classes apart: cross-entropy over their prompts, or over a head.
@@ -72,14 +76,14 @@ def fit_classifier(
         head: what tells classes apart: their `prompts`, encoded once a step, or once if the text tower is
             frozen; or a `linear` or `cosine` classifier on image features that starts as the prompts say. A
             head is saved in `head/` of the run folder.
-        run, train, features, world: as for `fit`.
+        run, train, features, retain, world: as for `fit`.
 
     Raises:
         ConfigError: as for `fit`, or a text tower that trains beside a head.
         DataError: fewer images than one batch, a class without prompt, or other classes in `val`.
         AdapterError, TrainingError, Interrupted: as for `fit`.
     """
-    recipe = ClassificationRecipe(images, val, prompts, head)
+    recipe = ClassificationRecipe(images, val, prompts, head, retain)
     return run_recipe(model, recipe, train, run, features, world)
 
 

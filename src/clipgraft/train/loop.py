@@ -46,6 +46,7 @@ class Loop:
         settings: what a checkpoint must agree with to be resumed.
         epoch_end: called with the number of finished epochs, 0 before the first step of a run; returns
             metrics to report, or None.
+        enough: asked after each evaluation with the number of finished epochs: whether to end there.
         began: when this part of the run began, by `time.perf_counter`.
         before: seconds that its earlier parts took, up to the checkpoint that this one goes on from.
     """
@@ -58,6 +59,7 @@ class Loop:
     schedule: Schedule
     settings: Mapping[str, Any] = field(default_factory=dict)
     epoch_end: EpochEnd = lambda epoch: None
+    enough: Callable[[int], bool] = lambda epoch: False
     began: float = field(default_factory=time.perf_counter)
     before: float = 0.0
 
@@ -78,7 +80,7 @@ class Loop:
         return self.before + time.perf_counter() - self.began
 
     def run(self, folder: RunFolder | SilentFolder, resume: bool = False) -> None:
-        """Train to the last epoch; events, checkpoints and what `epoch_end` saves are in `folder`.
+        """Train to the last epoch, or to the one that is `enough`; all that it writes is in `folder`.
 
         Raises:
             TrainingError: the loss is not finite, or gradients are where they must not be.
@@ -92,6 +94,8 @@ class Loop:
             for epoch in range(position.epoch, self.epochs):
                 position = self._epoch(folder, epoch, position, stop)
                 self._evaluate(folder, epoch + 1, position, stop)
+                if self.enough(epoch + 1):
+                    break
 
     def _evaluate(
         self, folder: RunFolder | SilentFolder, epochs: int, position: Position, stop: threading.Event

@@ -19,8 +19,10 @@ from torch import nn
 from clipgraft.adapters.folder import findable
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Pairs
+from clipgraft.data.retained import retained_texts
 from clipgraft.engine.encoder import Encoder
-from clipgraft.errors import TrainingError
+from clipgraft.errors import ConfigError, TrainingError
+from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.metrics import Metrics, headline
 from clipgraft.lora.initialization import changes_nothing, is_new, start_from_data
 from clipgraft.lora.state import count_parameters, lora_state, require_unmerged
@@ -28,16 +30,20 @@ from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.export import size_on_disk
 from clipgraft.pictures import open_image
 from clipgraft.results import Result
+from clipgraft.train import rate, retention
 from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feed import trains
 from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.loop import Loop, running_statistics, same_random
-from clipgraft.train.rate import Rate, Subject, choose_rate
+from clipgraft.train.rate import Rate, choose_rate
 from clipgraft.train.recipes.recipe import Objective, Recipe
+from clipgraft.train.retention import Retaining, Weight, choose_weight, hold_to_base
 from clipgraft.train.run_folder import RunFolder, Saver, SilentFolder, made_with
 from clipgraft.train.schedule import schedule_of
 from clipgraft.train.setup import Setup, make_optimizer, set_up
+from clipgraft.train.strength import Beginning, StrengthCurve, make_dial, sweep_strength
+from clipgraft.train.trials import Subject
 from clipgraft.train.validation import BASE, STARTED, Validation
 from clipgraft.train.verdict import Trained, Verdict, nothing_learnt
 
@@ -60,6 +66,9 @@ class FitResult(Result):
         best_epoch: the epoch that `saved` is, the best on the validation data; without them the last.
         verdict: whether that epoch is better than what the run began with; None where that is not known.
         rate: how the learning rate was found; None where it was given.
+        weight: how much what is retained counts, and how that was found; None where it was given.
+        stopped: the epoch after which `patience` ended the run; None where it came to its last one.
+        strength: what is gained and kept by the strength of what was learnt; None where it was not measured.
     """
 
     _shows = ("saved", "bytes", "trainable", "seconds", "best_epoch", "metrics", "base", "verdict")
@@ -74,10 +83,15 @@ class FitResult(Result):
     best_epoch: int | None = None
     verdict: Verdict | None = None
     rate: Rate | None = None
+    weight: Weight | None = None
+    stopped: int | None = None
+    strength: StrengthCurve | None = None
 
     @property
     def metrics(self) -> Metrics:
-        """Of the epoch that `saved` is; empty where nothing was measured."""
+        """Of what was saved; empty where nothing was measured."""
+        if self.strength is not None and self.strength.applied:
+            return Metrics(self.strength.metrics)
         found = (line for line in reversed(self.history) if line["epoch"] == self.best_epoch)
         return Metrics(next(found, {}))
 
@@ -106,9 +120,15 @@ def run_recipe(
     clip = as_clip(model)
     require_unmerged(clip, "train")
     recipe.check()
+    if run.patience is not None and recipe.val is None:
+        raise ConfigError("`patience` needs validation data, by which the best epoch is known: give some")
     setup = set_up(clip, train, run, features, world)
     recipe.check_model(clip)
+    if recipe.retained is not None and not (trains(clip, "text") or trains(clip, "vision")):
+        raise ConfigError("`retain` given, but nothing of the model trains that could forget: drop it")
     settings = {**setup.settings(), **recipe.settings()}
+    if recipe.retained is not None:
+        settings["retained"] = recipe.retained.digest
     recorded = {**run.params, **run.kept, **features.model_dump(), **settings}
     recorded |= {"source": asdict(findable(clip)), **_began(clip)}
     _require_same(setup, recorded)
@@ -134,6 +154,8 @@ class _Run:
         )
         self.ends = frozenset(accumulate(setup.train.parts))
         self.rate: Rate | None = None
+        self.weight: Weight | None = None
+        self.stopped: int | None = None
 
     def train(self, started: float) -> FitResult:
         """Encode what is constant, train, and save; `started` is when the run began."""
@@ -142,14 +164,15 @@ class _Run:
         encoder = Encoder(clip, setup.autocast, grad_checkpointing=args.grad_checkpointing)
         start_adapter(clip, recipe.sample(), args.seed)
         self.inputs = prepare_inputs(setup, encoder, recipe.pairs, recipe.val, needs_tower=recipe.needs_tower)
-        objective = recipe.objective(self.inputs)
+        objective = task = recipe.objective(self.inputs)
+        if recipe.retained is not None:
+            objective = hold_to_base(task, self.inputs, recipe.retained, recipe.pairs.images)
         if not trains(clip, "vision"):
             encoder.forget("vision")
         head = recipe.head
         trained = clip.model if head is None else nn.ModuleDict({"model": clip.model, "head": head})
-        if args.lr == "auto":
-            self.rate = choose_rate(Subject(setup, trained, self.inputs.feed, objective), self.folder.path)
-            self.setup = replace(setup, train=args.replace(lr=self.rate.lr))
+        begun = self._beginning()
+        objective = self._choose(Subject(setup, trained, self.inputs.feed, objective, task))
         loop = self._loop(trained, objective, started)
         torch.manual_seed(args.seed)
         try:
@@ -159,10 +182,43 @@ class _Run:
         validation, trained = self.validation, loop.trained
         kept = world.on_rank0(lambda: validation.restore(trained) if validation else None)
         world.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
-        result = world.on_rank0(lambda: self._finish(kept, loop.seconds()))
+        swept = self._sweep_strength(begun)
+        result = world.on_rank0(lambda: self._finish(kept, loop.seconds(), swept))
         if world.is_rank0:
             recipe.save(self.folder.path)
         return result
+
+    def _choose(self, what: Subject) -> Objective:
+        """Find what the options leave open: the learning rate, and how much what is retained counts."""
+        args, retained, objective = self.setup.train, self.recipe.retained, what.objective
+        open_weight = retained is not None and retained.weight == "auto"
+        if args.lr == "auto":
+            share = rate.SHARE - retention.SHARE if open_weight else rate.SHARE
+            self.rate = choose_rate(what, self.folder.path, share)
+            self.setup = replace(self.setup, train=args.replace(lr=self.rate.lr))
+        if open_weight:
+            self.weight = choose_weight(replace(what, setup=self.setup), self.folder.path)
+            assert isinstance(objective, Retaining)
+            objective = replace(objective, weight=self.weight.weight)
+        return objective
+
+    def _beginning(self) -> Beginning | None:
+        """What a model that is itself trained is interpolated with at the end."""
+        wanted = self.recipe.val is not None and self.setup.run.strength != "none"
+        return Beginning(self.setup.clip.model) if wanted and lora_state(self.setup.clip) is None else None
+
+    def _sweep_strength(self, begun: Beginning | None) -> tuple[StrengthCurve, Measured] | None:
+        """Measure what was learnt at other strengths; None where that is not asked for, or cannot be."""
+        recipe, clip, choice = self.recipe, self.setup.clip, self.setup.run.strength
+        if recipe.val is None or choice == "none":
+            return None
+        dial = make_dial(clip, begun)
+        if isinstance(dial, str):
+            log.info("the strength is not swept: %s", dial)
+            return None
+        retained = recipe.retained or retained_texts(clip)
+        with same_random():
+            return sweep_strength(self.inputs, recipe, dial, retained, keep=choice == "auto")
 
     def _loop(self, trained: nn.Module, objective: Objective, started: float) -> Loop:
         args = self.setup.train
@@ -175,8 +231,23 @@ class _Run:
             schedule=schedule_of(args, self.inputs.feed.steps),
             settings=self.settings,
             epoch_end=self._epoch_end,
+            enough=self._enough,
             began=started,
         )
+
+    def _enough(self, epoch: int) -> bool:
+        """Whether the best epoch is so long ago that no better one is waited for."""
+        patience, validation = self.setup.run.patience, self.validation
+        if patience is None or epoch == self.setup.train.epochs:
+            return False
+        waited = self.setup.world.on_rank0(lambda: validation.waited(epoch) if validation else 0)
+        if waited < patience:
+            return False
+        self.stopped = epoch
+        if epoch not in self.ends and self.setup.world.is_rank0:
+            self.saver.save_epoch(epoch, {})
+        log.info("stopped after epoch %d of %d: `patience=%d`", epoch, self.setup.train.epochs, patience)
+        return True
 
     def _epoch_end(self, epoch: int) -> Mapping[str, float] | None:
         """Measure and save the model before the first step (epoch 0) and after every epoch."""
@@ -210,14 +281,21 @@ class _Run:
         log.info("epoch 0, %s: %s", than, headline(known))
         return known
 
-    def _finish(self, kept: int | None, seconds: float) -> FitResult:
+    def _finish(
+        self, kept: int | None, seconds: float, swept: tuple[StrengthCurve, Measured] | None
+    ) -> FitResult:
         """Save what came of the run, and say what it bought; the model has the weights of epoch `kept`."""
         assert isinstance(self.folder, RunFolder)
         assert self.validation is not None
         clip, epochs = self.setup.clip, self.setup.train.epochs
         history, losses = self.folder.history(), self.folder.losses()
-        epoch = kept or epochs
-        saved = self.saver.save_final(epoch, next((line for line in history if line["epoch"] == epoch), {}))
+        epoch = kept or self.stopped or epochs
+        curve, measured = swept or (None, None)
+        metrics = next((line for line in history if line["epoch"] == epoch), {})
+        if curve is not None and curve.applied:
+            metrics = {"epoch": epoch, "strength": curve.recommended, **curve.metrics}
+        strength = curve.recommended if curve is not None and curve.applied else 1.0
+        saved = self.saver.save_final(epoch, metrics, strength)
         result = FitResult(
             folder=self.folder.path,
             saved=saved,
@@ -227,8 +305,11 @@ class _Run:
             history=history,
             base=self.validation.before,
             best_epoch=epoch,
-            verdict=self.validation.verdict(kept, self._as_trained(losses)),
+            verdict=self.validation.verdict(kept, self._as_trained(losses), measured),
             rate=self.rate,
+            weight=self.weight,
+            stopped=self.stopped,
+            strength=curve,
         )
         rows = len(self.inputs.feed.caption_of_row)
         self.folder.finish({**asdict(result), "rows": rows, "made_with": made_with(clip)})
@@ -251,10 +332,12 @@ class _Run:
             log.warning("%s", nothing)
         if result.verdict is not None:
             log.info("%s", result.verdict)
+        if result.strength is not None:
+            log.info("%s", result.strength)
 
     def _which_epoch(self, kept: int, history: list[dict[str, float]]) -> str:
         """Which epoch is kept, and where the last one is if that is another."""
-        epochs = self.setup.train.epochs
+        epochs = self.stopped or self.setup.train.epochs
         told = f"kept epoch {kept} of {epochs}, the best on the validation data"
         if kept == epochs:
             return told

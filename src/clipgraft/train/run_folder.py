@@ -342,10 +342,15 @@ class Saver:
         if not self.lora_only:
             self._save_with_base(target.with_name(f"epoch_{epoch}.pt"), epoch)
 
-    def save_final(self, epoch: int, metrics: Mapping[str, float]) -> Path:
-        """The epoch that the run keeps: `adapter/`, or where `save_epoch` puts, or has put, its model."""
+    def save_final(self, epoch: int, metrics: Mapping[str, float], strength: float = 1.0) -> Path:
+        """The epoch that the run keeps: `adapter/`, or where `save_epoch` puts, or has put, its model.
+
+        A model of another strength than trained is none that `save_epoch` has put somewhere.
+        """
         if lora_state(self.clip) is not None:
             return save_adapter(self.clip, self.folder / "adapter", metrics, overwrite=True)
+        if strength != 1:
+            return save_model(self.clip, self.folder / "checkpoints" / f"strength_{strength:g}", epoch)
         folder = self.folder / "checkpoints" / f"epoch_{epoch}"
         file = folder.with_name(f"epoch_{epoch}.pt")
         if not folder.is_dir() and not file.is_file():

@@ -93,6 +93,10 @@ class Validation:
         _copy(self._checkpoints / LATEST, self._checkpoints / BEST)
         self._write(Record(self.record.than, self.record.before, _evaluated(epoch, measured)))
 
+    def waited(self, epoch: int) -> int:
+        """How many epochs the best one is ago."""
+        return 0 if self.record.best is None else epoch - self.record.best.epoch
+
     def restore(self, trained: nn.Module) -> int | None:
         """Give a model the weights of the best epoch; its number, None if nothing was evaluated."""
         if self.last is None or self.record.best is None:
@@ -106,9 +110,12 @@ class Validation:
                 return self.last[0]
         return best
 
-    def verdict(self, epoch: int | None, trained: Trained) -> Verdict | None:
-        """The epoch that is kept beside what the run began with; None where one of them is not known."""
-        before, kept = self._read(self.record.before), self._measured(epoch)
+    def verdict(self, epoch: int | None, trained: Trained, kept: Measured | None = None) -> Verdict | None:
+        """The epoch that is kept beside what the run began with; None where one of them is not known.
+
+        `kept` is what the epoch reaches where it was saved otherwise than trained.
+        """
+        before, kept = self._read(self.record.before), kept or self._measured(epoch)
         if before is None or kept is None or epoch is None:
             return None
         last = self.last[1].metrics if self.last is not None else kept.metrics

@@ -14,6 +14,7 @@ from clipgraft.lora.config import Bias, Initialization, LoraConfig, Variant
 from clipgraft.options import (
     Alpha,
     AlphaPattern,
+    AutoWeight,
     Batch,
     Count,
     Dropout,
@@ -158,6 +159,22 @@ RUN = Group(
     },
     fixed={"out": Path()},
 )
+
+
+class RetainFlags(Options):
+    """What is not to be forgotten."""
+
+    retain: str | None = Field(
+        None,
+        min_length=1,
+        description="texts on which the model is to stay as its base is: a .txt, a table or folder of pairs; "
+        "auto: texts that ship with clipgraft",
+    )
+    retain_weight: AutoWeight = Field(
+        "auto",
+        description="how much the distance from the base counts beside the loss; auto tries several on a "
+        "part of the training data, for 5 % of the run's steps",
+    )
 
 
 class RunFlags(Options):

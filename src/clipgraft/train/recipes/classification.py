@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.features import encode_captions
+from clipgraft.data.retained import Retained
 from clipgraft.errors import CheckpointError, ConfigError, DataError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classification import (
@@ -52,9 +53,14 @@ class ClassificationRecipe(Recipe):
     head: Head | None
 
     def __init__(
-        self, data: Labelled, val: Labelled | None, prompts: Sequence[Sequence[str]], options: HeadArgs
+        self,
+        data: Labelled,
+        val: Labelled | None,
+        prompts: Sequence[Sequence[str]],
+        options: HeadArgs,
+        retained: Retained | None = None,
     ) -> None:
-        super().__init__(_named(data), None if val is None else _named(val))
+        super().__init__(_named(data), None if val is None else _named(val), retained)
         self.data, self.val_data = data, val
         self.prompts = prompts
         self.options = options

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import nn
 
 from clipgraft.data.datasets import Pairs
+from clipgraft.data.retained import Retained
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
 from clipgraft.train.feed import MicroBatch
@@ -39,16 +40,18 @@ class Recipe(ABC):
         val: the same to measure on; None to measure nothing.
         unit: what the rows are called.
         head: what trains besides the model, once `objective` has made it; None for nothing.
+        retained: texts on which the model is held to its base; None for none.
         needs_tower: whether something of the model must train.
     """
 
     unit: ClassVar[Literal["pairs", "images"]] = "pairs"
     needs_tower: bool = True
 
-    def __init__(self, pairs: Pairs, val: Pairs | None = None) -> None:
+    def __init__(self, pairs: Pairs, val: Pairs | None = None, retained: Retained | None = None) -> None:
         self.pairs = pairs
         self.val = val
         self.head: nn.Module | None = None
+        self.retained = retained
 
     def check(self) -> None:  # noqa: B027 - most recipes have nothing to refuse
         """Refuse data from which nothing can be learnt, before anything is computed."""
