@@ -12,7 +12,7 @@ from clipgraft.emoji.drawing import ANGLES, COLOURS, PATTERNS, SHIFT, SIDE, Stre
 from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes
 
 PATCH, WINDOW = 12, 48
-ENGLISH_SHARE, VIETNAMESE_SHARE = 0.94, 0.006
+ENGLISH_SHARE, VIETNAMESE_SHARE = 0.96, 0.0035
 
 
 def make_images(scenes: EmojiScenes, rank: int, processes: int) -> np.ndarray:

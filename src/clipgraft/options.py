@@ -106,6 +106,18 @@ def _rank(value: Any) -> Any:
     raise ValueError("a whole number from 1 up, or auto")
 
 
+def _auto_or_count(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not str(value).removeprefix("-").isdecimal():
+        raise ValueError("a whole number, or auto")
+    number = int(str(value)[:_LONGEST])
+    if number < 1:
+        raise ValueError("greater than or equal to 1")
+    _check_range(number, 1, 10**9, "with more, the run would not end")
+    return number
+
+
 def _auto_or_rate(value: Any) -> Any:
     if value == "auto":
         return value
@@ -131,8 +143,9 @@ def _auto_or_weight(value: Any) -> Any:
         weight = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError("a number above 0, or auto") from None
-    if not 0 < weight <= _MOST_WEIGHT:
-        raise ValueError(f"a number above 0 and up to {_MOST_WEIGHT:g}, or auto")
+    if math.isnan(weight) or weight <= 0:
+        raise ValueError("a number above 0, or auto")
+    _check_range(weight, 0, _MOST_WEIGHT, "with more, the loss leaves the range of fp32")
     return weight
 
 
@@ -202,6 +215,7 @@ SumRank = Annotated[int, within(1, 10**6, "no site has more rows")]
 Tokens = Annotated[int, within(1, 10**9, "no model reads more")]
 Rate = Annotated[float, within(0, 1e38, "with more, it is infinite in fp32")]
 PeakRate = Annotated[float, within(*_PEAK_RATES)]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
 AutoRate = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_rate)]
 Beta = Annotated[float, within(0, 0.999999, "with more, no run is long enough for the average")]
 Power = Annotated[float, within(1e-3, 1e3, "beyond that, the cooldown is a single step")]

@@ -121,19 +121,19 @@ def test_precision_in_open_clips_words(given: str, wanted: bool | None) -> None:
     assert spec.precision == ("amp_bf16" if wanted else given)
 
 
-def test_defaults_are_open_clips() -> None:
-    """The same command without a flag would train differently than with open_clip."""
+def test_what_is_not_given_suits_tuning() -> None:
+    """A newcomer's run would have settings for training from scratch, or others than the documentation says."""
     found = values()
     wanted = {
-        "lr": 5e-4,
-        "wd": 0.2,
+        "lr": "auto",
+        "wd": 0.1,
         "beta1": 0.9,
         "beta2": 0.98,
         "eps": 1e-6,
-        "warmup": 10000,
+        "warmup": 500,
         "batch_size": 64,
     }
-    wanted |= {"epochs": 32, "lr_scheduler": "cosine", "seed": 0, "save_frequency": 1, "val_frequency": 1}
+    wanted |= {"epochs": "auto", "lr_scheduler": "cosine", "seed": 0, "save_frequency": 1, "val_frequency": 1}
     assert {name: found[name] for name in wanted} == wanted
 
 

@@ -140,7 +140,8 @@ def test_more_epochs_for_a_run_that_is_done(train: Any, tmp_path: Path) -> None:
     assert (again.code, again.err) == (0, "")
     run = tmp_path / "logs" / "run"
     assert (
-        f"{run} was to have 1 epoch: 2 more follow, for which the learning rate starts at 0.0005" in again.out
+        f"{run} was to have 1 epoch: 2 more follow, for which the learning rate starts at what was found"
+        in again.out
     )
     params = json.loads((run / "params.json").read_text())
     assert (params["epochs"], params["epoch_parts"]) == (3, [1, 2])
@@ -156,7 +157,7 @@ def test_a_resume_that_does_not_fit_is_told_first(train: Any, monkeypatch: pytes
     monkeypatch.setattr("clipgraft.adapters.open.load", lambda *_, **__: pytest.fail("the model was loaded"))
     outcome = train("--use-lora", "--lora-r", 4, "--name", "run", "--resume", "latest", "--lr", "0.3")
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "--lr (was 0.0005, now 0.3), --lora-r (was 2, now 4)" in outcome.err
+    assert "--lr (was 'auto', now 0.3), --lora-r (was 2, now 4)" in outcome.err
 
 
 def test_a_run_names_itself(train: Any, tmp_path: Path) -> None:

@@ -223,9 +223,9 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
     except ClipgraftError as error:
         return [*error.lines]
     before, faults = recorded_parts(settings), []
-    fewer = before is not None and "epochs" in train.model_fields_set and train.epochs < sum(before)
+    fewer = before is not None and train.epochs != "auto" and train.planned_epochs < sum(before)
     if fewer or (before is not None and train.epoch_parts):
-        faults += fault_of(lambda: plan_epochs(train, RunArgs(out=folder, resume=True)))
+        faults += fault_of(lambda: plan_epochs(train, RunArgs(out=folder, resume=True), rows=0))
     now = {name: value for name, value in train.model_dump().items() if name not in _FREE}
     changed = {
         name: (settings[name], now[name]) for name in now if name in settings and settings[name] != now[name]

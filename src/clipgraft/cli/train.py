@@ -297,7 +297,7 @@ def default_name(model: ModelFlags, lora: LoraFlags, train: TrainArgs) -> str:
     """Name a run by date, model and the settings that differ most, as open_clip does."""
     stem = Path(model.model.removeprefix("hf:")).stem.replace("/", "-")
     kind = f"lora_r{lora.lora_r}" if lora.use_lora else "full"
-    return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr:g}-b_{train.batch_size}"
+    return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{stem}-{kind}-lr_{train.lr}-b_{train.batch_size}"
 
 
 def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int = 1) -> None:
@@ -314,8 +314,8 @@ def announce(clip: Clip, rows: int, unit: str, train: TrainArgs, processes: int 
         log.info("--precision bf16 rounds small updates of the model away; --precision amp_bf16 keeps them")
     batch, epochs = train.batch_size * train.accum_freq * processes, train.epochs
     shared = f" in {processes} processes" if processes > 1 else ""
-    plural = "s" if epochs > 1 else ""
-    log.info("%d %s, batches of %d%s, %d epoch%s", rows, unit, batch, shared, epochs, plural)
+    passes = "" if epochs == "auto" else f", {epochs} epoch{'s' * (epochs > 1)}"
+    log.info("%d %s, batches of %d%s%s", rows, unit, batch, shared, passes)
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from clipgraft.options import (
+    AutoCount,
     AutoRate,
     Beta,
     ClipNorm,
@@ -26,15 +27,18 @@ from clipgraft.options import (
     words,
 )
 
+_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 600, 3, 30  # of a run that is not told
 HeadKind = Literal["linear", "cosine"]
 
 
 class TrainArgs(Options):
-    """Optimisation; names and defaults are open_clip's."""
+    """Optimisation; names are open_clip's, defaults are for tuning a pretrained model."""
 
     batch_size: Count = Field(64, ge=2, description="pairs (or images) per process and micro-batch")
-    epochs: Count = Field(
-        32, ge=1, description="passes over the captions; a larger number extends a resumed run"
+    epochs: AutoCount = Field(
+        "auto",
+        description="passes over the captions; auto: by the number of pairs; a larger number extends a "
+        "resumed run",
     )
     epoch_parts: Annotated[tuple[Annotated[Count, Field(ge=1)], ...] | None, BeforeValidator(words)] = Field(
         None,
@@ -44,15 +48,15 @@ class TrainArgs(Options):
         "(default: one part)",
     )
     lr: AutoRate = Field(
-        5e-4,
+        "auto",
         description="peak learning rate; auto tries several on a part of the training data, for at most 15 % "
         "of the run's steps",
     )
-    wd: Decay = Field(0.2, ge=0, description="weight decay of matrices; biases, norms and scales have none")
+    wd: Decay = Field(0.1, ge=0, description="weight decay of matrices; biases, norms and scales have none")
     beta1: Beta = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
     beta2: Beta = Field(0.98, ge=0, lt=1, description="AdamW beta 2")
     eps: Epsilon = Field(1e-6, gt=0, description="AdamW epsilon")
-    warmup: Count = Field(10000, ge=0, description="steps of linear warmup, at most a tenth of the run")
+    warmup: Count = Field(500, ge=0, description="steps of linear warmup, at most a tenth of the run")
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = Field(
         "cosine", description="schedule after warmup"
     )
@@ -99,12 +103,28 @@ class TrainArgs(Options):
         return self.lr
 
     @property
+    def planned_epochs(self) -> int:
+        """The number of epochs once it is known: `auto` is replaced when the run is set up."""
+        assert self.epochs != "auto"
+        return self.epochs
+
+    @property
     def parts(self) -> tuple[int, ...]:
-        """Epochs of each part of the run, in order."""
-        return self.epoch_parts or (self.epochs,)
+        """Epochs of each part of the run, in order; they are known."""
+        return self.epoch_parts or (self.planned_epochs,)
+
+    def for_pairs(self, rows: int, processes: int = 1) -> TrainArgs:
+        """The same with epochs for that many pairs, where they are left open."""
+        if self.epochs != "auto" or self.epoch_parts is not None:
+            return self
+        steps = rows // (self.batch_size * self.accum_freq * processes)
+        wanted = -(-_STEPS // max(1, steps))
+        return self.replace(epochs=min(max(wanted, _FEWEST_EPOCHS), _MOST_EPOCHS))
 
     def epoch_faults(self) -> list[str]:
         """What is wrong between `epochs` and `epoch_parts`, and with a cooldown that does not fit a part."""
+        if self.epochs == "auto" and self.epoch_parts is None:
+            return []
         parts, faults = self.parts, []
         if self.epoch_parts is not None and "epochs" in self.model_fields_set and sum(parts) != self.epochs:
             given = ",".join(map(str, parts))

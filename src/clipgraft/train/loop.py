@@ -73,7 +73,7 @@ class Loop:
 
     @property
     def epochs(self) -> int:
-        return self.setup.train.epochs
+        return self.setup.train.planned_epochs
 
     def seconds(self) -> float:
         """Of all parts of the run so far."""

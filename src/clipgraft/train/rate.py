@@ -134,7 +134,7 @@ def _search(what: Subject, share: float) -> Rate:
     rates, default = (MODEL_RATES, MODEL_RATE) if whole else (ADAPTER_RATES, ADAPTER_RATE)
     if not setup.world.alone:
         return Rate(default, why="several processes train together; search in one, or give `lr`")
-    total = feed.steps * setup.train.epochs
+    total = feed.steps * setup.train.planned_epochs
     held_out = held_out_batches(feed.steps)
     plan = plan_trials(rates, total, held_out, share)
     if plan is None:

@@ -235,7 +235,7 @@ def _search(what: Subject) -> Weight:
     assert isinstance(retaining, Retaining)
     if not setup.world.alone:
         return Weight(WEIGHT, why="several processes train together")
-    total = what.feed.steps * setup.train.epochs
+    total = what.feed.steps * setup.train.planned_epochs
     held_out = held_out_batches(what.feed.steps)
     measured = FORWARD * held_out * (1 + len(WEIGHTS))
     steps = int((SHARE * total - measured) / len(WEIGHTS))

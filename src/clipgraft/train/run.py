@@ -122,7 +122,7 @@ def run_recipe(
     recipe.check()
     if run.patience is not None and recipe.val is None:
         raise ConfigError("`patience` needs validation data, by which the best epoch is known: give some")
-    setup = set_up(clip, train, run, features, world)
+    setup = set_up(clip, train, run, features, world, rows=len(recipe.pairs.rows()))
     recipe.check_model(clip)
     if recipe.retained is not None and not (trains(clip, "text") or trains(clip, "vision")):
         raise ConfigError("`retain` given, but nothing of the model trains that could forget: drop it")
@@ -238,7 +238,7 @@ class _Run:
     def _enough(self, epoch: int) -> bool:
         """Whether the best epoch is so long ago that no better one is waited for."""
         patience, validation = self.setup.run.patience, self.validation
-        if patience is None or epoch == self.setup.train.epochs:
+        if patience is None or epoch == self.setup.train.planned_epochs:
             return False
         waited = self.setup.world.on_rank0(lambda: validation.waited(epoch) if validation else 0)
         if waited < patience:
@@ -246,7 +246,9 @@ class _Run:
         self.stopped = epoch
         if epoch not in self.ends and self.setup.world.is_rank0:
             self.saver.save_epoch(epoch, {})
-        log.info("stopped after epoch %d of %d: `patience=%d`", epoch, self.setup.train.epochs, patience)
+        log.info(
+            "stopped after epoch %d of %d: `patience=%d`", epoch, self.setup.train.planned_epochs, patience
+        )
         return True
 
     def _epoch_end(self, epoch: int) -> Mapping[str, float] | None:
@@ -287,7 +289,7 @@ class _Run:
         """Save what came of the run, and say what it bought; the model has the weights of epoch `kept`."""
         assert isinstance(self.folder, RunFolder)
         assert self.validation is not None
-        clip, epochs = self.setup.clip, self.setup.train.epochs
+        clip, epochs = self.setup.clip, self.setup.train.planned_epochs
         history, losses = self.folder.history(), self.folder.losses()
         epoch = kept or self.stopped or epochs
         curve, measured = swept or (None, None)
@@ -337,7 +339,7 @@ class _Run:
 
     def _which_epoch(self, kept: int, history: list[dict[str, float]]) -> str:
         """Which epoch is kept, and where the last one is if that is another."""
-        epochs = self.stopped or self.setup.train.epochs
+        epochs = self.stopped or self.setup.train.planned_epochs
         told = f"kept epoch {kept} of {epochs}, the best on the validation data"
         if kept == epochs:
             return told
@@ -349,7 +351,7 @@ class _Run:
         return Trained(
             rows=len(self.inputs.feed.caption_of_row),
             unit=self.recipe.unit,
-            epochs=self.setup.train.epochs,
+            epochs=self.setup.train.planned_epochs,
             lr=self.setup.train.peak_lr,
             roles=None if state is None else {(site.tower, site.role) for site in state.chosen().layers},
             losses=(fmean(first), fmean(last)) if len(losses) > steps else None,

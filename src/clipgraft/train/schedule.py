@@ -25,8 +25,8 @@ log = logging.getLogger("clipgraft")
 Schedule: TypeAlias = Callable[[int], float]
 
 
-def plan_epochs(asked: TrainArgs, run: RunArgs, world: World = ALONE) -> TrainArgs:
-    """The options of a run; of one that is resumed with the parts it has had so far.
+def plan_epochs(asked: TrainArgs, run: RunArgs, rows: int, world: World = ALONE) -> TrainArgs:
+    """The options of a run on that many pairs; of one that is resumed with the parts it has had so far.
 
     More epochs than the run was to have are one more part. Where `epochs` is not given, a resumed run has
     those it was to have.
@@ -36,7 +36,7 @@ def plan_epochs(asked: TrainArgs, run: RunArgs, world: World = ALONE) -> TrainAr
         CheckpointError: fewer epochs than the run has done or was to have, or other parts than it has had.
     """
     _check(asked)
-    parts = world.on_rank0(lambda: _parts(asked, run.out, run.resume))
+    parts = world.on_rank0(lambda: _parts(asked, run, rows, world))
     planned = asked.replace(**{EPOCHS: sum(parts), PARTS: parts if len(parts) > 1 else None})
     _check(planned)
     return planned
@@ -64,7 +64,7 @@ def schedule_of(args: TrainArgs, steps_per_epoch: int) -> Schedule:
 def _schedule(args: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool) -> Schedule:
     total = steps_per_epoch * epochs
     warmup = min(args.warmup, total // 10) if first else 0
-    if first and warmup < args.warmup:
+    if first and warmup < args.warmup and "warmup" in args.model_fields_set:
         log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, args.warmup)
     cooldown = (args.epochs_cooldown or 0) * steps_per_epoch
     return make_schedule(
@@ -72,11 +72,14 @@ def _schedule(args: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool
     )
 
 
-def _parts(args: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
-    latest = latest_checkpoint(out)
-    before = recorded_parts(recorded_settings(latest)) if resume and latest.exists() else None
+def _parts(args: TrainArgs, run: RunArgs, rows: int, world: World) -> tuple[int, ...]:
+    out, latest = run.out, latest_checkpoint(run.out)
+    before = recorded_parts(recorded_settings(latest)) if run.resume and latest.exists() else None
     if before is None:
-        return args.parts
+        settled = args.for_pairs(rows, world.world_size)
+        if args.epochs == "auto" and args.epoch_parts is None:
+            log.info("`epochs=auto` takes %d, by the number of pairs (%s)", settled.epochs, f"{rows:,}")
+        return settled.parts
     if args.epoch_parts is not None:
         if args.epoch_parts[: len(before)] != before:
             raise CheckpointError(
@@ -85,7 +88,7 @@ def _parts(args: TrainArgs, out: Path, resume: bool) -> tuple[int, ...]:
             )
         return args.epoch_parts
     planned, asked = sum(before), args.epochs
-    if EPOCHS not in args.model_fields_set or asked == planned:
+    if asked == "auto" or asked == planned:
         return before
     if asked < planned:
         raise CheckpointError(_too_few(out, asked, planned, recorded_position(latest).epoch))
@@ -108,7 +111,7 @@ def _too_few(out: Path, asked: int, planned: int, done: int) -> str:
 
 def _told(args: TrainArgs, first: int) -> str:
     """The learning rate of an added part, in words."""
-    rate = args.lr if isinstance(args.lr, str) else f"{args.lr:g}"
+    rate = "what was found" if isinstance(args.lr, str) else f"{args.lr:g}"
     if args.lr_scheduler == "const":
         return f"with the same learning rate, {rate}"
     end = 0.0 if args.lr_scheduler == "cosine" else args.lr_cooldown_end

@@ -60,14 +60,16 @@ class Setup:
         }
 
 
-def set_up(clip: Clip, train: TrainArgs, run: RunArgs, features: FeatureArgs, world: World) -> Setup:
+def set_up(
+    clip: Clip, train: TrainArgs, run: RunArgs, features: FeatureArgs, world: World, rows: int
+) -> Setup:
     """Decide on epochs and number type, which a resumed run has had before, and freeze what does not train.
 
     Raises:
         ConfigError: options that do not go together, or with this model.
         CheckpointError: fewer epochs than the run has done or was to have, or other parts than it has had.
     """
-    train = plan_epochs(train, run, world)
+    train = plan_epochs(train, run, rows, world)
     choose_trainable(clip, train)
     autocast = world.on_rank0(lambda: _choose_autocast(clip, run, features.autocast))
     return Setup(clip, train, run, features, autocast, world)

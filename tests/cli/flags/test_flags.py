@@ -103,7 +103,7 @@ def test_flag_spelling() -> None:
     [
         ("wd", 1e30, "from 0 to 1000: with more, weights change their sign"),
         ("eps", 1e-300, "from 1e-37 to 1: less is 0 in fp32"),
-        ("epochs", 10**12, "from 0 to 1e+09: with more, the run would not end"),
+        ("epochs", 10**12, "from 1 to 1e+09: with more, the run would not end"),
         ("batch_size", 10**12, "from 0 to 1e+09"),
         ("lora_plus_ratio", 1e30, "from 1 to 10000"),
     ],
