@@ -41,10 +41,21 @@ CONTEXT = 48
 BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "base"
 
 
-def make_tokenizer(scenes: EmojiScenes, vocab_size: int) -> CLIPTokenizer:
-    """A tokenizer learned on all captions, in all languages, of the first scenes."""
-    texts = (c for i in range(min(len(scenes), 6000)) for lang in LANGUAGES for c in scenes.captions(i, lang))
-    return learn_tokenizer(texts, vocab_size, CONTEXT)
+def make_tokenizer(scenes: EmojiScenes, vocab_size: int, folder: Path, rank: int) -> CLIPTokenizer:
+    """A tokenizer learned on all captions, in all languages, of the first scenes.
+
+    Learning breaks ties otherwise each time: all processes, and a run that goes on, have the one in `folder`.
+    """
+    if rank == 0 and not (folder / "tokenizer.json").exists():
+        some = range(min(len(scenes), 6000))
+        texts = (caption for i in some for language in LANGUAGES for caption in scenes.captions(i, language))
+        fresh = folder.with_suffix(".part")
+        shutil.rmtree(fresh, ignore_errors=True)
+        learn_tokenizer(texts, vocab_size, CONTEXT).save_pretrained(fresh)
+        fresh.rename(folder)
+    dist.barrier()
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return tokenizer
 
 
 def make_model(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
@@ -75,6 +86,12 @@ def features(
         image = model.get_image_features(pixel_values=pixels).pooler_output
         text = model.get_text_features(**tokens).pooler_output
     return image.float(), text.float()
+
+
+def padded(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tokens in few lengths, each of which is compiled; what is added comes after the end of text."""
+    more = -tokens["input_ids"].shape[1] % 16
+    return {name: F.pad(rows, (0, more)) for name, rows in tokens.items()}
 
 
 @cache
@@ -214,7 +231,7 @@ def report(
     save_base(model, tokenizer, args.work, args.out)
     last = step == args.steps
     # The test scenes are looked at once: what is chosen on the way is chosen on others.
-    scenes = EmojiScenes("test", 1000) if last else EmojiScenes("val", 200)
+    scenes = EmojiScenes("test", args.test_scenes) if last else EmojiScenes("val", args.test_scenes // 5)
     languages = LANGUAGES if last else ("en", "vi")
     result = {language: recalls(model, tokenizer, scenes, language) for language in languages}
     for language, found in result.items():
@@ -242,14 +259,12 @@ def step_loss(
     if step < args.object_steps:
         return object_step(model, tokenizer, args.object_batch_size, step, seed)
     pixels, texts = shard.batch(step - args.object_steps, args.batch_size, seed)
-    # Few lengths, since every one of them is compiled.
-    padded = tokenizer(texts, padding="longest", pad_to_multiple_of=16, truncation=True, return_tensors="pt")
-    tokens = dict(padded)
+    tokens = padded(dict(tokenizer(texts, padding="longest", truncation=True, return_tensors="pt")))
     encode = compiled_features() if args.compile else features
     return contrastive_loss(model, *encode(model, pixels, tokens))
 
 
-_NO_MATTER = ("out", "work", "save_every", "rank")
+_NO_MATTER = ("out", "work", "save_every", "test_scenes", "rank")
 
 
 def recipe(args: argparse.Namespace) -> dict[str, object]:
@@ -272,7 +287,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     """One process of the training: make its scenes, step with the others; rank 0 saves and reports."""
     join(rank, args)
     scenes = EmojiScenes("train", args.scenes, args.seed)
-    tokenizer = make_tokenizer(scenes, args.vocab_size)
+    tokenizer = make_tokenizer(scenes, args.vocab_size, args.work / "tokenizer", rank)
     model = make_model(tokenizer, args.width)
     optimizer = make_optimizer(model, args.weight_decay)
     checkpoint = args.work / "checkpoint.pt"
@@ -323,6 +338,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save-every", type=float, default=480, help="seconds between checkpoints")
+    parser.add_argument("--test-scenes", type=int, default=1_000, help="measured on at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="one thread each; batch sizes are for each")
     parser.add_argument("--rank", type=int, help="set by the first process when it starts the others")

@@ -122,7 +122,7 @@ def test_precision_in_open_clips_words(given: str, wanted: bool | None) -> None:
 
 
 def test_what_is_not_given_suits_tuning() -> None:
-    """A newcomer's run would have settings for training from scratch, or others than the documentation says."""
+    """A newcomer would train with settings for training from scratch, or others than are documented."""
     found = values()
     wanted = {
         "lr": "auto",

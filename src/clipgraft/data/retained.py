@@ -16,7 +16,7 @@ from clipgraft.models.clip import Clip
 
 FEWEST = 20
 """Texts, of which a fifth are measured on: with fewer, one of them is a point of ten."""
-_SCENES = 600
+_SCENES = 2_000
 _SEED = 1_000_003  # of scenes that neither the base nor a demonstration was trained on
 _MEASURED = 5  # one of so many texts is measured on
 

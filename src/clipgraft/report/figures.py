@@ -45,13 +45,16 @@ def _run_learning(run: Run, name: str) -> list[Figure]:
             f"{name}-val", title, "epoch", "validation, %", lines, points=True, kept=run.best_epoch
         )
         figures.append(Figure(svg))
-    if run.strength is not None:
-        figures.append(_strength(run.strength, run.name, name))
     return figures
 
 
+def strength(source: Run | Sweep, name: str) -> list[Figure]:
+    """Draw what is gained and what is kept by the strength of what was learnt, where that was measured."""
+    curve = source.strength if isinstance(source, Run) else None
+    return [] if curve is None else [_strength(curve, source.name, name)]
+
+
 def _strength(curve: StrengthCurve, run: str, name: str) -> Figure:
-    """Draw what is gained and what is kept by the strength of what was learnt."""
     strengths = [point.strength for point in curve.points]
     lines = [
         charts.Curve("gained: validation", strengths, [100 * point.gained for point in curve.points]),

@@ -131,6 +131,7 @@ def _part(item: Section, name: str, pictures: Thumbnails) -> dict[str, Any]:
         "settings": tables.settings(source),
         "state": _state(source),
         "curves": _marked(figures.learning(source, name)),
+        "strength": _marked(figures.strength(source, name)),
         "evaluations": source.measured if isinstance(source, Run) else (),
         "kept": source.best_epoch if isinstance(source, Run) else None,
         "task": source.task,
