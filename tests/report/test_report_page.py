@@ -210,6 +210,15 @@ def test_a_sweep_tells_what_it_does_on_its_test_data(page: Page, world: Any) -> 
     assert shown[1][2] == f"{100 * adapted:.1f} ± {100 * deviation:.1f} ({change})"
 
 
+def test_what_is_gained_and_kept_is_drawn(page: Page, world: Any) -> None:
+    """A reader would not see what the adapter costs, or which strength is recommended."""
+    curve = json.loads((world.run / "results.json").read_text())["strength"]
+    assert f"{world.run.name}: gained and kept" in page.text
+    saved = "and saved" if curve["recommended"] == 1 else "while 1, as trained, was saved"
+    assert f"Strength {curve['recommended']:g} is recommended, {saved}: it keeps most" in page.text
+    assert f"{curve['texts']:,} texts (built-in English texts about everyday things)" in page.text
+
+
 def test_forgetting_is_told_with_its_change(page: Page, world: Any) -> None:
     """What an adapter cost elsewhere is shown with the wrong sign, or for the wrong data."""
     tables = page.all("table", class_="forgotten")

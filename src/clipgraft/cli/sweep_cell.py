@@ -195,7 +195,8 @@ def _run(job: Job, cell: Cell, place: Path) -> CellResult:
             hand_over(clip, place, metrics)
             return CellResult(cell, metrics)
         # Written out, so that an unfinished cell of other epochs is refused and not extended.
-        args = train.replace(seed=cell.seed, epochs=sum(train.parts), epoch_parts=train.parts)
+        parts = train.for_pairs(data.rows).parts
+        args = train.replace(seed=cell.seed, epochs=sum(parts), epoch_parts=parts)
         if cell.kind == "full":
             locks = {"lock_image": "vision" not in job.towers, "lock_text": "text" not in job.towers}
             args = args.replace(**locks, lr=sweep.full_lr or train.lr)
@@ -204,7 +205,8 @@ def _run(job: Job, cell: Cell, place: Path) -> CellResult:
         folder = place / "run"
         try:
             with peak_memory() as peak:
-                run = RunArgs(out=folder, resume=started(folder), save_frequency=0, val_frequency=0)
+                frequencies = {"save_frequency": 0, "val_frequency": 0}
+                run = RunArgs(out=folder, resume=started(folder), strength="none", **frequencies)
                 done = data.fit(clip, args, run, features)
                 high = peak()
         except Interrupted as stop:

@@ -63,7 +63,7 @@ def _strength(curve: StrengthCurve, run: str, name: str) -> Figure:
     svg = charts.curves(
         f"{name}-strength", f"Strength of {run}", "strength", "%", lines, points=True, kept=curve.recommended
     )
-    saved = "and saved" if curve.applied else "while 1, as trained, was saved"
+    saved = "and saved" if curve.applied or curve.recommended == 1 else "while 1, as trained, was saved"
     return Figure(
         svg,
         f"Strength {curve.recommended:g} is recommended, {saved}: it keeps most within a point of the best "

@@ -204,13 +204,14 @@ class _Run:
 
     def _beginning(self) -> Beginning | None:
         """What a model that is itself trained is interpolated with at the end."""
-        wanted = self.recipe.val is not None and self.setup.run.strength != "none"
+        recipe = self.recipe
+        wanted = recipe.val is not None and recipe.has_base and self.setup.run.strength != "none"
         return Beginning(self.setup.clip.model) if wanted and lora_state(self.setup.clip) is None else None
 
     def _sweep_strength(self, begun: Beginning | None) -> tuple[StrengthCurve, Measured] | None:
         """Measure what was learnt at other strengths; None where that is not asked for, or cannot be."""
         recipe, clip, choice = self.recipe, self.setup.clip, self.setup.run.strength
-        if recipe.val is None or choice == "none":
+        if recipe.val is None or not recipe.has_base or choice == "none":
             return None
         dial = make_dial(clip, begun)
         if isinstance(dial, str):

@@ -32,6 +32,8 @@ class DistillationRecipe(ContrastiveRecipe):
     The teacher runs once over images and captions, as it is when training begins, and never again.
     """
 
+    has_base = False
+
     def __init__(self, teacher: Clip, pairs: Pairs, val: Pairs | None, weights: DistillArgs) -> None:
         super().__init__(pairs, val)
         self.teacher = teacher

@@ -39,12 +39,14 @@ class Recipe(ABC):
         pairs: images and texts that batches are drawn from.
         val: the same to measure on; None to measure nothing.
         unit: what the rows are called.
+        has_base: whether the model that a run begins with is one that it should stay near.
         head: what trains besides the model, once `objective` has made it; None for nothing.
         retained: texts on which the model is held to its base; None for none.
         needs_tower: whether something of the model must train.
     """
 
     unit: ClassVar[Literal["pairs", "images"]] = "pairs"
+    has_base: ClassVar[bool] = True
     needs_tower: bool = True
 
     def __init__(self, pairs: Pairs, val: Pairs | None = None, retained: Retained | None = None) -> None:
