@@ -1,8 +1,9 @@
 """`python -m benchmarks.forgetting FOLDER`: what is gained and what is forgotten, with and without `retain`.
 
-*Text tower*: the embedded base learns Vietnamese captions (40,000, three epochs, batches of 128), by
-an adapter of rank 16 on every matrix and by full fine-tuning; old is English, on the same 1,000 test scenes. What is
-retained is `retained_texts`, English captions of scenes that are in no other set; no pictures with them.
+*Text tower*: the embedded base learns Vietnamese captions (40,000, three epochs, batches of 128), by an
+adapter of rank 16 on every matrix and by full fine-tuning; old is English, on the same 1,000 test scenes.
+What is retained is `retained_texts`, English captions of scenes that are in no other set; no pictures with
+them.
 
 *Image tower*: it learns to tell the three styles of the art apart, of which no caption speaks, from 1,500
 scenes; old are the classes of objects, by their prompts, and English captions.
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--ideas", action="store_true", help="try what the literature proposes, in place of the above"
     )
     parser.add_argument("--only", default="", help="runs of these names, with semicolons between")
+    parser.add_argument("--epochs", type=int, default=3, help="of the text tower")
     parser.add_argument(
         "--scenes", type=int, default=_SCENES, help="that the text tower learns, five captions each"
     )

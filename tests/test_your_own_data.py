@@ -158,7 +158,7 @@ def test_its_commands_run(clipgraft: Callable[[str], Answer]) -> None:
     verbs = ["eval", "train", "eval", "report", "encode", "index", "search", "search"]
     assert [verb for verb, _ in ran] == verbs
     for verb, said in {
-        "train": "LoRA r=16 on 26 sites (linear-text,text.token_embedding,text.proj)",
+        "train": "LoRA r=16 on 26 sites (text-matrices)",
         "encode": "1 could not be used: encoded/errors.parquet says why",
         "index": "encoded/index: Flat, 100 vectors of 192, exact",
         "search": "it acts on the text tower alone: the base's image vectors are searched",

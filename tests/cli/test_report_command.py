@@ -60,7 +60,7 @@ def test_the_record_of_a_run_is_json(run: Path, table: Path) -> None:
         1,
         "retrieval",
     )
-    assert params["lora"]["targets"] == "text-attention"
+    assert params["lora"]["targets"] == "text-matrices"
 
 
 def test_what_is_refused(cli: Any, run: Path, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def test_the_guides_command(
 
 def test_what_is_told_and_kept(train: Any, table: Path, tmp_path: Path) -> None:
     """A user must see what was read, what trains, how it goes, and where the result is."""
-    outcome = train("--use-lora", "--lora-r", 2, "--name", "thử", "--val-data", table)
+    outcome = train(
+        "--use-lora", "--lora-targets", "text-attention", "--lora-r", 2, "--name", "thử", "--val-data", table
+    )
     run = tmp_path / "logs" / "thử"
     assert (outcome.code, outcome.err) == (0, "")
     for part in (
@@ -270,7 +272,10 @@ def test_missing_data_is_named(cli: Any) -> None:
         (["--use-lora", "--cache-views", "2"], "--cache-views given without --augment: add --augment"),
         (["--csv-img-key", "picture"], "picture"),
         (["--precision", "fp16"], "--precision: got 'fp16'"),
-        (["--retain-weight", "3"], "--retain-weight given without --retain: say what to retain, or drop it"),
+        (
+            ["--lr", "1e-3", "--retain-weight", "3"],
+            "--retain-weight given without --retain: say what to retain, or drop it",
+        ),
         (["--retain", "nowhere.txt"], "--retain nowhere.txt: there is no such file or folder"),
         (
             ["--retain", "auto", "--retain-weight", "0"],
@@ -329,6 +334,15 @@ def test_retained_texts_and_the_strength_that_is_saved(train: Any, table: Path, 
     assert alpha == pytest.approx(16 * curve["recommended"])
     params = json.loads((run / "params.json").read_text())
     assert (params["retain"], params["strength"]) == (str(texts), "auto")
+
+
+def test_a_run_whose_rate_is_given_is_not_held_to_its_base(train: Any) -> None:
+    """The guide's command would train on more than it says, or a newcomer's run forget what it need not."""
+    held = "held to the base on"
+    assert held in train("--use-lora", "--name", "open").out
+    assert held not in train("--use-lora", "--lr", "1e-3", "--name", "given").out
+    assert held not in train("--use-lora", "--retain", "none", "--name", "none").out
+    assert held in train("--use-lora", "--lr", "1e-3", "--retain", "auto", "--name", "asked").out
 
 
 def test_divergence_is_code_1(train: Any) -> None:
@@ -477,7 +491,7 @@ def test_lora_options_reach_the_adapter(train: Any, table: Path, tmp_path: Path)
     """A flag of the adapter is accepted and ignored."""
     outcome = train(
         *("--use-lora", "--lora-r", "auto", "--lora-dora", "--lora-bias", "lora_only", "--lora-init", "eva"),
-        *("--lora-plus-ratio", 4, "--name", "all"),
+        *("--lora-plus-ratio", 4, "--lora-targets", "text-attention", "--name", "all"),
     )
     assert (outcome.code, outcome.err) == (0, "")
     assert "--lora-r auto: r=8 for retrieval with 24 pairs (fewer than 10,000)" in outcome.out

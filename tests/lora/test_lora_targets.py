@@ -48,6 +48,7 @@ SETS = {
     "linear": r".*\.\d+\..*|.*\.proj",
     "all-linear": r".*\.\d+\..*|.*\.proj",
     "linear-text": r"text\.\d+\..*",
+    "text-matrices": r"text\.\d+\..*|text\.token_embedding|text\.proj",
     "text-linear": r"text\.\d+\..*",
     "linear-vision": r"vision\.\d+\..*",
     "vision-linear": r"vision\.\d+\..*",

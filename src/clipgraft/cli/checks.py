@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
-from clipgraft.cli.flags.training import ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.training import DEFAULT_TARGETS, ClassTrainFlags, LoraFlags, RunFlags
 from clipgraft.cli.terminal import wording
 from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
 from clipgraft.errors import ClipgraftError, together
@@ -169,7 +169,7 @@ def target_faults(clip: Clip | None, lora: LoraFlags) -> list[str]:
         return faults
     if clip is None:
         return []
-    sites, targets = clip.sites, lora.asked_targets or "text-attention"
+    sites, targets = clip.sites, lora.asked_targets or DEFAULT_TARGETS
     faults = fault_of(lambda: select_sites(sites, targets), "--lora-targets")
     if faults:
         return faults
@@ -188,7 +188,7 @@ def variant_faults(lora: LoraFlags) -> list[str]:
     from clipgraft.lora.variants import check_variant
 
     r = 16 if lora.lora_r == "auto" else int(lora.lora_r)
-    return fault_of(lambda: check_variant(lora.adapter(r, lora.lora_targets or "text-attention")))
+    return fault_of(lambda: check_variant(lora.adapter(r, lora.lora_targets or DEFAULT_TARGETS)))
 
 
 def adapter_faults(name: str, path: Path, clip: Clip | None, out_proj: Any = None) -> list[str]:

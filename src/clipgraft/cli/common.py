@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ModelFlags
-from clipgraft.cli.flags.training import LoraFlags, RunFlags
+from clipgraft.cli.flags.training import DEFAULT_TARGETS, LoraFlags, RunFlags
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, ModelError, together
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def graft(
     if rank == "auto":
         rank, reason = choose_rank()
         log.info("--lora-r auto: %s", reason)
-    attach_adapter(clip, lora.adapter(rank, lora.asked_targets or "text-attention"), seed)
+    attach_adapter(clip, lora.adapter(rank, lora.asked_targets or DEFAULT_TARGETS), seed)
 
 
 def attach_adapter(clip: Clip, config: LoraConfig, seed: int) -> None:

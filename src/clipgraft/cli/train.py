@@ -66,6 +66,14 @@ class TrainCommand:
     def name(self) -> str:
         return self.place.name or default_name(self.model, self.lora, self.train)
 
+    @property
+    def retains(self) -> str:
+        """What the model is held to: a path, auto or none; a run whose rate is given is run as it is told."""
+        if self.retain.retain is not None:
+            return self.retain.retain
+        trains = self.lora.use_lora or self.place.from_ is not None or not _all_locked(self.train)
+        return "auto" if self.train.lr == "auto" and trains else "none"
+
     def record(self) -> dict[str, Any]:
         """All flags by their names."""
         return recorded(_KINDS, [getattr(self, part.name) for part in fields(self)])
@@ -154,9 +162,9 @@ def retained_by(command: TrainCommand, clip: Clip) -> Retained | None:
     from clipgraft.data.retained import retained_texts
 
     flags = command.retain
-    if flags.retain is None:
+    if command.retains == "none":
         return None
-    if flags.retain == "auto":
+    if command.retains == "auto":
         return retained_texts(clip, flags.retain_weight)
     return read_what_to_retain(flags, command.data)
 
@@ -166,7 +174,7 @@ def _unreadable_texts(command: TrainCommand) -> list[str]:
     from clipgraft.cli.training_data import read_what_to_retain
 
     given = command.retain
-    if given.retain is None or given.retain == "auto" or not Path(given.retain).exists():
+    if given.retain in (None, "none", "auto") or not Path(str(given.retain)).exists():
         return []
     return checks.fault_of(lambda: read_what_to_retain(given, command.data), "--retain")
 
@@ -235,10 +243,11 @@ def _data_faults(data: DataFlags) -> list[str]:
 
 def _retain_faults(command: TrainCommand) -> list[str]:
     given = command.retain
-    if given.retain is None and "retain_weight" in given.model_fields_set:
+    if command.retains == "none" and "retain_weight" in given.model_fields_set:
         return ["--retain-weight given without --retain: say what to retain, or drop it"]
-    if given.retain is None or given.retain == "auto":
+    if command.retains in ("none", "auto"):
         return []
+    assert given.retain is not None
     return checks.missing_data("--retain", Path(given.retain))
 
 

@@ -50,6 +50,7 @@ TARGET_SETS: dict[str, Callable[[Site], bool]] = {
     "projection": _in(("proj",)),
     "linear": _in(_LINEAR),
     "all-linear": _in(_LINEAR),
+    "text-matrices": _in((*BLOCK_ROLES, "token_embedding", "proj"), "text"),
     "linear-text": _in(BLOCK_ROLES, "text"),
     "text-linear": _in(BLOCK_ROLES, "text"),
     "linear-vision": _in(BLOCK_ROLES, "vision"),

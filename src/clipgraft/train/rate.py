@@ -27,8 +27,8 @@ SHARE = 0.15
 """Of the run's steps, which is what the search may cost."""
 ADAPTER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MODEL_RATES = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3)
-ADAPTER_RATE, MODEL_RATE = 1e-3, 1e-5
-"""Where nothing can be tried: what most papers on LoRA for CLIP, and on its full fine-tuning, train with."""
+ADAPTER_RATE, MODEL_RATE = 3e-4, 1e-5
+"""Where nothing can be tried: what few pairs, seen many times, want (benchmarks/results/defaults.md)."""
 FEWEST_STEPS = 4
 """Of a first trial: with fewer, warmup is all of it."""
 

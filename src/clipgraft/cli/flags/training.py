@@ -32,6 +32,9 @@ from clipgraft.options import (
 )
 from clipgraft.train.args import HeadArgs, RunArgs
 
+DEFAULT_TARGETS = "text-matrices"
+"""Of a command: every matrix of the text tower. Without words' embeddings no new language is learnt."""
+
 
 class ClassTrainFlags(ClassFlags, HeadArgs):
     """Training to tell classes apart."""
@@ -107,7 +110,9 @@ class LoraFlags(AdapterFlags):
     )
     lora_r: Rank = Field(16, description="rank, or 'auto' to choose one from the number of training pairs")
     lora_targets: str | None = Field(
-        None, description="target set or sites, e.g. text-attention or text.*.q,v"
+        None,
+        description="target set or sites, e.g. text-attention or text.*.q,v (default: text-matrices, every "
+        "matrix of the text tower)",
     )
     lora_target_modules: Words | None = Field(
         None, description="the guide's names for text sites: in_proj,out_proj,c_fc,c_proj"
@@ -127,7 +132,7 @@ class SweepFlags(AdapterFlags):
     """The grid, and the adapters in it."""
 
     targets: Annotated[tuple[str, ...], BeforeValidator(expressions)] = Field(
-        ("text-attention",),
+        (DEFAULT_TARGETS,),
         min_length=1,
         description="target sets to compare, separated by semicolons; commas join the terms of one set",
     )
@@ -168,7 +173,7 @@ class RetainFlags(Options):
         None,
         min_length=1,
         description="texts on which the model is to stay as its base is: a .txt, a table or folder of pairs; "
-        "auto: texts that ship with clipgraft",
+        "auto: texts that ship with clipgraft; none (default: auto, but none where --lr is given)",
     )
     retain_weight: AutoWeight = Field(
         "auto",
