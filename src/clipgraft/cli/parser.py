@@ -56,6 +56,7 @@ HEADINGS = {
     "LoraFlags": "adapter",
     "SweepFlags": "grid and adapters",
     "TrainArgs": "training",
+    "RetainFlags": "training",
     "RunFlags": "output",
     "RunArgs": "output",
     "EvalFlags": "evaluation",
@@ -266,8 +267,9 @@ def _metavar(info: FieldInfo) -> str:
         return "A;B"
     kinds = _flatten(info.annotation)
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if choices and int in kinds:
-        return f"N|{'|'.join(choices)}"
+    number = "N" if int in kinds else "X" if float in kinds else ""
+    if choices and number:
+        return f"{number}|{'|'.join(choices)}"
     if choices:
         return "{" + ",".join(choices) + "}"
     if tuple[int, int] in kinds:

@@ -49,8 +49,12 @@ def curves(
     lines: Sequence[Curve],
     points: bool = False,
     kept: float | None = None,
+    mark: str = "kept",
 ) -> str:
-    """Draw lines over steps or epochs; `points` marks each measurement, `kept` the epoch that was saved."""
+    """Draw lines over steps or epochs; `points` marks each measurement, `kept` what was saved or is advised.
+
+    `mark` is the word for it.
+    """
     with style():
         figure, axes = canvas(WIDTH, HEIGHT)
         for place, line in enumerate(lines[: len(SERIES)]):
@@ -63,12 +67,12 @@ def curves(
         if kept is not None:
             axes.axvline(kept, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=0)
             above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
-            _annotate(axes, f"kept: {kept:g}", (kept, 1), (0, 3), **above)
+            _annotate(axes, f"{mark}: {kept:g}", (kept, 1), (0, 3), **above)
         if len(lines) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         ends = "; ".join(f"{c.label} ends at {c.y[-1]:.3g}" for c in lines[: len(SERIES)] if len(c.y))
-        mark = "" if kept is None else f" Kept: {across} {kept:g}."
-        return to_svg(figure, name, title, f"{up} over {across}: {ends}.{mark}")
+        told = "" if kept is None else f" {mark.capitalize()}: {across} {kept:g}."
+        return to_svg(figure, name, title, f"{up} over {across}: {ends}.{told}")
 
 
 def loss(name: str, title: str, losses: Sequence[tuple[int, float]]) -> str:

@@ -61,7 +61,14 @@ def _strength(curve: StrengthCurve, run: str, name: str) -> Figure:
         charts.Curve("kept of the base", strengths, [100 * point.kept for point in curve.points]),
     ]
     svg = charts.curves(
-        f"{name}-strength", f"Strength of {run}", "strength", "%", lines, points=True, kept=curve.recommended
+        f"{name}-strength",
+        f"Strength of {run}",
+        "strength",
+        "%",
+        lines,
+        points=True,
+        kept=curve.recommended,
+        mark="recommended",
     )
     saved = "and saved" if curve.applied or curve.recommended == 1 else "while 1, as trained, was saved"
     return Figure(

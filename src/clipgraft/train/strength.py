@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from clipgraft.data.retained import Retained
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.metrics import DECISIVE, task_of
-from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter, lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.records import Finite, Whole
@@ -204,12 +203,8 @@ def make_dial(clip: Clip, begun: Beginning | None) -> Dial | str:
     adapter = state.chosen()
     rescaling = [layer for layer in adapter.layers.values() if layer.rescales]
     if rescaling:
-        return f"{_label(rescaling[0])} also trains magnitudes, which no alpha scales"
+        return f"{rescaling[0].label} also trains magnitudes, which no alpha scales"
     return AdapterDial(adapter)
-
-
-def _label(layer: LoraLayer) -> str:
-    return layer.label
 
 
 class Answers:
