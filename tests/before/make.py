@@ -1,7 +1,7 @@
 """Make the files that tests/before reads: `python tests/before/make.py FOLDER`.
 
-What stands in this folder was made on 2026-11-27 by the version before the house was rebuilt. It is not made
-again when a format changes: that is what it is for.
+What stands in this folder was made by the version of 2026-11-27, before the house was rebuilt (5b05f2c~1), on
+the embedded base of 2026-11-28. It is not made again when a format changes: that is what it is for.
 """
 
 from __future__ import annotations

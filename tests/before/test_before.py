@@ -45,6 +45,7 @@ def test_a_run_goes_on(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "--train-data", "pairs.tsv", "--val-data", "pairs.tsv", "--use-lora", "--lora-r", "2"]
     command += ["--lora-targets", "text.*.q,v", "--batch-size", "4", "--lr", "1e-3", "--workers", "0"]
     command += ["--feature-cache", "none", "--precision", "fp32", "--device", "cpu", "--logs", "."]
+    command += ["--wd", "0.2", "--warmup", "10000"]  # the defaults of then
     assert main([*command, "--name", "run", "--resume", "latest", "--epochs", "2"]) == 0, capsys.readouterr()
     record = json.loads((files / "run" / "results.json").read_text(encoding="utf-8"))
     assert {line["epoch"] for line in record["history"]} >= {1, 2}
