@@ -91,7 +91,7 @@ def run(case: Case, train: cg.TrainArgs, folder: Path, base: str) -> Outcome:
     """Train a case with some settings, and measure the epoch that it keeps."""
     scenes = case.pairs // _CAPTIONS
     pairs, val, test = (
-        _pairs(folder, split, size, case.language)
+        emoji_pairs(folder, split, size, case.language)
         for split, size in (("train", scenes), ("val", 200), ("test", 1_000))
     )
     clip = cg.load(base)
@@ -113,7 +113,8 @@ def run(case: Case, train: cg.TrainArgs, folder: Path, base: str) -> Outcome:
     return Outcome(_recall(result.metrics), _recall(found), result.best_epoch, seconds, lr)
 
 
-def _pairs(folder: Path, split: str, size: int, language: str) -> cg.Pairs:
+def emoji_pairs(folder: Path, split: str, size: int, language: str) -> cg.Pairs:
+    """Scenes of a split with captions in a language, written into the folder once."""
     place = folder / f"{split}-{size}"
     table = place / f"{split}.{language}.csv"
     if not table.is_file():

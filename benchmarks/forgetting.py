@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import clipgraft as cg
+from benchmarks.defaults import emoji_pairs
 from clipgraft.emoji.art import load_art
 from clipgraft.emoji.classes import emoji_prompts
 
@@ -127,7 +128,7 @@ class World:
 def text_world(folder: Path, scenes: int) -> World:
     """Vietnamese captions are new, English ones are old."""
     features = cg.FeatureArgs(feature_cache=folder / "features", autocast=True)
-    read = partial(_pairs, folder)
+    read = partial(emoji_pairs, folder)
     train, val = read("train", scenes, "vi"), read("val", 500, "vi")
     fit = partial(_fit, cg.fit, (train, val), features)
     return World(
@@ -146,7 +147,7 @@ def image_world(folder: Path, scenes: int) -> World:
     classes = cg.data.read_labelled(
         cg.emoji.write_classes(folder / "classes", "test", _OF_CLASS), progress=False
     )
-    english, of_classes = _pairs(folder, "test", 1_000, "en"), emoji_prompts()
+    english, of_classes = emoji_pairs(folder, "test", 1_000, "en"), emoji_prompts()
     of_class = tuple(of_classes[name] for name in classes.classes)
 
     def accuracy(data: Any, prompts: Any, clip: Any) -> str:
@@ -206,17 +207,9 @@ def _fit(
     return fit(clip, *data, train=cg.TrainArgs(**train), run=args, features=features, retain=retain, **more)
 
 
-def _pairs(folder: Path, split: str, size: int, language: str) -> cg.Pairs:
-    place = folder / f"{split}-{size}"
-    table = place / f"{split}.{language}.csv"
-    if not table.is_file():
-        cg.emoji.write_scenes(place, split, size, [language])
-    return cg.read_pairs(table, verify="header", progress=False)
-
-
 def _styled(folder: Path, split: str, size: int) -> Any:
     """Scenes with the style of their art for a class."""
-    images = _pairs(folder, split, size, "en").images
+    images = emoji_pairs(folder, split, size, "en").images
     scenes = cg.emoji.EmojiScenes(split, size)
     styles = load_art().styles
     classes = tuple(sorted(styles))

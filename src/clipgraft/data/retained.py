@@ -55,9 +55,7 @@ class Retained:
 
     def parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Split into texts to hold the model to, and texts to measure on; which is which no order decides."""
-        ordered = sorted(
-            self.texts, key=lambda text: hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        )
+        ordered = sorted(self.texts, key=_mixed)
         measured = frozenset(ordered[: max(1, len(ordered) // _MEASURED)])
         held = tuple(text for text in self.texts if text not in measured)
         return held, tuple(text for text in self.texts if text in measured)

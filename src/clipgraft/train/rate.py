@@ -7,21 +7,17 @@ anew for twice as many. The validation data is never looked at.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from clipgraft.errors import CheckpointError
-from clipgraft.files import write_json
 from clipgraft.lora.state import lora_state
-from clipgraft.records import Finite, Whole, read_json
+from clipgraft.records import Finite, Whole
 from clipgraft.train.feed import trains
 from clipgraft.train.loop import same_random
-from clipgraft.train.trials import FORWARD, LEAST_LEFT, Subject, Trials, held_out_batches
+from clipgraft.train.trials import FORWARD, LEAST_LEFT, Subject, Trials, chosen_once, held_out_batches
 
-log = logging.getLogger("clipgraft")
 RECORD = "learning_rate.json"
 SHARE = 0.15
 """Of the run's steps, which is what the search may cost."""
@@ -117,14 +113,7 @@ def choose_rate(what: Subject, folder: Path, share: float = SHARE) -> Rate:
     Raises:
         CheckpointError: the record of a run that is resumed is damaged.
     """
-    record, world = folder / RECORD, what.setup.world
-    if what.setup.run.resume and world.on_rank0(record.exists):
-        rate = world.on_rank0(lambda: read_json(record, Rate, CheckpointError, "start the run again"))
-    else:
-        rate = _search(what, share)
-        world.on_rank0(lambda: write_json(record, asdict(rate)))
-    log.info("%s", rate)
-    return rate
+    return chosen_once(what.setup, folder / RECORD, Rate, lambda: _search(what, share))
 
 
 def _search(what: Subject, share: float) -> Rate:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from clipgraft.data.retained import Retained
-from clipgraft.errors import CheckpointError
-from clipgraft.files import write_json
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
-from clipgraft.records import Finite, Whole, read_json
+from clipgraft.records import Finite, Whole
 from clipgraft.train.feed import MicroBatch, trains
 from clipgraft.train.gradient_cache import Encode, Features, Loss
 from clipgraft.train.inputs import Inputs
@@ -31,7 +29,7 @@ from clipgraft.train.loop import same_random
 from clipgraft.train.rate import FEWEST_STEPS
 from clipgraft.train.recipes.distillation import feature_distance, similarity_divergence
 from clipgraft.train.recipes.recipe import Objective
-from clipgraft.train.trials import FORWARD, LEAST_LEFT, Subject, Trials, held_out_batches
+from clipgraft.train.trials import FORWARD, LEAST_LEFT, Subject, Trials, chosen_once, held_out_batches
 
 log = logging.getLogger("clipgraft")
 RECORD = "retention.json"
@@ -220,14 +218,7 @@ def choose_weight(what: Subject, folder: Path) -> Weight:
     Raises:
         CheckpointError: the record of a run that is resumed is damaged.
     """
-    record, world = folder / RECORD, what.setup.world
-    if what.setup.run.resume and world.on_rank0(record.exists):
-        found = world.on_rank0(lambda: read_json(record, Weight, CheckpointError, "start the run again"))
-    else:
-        found = _search(what)
-        world.on_rank0(lambda: write_json(record, asdict(found)))
-    log.info("%s", found)
-    return found
+    return chosen_once(what.setup, folder / RECORD, Weight, lambda: _search(what))
 
 
 def _search(what: Subject) -> Weight:

@@ -9,15 +9,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from clipgraft.data.features import evaluating
-from clipgraft.errors import TrainingError
+from clipgraft.errors import CheckpointError, TrainingError
+from clipgraft.files import write_json
+from clipgraft.records import read_json
+from clipgraft.results import plain
 from clipgraft.train.feed import Feed, MicroBatch
 from clipgraft.train.loop import Loop, running_statistics
 from clipgraft.train.recipes.recipe import Objective
@@ -31,6 +36,25 @@ LEAST_LEFT = 0.5
 """Of all pairs, to train trials on."""
 FORWARD = 1 / 3
 """What a batch costs that is only measured, in steps."""
+
+
+_Found = TypeVar("_Found")
+
+
+def chosen_once(setup: Setup, record: Path, kind: type[_Found], search: Callable[[], _Found]) -> _Found:
+    """Search for what a run is not told, and record and log it; a run that is resumed has what it had.
+
+    Raises:
+        CheckpointError: the record of a run that is resumed is damaged.
+    """
+    world = setup.world
+    if setup.run.resume and world.on_rank0(record.exists):
+        found = world.on_rank0(lambda: read_json(record, kind, CheckpointError, "start the run again"))
+    else:
+        found = search()
+        world.on_rank0(lambda: write_json(record, plain(found)))
+    log.info("%s", found)
+    return found
 
 
 def held_out_batches(steps: int) -> int:
