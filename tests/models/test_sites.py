@@ -14,7 +14,7 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.family import site_weight
-from clipgraft.models.hf import path_site, site_path
+from clipgraft.models.names import path_site, site_path
 from clipgraft.models.sites import BLOCK_ROLES, ROLES, TOWERS, Site
 from tiny_models import TINY_OPENCLIP, in_every_layout, randomise
 
@@ -150,7 +150,7 @@ def test_towers_without_some_sites() -> None:
     config = copy.deepcopy(TINY_OPENCLIP)
     config["vision_cfg"] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
     resnet = as_clip(open_clip.CLIP(**copy.deepcopy(config)))
-    assert {site.tower for site in resnet.sites} == {"text"}
+    assert "vision.0.conv1" in map(str, resnet.sites)
     assert len(resnet.fingerprint) == 16
     config = {**copy.deepcopy(TINY_OPENCLIP), "embed_dim": 32}
     config["text_cfg"]["proj_type"] = "none"

@@ -25,6 +25,7 @@ from torch import Tensor
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.variants import variant_of
+from clipgraft.models.names import CLIP, Twin
 from clipgraft.models.sites import Site
 from clipgraft.records import Finite, Rank
 from clipgraft.results import Result
@@ -47,15 +48,16 @@ class AdapterFile(Result):
         fingerprint: of the base, None for foreign files.
         logit_scale: the trained log temperature, None if it is not part of the adapter.
         metrics: what was measured when it was saved.
-        biases: whole biases, (out,), by the path of their module in `transformers.CLIPModel`.
+        biases: whole biases, (out,), by the path of their module in the twin.
         offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
         full: whole weights, (out, in), by site: what PEFT calls modules to save.
-        path_prefix: what PEFT's module paths lacked of those of `CLIPModel` (`adapters.peft`).
+        path_prefix: what PEFT's module paths lacked of those of the twin (`adapters.peft`).
+        twin: the class of transformers whose module names the base goes by.
         started_from: the adapter file that its training began with; empty for one that began anew.
     """
 
     _shows = ("path", "sites", "base", "fingerprint", "metrics")
-    _hidden = frozenset({"parts", "shared", "biases", "offsets", "full"})
+    _hidden = frozenset({"parts", "shared", "biases", "offsets", "full", "twin"})
 
     path: Path
     parts: dict[Site, dict[str, Tensor]]
@@ -70,6 +72,7 @@ class AdapterFile(Result):
     offsets: dict[Site, Tensor] = field(default_factory=dict)
     full: dict[Site, Tensor] = field(default_factory=dict)
     path_prefix: str = ""
+    twin: Twin = CLIP
     started_from: str = ""
 
     @property

@@ -23,7 +23,7 @@ from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
 from clipgraft.lora.variants import PlainLora, check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import site_bias, site_weight
-from clipgraft.models.hf import path_site, site_path
+from clipgraft.models.names import path_site, site_path
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Site, SiteRef
 
@@ -97,7 +97,7 @@ def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
     Raises:
         AdapterError: the base lacks a site or bias, its shapes are others, or the file is incomplete for it.
     """
-    refs = clip.site_refs
+    refs, twin = clip.site_refs, clip.family.twin(clip.model)
     _check_sites(clip, file, refs)
     parts, settings, biases = dict(file.parts), file.settings, dict(file.biases)
     for site, whole in file.full.items():
@@ -114,7 +114,7 @@ def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
         bias = site_bias(clip.model, refs[site])
         if bias is None:
             raise AdapterError(f"{file.path}: {site} has no bias on this base, but the adapter moves one")
-        biases[site_path(site)] = bias.detach().cpu().float() + scales[site] * offset
+        biases[site_path(site, twin)] = bias.detach().cpu().float() + scales[site] * offset
     return replace(file, parts=parts, settings=settings, biases=biases, offsets={}, full={})
 
 
@@ -214,11 +214,11 @@ def _check_biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> N
 
 
 def _biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> Iterator[tuple[str, Tensor]]:
-    everywhere = file.settings.bias == "all"
+    everywhere, twin = file.settings.bias == "all", clip.family.twin(clip.model)
     for site, ref in refs.items():
         bias = site_bias(clip.model, ref)
         if bias is not None and (everywhere or site in file.parts):
-            yield site_path(site), bias
+            yield site_path(site, twin), bias
     for path, norm in clip.family.norms(clip.model).items():
         if everywhere and norm.bias is not None:
             yield path, norm.bias

@@ -23,7 +23,7 @@ from torch import Tensor
 from clipgraft.adapters.adapter_file import AdapterFile, parts_of
 from clipgraft.adapters.checkpoint import AGAIN, as_record, as_weight, lora_config, paired, some
 from clipgraft.errors import AdapterError
-from clipgraft.models.hf import path_site
+from clipgraft.models.names import path_site
 from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, read_weights
 from clipgraft.records import Finite, parse_json

@@ -35,7 +35,7 @@ from clipgraft.lora.state import require_lora, require_unmerged
 from clipgraft.lora.variants import variant_of
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.family import site_bias
-from clipgraft.models.hf import site_path
+from clipgraft.models.names import site_path
 from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, check_is_weights, read_weights
 from clipgraft.ours import refuse_foreign
@@ -128,7 +128,7 @@ def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]
     adapter = state.chosen() if name is None else state.named(name)
     if adapter.norms or any(not layer.is_plain for layer in adapter.layers.values()):
         require_unmerged(clip, "save an adapter with DoRA or biases")
-    refs, source = clip.site_refs, findable(clip)
+    refs, source, twin = clip.site_refs, findable(clip), clip.family.twin(clip.model)
     layers = {site: layer for site, layer in adapter.layers.items() if layer.r}
     parts = {
         site: {name: _as_stored(tensor) for name, tensor in layer.stored().items()}
@@ -138,7 +138,7 @@ def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]
     for site, layer in adapter.layers.items():
         bias = site_bias(clip.model, refs[site])
         if layer.lora_bias is not None and bias is not None:
-            biases[site_path(site)] = _as_stored(bias.float() + layer.lora_bias)
+            biases[site_path(site, twin)] = _as_stored(bias.float() + layer.lora_bias)
     norms = clip.family.norms(clip.model)
     biases |= {p: _as_stored(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
     shared = variant_of(adapter.settings).stored_shared(adapter.shared, adapter.settings)
@@ -153,6 +153,7 @@ def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]
         shared={name: _as_stored(tensor) for name, tensor in shared.items()},
         biases=biases,
         started_from=adapter.origin,
+        twin=twin,
     )
 
 

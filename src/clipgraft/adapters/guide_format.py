@@ -38,7 +38,7 @@ from clipgraft.adapters.checkpoint import (
 from clipgraft.errors import AdapterError, TargetError
 from clipgraft.lora.config import LoraConfig, as_written
 from clipgraft.lora.targets import override_values
-from clipgraft.models import hf, openclip
+from clipgraft.models import names, openclip
 from clipgraft.models.family import is_lora
 from clipgraft.models.sites import ATTENTION_ROLES, BLOCK_ROLES, EMBEDDING_ROLES, TOWERS, Site
 from clipgraft.records import Finite, Flag, Rank
@@ -303,6 +303,6 @@ def _host_site(host: str) -> Site | None:
         return Site(tower, block, role) if known else None
     path = _TABLE.sub(r"\g<name>", owner)
     try:
-        return openclip.path_site(path) or hf.path_site(path)
+        return openclip.path_site(path) or names.path_site(path)
     except AdapterError:
         return None

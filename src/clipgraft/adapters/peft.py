@@ -1,4 +1,8 @@
-"""PEFT 0.21's files for LoRA on `transformers.CLIPModel`: tensor names, shapes, `adapter_config.json`."""
+"""PEFT 0.21's files for LoRA on `transformers.CLIPModel` and its relatives: names, shapes, configuration.
+
+PEFT would open an adapter of sites that it has no module for, and leave those out with no more than a
+warning, so that such adapters announce a type of their own, which it refuses.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from clipgraft.files import folder_exists
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.layers import LoraLayer, Parts
 from clipgraft.lora.variants import PlainLora, variant_in_peft, variant_of
-from clipgraft.models.hf import path_site, site_path
+from clipgraft.models.names import CLIP, SIGLIP, SIGLIP2, Twin, is_module_of, path_site, site_path
 from clipgraft.models.sites import Site
 from clipgraft.records import Finite, Flag, Rank, shown
 
@@ -28,7 +32,7 @@ T = TypeVar("T")
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
-_BARE = ("encoder.", "embeddings.", "final_layer_norm.", "post_layernorm.", "pre_layrnorm.")
+_BARE = ("encoder.", "embeddings.", "head.", "final_layer_norm.", "post_layernorm.", "pre_layrnorm.")
 _TEXT, _VISION = "text_model.", "vision_model."
 _TOWER_CLASSES = {
     "CLIPTextModel": _TEXT,
@@ -38,6 +42,12 @@ _TOWER_CLASSES = {
     "CLIPVisionModelWithProjection": _VISION,
     "CLIPVisionTransformer": _VISION,
     "CLIPForImageClassification": _VISION,
+    "SiglipTextModel": _TEXT,
+    "SiglipVisionModel": _VISION,
+    "SiglipForImageClassification": _VISION,
+    "Siglip2TextModel": _TEXT,
+    "Siglip2VisionModel": _VISION,
+    "Siglip2ForImageClassification": _VISION,
 }
 # Modules that one tower has and the other has not.
 _OWN_MODULES = {
@@ -47,6 +57,8 @@ _OWN_MODULES = {
         "embeddings.class_embedding",
         "post_layernorm.",
         "pre_layrnorm.",
+        "head.mlp.",
+        "head.attention.",
     ),
 }
 
@@ -56,10 +68,10 @@ def name_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     kind, named = variant_of(adapter.settings), dict[str, Tensor]()
     for site, parts in adapter.parts.items():
         for name, suffix in kind.peft_names(site).items():
-            named[f"{_PREFIX}{site_path(site)}.{suffix}"] = kind.as_peft(name, parts[name], site)
+            named[f"{_PREFIX}{site_path(site, adapter.twin)}.{suffix}"] = kind.as_peft(name, parts)
     for name, tensor in adapter.shared.items():
         named[f"{_SHARED_PREFIX}{kind.peft_shared_names[name]}"] = tensor
-    adapted = {site_path(site) for site in adapter.parts}
+    adapted = {site_path(site, adapter.twin) for site in adapter.parts}
     for path, bias in adapter.biases.items():
         named[f"{_PREFIX}{path}.{'base_layer.' if path in adapted else ''}bias"] = bias
     return named
@@ -91,7 +103,7 @@ def _tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], fold
 
 
 def read_peft(tensors: Mapping[str, Tensor], configuration: dict[str, Any], folder: Path) -> AdapterFile:
-    """Read an adapter of a `transformers.CLIPModel`, or of one of its towers.
+    """Read an adapter of a `transformers.CLIPModel`, `SiglipModel` or `Siglip2Model`, or of one tower.
 
     Args:
         tensors: `adapter_model.safetensors`.
@@ -106,7 +118,9 @@ def read_peft(tensors: Mapping[str, Tensor], configuration: dict[str, Any], fold
     prefix = _tower_prefix(tensors, configuration, folder)
     kind, config = read_variant(configuration, folder)
     base = named_base(configuration, "transformers")
-    found = AdapterFile(folder, {}, LoraConfig(), configuration, base, path_prefix=prefix)
+    found = AdapterFile(
+        folder, {}, LoraConfig(), configuration, base, path_prefix=prefix, twin=_twin(tensors, configuration)
+    )
     surplus = []
     shared = {f"{_SHARED_PREFIX}{peft}": own for own, peft in kind.peft_shared_names.items()}
     for name, tensor in tensors.items():
@@ -201,7 +215,7 @@ def _site_or_none(path: str) -> Site | None:
 
 
 _MOST_KEYS = 10_000
-_CLIP_MODULE = "transformers.models.clip.modeling_clip"  # where AutoPeftModel looks for the base's class
+_OWN_TYPE = "CLIPGRAFT_"  # before a PEFT type: what PEFT itself is to refuse
 # What makes an adapter compute something else than this package does.
 _UNSUPPORTED = (
     "use_qalora",
@@ -228,7 +242,9 @@ def config_json(adapter: AdapterFile) -> dict[str, Any]:
     # PEFT reads pattern keys as regular expressions.
     patterns: dict[str, Any] = {
         key: {
-            re.escape(site_path(site)): own[key][str(site)] for site in adapter.parts if str(site) in own[key]
+            re.escape(site_path(site, adapter.twin)): own[key][str(site)]
+            for site in adapter.parts
+            if str(site) in own[key]
         }
         for key in ("rank_pattern", "alpha_pattern")
         if key in own
@@ -237,11 +253,28 @@ def config_json(adapter: AdapterFile) -> dict[str, Any]:
         **own,
         **patterns,
         "task_type": None,
-        "auto_mapping": {"base_model_class": "CLIPModel", "parent_library": _CLIP_MODULE},
+        "auto_mapping": {"base_model_class": adapter.twin.name, "parent_library": adapter.twin.library},
         "base_model_name_or_path": adapter.base.get("name", "").removeprefix("hf:") or None,
         "inference_mode": True,
-        "target_modules": [site_path(site) for site in adapter.parts],
+        "target_modules": [site_path(site, adapter.twin) for site in adapter.parts],
+        "peft_type": f"{_OWN_TYPE if foreign_to_peft(adapter) else ''}{own['peft_type']}",
     }
+
+
+def foreign_to_peft(adapter: AdapterFile) -> list[Site]:
+    """The sites at which stock PEFT has no module of the base's twin to adapt."""
+    return [site for site in adapter.parts if not is_module_of(site, adapter.twin)]
+
+
+def _twin(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Twin:
+    """The class of transformers that an adapter was written for."""
+    auto = config.get("auto_mapping")
+    kind = str(auto.get("base_model_class")) if isinstance(auto, Mapping) else ""
+    if kind.startswith("Siglip"):
+        return SIGLIP2 if kind.startswith("Siglip2") else SIGLIP
+    paths = [name.removeprefix(_PREFIX) for name in tensors]
+    headed = any(path.startswith(("text_model.head.", "vision_model.head.", "head.")) for path in paths)
+    return SIGLIP if headed else CLIP
 
 
 def missing_sites(file: AdapterFile, sites: Iterable[Site]) -> list[Site]:
@@ -252,7 +285,11 @@ def missing_sites(file: AdapterFile, sites: Iterable[Site]) -> list[Site]:
     """
     there = {*file.parts, *file.full}
     towers = {site.tower for site in there}
-    paths = {site_path(site).removeprefix(file.path_prefix): site for site in sites if site.tower in towers}
+    paths = {
+        site_path(site, file.twin).removeprefix(file.path_prefix): site
+        for site in sites
+        if site.tower in towers
+    }
     try:
         return [site for path in targeted(file.config, paths) if (site := paths[path]) not in there]
     except PatternError as error:
@@ -278,6 +315,8 @@ def read_variant(
         AdapterError: a value is of another type than PEFT writes, or PEFT computes something else with it
             than the variant and this package's options tell; with `plain`, something else than W + s·B·A.
     """
+    if isinstance(config.get("peft_type"), str):
+        config = {**config, "peft_type": config["peft_type"].removeprefix(_OWN_TYPE)}
     try:
         kind, config = variant_in_peft(config)
     except AdapterError as error:
@@ -352,7 +391,8 @@ def _compiled(pattern: Mapping[str, T], key: str, folder: Path) -> list[tuple[Ma
 def _settings(kind: type[LoraLayer], found: AdapterFile, config: Config) -> LoraConfig:
     """The settings that scale stored tensors; raises AdapterError if they do not fit them."""
     rule = config.rules(found.path)
-    wanted = {site: rule(site_path(site).removeprefix(found.path_prefix)) for site in found.parts}
+    paths = {site: site_path(site, found.twin).removeprefix(found.path_prefix) for site in found.parts}
+    wanted = {site: rule(path) for site, path in paths.items()}
     for site, parts in found.parts.items():
         if kind.rank_of(parts) != wanted[site][0]:
             raise AdapterError(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from clipgraft.data.feature_cache import FeatureKey
 from clipgraft.data.loading import Transform
 from clipgraft.data.stored_rows import FEATURES, RowKind
-from clipgraft.lora.inject import AdaptedProjection
 from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer
+from clipgraft.lora.parameters import AdaptedProjection
+from clipgraft.lora.rows import RowSlots
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 
@@ -75,9 +76,9 @@ def _structure(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         if not path.startswith(_IMAGE_TOWER) or "parametrizations" in path:
             continue
-        if isinstance(module, LoraLayer | BiasLayer | AdapterSlot | AdaptedProjection):
+        if isinstance(module, LoraLayer | BiasLayer | AdapterSlot | RowSlots | AdaptedProjection):
             continue
-        leaf = all(isinstance(child, AdapterSlot) for child in module.children())
+        leaf = all(isinstance(child, AdapterSlot | RowSlots) for child in module.children())
         # Only a leaf's class is told: a parametrised module has a class of its own.
         settings = {name: value for name, value in vars(module).items() if _is_setting(name, value)}
         yield f"{path} {type(module).__name__ if leaf else ''} {sorted(settings.items())}"

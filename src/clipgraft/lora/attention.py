@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.lora.layers import AdapterSlot, LoraLayer
-from clipgraft.models.sites import ATTENTION_ROLES
+from clipgraft.models.sites import ATTENTION_ROLES, Site
 
 _QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 _WAS_TRAINABLE = "_clipgraft_was_trainable"
@@ -50,13 +50,20 @@ def _rounds_as_trainable(attention: nn.MultiheadAttention) -> bool:
     which rounds differently, even where no gradient is taken. What autocast makes of a weight without
     gradients counts as frozen.
     """
+    if not _was_trainable(attention):
+        return False
     device = attention.in_proj_weight.device
     cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return _was_trainable(attention) and (torch.is_grad_enabled() or not cast)
+    return torch.is_grad_enabled() or not cast
+
+
+def slot_name(site: Site) -> str:
+    """What an attention module calls the slot of a site, in a block or in the pooling head."""
+    return f"lora_{site.role.removeprefix('pool_')}"
 
 
 def _active_lora(attention: nn.Module) -> dict[str, LoraLayer]:
-    """Return the updates in effect of an attention module, by role."""
+    """Return the updates in effect of an attention module, by role of a block."""
     slots = {role: getattr(attention, f"lora_{role}", None) for role in ATTENTION_ROLES}
     layers = {role: slot.current for role, slot in slots.items() if isinstance(slot, AdapterSlot)}
     return {role: layer for role, layer in layers.items() if layer is not None}
@@ -253,10 +260,12 @@ def _with_folded_weights(
     if relabel:
         # Tensors made in inference mode cannot be told to want gradients.
         with torch.inference_mode(False), torch.no_grad():
-            weight = _folded_in_proj(attention, lora).detach().requires_grad_()
+            weights = {"in_proj_weight": _folded_in_proj(attention, lora).detach().requires_grad_()}
+    elif attention.in_proj_weight is None:
+        weights = _folded_apart(attention, lora)
     else:
-        weight = _folded_in_proj(attention, lora)
-    folded = _copy_with(attention, in_proj_weight=weight, in_proj_bias=_folded_bias(attention, lora))
+        weights = {"in_proj_weight": _folded_in_proj(attention, lora)}
+    folded = _copy_with(attention, **weights, in_proj_bias=_folded_bias(attention, lora))
     if "out" in lora:
         layer, out = lora["out"], attention.out_proj
         bias = _moved_bias(out.bias, layer)
@@ -271,6 +280,15 @@ def _folded_in_proj(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]
         return weight
     parts = zip("qkv", torch.split(weight, attention.embed_dim), strict=True)
     return torch.cat([lora[role].folded(p) if role in lora else p for role, p in parts])
+
+
+def _folded_apart(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]) -> dict[str, Tensor]:
+    """Return the three weights of an attention whose keys have another width than its queries."""
+    weights = {role: getattr(attention, f"{role}_proj_weight") for role in "qkv"}
+    return {
+        f"{role}_proj_weight": lora[role].folded(weight) if role in lora else weight
+        for role, weight in weights.items()
+    }
 
 
 def _folded_bias(attention: nn.MultiheadAttention, lora: dict[str, LoraLayer]) -> Tensor | None:

@@ -107,7 +107,7 @@ def changes_nothing(adapter: Adapter) -> bool:
 
 def _readers(adapter: Adapter) -> list[LoraLayer]:
     """Return the updates whose inputs are vectors, not ids."""
-    kinds = ("linear", "fused", "conv", "projection")
+    kinds = ("linear", "rows", "fused", "read", "conv", "projection")
     return [layer for layer in adapter.layers.values() if layer.r and layer.kind in kinds]
 
 
@@ -132,6 +132,8 @@ def _rows(layer: LoraLayer, x: Tensor, host: nn.Module | None = None) -> Tensor:
     """Return an update's inputs as (N, in); those of a convolution are its patches."""
     if isinstance(host, nn.Conv2d):
         assert isinstance(host.padding, tuple)
+        if host.groups > 1:
+            x = x.reshape(len(x) * host.groups, -1, *x.shape[2:])  # what each group reads
         unfold = nn.functional.unfold(x.float(), host.kernel_size, host.dilation, host.padding, host.stride)
         return unfold.transpose(1, 2).flatten(0, 1)
     return x.float().reshape(-1, x.shape[-1])

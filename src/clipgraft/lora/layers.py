@@ -6,7 +6,7 @@ A variant is a subclass, listed in `clipgraft.lora.variants`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class LoraLayer(nn.Module):
     variant: ClassVar[str]
     label: ClassVar[str]
     rescales: ClassVar[bool] = False
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "fused", "embedding", "conv", "projection", "table")
+    kinds: ClassVar[tuple[SiteKind, ...]] = get_args(SiteKind)
     initializations: ClassVar[tuple[Initialization, ...]] = ("default",)
     beyond_lora: ClassVar[str] = ""
     peft_shared_names: ClassVar[Mapping[str, str]] = {}
@@ -165,9 +165,9 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def as_peft(cls, name: str, tensor: Tensor, site: Site) -> Tensor:
-        """A stored tensor in PEFT's shape."""
-        return tensor
+    def as_peft(cls, name: str, parts: Parts) -> Tensor:
+        """A stored tensor of a site in PEFT's shape; `parts` are all that are stored of the site."""
+        return parts[name]
 
     @classmethod
     def from_peft(cls, name: str, tensor: Tensor) -> Tensor:
@@ -210,6 +210,10 @@ class LoraLayer(nn.Module):
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         if isinstance(host, nn.Conv2d):
+            if host.groups > 1:
+                # Each output reads channels of its own, which no common A could.
+                delta = self.delta_weight()
+                return F.conv2d(x, delta, None, host.stride, host.padding, host.dilation, host.groups)
             x = F.conv2d(x, a, None, host.stride, host.padding, host.dilation)
             return F.conv2d(x, b) * self.scaling
         return F.linear(F.linear(x, a), b) * self.scaling

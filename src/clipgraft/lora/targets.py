@@ -2,9 +2,10 @@
 
 An expression is a comma-separated list of terms, read from left to right. A term is a named set
 (`text-attention`) or a pattern `tower.blocks.roles` or `tower.role`. The tower may be `*`; blocks are `*`,
-`3`, `6-11` or `-1` (from the end); roles are `*` or one of q k v out fc1 fc2. Several blocks or roles are
-joined by `+`, and each must match. A leading `-` or `!` takes matches away again: `text.*.q+v,-text.0.*`. A
-bare role after a comma continues the pattern before it, so that `text.*.q,v` means what it looks like.
+`3`, `6-11` or `-1` (from the end); roles are `*` or those of blocks (`models/sites.py`). Several blocks
+or roles are joined by `+`, and each must match. A leading `-` or `!` takes matches away again:
+`text.*.q+v,-text.0.*`. A bare role after a comma continues the pattern before it, so that `text.*.q,v` means
+what it looks like.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from typing import TypeVar
 from clipgraft.errors import TargetError
 from clipgraft.models.sites import (
     ATTENTION_ROLES,
-    BLOCK_ROLES,
+    CONV_ROLES,
     EMBEDDING_ROLES,
     MLP_ROLES,
+    POOL_ATTENTION_ROLES,
+    POOL_ROLES,
+    PROJECTION_ROLES,
     ROLES,
+    ROLES_IN_BLOCKS,
     TOWERS,
     Site,
+    Tower,
 )
 
-_LINEAR = (*BLOCK_ROLES, "proj")
+_ATTENTION = (*ATTENTION_ROLES, *POOL_ATTENTION_ROLES)
+_MLP = (*MLP_ROLES, "gate", "pool_fc1", "pool_fc2")
+_TOWER_LINEAR = (*_ATTENTION, *_MLP)
+_LINEAR = (*_TOWER_LINEAR, *PROJECTION_ROLES)
 # Tables of one vector an id. The patch embedding is a convolution and belongs to `all` alone.
 _TABLES = tuple(role for role in EMBEDDING_ROLES if role != "patch_embedding")
 
@@ -37,24 +46,28 @@ def _in(roles: Iterable[str], tower: str | None = None) -> Callable[[Site], bool
 
 def _embedding_set(tower: str) -> Callable[[Site], bool]:
     """One tower with its embeddings, and both projections (DESIGN §6: so their published counts are made)."""
-    return lambda site: site.role == "proj" or (site.tower == tower and site.role in (*_TABLES, *_LINEAR))
+    return lambda site: (
+        site.role in PROJECTION_ROLES or (site.tower == tower and site.role in (*_TABLES, *_LINEAR))
+    )
 
 
 TARGET_SETS: dict[str, Callable[[Site], bool]] = {
-    "text-attention": _in(ATTENTION_ROLES, "text"),
-    "vision-attention": _in(ATTENTION_ROLES, "vision"),
-    "attention": _in(ATTENTION_ROLES),
-    "text-mlp": _in(MLP_ROLES, "text"),
-    "vision-mlp": _in(MLP_ROLES, "vision"),
-    "mlp": _in(MLP_ROLES),
-    "projection": _in(("proj",)),
+    "text-attention": _in(_ATTENTION, "text"),
+    "vision-attention": _in(_ATTENTION, "vision"),
+    "attention": _in(_ATTENTION),
+    "text-mlp": _in(_MLP, "text"),
+    "vision-mlp": _in(_MLP, "vision"),
+    "mlp": _in(_MLP),
+    "pooling": _in(POOL_ROLES),
+    "convolutions": _in(("patch_embedding", *CONV_ROLES)),
+    "projection": _in(PROJECTION_ROLES),
     "linear": _in(_LINEAR),
     "all-linear": _in(_LINEAR),
-    "text-matrices": _in((*BLOCK_ROLES, "token_embedding", "proj"), "text"),
-    "linear-text": _in(BLOCK_ROLES, "text"),
-    "text-linear": _in(BLOCK_ROLES, "text"),
-    "linear-vision": _in(BLOCK_ROLES, "vision"),
-    "vision-linear": _in(BLOCK_ROLES, "vision"),
+    "text-matrices": _in((*_TOWER_LINEAR, "token_embedding", "proj"), "text"),
+    "linear-text": _in(_TOWER_LINEAR, "text"),
+    "text-linear": _in(_TOWER_LINEAR, "text"),
+    "linear-vision": _in(_TOWER_LINEAR, "vision"),
+    "vision-linear": _in(_TOWER_LINEAR, "vision"),
     "embedding": _in(_TABLES),
     "linear+embedding": _in((*_TABLES, *_LINEAR)),
     "linear+embedding-text": _embedding_set("text"),
@@ -88,6 +101,22 @@ def select_sites(sites: Sequence[Site], targets: str | Iterable[str]) -> list[Si
             f"targets {expression!r} leave no site to adapt: remove an exclusion or name more sites"
         )
     return [site for site in sites if site in chosen]
+
+
+def towers_without_sites(sites: Sequence[Site], targets: str) -> list[tuple[str, Tower]]:
+    """The named sets of an expression, each with a tower that it means and finds no site in."""
+    negatives = [term for negative, term in _terms(targets.split(",")) if negative]
+    excluded = {site for term in negatives for site in match_sites(sites, term)}
+    found = []
+    for negative, term in _terms(targets.split(",")):
+        meant = TARGET_SETS.get(term)
+        if negative or meant is None:
+            continue
+        for tower in TOWERS:
+            means = any(meant(Site(tower, 0, role)) for role in ROLES_IN_BLOCKS)
+            if means and not any(meant(s) and s.tower == tower and s.block is not None for s in sites):
+                found.append((term, tower))
+    return [(term, tower) for term, tower in found if not any(s.tower == tower for s in excluded)]
 
 
 def guide_targets(modules: Iterable[str]) -> str:
@@ -148,7 +177,7 @@ def _terms(raw: Sequence[str]) -> list[tuple[bool, str]]:
             continue
         negative = text[0] in "-!"
         term = text[1:].strip() if negative else text
-        continues = terms and not negative and set(term.split("+")) <= {*BLOCK_ROLES}
+        continues = terms and not negative and set(term.split("+")) <= {*ROLES_IN_BLOCKS}
         if continues and terms[-1][1].count(".") == 2:
             term = f"{terms[-1][1].rpartition('.')[0]}.{term}"
             negative = terms[-1][0]

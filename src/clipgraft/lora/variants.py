@@ -30,7 +30,7 @@ class PlainLora(LoraLayer):
 
     Attributes:
         lora_A, lora_B: (r, in), (out, r) for linear sites; (r, rows), (dim, r) for embeddings and position
-            tables; (r, in, h, w), (out, r, 1, 1) for the patch convolution.
+            tables; (r, in / groups, h, w), (out, r, 1, 1) for convolutions.
         lora_start_A, lora_start_B: the frozen product that an initialization on the base's own directions
             subtracts again (PiSSA); None for other initializations.
     """
@@ -190,9 +190,9 @@ class Dora(PlainLora):
         return {**super().peft_names(site), "lora_magnitude": "lora_magnitude_vector"}
 
     @classmethod
-    def as_peft(cls, name: str, tensor: Tensor, site: Site) -> Tensor:
-        of_patches = name == "lora_magnitude" and site.role == "patch_embedding"
-        return tensor.view(1, -1, 1, 1) if of_patches else tensor
+    def as_peft(cls, name: str, parts: Parts) -> Tensor:
+        of_convolution = name == "lora_magnitude" and parts["lora_A"].ndim == 4
+        return parts[name].view(1, -1, 1, 1) if of_convolution else parts[name]
 
     @classmethod
     def from_peft(cls, name: str, tensor: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Vera(LoraLayer):
 
     variant = "vera"
     label = "VeRA"
-    kinds = ("linear", "fused", "projection")
+    kinds = ("linear", "rows", "fused", "read", "projection")
     beyond_lora = "VeRA vectors"
     peft_shared_names: ClassVar[Mapping[str, str]] = {"vera_A": "vera_A", "vera_B": "vera_B"}
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.models.architecture import TextTower, VisionTower
+from clipgraft.models.names import Twin
 from clipgraft.models.sites import Site, SiteRef, Tower
 
+_IN_PROJ = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 LARGEST_ID = -1
 """A text tower that is pooled at its largest id, as CLIP's own is, rather than at one certain id."""
 
@@ -63,11 +65,17 @@ class Family(Protocol):
     def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
 
+    def twin(self, model: nn.Module) -> Twin:
+        """The transformers class whose module names adapter files of this model are written in."""
+
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        """The layer norms of both towers by their path in `transformers.CLIPModel`."""
+        """The layer norms of both towers by their path in the model's twin."""
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Base weights under `transformers.CLIPModel` names, (out, in) oriented, adapters left out."""
+        """Base weights under the twin's names, (out, in) oriented, adapters left out.
+
+        What the twin has no module for keeps its own name.
+        """
 
 
 def site_weight(model: nn.Module, ref: SiteRef) -> Tensor:
@@ -75,6 +83,8 @@ def site_weight(model: nn.Module, ref: SiteRef) -> Tensor:
     weight = base_parameter(model.get_submodule(ref.module), ref.parameter)
     if ref.rows is not None:
         return weight[ref.rows]
+    if ref.kind == "table":
+        return weight.view(ref.shape)
     return weight.T if ref.kind == "projection" else weight
 
 
@@ -82,11 +92,17 @@ def site_bias(model: nn.Module, ref: SiteRef) -> Tensor | None:
     """The base's bias at a site, (out,), as a view; None where it has none."""
     if ref.kind in ("embedding", "table", "projection"):
         return None
+    if ref.bias:
+        owner, _, name = ref.bias.rpartition(".")
+        return base_parameter(model.get_submodule(owner), name)
     *path, leaf = ref.parameter.split(".")
-    name = "in_proj_bias" if leaf == "in_proj_weight" else "bias"
-    bias = getattr(model.get_submodule(".".join(filter(None, [ref.module, *path]))), name, None)
-    if not isinstance(bias, Tensor):
+    name = "in_proj_bias" if leaf in _IN_PROJ else "bias"
+    host = model.get_submodule(".".join(filter(None, [ref.module, *path])))
+    if getattr(host, name, None) is None:
         return None
+    bias = base_parameter(host, name)
+    if leaf in _IN_PROJ[1:]:
+        return bias.chunk(3)[_IN_PROJ.index(leaf) - 1]
     return bias if ref.rows is None else bias[ref.rows]
 
 

@@ -1,81 +1,50 @@
-"""The transformers family: `transformers.CLIPModel`, and the module names PEFT files are written in."""
+"""The transformers family: `CLIPModel`, `SiglipModel` and `Siglip2Model`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from clipgraft.errors import AdapterError
 from clipgraft.models.architecture import Block, Part, TextTower, VisionTower, activation_of, linear_part
 from clipgraft.models.family import (
     LARGEST_ID,
+    base_parameter,
     is_lora,
     parameters_of,
     pooled_positions,
     site_weight,
 )
-from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower, block_number
+from clipgraft.models.names import CLIP, EMBEDDINGS, SIGLIP, SIGLIP2, TOWER_MODULE, Twin, site_path
+from clipgraft.models.siglip import has_pooling_head, image_features, pooling_biases, pooling_refs
+from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower
 
+_PROJECTION: dict[Tower, str] = {"text": "text_projection", "vision": "visual_projection"}
 LARGEST_ID_AS_EOS = 2
 """transformers keeps CLIP's original rule, the largest id, for configurations whose eos_token_id is 2."""
-_TOWER_MODULE: dict[Tower, str] = {"text": "text_model", "vision": "vision_model"}
-_BLOCK_MODULE = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "out": "self_attn.out_proj",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-}
-_PROJECTION: dict[Tower, str] = {"text": "text_projection", "vision": "visual_projection"}
-_EMBEDDINGS: dict[Tower, tuple[str, ...]] = {
-    "text": ("token_embedding", "position_embedding"),
-    "vision": ("patch_embedding", "position_embedding"),
-}
-
-
-def site_path(site: Site) -> str:
-    """Module path of a site in `transformers.CLIPModel`, the names adapter files are written in."""
-    if site.role == "proj":
-        return _PROJECTION[site.tower]
-    if site.block is None:
-        return f"{_TOWER_MODULE[site.tower]}.embeddings.{site.role}"
-    return f"{_TOWER_MODULE[site.tower]}.encoder.layers.{site.block}.{_BLOCK_MODULE[site.role]}"
-
-
-def path_site(path: str) -> Site:
-    """The site at a `transformers.CLIPModel` module path; raises AdapterError if no site lives there."""
-    for tower, projection in _PROJECTION.items():
-        if path == projection:
-            return Site(tower, None, "proj")
-        prefix = _TOWER_MODULE[tower]
-        for role in _EMBEDDINGS[tower]:
-            if path == f"{prefix}.embeddings.{role}":
-                return Site(tower, None, role)
-        layers, _, inner = path.partition(".encoder.layers.")
-        index, _, rest = inner.partition(".")
-        block = block_number(index)
-        for role, module in _BLOCK_MODULE.items():
-            if layers == prefix and rest == module and block is not None:
-                return Site(tower, block, role)
-    raise AdapterError(f"'{path}' is no module of transformers.CLIPModel that can carry LoRA")
 
 
 class HfFamily:
-    """Module paths and shortcuts of `transformers.CLIPModel`."""
+    """Module paths and shortcuts of `transformers.CLIPModel` and its relatives."""
 
     name = "transformers"
 
     def accepts(self, model: nn.Module) -> bool:
         named = all(hasattr(model, name) for name in ("get_text_features", "config", "logit_scale"))
-        return named and all(_layers(model, tower) is not None for tower in _TOWER_MODULE)
+        return named and all(_layers(model, tower) is not None for tower in TOWER_MODULE)
 
     def site_refs(self, model: nn.Module) -> dict[Site, SiteRef]:
-        return {site: _ref(model, site) for site in _sites(model)}
+        twin = self.twin(model)
+        refs = [_ref(model, site, twin) for site in _sites(model, twin)]
+        if has_pooling_head(model):
+            refs += pooling_refs(model)
+        return {ref.site: ref for ref in sorted(refs, key=lambda ref: ref.site.order)}
 
     def encode_image(self, model: nn.Module, images: Tensor) -> Tensor:
+        if self.twin(model) is SIGLIP2:
+            return _features(image_features(model, images))
         return _features(model.get_image_features(pixel_values=images))  # type: ignore[operator]
 
     def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -98,7 +67,11 @@ class HfFamily:
         return _vision_parts(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
-        size = model.config.vision_config.image_size  # type: ignore[union-attr]
+        config = model.config.vision_config  # type: ignore[union-attr]
+        if self.twin(model) is SIGLIP2:
+            side = math.isqrt(int(config.num_patches)) * int(config.patch_size)  # type: ignore[union-attr, arg-type]
+            return side, side
+        size = config.image_size  # type: ignore[union-attr]
         height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
         return int(height), int(width)
 
@@ -106,12 +79,13 @@ class HfFamily:
         return int(model.config.text_config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
 
     def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
-        owner = model.get_submodule(_TOWER_MODULE[tower])
+        owner = model.get_submodule(TOWER_MODULE[tower])
         norms = ("final_layer_norm",) if tower == "text" else ("post_layernorm",)
         first = [getattr(owner, "embeddings", None), getattr(owner, "pre_layrnorm", None)]
         blocks = list(owner.encoder.layers)  # type: ignore[union-attr, arg-type]
         last = [blocks[-1], *(getattr(owner, name, None) for name in norms)]
-        projection = [getattr(model, _PROJECTION[tower], None)]
+        # SigLIP projects its texts, and pools its images, inside the tower.
+        projection = [getattr(model, _PROJECTION[tower], None), getattr(owner, "head", None)]
         groups = [first, *([block] for block in blocks[:-1]), last, projection]
         return [parameters for group in groups if (parameters := parameters_of(group))]
 
@@ -123,48 +97,67 @@ class HfFamily:
         else:
             getattr(model, f"{kind}_checkpointing_disable")()
 
+    def twin(self, model: nn.Module) -> Twin:
+        return {"siglip": SIGLIP, "siglip2": SIGLIP2}.get(str(model.config.model_type), CLIP)  # type: ignore[union-attr]
+
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         return {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        refs = self.site_refs(model)
-        for site, ref in refs.items():
-            yield f"{site_path(site)}.weight", site_weight(model, ref)
+        refs, twin = self.site_refs(model), self.twin(model)
         taken = {f"{ref.module}.{ref.parameter}" for ref in refs.values()}
+        for site, ref in refs.items():
+            yield f"{site_path(site, twin)}.weight", site_weight(model, ref)
+        if has_pooling_head(model):
+            taken |= {name for name, _ in pooling_biases(model)}
+            for _, parts in pooling_biases(model):
+                yield from parts
         for name, tensor in model.state_dict().items():
-            if name not in taken and not is_lora(name):
-                yield name, tensor
+            plain = name.replace("parametrizations.", "").removesuffix(".original")
+            if plain not in taken and not is_lora(name):
+                yield plain, tensor
 
 
 def _layers(model: nn.Module, tower: Tower) -> nn.ModuleList | None:
     """The blocks of a tower; None where it is not built as CLIP's is (AltCLIP reads text with XLM-R)."""
-    encoder = getattr(getattr(model, _TOWER_MODULE[tower], None), "encoder", None)
+    encoder = getattr(getattr(model, TOWER_MODULE[tower], None), "encoder", None)
     layers = getattr(encoder, "layers", None)
     return layers if isinstance(layers, nn.ModuleList) else None
 
 
-def _sites(model: nn.Module) -> Iterator[Site]:
-    for tower in _TOWER_MODULE:
+def _sites(model: nn.Module, twin: Twin) -> Iterator[Site]:
+    """The sites that are modules of their own."""
+    for tower in TOWER_MODULE:
         layers = _layers(model, tower)
         assert layers is not None
-        for role in _EMBEDDINGS[tower]:
+        for role in EMBEDDINGS[tower]:
             yield Site(tower, None, role)
         for block in range(len(layers)):
             for role in BLOCK_ROLES:
                 yield Site(tower, block, role)
-        if hasattr(model, _PROJECTION[tower]):
+        projected = tower == "text" or twin is CLIP
+        if projected and _module_at(model, site_path(Site(tower, None, "proj"), twin)) is not None:
             yield Site(tower, None, "proj")
 
 
-def _ref(model: nn.Module, site: Site) -> SiteRef:
-    path = site_path(site)
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _ref(model: nn.Module, site: Site, twin: Twin) -> SiteRef:
+    path = site_path(site, twin)
     module = model.get_submodule(path)
     kind: SiteKind = "linear"
-    if isinstance(module, nn.Embedding):
+    if twin is SIGLIP2 and site == Site("vision", None, "position_embedding"):
+        kind = "table"  # whose weight is resized to the grid of every image, and never looked up
+    elif isinstance(module, nn.Embedding):
         kind = "embedding"
     elif isinstance(module, nn.Conv2d):
         kind = "conv"
-    return SiteRef(site, path, "weight", kind, tuple(module.weight.shape))  # type: ignore[arg-type]
+    return SiteRef(site, path, "weight", kind, tuple(base_parameter(module, "weight").shape))
 
 
 def _features(output: object) -> Tensor:

@@ -15,13 +15,14 @@ from clipgraft.models.architecture import Block, Part, TextTower, VisionTower, a
 from clipgraft.models.family import (
     LARGEST_ID,
     base_parameter,
-    is_lora,
     parameters_of,
     pooled_positions,
-    site_weight,
 )
-from clipgraft.models.hf import site_path
+from clipgraft.models.names import CLIP, SIGLIP, Twin
+from clipgraft.models.openclip_names import canonical_name, canonical_weights
+from clipgraft.models.resnet_tower import resnet_refs
 from clipgraft.models.sites import Site, SiteRef, Tower, block_number
+from clipgraft.models.timm_tower import is_siglip_tower, timm_refs
 
 _BLOCK_ROLES = {"attn.out_proj": "out", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}
 _TEXT_ROLES = {
@@ -120,25 +121,34 @@ class OpenClipFamily:
     def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
         model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
+    def twin(self, model: nn.Module) -> Twin:
+        return SIGLIP if _is_siglip(model) else CLIP
+
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        named = model.named_modules()
+        twin = self.twin(model)
         # With a trailing dot, as the renames of modules have one.
         return {
-            _canonical_name(f"{name}.").rstrip("."): module
-            for name, module in named
+            canonical_name(f"{name}.", twin).rstrip("."): module
+            for name, module in model.named_modules()
             if isinstance(module, nn.LayerNorm)
         }
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        refs = self.site_refs(model)
-        for site, ref in refs.items():
-            yield f"{site_path(site)}.weight", site_weight(model, ref)
-        yield from _canonical_rest(model, refs)
+        yield from canonical_weights(model, self.site_refs(model), self.twin(model))
 
 
 def _is_split(model: nn.Module) -> bool:
     """CustomTextCLIP keeps its text tower in `.text`; CLIP keeps the parts on the model itself."""
     return isinstance(getattr(model, "text", None), nn.Module)
+
+
+def _is_siglip(model: nn.Module) -> bool:
+    """Whether `transformers.SiglipModel` holds the same weights: both towers are built as SigLIP's are."""
+    if not _is_split(model) or not is_siglip_tower(_module(model.visual)):
+        return False
+    text = _text_tower(model)
+    pooled_last = _pooling(text)[0] == "last" and getattr(text, "attn_mask", None) is None
+    return pooled_last and bool(_blocks(text)) and isinstance(text.text_projection, nn.Linear)
 
 
 def _text_tower(model: nn.Module) -> nn.Module:
@@ -208,15 +218,37 @@ def _text_refs(model: nn.Module) -> Iterator[SiteRef]:
 
 def _vision_refs(model: nn.Module) -> Iterator[SiteRef]:
     visual = _module(model.visual)
+    if hasattr(visual, "trunk"):
+        yield from timm_refs(visual)
+        return
     blocks = _blocks(visual)
     if not blocks or not hasattr(visual, "conv1"):
+        yield from resnet_refs(visual)
         return
     conv = tuple(visual.conv1.weight.shape)  # type: ignore[union-attr, arg-type]
     yield SiteRef(Site("vision", None, "patch_embedding"), "visual.conv1", "weight", "conv", conv)
     yield _table_ref("vision", visual, "visual")
     for index, block in enumerate(blocks):
         yield from _block_refs("vision", index, block, f"visual.transformer.resblocks.{index}")
+    pool = getattr(getattr(visual, "attn_pool", None), "attn", None)
+    if isinstance(pool, nn.MultiheadAttention):
+        yield from _pooling_refs(pool, "visual.attn_pool.attn")
     yield from _projection_ref("vision", visual, "visual", "proj")
+
+
+def _pooling_refs(attention: nn.MultiheadAttention, module: str) -> Iterator[SiteRef]:
+    """The sites of an attentional pooler (CoCa), whose keys may be wider than its queries."""
+    dim = attention.embed_dim
+    for number, role in enumerate("qkv"):
+        site = Site("vision", None, f"pool_{role}")
+        if attention.in_proj_weight is not None:
+            rows = slice(number * dim, (number + 1) * dim)
+            yield SiteRef(site, module, "in_proj_weight", "fused", (dim, dim), rows)
+        else:
+            name = f"{role}_proj_weight"
+            yield SiteRef(site, module, name, "fused", tuple(base_parameter(attention, name).shape))
+    out = tuple(attention.out_proj.weight.shape)
+    yield SiteRef(Site("vision", None, "pool_out"), module, "out_proj.weight", "fused", out)
 
 
 def _table_ref(tower: Tower, owner: nn.Module, module: str) -> SiteRef:
@@ -251,53 +283,6 @@ def _block_refs(tower: Tower, index: int, block: nn.Module, path: str) -> Iterat
         if isinstance(linear, nn.Linear):
             site = Site(tower, index, role)
             yield SiteRef(site, f"{path}.mlp.{name}", "weight", "linear", tuple(linear.weight.shape))
-
-
-def _canonical_rest(model: nn.Module, refs: dict[Site, SiteRef]) -> Iterator[tuple[str, Tensor]]:
-    """Biases, norms and whatever else is no site's weight, fused biases split into q, k and v."""
-    taken = {f"{ref.module}.{ref.parameter}".lstrip(".") for ref in refs.values()}
-    for name, tensor in model.state_dict().items():
-        plain = name.replace("parametrizations.", "").removesuffix(".original")
-        # A wrapped projection keeps its weight one level deeper than the bare Parameter was.
-        if is_lora(name) or plain in taken or plain.removesuffix(".weight") in taken:
-            continue
-        if plain.endswith(".in_proj_bias"):
-            stem = _canonical_name(plain.removesuffix(".in_proj_bias"))
-            for role, part in zip("qkv", tensor.chunk(3), strict=True):
-                yield f"{stem}.{role}_proj.bias", part
-        else:
-            yield _canonical_name(plain), tensor
-
-
-_RENAMES = (
-    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-    ("text.transformer.resblocks.", "text_model.encoder.layers."),
-    ("transformer.resblocks.", "text_model.encoder.layers."),
-    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
-    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
-    ("visual.ln_post.", "vision_model.post_layernorm."),
-    ("text.ln_final.", "text_model.final_layer_norm."),
-    ("ln_final.", "text_model.final_layer_norm."),
-)
-_BLOCK_RENAMES = (
-    (".attn.", ".self_attn."),
-    (".ln_1.", ".layer_norm1."),
-    (".ln_2.", ".layer_norm2."),
-    (".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.c_proj.", ".mlp.fc2."),
-)
-
-
-def _canonical_name(name: str) -> str:
-    """open_clip's state-dict name -> transformers.CLIPModel's; names it does not have stay as they are."""
-    for old, new in _RENAMES:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    padded = f"{name}."
-    for old, new in _BLOCK_RENAMES:
-        padded = padded.replace(old, new)
-    return padded.rstrip(".")
 
 
 def _text_parts(text: Any) -> TextTower | None:

@@ -1,0 +1,306 @@
+"""Build tiny open_clip models with vision towers of timm and of open_clip's own, and name their weights.
+
+The towers are timm's own functions with smaller numbers. `WEIGHTS` says for each site which entry of the state
+dict holds its weight, and which of several equal shares of the rows: written here a second time, by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import open_clip
+import timm
+import torch
+from open_clip.timm_model import TimmModel
+from timm.models.vitamin import VitCfg, VitConvCfg
+from torch import Tensor, nn
+
+from tiny_models import TINY_OPENCLIP, randomise
+
+DIM, SIZE, CONTEXT = 24, 32, 16
+Update = tuple[Tensor, Tensor, float]
+Place = tuple[str, int, int]
+"""Name in the state dict below `visual.`, index of the share of rows, number of shares."""
+
+_VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+_TEXT = {"context_length": CONTEXT, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
+_SIGLIP_TEXT = {
+    **_TEXT,
+    "no_causal_mask": True,
+    "proj_bias": True,
+    "pool_type": "last",
+    "norm_kwargs": {"eps": 1e-6},
+}
+
+
+def _with_head(trunk: nn.Module, head: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """An open_clip `TimmModel` around a trunk that was built already."""
+    visual = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(visual)
+    visual.image_size = (SIZE, SIZE)
+    visual.trunk = trunk
+    visual.head = nn.Sequential(OrderedDict(head or {}))
+    return visual
+
+
+def _siglip() -> nn.Module:
+    name = "vit_base_patch16_siglip_224"
+    return _with_head(timm.create_model(name, num_classes=0, **_VIT))
+
+
+def _eva01() -> nn.Module:
+    # timm makes the fused q/k/v weights with biases of q and v apart.
+    return _with_head(timm.create_model("eva_giant_patch14_clip_224", num_classes=DIM, **_VIT))
+
+
+def _eva02() -> nn.Module:
+    options = {**_VIT, "ref_feat_shape": (4, 4)}
+    return _with_head(timm.create_model("eva02_base_patch16_clip_224", num_classes=DIM, **options))
+
+
+def _pe() -> nn.Module:
+    options = {**_VIT, "ref_feat_shape": (4, 4), "attn_pool_num_heads": 2}
+    return _with_head(timm.create_model("vit_pe_core_tiny_patch16_384", num_classes=DIM, **options))
+
+
+def _convnext() -> nn.Module:
+    trunk = timm.create_model("convnext_tiny", num_classes=0, depths=(1, 1, 2, 1), dims=(8, 16, 16, 32))
+    mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(32, 48), act=nn.GELU(), fc2=nn.Linear(48, DIM, bias=False)))
+    return _with_head(trunk, {"mlp": mlp})
+
+
+def _fastvit() -> nn.Module:
+    options = {"layers": (1, 1, 1, 1), "embed_dims": (32, 32, 32, 64)}
+    return _with_head(timm.create_model("fastvit_mci0", num_classes=DIM, **options))
+
+
+def _vitamin() -> nn.Module:
+    convolutions = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+    config = VitCfg((16, 16, 32), (1, 1, 1), 16, convolutions, "1d")
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": SIZE, "embed_cfg": config}
+    trunk = timm.create_model("vitamin_small_224", num_classes=0, **options)
+    return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
+
+
+def _swin() -> nn.Module:
+    options = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
+    trunk = timm.create_model("swin_base_patch4_window7_224", num_classes=0, **options)
+    return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
+
+
+def _blocks(paths: list[str], places: Mapping[str, Place | str]) -> dict[str, Place]:
+    """Sites of all blocks; a place is a module, or one with its share of rows."""
+    return {
+        f"vision.{number}.{role}": (f"{path}.{name}.weight", index, count)
+        for number, path in enumerate(paths)
+        for role, place in places.items()
+        for name, index, count in [(place, 0, 1) if isinstance(place, str) else place]
+    }
+
+
+def _modules(**places: str) -> dict[str, Place]:
+    return {f"vision.{role}": (name, 0, 1) for role, name in places.items()}
+
+
+_TWO = ["trunk.blocks.0", "trunk.blocks.1"]
+_QKV: dict[str, Place | str] = {role: ("attn.qkv", index, 3) for index, role in enumerate("qkv")}
+_PLAIN: dict[str, Place | str] = {**_QKV, "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_PATCHES = _modules(patch_embedding="trunk.patch_embed.proj.weight", position_embedding="trunk.pos_embed")
+_HEAD = _modules(proj="trunk.head.weight")
+_LATENT_POOL = {
+    **_modules(
+        pool_q="trunk.attn_pool.q.weight",
+        pool_out="trunk.attn_pool.proj.weight",
+        pool_fc1="trunk.attn_pool.mlp.fc1.weight",
+        pool_fc2="trunk.attn_pool.mlp.fc2.weight",
+    ),
+    "vision.pool_k": ("trunk.attn_pool.kv.weight", 0, 2),
+    "vision.pool_v": ("trunk.attn_pool.kv.weight", 1, 2),
+}
+_EVA02 = {
+    "q": "attn.q_proj",
+    "k": "attn.k_proj",
+    "v": "attn.v_proj",
+    "out": "attn.proj",
+    "gate": "mlp.fc1_g",
+    "fc1": "mlp.fc1_x",
+    "fc2": "mlp.fc2",
+}
+_GEGLU = {**_QKV, "out": "attn.proj", "gate": "mlp.w0", "fc1": "mlp.w1", "fc2": "mlp.w2"}
+_CONVNEXT = [
+    f"trunk.stages.{stage}.blocks.{block}" for stage, block in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))
+]
+_FASTVIT = [f"trunk.stages.{stage}.blocks.0" for stage in range(4)]
+_MIXER = {
+    "mixer": "token_mixer.mixer.conv_kxk.0.conv",
+    "mixer_scale": "token_mixer.mixer.conv_scale.conv",
+    "conv_dw": "mlp.conv.conv",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_MBCONV = {"conv1": "conv1_1x1", "conv_dw": "conv2_kxk", "conv3": "conv3_1x1"}
+_VITAMIN = [f"trunk.patch_embed.backbone.stages.{stage}.0" for stage in range(2)]
+_SWIN = ["trunk.layers.0.blocks.0", "trunk.layers.0.blocks.1", "trunk.layers.1.blocks.0"]
+_RESNET = [f"layer{stage}.0" for stage in range(1, 5)]
+
+
+def _later(sites: Mapping[str, Place], by: int) -> dict[str, Place]:
+    """The same sites with other block numbers."""
+    return {f"vision.{int(s.split('.')[1]) + by}.{s.split('.')[2]}": place for s, place in sites.items()}
+
+
+WEIGHTS: dict[str, dict[str, Place]] = {
+    "SigLIP": {**_blocks(_TWO, _PLAIN), **_PATCHES, **_LATENT_POOL},
+    "EVA01": {**_blocks(_TWO, _PLAIN), **_PATCHES, **_HEAD},
+    "EVA02": {**_blocks(_TWO, _EVA02), **_PATCHES, **_HEAD},
+    "PE": {**_blocks(_TWO, _PLAIN), **_PATCHES, **_LATENT_POOL, **_HEAD},
+    "ConvNeXt": {
+        **_blocks(_CONVNEXT, {"conv_dw": "conv_dw", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}),
+        **{
+            f"vision.{block}.downsample": (f"trunk.stages.{stage}.downsample.1.weight", 0, 1)
+            for stage, block in ((1, 1), (2, 2), (3, 4))
+        },
+        **_modules(
+            patch_embedding="trunk.stem.0.weight",
+            proj_fc1="head.mlp.fc1.weight",
+            proj_fc2="head.mlp.fc2.weight",
+        ),
+    },
+    "FastViT": {
+        **_blocks(_FASTVIT[:3], _MIXER),
+        **_later(
+            _blocks(
+                _FASTVIT[3:],
+                {
+                    **{role: ("token_mixer.qkv", index, 3) for index, role in enumerate("qkv")},
+                    "out": "token_mixer.proj",
+                    "conv_dw": "mlp.conv.conv",
+                    "fc1": "mlp.fc1",
+                    "fc2": "mlp.fc2",
+                },
+            ),
+            3,
+        ),
+        **_modules(proj="trunk.head.fc.weight"),
+    },
+    "ViTamin": {
+        **_blocks(_VITAMIN, _MBCONV),
+        **_later(_blocks(_TWO, _GEGLU), 2),
+        **_modules(position_embedding="trunk.pos_embed", proj="head.proj.weight"),
+    },
+    "Swin": {
+        **_blocks(_SWIN, _PLAIN),
+        **_modules(patch_embedding="trunk.patch_embed.proj.weight", proj="head.proj.weight"),
+        "vision.2.downsample": ("trunk.layers.1.downsample.reduction.weight", 0, 1),
+    },
+    "ResNet": {
+        **_blocks(_RESNET, {role: role for role in ("conv1", "conv2", "conv3")}),
+        **_blocks(_RESNET, {"shortcut": "downsample.0"}),
+        **_modules(
+            position_embedding="attnpool.positional_embedding",
+            pool_q="attnpool.q_proj.weight",
+            pool_k="attnpool.k_proj.weight",
+            pool_v="attnpool.v_proj.weight",
+            pool_out="attnpool.c_proj.weight",
+        ),
+    },
+    "CoCa": {
+        **_blocks(
+            [f"transformer.resblocks.{block}" for block in range(2)],
+            {"out": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"},
+        ),
+        **{
+            f"vision.{block}.{role}": (f"transformer.resblocks.{block}.attn.in_proj_weight", index, 3)
+            for block in range(2)
+            for index, role in enumerate("qkv")
+        },
+        **_modules(
+            patch_embedding="conv1.weight",
+            position_embedding="positional_embedding",
+            pool_q="attn_pool.attn.q_proj_weight",
+            pool_k="attn_pool.attn.k_proj_weight",
+            pool_v="attn_pool.attn.v_proj_weight",
+            pool_out="attn_pool.attn.out_proj.weight",
+            proj="proj",
+        ),
+    },
+}
+_TRUNKS: dict[str, Callable[[], nn.Module]] = {
+    "SigLIP": _siglip,
+    "EVA01": _eva01,
+    "EVA02": _eva02,
+    "PE": _pe,
+    "ConvNeXt": _convnext,
+    "FastViT": _fastvit,
+    "ViTamin": _vitamin,
+    "Swin": _swin,
+}
+
+
+def build_tower(family: str) -> nn.Module:
+    """An open_clip model with the vision tower of a family and the text tower that goes with it."""
+    torch.manual_seed(0)
+    if family == "CoCa":
+        model: nn.Module = _coca()
+    elif family == "ResNet":
+        vision = {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 8}
+        model = open_clip.CLIP(embed_dim=DIM, vision_cfg=vision, text_cfg=dict(_TEXT))
+    else:
+        text = _SIGLIP_TEXT if family == "SigLIP" else _TEXT
+        dim = 32 if family == "SigLIP" else DIM
+        bias = -10.0 if family == "SigLIP" else None
+        vision = dict(TINY_OPENCLIP["vision_cfg"])
+        model = open_clip.CustomTextCLIP(dim, vision_cfg=vision, text_cfg=dict(text), init_logit_bias=bias)
+        model.visual = _TRUNKS[family]()
+    return randomise(model).eval()
+
+
+def _coca() -> nn.Module:
+    vision = {**TINY_OPENCLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}
+    text = {**_TEXT, "embed_cls": True, "output_tokens": True}
+    multimodal = {**_TEXT, "width": DIM, "layers": 1, "heads": 2, "attn_pooler_heads": 2}
+    return open_clip.CoCa(
+        DIM, multimodal_cfg=multimodal, text_cfg=text, vision_cfg={**vision, "output_tokens": True}
+    )
+
+
+def explicit_weights(base: nn.Module, family: str, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """W + s·B·A for every weight of the vision tower that has an update, differentiable in A and B."""
+    state = {name: weight.detach() for name, weight in base.state_dict().items()}
+    changed: dict[str, Tensor] = {}
+    for site, (a, b, scale) in updates.items():
+        name, index, count = WEIGHTS[family][site]
+        name = f"visual.{name}"
+        weight = changed.get(name, state[name])
+        product = scale * b.flatten(1) @ a.flatten(1)
+        if site.endswith("position_embedding") or name == "visual.proj":
+            product = product.T
+        shares = list(weight.chunk(count))
+        shares[index] = shares[index] + product.reshape(shares[index].shape)
+        changed[name] = torch.cat(shares)
+    return changed
+
+
+def explicit_model(base: nn.Module, family: str, updates: Mapping[str, Update]) -> nn.Module:
+    """A copy of the base with W + s·B·A in its weights."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, weight in explicit_weights(base, family, updates).items():
+            model.get_parameter(name).copy_(weight)
+    return model
+
+
+def pixels(seed: int = 0) -> Tensor:
+    """(3, 3, 32, 32) pixels."""
+    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(seed: int = 0) -> Tensor:
+    """(3, context) token ids; the largest stands at another position in every row."""
+    found = torch.randint(1, 98, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
+    for row in range(3):
+        found[row, 5 + row] = 99
+        found[row, 6 + row :] = 0
+    return found

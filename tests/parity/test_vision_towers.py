@@ -1,0 +1,149 @@
+"""Adapters on vision towers of timm and of open_clip's own against models whose weights are W + s·B·A."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import clipgraft as cg
+from clipgraft.lora.state import require_lora
+from clipgraft.models.clip import as_clip
+from explicit_lora import largest, randomise_active, randomise_lora
+from tiny_towers import WEIGHTS, Update, build_tower, explicit_model, explicit_weights, ids, pixels
+
+FAMILIES = sorted(WEIGHTS)
+VISION = "vision.*.*,vision.*"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def base(family: str) -> nn.Module:
+    return build_tower(family)
+
+
+def image_features(model: nn.Module) -> Tensor:
+    features: Tensor = as_clip(model).family.encode_image(model, pixels())
+    return features
+
+
+def adapted(base: nn.Module, **options: object) -> tuple[nn.Module, dict[str, Update]]:
+    model = copy.deepcopy(base)
+    cg.apply_lora(model, **{"r": 3, "alpha": 5, "targets": VISION, **options})
+    return model, randomise_lora(model, size=0.1)
+
+
+def bound(wanted: Tensor) -> float:
+    return 3e-5 * max(1.0, wanted.abs().max().item())
+
+
+def test_sites_are_those_of_the_hand_written_table(family: str, base: nn.Module) -> None:
+    """A site of the tower is missing, or a place that is none is offered."""
+    found = {str(site) for site in as_clip(base).sites if site.tower == "vision"}
+    assert found == set(WEIGHTS[family])
+
+
+def test_forward_of_all_sites(family: str, base: nn.Module) -> None:
+    """An adapter on the tower computes something else than its weights say, in training or in use."""
+    model, updates = adapted(base)
+    explicit = explicit_model(base, family, updates)
+    for train, grad in itertools.product((False, True), repeat=2):
+        ours, theirs = copy.deepcopy(model).train(train), copy.deepcopy(explicit).train(train)
+        with torch.set_grad_enabled(grad):
+            wanted = image_features(theirs)
+            assert largest((image_features(ours),), (wanted,)) <= bound(wanted)
+
+
+def test_every_site_acts_alone(family: str, base: nn.Module) -> None:
+    """The update of a site is ignored: the module that it hangs on is never called."""
+    plain = image_features(base).detach()
+    for site in WEIGHTS[family]:
+        model, updates = adapted(base, targets=site)
+        with torch.no_grad():
+            ours, wanted = image_features(model), image_features(explicit_model(base, family, updates))
+        assert largest((ours,), (wanted,)) <= bound(wanted), site
+        assert largest((wanted,), (plain,)) > 1e-5, site
+
+
+def test_gradients_of_all_sites(family: str, base: nn.Module) -> None:
+    """Training moves an adapter on the tower into a wrong direction, or not at all."""
+    model, updates = adapted(base)
+    weights = torch.linspace(-1, 1, image_features(base).numel())
+    (image_features(model).flatten() * weights).sum().backward()
+    leaves = {site: (a.requires_grad_(), b.requires_grad_(), s) for site, (a, b, s) in updates.items()}
+    wanted = _explicit_features(base, explicit_weights(base, family, leaves))
+    (wanted.flatten() * weights).sum().backward()
+    for site, layer in require_lora(model).layers.items():
+        a, b, _ = leaves[str(site)]
+        pair = (a.grad, b.grad)
+        assert largest((layer.lora_A.grad, layer.lora_B.grad), pair) <= bound(
+            torch.cat([t.flatten() for t in pair])
+        )
+
+
+def _explicit_features(base: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
+    visual = {name.removeprefix("visual."): weight for name, weight in weights.items()}
+    found = functional_call(base.visual, visual, (pixels(),))
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"bias": "all"}, {"use_dora": True, "bias": "lora_only"}]
+)
+def test_merging_is_exact_and_undone(base: nn.Module, options: dict[str, object]) -> None:
+    """A merged model computes something else than the adapted one, or unmerging leaves other weights."""
+    model, _ = adapted(base, **options)
+    randomise_active(model)
+    wanted, before = image_features(model).detach(), copy.deepcopy(model.state_dict())
+    cg.merge_lora(model)
+    merged = image_features(model).detach()
+    assert largest((merged,), (wanted,)) <= bound(wanted)
+    cg.unmerge_lora(model)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_removing_leaves_the_base(base: nn.Module) -> None:
+    """After remove_lora the model is not the base any more: other weights, names or features."""
+    model, _ = adapted(base, bias="all")
+    cg.remove_lora(model)
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert image_features(model).equal(image_features(base))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}])
+def test_files_hold_every_site(base: nn.Module, options: dict[str, object], tmp_path: Path) -> None:
+    """A saved adapter comes back as another one, or not at all."""
+    model, _ = adapted(base, **options)
+    randomise_active(model)
+    other = copy.deepcopy(base)
+    cg.load_adapter(other, cg.save_adapter(model, tmp_path))
+    assert largest((image_features(other),), (image_features(model),)) <= 1e-6
+
+
+def test_disabled_is_the_base_to_the_bit(base: nn.Module) -> None:
+    """A disabled adapter, or a new one, changes the base's features."""
+    model = copy.deepcopy(base)
+    cg.apply_lora(model, targets=VISION, r=3)
+    with torch.no_grad():
+        assert largest((image_features(model),), (image_features(base),)) <= 1e-6
+        with cg.lora_disabled(model):
+            assert image_features(model).equal(image_features(base))
+
+
+def test_texts_are_encoded(base: nn.Module) -> None:
+    """The text tower beside such a vision tower cannot be adapted, or is cut where it sees its padding."""
+    model = copy.deepcopy(base)
+    cg.apply_lora(model, targets="text-attention", r=3)
+    with torch.no_grad():
+        wanted = base.encode_text(ids())
+        assert largest((as_clip(model).encode_text(ids()),), (wanted,)) <= 1e-5
