@@ -1,7 +1,8 @@
 """Build tiny open_clip models with vision towers of timm and of open_clip's own, and name their weights.
 
-The towers are timm's own functions with smaller numbers. `WEIGHTS` says for each site which entry of the state
-dict holds its weight, and which of several equal shares of the rows: written here a second time, by hand.
+The towers are timm's own functions with smaller numbers. `WEIGHTS` says for each site which entry of the
+state dict holds its weight, and which of several equal shares of the rows: written here a second time, by
+hand.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _convnext() -> nn.Module:
 
 def _fastvit() -> nn.Module:
     options = {"layers": (1, 1, 1, 1), "embed_dims": (32, 32, 32, 64)}
-    return _with_head(timm.create_model("fastvit_mci0", num_classes=DIM, **options))
+    visual = _with_head(timm.create_model("fastvit_mci0", num_classes=DIM, **options))
+    visual.image_size = (2 * SIZE, 2 * SIZE)  # whose last map has more than one place to attend to
+    return visual
 
 
 def _vitamin() -> nn.Module:
@@ -85,7 +88,14 @@ def _vitamin() -> nn.Module:
 
 
 def _swin() -> nn.Module:
-    options = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
+    options = {
+        "img_size": SIZE,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 1),
+        "num_heads": (2, 2),
+        "drop_path_rate": 0.0,
+    }
     trunk = timm.create_model("swin_base_patch4_window7_224", num_classes=0, **options)
     return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
 
@@ -254,7 +264,12 @@ def build_tower(family: str) -> nn.Module:
         vision = dict(TINY_OPENCLIP["vision_cfg"])
         model = open_clip.CustomTextCLIP(dim, vision_cfg=vision, text_cfg=dict(text), init_logit_bias=bias)
         model.visual = _TRUNKS[family]()
-    return randomise(model).eval()
+    randomise(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.add_(1)  # new branches are scaled by 1e-5, which would hide what is in them
+    return model.eval()
 
 
 def _coca() -> nn.Module:
@@ -292,9 +307,9 @@ def explicit_model(base: nn.Module, family: str, updates: Mapping[str, Update]) 
     return model
 
 
-def pixels(seed: int = 0) -> Tensor:
-    """(3, 3, 32, 32) pixels."""
-    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+def pixels(size: int = SIZE) -> Tensor:
+    """(3, 3, size, size) pixels."""
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def ids(seed: int = 0) -> Tensor:

@@ -23,11 +23,12 @@ BLOCK = ("q", "k", "v", "out", "fc1", "fc2")
 DEPTH = {"text": 12, "vision": 5}
 OUTSIDE = {
     "text": ("token_embedding", "position_embedding", "proj"),
-    "vision": ("patch_embedding", "position_embedding", "proj"),
+    "vision": ("patch_embedding", "position_embedding", "pool_q", "pool_fc1", "proj", "proj_fc1"),
 }
 NAMES = [
     *(f"{tower}.{block}.{role}" for tower in DEPTH for block in range(DEPTH[tower]) for role in BLOCK),
     *(f"{tower}.{role}" for tower in OUTSIDE for role in OUTSIDE[tower]),
+    *(f"vision.4.{role}" for role in ("gate", "conv_dw", "downsample")),
 ]
 SITES = [Site.parse(name) for name in NAMES]
 
@@ -39,25 +40,27 @@ def names(sites: Sequence[Site]) -> set[str]:
 # What each set must hold, as regular expressions over site names: not the rule of targets.py.
 SETS = {
     "text-attention": r"text\.\d+\.(q|k|v|out)",
-    "vision-attention": r"vision\.\d+\.(q|k|v|out)",
-    "attention": r".*\.\d+\.(q|k|v|out)",
+    "vision-attention": r"vision\.\d+\.(q|k|v|out)|vision\.pool_q",
+    "attention": r".*\.\d+\.(q|k|v|out)|vision\.pool_q",
     "text-mlp": r"text\.\d+\.fc.",
-    "vision-mlp": r"vision\.\d+\.fc.",
-    "mlp": r".*\.fc.",
-    "projection": r".*\.proj",
-    "linear": r".*\.\d+\..*|.*\.proj",
-    "all-linear": r".*\.\d+\..*|.*\.proj",
+    "vision-mlp": r"vision\.\d+\.(fc.|gate)|vision\.pool_fc1",
+    "mlp": r".*\.(fc.|gate|pool_fc1)",
+    "pooling": r"vision\.pool_.*",
+    "convolutions": r"vision\.(patch_embedding|4\.conv_dw|4\.downsample)",
+    "projection": r".*\.proj(_fc1)?",
+    "linear": r".*\.\d+\.(?!conv|down).*|.*\.proj(_fc1)?|vision\.pool_.*",
+    "all-linear": r".*\.\d+\.(?!conv|down).*|.*\.proj(_fc1)?|vision\.pool_.*",
     "linear-text": r"text\.\d+\..*",
     "text-matrices": r"text\.\d+\..*|text\.token_embedding|text\.proj",
     "text-linear": r"text\.\d+\..*",
-    "linear-vision": r"vision\.\d+\..*",
-    "vision-linear": r"vision\.\d+\..*",
+    "linear-vision": r"vision\.\d+\.(?!conv|down).*|vision\.pool_.*",
+    "vision-linear": r"vision\.\d+\.(?!conv|down).*|vision\.pool_.*",
     "embedding": r".*\.(token|position)_embedding",
-    "linear+embedding": r"(?!vision\.patch).*",
-    "linear+embedding-text": r"text\..*|vision\.proj",
-    "text-linear+embedding": r"text\..*|vision\.proj",
-    "linear+embedding-vision": r"(?!vision\.patch)vision\..*|text\.proj",
-    "vision-linear+embedding": r"(?!vision\.patch)vision\..*|text\.proj",
+    "linear+embedding": r"(?!vision\.(patch|4\.conv|4\.down)).*",
+    "linear+embedding-text": r"text\..*|vision\.proj(_fc1)?",
+    "text-linear+embedding": r"text\..*|vision\.proj(_fc1)?",
+    "linear+embedding-vision": r"(?!vision\.(patch|4\.conv|4\.down))vision\..*|text\.proj",
+    "vision-linear+embedding": r"(?!vision\.(patch|4\.conv|4\.down))vision\..*|text\.proj",
     "all": r".*",
 }
 

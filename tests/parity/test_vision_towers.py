@@ -33,7 +33,8 @@ def base(family: str) -> nn.Module:
 
 
 def image_features(model: nn.Module) -> Tensor:
-    features: Tensor = as_clip(model).family.encode_image(model, pixels())
+    family = as_clip(model).family
+    features: Tensor = family.encode_image(model, pixels(family.image_size(model)[0]))
     return features
 
 
@@ -92,9 +93,20 @@ def test_gradients_of_all_sites(family: str, base: nn.Module) -> None:
 
 
 def _explicit_features(base: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
-    visual = {name.removeprefix("visual."): weight for name, weight in weights.items()}
-    found = functional_call(base.visual, visual, (pixels(),))
-    return found[0] if isinstance(found, tuple) else found
+    named = {f"model.{name}": weight for name, weight in weights.items()}
+    found: Tensor = functional_call(_Images(base), named, ())
+    return found
+
+
+class _Images(nn.Module):
+    """Make encoding a forward, as `functional_call` replaces weights only during a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> Tensor:
+        return image_features(self.model)
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,16 @@ class AdaptedWeight(nn.Module):
     def put(self, ref: SiteRef, slot: AdapterSlot) -> None:
         """Add a site of the weight."""
         self.refs[ref.site.role] = ref
-        setattr(self, f"lora_{ref.site.role}", slot)
+        setattr(self, self._name(ref), slot)
+
+    @staticmethod
+    def _name(ref: SiteRef) -> str:
+        return "lora" if ref.rows is None else f"lora_{ref.site.role}"
 
     def forward(self, weight: Tensor) -> Tensor:
         adapted = weight
-        for role, ref in self.refs.items():
-            layer = getattr(self, f"lora_{role}").current
+        for ref in self.refs.values():
+            layer = getattr(self, self._name(ref)).current
             if layer is None:
                 continue
             if ref.rows is None:
@@ -129,12 +133,12 @@ def graft_read(model: nn.Module, ref: SiteRef, slot: AdapterSlot) -> None:
 
 def ungraft_read(model: nn.Module, ref: SiteRef) -> None:
     """Give the host of a weight, and of its bias, their bare Parameters back."""
+    owner, bias = _bias_place(model, ref)
+    if bias:
+        _unparametrize(owner, bias)  # the last one first, so that each finds its old position
     host = model.get_submodule(ref.module)
     if parametrize.is_parametrized(host, ref.parameter):
         _unparametrize(host, ref.parameter)
-    owner, bias = _bias_place(model, ref)
-    if bias:
-        _unparametrize(owner, bias)
 
 
 def _bias_place(model: nn.Module, ref: SiteRef) -> tuple[nn.Module, str]:

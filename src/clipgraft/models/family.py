@@ -7,7 +7,7 @@ protocol, so a new family is a new file and one line in `clip.family_of`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,11 @@ def base_parameter(owner: nn.Module, name: str) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{leaf} of {type(owner).__name__} is not a tensor")
     return weight
+
+
+def is_pure_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether a module is a layer norm and nothing more; timm has some that end in an activation."""
+    return isinstance(module, nn.LayerNorm) and isinstance(getattr(module, "act", None), nn.Identity | None)
 
 
 def is_lora(name: str) -> bool:

@@ -15,11 +15,12 @@ from clipgraft.models.architecture import Block, Part, TextTower, VisionTower, a
 from clipgraft.models.family import (
     LARGEST_ID,
     base_parameter,
+    is_pure_norm,
     parameters_of,
     pooled_positions,
 )
 from clipgraft.models.names import CLIP, SIGLIP, Twin
-from clipgraft.models.openclip_names import canonical_name, canonical_weights
+from clipgraft.models.openclip_names import canonical_weights, norm_path
 from clipgraft.models.resnet_tower import resnet_refs
 from clipgraft.models.sites import Site, SiteRef, Tower, block_number
 from clipgraft.models.timm_tower import is_siglip_tower, timm_refs
@@ -126,12 +127,8 @@ class OpenClipFamily:
 
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         twin = self.twin(model)
-        # With a trailing dot, as the renames of modules have one.
-        return {
-            canonical_name(f"{name}.", twin).rstrip("."): module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.LayerNorm)
-        }
+        norms = {name: module for name, module in model.named_modules() if is_pure_norm(module)}
+        return {norm_path(name, twin): module for name, module in norms.items()}
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from canonical_weights(model, self.site_refs(model), self.twin(model))

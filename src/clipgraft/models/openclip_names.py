@@ -50,6 +50,13 @@ def canonical_name(name: str, twin: Twin) -> str:
     return padded.rstrip(".")
 
 
+def norm_path(name: str, twin: Twin) -> str:
+    """The path of a layer norm in adapter files, below the tower's name in transformers."""
+    # With a trailing dot, as the renames of modules have one.
+    path = canonical_name(f"{name}.", twin).rstrip(".")
+    return f"vision_model.{path.removeprefix('visual.')}" if path.startswith("visual.") else path
+
+
 def canonical_weights(
     model: nn.Module, refs: Mapping[Site, SiteRef], twin: Twin
 ) -> Iterator[tuple[str, Tensor]]:
