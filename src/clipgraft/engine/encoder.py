@@ -65,15 +65,17 @@ class Encoder:
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(B, L) token ids, on any device -> (B, D) features on the model's, not normalised."""
         packed = self.pack(tokens)
-        if self._text is None or packed is None:
-            with self._stock():
-                return self._wide(self.clip.encode_text(tokens))
-        return towers.run_text(self._text, packed, self._run())
+        if self._text is not None and packed is not None:
+            return towers.run_text(self._text, packed, self._run())
+        if self._text is not None and not self._text.causal:
+            return towers.run_whole_text(self._text, self._moved(tokens), self._run())
+        with self._stock():
+            return self._wide(self.clip.encode_text(tokens))
 
     def pack(self, tokens: Tensor) -> Packed | None:
         """Pack captions without padding, on the model's device; None where the tower does not allow it."""
         ends = self.clip.family.text_ends(self.clip.model, tokens)
-        if self._text is None or ends is None:
+        if self._text is None or ends is None or not self._text.causal:
             return None
         return pack(tokens.cpu(), ends.cpu()).to(self.clip.device)
 
@@ -91,20 +93,20 @@ class Encoder:
 
     @property
     def vision_shape(self) -> tuple[int, int]:
-        """(1 + patches, dim) of what goes from one block of the image tower to the next."""
+        """(tokens, dim) of what goes from one block of the image tower to the next."""
         assert self._vision is not None
-        length, dim = self._vision.positions.weight.shape
+        length, dim = self._vision.positions.matrix.shape
         return length, dim
 
     def encode_to_block(self, pixels: Tensor, block: int) -> Tensor:
-        """(B, 3, H, W) preprocessed pixels -> (B, 1 + patches, dim) input of a block, at least fp32."""
+        """(B, 3, H, W) preprocessed pixels -> (B, tokens, dim) input of a block, at least fp32."""
         assert self._vision is not None
         run = self._run()
         x = towers.embed_patches(self._vision, self._moved(pixels), run)
         return towers.run_to_block(self._vision, x, run, block)
 
     def encode_from_block(self, x: Tensor, block: int) -> Tensor:
-        """(B, 1 + patches, dim) input of a block, of any float type -> (B, D) features, not normalised."""
+        """(B, tokens, dim) input of a block, of any float type -> (B, D) features, not normalised."""
         assert self._vision is not None
         run = self._run()
         x = self._moved(x).to(run.residual)
@@ -155,13 +157,22 @@ class Encoder:
             )
             return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
 
+    def takes(self, tokens: Tensor) -> bool:
+        """Whether (B, L) token ids are computed by the engine: where it is known which of them is pooled."""
+        if self._text is None:
+            return False
+        return not self._text.causal or self.clip.family.text_ends(self.clip.model, tokens) is not None
+
     def is_plain(self, tower: Tower) -> bool:
         """Whether a tower is computed by the engine, not by its own forward."""
         return (self._text if tower == "text" else self._vision) is not None
 
     def _mixed_text(self, tokens: Tensor, adapters: list[ActiveAdapter], counts: list[int]) -> Tensor:
-        ends = self.clip.family.text_ends(self.clip.model, tokens)
         assert self._text is not None
+        if not self._text.causal:
+            run = self._mixed_run(_shares_of_rows(adapters, counts))
+            return towers.run_whole_text(self._text, self._moved(tokens), run)
+        ends = self.clip.family.text_ends(self.clip.model, tokens)
         assert ends is not None
         kinds = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         packed = pack(tokens.cpu(), ends.cpu(), kinds).to(self.clip.device)
@@ -170,14 +181,19 @@ class Encoder:
 
     def _mixed_images(self, pixels: Tensor, adapters: list[ActiveAdapter], counts: list[int]) -> Tensor:
         assert self._vision is not None
-        stops = list(itertools.accumulate(counts))
-        rows = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
-        shares = [AdapterShare(adapter, own, own) for adapter, own in zip(adapters, rows, strict=True)]
-        return towers.run_vision(self._vision, self._moved(pixels), self._mixed_run(shares))
+        run = self._mixed_run(_shares_of_rows(adapters, counts))
+        return towers.run_vision(self._vision, self._moved(pixels), run)
 
     def _mixed_run(self, shares: list[AdapterShare]) -> towers.TowerPass:
         kernel = self.attention.kernel(trains=False)
         return towers.TowerPass(self._weights, ActiveAdapter(), kernel, mix=MixedAdapters(tuple(shares)))
+
+
+def _shares_of_rows(adapters: list[ActiveAdapter], counts: list[int]) -> list[AdapterShare]:
+    """The rows of each adapter, which are neighbours."""
+    stops = list(itertools.accumulate(counts))
+    rows = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+    return [AdapterShare(adapter, own, own) for adapter, own in zip(adapters, rows, strict=True)]
 
 
 def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tensor:
@@ -203,9 +219,7 @@ def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tenso
         groups = _groups(names, len(inputs))
         adapters = _adapters(state, groups)
         encoder = _encoder(clip)
-        # A text tower that sees what follows its pooled token cannot be packed.
-        pools_early = tower == "vision" or clip.family.text_ends(clip.model, inputs) is not None
-        if encoder.is_plain(tower) and pools_early:
+        if encoder.is_plain(tower) and (tower == "vision" or encoder.takes(inputs)):
             parts = [(adapter, rows) for adapter, (_, rows) in zip(adapters, groups, strict=True)]
             with torch.autocast(clip.device.type, enabled=False):
                 return encoder.encode_rows(tower, inputs, parts).to(clip.dtype)

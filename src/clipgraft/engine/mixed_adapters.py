@@ -99,7 +99,7 @@ class MixedAdapters:
             layer = share.adapter.layers.get(part.site)
             if layer is not None:
                 own = share.nodes
-                y[own] = layer.folded(part.weight).index_select(0, indices[own])
+                y[own] = layer.folded(part.matrix).index_select(0, indices[own])
         return y
 
 

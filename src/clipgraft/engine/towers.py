@@ -22,7 +22,15 @@ from clipgraft.engine.attention import (
 from clipgraft.engine.linear import WeightCache, frozen_linear, trained_linear
 from clipgraft.engine.mixed_adapters import ActiveAdapter, MixedAdapters
 from clipgraft.engine.packing import Group, Packed
-from clipgraft.models.architecture import Activation, Block, Linear, Part, TextTower, VisionTower
+from clipgraft.models.architecture import (
+    Activation,
+    AttentionPool,
+    Block,
+    Linear,
+    Part,
+    TextTower,
+    VisionTower,
+)
 
 _SLOPE = 1.702
 
@@ -42,16 +50,21 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class Images:
-    """Rows of equal length that see all of themselves, pooled at their first node."""
+class WholeRows:
+    """Rows of equal length that see all of themselves: images, and captions without a causal mask.
+
+    Attributes:
+        pooled_at: the node of a row that is pooled.
+    """
 
     rows: int
     length: int
     device: torch.device
+    pooled_at: int = 0
 
     @property
     def pooled(self) -> Tensor:
-        return torch.arange(self.rows, device=self.device) * self.length
+        return torch.arange(self.rows, device=self.device) * self.length + self.pooled_at
 
     def attend(self, qkv: Tensor, heads: int, kernel: Attend) -> Tensor:
         queries, keys, values = split_heads(qkv, self.rows, 3, heads)
@@ -160,9 +173,9 @@ class TowerPass:
     def positions(self, indices: Tensor, part: Part) -> Tensor:
         """(N,) positions -> (N, dim) out of a small table, in its own type."""
         if self.mix is not None:
-            return self.mix.positions(part.weight.index_select(0, indices), indices, part)
+            return self.mix.positions(part.matrix.index_select(0, indices), indices, part)
         layer = self.adapter.layers.get(part.site)
-        return (part.weight if layer is None else layer.folded(part.weight)).index_select(0, indices)
+        return (part.matrix if layer is None else layer.folded(part.matrix)).index_select(0, indices)
 
     def finish(self, pooled: Tensor, norm: nn.LayerNorm, proj: Linear | None) -> Tensor:
         """(B, dim) residual at the pooled nodes -> (B, D) features of its type.
@@ -179,6 +192,16 @@ class TowerPass:
         else:
             features = trained_linear(normed, part.matrix, part.bias, self.adapter.updates(proj))
         return features.to(pooled.dtype)
+
+    def pool(self, x: Tensor, norm: nn.LayerNorm, pool: AttentionPool, rows: WholeRows) -> Tensor:
+        """The (N, dim) residual after the last block -> (B, dim) features."""
+        probe = pool.probe.reshape(1, -1).to(self.weights.dtype).expand(rows.rows, -1)
+        query = self.linear(probe, pool.q, pooled=True)
+        kv = self.linear(self.norm(x, norm), pool.kv)
+        context = rows.attend_pooled(query, kv, pool.heads, self.kernel)
+        pooled = self.linear(context, pool.out, pooled=True).to(self.residual)
+        hidden = self.linear(self.norm(pooled, pool.norm, pooled=True), pool.fc1, pooled=True)
+        return pooled + self.linear(activate(hidden, pool.act), pool.fc2, pooled=True)
 
     def blocks(self, x: Tensor, blocks: tuple[Block, ...], heads: int, layout: Layout) -> Tensor:
         """The (N, dim) residual through all blocks -> (B, dim) at the pooled nodes."""
@@ -222,6 +245,17 @@ def run_text(tower: TextTower, packed: Packed, run: TowerPass) -> Tensor:
     return run.finish(pooled, tower.norm, tower.proj).index_select(0, packed.row_of)
 
 
+def run_whole_text(tower: TextTower, tokens: Tensor, run: TowerPass) -> Tensor:
+    """(B, L) token ids that all see each other -> (B, D) fp32 features."""
+    rows, length = tokens.shape
+    run = run.times(length)
+    positions = torch.arange(length, device=tokens.device).repeat(rows)
+    x = run.embed(tokens.flatten(), tower.tokens) + run.positions(positions, tower.positions)
+    layout = WholeRows(rows, length, tokens.device, pooled_at=length - 1)
+    pooled = run.blocks(x.to(run.residual), tower.blocks, tower.heads, layout)
+    return run.finish(pooled, tower.norm, tower.proj)
+
+
 def run_vision(tower: VisionTower, pixels: Tensor, run: TowerPass) -> Tensor:
     """(B, 3, H, W) pixels -> (B, D) fp32 features."""
     x = embed_patches(tower, pixels, run)
@@ -229,22 +263,24 @@ def run_vision(tower: VisionTower, pixels: Tensor, run: TowerPass) -> Tensor:
 
 
 def embed_patches(tower: VisionTower, pixels: Tensor, run: TowerPass) -> Tensor:
-    """(B, 3, H, W) pixels -> (B, 1 + patches, dim) input of the first block, fp32."""
+    """(B, 3, H, W) pixels -> (B, tokens, dim) input of the first block, fp32."""
     height, width = tower.patch_size
     rows, down, across = len(pixels), pixels.shape[2] // height, pixels.shape[3] // width
     tiles = pixels[:, :, : down * height, : across * width].to(run.weights.dtype)
     tiles = tiles.view(rows, -1, down, height, across, width).permute(0, 2, 4, 1, 3, 5)
     tiles = tiles.reshape(rows * down * across, -1)
-    patches = run.times(down * across).linear(tiles, tower.patch).to(run.residual)
-    first = tower.class_embedding.to(run.residual).expand(rows, 1, -1)
-    x = torch.cat([first, patches.view(rows, down * across, -1)], dim=1)
+    x = run.times(down * across).linear(tiles, tower.patch).to(run.residual).view(rows, down * across, -1)
+    if tower.class_embedding is not None:
+        x = torch.cat([tower.class_embedding.to(run.residual).expand(rows, 1, -1), x], dim=1)
     x = x + _vision_positions(tower, rows, run)
+    if tower.norm_pre is None:
+        return x
     return run.times(x.shape[1]).wide_norm(x.flatten(0, 1), tower.norm_pre).view(x.shape)
 
 
 def _vision_positions(tower: VisionTower, rows: int, run: TowerPass) -> Tensor:
-    """(1 + patches, dim), or (rows, 1 + patches, dim) where rows differ."""
-    length = tower.positions.weight.shape[0]
+    """(tokens, dim), or (rows, tokens, dim) where rows differ."""
+    length = tower.positions.matrix.shape[0]
     indices = torch.arange(length, device=tower.positions.weight.device)
     if run.mix is None:
         return run.positions(indices, tower.positions)
@@ -253,9 +289,12 @@ def _vision_positions(tower: VisionTower, rows: int, run: TowerPass) -> Tensor:
 
 def run_from_patches(tower: VisionTower, x: Tensor, run: TowerPass, first: int = 0) -> Tensor:
     """(B, L, dim) input of block number `first` -> (B, D) fp32 features."""
-    run = run.times(x.shape[1])
-    pooled = run.blocks(x.flatten(0, 1), tower.blocks[first:], tower.heads, _images(x))
-    return run.finish(pooled, tower.norm, tower.proj)
+    run, rows = run.times(x.shape[1]), _images(x)
+    if tower.pool is None:
+        pooled = run.blocks(x.flatten(0, 1), tower.blocks[first:], tower.heads, rows)
+        return run.finish(pooled, tower.norm, tower.proj)
+    x = run.some_blocks(x.flatten(0, 1), tower.blocks[first:], tower.heads, rows)
+    return run.pool(x, tower.norm, tower.pool, rows)
 
 
 def run_to_block(tower: VisionTower, x: Tensor, run: TowerPass, stop: int) -> Tensor:
@@ -263,8 +302,8 @@ def run_to_block(tower: VisionTower, x: Tensor, run: TowerPass, stop: int) -> Te
     return run.some_blocks(x.flatten(0, 1), tower.blocks[:stop], tower.heads, _images(x)).view(x.shape)
 
 
-def _images(x: Tensor) -> Images:
-    return Images(x.shape[0], x.shape[1], x.device)
+def _images(x: Tensor) -> WholeRows:
+    return WholeRows(x.shape[0], x.shape[1], x.device)
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:

@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         weight: (out, in), or larger if it is fused with others; (out, in, h, w) for a patch convolution;
-            (rows, dim) for a table.
+            (rows, dim) for a table, with leading dimensions of 1 or without.
         bias: (out,) or None, fused like the weight.
         rows: the rows of a fused weight and bias that are this part; None for all.
         site: what an adapter calls it.
@@ -41,6 +41,8 @@ class Part:
         """This part's share of the weight in the shape its site has (`SiteRef.shape`), as a view."""
         if self.rows is not None:
             return self.weight[self.rows]
+        if self.weight.ndim == 3:
+            return self.weight.flatten(0, 1)
         return self.weight.T if self.transposed else self.weight
 
     @property
@@ -68,8 +70,31 @@ class Block:
 
 
 @dataclass(frozen=True)
+class AttentionPool:
+    """One query that looks at all of a tower's last norm, and an MLP after it (Lee et al. 2019, PMA).
+
+    context = out(attention(q(probe), k(x), v(x)));  features = context + fc2(act(fc1(norm(context))))
+
+    Attributes:
+        probe: the query before `q`, with leading dimensions of 1.
+        q, kv, out, norm, fc1, act, fc2: as in `Block`.
+        heads: of the attention.
+    """
+
+    probe: Tensor
+    q: Linear
+    kv: Linear
+    out: Linear
+    norm: nn.LayerNorm
+    fc1: Linear
+    act: Activation
+    fc2: Linear
+    heads: int
+
+
+@dataclass(frozen=True)
 class TextTower:
-    """A causal text tower that is pooled at one token.
+    """A text tower that is pooled at one token.
 
     Attributes:
         tokens: the (vocabulary, dim) table.
@@ -78,6 +103,8 @@ class TextTower:
         heads: of every block.
         norm: of the residual at the pooled token.
         proj: from there to the features; None if the norm gives them.
+        causal: whether a token sees those before it alone. Otherwise all see all, padding included, and the
+            last one is pooled, whatever it is.
     """
 
     tokens: Part
@@ -86,30 +113,33 @@ class TextTower:
     heads: int
     norm: nn.LayerNorm
     proj: Linear | None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A vision transformer that is pooled at its class token, the first.
+    """A vision transformer that is pooled at its class token, the first, or by attention.
 
     Attributes:
         patch: the patch convolution; its stride is `patch_size`, without padding.
         patch_size: (height, width) in pixels.
-        class_embedding: (dim,).
-        positions: the (1 + patches, dim) table.
-        norm_pre: norm before the first block.
+        class_embedding: (dim,); None for a tower without a class token.
+        positions: the (tokens, dim) table: of the patches, after the class token.
+        norm_pre: norm before the first block; None for none.
         blocks, heads, norm, proj: as in `TextTower`.
+        pool: what makes features of the norm of all tokens; None where the class token's are used.
     """
 
     patch: Linear
     patch_size: tuple[int, int]
-    class_embedding: Tensor
+    class_embedding: Tensor | None
     positions: Part
-    norm_pre: nn.LayerNorm
+    norm_pre: nn.LayerNorm | None
     blocks: tuple[Block, ...]
     heads: int
     norm: nn.LayerNorm
     proj: Linear | None
+    pool: AttentionPool | None = None
 
 
 def activation_of(module: object) -> Activation | None:

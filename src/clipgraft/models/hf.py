@@ -18,10 +18,18 @@ from clipgraft.models.family import (
     site_weight,
 )
 from clipgraft.models.names import CLIP, EMBEDDINGS, SIGLIP, SIGLIP2, TOWER_MODULE, Twin, site_path
-from clipgraft.models.siglip import has_pooling_head, image_features, pooling_biases, pooling_refs
+from clipgraft.models.siglip import (
+    has_pooling_head,
+    image_features,
+    pooling_biases,
+    pooling_parts,
+    pooling_refs,
+)
 from clipgraft.models.sites import BLOCK_ROLES, Site, SiteKind, SiteRef, Tower
 
 _PROJECTION: dict[Tower, str] = {"text": "text_projection", "vision": "visual_projection"}
+# Siglip2Model resizes its positions to the grid of every image.
+_PLAIN_TEXT, _PLAIN_VISION = ("clip", "siglip", "siglip2"), ("clip", "siglip")
 LARGEST_ID_AS_EOS = 2
 """transformers keeps CLIP's original rule, the largest id, for configurations whose eos_token_id is 2."""
 
@@ -55,16 +63,16 @@ class HfFamily:
         return None if pooled is None else pooled_positions(tokens, pooled)
 
     def pooled_id(self, model: nn.Module) -> int | None:
-        if model.config.model_type != "clip":  # type: ignore[union-attr]
+        if _type(model) != "clip":
             return None
         eos = int(model.text_model.eos_token_id)  # type: ignore[union-attr, arg-type]
         return LARGEST_ID if eos == LARGEST_ID_AS_EOS else eos
 
     def text_tower(self, model: nn.Module) -> TextTower | None:
-        return _text_parts(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
+        return _text_parts(model) if _type(model) in _PLAIN_TEXT else None
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
-        return _vision_parts(model) if model.config.model_type == "clip" else None  # type: ignore[union-attr]
+        return _vision_parts(model) if _type(model) in _PLAIN_VISION else None
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         config = model.config.vision_config  # type: ignore[union-attr]
@@ -98,7 +106,7 @@ class HfFamily:
             getattr(model, f"{kind}_checkpointing_disable")()
 
     def twin(self, model: nn.Module) -> Twin:
-        return {"siglip": SIGLIP, "siglip2": SIGLIP2}.get(str(model.config.model_type), CLIP)  # type: ignore[union-attr]
+        return {"siglip": SIGLIP, "siglip2": SIGLIP2}.get(_type(model), CLIP)
 
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         return {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
@@ -116,6 +124,11 @@ class HfFamily:
             plain = name.replace("parametrizations.", "").removesuffix(".original")
             if plain not in taken and not is_lora(name):
                 yield plain, tensor
+
+
+def _type(model: nn.Module) -> str:
+    """What transformers calls the architecture."""
+    return str(model.config.model_type)  # type: ignore[union-attr]
 
 
 def _layers(model: nn.Module, tower: Tower) -> nn.ModuleList | None:
@@ -168,13 +181,11 @@ def _features(output: object) -> Tensor:
 
 
 def _text_parts(model: Any) -> TextTower | None:
-    """The parts of the text tower of a model whose type is `clip`."""
-    text = model.text_model
+    """The parts of the text tower of a model whose type is one of `_PLAIN_TEXT`."""
+    text, causal = model.text_model, _type(model) == "clip"
     blocks = _blocks("text", text)
-    if blocks is None:
-        return None
-    proj = linear_part(model.text_projection, Site("text", None, "proj"))
-    if proj is None:
+    proj = linear_part(model.text_projection if causal else text.head, Site("text", None, "proj"))
+    if blocks is None or proj is None:
         return None
     embeddings = text.embeddings
     return TextTower(
@@ -183,15 +194,17 @@ def _text_parts(model: Any) -> TextTower | None:
         *blocks,
         text.final_layer_norm,
         (proj,),
+        causal,
     )
 
 
 def _vision_parts(model: Any) -> VisionTower | None:
-    """The parts of the vision tower of a model whose type is `clip`."""
-    vision = model.vision_model
+    """The parts of the vision tower of a model whose type is one of `_PLAIN_VISION`."""
+    vision, pooled = model.vision_model, has_pooling_head(model)
     blocks = _blocks("vision", vision)
-    proj = linear_part(model.visual_projection, Site("vision", None, "proj"))
-    if blocks is None or proj is None:
+    proj = None if pooled else linear_part(model.visual_projection, Site("vision", None, "proj"))
+    pool = pooling_parts(vision.head) if pooled else None
+    if blocks is None or (proj is None and pool is None):
         return None
     embeddings = vision.embeddings
     conv, table = embeddings.patch_embedding, embeddings.position_embedding.weight
@@ -199,13 +212,14 @@ def _vision_parts(model: Any) -> VisionTower | None:
     return VisionTower(
         patch=(Part(conv.weight, conv.bias, None, Site("vision", None, "patch_embedding")),),
         patch_size=(height, width),
-        class_embedding=embeddings.class_embedding,
+        class_embedding=getattr(embeddings, "class_embedding", None),
         positions=Part(table, None, None, Site("vision", None, "position_embedding")),
-        norm_pre=vision.pre_layrnorm,
+        norm_pre=getattr(vision, "pre_layrnorm", None),
         blocks=blocks[0],
         heads=blocks[1],
         norm=vision.post_layernorm,
-        proj=(proj,),
+        proj=None if proj is None else (proj,),
+        pool=pool,
     )
 
 

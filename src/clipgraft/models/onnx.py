@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
 from clipgraft.files import write_json
-from clipgraft.models.architecture import Block, Linear, TextTower, VisionTower
+from clipgraft.models.architecture import Activation, AttentionPool, Block, Linear, TextTower, VisionTower
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import LARGEST_ID
 from clipgraft.models.hub import one_line
@@ -261,11 +261,26 @@ def _image_features(tower: VisionTower, images: Tensor) -> Tensor:
     """(N, 3, H, W) pixels -> (N, D) features."""
     (patch,) = tower.patch
     patches = F.conv2d(images, patch.weight, patch.bias, stride=tower.patch_size).flatten(2).transpose(1, 2)
-    first = tower.class_embedding.expand(patches.shape[0], 1, -1)
-    x: Tensor = tower.norm_pre(torch.cat([first, patches], dim=1) + tower.positions.weight)
+    x: Tensor = patches
+    if tower.class_embedding is not None:
+        x = torch.cat([tower.class_embedding.expand(patches.shape[0], 1, -1), x], dim=1)
+    x = x + tower.positions.matrix
+    if tower.norm_pre is not None:
+        x = tower.norm_pre(x)
     for block in tower.blocks:
         x = _block(block, x, tower.heads, causal=False)
-    return _finish(tower, x[:, 0])
+    return _finish(tower, x[:, 0]) if tower.pool is None else _pooled(tower.pool, tower.norm(x))
+
+
+def _pooled(pool: AttentionPool, x: Tensor) -> Tensor:
+    """(N, tokens, dim) norm of a tower -> (N, dim) features."""
+    query = _linear(pool.q, pool.probe.reshape(1, 1, -1).expand(x.shape[0], 1, -1))
+    q, k, v = (
+        torch.unflatten(t, -1, (pool.heads, -1)).transpose(1, 2) for t in (query, *_stacked(pool.kv, x))
+    )
+    context = F.scaled_dot_product_attention(q, k, v)
+    pooled = _linear(pool.out, context.transpose(1, 2).flatten(2))[:, 0]
+    return pooled + _mlp(pool.norm(pooled), pool.fc1, pool.act, pool.fc2)
 
 
 def _finish(tower: TextTower | VisionTower, pooled: Tensor) -> Tensor:
@@ -274,24 +289,31 @@ def _finish(tower: TextTower | VisionTower, pooled: Tensor) -> Tensor:
 
 
 def _block(block: Block, x: Tensor, heads: int, causal: bool) -> Tensor:
-    q, k, v = (torch.unflatten(t, -1, (heads, -1)).transpose(1, 2) for t in _qkv(block.qkv, block.norm1(x)))
+    q, k, v = (
+        torch.unflatten(t, -1, (heads, -1)).transpose(1, 2) for t in _stacked(block.qkv, block.norm1(x))
+    )
     context = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     x = x + _linear(block.out, context.transpose(1, 2).flatten(2))
-    inner = _linear(block.fc1, block.norm2(x))
-    if block.act == "quick_gelu":
+    return x + _mlp(block.norm2(x), block.fc1, block.act, block.fc2)
+
+
+def _mlp(x: Tensor, fc1: Linear, act: Activation, fc2: Linear) -> Tensor:
+    inner = _linear(fc1, x)
+    if act == "quick_gelu":
         inner = inner * torch.sigmoid(1.702 * inner)
     else:
-        inner = F.gelu(inner, approximate="tanh" if block.act == "gelu_tanh" else "none")
-    return x + _linear(block.fc2, inner)
+        inner = F.gelu(inner, approximate="tanh" if act == "gelu_tanh" else "none")
+    return _linear(fc2, inner)
 
 
-def _qkv(parts: Linear, x: Tensor) -> tuple[Tensor, ...]:
-    """One product where the three share a weight."""
-    if parts[0].rows is not None:
-        return F.linear(x, parts[0].weight, parts[0].bias).chunk(3, dim=-1)
+def _stacked(parts: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    """What each part gives; one product where all of a weight is theirs."""
+    weight = parts[0].weight
+    if parts[0].rows is not None and sum(part.matrix.shape[0] for part in parts) == weight.shape[0]:
+        return F.linear(x, weight, parts[0].bias).chunk(len(parts), dim=-1)
     return tuple(_linear((part,), x) for part in parts)
 
 
 def _linear(parts: Linear, x: Tensor) -> Tensor:
     (part,) = parts
-    return F.linear(x, part.matrix, part.bias)
+    return F.linear(x, part.matrix, part.offset)

@@ -24,6 +24,7 @@ from clipgraft.models.openclip_names import canonical_weights, norm_path
 from clipgraft.models.resnet_tower import resnet_refs
 from clipgraft.models.sites import Site, SiteRef, Tower, block_number
 from clipgraft.models.timm_tower import is_siglip_tower, timm_refs
+from clipgraft.models.timm_vit import timm_parts
 
 _BLOCK_ROLES = {"attn.out_proj": "out", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}
 _TEXT_ROLES = {
@@ -87,10 +88,11 @@ class OpenClipFamily:
         return {"argmax": LARGEST_ID, "eos": eos}.get(pool or "")
 
     def text_tower(self, model: nn.Module) -> TextTower | None:
-        return _text_parts(_text_tower(model)) if _is_causal(_text_tower(model)) else None
+        text = _text_tower(model)
+        return _text_parts(text) if _is_causal(text) or _sees_all(text) else None
 
     def vision_tower(self, model: nn.Module) -> VisionTower | None:
-        return _vision_parts(_module(model.visual))
+        return _vision_parts(_module(model.visual)) or timm_parts(model.visual)
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         size = model.visual.image_size  # type: ignore[union-attr]
@@ -165,6 +167,12 @@ def _blocks(owner: nn.Module) -> list[nn.Module]:
 def _is_causal(text: nn.Module) -> bool:
     """Whether no token sees a later one; CoCa's class token, at the end, sees all."""
     return getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+
+
+def _sees_all(text: nn.Module) -> bool:
+    """Whether all tokens see each other, padding included, and the last one is pooled, as in SigLIP."""
+    masked = getattr(text, "attn_mask", None) is not None or getattr(text, "use_pad_mask", False)
+    return not masked and getattr(text, "cls_emb", None) is None and _pooling(text)[0] == "last"
 
 
 def _pooling(text: nn.Module) -> tuple[str | None, int]:
@@ -283,7 +291,7 @@ def _block_refs(tower: Tower, index: int, block: nn.Module, path: str) -> Iterat
 
 
 def _text_parts(text: Any) -> TextTower | None:
-    """The parts of a `CLIP` or `TextTransformer`, whose mask is known to be causal."""
+    """The parts of a `CLIP` or `TextTransformer` that is causal, or sees all (`_sees_all`)."""
     blocks = _all_block_parts("text", text)
     if blocks is None or not isinstance(getattr(text, "ln_final", None), nn.LayerNorm):
         return None
@@ -293,6 +301,7 @@ def _text_parts(text: Any) -> TextTower | None:
         *blocks,
         text.ln_final,
         _projection(text, "text_projection", Site("text", None, "proj")),
+        _is_causal(text),
     )
 
 

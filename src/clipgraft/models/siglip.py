@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import DataError
+from clipgraft.models.architecture import AttentionPool, Part, activation_of, linear_part
 from clipgraft.models.names import site_path
 from clipgraft.models.sites import Site, SiteRef
 
@@ -50,6 +51,33 @@ def pooling_refs(model: nn.Module) -> list[SiteRef]:
         shape = tuple(model.get_submodule(path).weight.shape)  # type: ignore[arg-type]
         refs.append(SiteRef(Site("vision", None, f"pool_{role}"), path, "weight", "linear", shape))
     return refs
+
+
+def pooling_parts(head: Any) -> AttentionPool | None:
+    """The parts of the pooling head; None where its forward differs in anything."""
+    attention, act = head.attention, activation_of(head.mlp.activation_fn)
+    plain = attention.bias_k is None and not attention.add_zero_attn and attention.dropout == 0
+    fc1 = linear_part(head.mlp.fc1, Site("vision", None, "pool_fc1"))
+    fc2 = linear_part(head.mlp.fc2, Site("vision", None, "pool_fc2"))
+    if not plain or attention.in_proj_weight is None or act is None or fc1 is None or fc2 is None:
+        return None
+    weight, bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+    dim = weight.shape[1]
+    q, k, v = (
+        Part(weight, bias, slice(n * dim, (n + 1) * dim), Site("vision", None, f"pool_{role}"))
+        for n, role in enumerate("qkv")
+    )
+    return AttentionPool(
+        probe=head.probe,
+        q=(q,),
+        kv=(k, v),
+        out=(Part(out.weight, out.bias, None, Site("vision", None, "pool_out")),),
+        norm=head.layernorm,
+        fc1=(fc1,),
+        act=act,
+        fc2=(fc2,),
+        heads=int(attention.num_heads),
+    )
 
 
 def pooling_biases(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, Tensor]]]]:

@@ -58,8 +58,13 @@ class Site:
     @property
     def order(self) -> tuple[int, int, int, int]:
         """Sort key that follows the data through the model: embeddings, blocks, pooling, projection."""
-        stage = 0 if self.role in EMBEDDING_ROLES else 2 if self.block is None else 1
+        stage = 0 if self.role in EMBEDDING_ROLES else 2 if self.is_above_blocks else 1
         return TOWERS.index(self.tower), stage, self.block or 0, ROLES.index(self.role)
+
+    @property
+    def is_above_blocks(self) -> bool:
+        """Whether it comes after the last block: pooling and projections."""
+        return self.block is None and self.role not in EMBEDDING_ROLES
 
     @classmethod
     def parse(cls, text: str) -> Site:

@@ -336,7 +336,7 @@ def _place(plan: Activations, cache: FeatureCache | None, blocks: int) -> Litera
 def first_trained_block(clip: Clip, blocks: int) -> int:
     """Number of the lowest image block whose input no training changes, nor anything above it needs.
 
-    The last block for a projection alone; 0 if patches, positions or any base weight train.
+    The last block for a projection or pooling alone; 0 if patches, positions or any base weight train.
     """
     state = lora_state(clip)
     trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
@@ -346,4 +346,4 @@ def first_trained_block(clip: Clip, blocks: int) -> int:
         return 0
     sites = [site for site in state.layers if site.tower == "vision"]
     above = blocks - 1
-    return min((above if site.role == "proj" else site.block or 0 for site in sites), default=0)
+    return min((above if site.is_above_blocks else site.block or 0 for site in sites), default=0)
