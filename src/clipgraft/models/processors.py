@@ -18,6 +18,7 @@ from clipgraft.models.family import Family
 from clipgraft.models.hub import one_line
 from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.rwlock import rwlock_of
+from clipgraft.models.siglip import pack_patches
 from clipgraft.models.sites import Site
 
 if TYPE_CHECKING:
@@ -93,14 +94,18 @@ class HfTokenizer:
 
 
 class HfPreprocess:
-    """A transformers image processor as a transform, PIL image -> (3, H, W), that workers can carry."""
+    """A transformers image processor as a transform that workers can carry.
+
+    PIL image -> (3, H, W), or (1, 1 + patches, dim) for `Siglip2Model` (`clipgraft.models.siglip`).
+    """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, image: Any) -> Tensor:
-        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
+        found = self.processor(image, return_tensors="pt")
+        pixels: Tensor = found["pixel_values"][0]
+        return pack_patches(pixels, found["spatial_shapes"][0]) if "spatial_shapes" in found else pixels
 
     def __repr__(self) -> str:
         return repr(self.processor)
@@ -151,20 +156,20 @@ def _from_same_place(kind: str, model: nn.Module) -> Any:
         return None
 
 
-def check_preprocess(preprocess: Any, size: tuple[int, int], where: object) -> None:
+def check_preprocess(preprocess: Any, shape: tuple[int, ...], where: object) -> None:
     """Try a preprocessing of a stranger's file on one small image.
 
     Raises:
-        ModelError: it gives something else than the pixels that the model takes.
+        ModelError: it gives something else than what the model takes, of that shape for one image.
     """
     image = Image.new("RGB", (9, 8))
     try:
         given = tuple(preprocess(image).shape)
     except Exception as error:
         raise ModelError(f"{where}: its image preprocessing cannot be used: {one_line(error)}") from error
-    if given != (3, *size):
+    if given != shape:
         raise ModelError(
-            f"{where}: its image preprocessing gives {given} where the model takes {(3, *size)}: "
+            f"{where}: its image preprocessing gives {given} where the model takes {shape}: "
             "correct its preprocessor_config.json or preprocess_cfg"
         )
 
