@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import string
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -264,9 +267,11 @@ def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
     usual = isinstance(inner, SimpleTokenizer) and _cleaning(inner) == "lower"
     if usual and inner.reduction_fn is None and len(inner.all_special_ids) == 2:
         return HfTokenizer(_bpe_tokenizer(inner, clip.context_length), clip.context_length)
-    bare = isinstance(inner, HFTokenizer) and _cleaning(inner) == "whitespace"
-    if bare and not inner.strip_sep_token and not inner.tokenizer_mode:
+    bare = isinstance(inner, HFTokenizer) and not inner.strip_sep_token and not inner.tokenizer_mode
+    if bare and _cleaning(inner) == "whitespace":
         return HfTokenizer(inner.tokenizer, clip.context_length)
+    if bare and _cleaning(inner) == "canonicalize" and hasattr(inner.tokenizer, "backend_tokenizer"):
+        return HfTokenizer(_canonicalizing(inner.tokenizer), clip.context_length)
     raise ModelError(
         f"{type(inner).__name__} with its settings has no counterpart in transformers: "
         "keep the model in the open_clip form"
@@ -374,6 +379,25 @@ def _vocabulary(inner: Any) -> dict[str, int]:
     """A `SimpleTokenizer`'s pieces, its start and end tokens under the names transformers gives them."""
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return {renamed.get(piece, piece): index for piece, index in inner.encoder.items()}
+
+
+def _canonicalizing(inner: Any) -> Any:
+    """A tokenizer that does to texts first what open_clip does for SigLIP, ftfy's repairs aside."""
+    from tokenizers import Regex, normalizers
+
+    copied = copy.deepcopy(inner)
+    backend = copied.backend_tokenizer
+    marks = "".join(re.escape(mark) for mark in string.punctuation)
+    steps = [
+        normalizers.Replace("_", " "),
+        normalizers.Replace(Regex(f"[{marks}]"), ""),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
+    own = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+    return copied
 
 
 def _bpe_tokenizer(inner: Any, length: int) -> Any:
