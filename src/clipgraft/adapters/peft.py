@@ -285,10 +285,11 @@ def missing_sites(file: AdapterFile, sites: Iterable[Site]) -> list[Site]:
     """
     there = {*file.parts, *file.full}
     towers = {site.tower for site in there}
+    ours = str(file.config.get("peft_type")).startswith(_OWN_TYPE)
     paths = {
         site_path(site, file.twin).removeprefix(file.path_prefix): site
         for site in sites
-        if site.tower in towers
+        if site.tower in towers and (ours or is_module_of(site, file.twin))
     }
     try:
         return [site for path in targeted(file.config, paths) if (site := paths[path]) not in there]
