@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -334,6 +335,16 @@ def test_retained_texts_and_the_strength_that_is_saved(train: Any, table: Path, 
     assert alpha == pytest.approx(16 * curve["recommended"])
     params = json.loads((run / "params.json").read_text())
     assert (params["retain"], params["strength"]) == (str(texts), "auto")
+
+
+def test_pictures_beside_retained_texts_hold_an_image_tower(train: Any, table: Path) -> None:
+    """Pictures of old data would count for nothing, or be opened in vain for a tower that does not change."""
+    words = ["--use-lora", "--retain", table, "--epochs", "1"]
+    of_images = train(*words, "--lora-targets", "vision-attention", "--name", "images")
+    assert of_images.code == 0, of_images.err
+    of_texts = train(*words, "--name", "texts")
+    assert re.search(r"held to the base on \d+ texts and \d+ pictures: ", of_images.out)
+    assert re.search(r"held to the base on \d+ texts: ", of_texts.out)
 
 
 def test_a_run_whose_rate_is_given_is_not_held_to_its_base(train: Any) -> None:
