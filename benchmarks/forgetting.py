@@ -7,7 +7,7 @@ them.
 
 *Image tower*: it learns to tell the three styles of the art apart, of which no caption speaks, from 1,500
 scenes; old are the classes of objects, by their prompts, and English captions. Retained are the same texts,
-which hold the training images, or a thousand other pictures with their captions.
+which hold the training images, or a thousand other scenes, whose pictures are held as well.
 
 Three seeds. Prints a line for each run, then its curve of strengths. `--part 0/2` does every second run.
 """
@@ -182,7 +182,7 @@ def run(one: Try, seed: int, world: World, args: argparse.Namespace) -> str:
         "warmup": 50,
     }
     if one.tower == "vision":
-        options |= {"lr": 1e-4 if one.full else 1e-3, "epochs": 4, "batch_size": 64}
+        options |= {"lr": 1e-4 if one.full else _LORA_LR, "epochs": 4, "batch_size": 64}
     locks = {f"lock_{'image' if one.tower == 'text' else 'text'}": True} if one.full else {}
     out = args.folder / "runs" / f"{seed}-{time.time_ns()}"
     retain = _retained(one, clip, args.folder) if one.retain else None

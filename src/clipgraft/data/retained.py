@@ -31,8 +31,8 @@ class Retained:
         texts: distinct, of any language that the base knows.
         name: where they are from, in words.
         weight: how much their distance from the base counts beside the loss; `auto` tries several.
-        pairs: pictures and their captions, which are among the texts; None for none. They hold an image tower
-            that trains: how they compare with the texts stays as the base has it.
+        pairs: pictures that hold an image tower that trains, with their captions, which are among the texts:
+            how pictures compare with texts stays as the base has it. None for none.
 
     Raises:
         DataError: fewer than `FEWEST` texts.
@@ -65,16 +65,6 @@ class Retained:
         measured = frozenset(ordered[: max(1, len(ordered) // _MEASURED)])
         held = tuple(text for text in self.texts if text not in measured)
         return held, tuple(text for text in self.texts if text in measured)
-
-    def pictures(self) -> tuple[tuple[Path, ...], tuple[int, ...]]:
-        """Pictures to hold the model to, and the place of a caption of each among the texts that hold it."""
-        place = {text: index for index, text in enumerate(self.parts()[0])}
-        found = [
-            (image, next((place[text] for text in captions if text in place), None))
-            for image, captions in (self.pairs or ())
-        ]
-        kept = [(image, index) for image, index in found if index is not None]
-        return tuple(image for image, _ in kept), tuple(index for _, index in kept)
 
 
 def _mixed(text: str) -> bytes:

@@ -2,8 +2,8 @@
 
 What a trained text tower gives for such a text stays near what the base gave (feature distillation, as in
 CLIP-KD, Yang et al. 2023, arXiv:2307.12732). A trained image tower is held by pictures: how they compare with
-the texts stays as the base had it. Without pictures of its own that are the training images (learning without
-forgetting, Li & Hoiem 2016, arXiv:1606.09282).
+the texts stays as the base had it. These are the training images (learning without forgetting, Li & Hoiem
+2016, arXiv:1606.09282), and with them those that are retained, if there are any.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOST_A_STEP = 64  # texts that are encoded anew; at most as many as its batch h
 _MOST_FIXED = 512  # texts that a frozen tower encodes once
 _MOST_PICTURES = 32
 _OF_THE_GAIN = 0.05  # that may be given up for keeping more
-_SIMILARITY = 0.1  # what the divergence counts beside the distance, which is smaller by about that much
+_SIMILARITY = 0.03  # what the divergence counts beside the distance, which is smaller by about that much
 
 
 @contextlib.contextmanager
@@ -59,12 +59,10 @@ class Pictures:
 
     Attributes:
         features: (P, D) unit-norm features by the base.
-        captions: (P,) place of a caption of each among the retained texts.
         encode: indices of pictures -> their features as they are now, any norm.
     """
 
     features: Tensor
-    captions: Tensor
     encode: Callable[[Tensor], Tensor]
 
 
@@ -77,8 +75,8 @@ class Anchors:
         encode: indices of texts -> their features as they are now, any norm; None where the text tower does
             not train.
         logit_scale: the base's log inverse temperature.
-        images: (images, D) unit-norm features of the training images by the base; None where there are
-            `pictures`, or the image tower does not train.
+        images: (images, D) unit-norm features of the training images by the base; None where the image tower
+            does not train.
         pictures: those that are retained; None where there are none, or the image tower does not train.
     """
 
@@ -99,12 +97,13 @@ def make_anchors(inputs: Inputs, retained: Retained, images: Sequence[Path]) -> 
     anchors = Anchors(of_texts, _encode_texts(clip, encoder, texts), scale)
     if not trains(clip, "vision"):
         return anchors
-    paths, captions = retained.pictures()
+    paths = () if retained.pairs is None else retained.pairs.images
     with as_base(clip):
-        features = inputs.encode_images(paths or images, encoder)
-    if not paths:
-        return replace(anchors, images=features)
-    return replace(anchors, pictures=Pictures(features, torch.tensor(captions), inputs.live_images(paths)))
+        anchors = replace(anchors, images=inputs.encode_images(images, encoder))
+        features = inputs.encode_images(paths, encoder) if paths else None
+    if features is None:
+        return anchors
+    return replace(anchors, pictures=Pictures(features, inputs.live_images(paths)))
 
 
 def _encode_texts(clip: Clip, encoder: Encoder, texts: Sequence[str]) -> Callable[[Tensor], Tensor] | None:
@@ -178,42 +177,35 @@ class Retaining:
                 distance = distance + feature_distance(now, wanted)
             if (base := self._images(drawn, image_ids)) is not None:
                 scale = torch.tensor(self.anchors.logit_scale, device=images.device)
-                held = images[:shown] if shown else images
-                student, teacher = (held, now, self.logit_scale), (base.to(images.device), wanted, scale)
+                student, teacher = (images, now, self.logit_scale), (base.to(images.device), wanted, scale)
                 distance = distance + _SIMILARITY * similarity_divergence(student, teacher)
             return total + self.weight * distance
 
         return loss
 
     def _images(self, drawn: Drawn, image_ids: Tensor) -> Tensor | None:
-        """What the base makes of the pictures that hold the image tower; None where it does not train."""
-        if self.anchors.pictures is not None:
-            return self.anchors.pictures.features[drawn.pictures]
-        return None if self.anchors.images is None else self.anchors.images[image_ids]
+        """What the base makes of the images that hold their tower, as they stand; None if it is frozen."""
+        if self.anchors.images is None:
+            return None
+        images, pictures = self.anchors.images[image_ids], self.anchors.pictures
+        return images if pictures is None else torch.cat([pictures.features[drawn.pictures], images])
 
     def _drawn(self, batch: Sequence[MicroBatch]) -> Drawn:
-        """What a step is held to: other texts for every batch, and the same however processes share it.
-
-        Captions of the pictures come first among the texts.
-        """
+        """What a step is held to: other texts for every batch, and the same however processes share it."""
         first = batch[0]
         seed = (int(first.turns[0]) << 32) + int(first.caption_ids[0])  # a pair is first once an epoch
         generator = torch.Generator().manual_seed(seed)
-        texts = torch.randperm(len(self.anchors.texts), generator=generator)
-        if self.anchors.pictures is None:
-            return Drawn(texts[: self.most], texts[:0])
-        captions = self.anchors.pictures.captions
-        pictures = torch.randperm(len(captions), generator=generator)[: min(_MOST_PICTURES, self.most)]
-        own = torch.unique(captions[pictures])
-        others = texts[~torch.isin(texts, own)]
-        return Drawn(torch.cat([own, others])[: self.most], pictures)
+        pictures = self.anchors.pictures
+        counts = len(self.anchors.texts), 0 if pictures is None else len(pictures.features)
+        texts, images = (torch.randperm(count, generator=generator) for count in counts)
+        return Drawn(texts[: self.most], images[: min(_MOST_PICTURES, self.most)])
 
 
 def hold_to_base(task: Objective, inputs: Inputs, retained: Retained, images: Sequence[Path]) -> Retaining:
     """Let an objective hold its model to the base too; `images` are those of the training data."""
     setup = inputs.setup
     anchors = make_anchors(inputs, retained, images)
-    pictures = "" if anchors.pictures is None else f" and {len(anchors.pictures.captions):,} pictures"
+    pictures = "" if anchors.pictures is None else f" and {len(anchors.pictures.features):,} pictures"
     log.info("held to the base on %s texts%s: %s", f"{len(anchors.texts):,}", pictures, retained.name)
     batch = setup.train.batch_size * setup.train.accum_freq * setup.world.world_size
     return Retaining(
