@@ -27,7 +27,7 @@ from clipgraft.options import (
     words,
 )
 
-_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 600, 3, 15  # of a run that is not told
+_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 15  # of a run that is not told
 HeadKind = Literal["linear", "cosine"]
 
 
