@@ -35,6 +35,7 @@ from clipgraft.train.gradient_cache import contrastive_backward
 from clipgraft.train.launch import joined
 from clipgraft.train.loop import Interrupted, Loop
 from clipgraft.train.recipes.contrastive import Contrastive
+from clipgraft.train.recipes.pair_losses import SoftmaxLoss
 from fitting import groups
 
 PAIRS_IN_A_STEP = 8
@@ -132,7 +133,8 @@ def gradients(clip: Clip, table: Path, world: World, accum_freq: int) -> tuple[T
     size = step(world, accum_freq)
     feed = Feed(pairs, size["batch_size"], accum_freq, 0, clip.require_preprocess(), 0, world)
     batch = next(feed.batches(0, 1))
-    objective = Contrastive(clip, LiveImages(encoder), LiveTexts(encoder, feed.captions))
+    pair_loss = SoftmaxLoss(clip.logit_scale)
+    objective = Contrastive(clip, LiveImages(encoder), LiveTexts(encoder, feed.captions), pair_loss)
     loss = contrastive_backward(objective.parts(batch), objective.loss(everywhere(batch, world)), world)
     world.sum_gradients(list(clip.model.parameters()))
     return loss, {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}

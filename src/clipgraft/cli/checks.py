@@ -226,7 +226,8 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
     fewer = before is not None and train.epochs != "auto" and train.planned_epochs < sum(before)
     if fewer or (before is not None and train.epoch_parts):
         faults += fault_of(lambda: plan_epochs(train, RunArgs(out=folder, resume=True), rows=0))
-    now = {name: value for name, value in train.model_dump().items() if name not in _FREE}
+    open_ = _FREE | ({"loss"} if train.loss == "auto" else set())  # what it comes to is in the settings
+    now = {name: value for name, value in train.model_dump().items() if name not in open_}
     changed = {
         name: (settings[name], now[name]) for name in now if name in settings and settings[name] != now[name]
     }
