@@ -50,7 +50,7 @@ def adapted(clip: Clip, targets: str = "text-attention", **options: Any) -> Clip
 
 def logits_of(clip: Clip) -> tuple[float, float]:
     assert clip.logit_bias is not None
-    return float(clip.logit_scale), float(clip.logit_bias)
+    return clip.logit_scale.item(), clip.logit_bias.item()
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "adapter"])
@@ -144,7 +144,7 @@ def test_a_temperature_above_clips_limit(
     with torch.no_grad():
         clip.logit_scale.fill_(4.7215)
     fit(clip, pairs, tmp_path / "run", loss=loss, lr=1e-6, epochs=1)
-    assert float(clip.logit_scale) == pytest.approx(wanted, abs=1e-4)
+    assert clip.logit_scale.item() == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("targets", ["text-attention", "vision.*.fc1"])
