@@ -247,6 +247,16 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
     return faults
 
 
+def loss_faults(clip: Clip | None, classes: ClassFlags, train: TrainArgs) -> list[str]:
+    """Find a loss that classes, or the model, cannot be trained with."""
+    from clipgraft.train.recipes.classification import class_loss
+    from clipgraft.train.recipes.pair_losses import choose_loss
+
+    if classes.task == "classification":
+        return fault_of(lambda: class_loss(train.loss))
+    return [] if clip is None else fault_of(lambda: choose_loss(clip, train.loss))
+
+
 def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
     """Find flags of classification that do not go together."""
     faults = []

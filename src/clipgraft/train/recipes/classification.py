@@ -81,16 +81,7 @@ class ClassificationRecipe(Recipe):
         require_classes(self.data)
 
     def choose_loss(self, clip: Clip, asked: LossKind | Literal["auto"]) -> LossKind:
-        """Softmax, with any model: an image has one class, and is given the one with the largest logit.
-
-        A `logit_bias` is the same for all classes and plays no part.
-        """
-        if asked == "sigmoid":
-            raise ConfigError(
-                "`loss=sigmoid` is for pairs: classes exclude each other, and are learnt by cross-entropy; "
-                "drop it"
-            )
-        return "softmax"
+        return class_loss(asked)
 
     def check_model(self, clip: Clip) -> None:
         kind = self.options.head
@@ -169,6 +160,21 @@ class ClassificationRecipe(Recipe):
         for image, label in zip(self.data.images, self.data.labels, strict=True):
             digest.update(f"{image.name}\t{label}\n".encode(errors="surrogatepass"))
         return digest.hexdigest()[:16]
+
+
+def class_loss(asked: LossKind | Literal["auto"]) -> LossKind:
+    """Softmax, with any model: an image has one class, and is given the one with the largest logit.
+
+    A `logit_bias` is the same for all classes and plays no part.
+
+    Raises:
+        ConfigError: `sigmoid` is asked for.
+    """
+    if asked == "sigmoid":
+        raise ConfigError(
+            "`loss=sigmoid` is for pairs: classes exclude each other and are learnt by cross-entropy; drop it"
+        )
+    return "softmax"
 
 
 def require_classes(train: Labelled) -> None:
