@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_gallery_equals_the_loop_over_queries(data: st.DataObject) -> None:
             if row == own:
                 total += math.log1p(math.exp(-logit))
             elif row not in partners[who]:
-                total += math.log1p(math.exp(logit))
+                total += math.log1p(math.exp(logit)) * (len(pairs) - 1) / 6
     assert loss.item() == pytest.approx(total / len(pairs), rel=1e-6)
     loss.backward()
     assert texts.grad is not None
@@ -147,6 +148,22 @@ def test_a_batch_that_is_the_gallery_has_the_batch_loss(of: Any) -> None:
     gallery = Gallery(of, F.normalize(fixed.detach(), dim=-1), [(row,) for row in range(9)])
     found = SigmoidLoss(scale, bias, gallery)(images, texts, IDS, IDS)
     torch.testing.assert_close(found, SigmoidLoss(scale, bias)(images, texts, IDS, IDS), rtol=1e-12, atol=0)
+
+
+def test_gallery_is_the_mean_over_batches() -> None:
+    """A run over a gallery would want another learning rate and another bias than one over batches."""
+    images, texts = random_pairs(6, 0)
+    scale, bias = torch.tensor(1.5, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    gallery = Gallery("images", F.normalize(images.detach(), dim=-1), [(row,) for row in range(6)])
+    over_batch, over_gallery = SigmoidLoss(scale, bias), SigmoidLoss(scale, bias, gallery)
+    batches = [torch.tensor(rows) for rows in itertools.combinations(range(6), 3)]
+    found, wanted = (
+        torch.stack([loss(images[rows], texts[rows], rows, rows) for rows in batches]).mean()
+        for loss in (over_gallery, over_batch)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, texts)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
 def test_half_precision_features_give_an_fp32_loss() -> None:

@@ -157,7 +157,8 @@ def test_the_gallery_is_the_default_where_a_tower_is_frozen(
         fit(adapted(make_siglip(), targets), pairs, tmp_path / str(negatives), negatives=negatives, epochs=1)
         first[negatives] = events(tmp_path / str(negatives))[0]["loss"]
     assert first[None] == first["gallery"]
-    assert first["gallery"] != pytest.approx(first["batch"], rel=1e-3)
+    assert first["gallery"] != first["batch"]
+    assert first["gallery"] == pytest.approx(first["batch"], rel=0.3), "one size, whatever the gallery's"
 
 
 def test_an_adapter_without_a_temperature_keeps_the_bases(

@@ -80,9 +80,11 @@ class SigmoidLoss:
     """Pairwise sigmoid loss (Zhai et al. 2023, arXiv:2303.15343): each pair is a match or not, by itself.
 
     -1/N sum of log sigmoid(z (exp(scale) cos + bias)) over all images and texts of a batch, z = 1 where they
-    belong together and else -1. A gallery holds the fixed tower's features of the batch too, so that the sum
-    runs over N queries and the gallery, divided by N as ever: the loss of a batch as large as the gallery, of
-    whose rows N are drawn. Each match counts 1, as each other pair does.
+    belong together and else -1.
+
+    A gallery holds the fixed tower's features of the batch too, so that the sum runs over N queries and its M
+    rows. A match counts 1, and any other pair (N - 1) / (M - 1), which is the mean over the batches that could
+    be drawn. A plain sum over thousands of rows can outweigh the matches, and drive queries away from all.
 
     Attributes:
         logit_scale, logit_bias: scalars, or (1,); log inverse temperature, and what is added to each logit.
@@ -95,8 +97,11 @@ class SigmoidLoss:
     def __call__(self, images: Tensor, texts: Tensor, image_ids: Tensor, caption_ids: Tensor) -> Tensor:
         logits, matches = self._compared(images, texts, image_ids, caption_ids)
         logits = logits + self.logit_bias.to(logits.dtype)
+        rows, columns = logits.shape
         signs = torch.full_like(logits, -1).scatter_(1, matches[:, None], 1)
-        return -F.logsigmoid(signs * logits).sum() / len(logits)
+        share = (rows - 1) / max(1, columns - 1)  # 1 in a batch
+        weights = torch.full_like(logits, share).scatter_(1, matches[:, None], 1)
+        return -(weights * F.logsigmoid(signs * logits)).sum() / rows
 
     def _compared(
         self, images: Tensor, texts: Tensor, image_ids: Tensor, caption_ids: Tensor
