@@ -83,8 +83,8 @@ class SigmoidLoss:
     belong together and else -1.
 
     A gallery holds the fixed tower's features of the batch too, so that the sum runs over N queries and its M
-    rows. A match counts 1, and any other pair (N - 1) / (M - 1), which is the mean over the batches that could
-    be drawn. A plain sum over thousands of rows can outweigh the matches, and drive queries away from all.
+    rows. A match counts 1, and any other pair (N - 1) / (M - 1), which gives the mean over the batches that
+    could be drawn. A plain sum over thousands of rows can outweigh the matches, and drive queries from all.
 
     Attributes:
         logit_scale, logit_bias: scalars, or (1,); log inverse temperature, and what is added to each logit.
