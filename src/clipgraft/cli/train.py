@@ -198,7 +198,7 @@ def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
     if started is None:
         faults += checks.device_faults(command.model.device)
     clip, wrong = checks.structure_of(command.model)
-    faults += wrong
+    faults += wrong + checks.loss_faults(clip, classes, train)
     if where.from_ is not None and starts_from_adapter(where.from_):
         faults += checks.adapter_faults("--from", where.from_, clip, where.peft_out_proj)
         if clip is not None and not faults:

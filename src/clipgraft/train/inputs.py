@@ -358,7 +358,8 @@ def first_trained_block(clip: Clip, blocks: int) -> int:
     """
     state = lora_state(clip)
     trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
-    if state is None or any(not is_lora(name) and p is not clip.logit_scale for name, p in trained.items()):
+    temperature = set(map(id, clip.temperature.values()))
+    if state is None or any(not is_lora(name) and id(p) not in temperature for name, p in trained.items()):
         return 0
     if any(path.startswith("vision_model.") for path in state.chosen().norms):
         return 0
