@@ -6,7 +6,8 @@ What is retained is `retained_texts`, English captions of scenes that are in no 
 them.
 
 *Image tower*: it learns to tell the three styles of the art apart, of which no caption speaks, from 1,500
-scenes; old are the classes of objects, by their prompts, and English captions.
+scenes; old are the classes of objects, by their prompts, and English captions. Retained are the same texts,
+which hold the training images, or a thousand other scenes, whose pictures are held as well.
 
 Three seeds. Prints a line for each run, then its curve of strengths. `--part 0/2` does every second run.
 """
@@ -32,8 +33,9 @@ from benchmarks.defaults import emoji_pairs
 from clipgraft.emoji.art import load_art
 from clipgraft.emoji.classes import emoji_prompts
 
-MATRICES = "linear-text,text.token_embedding,text.proj"
+MATRICES = "text-matrices"
 _SCENES, _STYLED, _OF_CLASS = 8_000, 1_500, 20
+_OTHERS, _OTHER_SEED = 1_000, 1_000_003  # scenes whose pictures are retained, and which no other set has
 _LORA_LR, _FULL_LR = 3e-3, 1e-3
 
 
@@ -45,6 +47,7 @@ class Try:
     tower: str = "text"
     full: bool = False
     retain: bool = False
+    pictures: bool = False
     lora: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,6 +59,7 @@ TRIES = (
     Try("full fine-tuning, retained", full=True, retain=True),
     Try("image tower: LoRA r=16", "vision"),
     Try("image tower: LoRA r=16, retained", "vision", retain=True),
+    Try("image tower: LoRA r=16, retained with pictures", "vision", retain=True, pictures=True),
     Try("image tower: full", "vision", full=True),
     Try("image tower: full, retained", "vision", full=True, retain=True),
 )
@@ -178,10 +182,10 @@ def run(one: Try, seed: int, world: World, args: argparse.Namespace) -> str:
         "warmup": 50,
     }
     if one.tower == "vision":
-        options |= {"lr": 1e-4 if one.full else 1e-3, "epochs": 4, "batch_size": 64}
+        options |= {"lr": 1e-4 if one.full else _LORA_LR, "epochs": 4, "batch_size": 64}
     locks = {f"lock_{'image' if one.tower == 'text' else 'text'}": True} if one.full else {}
     out = args.folder / "runs" / f"{seed}-{time.time_ns()}"
-    retain = cg.data.retained_texts(clip) if one.retain else None
+    retain = _retained(one, clip, args.folder) if one.retain else None
     started = time.perf_counter()
     result = world.fit(clip, {**options, **one.train, **locks, "seed": seed}, out, retain)
     seconds = time.perf_counter() - started
@@ -205,6 +209,15 @@ def _fit(
 ) -> Any:
     args = cg.RunArgs(out=out, save_frequency=0, val_frequency=0, progress=False)
     return fit(clip, *data, train=cg.TrainArgs(**train), run=args, features=features, retain=retain, **more)
+
+
+def _retained(one: Try, clip: cg.Clip, folder: Path) -> cg.data.Retained:
+    if not one.pictures:
+        return cg.data.retained_texts(clip)
+    table = folder / "others" / "train.en.csv"
+    if not table.is_file():
+        cg.emoji.write_scenes(table.parent, "train", _OTHERS, ["en"], seed=_OTHER_SEED)
+    return cg.data.read_retained(table, images=True, progress=False)
 
 
 def _styled(folder: Path, split: str, size: int) -> Any:

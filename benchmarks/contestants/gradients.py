@@ -16,7 +16,7 @@ from benchmarks.prepare import HF_BASE, LORA
 def compare(table: str, rows: int) -> dict[str, Any]:
     """Return the largest difference relative to the largest gradient of the same matrix."""
     import clipgraft as cg
-    from clipgraft.train.recipes.contrastive import pair_loss
+    from clipgraft.train.recipes.pair_losses import SoftmaxLoss
 
     clip = load()
     cg.apply_lora(clip, **LORA, dropout=0.0, targets="attention")
@@ -28,7 +28,8 @@ def compare(table: str, rows: int) -> dict[str, Any]:
     captions = [texts[0] for texts in pairs.captions[:rows]]
     pixels = torch.stack([clip.require_preprocess()(_open(path)) for path in pairs.images[:rows]])
     ids = torch.arange(rows)
-    loss = pair_loss(clip.encode_image(pixels), clip.encode_text(captions), clip.logit_scale, ids, ids)
+    pair_loss = SoftmaxLoss(clip.logit_scale)
+    loss = pair_loss(clip.encode_image(pixels), clip.encode_text(captions), ids, ids)
     loss.backward()  # type: ignore[no-untyped-call]
 
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -281,6 +282,12 @@ def test_missing_data_is_named(cli: Any) -> None:
             ["--retain", "auto", "--retain-weight", "0"],
             "--retain-weight: got '0', allowed is a number above 0",
         ),
+        (["--loss", "sigmoid"], "--loss sigmoid: this base has no `logit_bias`"),
+        (
+            ["--loss", "sigmoid", "--task", "classification", "--csv-label-key", "caption"],
+            "--loss sigmoid is for pairs: classes exclude each other",
+        ),
+        (["--loss", "hinge"], "--loss: got 'hinge', allowed is one of 'auto', 'softmax' or 'sigmoid'"),
         (["--patience", "2"], "--patience needs validation data, by which the best epoch is known"),
     ],
 )
@@ -290,6 +297,28 @@ def test_bad_input_is_one_line_and_code_2(words: list[str], told: str, train: An
     assert outcome.code == 2
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_a_siglip_config_is_trained_by_its_own_loss(
+    cli: Any, table: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """`--loss auto` would take a SigLIP for a CLIP, or a run could only go on where the loss is named."""
+    config = {**json.loads(tiny_config.read_text()), "init_logit_bias": -10.0}
+    place = tmp_path / "tiny-siglip.json"
+    place.write_text(json.dumps(config), encoding="utf-8")
+    words = ["train", "--train-data", table, "--model", place, "--pretrained", "none", "--precision", "fp32"]
+    words += ["--use-lora", "--lora-train-logit-scale", "--batch-size", "8", "--lr", "1e-3", "--workers", "0"]
+    words += ["--feature-cache", "none", "--logs", tmp_path, "--name", "run"]
+    outcome = cli(*words, "--epochs", "1")
+    assert outcome.code == 0, outcome.err
+    assert "sigmoid, as the base has a logit_bias (--loss softmax is the other)" in outcome.out + outcome.err
+    params = json.loads((tmp_path / "run" / "params.json").read_text())
+    assert params["loss"] == "sigmoid"
+    again = cli(*words, "--epoch-parts", "1,1", "--resume", "latest")
+    assert again.code == 0, again.err
+    other = cli(*words, "--epoch-parts", "1,1,1", "--resume", "latest", "--loss", "softmax")
+    assert other.code == 2
+    assert "--loss (was 'sigmoid', now 'softmax')" in other.err
 
 
 @pytest.mark.parametrize(
@@ -334,6 +363,16 @@ def test_retained_texts_and_the_strength_that_is_saved(train: Any, table: Path, 
     assert alpha == pytest.approx(16 * curve["recommended"])
     params = json.loads((run / "params.json").read_text())
     assert (params["retain"], params["strength"]) == (str(texts), "auto")
+
+
+def test_pictures_beside_retained_texts_hold_an_image_tower(train: Any, table: Path) -> None:
+    """Pictures of old data would count for nothing, or be opened in vain for a tower that does not change."""
+    words = ["--use-lora", "--retain", table, "--epochs", "1"]
+    of_images = train(*words, "--lora-targets", "vision-attention", "--name", "images")
+    assert of_images.code == 0, of_images.err
+    of_texts = train(*words, "--name", "texts")
+    assert re.search(r"held to the base on \d+ texts and \d+ pictures: ", of_images.out)
+    assert re.search(r"held to the base on \d+ texts: ", of_texts.out)
 
 
 def test_a_run_whose_rate_is_given_is_not_held_to_its_base(train: Any) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from clipgraft.data import reader
 from clipgraft.data.args import TableArgs
 from clipgraft.data.datasets import Pairs
-from clipgraft.data.reader import find_duplicates, read_pairs, read_texts
+from clipgraft.data.reader import find_duplicates, names_images, read_pairs, read_texts
 from clipgraft.errors import ConfigError, DataError
 
 
@@ -444,6 +444,22 @@ def test_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     listed.write_text("picture;words\n1.jpg;a dog\n")
     assert read_texts(listed, csv_img_key="picture", csv_caption_key="words", csv_separator=";") == ("a dog",)
     assert read_texts(listed) == ("picture;words", "1.jpg;a dog")
+
+
+def test_whether_texts_have_images(tmp_path: Path) -> None:
+    """A table of texts alone would be refused where an image tower trains, or pictures not be looked at."""
+    files = {
+        "lines.txt": ("a dog\na cat\n", False),
+        "flickr.txt": ("1.jpg#0\ta dog\n1.jpg#1\ta cat\n", True),
+        "pairs.csv": ("filepath\ttitle\n1.jpg\ta dog\n", True),
+        "texts.csv": ("id\tcaption\n1\ta dog\n", False),
+        "pairs.jsonl": ('{"image": "1.jpg", "caption": "a dog"}\n', True),
+        "texts.jsonl": ('{"caption": "a dog"}\n', False),
+    }
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_text(content)
+    found = {name: names_images(tmp_path / name) for name in files}
+    assert found == {name: has for name, (_, has) in files.items()}
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

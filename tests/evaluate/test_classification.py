@@ -27,6 +27,7 @@ from clipgraft.evaluate.classification import (
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.inject import apply_lora
 from clipgraft.models.clip import Clip
+from siglip_models import siglip_clip
 from tiny_pictures import write_pictures
 
 CLASSES = ("cat", "fire_engine", "dog")
@@ -39,7 +40,7 @@ def problem(rows: int, size: int, seed: int, scale: float = 3.0) -> tuple[Tensor
 
 
 def naive(
-    logits: list[list[float]], labels: list[int], size: int
+    logits: list[list[float]], labels: list[int], size: int, sigmoid: bool = False
 ) -> tuple[dict[str, float], list[list[int]]]:
     """The definitions, one image at a time. Without ties."""
     confusion = [[0] * size for _ in range(size)]
@@ -51,6 +52,8 @@ def naive(
         confusion[label][order[0]] += 1
         top5 += label in order[:5]
         loss -= math.log(shares[label])
+        if sigmoid:
+            shares = [1 / (1 + math.exp(-value)) for value in row]
         (inside,) = [m for m in range(15) if m / 15 < max(shares) <= (m + 1) / 15]
         bins[inside][0] += order[0] == label
         bins[inside][1] += max(shares)
@@ -66,12 +69,18 @@ def naive(
     return metrics, confusion
 
 
-@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([0.05, 1.0, 5.0, 30.0]))
-def test_metrics_are_their_definitions(rows: int, size: int, seed: int, scale: float) -> None:
+@given(
+    rows=st.integers(1, 60),
+    size=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.05, 1.0, 5.0, 30.0]),
+    sigmoid=st.booleans(),
+)
+def test_metrics_are_their_definitions(rows: int, size: int, seed: int, scale: float, sigmoid: bool) -> None:
     """An accuracy, a loss or a calibration error that somebody acts on would be wrong."""
     logits, labels, classes = problem(rows, size, seed, scale)
-    got = classification_metrics(logits, labels, classes)
-    metrics, confusion = naive(logits.double().tolist(), labels.tolist(), size)
+    got = classification_metrics(logits, labels, classes, sigmoid=sigmoid)
+    metrics, confusion = naive(logits.double().tolist(), labels.tolist(), size, sigmoid)
     assert got.metrics == pytest.approx(metrics, rel=1e-9, abs=1e-9)
     assert got.confusion.tolist() == confusion
     for c, row in enumerate(got.per_class):
@@ -231,6 +240,23 @@ def test_an_adapter_is_measured(clip: Clip, data: Labelled) -> None:
     with lora_disabled(clip):
         again = evaluate_classification(clip, data, prompts, image_features=features)
     assert again.metrics == pytest.approx(base.metrics, abs=1e-5)
+
+
+def test_a_siglips_probabilities_are_its_own_sigmoids(data: Labelled) -> None:
+    """The calibration of a SigLIP would be that of a softmax, which nobody who uses one computes."""
+    clip = siglip_clip()
+    prompts = tuple((f"a photo of a {name}",) for name in data.classes)
+    result = evaluate_classification(clip, data, prompts, workers=0, exact_preprocess=True)
+    pixels = torch.stack([clip.pixels(path)[0] for path in data.images])
+    with torch.no_grad():
+        tokens = clip.tokenize([prompt for (prompt,) in prompts])
+        logits = clip.model(input_ids=tokens, pixel_values=pixels).logits_per_image
+    confidence = logits.sigmoid().max(1).values
+    right = (logits.argmax(1) == torch.tensor(data.labels)).float()
+    bins = (confidence * 15).ceil()
+    gaps = [((bins == number) * (right - confidence)).sum().abs() for number in range(16)]
+    assert result.metrics["ece"] == pytest.approx(float(sum(gaps)) / len(right), abs=1e-6)
+    assert result.metrics["acc1"] == pytest.approx(float(right.mean()))
 
 
 def test_raw_models_are_taken(tiny_openclip: nn.Module, data: Labelled) -> None:

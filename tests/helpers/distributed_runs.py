@@ -35,7 +35,9 @@ from clipgraft.train.gradient_cache import contrastive_backward
 from clipgraft.train.launch import joined
 from clipgraft.train.loop import Interrupted, Loop
 from clipgraft.train.recipes.contrastive import Contrastive
+from clipgraft.train.recipes.pair_losses import SoftmaxLoss
 from fitting import groups
+from siglip_models import with_logit_bias
 
 PAIRS_IN_A_STEP = 8
 BOTH = "text.*.q,v,fc1,vision.*.q,v,fc1"
@@ -75,6 +77,11 @@ def on_pairs(
     )
 
 
+def on_siglip(clip: Clip, table: Path, out: Path, world: World, **options: Any) -> object:
+    """Run `fit` on the same weights with a `logit_bias`."""
+    return on_pairs(with_logit_bias(clip), table, out, world, **options)
+
+
 def on_classes(
     clip: Clip, table: Path, out: Path, world: World, *, targets: str | None, head: Any = "prompts"
 ) -> object:
@@ -110,6 +117,11 @@ CASES: dict[str, Case] = {
     "crops": partial(on_pairs, targets=BOTH, augment=True, accum_freq=2),
     # A key's bias has no gradient but rounding errors, which Adam divides by their own size, and eps hides.
     "all weights": partial(on_pairs, targets=None, eps=1e-4),
+    "sigmoid": partial(on_siglip, targets=BOTH, accum_freq=2),
+    "sigmoid over a gallery": partial(on_siglip, targets="text-attention"),
+    "sigmoid, all weights": partial(on_siglip, targets=None, eps=1e-4),
+    "softmax, and a bias": partial(on_siglip, targets=BOTH, loss="softmax"),
+    "softmax, and a bias, all weights": partial(on_siglip, targets=None, loss="softmax", eps=1e-3),
     "upper blocks in memory": partial(on_pairs, targets="vision.1.*"),
     "upper blocks in the cache": partial(on_pairs, targets="vision.1.*,text.*.fc1", cached=True),
     "prompts": partial(on_classes, targets=BOTH),
@@ -120,7 +132,7 @@ CASES: dict[str, Case] = {
     "retained": partial(on_pairs, targets=BOTH, retain=RETAINED, accum_freq=2),
     "retained by images": partial(on_pairs, targets="vision.1.*", retain=RETAINED),
 }
-QUICK = ("text tower", "crops", "prompts", "retained")
+QUICK = ("text tower", "crops", "prompts", "retained", "sigmoid")
 DROPPING = {"targets": BOTH, "lora": {"dropout": 0.3}, "augment": True, "accum_freq": 2}
 
 
@@ -132,7 +144,8 @@ def gradients(clip: Clip, table: Path, world: World, accum_freq: int) -> tuple[T
     size = step(world, accum_freq)
     feed = Feed(pairs, size["batch_size"], accum_freq, 0, clip.require_preprocess(), 0, world)
     batch = next(feed.batches(0, 1))
-    objective = Contrastive(clip, LiveImages(encoder), LiveTexts(encoder, feed.captions))
+    pair_loss = SoftmaxLoss(clip.logit_scale)
+    objective = Contrastive(clip, LiveImages(encoder), LiveTexts(encoder, feed.captions), pair_loss)
     loss = contrastive_backward(objective.parts(batch), objective.loss(everywhere(batch, world)), world)
     world.sum_gradients(list(clip.model.parameters()))
     return loss, {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}

@@ -19,6 +19,7 @@ from transformers import SiglipConfig, SiglipModel
 
 import clipgraft as cg
 from clipgraft.models.clip import ClipLike, as_clip
+from siglip_models import build_siglip, with_logit_bias
 from tiny_models import EOS_ID, TINY_OPENCLIP, in_every_layout, randomise, to_transformers
 
 Make = Callable[..., nn.Module]
@@ -209,6 +210,16 @@ def test_logit_scale_is_the_models_own(tiny_openclip: nn.Module, tiny_hf: nn.Mod
         assert as_clip(model).logit_scale is model.logit_scale
         assert as_clip(model).model is model
         assert as_clip(as_clip(model)).model is model
+        assert as_clip(model).logit_bias is None
+        assert list(as_clip(model).temperature) == ["logit_scale"]
+
+
+def test_logit_bias_is_the_models_own(tiny_openclip: nn.Module) -> None:
+    """Training or reading the bias of a SigLIP trains or reads a copy of it, or none."""
+    for model in (build_siglip(), with_logit_bias(as_clip(tiny_openclip)).model):
+        clip = as_clip(model)
+        assert clip.logit_bias is model.logit_bias
+        assert clip.temperature == {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), "ViT-B-32", None])

@@ -22,6 +22,7 @@ from clipgraft.files import atomic_folder
 from clipgraft.models import onnx
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.export import write_model
+from siglip_models import BIAS, SCALE, with_logit_bias
 from tiny_models import TINY_OPENCLIP, randomise
 
 TEXTS = ["a photo of a cat", "một con mèo trên ghế 😀", "word " * 100]
@@ -160,6 +161,13 @@ def test_custom_text_models_keep_their_class(tmp_path: Path) -> None:
     again = cg.load(tmp_path / "model").model
     assert type(again) is open_clip.CustomTextCLIP
     assert all(again.state_dict()[name].equal(weight) for name, weight in model.state_dict().items())
+
+
+def test_onnx_tells_the_bias(openclip_clip: Clip, tmp_path: Path) -> None:
+    """A program that has the graphs alone could not compute a SigLIP's probabilities."""
+    write_model(with_logit_bias(openclip_clip), tmp_path / "model", "onnx", progress=False)
+    told = json.loads((tmp_path / "model" / "clipgraft_onnx.json").read_text(encoding="utf-8"))
+    assert (told["logit_scale"], told["logit_bias"]) == (SCALE, BIAS)
 
 
 @pytest.mark.parametrize("which", ["openclip_clip", "hf_clip"])

@@ -16,7 +16,7 @@ def test_epochs_follow_the_number_of_pairs(rows: int, processes: int, accum: int
     steps = max(1, rows // (64 * accum * processes))
     assert 3 <= epochs <= 15
     if 3 < epochs < 15:
-        assert epochs * steps >= 600 > (epochs - 1) * steps
+        assert epochs * steps >= 1000 > (epochs - 1) * steps
 
 
 def test_what_is_given_stays() -> None:

@@ -15,7 +15,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.models.clip import Clip
 from clipgraft.train.feed import Feed, FixedImages, LiveImages, LiveTexts, MicroBatch, Tower
 from clipgraft.train.gradient_cache import contrastive_backward
-from clipgraft.train.recipes.contrastive import pair_loss
+from clipgraft.train.recipes.pair_losses import SoftmaxLoss
 
 MakeClip = Callable[[], Clip]
 SITES = "text.*.*,vision.*.*,vision.proj,text.proj"
@@ -35,7 +35,7 @@ def grafted(make_clip: MakeClip, dropout: float, targets: str = SITES) -> Clip:
 def loss_of(clip: Clip, batch: Sequence[MicroBatch]) -> Callable[[Tensor, Tensor], Tensor]:
     images = torch.cat([part.image_ids for part in batch])
     captions = torch.cat([part.caption_ids for part in batch])
-    return lambda a, b: pair_loss(a, b, clip.logit_scale, images, captions)
+    return lambda a, b: SoftmaxLoss(clip.logit_scale)(a, b, images, captions)
 
 
 def encoders(

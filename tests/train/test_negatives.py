@@ -16,12 +16,8 @@ from torch import Tensor
 
 import clipgraft as cg
 from clipgraft.models.clip import Clip
-from clipgraft.train.recipes.contrastive import (
-    Gallery,
-    one_way_losses,
-    pair_loss,
-    partners_of,
-)
+from clipgraft.train.recipes.gallery import Gallery, partners_of
+from clipgraft.train.recipes.pair_losses import SoftmaxLoss, one_way_losses
 from fitting import groups
 
 
@@ -47,9 +43,10 @@ def test_loss_equals_the_loop_over_queries(data: st.DataObject) -> None:
     queries, rows = (list(part) for part in zip(*pairs, strict=True))
     partners = partners_of(queries, rows, 5)
     features = torch.randn(len(pairs), 5, generator=generator, requires_grad=True)
-    loss = Gallery("images", gallery, partners).loss(
+    logits, labels = Gallery("images", gallery, partners).logits(
         features, torch.tensor(queries), torch.tensor(rows), torch.tensor(1.0)
     )
+    loss = F.cross_entropy(logits, labels)
     wanted = naive(features.detach(), gallery, [set(p) for p in partners], queries, rows)
     assert loss.item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     loss.backward()
@@ -66,8 +63,9 @@ def test_a_part_of_a_large_gallery_holds_the_right_rows() -> None:
     ids = torch.arange(6)
     part, whole = Gallery("images", gallery, partners, most=100), Gallery("images", gallery, partners)
     torch.manual_seed(0)
-    losses = [part.loss(queries, ids, own, torch.tensor(2.0)).item() for _ in range(50)]
-    everything = whole.loss(queries, ids, own, torch.tensor(2.0)).item()
+    asked = queries, ids, own, torch.tensor(2.0)
+    losses = [F.cross_entropy(*part.logits(*asked)).item() for _ in range(50)]
+    everything = F.cross_entropy(*whole.logits(*asked)).item()
     # About a fifth of the rows: log(5) less, drawn anew each time.
     assert len(set(losses)) > 40
     assert sum(losses) / 50 == pytest.approx(everything - math.log(500 / 95), abs=0.2)
@@ -79,10 +77,10 @@ def test_a_batch_that_is_the_gallery_has_the_batch_loss() -> None:
     images, texts = (torch.randn(9, 4, generator=generator) for _ in range(2))
     ids, scale = torch.arange(9), torch.tensor(1.5)
     partners = [(row,) for row in range(9)]
-    plain = pair_loss(images, texts, scale, ids, ids)
+    plain = SoftmaxLoss(scale)(images, texts, ids, ids)
     for of, features in (("images", images), ("texts", texts)):
         gallery = Gallery(of, F.normalize(features, dim=-1), partners)
-        torch.testing.assert_close(pair_loss(images, texts, scale, ids, ids, gallery), plain)
+        torch.testing.assert_close(SoftmaxLoss(scale, gallery)(images, texts, ids, ids), plain)
 
 
 def test_the_fixed_side_is_contrasted_with_the_batch() -> None:
@@ -92,8 +90,8 @@ def test_the_fixed_side_is_contrasted_with_the_batch() -> None:
     features = F.normalize(torch.randn(20, 3), dim=-1)
     gallery = Gallery("images", features, [(row,) for row in range(4)])
     to_text, _ = one_way_losses(images, texts, scale, ids, ids)
-    wanted = (to_text + gallery.loss(texts, ids, ids, scale)) / 2
-    torch.testing.assert_close(pair_loss(images, texts, scale, ids, ids, gallery), wanted)
+    wanted = (to_text + F.cross_entropy(*gallery.logits(texts, ids, ids, scale))) / 2
+    torch.testing.assert_close(SoftmaxLoss(scale, gallery)(images, texts, ids, ids), wanted)
 
 
 OPTIONS: dict[str, Any] = {"batch_size": 6, "epochs": 1, "workers": 0, "progress": False, "lr": 1e-3}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from open_clip.loss import ClipLoss
 
-from clipgraft.train.recipes.contrastive import false_negatives, pair_loss
+from clipgraft.train.recipes.pair_losses import SoftmaxLoss, false_negatives
 
 
 def naive_loss(
@@ -52,7 +52,7 @@ def test_loss_equals_the_loop_over_pairs(data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     images, texts = (torch.randn(count, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     log_scale = torch.tensor(data.draw(st.floats(0, 4)))
-    loss = pair_loss(images, texts, log_scale, torch.tensor(image_ids), torch.tensor(caption_ids))
+    loss = SoftmaxLoss(log_scale)(images, texts, torch.tensor(image_ids), torch.tensor(caption_ids))
     wanted = naive_loss(images, texts, log_scale.item(), image_ids, caption_ids)
     assert loss.item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
@@ -62,7 +62,7 @@ def test_loss_is_open_clips_without_duplicates() -> None:
     images, texts = (torch.nn.functional.normalize(torch.randn(16, 8), dim=-1) for _ in range(2))
     log_scale = torch.tensor(2.6, requires_grad=True)
     ids = torch.arange(16)
-    ours = pair_loss(images, texts, log_scale, ids, ids)
+    ours = SoftmaxLoss(log_scale)(images, texts, ids, ids)
     theirs = ClipLoss()(images, texts, log_scale.exp())
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     gradients = [torch.autograd.grad(loss, log_scale)[0] for loss in (ours, theirs)]
@@ -73,7 +73,7 @@ def test_two_pairs_of_one_image_do_not_repel() -> None:
     """Five captions an image (Flickr8k) in one batch would fight each other."""
     images = torch.randn(2, 4)
     texts = torch.randn(2, 4, requires_grad=True)
-    same_image = pair_loss(images, texts, torch.tensor(1.0), torch.tensor([7, 7]), torch.tensor([0, 1]))
+    same_image = SoftmaxLoss(torch.tensor(1.0))(images, texts, torch.tensor([7, 7]), torch.tensor([0, 1]))
     assert same_image.item() == pytest.approx(0, abs=1e-7)
     (gradient,) = torch.autograd.grad(same_image, texts)
     assert gradient.abs().max() < 1e-7
@@ -90,5 +90,5 @@ def test_half_precision_features_give_an_fp32_loss() -> None:
     """Under bf16 the softmax over a large batch would lose most of its digits."""
     features = torch.randn(4, 8, dtype=torch.bfloat16)
     ids = torch.arange(4)
-    loss = pair_loss(features, features, torch.tensor(2.0, dtype=torch.bfloat16), ids, ids)
+    loss = SoftmaxLoss(torch.tensor(2.0, dtype=torch.bfloat16))(features, features, ids, ids)
     assert loss.dtype == torch.float32

@@ -23,6 +23,7 @@ from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
 from clipgraft.train.recipes.contrastive import Contrastive
+from clipgraft.train.recipes.pair_losses import SoftmaxLoss
 from clipgraft.train.recipes.recipe import Recipe
 from clipgraft.train.run import run_recipe
 
@@ -56,7 +57,8 @@ class SigmoidRecipe(Recipe):
 
     def objective(self, inputs: Inputs) -> Sigmoid:
         clip = inputs.setup.clip
-        return Sigmoid(Contrastive(clip, inputs.images, inputs.texts), clip.logit_scale)
+        pairs = Contrastive(clip, inputs.images, inputs.texts, SoftmaxLoss(clip.logit_scale))
+        return Sigmoid(pairs, clip.logit_scale)
 
     def measure(self, inputs: Inputs) -> Measured:
         assert self.val is not None

@@ -34,6 +34,7 @@ from clipgraft.train.retention import (
 from fitting import groups, prepared
 
 MakeClip = Callable[[], Clip]
+_SIMILARITY = 0.03
 TEXTS = tuple(f"an old word number {number}" for number in range(60))
 QUICK: dict[str, Any] = {"batch_size": 4, "epochs": 6, "lr": 1e-2, "workers": 0, "progress": False}
 
@@ -58,18 +59,19 @@ def drift(clip: Clip, base: Clip, texts: Sequence[str]) -> float:
 class Sums:
     """An objective that says what it was given."""
 
-    def __init__(self) -> None:
-        self.texts = torch.empty(0)
+    def __init__(self, width: int = 2) -> None:
+        self.width = width
+        self.images = self.texts = torch.empty(0)
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
         return [
-            lambda: (torch.ones(2, 2), torch.full((2, 2), 3.0)),
-            lambda: (torch.ones(1, 2), torch.zeros(1, 2)),
+            lambda: (torch.ones(2, self.width), torch.full((2, self.width), 3.0)),
+            lambda: (torch.ones(1, self.width), torch.zeros(1, self.width)),
         ]
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:
         def loss(images: Tensor, texts: Tensor) -> Tensor:
-            self.texts = texts
+            self.images, self.texts = images, texts
             return torch.tensor(5.0)
 
         return loss
@@ -87,7 +89,7 @@ def test_the_loss_by_hand() -> None:
     base = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     now = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     task = Sums()
-    anchors = Anchors(base, None, lambda ids: now[ids], 0.0)
+    anchors = Anchors(base, lambda ids: now[ids], 0.0)
     held = Retaining(task, anchors, weight=10.0, most=8, logit_scale=torch.tensor(0.0))
     batch = batch_of(2, 1)
     parts = [encode() for encode in held.parts(batch)]
@@ -100,16 +102,16 @@ def test_the_loss_by_hand() -> None:
 
 def test_other_processes_encode_no_texts() -> None:
     """The texts of a step would be counted once for every process."""
-    anchors = Anchors(torch.eye(2), None, lambda ids: torch.eye(2)[ids], 0.0)
+    anchors = Anchors(torch.eye(2), lambda ids: torch.eye(2)[ids], 0.0)
     held = Retaining(Sums(), anchors, 1.0, 8, torch.tensor(0.0), is_rank0=False)
     assert [len(encode()[1]) for encode in held.parts(batch_of(2, 1))] == [2, 1]
 
 
 def test_a_step_draws_texts_by_its_batch_alone() -> None:
     """A resumed run would hold its model to other texts, and end with other bits."""
-    anchors = Anchors(torch.zeros(500, 2), None, None, 0.0)
+    anchors = Anchors(torch.zeros(500, 2), None, 0.0)
     held = Retaining(Sums(), anchors, 1.0, 16, torch.tensor(0.0))
-    first, again, other = (held._drawn(batch_of(*sizes)) for sizes in ((6,), (6,), (7,)))
+    first, again, other = (held._drawn(batch_of(*sizes)).texts for sizes in ((6,), (6,), (7,)))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(set(first.tolist())) == 16
@@ -170,14 +172,69 @@ def test_the_distance_of_images_by_hand(make_clip: MakeClip, pairs: cg.Pairs) ->
     base, texts = make_clip(), encode_captions(make_clip(), retained.parts()[0])
     assert len(texts) == 20
     images = encode_images(base, [pairs.images[i] for i in ids], workers=0)
-    drawn = held._drawn(batch)
+    drawn = held._drawn(batch).texts
     scale = base.logit_scale.exp().detach()
     wanted, given_ = scale * images @ texts[drawn].T, scale * F.normalize(now, dim=1) @ texts[drawn].T
     kl = [
         F.kl_div(a.log_softmax(1), b.log_softmax(1), log_target=True, reduction="batchmean")
         for a, b in ((given_, wanted), (given_.T, wanted.T))
     ]
-    assert total.item() == pytest.approx(5.0 + 2.0 * 0.1 * float(sum(kl)) / 2, rel=1e-4)
+    assert total.item() == pytest.approx(5.0 + 2.0 * _SIMILARITY * float(sum(kl)) / 2, rel=1e-4)
+
+
+def test_pictures_hold_an_image_tower_by_hand(make_clip: MakeClip, pairs: cg.Pairs) -> None:
+    """Other pictures would be held than are encoded, or the task would see pictures not its own."""
+    clip = adapted(make_clip, "vision-linear")
+    for name, parameter in clip.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    inputs = prepared(clip, pairs, batch_size=4, workers=0)
+    texts = tuple(text for _, captions in pairs for text in captions) + TEXTS
+    task = Sums(clip.encode_text("a").shape[1])
+    held = hold_to_base(task, inputs, Retained(texts, weight=2.0, pairs=pairs), pairs.images)
+    pictures = held.anchors.pictures
+    assert pictures is not None
+    batch = [MicroBatch(torch.tensor([0, 2, 3]), torch.tensor([0, 5, 6]), None, torch.zeros(3).long())]
+    drawn = held._drawn(batch)
+    assert len(drawn.texts) == len(drawn.texts.unique()) == len(held.anchors.texts)
+    assert len(drawn.pictures) == len(drawn.pictures.unique()) == len(pairs)
+    parts = [encode() for encode in held.parts(batch)]
+    images, of_texts = (torch.cat(tower) for tower in zip(*parts, strict=True))
+    total = held.loss(batch)(images, of_texts)
+    assert len(task.images) == len(task.texts) == 3
+    assert bool((task.images == 1).all())
+    base, held_texts = make_clip(), Retained(texts).parts()[0]
+    chosen = [pairs.images[index] for index in drawn.pictures.tolist()]
+    trained = [pairs.images[index] for index in (0, 2, 3)]
+    wanted_images = encode_images(base, [*chosen, *trained], workers=0)
+    given_images = torch.cat([encode_images(clip, chosen, workers=0), F.normalize(task.images, dim=1)])
+    of_base = encode_captions(base, held_texts)[drawn.texts]
+    scale = base.logit_scale.exp().detach()
+    wanted, given_ = scale * wanted_images @ of_base.T, scale * given_images @ of_base.T
+    kl = [
+        F.kl_div(a.log_softmax(1), b.log_softmax(1), log_target=True, reduction="batchmean")
+        for a, b in ((given_, wanted), (given_.T, wanted.T))
+    ]
+    assert total.item() == pytest.approx(5.0 + 2.0 * _SIMILARITY * float(sum(kl).detach()) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("targets", ["vision-linear", "vision.1.q,v"])
+def test_pictures_that_are_retained_stay(
+    targets: str, make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path
+) -> None:
+    """Pictures beside retained texts would be read and count for nothing."""
+    half = len(pairs) // 2
+    old, new = pairs[:half], pairs[half:]
+    texts = tuple(text for _, captions in old for text in captions) + TEXTS
+    base = make_clip()
+    of_texts = encode_captions(base, texts)
+    moved = {}
+    for name, given_ in (("free", None), ("held", Retained(texts, weight=300.0, pairs=old))):
+        clip = adapted(make_clip, targets)
+        fit(clip, new, tmp_path / name, retain=given_)
+        now, before = (encode_images(model, old.images, workers=0) @ of_texts.T for model in (clip, base))
+        moved[name] = float((now - before).abs().mean())
+    assert moved["held"] < moved["free"] / 2
 
 
 def test_the_base_is_the_model_without_its_adapter(make_clip: MakeClip, pairs: cg.Pairs) -> None:

@@ -47,6 +47,7 @@ class AdapterFile(Result):
         base: `name`, `pretrained` and `family` of the base; empty where a foreign file does not say.
         fingerprint: of the base, None for foreign files.
         logit_scale: the trained log temperature, None if it is not part of the adapter.
+        logit_bias: the trained bias of SigLIP's logits, likewise.
         metrics: what was measured when it was saved.
         biases: whole biases, (out,), by the path of their module in the twin.
         offsets: (out,) by site, PEFT's biases of B, which the scale acts on.
@@ -66,6 +67,7 @@ class AdapterFile(Result):
     base: dict[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     logit_scale: float | None = None
+    logit_bias: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
@@ -99,6 +101,12 @@ class AdapterFile(Result):
     def scales(self) -> dict[Site, float]:
         """The s of W + s·B·A by site."""
         return {site: _site_scale(self.settings, site, r) for site, r in self.ranks.items()}
+
+    @property
+    def temperature(self) -> dict[str, float]:
+        """The trained parts of `Clip.temperature`, by name; empty if it trains none."""
+        parts = {"logit_scale": self.logit_scale, "logit_bias": self.logit_bias}
+        return {name: value for name, value in parts.items() if value is not None}
 
     @property
     def needs_base(self) -> bool:
@@ -193,6 +201,7 @@ class Extras:
     targets: str = ""
     fingerprint: str | None = None
     logit_scale: Finite | None = None
+    logit_bias: Finite | None = None
 
 
 def extras_of(adapter: AdapterFile) -> dict[str, Any]:
@@ -201,6 +210,7 @@ def extras_of(adapter: AdapterFile) -> dict[str, Any]:
         "base": dict(adapter.base),
         "fingerprint": adapter.fingerprint,
         "logit_scale": adapter.logit_scale,
+        **({} if adapter.logit_bias is None else {"logit_bias": adapter.logit_bias}),
         "metrics": dict(adapter.metrics),
         "targets": adapter.settings.targets,
         "ranks": {str(site): a.shape[0] for site, (a, _) in adapter.weights.items()},
@@ -222,6 +232,7 @@ def with_extras(adapter: AdapterFile, extras: Extras | None) -> AdapterFile:
         base={key: value or adapter.base.get(key, "") for key, value in named.items()},
         fingerprint=extras.fingerprint,
         logit_scale=extras.logit_scale,
+        logit_bias=extras.logit_bias,
         metrics=dict(extras.metrics),
     )
 

@@ -154,8 +154,11 @@ def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
             assert own is not None
             assert base is not None
             own.copy_(whole.to(base.device).float() - base.float())
-    if file.logit_scale is not None:
-        adapter.logit_scale = torch.full_like(clip.logit_scale.detach(), file.logit_scale)
+    if file.temperature:
+        trained = clip.temperature
+        adapter.temperature = {
+            part: torch.full_like(trained[part].detach(), value) for part, value in file.temperature.items()
+        }
 
 
 def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> None:
@@ -168,6 +171,10 @@ def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> No
                 f"{file.path}: {site} has {told_shapes(parts)} where this model needs "
                 f"{', '.join(map(str, wanted.values()))}; load the base it was made for"
             )
+    if file.logit_bias is not None and clip.logit_bias is None:
+        raise AdapterError(
+            f"{file.path} has a trained `logit_bias`, and this model has none; load the base it was made for"
+        )
     shapes: list[tuple[Site, Tensor, tuple[int, ...]]] = [
         (site, tensor, (outputs_of(_required(refs, site, file)),)) for site, tensor in file.offsets.items()
     ]

@@ -31,7 +31,7 @@ from clipgraft.adapters.peft import CONFIG_FILE, config_json, foreign_to_peft, n
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_path, file_exists, write_json
 from clipgraft.lora.config import LoraConfig
-from clipgraft.lora.control import adapter_logit_scale
+from clipgraft.lora.control import adapter_temperature
 from clipgraft.lora.state import require_lora, require_unmerged
 from clipgraft.lora.variants import variant_of
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
@@ -76,6 +76,7 @@ class _Record:
     logit_scale: Finite | None
     metrics: dict[str, Any]
     started_from: str = ""
+    logit_bias: Finite | None = None
 
 
 def lora_state_dict(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
@@ -151,6 +152,7 @@ def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]
             biases[site_path(site, twin)] = _as_stored(bias.float() + layer.lora_bias)
     norms = clip.family.norms(clip.model)
     biases |= {p: _as_stored(norms[p].bias.float() + module.lora_bias) for p, module in adapter.norms.items()}
+    temperature = {part: float(value) for part, value in adapter_temperature(clip, name).items()}
     shared = variant_of(adapter.settings).stored_shared(adapter.shared, adapter.settings)
     return AdapterFile(
         path,
@@ -158,7 +160,8 @@ def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]
         _exact(adapter.settings, parts, {site: layer.scaling for site, layer in layers.items()}),
         base={**asdict(source), "family": clip.family.name},
         fingerprint=clip.fingerprint,
-        logit_scale=adapter_logit_scale(clip, name),
+        logit_scale=temperature.get("logit_scale"),
+        logit_bias=temperature.get("logit_bias"),
         metrics=metrics,
         shared={name: _as_stored(tensor) for name, tensor in shared.items()},
         biases=biases,
@@ -215,6 +218,7 @@ def write_adapter(adapter: AdapterFile, path: Path) -> Path:
         "sites": [str(site) for site in adapter.parts],
         "settings": settings.record(),
         "logit_scale": adapter.logit_scale,
+        **({} if adapter.logit_bias is None else {"logit_bias": adapter.logit_bias}),
         "metrics": adapter.metrics,
         **({"started_from": adapter.started_from} if adapter.started_from else {}),
     }
@@ -265,6 +269,7 @@ def _with_record(adapter: AdapterFile, values: Mapping[str, Any]) -> AdapterFile
         base={"name": base.name, "pretrained": base.pretrained, "family": base.family},
         fingerprint=base.fingerprint,
         logit_scale=record.logit_scale,
+        logit_bias=record.logit_bias,
         metrics=record.metrics,
         started_from=record.started_from,
     )

@@ -102,9 +102,11 @@ def read_guide(data: Mapping[str, Any], path: Path) -> AdapterFile:
     if file.clipgraft is not None:
         return with_extras(adapter, file.clipgraft)
     # The guide's runs train the temperature with the rest; clipgraft's say whether they did.
-    scale = _temperature(state) if config.train_logit_scale else None
+    scale, bias = (
+        _scalar(state, name) if config.train_logit_scale else None for name in ("logit_scale", "logit_bias")
+    )
     settings = adapter.settings.replace(train_logit_scale=scale is not None)
-    return replace(adapter, settings=settings, logit_scale=scale)
+    return replace(adapter, settings=settings, logit_scale=scale, logit_bias=bias)
 
 
 def _weights(state: Mapping[str, Any], path: Path, alone: bool) -> Weights:
@@ -126,8 +128,8 @@ def _weights(state: Mapping[str, Any], path: Path, alone: bool) -> Weights:
     return dict(sorted(paired(halves, path).items(), key=lambda item: item[0].order))
 
 
-def _temperature(state: Mapping[str, Any]) -> float | None:
-    value = state.get("logit_scale")
+def _scalar(state: Mapping[str, Any], name: str) -> float | None:
+    value = state.get(name)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         return None
     return float(value) if torch.isfinite(value).all() else None
@@ -209,8 +211,8 @@ def write_guide_full(
     lora, config = _lora(adapter)
     _check_base(adapter, base_state_dict)
     state = {name: weight.detach().cpu() for name, weight in base_state_dict.items()} | lora
-    if adapter.logit_scale is not None:
-        state["logit_scale"] = torch.full_like(state["logit_scale"], adapter.logit_scale)
+    for name, value in adapter.temperature.items():
+        state[name] = torch.full_like(state[name], value)
     save_checkpoint({"epoch": epoch, _FULL: state, _CONFIG: config, KEY: extras_of(adapter)}, Path(path))
     return Path(path)
 
@@ -250,6 +252,11 @@ def _lora(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check_base(adapter: AdapterFile, base: Mapping[str, Tensor]) -> None:
     if any(is_lora(name) for name in base):
         raise AdapterError("the base carries LoRA itself: call remove_lora(model) before writing it")
+    if lacking := adapter.temperature.keys() - base.keys():
+        raise AdapterError(
+            f"{adapter.path} has a trained {some(sorted(lacking))}, and the base has none: pass the "
+            "open_clip model that it was made for as `model` and `pretrained`"
+        )
     for site, (a, b) in adapter.weights.items():
         weight = base.get(f"transformer.resblocks.{site.block}.attn.in_proj_weight")
         if weight is None or weight.shape[1] != a.shape[1] or weight.shape[1] != b.shape[0]:

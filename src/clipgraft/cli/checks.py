@@ -226,7 +226,8 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
     fewer = before is not None and train.epochs != "auto" and train.planned_epochs < sum(before)
     if fewer or (before is not None and train.epoch_parts):
         faults += fault_of(lambda: plan_epochs(train, RunArgs(out=folder, resume=True), rows=0))
-    now = {name: value for name, value in train.model_dump().items() if name not in _FREE}
+    open_ = _FREE | ({"loss"} if train.loss == "auto" else set())  # what it comes to is in the settings
+    now = {name: value for name, value in train.model_dump().items() if name not in open_}
     changed = {
         name: (settings[name], now[name]) for name in now if name in settings and settings[name] != now[name]
     }
@@ -244,6 +245,16 @@ def resume_faults(folder: Path, lora: LoraFlags, train: TrainArgs, where: RunFla
             f"{latest} belongs to a run with other settings: {listed}; use the same settings, or a new --name"
         )
     return faults
+
+
+def loss_faults(clip: Clip | None, classes: ClassFlags, train: TrainArgs) -> list[str]:
+    """Find a loss that classes, or the model, cannot be trained with."""
+    from clipgraft.train.recipes.classification import class_loss
+    from clipgraft.train.recipes.pair_losses import choose_loss
+
+    if classes.task == "classification":
+        return fault_of(lambda: class_loss(train.loss))
+    return [] if clip is None else fault_of(lambda: choose_loss(clip, train.loss))
 
 
 def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:

@@ -107,6 +107,7 @@ _RARE = frozenset(
         "lora_target_modules",
         "lora_train_logit_scale",
         "lora_variant_options",
+        "loss",
         "lr_cooldown_end",
         "lr_cooldown_power",
         "max_bad_rows",

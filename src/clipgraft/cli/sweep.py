@@ -113,7 +113,7 @@ def _check(
         faults += checks.batch_faults(data.train_data, data, train)
     faults += checks.prompt_faults(classes) + checks.device_faults(model.device)
     clip, wrong = checks.structure_of(model)
-    faults += wrong + _start_faults(model)
+    faults += wrong + _start_faults(model) + checks.loss_faults(clip, classes, train)
     if clip is not None:
         for targets in sweep.targets:
             faults += checks.fault_of(partial(select_sites, clip.sites, targets), "--targets")

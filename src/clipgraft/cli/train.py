@@ -147,9 +147,9 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
     lora, train = command.lora, command.train
     clip = load_own_model(command.model, world)
     data = world.on_rank0(lambda: read_training_data(clip, command.data, command.classes, train.seed))
-    retained = world.on_rank0(lambda: retained_by(command, clip))
     if lora.use_lora:
         graft(clip, lora, command.place, train.seed, lambda: auto_rank(data.rows, data.task))
+    retained = world.on_rank0(lambda: retained_by(command, clip))
     announce(clip, data.rows, data.unit, train, world.world_size)
     done = data.fit(clip, train, command.run(folder), command.features, retained, world)
     if world.is_rank0:
@@ -157,16 +157,19 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
 
 
 def retained_by(command: TrainCommand, clip: Clip) -> Retained | None:
-    """Make what the model is not to forget; None for nothing."""
+    """Make what the model is not to forget; None for nothing. Pictures are read if they hold something."""
     from clipgraft.cli.training_data import read_what_to_retain
     from clipgraft.data.retained import retained_texts
+    from clipgraft.train.feed import trains
 
     flags = command.retain
     if command.retains == "none":
         return None
     if command.retains == "auto":
         return retained_texts(clip, flags.retain_weight)
-    return read_what_to_retain(flags, command.data)
+    frozen = command.train.lock_image and not command.train.lock_image_unlocked_groups
+    images = trains(clip, "vision") and not (frozen and not command.lora.use_lora)
+    return read_what_to_retain(flags, command.data, images)
 
 
 def _unreadable_texts(command: TrainCommand) -> list[str]:
@@ -195,7 +198,7 @@ def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
     if started is None:
         faults += checks.device_faults(command.model.device)
     clip, wrong = checks.structure_of(command.model)
-    faults += wrong
+    faults += wrong + checks.loss_faults(clip, classes, train)
     if where.from_ is not None and starts_from_adapter(where.from_):
         faults += checks.adapter_faults("--from", where.from_, clip, where.peft_out_proj)
         if clip is not None and not faults:

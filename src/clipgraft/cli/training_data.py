@@ -139,14 +139,15 @@ def read_training_data(
     return PairData(pairs, val, tested)
 
 
-def read_what_to_retain(flags: RetainFlags, data: DataFlags) -> Retained:
-    """Read the texts that a model is not to forget from the file or folder that is named.
+def read_what_to_retain(flags: RetainFlags, data: DataFlags, images: bool = False) -> Retained:
+    """Read what a model is not to forget from the file or folder that is named: texts, `images` too if told.
 
     Raises:
         DataError: they cannot be read, or are too few.
     """
     assert flags.retain is not None
-    return read_retained(flags.retain, part(data, TableArgs, dataset_type="auto"), flags.retain_weight)
+    table = part(data, TableArgs, dataset_type="auto")
+    return read_retained(flags.retain, table, flags.retain_weight, images=images)
 
 
 def _read_classes(data: DataFlags, classes: ClassTrainFlags, seed: int, test: Path | None) -> ClassData:

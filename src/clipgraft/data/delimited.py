@@ -85,7 +85,16 @@ def open_delimited(path: Path, args: TableArgs, wanted: Wanted) -> Table:
         form = form._replace(quoted=False)
         notes = (*notes, "it was written without quoting, and is read so (`csv_quoting='none'`)")
     kind = f"csv, separator {_name(header.separator)}"
-    return Table(path, path.parent, kind, "line", partial(_rows, path, form), notes, columns.has_texts)
+    return Table(
+        path,
+        path.parent,
+        kind,
+        "line",
+        partial(_rows, path, form),
+        notes,
+        columns.has_texts,
+        has_images=columns.has_images,
+    )
 
 
 def is_token_file(path: Path, encoding: str | None = None) -> bool:

@@ -36,7 +36,16 @@ def open_json(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     _, columns = choose_columns(source, [Header(names)], args, wanted)
     wanted_names = (names[columns.image], *(names[place] for place in columns.texts))
     rows = partial(_rows, objects, wanted_names, wanted.cells(args))
-    return Table(source, source.parent, kind, unit, rows, columns.notes, columns.has_texts)
+    return Table(
+        source,
+        source.parent,
+        kind,
+        unit,
+        rows,
+        columns.notes,
+        columns.has_texts,
+        has_images=columns.has_images,
+    )
 
 
 def flat(cells: list[Any]) -> Any:

@@ -32,7 +32,16 @@ def open_parquet(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     wanted_names = [names[columns.image], *(names[place] for place in columns.texts)]
     _refuse_bytes(source, wanted_names[0])
     rows = partial(_rows, source, wanted_names, wanted.cells(args))
-    return Table(source, source.parent, "parquet", "row", rows, columns.notes, columns.has_texts)
+    return Table(
+        source,
+        source.parent,
+        "parquet",
+        "row",
+        rows,
+        columns.notes,
+        columns.has_texts,
+        has_images=columns.has_images,
+    )
 
 
 def _refuse_bytes(source: Path, column: str) -> None:

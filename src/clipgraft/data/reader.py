@@ -148,19 +148,31 @@ def read_texts(source: str | Path, args: TableArgs | None = None, **options: Any
         ConfigError: an option is wrong.
     """
     source, args = Path(source), (args or TableArgs()).replace(**options)
-    named = (args.csv_img_key, args.csv_caption_key, args.csv_separator) != (None, None, None)
-    texts: dict[str, None] = {}
-    if source.suffix.lower() == ".txt" and args.dataset_type == "auto" and not named and source.is_file():
+    if _is_lines(source, args):
         with closing(text_lines(source, args.csv_encoding)) as lines:
             texts = dict.fromkeys(stripped for line in lines if (stripped := line.strip()))
-        is_table = bool(texts) and is_token_file(source, args.csv_encoding)
     else:
-        is_table = True
-    if is_table:
         texts = _texts_of(open_table(source, args, TEXTS))
     if not texts:
         raise DataError(f"{source}: holds no text; give captions, or a .txt with one text a line")
     return tuple(texts)
+
+
+def names_images(source: str | Path, args: TableArgs | None = None) -> bool:
+    """Whether what `read_texts` reads names images beside its texts; they are not looked for.
+
+    Raises:
+        DataError: the source cannot be read, or has no column of texts.
+    """
+    source, args = Path(source), args or TableArgs()
+    return not _is_lines(source, args) and open_table(source, args, TEXTS).has_images
+
+
+def _is_lines(source: Path, args: TableArgs) -> bool:
+    """Whether a file is one text a line, rather than a table."""
+    named = (args.csv_img_key, args.csv_caption_key, args.csv_separator) != (None, None, None)
+    plain = source.suffix.lower() == ".txt" and args.dataset_type == "auto" and not named
+    return plain and source.is_file() and not is_token_file(source, args.csv_encoding)
 
 
 def _texts_of(table: Table) -> dict[str, None]:

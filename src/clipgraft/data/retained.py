@@ -1,4 +1,4 @@
-"""What a model is not to forget while it is trained: texts, and how much they count."""
+"""What a model is not to forget while it is trained: texts, pictures, and how much they count."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from clipgraft.data.args import TableArgs
+from clipgraft.data.datasets import Pairs
 from clipgraft.data.general_texts import general_texts
-from clipgraft.data.reader import read_texts
+from clipgraft.data.reader import names_images, read_pairs, read_texts
 from clipgraft.emoji.scenes import EmojiScenes
 from clipgraft.errors import DataError
 from clipgraft.models.clip import Clip
+from clipgraft.progress import Progress
 
 FEWEST = 20
 """Texts, of which a fifth are measured on: with fewer, one of them is a point of ten."""
@@ -29,6 +31,8 @@ class Retained:
         texts: distinct, of any language that the base knows.
         name: where they are from, in words.
         weight: how much their distance from the base counts beside the loss; `auto` tries several.
+        pairs: pictures that hold an image tower that trains, with their captions, which are among the texts:
+            how pictures compare with texts stays as the base has it. None for none.
 
     Raises:
         DataError: fewer than `FEWEST` texts.
@@ -37,6 +41,7 @@ class Retained:
     texts: tuple[str, ...]
     name: str = "given texts"
     weight: float | Literal["auto"] = "auto"
+    pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
         distinct = tuple(dict.fromkeys(text for text in self.texts if text.strip()))
@@ -50,7 +55,8 @@ class Retained:
     @property
     def digest(self) -> str:
         """The texts and their weight, for the record of a run that may be resumed."""
-        told = "\n".join([*self.texts, str(self.weight)])
+        pairs = () if self.pairs is None else ((str(image), *captions) for image, captions in self.pairs)
+        told = "\n".join([*self.texts, str(self.weight), *("\n".join(pair) for pair in pairs)])
         return hashlib.sha256(told.encode(errors="surrogatepass")).hexdigest()[:16]
 
     def parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -80,12 +86,27 @@ def retained_texts(clip: Clip, weight: float | Literal["auto"] = "auto") -> Reta
 
 
 def read_retained(
-    source: str | Path, args: TableArgs | None = None, weight: float | Literal["auto"] = "auto"
+    source: str | Path,
+    args: TableArgs | None = None,
+    weight: float | Literal["auto"] = "auto",
+    *,
+    images: bool = False,
+    progress: Progress = None,
 ) -> Retained:
-    """Read the texts of a table, folder or text file; images beside them are not opened.
+    """Read the texts of a table, folder or text file.
+
+    Args:
+        source: the file or folder.
+        args: which columns are read, and how the file is written.
+        weight: as in `Retained`.
+        images: whether to read the images beside them too, if it names any, which is of use where the image
+            tower trains; otherwise they are not opened.
+        progress: as in `read_pairs`.
 
     Raises:
         DataError: it cannot be read, or holds too few texts.
         ConfigError: an option is wrong.
     """
-    return Retained(read_texts(source, args), str(source), weight)
+    texts = read_texts(source, args)
+    pairs = read_pairs(source, args, progress=progress) if images and names_images(source, args) else None
+    return Retained(texts, str(source), weight, pairs)

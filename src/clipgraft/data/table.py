@@ -70,6 +70,7 @@ class Table:
         notes: choices made for the user that they should see.
         has_texts: whether rows have texts of their own; without, each text is the image's path.
         labels: names that the source gives to classes, whether or not a row has them.
+        has_images: whether rows name images; without, each image is as its text.
     """
 
     source: Path
@@ -80,6 +81,7 @@ class Table:
     notes: tuple[str, ...] = ()
     has_texts: bool = True
     labels: tuple[str, ...] = ()
+    has_images: bool = True
 
 
 _NULLS = frozenset(
@@ -252,6 +254,11 @@ class Columns:
     is_header: bool = True
     has_texts: bool = True
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are image paths besides the texts."""
+        return not self.has_texts or self.image not in self.texts
 
 
 def choose_columns(

@@ -23,7 +23,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.evaluate.metrics import Metrics
-from clipgraft.models.clip import ClipLike, as_clip
+from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.device import use_autocast
 from clipgraft.progress import Progress
 
@@ -65,17 +65,21 @@ class ClassificationResult:
         return Measured(dict(self.metrics), Outcomes({"acc1": hits}, {"acc1": images}, chance))
 
 
-def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> ClassificationResult:
+def classification_metrics(
+    logits: Tensor, labels: Tensor, classes: Sequence[str], *, sigmoid: bool = False
+) -> ClassificationResult:
     """Compute accuracy, loss and calibration of a classifier from logits.
 
     `acc5` counts the first min(5, C) classes. `mean_per_class_recall` averages over the classes that have an
-    image. `loss` is the mean cross-entropy. `ece` is the expected calibration error of the softmax over 15
-    bins of equal width (Guo et al. 2017, *On Calibration of Modern Neural Networks*, eq. 3), bins open below.
+    image. `loss` is the mean cross-entropy. `ece` is the expected calibration error of the probabilities over
+    15 bins of equal width (Guo et al. 2017, *On Calibration of Modern Neural Networks*, eq. 3), bins open
+    below.
 
     Args:
-        logits: floating (N, C), temperature included.
+        logits: floating (N, C), temperature included, and the bias of a model that has one.
         labels: integer (N,), indices into `classes`.
         classes: C names.
+        sigmoid: a logit is the probability of its class by itself, as of SigLIP, and not by a softmax.
 
     Raises:
         DataError: there is no image, or the shapes or labels do not fit.
@@ -84,7 +88,8 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
     _check(logits, labels, classes)
     logits, labels = logits.detach().cpu(), labels.detach().cpu().long()
     parts = [
-        _judge(*part) for part in zip(torch.split(logits, _ROWS), torch.split(labels, _ROWS), strict=True)
+        _judge(*part, sigmoid)
+        for part in zip(torch.split(logits, _ROWS), torch.split(labels, _ROWS), strict=True)
     ]
     rank, predicted, loss, confidence = (torch.cat(values) for values in zip(*parts, strict=True))
     size = len(classes)
@@ -152,7 +157,7 @@ def evaluate_classification(
 ) -> ClassificationResult:
     """Classify the images of `data` by the prompts of each class: zero-shot, or with the model's adapter.
 
-    Logits are cosines times the model's own temperature.
+    Logits are cosines at the model's own temperature. `ece` is of sigmoids if it has a `logit_bias`.
 
     Args:
         model: a `Clip` or a raw model.
@@ -198,9 +203,16 @@ def measure_classification(
     _check_prompts(prompts, data)
     if prototypes is None:
         prototypes = class_features(encoder, prompts)
-    scale = encoder.clip.logit_scale.detach().float().exp().cpu()
-    logits = scale * image_features.float().cpu() @ prototypes.T
-    return classification_metrics(logits, torch.tensor(data.labels), data.classes)
+    clip = encoder.clip
+    logits = prompt_logits(clip, image_features.float().cpu(), prototypes)
+    labels, sigmoid = torch.tensor(data.labels), clip.logit_bias is not None
+    return classification_metrics(logits, labels, data.classes, sigmoid=sigmoid)
+
+
+def prompt_logits(clip: Clip, images: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosines of unit-norm (N, D) and (C, D) on the CPU at a model's temperature, plus its `logit_bias`."""
+    logits = clip.logit_scale.detach().float().exp().cpu() * images @ prototypes.T
+    return logits if clip.logit_bias is None else logits + clip.logit_bias.detach().float().cpu()
 
 
 def _check_prompts(prompts: Sequence[Sequence[str]], data: Labelled) -> None:
@@ -226,16 +238,17 @@ def _check(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
         )
 
 
-def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _judge(logits: Tensor, labels: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return for (n, C) logits, (n,) each: rank of the true class, prediction, cross-entropy, confidence."""
     logits, columns = logits.double(), labels[:, None]
     own = logits.gather(1, columns)
     others = logits.scatter(1, columns, -torch.inf)
     rank = 1 + (others >= own).sum(1)
     predicted = torch.where(rank == 1, labels, others.argmax(1))
-    probabilities = logits.log_softmax(1)
-    loss = -probabilities.gather(1, columns)[:, 0]
-    return rank, predicted, loss, probabilities.max(1).values.exp()
+    logarithms = logits.log_softmax(1)
+    loss = -logarithms.gather(1, columns)[:, 0]
+    confidence = logits.max(1).values.sigmoid() if sigmoid else logarithms.max(1).values.exp()
+    return rank, predicted, loss, confidence
 
 
 def _per_class(confusion: Tensor, classes: Sequence[str]) -> tuple[ClassRow, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.config import LoraConfig
-from clipgraft.lora.control import set_adapter
+from clipgraft.lora.control import set_adapter, temperature_shift
 from clipgraft.lora.initialization import principal
 from clipgraft.lora.inject import attach
 from clipgraft.lora.layers import LoraLayer
@@ -168,11 +168,8 @@ def _attach(
             layer.lora_A.copy_(a.view(layer.lora_A.shape))
             layer.lora_B.copy_(b.view(layer.lora_B.shape))
         _sum_biases(combined, sources, weights)
-        if combined.logit_scale is not None:
-            for given, adapter in sources.items():
-                if adapter.settings.train_logit_scale:
-                    own = clip.logit_scale.data if adapter.logit_scale is None else adapter.logit_scale
-                    combined.logit_scale += weights[given] * (own - state.base_scale)
+        if moved := temperature_shift(clip, state, weights):
+            combined.temperature = {part: base + moved[part] for part, base in state.base_temperature.items()}
     combined.settings = settings.replace(
         rank_pattern=_others(ranks, settings.r),
         alpha_pattern=_others({site: float(r) for site, r in ranks.items()}, settings.alpha),

@@ -58,7 +58,9 @@ class LoraConfig(Options):
     )
     rank_pattern: RankPattern = Field({}, description="other ranks for some sites: text.0.*=4,text.11.*=32")
     alpha_pattern: AlphaPattern = Field({}, description="other alphas for some sites")
-    train_logit_scale: bool = Field(False, description="train the temperature with the adapter")
+    train_logit_scale: bool = Field(
+        False, description="train the temperature (and SigLIP's logit_bias) with the adapter"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -57,16 +57,17 @@ def lora_disabled(model: ClipLike) -> Iterator[None]:
         _set_enabled(model, before)
 
 
-def adapter_logit_scale(model: ClipLike, name: str | None = None) -> float | None:
-    """Return the log temperature of an adapter, by default the active one, in effect or not.
+def adapter_temperature(model: ClipLike, name: str | None = None) -> dict[str, Tensor]:
+    """Return the `Clip.temperature` of an adapter, by default of the active one, in effect or not.
 
-    None if it trains none.
+    Empty if it trains none; detached, on the model's device.
     """
     state = require_lora(model)
     adapter = state.chosen() if name is None else state.named(name)
     if not adapter.settings.train_logit_scale:
-        return None
-    return float(as_clip(model).logit_scale.detach() if adapter.logit_scale is None else adapter.logit_scale)
+        return {}
+    values = as_clip(model).temperature if adapter.temperature is None else adapter.temperature
+    return {part: value.detach() for part, value in values.items()}
 
 
 def _set_enabled(model: ClipLike, enabled: bool) -> None:
@@ -83,7 +84,7 @@ def _set_enabled(model: ClipLike, enabled: bool) -> None:
 
 def make_active(clip: Clip, state: LoraState, name: str | None) -> None:
     """Make an adapter the active one; the caller holds the model's lock alone."""
-    _put_scale_aside(clip, state)
+    _put_temperature_aside(clip, state)
     state.active = name
     in_effect, chosen = state.in_effect, state.adapter
     for slot in state.slots.values():
@@ -91,35 +92,50 @@ def make_active(clip: Clip, state: LoraState, name: str | None) -> None:
     for adapter in state.adapters.values():
         for parameter in adapter.parameters():
             parameter.requires_grad_(adapter is chosen and state.merged is None)
-    _show_scale(clip, state)
+    _show_temperature(clip, state)
 
 
-def _put_scale_aside(clip: Clip, state: LoraState) -> None:
+def _put_temperature_aside(clip: Clip, state: LoraState) -> None:
     """Restore the base's temperature, and store the adapter's own on the adapter."""
-    scale = clip.logit_scale
     for adapter in state.adapters.values():
-        if adapter.settings.train_logit_scale and adapter.logit_scale is None:
-            adapter.logit_scale = scale.data
-    if state.scale_moved:
-        scale.data = state.base_scale.clone().to(scale.device)
-        state.scale_moved = False
+        if adapter.settings.train_logit_scale and adapter.temperature is None:
+            adapter.temperature = {part: p.data for part, p in clip.temperature.items()}
+    if state.temperature_moved:
+        _set_temperature(clip, {part: base.clone() for part, base in state.base_temperature.items()})
+        state.temperature_moved = False
 
 
-def _show_scale(clip: Clip, state: LoraState) -> None:
+def _show_temperature(clip: Clip, state: LoraState) -> None:
     """Show the temperature of the adapter in effect, or of what is merged."""
-    scale, in_effect = clip.logit_scale, state.in_effect
-    shown = None if in_effect is None else in_effect.logit_scale
-    scale.requires_grad_(shown is not None)
+    in_effect = state.in_effect
+    shown = None if in_effect is None else in_effect.temperature
+    for parameter in clip.temperature.values():
+        parameter.requires_grad_(shown is not None)
     if in_effect is not None and shown is not None:
-        scale.data, in_effect.logit_scale, state.scale_moved = shown.to(scale.device), None, True
+        _set_temperature(clip, shown)
+        in_effect.temperature, state.temperature_moved = None, True
     elif state.merged is not None:
-        moved = {name: state.adapters[name].logit_scale for name in state.merged.weights}
-        shifts = [
-            state.merged.weights[n] * (own - state.base_scale) for n, own in moved.items() if own is not None
-        ]
-        if shifts:
-            scale.data = (state.base_scale + sum(shifts)).to(scale.device)
-            state.scale_moved = True
+        moved = temperature_shift(clip, state, state.merged.weights)
+        if moved:
+            base = state.base_temperature
+            _set_temperature(clip, {part: base[part] + shift for part, shift in moved.items()})
+            state.temperature_moved = True
+
+
+def _set_temperature(clip: Clip, values: Mapping[str, Tensor]) -> None:
+    for part, parameter in clip.temperature.items():
+        parameter.data = values[part].to(parameter.device)
+
+
+def temperature_shift(clip: Clip, state: LoraState, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the weighted sum of how far adapters move the base's temperature; empty if none trains it."""
+    trained = [name for name in weights if state.adapters[name].settings.train_logit_scale]
+    own = {name: adapter_temperature(clip, name) for name in trained}
+    return {
+        part: sum((weights[name] * (own[name][part] - base) for name in trained), torch.zeros_like(base))
+        for part, base in state.base_temperature.items()
+        if trained
+    }
 
 
 def merge_lora(model: ClipLike, names: str | Sequence[str] | Mapping[str, float] | None = None) -> None:

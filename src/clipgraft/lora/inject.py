@@ -194,7 +194,7 @@ def _freeze(clip: Clip) -> LoraState:
     weights want gradients, so that freezing alone would change the last bits of what they compute.
     """
     trainable = frozenset(name for name, p in clip.model.named_parameters() if p.requires_grad)
-    state = LoraState(trainable, clip.logit_scale.detach().clone())
+    state = LoraState(trainable, {part: p.detach().clone() for part, p in clip.temperature.items()})
     hosts = {clip.model.get_submodule(ref.module) for ref in clip.site_refs.values() if ref.kind == "fused"}
     for host in hosts:
         graft_attention(host)
@@ -216,8 +216,9 @@ def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
             state.slots[path] = norms[path].lora = AdapterSlot()
             state.hooks[path] = norms[path].register_forward_hook(_add_bias)
         state.slots[path].put(name, bias)
-    if adapter.settings.train_logit_scale and adapter.logit_scale is None:
-        adapter.logit_scale = state.base_scale.clone()
+    if adapter.settings.train_logit_scale or adapter.temperature is not None:
+        base = {part: value.clone() for part, value in state.base_temperature.items()}
+        adapter.temperature = {**base, **(adapter.temperature or {})}
     state.adapters = {**state.adapters, name: adapter}
 
 
@@ -290,7 +291,7 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
                 "keep_merged leaves merged weights when all adapters go: call merge_lora first"
             )
         with rwlock_of(clip.model).write():
-            scale = clip.logit_scale.data
+            temperature = {part: p.data for part, p in clip.temperature.items()}
             if keep_merged:
                 state.merged = None
             restore_base(clip, state)
@@ -299,7 +300,8 @@ def remove_lora(model: ClipLike, name: str | None = None, *, keep_merged: bool =
             if not state.adapters:
                 _ungraft_all(clip, state)
             if keep_merged:
-                clip.logit_scale.data = scale
+                for part, parameter in clip.temperature.items():
+                    parameter.data = temperature[part]
 
 
 def _take_off(clip: Clip, state: LoraState, names: set[str]) -> None:

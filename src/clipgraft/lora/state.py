@@ -31,7 +31,7 @@ class Adapter:
         layers: its updates by site.
         norms: what it adds to the biases of layer norms, by their path in `transformers.CLIPModel`.
         shared: what all its sites share, as its variant made it; None for nothing.
-        logit_scale: its log temperature while it does not act; None while it does, or if it has none.
+        temperature: its own `Clip.temperature` while it does not act; None while it does, or if it has none.
         origin: the file that its weights were loaded from; empty for a new one.
     """
 
@@ -39,7 +39,7 @@ class Adapter:
     layers: dict[Site, LoraLayer] = field(default_factory=dict)
     norms: dict[str, BiasLayer] = field(default_factory=dict)
     shared: Any = None
-    logit_scale: Tensor | None = None
+    temperature: Mapping[str, Tensor] | None = None
     origin: str = ""
 
     def modules(self) -> Iterator[LoraLayer | BiasLayer]:
@@ -72,22 +72,22 @@ class LoraState:
 
     Attributes:
         trainable: names of the base weights that wanted gradients before.
-        base_scale: the base's log temperature.
+        base_temperature: the base's own `Clip.temperature`.
         adapters: by name; replaced, never changed, so that who iterates is not disturbed.
         active: the name of the chosen adapter.
         enabled: whether it acts.
-        scale_moved: whether the model's temperature is another than the base's.
+        temperature_moved: whether the model's temperature is another than the base's.
         merged: set while updates are folded into the base's weights, and none acts beside them.
         slots: the place of each site and norm that has one, by `str(site)` or the norm's path.
         hooks: what `remove_lora` takes off, by the same names.
     """
 
     trainable: frozenset[str]
-    base_scale: Tensor
+    base_temperature: Mapping[str, Tensor]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     enabled: bool = True
-    scale_moved: bool = False
+    temperature_moved: bool = False
     merged: Merged | None = None
     slots: dict[str, AdapterSlot] = field(default_factory=dict)
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
@@ -181,7 +181,7 @@ def verify_gradients(model: ClipLike) -> int:
     """Check after a backward pass that every trainable weight has a gradient, and no other one.
 
     With LoRA attached, what is to train is the active adapter, and the temperature if that was asked for;
-    without, whatever requires gradients.
+    without, whatever requires gradients. A `logit_bias` may be without: a softmax does not depend on it.
 
     Returns:
         How many weights have a gradient.
@@ -193,16 +193,18 @@ def verify_gradients(model: ClipLike) -> int:
     clip = as_clip(model)
     require_unmerged(clip, "train")
     named = [(name, p) for name, p in clip.model.named_parameters() if p.numel()]
-    state, scale = lora_state(clip), clip.logit_scale
+    state, optional = lora_state(clip), clip.logit_bias
     if state is None:
         wanted = {name for name, p in named if p.requires_grad}
     else:
         adapter = state.chosen()
-        own = {id(p) for p in adapter.parameters()}
-        trains_scale = adapter.settings.train_logit_scale
-        wanted = {name for name, p in named if id(p) in own or (trains_scale and p is scale)}
+        trained = [*adapter.parameters()]
+        if adapter.settings.train_logit_scale:
+            trained += clip.temperature.values()
+        own = set(map(id, trained))
+        wanted = {name for name, p in named if id(p) in own}
     leaked = [name for name, p in named if name not in wanted and (p.requires_grad or p.grad is not None)]
-    missing = [name for name, p in named if name in wanted and p.grad is None]
+    missing = [name for name, p in named if name in wanted and p.grad is None and p is not optional]
     if leaked:
         raise TrainingError(
             f"{len(leaked)} weights of the base are not frozen or have gradients, {_some(leaked)}: "
@@ -213,7 +215,7 @@ def verify_gradients(model: ClipLike) -> int:
             f"{len(missing)} trainable weights got no gradient, {_some(missing)}: "
             "their output is not part of the loss, or LoRA is disabled (enable_lora)"
         )
-    return len(wanted)
+    return sum(p.grad is not None for _, p in named)
 
 
 def _some(names: list[str]) -> str:

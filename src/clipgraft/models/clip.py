@@ -82,6 +82,18 @@ class Clip:
         return scale
 
     @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """What SigLIP adds to every logit, a scalar or (1,); None for models without it, as CLIP is."""
+        bias = getattr(self.model, "logit_bias", None)
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    @property
+    def temperature(self) -> dict[str, nn.Parameter]:
+        """What makes logits of cosines, by name: `logit_scale`, and `logit_bias` where there is one."""
+        bias = self.logit_bias
+        return {"logit_scale": self.logit_scale, **({} if bias is None else {"logit_bias": bias})}
+
+    @property
     def context_length(self) -> int:
         return self.family.context_length(self.model)
 

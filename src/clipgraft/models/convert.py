@@ -309,9 +309,8 @@ def config_of(clip: Clip) -> dict[str, Any]:
             return convert_siglip.named_config(clip.model)
     config = config_of_shape(shape_of(clip))
     config["text_cfg"] |= tokenizer_config(clip.tokenizer)
-    bias = getattr(clip.model, "logit_bias", None)
-    if isinstance(bias, nn.Parameter):
-        config["init_logit_bias"] = float(bias.detach())
+    if clip.logit_bias is not None:
+        config["init_logit_bias"] = float(clip.logit_bias.detach())
     split = getattr(clip.model, "text", None)
     if isinstance(split, nn.Module):
         config["custom_text"] = True

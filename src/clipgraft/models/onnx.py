@@ -211,6 +211,7 @@ def _describe(
         "features": "not normalised: divide each row by its Euclidean norm before comparing",
         "logit_scale": float(scale),
         "temperature": float(torch.exp(-scale)),
+        **({} if clip.logit_bias is None else {"logit_bias": float(clip.logit_bias.detach())}),
         "largest_difference": differences,
         "text": {
             "file": _TEXT,

@@ -214,5 +214,6 @@ def _other_parts(file: AdapterFile) -> list[str]:
         f"biases of B at {len(file.offsets)} sites": file.offsets,
         f"whole weights of {len(file.full)} sites": file.full,
         f"a trained temperature (log {file.logit_scale})": file.logit_scale is not None,
+        f"a trained logit bias ({file.logit_bias})": file.logit_bias is not None,
     }
     return [name for name, there in parts.items() if there]

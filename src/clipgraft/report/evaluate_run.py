@@ -26,6 +26,7 @@ from clipgraft.evaluate.classification import (
     class_features,
     classification_metrics,
     evaluate_classification,
+    prompt_logits,
 )
 from clipgraft.evaluate.ranks import retrieval_ranks
 from clipgraft.evaluate.retrieval import evaluate_retrieval, retrieval_metrics
@@ -122,11 +123,11 @@ def _classified(run: Run, how: ComputeOptions) -> Examples:
         encoder = Encoder(clip, _in_bf16(run))
         found = encode_images(clip, images.images, features, encoder=encoder)
         made[name] = Features(found, class_features(encoder, prompts))
-        logits = clip.logit_scale.detach().float().exp().cpu() * found @ made[name].texts.T
+        logits, sigmoid = prompt_logits(clip, found, made[name].texts), clip.logit_bias is not None
         if name == "adapted" and head is not None:
             with torch.no_grad():
-                logits = head(found)
-        results[name] = classification_metrics(logits, labels, images.classes)
+                logits, sigmoid = head(found), False
+        results[name] = classification_metrics(logits, labels, images.classes, sigmoid=sigmoid)
         predicted = logits.argmax(1).tolist()
     kind = str(run.params.get("head")) if head is not None else ""
     return _class_examples(images, made, results, predicted, missing, kind)

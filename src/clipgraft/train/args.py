@@ -27,8 +27,9 @@ from clipgraft.options import (
     words,
 )
 
-_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 600, 3, 15  # of a run that is not told
+_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 15  # of a run that is not told
 HeadKind = Literal["linear", "cosine"]
+LossKind = Literal["softmax", "sigmoid"]
 
 
 class TrainArgs(Options):
@@ -87,6 +88,11 @@ class TrainArgs(Options):
         None,
         description="contrast with the batch, or with all features of a frozen tower (default: "
         "gallery if a tower is frozen)",
+    )
+    loss: Literal["auto", "softmax", "sigmoid"] = Field(
+        "auto",
+        description="loss of pairs: each told from all others (softmax, as CLIP), or each pair judged by "
+        "itself (sigmoid, as SigLIP); auto: sigmoid if the base has a `logit_bias`, else softmax",
     )
     augment: bool = Field(False, description="train on random crops of the images")
     cache_views: Views | None = Field(

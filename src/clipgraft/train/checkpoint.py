@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 EPOCHS, PARTS = "epochs", "epoch_parts"
 _SHARING = ("batch_size", "accum_freq", "processes")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_OF_THEN = {"loss": "softmax"}
+"""What runs had that were begun before these were options."""
 _AGAIN = "start the run again under another `out`"
 _OTHER = "holds other trainable weights than this model has: resume with the run's own model"
 
@@ -271,7 +273,7 @@ def _same_settings(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
             "es" if before > 1 else "",
             after,
         )
-    saved, now = _without_epochs(saved, now)
+    saved, now = _without_epochs({**_OF_THEN, **saved}, {**_OF_THEN, **now})
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if changed:
         listed = ", ".join(

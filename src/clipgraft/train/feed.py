@@ -181,7 +181,11 @@ class PartlyFixedImages:
     first: int
 
     def __call__(self, batch: MicroBatch) -> Tensor:
-        return self.encoder.encode_from_block(self.inputs[batch.image_ids], self.first)
+        return self.encode(batch.image_ids)
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """(n,) indices of images -> (n, D), any norm."""
+        return self.encoder.encode_from_block(self.inputs[ids], self.first)
 
     def features(self, ids: Tensor) -> Tensor:
         """Unit-norm features of images, (n, D) on the CPU, in eval mode: what `encode_images` gives."""

@@ -30,6 +30,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import is_lora
+from clipgraft.pictures import open_image
 from clipgraft.shown import shown_line
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.distributed import ALONE, World, in_shares
@@ -88,6 +89,23 @@ class Inputs:
             encoder=self.encoder,
         )
         return in_shares(self.setup.world, paths, encode)
+
+    def live_images(self, paths: Sequence[Path]) -> Callable[[Tensor], Tensor]:
+        """What gives the features of some of the files, by index, as they are at the moment; any norm.
+
+        What the frozen blocks below an adapter give is computed once, if there is room for it.
+        """
+        lower = plan_activations(self.setup, self.encoder, paths)
+        if lower is not None:
+            with _bar(self.setup, "retained pictures", len(paths)) as advance:
+                return lower.compute(advance).encode
+        transform = self.setup.clip.require_preprocess()
+
+        def encode(ids: Tensor) -> Tensor:
+            pixels = torch.stack([transform(open_image(paths[index])) for index in ids.tolist()])
+            return self.encoder.encode_image(pixels)
+
+        return encode
 
     def encode_captions(self, texts: Sequence[str], encoder: Encoder | None = None) -> Tensor:
         """(N, D) unit-norm features of texts, of which each process encodes a share."""
@@ -340,7 +358,8 @@ def first_trained_block(clip: Clip, blocks: int) -> int:
     """
     state = lora_state(clip)
     trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
-    if state is None or any(not is_lora(name) and p is not clip.logit_scale for name, p in trained.items()):
+    temperature = set(map(id, clip.temperature.values()))
+    if state is None or any(not is_lora(name) and id(p) not in temperature for name, p in trained.items()):
         return 0
     if any(path.startswith("vision_model.") for path in state.chosen().norms):
         return 0

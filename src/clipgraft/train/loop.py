@@ -142,7 +142,7 @@ class Loop:
             for number, batch in enumerate(self._until(stop, batches), start=start + 1):
                 position = Position(epoch, number, position.step + 1)
                 lr, loss = self.step(batch, position.step)
-                readings.add(position.step, lr, self._pairs(batch), loss, self.clip.logit_scale)
+                readings.add(_Step(position.step, lr, self._pairs(batch), loss, self._temperature()))
                 if number < self.feed.steps and every and position.step % every == 0:
                     readings.read()
                     self._checkpoint(folder, position)
@@ -182,9 +182,19 @@ class Loop:
         self.optimizer.step()
         # The fused AdamW does not (torch 2.14), and who keeps bf16 copies of weights goes by their versions.
         torch.autograd.graph.increment_version(trainable)
-        clamp_logit_scale(self.clip.logit_scale)
+        if self.setup.train.loss != "sigmoid":
+            # Published SigLIP models are above CLIP's limit, at 112: it would change them at the first step.
+            clamp_logit_scale(self.clip.logit_scale)
         self.world.send(running_statistics(self.trained))
         return lr, loss
+
+    def _temperature(self) -> dict[str, Tensor]:
+        """What the loss multiplies cosines with, and what it adds to them if it does."""
+        values = {"logit_scale": self.clip.logit_scale.detach().exp()}
+        bias = self.clip.logit_bias
+        if bias is not None and self.setup.train.loss == "sigmoid":
+            values["logit_bias"] = bias.detach().clone()
+        return values
 
     def _checkpoint(self, folder: RunFolder | SilentFolder, position: Position) -> None:
         if self.world.is_rank0:
@@ -255,11 +265,13 @@ _STEPS_BETWEEN_READINGS = 25
 
 @dataclass(frozen=True)
 class _Step:
+    """What is reported of a step, counted from 1."""
+
     number: int
     lr: float
     pairs: int
     loss: Tensor
-    logit_scale: Tensor
+    temperature: dict[str, Tensor]
 
 
 class Readings:
@@ -277,13 +289,13 @@ class Readings:
         self._pending: list[_Step] = []
         self._since = time.perf_counter()
 
-    def add(self, number: int, lr: float, pairs: int, loss: Tensor, logit_scale: Tensor) -> None:
-        """Note a step, counted from 1; scalars stay on the device until they are read.
+    def add(self, step: _Step) -> None:
+        """Note a step; scalars stay on the device until they are read.
 
         Raises:
             TrainingError: a loss that was read is not finite.
         """
-        self._pending.append(_Step(number, lr, pairs, loss.detach(), logit_scale.detach().exp()))
+        self._pending.append(step)
         if len(self._pending) >= self._every:
             self.read()
 
@@ -292,15 +304,17 @@ class Readings:
         if not self._pending:
             return
         rows = [
-            torch.stack([step.loss.float(), step.logit_scale.float().squeeze()]) for step in self._pending
+            torch.stack([value.float().squeeze() for value in (step.loss, *step.temperature.values())])
+            for step in self._pending
         ]
         values = torch.stack(rows).tolist()
         now = time.perf_counter()
         speed = sum(step.pairs for step in self._pending) / (now - self._since)
-        for step, (loss, scale) in zip(self._pending, values, strict=True):
+        for step, (loss, *temperature) in zip(self._pending, values, strict=True):
             if not math.isfinite(loss):
                 raise not_finite(step.number, step.lr, loss)
-            event = {"loss": loss, "lr": step.lr, "logit_scale": scale, "pairs_per_second": speed}
+            logits = dict(zip(step.temperature, temperature, strict=True))
+            event = {"loss": loss, "lr": step.lr, **logits, "pairs_per_second": speed}
             self._folder.event("train", step.number, event)
             self.losses.append(loss)
         self._bar.set_postfix({"loss": f"{self.losses[-1]:.3f}", "images/s": f"{speed:.0f}"}, refresh=False)

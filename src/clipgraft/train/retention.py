@@ -1,9 +1,9 @@
-"""Hold a model to its base on texts that it is not to forget, while it learns something else.
+"""Hold a model to its base on texts and pictures that it is not to forget, while it learns something else.
 
 What a trained text tower gives for such a text stays near what the base gave (feature distillation, as in
-CLIP-KD, Yang et al. 2023, arXiv:2307.12732). A trained image tower is held by the training images themselves:
-how they compare with the texts stays as the base had it (learning without forgetting, Li & Hoiem 2016,
-arXiv:1606.09282), so that no other pictures are needed.
+CLIP-KD, Yang et al. 2023, arXiv:2307.12732). A trained image tower is held by pictures: how they compare with
+the texts stays as the base had it. These are the training images (learning without forgetting, Li & Hoiem
+2016, arXiv:1606.09282), and with them those that are retained, if there are any.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.data.retained import Retained
+from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
@@ -38,9 +39,11 @@ SHARE = 0.05
 WEIGHTS = (3.0, 10.0, 30.0, 100.0)
 WEIGHT = 30.0
 """Where nothing can be tried."""
-_MOST_A_STEP = 64  # texts; at most as many as its batch has pairs
+_MOST_A_STEP = 64  # texts that are encoded anew; at most as many as its batch has pairs
+_MOST_FIXED = 512  # texts that a frozen tower encodes once
+_MOST_PICTURES = 32
 _OF_THE_GAIN = 0.05  # that may be given up for keeping more
-_SIMILARITY = 0.1  # what the divergence counts beside the distance, which is smaller by about that much
+_SIMILARITY = 0.03  # what the divergence counts beside the distance, which is smaller by about that much
 
 
 @contextlib.contextmanager
@@ -51,47 +54,80 @@ def as_base(clip: Clip) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What the base makes of retained pictures, while the image tower trains.
+
+    Attributes:
+        features: (P, D) unit-norm features by the base.
+        encode: indices of pictures -> their features as they are now, any norm.
+    """
+
+    features: Tensor
+    encode: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Anchors:
-    """Texts, and what the base makes of them and of the training images.
+    """Texts, and what the base makes of them, and of pictures while the image tower trains.
 
     Attributes:
         texts: (T, D) unit-norm features by the base.
-        images: (images, D) unit-norm features of the training images by the base; None where the image tower
-            does not train.
         encode: indices of texts -> their features as they are now, any norm; None where the text tower does
             not train.
         logit_scale: the base's log inverse temperature.
+        images: (images, D) unit-norm features of the training images by the base; None where the image tower
+            does not train.
+        pictures: those that are retained; None where there are none, or the image tower does not train.
     """
 
     texts: Tensor
-    images: Tensor | None
     encode: Callable[[Tensor], Tensor] | None
     logit_scale: float
+    images: Tensor | None = None
+    pictures: Pictures | None = None
 
 
-def make_anchors(inputs: Inputs, texts: Sequence[str], images: Sequence[Path]) -> Anchors:
-    """Encode texts, and training images if their tower trains, by the base; before the first step."""
+def make_anchors(inputs: Inputs, retained: Retained, images: Sequence[Path]) -> Anchors:
+    """Encode by the base, before the first step, what a model is held to; `images` are those it trains on."""
     clip, encoder = inputs.setup.clip, inputs.encoder
+    texts, _ = retained.parts()
     with as_base(clip):
         of_texts = inputs.encode_captions(texts)
-        of_images = inputs.encode_images(images, encoder) if trains(clip, "vision") else None
         scale = float(clip.logit_scale.detach())
-    encode = None
-    if trains(clip, "text"):
-        tokens = clip.tokenize(texts)
+    anchors = Anchors(of_texts, _encode_texts(clip, encoder, texts), scale)
+    if not trains(clip, "vision"):
+        return anchors
+    paths = () if retained.pairs is None else retained.pairs.images
+    with as_base(clip):
+        anchors = replace(anchors, images=inputs.encode_images(images, encoder))
+        features = inputs.encode_images(paths, encoder) if paths else None
+    if features is None:
+        return anchors
+    return replace(anchors, pictures=Pictures(features, inputs.live_images(paths)))
 
-        def encode(ids: Tensor) -> Tensor:
-            return encoder.encode_text(tokens[ids])
 
-    return Anchors(of_texts, of_images, encode, scale)
+def _encode_texts(clip: Clip, encoder: Encoder, texts: Sequence[str]) -> Callable[[Tensor], Tensor] | None:
+    """What encodes texts as the tower is at the moment; None if it does not train."""
+    if not trains(clip, "text"):
+        return None
+    tokens = clip.tokenize(texts)
+    return lambda ids: encoder.encode_text(tokens[ids])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Indices of what a step holds its model to: (t,) texts and (p,) pictures."""
+
+    texts: Tensor
+    pictures: Tensor
 
 
 @dataclass(frozen=True)
 class Retaining:
     """Another objective, and `weight` times the distance from the base.
 
-    The texts of a step are drawn by its batch, so that a resumed run draws them again. Of several processes
-    rank 0 encodes them: they stand before its own texts, which are the first of all.
+    The texts and pictures of a step are drawn by its batch, so that a resumed run draws them again. Of
+    several processes rank 0 encodes them: they stand before its own, which are the first of all.
 
     Attributes:
         most: how many texts a step takes.
@@ -108,62 +144,75 @@ class Retaining:
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
         first, *others = self.task.parts(batch)
-        encode = self.anchors.encode
-        if encode is None or not self.is_rank0:
+        if not self.is_rank0:
             return [first, *others]
-        ids = self._drawn(batch)
+        drawn, encode, pictures = self._drawn(batch), self.anchors.encode, self.anchors.pictures
 
         def with_anchors() -> Features:
             images, texts = first()
-            return images, torch.cat([encode(ids).to(texts), texts])
+            if encode is not None:
+                texts = torch.cat([encode(drawn.texts).to(texts), texts])
+            if pictures is not None:
+                images = torch.cat([pictures.encode(drawn.pictures).to(images), images])
+            return images, texts
 
         return [with_anchors, *others]
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:
         of_task = self.task.loss(batch)
-        ids = self._drawn(batch)
+        drawn = self._drawn(batch)
         image_ids = torch.cat([part.image_ids for part in batch])
-        given = len(ids) if self.anchors.encode is not None else 0
+        given = len(drawn.texts) if self.anchors.encode is not None else 0
+        shown = len(drawn.pictures)
 
         def loss(images: Tensor, texts: Tensor) -> Tensor:
-            total = of_task(images, texts[given:])
-            wanted = self.anchors.texts[ids].to(images.device)
-            now = texts[:given] if given else wanted
-            return total + self.weight * self._distance(images, image_ids, now, wanted)
+            total = of_task(images[shown:], texts[given:])
+            wanted = self.anchors.texts[drawn.texts].to(images.device)
+            now, distance = (
+                wanted,
+                images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32)),
+            )
+            if given:
+                now = texts[:given]
+                distance = distance + feature_distance(now, wanted)
+            if (base := self._images(drawn, image_ids)) is not None:
+                scale = torch.tensor(self.anchors.logit_scale, device=images.device)
+                student, teacher = (images, now, self.logit_scale), (base.to(images.device), wanted, scale)
+                distance = distance + _SIMILARITY * similarity_divergence(student, teacher)
+            return total + self.weight * distance
 
         return loss
 
-    def _distance(self, images: Tensor, image_ids: Tensor, texts: Tensor, wanted: Tensor) -> Tensor:
-        total = images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32))
-        if self.anchors.encode is not None:
-            total = total + feature_distance(texts, wanted)
-        if self.anchors.images is not None:
-            base = self.anchors.images[image_ids].to(images.device)
-            scale = torch.tensor(self.anchors.logit_scale, device=images.device)
-            now = images, texts, self.logit_scale
-            total = total + _SIMILARITY * similarity_divergence(now, (base, wanted, scale))
-        return total
+    def _images(self, drawn: Drawn, image_ids: Tensor) -> Tensor | None:
+        """What the base makes of the images that hold their tower, as they stand; None if it is frozen."""
+        if self.anchors.images is None:
+            return None
+        images, pictures = self.anchors.images[image_ids], self.anchors.pictures
+        return images if pictures is None else torch.cat([pictures.features[drawn.pictures], images])
 
-    def _drawn(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """The texts of a step: others for every batch, and the same however processes share it."""
-        count = len(self.anchors.texts)
-        if count <= self.most:
-            return torch.arange(count)
+    def _drawn(self, batch: Sequence[MicroBatch]) -> Drawn:
+        """What a step is held to: other texts for every batch, and the same however processes share it."""
         first = batch[0]
         seed = (int(first.turns[0]) << 32) + int(first.caption_ids[0])  # a pair is first once an epoch
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: self.most]
+        generator = torch.Generator().manual_seed(seed)
+        pictures = self.anchors.pictures
+        counts = len(self.anchors.texts), 0 if pictures is None else len(pictures.features)
+        texts, images = (torch.randperm(count, generator=generator) for count in counts)
+        return Drawn(texts[: self.most], images[: min(_MOST_PICTURES, self.most)])
 
 
 def hold_to_base(task: Objective, inputs: Inputs, retained: Retained, images: Sequence[Path]) -> Retaining:
     """Let an objective hold its model to the base too; `images` are those of the training data."""
     setup = inputs.setup
-    texts, _ = retained.parts()
-    log.info("held to the base on %s: %s", f"{len(texts):,} texts", retained.name)
+    anchors = make_anchors(inputs, retained, images)
+    pictures = "" if anchors.pictures is None else f" and {len(anchors.pictures.features):,} pictures"
+    log.info("held to the base on %s texts%s: %s", f"{len(anchors.texts):,}", pictures, retained.name)
+    batch = setup.train.batch_size * setup.train.accum_freq * setup.world.world_size
     return Retaining(
         task=task,
-        anchors=make_anchors(inputs, texts, images),
+        anchors=anchors,
         weight=WEIGHT if retained.weight == "auto" else retained.weight,
-        most=min(_MOST_A_STEP, setup.train.batch_size * setup.train.accum_freq * setup.world.world_size),
+        most=_MOST_FIXED if anchors.encode is None else min(_MOST_A_STEP, batch),
         logit_scale=setup.clip.logit_scale,
         is_rank0=setup.world.is_rank0,
     )

@@ -122,6 +122,10 @@ def run_recipe(
     recipe.check()
     if run.patience is not None and recipe.val is None:
         raise ConfigError("`patience` needs validation data, by which the best epoch is known: give some")
+    loss = recipe.choose_loss(clip, train.loss)
+    if train.loss == "auto" and loss == "sigmoid":
+        log.info("loss of pairs: sigmoid, as the base has a logit_bias (`loss=softmax` is the other)")
+    train = train.replace(loss=loss)
     setup = set_up(clip, train, run, features, world, rows=len(recipe.pairs.rows()))
     recipe.check_model(clip)
     if recipe.retained is not None and not (trains(clip, "text") or trains(clip, "vision")):

@@ -79,13 +79,16 @@ def choose_trainable(clip: Clip, args: TrainArgs) -> None:
     """The adapter trains if there is one; else everything but what the locks freeze."""
     if lora_state(clip) is None:
         clip.model.requires_grad_(True)
+        if clip.logit_bias is not None:
+            clip.logit_bias.requires_grad_(args.loss == "sigmoid")  # a softmax does not depend on it
         if args.lock_image:
             lock_tower(clip, "vision", args.lock_image_unlocked_groups)
         if args.lock_text:
             lock_tower(clip, "text", args.lock_text_unlocked_layers)
-    if clip.logit_scale.requires_grad:
-        # A step moves the temperature by less than two neighbouring bf16 numbers are apart.
-        clip.logit_scale.data = clip.logit_scale.data.float()
+    for parameter in clip.temperature.values():
+        if parameter.requires_grad:
+            # A step moves the temperature by less than two neighbouring bf16 numbers are apart.
+            parameter.data = parameter.data.float()
     if args.grad_checkpointing:
         clip.family.set_grad_checkpointing(clip.model, True)
 

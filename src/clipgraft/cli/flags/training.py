@@ -172,8 +172,9 @@ class RetainFlags(Options):
     retain: str | None = Field(
         None,
         min_length=1,
-        description="texts on which the model is to stay as its base is: a .txt, a table or folder of pairs; "
-        "auto: texts that ship with clipgraft; none (default: auto, but none where --lr is given)",
+        description="texts on which the model is to stay as its base is: a .txt, a table or folder of pairs, "
+        "whose pictures hold an image tower that trains; auto: texts that ship with clipgraft; none "
+        "(default: auto, but none where --lr is given)",
     )
     retain_weight: AutoWeight = Field(
         "auto",

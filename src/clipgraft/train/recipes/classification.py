@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from clipgraft.evaluate.classification import (
 )
 from clipgraft.files import atomic_path, write_json
 from clipgraft.models.clip import Clip
-from clipgraft.train.args import HeadArgs, HeadKind
+from clipgraft.train.args import HeadArgs, HeadKind, LossKind
 from clipgraft.train.feed import FeatureSource, MicroBatch, trains
 from clipgraft.train.gradient_cache import Encode, Features, Loss
 from clipgraft.train.inputs import Inputs
@@ -79,6 +79,9 @@ class ClassificationRecipe(Recipe):
                 "same classes in both"
             )
         require_classes(self.data)
+
+    def choose_loss(self, clip: Clip, asked: LossKind | Literal["auto"]) -> LossKind:
+        return class_loss(asked)
 
     def check_model(self, clip: Clip) -> None:
         kind = self.options.head
@@ -157,6 +160,21 @@ class ClassificationRecipe(Recipe):
         for image, label in zip(self.data.images, self.data.labels, strict=True):
             digest.update(f"{image.name}\t{label}\n".encode(errors="surrogatepass"))
         return digest.hexdigest()[:16]
+
+
+def class_loss(asked: LossKind | Literal["auto"]) -> LossKind:
+    """Softmax, with any model: an image has one class, and is given the one with the largest logit.
+
+    A `logit_bias` is the same for all classes and plays no part.
+
+    Raises:
+        ConfigError: `sigmoid` is asked for.
+    """
+    if asked == "sigmoid":
+        raise ConfigError(
+            "`loss=sigmoid` is for pairs: classes exclude each other and are learnt by cross-entropy; drop it"
+        )
+    return "softmax"
 
 
 def require_classes(train: Labelled) -> None:

@@ -13,9 +13,11 @@ from clipgraft.data.datasets import Pairs
 from clipgraft.data.retained import Retained
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
+from clipgraft.train.args import LossKind
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
+from clipgraft.train.recipes.pair_losses import choose_loss
 
 
 class Objective(Protocol):
@@ -60,6 +62,10 @@ class Recipe(ABC):
 
     def check_model(self, clip: Clip) -> None:  # noqa: B027
         """Refuse a model in which the wrong weights train."""
+
+    def choose_loss(self, clip: Clip, asked: LossKind | Literal["auto"]) -> LossKind:
+        """What `TrainArgs.loss` comes to with a model; raises ConfigError for one that cannot have it."""
+        return choose_loss(clip, asked)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
