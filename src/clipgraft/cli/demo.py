@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Adapt the embedded CLIP to another language; compare base, LoRA and full fine-tuning."
-# The best of what was tried for each, at equal steps: docs/demo-settings.md.
+# The best of what was tried for each, at equal steps: benchmarks/results/forgetting.md.
 _LORA = {"r": 32, "alpha": 64, "dropout": 0.0, "targets": "linear-text,text.token_embedding,text.proj"}
 _COMMON: dict[str, Any] = {"batch_size": 128, "wd": 0.1, "warmup": 50}
 _LORA_LR, _FULL_LR = 3e-3, 1e-3
