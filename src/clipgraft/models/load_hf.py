@@ -28,7 +28,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CLASSES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}  # of transformers, by model_type
+CLASSES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}  # of transformers, by model_type
 _SHARDS = (".safetensors", ".bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -49,7 +49,7 @@ def load_hf(path: str, name: str) -> Clip:
             _check_downloaded(path)
             values, _ = PreTrainedConfig.get_config_dict(path)
             _check_model_type(path, values.get("model_type"))
-            kind = _CLASSES[values["model_type"]]
+            kind = CLASSES[values["model_type"]]
             config = transformers_config(getattr(transformers, f"{kind}Config"), values, path)
             build = getattr(transformers, f"{kind}Model")
             _check_head(path, config)
@@ -176,10 +176,10 @@ def _check_model_type(path: str, kind: object) -> None:
     if kind is None and not folder_exists(path):
         raise ModelError(f"hf:{path} has no config.json: if it holds an open_clip model, load hf-hub:{path}")
     # transformers would load another type's weights where names agree and draw the rest at random.
-    if kind not in _CLASSES:
+    if kind not in CLASSES:
         raise ModelError(
             f"{path} holds a {str(kind)[:100]!r} model: clipgraft loads transformers models of type "
-            f"{', '.join(map(repr, _CLASSES))}"
+            f"{', '.join(map(repr, CLASSES))}"
         )
 
 
