@@ -17,7 +17,6 @@ from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
     BertConfig,
-    BertModel,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     CLIPTextConfig,
@@ -35,7 +34,6 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
-    ViTModel,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
@@ -72,10 +70,14 @@ def _xlmr() -> XLMRobertaConfig:
 def _nllb() -> M2M100Config:
     sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in _M2M.items()}
     return M2M100Config(
-        **sizes, **_WORDS, d_model=32, dropout=0.0, attention_dropout=0.0, encoder_layerdrop=0.0, pad_token_id=1
+        **sizes,
+        **_WORDS,
+        d_model=32,
+        dropout=0.0,
+        attention_dropout=0.0,
+        encoder_layerdrop=0.0,
+        pad_token_id=1,
     )
-
-
 
 
 def _mt5() -> MT5Config:
@@ -86,7 +88,9 @@ def _mt5() -> MT5Config:
 
 def _clip_text() -> CLIPTextConfig:
     ids = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 1}
-    return CLIPTextConfig(**_TOWER, vocab_size=WORDS, max_position_embeddings=LENGTH, projection_dim=DIM, **ids)
+    return CLIPTextConfig(
+        **_TOWER, vocab_size=WORDS, max_position_embeddings=LENGTH, projection_dim=DIM, **ids
+    )
 
 
 def _clip_vision() -> CLIPVisionConfig:
@@ -164,7 +168,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "CLIPVisionModel": lambda: CLIPVisionModel(_clip_vision()),
     "CLIPVisionModelWithProjection": lambda: CLIPVisionModelWithProjection(_clip_vision()),
     "own towers": _own,
-    "own towers of transformers": _own_hf,
+    "own DINOv2 and XLM-R": _own_hf,
 }
 LONE = [name for name in BUILDERS if name.startswith("CLIP") and name.count(" ") == 0]
 PAIRS = [name for name in BUILDERS if name not in LONE]
@@ -237,9 +241,9 @@ _PROJ = _named(text__proj="text_projection.weight", vision__proj="visual_project
 _MLP_PROJ = _named(text__proj_fc1="text.proj.0.weight", text__proj_fc2="text.proj.2.weight")
 
 
-def _bert_tower(path: str) -> dict[str, Place]:
+def _bert_tower(path: str, blocks: str = "layer") -> dict[str, Place]:
     return {
-        **_blocks("text", f"{path}.encoder.layer", _BERT_PLACES),
+        **_blocks("text", f"{path}.encoder.{blocks}", _BERT_PLACES),
         **_named(
             text__token_embedding=f"{path}.embeddings.word_embeddings.weight",
             text__position_embedding=f"{path}.embeddings.position_embeddings.weight",
@@ -262,9 +266,7 @@ WEIGHTS: dict[str, dict[str, Place]] = {
     "open_clip NLLB": {
         **_OPEN_CLIP_VISION,
         **_blocks("text", "text.transformer.layers", {**_CLIP_ATTENTION, "fc1": "fc1", "fc2": "fc2"}),
-        **_named(
-            text__token_embedding="text.transformer.embed_tokens.weight", text__proj="text.proj.weight"
-        ),
+        **_named(text__token_embedding="text.transformer.embed_tokens.weight", text__proj="text.proj.weight"),
     },
     "open_clip mT5": {
         **_OPEN_CLIP_VISION,
@@ -275,12 +277,10 @@ WEIGHTS: dict[str, dict[str, Place]] = {
     "open_clip BERT": {
         **_OPEN_CLIP_VISION,
         **_bert_tower("text.transformer"),
-        **_named(
-            text__pool_fc1="text.transformer.pooler.dense.weight", text__proj="text.proj.weight"
-        ),
+        **_named(text__pool_fc1="text.transformer.pooler.dense.weight", text__proj="text.proj.weight"),
     },
     "AltCLIP": {
-        **_bert_tower("text_model.roberta"),
+        **_bert_tower("text_model.roberta", "layers"),
         **_clip_tower("vision", "vision_model"),
         **_named(text__proj_fc1="text_model.transformation.weight"),
         **_PROJ,
@@ -328,7 +328,7 @@ WEIGHTS: dict[str, dict[str, Place]] = {
             vision__proj="vision_projection.weight",
         ),
     },
-    "own towers of transformers": {
+    "own DINOv2 and XLM-R": {
         **_bert_tower("text_tower"),
         **_blocks("vision", "vision_tower.encoder.layer", _VIT_PLACES),
         **_named(
@@ -401,15 +401,12 @@ def stock_features(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     tokens = ids(name)
     mask = tokens.ne(padding_of(name)).long()
     if name in LONE:
-        if "Text" in name:
-            output = model(input_ids=tokens)
-        else:
-            output = model(pixel_values=pixels())
+        output = model(input_ids=tokens) if "Text" in name else model(pixel_values=pixels())
         projected = getattr(output, "text_embeds", getattr(output, "image_embeds", None))
         return (output.pooler_output if projected is None else projected,)
     if name.startswith("open_clip"):
         return model.encode_image(pixels()), model.encode_text(tokens)
-    if name.startswith("own towers of"):
+    if name.startswith("own DINOv2"):
         text = model.text_tower(input_ids=tokens, attention_mask=mask).pooler_output
         return model.vision_tower(pixel_values=pixels()).pooler_output, text
     if name.startswith("own"):

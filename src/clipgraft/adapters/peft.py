@@ -304,15 +304,19 @@ def _twin(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Twin:
 def missing_sites(file: AdapterFile, sites: Iterable[Site], twin: Twin) -> list[Site]:
     """Sites of a model that the configuration targets and the weights lack, in the towers that they adapt.
 
-    `twin` has the names of the model, which count where the file is in its own.
-    PEFT only warns of them. A pattern that is not matched here is passed over with a line that says so: the
-    weights tell the sites without it.
+    `twin` has the names of the model, which count where the file is in its own. PEFT only warns of missing
+    ones. A pattern that is not matched here is passed over with a line that says so: the weights tell the
+    sites without it.
     """
     there = {*file.parts, *file.full}
     towers = {site.tower for site in there}
     names = twin if file.twin.paths else file.twin
+    # A pattern of PEFT's may match the name of a place at which it found no module.
+    passed = frozenset() if str(file.config.get("peft_type")).startswith(OWN_TYPE) else names.foreign
     paths = {
-        site_path(site, names).removeprefix(file.path_prefix): site for site in sites if site.tower in towers
+        site_path(site, names).removeprefix(file.path_prefix): site
+        for site in sites
+        if site.tower in towers and site not in passed
     }
     try:
         return [site for path in targeted(file.config, paths) if (site := paths[path]) not in there]

@@ -140,7 +140,7 @@ def is_module_of(site: Site, twin: Twin) -> bool:
     if site.block is not None:
         return site.role in BLOCK_ROLES
     if site.tower == "vision" and site.role in _VISION_PROJECTION:
-        return twin is CLIP and site.role == "proj"
+        return twin.text_projection == CLIP.text_projection and site.role == "proj"
     if site.role in POOL_ROLES:
         return twin is not CLIP
     # Siglip2Model reads the table without calling the module, so that PEFT's update would be ignored.
