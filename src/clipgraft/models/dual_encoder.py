@@ -170,8 +170,7 @@ def _as_tokenizer(tokenizer: Any, tower: nn.Module) -> Any:
     if not hasattr(tokenizer, "pad_token_id"):
         return tokenizer
     check_padding(tower, tokenizer, type(tower).__name__)
-    length = longest(tower.config) if _is_hf(tower) else _LENGTH
-    return HfTokenizer(tokenizer, min(_LENGTH, length))
+    return HfTokenizer(tokenizer, min(_LENGTH, longest(getattr(tower, "config", None))))
 
 
 def _is_hf(tower: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
@@ -34,6 +35,13 @@ def hf_text_refs(text: nn.Module, prefix: str) -> Iterator[SiteRef]:
 def hf_text_ends(text: Any, tokens: Tensor) -> Tensor | None:
     """(N,) position of the last token that is no padding, which open_clip masks; None where none is cut."""
     return hf_ends(text.config, tokens)
+
+
+def hf_features_on_meta(text: Any, tokens: Tensor) -> Tensor:
+    """The text tower on the meta device: without the mask of padding, of which transformers asks a number."""
+    pooled = text.pooler(text.transformer(input_ids=tokens), torch.ones_like(tokens))
+    features: Tensor = text.proj(pooled)
+    return features
 
 
 def check_pooler(text: nn.Module) -> None:

@@ -23,6 +23,7 @@ from clipgraft.models.family import (
 from clipgraft.models.hf_text import (
     check_pooler,
     hf_context_length,
+    hf_features_on_meta,
     hf_text_ends,
     hf_text_groups,
     hf_text_refs,
@@ -81,6 +82,8 @@ class OpenClipFamily:
     def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
         if is_hf_text(_text_tower(model)):
             check_pooler(_text_tower(model))
+            if tokens.is_meta:
+                return hf_features_on_meta(_text_tower(model), tokens)
         short = tokens.shape[1] < self.context_length(model)
         if short and (not _is_split(model) or _is_causal(_text_tower(model))):
             return _encode_short_text(_text_tower(model), tokens)

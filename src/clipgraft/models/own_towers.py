@@ -13,6 +13,7 @@ from clipgraft.models.architecture import TextTower, VisionTower
 from clipgraft.models.encoder_sites import PLACES, encoder_groups, encoder_refs, module_ref
 from clipgraft.models.family import is_pure_norm, named_weights
 from clipgraft.models.names import Twin, own_twin
+from clipgraft.models.padding import longest
 from clipgraft.models.processors import OWN_TOWERS
 from clipgraft.models.sites import TOWERS, Site, SiteRef, Tower
 
@@ -71,9 +72,9 @@ class OwnTowersFamily:
 
     def context_length(self, model: nn.Module) -> int:
         tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise ModelError("this model has no tokenizer, which tells the length of its texts: give it one")
-        return int(tokenizer(["a"]).shape[1])
+        if tokenizer is not None:
+            return int(tokenizer(["a"]).shape[1])
+        return longest(getattr(model.text_tower, "config", None))
 
     def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
         projection: Any = getattr(model, f"{tower}_projection", None)

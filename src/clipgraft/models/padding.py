@@ -86,10 +86,12 @@ def check_padding(text: nn.Module, tokenizer: Any, where: object) -> None:
 def hf_mask(config: Any, tokens: Tensor) -> Tensor | None:
     """The mask of padding for a text encoder of transformers; None where it needs none or names no padding.
 
-    CLIP's text tower is causal, and the id that it pads with is the one that it pools at.
+    CLIP's text tower is causal, and the id that it pads with is the one that it pools at. On the meta device
+    there is none either: transformers asks whether the mask hides anything, and no number is there.
     """
     padding = pad_id(config)
-    return None if padding is None or _is_clip(config) else attention_mask(tokens, padding)
+    bare = padding is None or _is_clip(config) or tokens.is_meta
+    return None if bare or padding is None else attention_mask(tokens, padding)
 
 
 def hf_ends(config: Any, tokens: Tensor) -> Tensor | None:
