@@ -64,6 +64,7 @@ def load_adapter(
         peft_out_proj=peft_out_proj,
         text_layers=layers.get("text"),
         vision_layers=layers.get("vision"),
+        twin=clip.family.twin(clip.model),
     )
     put_on(clip, adapter, name, activate=activate, force=force)
     return adapter
@@ -143,12 +144,12 @@ def _full_rank(change: Tensor) -> tuple[Tensor, Tensor]:
 def _fill(clip: Clip, adapter: Adapter, file: AdapterFile) -> None:
     """Give a new adapter a file's weights and settings."""
     adapter.settings, adapter.origin = file.settings, str(file.path.resolve())
-    refs, norms = clip.site_refs, clip.family.norms(clip.model)
+    refs, norms, twin = clip.site_refs, clip.family.norms(clip.model), clip.family.twin(clip.model)
     with torch.no_grad():
         for site, parts in file.parts.items():
             adapter.layers[site].restore(parts, site_weight(clip.model, refs[site]))
         for path, whole in file.biases.items():
-            place = None if path in adapter.norms else path_site(path)
+            place = None if path in adapter.norms else path_site(path, twin)
             own = adapter.norms[path].lora_bias if place is None else adapter.layers[place].lora_bias
             base = norms[path].bias if place is None else site_bias(clip.model, refs[place])
             assert own is not None
@@ -185,7 +186,7 @@ def _check_sites(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> No
                 f"{file.path}: {site} has {tuple(tensor.shape)} where this model needs {shape}; load the "
                 "base it was made for"
             )
-    missing = missing_sites(file, refs)
+    missing = missing_sites(file, refs, clip.family.twin(clip.model))
     if missing:
         raise AdapterError(
             f"{file.path} lacks {len(missing)} of its target sites, {some(missing)}: "

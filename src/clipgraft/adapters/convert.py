@@ -12,12 +12,14 @@ from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import read_checkpoint
 from clipgraft.adapters.clip_lora import read_clip_lora, write_clip_lora
 from clipgraft.adapters.diffusion import read_diffusion, trainer_of
-from clipgraft.adapters.folder import FILES, as_adapter, is_adapter, read_folder, write_adapter
+from clipgraft.adapters.folder import FILES, Contents, as_adapter, is_adapter, read_folder, write_adapter
 from clipgraft.adapters.guide_format import read_guide, write_guide, write_guide_full
+from clipgraft.adapters.peft import is_in_names_of
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
 from clipgraft.adapters.run_folder import find_run_model
 from clipgraft.errors import AdapterError
 from clipgraft.files import atomic_folder
+from clipgraft.models.names import CLIP, Twin
 
 Format = Literal["folder", "peft-openclip", "guide", "guide-full", "clip-lora", "kohya", "diffusers"]
 Form = Literal["peft", "guide", "guide-full", "clip-lora"]
@@ -37,7 +39,7 @@ def detect(path: str | Path) -> Format:
     path = adapter_place(Path(path))
     if _is_folder(path):
         contents = read_folder(path)
-        return "peft-openclip" if is_peft_openclip(contents.tensors, contents.config) else "folder"
+        return "peft-openclip" if _is_peft_openclip(contents) else "folder"
     if path.suffix == ".safetensors":
         return trainer_of(path)
     return _detect_file(read_checkpoint(path), path)
@@ -50,6 +52,7 @@ def read_any(
     peft_out_proj: OutProj | None = None,
     text_layers: int | None = None,
     vision_layers: int | None = None,
+    twin: Twin = CLIP,
 ) -> AdapterFile:
     """Read an adapter of any format that `detect` knows.
 
@@ -59,6 +62,7 @@ def read_any(
         peft_out_proj: see `read_peft_openclip`.
         text_layers: see `read_clip_lora`.
         vision_layers: see `read_clip_lora`.
+        twin: the names of the base at hand, for adapters in those of the base itself.
 
     Raises:
         AdapterError: it cannot be read, or what the file leaves open has to be said.
@@ -66,9 +70,9 @@ def read_any(
     path = adapter_place(Path(path))
     if _is_folder(path):
         contents = read_folder(path, name)
-        if is_peft_openclip(contents.tensors, contents.config):
+        if _is_peft_openclip(contents) and not is_in_names_of(contents.tensors, twin):
             return read_peft_openclip(contents.tensors, contents.config, contents.folder, peft_out_proj)
-        return as_adapter(contents)
+        return as_adapter(contents, twin)
     if path.suffix == ".safetensors":
         return read_diffusion(path, text_layers)
     data = read_checkpoint(path)
@@ -89,6 +93,11 @@ def adapter_place(path: Path) -> Path:
     if found.kind == "adapter":
         return found.saved
     raise AdapterError(f"{path} is a run that made no adapter, but a {found.kind} model: name it as `model`")
+
+
+def _is_peft_openclip(contents: Contents) -> bool:
+    """Whether PEFT wrote it; clipgraft's own files, of open_clip models too, have a record."""
+    return contents.record is None and is_peft_openclip(contents.tensors, contents.config)
 
 
 def _is_folder(path: Path) -> bool:

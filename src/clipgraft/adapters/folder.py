@@ -27,8 +27,15 @@ from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.checkpoint import as_record, as_weight, some
-from clipgraft.adapters.peft import CONFIG_FILE, config_json, foreign_to_peft, name_tensors, read_peft
-from clipgraft.errors import AdapterError
+from clipgraft.adapters.peft import (
+    CONFIG_FILE,
+    OWN_TYPE,
+    config_json,
+    foreign_to_peft,
+    name_tensors,
+    read_peft,
+)
+from clipgraft.errors import AdapterError, TargetError
 from clipgraft.files import atomic_path, file_exists, write_json
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.control import adapter_temperature
@@ -36,7 +43,7 @@ from clipgraft.lora.state import require_lora, require_unmerged
 from clipgraft.lora.variants import variant_of
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.family import site_bias
-from clipgraft.models.names import site_path
+from clipgraft.models.names import CLIP, Twin, recorded_twin, site_path
 from clipgraft.models.sites import Site
 from clipgraft.models.weights_file import UnreadableError, check_is_weights, read_weights
 from clipgraft.ours import refuse_foreign
@@ -252,10 +259,27 @@ def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
     return as_adapter(read_folder(Path(path), name))
 
 
-def as_adapter(contents: Contents) -> AdapterFile:
-    """`read_adapter` of a folder that has been read."""
-    adapter = read_peft(contents.tensors, contents.config, contents.folder)
+def as_adapter(contents: Contents, twin: Twin = CLIP) -> AdapterFile:
+    """`read_adapter` of a folder that has been read; `twin` has the names of the base at hand."""
+    known = twin if twin.paths or contents.record is None else _recorded_twin(contents, contents.record)
+    adapter = read_peft(contents.tensors, contents.config, contents.folder, known)
     return adapter if contents.record is None else _with_record(adapter, contents.record)
+
+
+def _recorded_twin(contents: Contents, record: Mapping[str, Any]) -> Twin:
+    """The names of a base that goes by its own, as a file of clipgraft records them: sites beside paths."""
+    auto, paths = contents.config.get("auto_mapping"), contents.config.get("target_modules")
+    sites = record.get("sites")
+    if not isinstance(sites, list) or not isinstance(paths, list) or not isinstance(auto, Mapping):
+        return CLIP
+    if len(sites) != len(paths) or not all(isinstance(item, str) for item in (*sites, *paths)):
+        return CLIP
+    try:
+        named = {Site.parse(site): path for site, path in zip(sites, paths, strict=True)}
+    except TargetError:
+        return CLIP
+    foreign = str(contents.config.get("peft_type")).startswith(OWN_TYPE)
+    return recorded_twin(str(auto.get("base_model_class")), str(auto.get("parent_library")), named, foreign)
 
 
 def _with_record(adapter: AdapterFile, values: Mapping[str, Any]) -> AdapterFile:

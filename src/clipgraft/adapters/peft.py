@@ -23,7 +23,7 @@ from clipgraft.files import folder_exists
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.layers import LoraLayer, Parts
 from clipgraft.lora.variants import PlainLora, variant_in_peft, variant_of
-from clipgraft.models.names import CLIP, SIGLIP, SIGLIP2, Twin, is_module_of, path_site, site_path
+from clipgraft.models.names import CLIP, SIGLIP, SIGLIP2, TWINS, Twin, is_module_of, path_site, site_path
 from clipgraft.models.sites import Site
 from clipgraft.records import Finite, Flag, Rank, shown
 
@@ -49,6 +49,7 @@ _TOWER_CLASSES = {
     "Siglip2VisionModel": _VISION,
     "Siglip2ForImageClassification": _VISION,
 }
+_KNOWN = {*TWINS, *_TOWER_CLASSES}
 # Modules that one tower has and the other has not.
 _OWN_MODULES = {
     _TEXT: ("embeddings.token_embedding.", "final_layer_norm."),
@@ -68,16 +69,37 @@ def name_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     kind, named = variant_of(adapter.settings), dict[str, Tensor]()
     for site, parts in adapter.parts.items():
         for name, suffix in kind.peft_names(site).items():
-            named[f"{_PREFIX}{site_path(site, adapter.twin)}.{suffix}"] = kind.as_peft(name, parts)
+            named[f"{_PREFIX}{_saved_path(site, adapter)}.{suffix}"] = kind.as_peft(name, parts)
     for name, tensor in adapter.shared.items():
         named[f"{_SHARED_PREFIX}{kind.peft_shared_names[name]}"] = tensor
     adapted = {site_path(site, adapter.twin) for site in adapter.parts}
     for path, bias in adapter.biases.items():
-        named[f"{_PREFIX}{path}.{'base_layer.' if path in adapted else ''}bias"] = bias
+        saved = adapter.twin.saved(path)
+        named[f"{_PREFIX}{saved}.{'base_layer.' if path in adapted else ''}bias"] = bias
     return named
 
 
-def _tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> str:
+def _saved_path(site: Site, adapter: AdapterFile) -> str:
+    return adapter.twin.saved(site_path(site, adapter.twin))
+
+
+def is_in_names_of(tensors: Mapping[str, Tensor], twin: Twin) -> bool:
+    """Whether all weights are LoRA at modules of a base that goes by its own names."""
+    known = {f"{_PREFIX}{path}" for site, path in twin.paths.items() if site not in twin.foreign}
+    return all(name.partition(".lora_")[0] in known for name in tensors)
+
+
+def _told(twin: Twin) -> str:
+    return twin.name if twin.paths else "transformers.CLIPModel"
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    """The class of the base that PEFT recorded; empty where it did not."""
+    auto = config.get("auto_mapping")
+    return str(auto.get("base_model_class") or "") if isinstance(auto, Mapping) else ""
+
+
+def _tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, known: Twin) -> str:
     """What the module paths of one tower alone lack of those of `CLIPModel`; "" where they lack nothing.
 
     Since transformers 5 the modules of `CLIPTextModel` and `CLIPVisionModel` have no inner prefix, so that
@@ -89,10 +111,11 @@ def _tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], fold
     names = [name.removeprefix(_PREFIX) for name in tensors]
     if not any(name.startswith(_BARE) for name in names):
         return ""
-    auto = config.get("auto_mapping")
-    kind = auto.get("base_model_class") if isinstance(auto, Mapping) else None
+    kind = _class_of(config)
     if kind in _TOWER_CLASSES:
         return _TOWER_CLASSES[kind]
+    if known.prefix:
+        return known.prefix
     for prefix, own in _OWN_MODULES.items():
         if any(name.startswith(own) for name in names):
             return prefix
@@ -102,25 +125,27 @@ def _tower_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], fold
     )
 
 
-def read_peft(tensors: Mapping[str, Tensor], configuration: dict[str, Any], folder: Path) -> AdapterFile:
+def read_peft(
+    tensors: Mapping[str, Tensor], configuration: dict[str, Any], folder: Path, known: Twin = CLIP
+) -> AdapterFile:
     """Read an adapter of a `transformers.CLIPModel`, `SiglipModel` or `Siglip2Model`, or of one tower.
 
     Args:
         tensors: `adapter_model.safetensors`.
         configuration: `adapter_config.json`.
         folder: named in errors.
+        known: the names of the base at hand, for adapters in those of the base itself.
 
     Raises:
         AdapterError: the configuration is of something else than LoRA, names lie outside the model or are not
             what the configuration announces, one half of a pair is missing, or weights and configuration
             disagree.
     """
-    prefix = _tower_prefix(tensors, configuration, folder)
+    twin = known if known.paths and _class_of(configuration) not in _KNOWN else _twin(tensors, configuration)
+    prefix = "" if twin.paths else _tower_prefix(tensors, configuration, folder, known)
     kind, config = read_variant(configuration, folder)
     base = named_base(configuration, "transformers")
-    found = AdapterFile(
-        folder, {}, LoraConfig(), configuration, base, path_prefix=prefix, twin=_twin(tensors, configuration)
-    )
+    found = AdapterFile(folder, {}, LoraConfig(), configuration, base, path_prefix=prefix, twin=twin)
     surplus = []
     shared = {f"{_SHARED_PREFIX}{peft}": own for own, peft in kind.peft_shared_names.items()}
     for name, tensor in tensors.items():
@@ -134,7 +159,7 @@ def read_peft(tensors: Mapping[str, Tensor], configuration: dict[str, Any], fold
     if surplus:
         _check_saved(surplus, config, folder)
         raise AdapterError(
-            f"{folder} holds {len(surplus)} weights that are no LoRA on transformers.CLIPModel, or that "
+            f"{folder} holds {len(surplus)} weights that are no LoRA on {_told(twin)}, or that "
             f"adapter_config.json does not announce: {some([repr(name) for name in surplus])}; train it on "
             "that model, or drop them"
         )
@@ -160,7 +185,7 @@ def _sort(name: str, tensor: Tensor, kind: type[LoraLayer], config: Config, foun
     """Put a tensor where it belongs; False if it belongs nowhere."""
     for dots in (1, 2):  # q_proj.bias, q_proj.lora_A.weight
         path, *rest = name.rsplit(".", dots)
-        suffix, site = ".".join(rest), _site_or_none(path)
+        suffix, site = ".".join(rest), _site_or_none(path, found.twin)
         own = suffix.removeprefix("base_layer.")
         if (
             own == "bias"
@@ -207,15 +232,15 @@ def _check_whole(found: AdapterFile, kind: type[LoraLayer], config: Config) -> N
             raise AdapterError(f"{found.path} {fault} {some(sites)}: it is incomplete; save it again")
 
 
-def _site_or_none(path: str) -> Site | None:
+def _site_or_none(path: str, twin: Twin) -> Site | None:
     try:
-        return path_site(path)
+        return path_site(path, twin)
     except AdapterError:
         return None
 
 
 _MOST_KEYS = 10_000
-_OWN_TYPE = "CLIPGRAFT_"  # before a PEFT type: what PEFT itself is to refuse
+OWN_TYPE = "CLIPGRAFT_"  # before a PEFT type: what PEFT itself is to refuse
 # What makes an adapter compute something else than this package does.
 _UNSUPPORTED = (
     "use_qalora",
@@ -242,7 +267,7 @@ def config_json(adapter: AdapterFile) -> dict[str, Any]:
     # PEFT reads pattern keys as regular expressions.
     patterns: dict[str, Any] = {
         key: {
-            re.escape(site_path(site, adapter.twin)): own[key][str(site)]
+            re.escape(_saved_path(site, adapter)): own[key][str(site)]
             for site in adapter.parts
             if str(site) in own[key]
         }
@@ -256,8 +281,8 @@ def config_json(adapter: AdapterFile) -> dict[str, Any]:
         "auto_mapping": {"base_model_class": adapter.twin.name, "parent_library": adapter.twin.library},
         "base_model_name_or_path": adapter.base.get("name", "").removeprefix("hf:") or None,
         "inference_mode": True,
-        "target_modules": [site_path(site, adapter.twin) for site in adapter.parts],
-        "peft_type": f"{_OWN_TYPE if foreign_to_peft(adapter) else ''}{own['peft_type']}",
+        "target_modules": [_saved_path(site, adapter) for site in adapter.parts],
+        "peft_type": f"{OWN_TYPE if foreign_to_peft(adapter) else ''}{own['peft_type']}",
     }
 
 
@@ -268,8 +293,7 @@ def foreign_to_peft(adapter: AdapterFile) -> list[Site]:
 
 def _twin(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Twin:
     """The class of transformers that an adapter was written for."""
-    auto = config.get("auto_mapping")
-    kind = str(auto.get("base_model_class")) if isinstance(auto, Mapping) else ""
+    kind = _class_of(config)
     if kind.startswith("Siglip"):
         return SIGLIP2 if kind.startswith("Siglip2") else SIGLIP
     paths = [name.removeprefix(_PREFIX) for name in tensors]
@@ -277,19 +301,22 @@ def _twin(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Twin:
     return SIGLIP if headed else CLIP
 
 
-def missing_sites(file: AdapterFile, sites: Iterable[Site]) -> list[Site]:
+def missing_sites(file: AdapterFile, sites: Iterable[Site], twin: Twin) -> list[Site]:
     """Sites of a model that the configuration targets and the weights lack, in the towers that they adapt.
 
-    PEFT only warns of them. A pattern that is not matched here is passed over with a line that says so: the
-    weights tell the sites without it.
+    `twin` has the names of the model, which count where the file is in its own. PEFT only warns of missing
+    ones. A pattern that is not matched here is passed over with a line that says so: the weights tell the
+    sites without it.
     """
     there = {*file.parts, *file.full}
     towers = {site.tower for site in there}
-    ours = str(file.config.get("peft_type")).startswith(_OWN_TYPE)
+    names = twin if file.twin.paths else file.twin
+    # A pattern of PEFT's may match the name of a place at which it found no module.
+    ours = str(file.config.get("peft_type")).startswith(OWN_TYPE)
     paths = {
-        site_path(site, file.twin).removeprefix(file.path_prefix): site
+        site_path(site, names).removeprefix(file.path_prefix): site
         for site in sites
-        if site.tower in towers and (ours or is_module_of(site, file.twin))
+        if site.tower in towers and (ours or is_module_of(site, names))
     }
     try:
         return [site for path in targeted(file.config, paths) if (site := paths[path]) not in there]
@@ -317,7 +344,7 @@ def read_variant(
             than the variant and this package's options tell; with `plain`, something else than W + s·B·A.
     """
     if isinstance(config.get("peft_type"), str):
-        config = {**config, "peft_type": config["peft_type"].removeprefix(_OWN_TYPE)}
+        config = {**config, "peft_type": config["peft_type"].removeprefix(OWN_TYPE)}
     try:
         kind, config = variant_in_peft(config)
     except AdapterError as error:

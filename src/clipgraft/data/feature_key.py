@@ -22,12 +22,16 @@ from clipgraft.lora.parameters import AdaptedProjection
 from clipgraft.lora.rows import RowSlots
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
+from clipgraft.models.lone_tower import lone_tower
+from clipgraft.models.processors import OWN_TOWERS
 
 _DIGITS = 32
 _SCALARS = (bool, int, float, str, bytes, complex, type(None))
 _MODULE_STATE = frozenset(vars(nn.Module()))
 # Both families, and the canonical names of weights, name the image tower's parts so.
 _IMAGE_TOWER = ("visual", "vision_model", "visual_projection")
+_OWN_IMAGE_TOWER = ("vision_tower", "vision_projection")
+_LIBRARIES = ("torch", "transformers", "timm", "open_clip", "clipgraft")
 
 
 class UnknownError(Exception):
@@ -64,17 +68,28 @@ def tower_fingerprint(clip: Clip) -> str:
     """
     digest = hashlib.sha256()
     weights = dict(clip.family.canonical_weights(clip.model))
-    for name in sorted(name for name in weights if name.startswith(_IMAGE_TOWER)):
+    alone, own = lone_tower(clip.model) == "vision", clip.family.name == OWN_TOWERS
+    prefixes = ("",) if alone else _OWN_IMAGE_TOWER if own else _IMAGE_TOWER
+    for name in sorted(name for name in weights if name.startswith(prefixes)):
         digest.update(f"{name} {_tensor(weights[name])}\n".encode())
-    for line in sorted(_structure(clip.model)):
+    lines = [*_structure(clip.model, prefixes), *(_code_of_towers(clip.model) if own else ())]
+    for line in sorted(lines):
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()[:_DIGITS]
 
 
-def _structure(model: nn.Module) -> Iterator[str]:
+def _code_of_towers(model: nn.Module) -> Iterator[str]:
+    """What the user's own classes compute, which no library's version tells."""
+    parts = [model, *(part for name, part in model.named_modules() if name.startswith(_OWN_IMAGE_TOWER))]
+    for kind in {type(part) for part in parts}:
+        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+            yield _name(kind)
+
+
+def _structure(model: nn.Module, prefixes: tuple[str, ...]) -> Iterator[str]:
     """List settings that no weight shows: the number of heads, the activation, epsilons, pooling."""
     for path, module in model.named_modules():
-        if not path.startswith(_IMAGE_TOWER) or "parametrizations" in path:
+        if not path.startswith(prefixes) or "parametrizations" in path:
             continue
         if isinstance(module, LoraLayer | BiasLayer | AdapterSlot | RowSlots | AdaptedProjection):
             continue

@@ -60,9 +60,14 @@ def encode_images(
         **options: single fields of `FeatureArgs`, such as `workers=0`, in place of those of `features`.
 
     Raises:
-        DataError: there is no image, or one that cannot be used.
+        DataError: there is no image, or one that cannot be used, or that a table of features lacks.
         ModelError: the model came without preprocessing.
     """
+    table = clip.table("vision")
+    if table is not None:
+        if transform is not None:
+            raise DataError(f"{label}: the images are a table of features, which has no other views of them")
+        return table.look_up(paths).cpu()
     features = (features or FeatureArgs()).replace(**options)
     encoder = encoder or Encoder(clip, use_autocast(features.autocast, clip.device))
 
@@ -130,7 +135,7 @@ def image_rows(
         try:
             key = image_key(clip, steps, kind, autocast=features.autocast is True)
         except UnknownError as reason:
-            log.info("%s: features are not cached, the preprocessing holds %s", label, reason)
+            log.info("%s: features are not cached: preprocessing or tower hold %s", label, reason)
         else:
             return cache.get_or_compute(
                 key, paths, compute, label=label, item_shape=kind.shape, progress=progress
@@ -157,6 +162,9 @@ def encode_captions(
     """
     if not captions:
         raise DataError("there is no caption to encode; give at least one")
+    table = clip.table("text")
+    if table is not None:
+        return table.look_up(captions).cpu()
     distinct = list(dict.fromkeys(captions))
     position = {caption: index for index, caption in enumerate(distinct)}
     tokens = clip.tokenize(distinct)

@@ -32,6 +32,7 @@ from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.lora.variants import PlainLora, check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.family import is_pure_norm, site_bias, site_weight
+from clipgraft.models.lone_tower import lone_tower
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import POOL_ROLES, SiteRef
 
@@ -63,6 +64,8 @@ def apply_lora(
     """
     config = LoraConfig(**options) if config is None else config.replace(**options)
     clip = as_clip(model)
+    if config.train_logit_scale and lone_tower(clip.model) is not None:
+        raise ConfigError("LoRA: `train_logit_scale` given, but a tower alone has no temperature: drop it")
     _check_ranks(clip, config)
     for line in uncovered(clip, config.targets):
         log.warning("%s", line)
@@ -195,9 +198,12 @@ def _freeze(clip: Clip) -> LoraState:
     """
     trainable = frozenset(name for name, p in clip.model.named_parameters() if p.requires_grad)
     state = LoraState(trainable, {part: p.detach().clone() for part, p in clip.temperature.items()})
-    hosts = {clip.model.get_submodule(ref.module) for ref in clip.site_refs.values() if ref.kind == "fused"}
-    for host in hosts:
+    for path in {ref.module for ref in clip.site_refs.values() if ref.kind == "fused"}:
+        host = clip.model.get_submodule(path)
         graft_attention(host)
+        if isinstance(clip.model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            # torch's block reads the weights of its attention, and calls it only where that has a hook.
+            state.hooks[path] = host.register_forward_hook(_look_on)
     clip.model.requires_grad_(False)
     clip.model.zero_grad(set_to_none=True)
     object.__setattr__(clip.model, STATE, state)
@@ -238,6 +244,10 @@ def _graft(model: nn.Module, ref: SiteRef, state: LoraState) -> None:
     else:
         host.lora = slot
         state.hooks[str(ref.site)] = host.register_forward_hook(_adapt)
+
+
+def _look_on(host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Change nothing."""
 
 
 def _adapt(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

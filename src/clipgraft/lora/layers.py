@@ -205,7 +205,8 @@ class LoraLayer(nn.Module):
         """
         a, b = self.factors()
         if self.kind == "embedding":
-            return F.embedding(x, a.T) @ b.T * self.scaling
+            # M2M100 (NLLB) multiplies what it looks up.
+            return F.embedding(x, a.T) @ b.T * (self.scaling * getattr(host, "embed_scale", 1.0))
         x = x.to(a.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)

@@ -128,7 +128,7 @@ def match_sites(sites: Sequence[Site], term: str) -> list[Site]:
     else:
         matched = _match_pattern(sites, term)
     if not matched:
-        raise TargetError(f"{term!r} matches no site of this model{_near_misses(sites, term)}")
+        raise TargetError(f"{term!r} matches no site of this model{_lone(sites, term)}")
     return [site for site in sites if site in matched]
 
 
@@ -204,6 +204,15 @@ def _in_blocks(block: int, blocks: str, depth: int) -> bool:
         return blocks == "*"
     start = depth - int(match["end"]) if match["end"] else int(match["first"])
     return start <= block <= int(match["last"] or start)
+
+
+def _lone(sites: Sequence[Site], term: str) -> str:
+    """What else to name, for a set of a model with one tower alone; else near misses."""
+    towers = {site.tower for site in sites}
+    if term not in TARGET_SETS or len(towers) != 1:
+        return _near_misses(sites, term)
+    only = towers.pop()
+    return f", which has sites in its {only} tower alone: name that, e.g. {only}-attention"
 
 
 def _near_misses(sites: Sequence[Site], term: str) -> str:

@@ -17,18 +17,28 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from clipgraft.errors import DataError, ModelError
+from clipgraft.models.dual_encoder import FeatureTable, check_is_encoder
 from clipgraft.models.family import Family, is_lora
 from clipgraft.models.hf import HfFamily
 from clipgraft.models.library_calls import log_reading
+from clipgraft.models.lone_tower import LoneTowerFamily, check_has_tower, unused_scale
 from clipgraft.models.openclip import OpenClipFamily
+from clipgraft.models.own_towers import OwnTowersFamily
 from clipgraft.models.processors import Preprocess, Tokenizer, find_preprocess, find_tokenizer
 from clipgraft.models.rwlock import rwlock_of
-from clipgraft.models.sites import Site, SiteRef
+from clipgraft.models.sites import Site, SiteRef, Tower
+from clipgraft.models.vision_text import VisionTextFamily
 from clipgraft.pictures import open_image
 
 Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
 Images: TypeAlias = Picture | Sequence[Picture]
-FAMILIES: tuple[Family, ...] = (HfFamily(), OpenClipFamily())
+FAMILIES: tuple[Family, ...] = (
+    VisionTextFamily(),
+    HfFamily(),
+    OpenClipFamily(),
+    LoneTowerFamily(),
+    OwnTowersFamily(),
+)
 _FINGERPRINT = "_clipgraft_fingerprint"
 _NOT_IDENTITY = ("logit_scale", "logit_bias")
 
@@ -65,7 +75,7 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        return self.logit_scale.device
+        return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,10 +86,14 @@ class Clip:
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Log of the inverse temperature, as the model trains it."""
-        scale = self.model.logit_scale
-        assert isinstance(scale, nn.Parameter)
-        return scale
+        """Log of the inverse temperature, as the model trains it; a constant for a tower alone."""
+        scale = getattr(self.model, "logit_scale", None)
+        return scale if isinstance(scale, nn.Parameter) else unused_scale(self.model)
+
+    def table(self, tower: Tower) -> FeatureTable | None:
+        """The table of features that stands in place of a tower (`DualEncoder`), if one does."""
+        owner = getattr(self.model, f"{tower}_tower", None)
+        return owner if isinstance(owner, FeatureTable) else None
 
     @property
     def logit_bias(self) -> nn.Parameter | None:
@@ -151,6 +165,7 @@ class Clip:
 
     def require_preprocess(self) -> Preprocess:
         """The deterministic image transform; raises ModelError for a raw model that does not tell its own."""
+        check_has_tower(self.model, "vision")
         if self.preprocess is None:
             self.preprocess = find_preprocess(self.family, self.model)
         if self.preprocess is None:
@@ -158,6 +173,7 @@ class Clip:
         return self.preprocess
 
     def _require_tokenizer(self) -> Tokenizer:
+        check_has_tower(self.model, "text")
         if self.tokenizer is None:
             self.tokenizer = find_tokenizer(self.family, self.model)
         if self.tokenizer is None:
@@ -254,13 +270,35 @@ ClipLike: TypeAlias = Clip | nn.Module
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that knows a model; raises ModelError for a model of neither."""
+    """The family that knows a model; raises ModelError for a model of none, with what to do instead."""
     for family in FAMILIES:
         if family.accepts(model):
             return family
-    raise ModelError(
-        f"{type(model).__name__} is no CLIP model clipgraft knows: pass an open_clip CLIP or CustomTextCLIP, "
-        "a transformers.CLIPModel, or what clipgraft.load returned"
+    raise ModelError(_refusal(model))
+
+
+def _refusal(model: nn.Module) -> str:
+    name = type(model).__name__
+    if hasattr(model, "audio_model") or name.startswith("Clap"):
+        return (
+            f"{name} compares texts with sounds, and clipgraft reads images: adapt it with PEFT, or join its "
+            "text tower with an image tower of yours (clipgraft.models.DualEncoder)"
+        )
+    if isinstance(getattr(model, "clip", None), nn.Module):
+        return (
+            f"{name} gives masks of images and no features: pass the CLIP model that it holds, model.clip; "
+            "what is adapted there acts in the whole model too"
+        )
+    check_is_encoder(model)
+    if hasattr(model, "config") and hasattr(model, "base_model_prefix"):
+        return (
+            f"{name} is one tower or no CLIP model at all: join a text and an image tower with "
+            "clipgraft.models.DualEncoder(vision_tower, text_tower)"
+        )
+    return (
+        f"{name} is no CLIP model clipgraft knows: pass an open_clip CLIP or CustomTextCLIP, a "
+        "transformers.CLIPModel, what clipgraft.load returned, or two towers of yours as a "
+        "clipgraft.models.DualEncoder"
     )
 
 

@@ -120,6 +120,13 @@ def base_parameter(owner: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's weights and buffers by their own names, adapters left out."""
+    for name, tensor in model.state_dict().items():
+        if not is_lora(name):
+            yield name.replace("parametrizations.", "").removesuffix(".original"), tensor
+
+
 def is_pure_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether a module is a layer norm and nothing more; timm has some that end in an activation."""
     return isinstance(module, nn.LayerNorm) and isinstance(getattr(module, "act", None), nn.Identity | None)

@@ -2,12 +2,13 @@
 
 A base is named like its twin, the class of transformers that holds the same weights: `CLIPModel`,
 `SiglipModel` or `Siglip2Model`. Sites that no such class has (gates, convolutions, …) get paths of the same
-form, below the block that they are in.
+form, below the block that they are in. A base that is built otherwise goes by its own module paths.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from clipgraft.errors import AdapterError
 from clipgraft.models.sites import (
@@ -17,6 +18,8 @@ from clipgraft.models.sites import (
     POOL_ROLES,
     ROLES_IN_BLOCKS,
     Site,
+    SiteKind,
+    SiteRef,
     Tower,
     block_number,
 )
@@ -30,11 +33,22 @@ class Twin:
         name: of the class.
         library: the module that it is in.
         text_projection: where it keeps the projection of texts; that of images is `visual_projection`.
+        prefix: what its module paths lack of those of a model with both towers: `text_model.` where the tower
+            alone is the model.
+        paths: the base's own module paths by site, where it goes by those.
+        foreign: sites among `paths` at which PEFT has no module to adapt.
     """
 
     name: str
     library: str
-    text_projection: str
+    text_projection: str = ""
+    prefix: str = ""
+    paths: Mapping[Site, str] = field(default_factory=dict)
+    foreign: frozenset[Site] = frozenset()
+
+    def saved(self, path: str) -> str:
+        """A module path as adapter files have it."""
+        return path.removeprefix(self.prefix)
 
 
 CLIP = Twin("CLIPModel", "transformers.models.clip.modeling_clip", "text_projection")
@@ -62,12 +76,32 @@ EMBEDDINGS: dict[Tower, tuple[str, ...]] = {
     "text": ("token_embedding", "position_embedding"),
     "vision": ("patch_embedding", "position_embedding"),
 }
+_MODULES: tuple[SiteKind, ...] = ("linear", "embedding", "conv")
 # In transformers, Parameters of `nn.MultiheadAttention`: PEFT knows no modules of these names.
 _NO_MODULES = tuple(f"pool_{role}" for role in _ATTENTION)
 
 
+def own_twin(model: object, refs: Mapping[Site, SiteRef]) -> Twin:
+    """A base that goes by its own module paths: stock PEFT opens its adapters on the model itself."""
+    modules = {site: ref.module for site, ref in refs.items() if ref.kind in _MODULES}
+    others = {
+        site: f"{ref.module}.{ref.parameter if ref.kind == 'table' else site.role}".lstrip(".")
+        for site, ref in refs.items()
+        if site not in modules
+    }
+    kind = type(model)
+    return Twin(kind.__name__, kind.__module__, paths={**modules, **others}, foreign=frozenset(others))
+
+
+def recorded_twin(name: str, library: str, paths: Mapping[Site, str], foreign: bool) -> Twin:
+    """The names of an adapter file that records its sites beside their paths; `foreign` to PEFT or not."""
+    return Twin(name, library, paths=paths, foreign=frozenset(paths) if foreign else frozenset())
+
+
 def site_path(site: Site, twin: Twin = CLIP) -> str:
     """Module path of a site in the twin of its base."""
+    if twin.paths:
+        return twin.paths[site]
     tower = TOWER_MODULE[site.tower]
     if site.block is not None:
         return f"{tower}.encoder.layers.{site.block}.{_BLOCK[site.role]}"
@@ -78,8 +112,13 @@ def site_path(site: Site, twin: Twin = CLIP) -> str:
     return twin.text_projection if site.tower == "text" else _VISION_PROJECTION[site.role]
 
 
-def path_site(path: str) -> Site:
-    """The site at a module path of any twin; raises AdapterError if no site lives there."""
+def path_site(path: str, twin: Twin = CLIP) -> Site:
+    """The site at a module path of any twin, `twin` first; raises AdapterError if no site lives there."""
+    if twin.paths:
+        own = {known: site for site, known in twin.paths.items()}
+        if path in own:
+            return own[path]
+        raise AdapterError(f"'{path}' is no module of {twin.name} that can carry LoRA")
     site = _WHOLE.get(path)
     if site is not None:
         return site
@@ -94,12 +133,14 @@ def path_site(path: str) -> Site:
 
 def is_module_of(site: Site, twin: Twin) -> bool:
     """Whether the twin calls a module of its own at the site, so that stock PEFT can adapt it alone."""
+    if twin.paths:
+        return site not in twin.foreign
     if site.role in _NO_MODULES:
         return False
     if site.block is not None:
         return site.role in BLOCK_ROLES
     if site.tower == "vision" and site.role in _VISION_PROJECTION:
-        return twin is CLIP and site.role == "proj"
+        return twin.text_projection == CLIP.text_projection and site.role == "proj"
     if site.role in POOL_ROLES:
         return twin is not CLIP
     # Siglip2Model reads the table without calling the module, so that PEFT's update would be ignored.

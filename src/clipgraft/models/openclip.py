@@ -7,6 +7,7 @@ read but never called; 4.x has its own `Attention`. They are told apart by attri
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,16 @@ from clipgraft.models.family import (
     parameters_of,
     pooled_positions,
 )
-from clipgraft.models.names import CLIP, SIGLIP, Twin
+from clipgraft.models.hf_text import (
+    check_pooler,
+    hf_context_length,
+    hf_features_on_meta,
+    hf_text_ends,
+    hf_text_groups,
+    hf_text_refs,
+    is_hf_text,
+)
+from clipgraft.models.names import CLIP, SIGLIP, Twin, own_twin, site_path
 from clipgraft.models.openclip_names import canonical_weights, norm_path
 from clipgraft.models.resnet_tower import resnet_refs
 from clipgraft.models.sites import Site, SiteRef, Tower, block_number
@@ -71,6 +81,10 @@ class OpenClipFamily:
         return features
 
     def encode_text(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        if is_hf_text(_text_tower(model)):
+            check_pooler(_text_tower(model))
+            if tokens.is_meta:
+                return hf_features_on_meta(_text_tower(model), tokens)
         short = tokens.shape[1] < self.context_length(model)
         if short and (not _is_split(model) or _is_causal(_text_tower(model))):
             return _encode_short_text(_text_tower(model), tokens)
@@ -78,6 +92,8 @@ class OpenClipFamily:
         return features
 
     def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
+        if is_hf_text(_text_tower(model)):
+            return hf_text_ends(_text_tower(model), tokens)
         pooled = self.pooled_id(model)
         if pooled is None or not _is_causal(_text_tower(model)):
             return None
@@ -100,11 +116,15 @@ class OpenClipFamily:
         return int(height), int(width)
 
     def context_length(self, model: nn.Module) -> int:
+        if is_hf_text(_text_tower(model)):
+            return hf_context_length(_text_tower(model))
         return int(getattr(model, "context_length", None) or _text_tower(model).context_length)  # type: ignore[arg-type]
 
     def tower_groups(self, model: nn.Module, tower: Tower) -> list[list[nn.Parameter]]:
         if tower == "text":
             owner = _text_tower(model)
+            if is_hf_text(owner):
+                return hf_text_groups(owner)
             first = [
                 getattr(owner, name, None) for name in ("token_embedding", "positional_embedding", "cls_emb")
             ]
@@ -125,6 +145,8 @@ class OpenClipFamily:
         model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def twin(self, model: nn.Module) -> Twin:
+        if is_hf_text(_text_tower(model)):
+            return _twin_with_hf_text(model, self.site_refs(model))
         return SIGLIP if _is_siglip(model) else CLIP
 
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
@@ -139,6 +161,17 @@ class OpenClipFamily:
 def _is_split(model: nn.Module) -> bool:
     """CustomTextCLIP keeps its text tower in `.text`; CLIP keeps the parts on the model itself."""
     return isinstance(getattr(model, "text", None), nn.Module)
+
+
+def _twin_with_hf_text(model: nn.Module, refs: dict[Site, SiteRef]) -> Twin:
+    """A model that no class of transformers holds: PEFT adapts the text tower of the model itself.
+
+    The vision tower keeps the names that it has in adapter files from before the text tower had sites.
+    """
+    twin = own_twin(model, refs)
+    vision = [site for site in refs if site.tower == "vision"]
+    paths = {**twin.paths, **{site: site_path(site, CLIP) for site in vision}}
+    return replace(twin, paths=paths, foreign=twin.foreign | set(vision))
 
 
 def _is_siglip(model: nn.Module) -> bool:
@@ -207,6 +240,9 @@ def _encode_short_text(text: nn.Module, tokens: Tensor) -> Tensor:
 
 def _text_refs(model: nn.Module) -> Iterator[SiteRef]:
     owner, prefix = _text_tower(model), "text." if _is_split(model) else ""
+    if is_hf_text(owner):
+        yield from hf_text_refs(owner, "text")
+        return
     blocks = _blocks(owner)
     if not blocks:
         return

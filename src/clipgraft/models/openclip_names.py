@@ -79,8 +79,10 @@ def canonical_weights(
 
 
 def _goes_by_site(model: nn.Module, site: Site, twin: Twin) -> bool:
-    if twin is SIGLIP or site.tower == "text":
+    if twin is SIGLIP:
         return True
+    if site.tower == "text":
+        return not twin.paths
     return hasattr(model.visual, "transformer") and site.role not in POOL_ROLES
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
 
 Preprocess: TypeAlias = Callable[[Picture], Tensor]
+OWN_TOWERS = "own towers"
+"""The name of the family of models that bring their tokenizer and preprocessing along."""
 _CLIP_VOCABULARY = 49408
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
@@ -115,7 +117,13 @@ class HfPreprocess:
 
 
 def find_tokenizer(family: Family, model: nn.Module) -> Tokenizer | None:
-    """CLIP's own tokenizer for its vocabulary, or the one beside a transformers model's weights."""
+    """CLIP's own tokenizer for its vocabulary, or the one beside a transformers model's weights.
+
+    A model of the user's own towers brings its own.
+    """
+    if family.name == OWN_TOWERS:
+        own: Tokenizer | None = getattr(model, "tokenizer", None)
+        return own
     if family.name == "open_clip":
         from open_clip.tokenizer import SimpleTokenizer
 
@@ -131,6 +139,9 @@ def find_tokenizer(family: Family, model: nn.Module) -> Tokenizer | None:
 
 def find_preprocess(family: Family, model: nn.Module) -> Preprocess | None:
     """The transform that open_clip recorded on the model, or the processor beside a transformers model."""
+    if family.name == OWN_TOWERS:
+        own: Preprocess | None = getattr(model, "preprocess", None)
+        return own
     if family.name == "open_clip":
         from open_clip.transform import PreprocessCfg, image_transform_v2
 

@@ -103,7 +103,12 @@ def inspect(
 
 
 def config_of_model(clip: Clip) -> ModelConfig:
-    """Return the configuration of a model that is in memory."""
+    """Return the configuration of a model that is in memory; raises ModelError where it has none."""
+    if clip.family.name != "open_clip" and not hasattr(clip.model, "config"):
+        raise ModelError(
+            f"{type(clip.model).__name__} has no configuration, of which its structure is built anew: "
+            "clipgraft.profile.costs takes the model itself"
+        )
     values = config_of(clip) if clip.family.name == "open_clip" else clip.model.config.to_dict()  # type: ignore[union-attr, operator]
     return ModelConfig(clip.source.name or type(clip.model).__name__, clip.family.name, dict(values))  # type: ignore[arg-type]
 

@@ -28,6 +28,8 @@ from clipgraft.lora.initialization import changes_nothing, is_new, start_from_da
 from clipgraft.lora.state import count_parameters, lora_state, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.export import size_on_disk
+from clipgraft.models.lone_tower import check_has_tower
+from clipgraft.models.sites import TOWERS
 from clipgraft.pictures import open_image
 from clipgraft.results import Result
 from clipgraft.train import rate, retention
@@ -113,11 +115,14 @@ def run_recipe(
         AdapterError: adapters are merged into the base, or none is active.
         ConfigError: options that do not go together, nothing to train, or the folder holds another run.
         DataError: data that cannot be learnt from, fewer rows than one batch, or an unreadable image.
+        ModelError: the model is a tower alone.
         TrainingError: the loss is not finite, or gradients are where they must not be.
         Interrupted: stopped by SIGINT or SIGTERM, with everything saved; a KeyboardInterrupt.
     """
     started = time.perf_counter()
     clip = as_clip(model)
+    for tower in TOWERS:
+        check_has_tower(clip.model, tower)
     require_unmerged(clip, "train")
     recipe.check()
     if run.patience is not None and recipe.val is None:

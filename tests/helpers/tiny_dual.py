@@ -1,0 +1,418 @@
+"""Build tiny models with towers of transformers and of the user's own, and name their weights.
+
+`WEIGHTS` says for each site which entry of the state dict holds its weight, and which of several equal shares
+of the rows: written here a second time, by hand. Models are built from configurations with random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    M2M100Config,
+    MT5Config,
+    MT5EncoderModel,
+    PreTrainedConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from clipgraft.models import DualEncoder
+from tiny_models import TINY_OPENCLIP, randomise
+
+Update = tuple[Tensor, Tensor, float]
+Place = tuple[str, int, int]
+"""Name in the state dict, index of the share of rows, number of shares."""
+DIM, SIZE, WORDS, LENGTH = 24, 32, 100, 16
+PAD = {"BERT": 0, "XLM-R": 1, "NLLB": 1, "mT5": 0, "AltCLIP": 1, "ChineseCLIP": 0, "own": 0, "CLIP": 1}
+
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+_QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_WORDS = {"vocab_size": WORDS, "max_position_embeddings": 40}
+_IMAGE = {"image_size": SIZE, "patch_size": 8}
+_M2M = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+
+
+def _bert() -> BertConfig:
+    return BertConfig(**_TOWER, **_QUIET, **_WORDS, pad_token_id=0)
+
+
+def _xlmr() -> XLMRobertaConfig:
+    return XLMRobertaConfig(**_TOWER, **_QUIET, **_WORDS, pad_token_id=1)
+
+
+def _nllb() -> M2M100Config:
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in _M2M.items()}
+    return M2M100Config(
+        **sizes,
+        **_WORDS,
+        d_model=32,
+        dropout=0.0,
+        attention_dropout=0.0,
+        encoder_layerdrop=0.0,
+        pad_token_id=1,
+    )
+
+
+def _mt5() -> MT5Config:
+    return MT5Config(
+        vocab_size=WORDS, d_model=32, d_kv=12, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0
+    )
+
+
+def _clip_text() -> CLIPTextConfig:
+    ids = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 1}
+    return CLIPTextConfig(
+        **_TOWER, vocab_size=WORDS, max_position_embeddings=LENGTH, projection_dim=DIM, **ids
+    )
+
+
+def _clip_vision() -> CLIPVisionConfig:
+    return CLIPVisionConfig(**_TOWER, **_IMAGE, projection_dim=DIM)
+
+
+def _open_clip(config: PreTrainedConfig, **text: Any) -> nn.Module:
+    """A `CustomTextCLIP` whose text tower is made of a configuration in a local folder."""
+    import open_clip
+    from open_clip.hf_model import HFTextEncoder
+
+    model = open_clip.CustomTextCLIP(**copy.deepcopy(TINY_OPENCLIP))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        model.text = HFTextEncoder(folder, DIM, pretrained=False, **text)
+    return model
+
+
+def _altclip() -> nn.Module:
+    text = {**_TOWER, **_QUIET, **_WORDS, "pad_token_id": 1, "project_dim": 20}
+    return AltCLIPModel(
+        AltCLIPConfig(text_config=text, vision_config={**_TOWER, **_IMAGE}, projection_dim=DIM)
+    )
+
+
+def _chinese() -> nn.Module:
+    text = {**_TOWER, **_QUIET, **_WORDS, "pad_token_id": 0}
+    return ChineseCLIPModel(
+        ChineseCLIPConfig(text_config=text, vision_config={**_TOWER, **_IMAGE}, projection_dim=DIM)
+    )
+
+
+def _pair(vision: PreTrainedConfig, text: PreTrainedConfig) -> nn.Module:
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=DIM)
+    return VisionTextDualEncoderModel(config)
+
+
+class _Pixels(nn.Module):
+    """An image tower of torch's own blocks: patches, two blocks, the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(3, 32, 8, 8)
+        layer = nn.TransformerEncoderLayer(32, 2, 48, 0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        found: Tensor = self.blocks(patches).mean(1)
+        return found
+
+
+def _own() -> nn.Module:
+    return DualEncoder(_Pixels(), MT5EncoderModel(_mt5()), nn.Linear(32, DIM), nn.Linear(32, DIM, bias=False))
+
+
+def _own_hf() -> nn.Module:
+    towers = Dinov2Model(Dinov2Config(**_TOWER, **_IMAGE, mlp_ratio=2)), XLMRobertaModel(_xlmr())
+    return DualEncoder(*towers)
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "open_clip XLM-R": lambda: _open_clip(_xlmr(), pooler_type="mean_pooler", proj_type="mlp"),
+    "open_clip NLLB": lambda: _open_clip(_nllb(), pooler_type="cls_pooler", proj_type="linear"),
+    "open_clip mT5": lambda: _open_clip(_mt5(), pooler_type="mean_pooler", proj_type="mlp"),
+    "open_clip BERT": lambda: _open_clip(_bert(), pooler_type="cls_pooler", proj_type="linear"),
+    "AltCLIP": _altclip,
+    "ChineseCLIP": _chinese,
+    "ViT and BERT": lambda: _pair(ViTConfig(**_TOWER, **_IMAGE), _bert()),
+    "CLIP vision and XLM-R": lambda: _pair(_clip_vision(), _xlmr()),
+    "CLIP and CLIP": lambda: _pair(_clip_vision(), _clip_text()),
+    "CLIPTextModel": lambda: CLIPTextModel(_clip_text()),
+    "CLIPTextModelWithProjection": lambda: CLIPTextModelWithProjection(_clip_text()),
+    "CLIPVisionModel": lambda: CLIPVisionModel(_clip_vision()),
+    "CLIPVisionModelWithProjection": lambda: CLIPVisionModelWithProjection(_clip_vision()),
+    "own towers": _own,
+    "own DINOv2 and XLM-R": _own_hf,
+}
+LONE = [name for name in BUILDERS if name.startswith("CLIP") and name.count(" ") == 0]
+PAIRS = [name for name in BUILDERS if name not in LONE]
+# What stock PEFT has no modules for, or not all.
+WITHOUT_PEFT = [name for name in BUILDERS if name.startswith("open_clip")] + ["own towers"]
+
+
+def _blocks(tower: str, path: str, places: Mapping[str, str | Place]) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    for block in range(2):
+        for role, place in places.items():
+            name, index, count = (f"{place}.weight", 0, 1) if isinstance(place, str) else place
+            found[f"{tower}.{block}.{role}"] = (f"{path}.{block}.{name}", index, count)
+    return found
+
+
+def _named(**sites: str) -> dict[str, Place]:
+    return {site.replace("__", "."): (name, 0, 1) for site, name in sites.items()}
+
+
+_BERT_PLACES: dict[str, str | Place] = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "out": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+_CLIP_ATTENTION: dict[str, str | Place] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+}
+_CLIP_PLACES: dict[str, str | Place] = {**_CLIP_ATTENTION, "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_VIT_PLACES: dict[str, str | Place] = {
+    **{role: f"attention.{role}_proj" for role in "qkv"},
+    "out": "attention.o_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_T5_PLACES: dict[str, str | Place] = {
+    **{role: f"layer.0.SelfAttention.{role}" for role in "qkv"},
+    "out": "layer.0.SelfAttention.o",
+    "gate": "layer.1.DenseReluDense.wi_0",
+    "fc1": "layer.1.DenseReluDense.wi_1",
+    "fc2": "layer.1.DenseReluDense.wo",
+}
+_TORCH_PLACES: dict[str, str | Place] = {
+    **{role: ("self_attn.in_proj_weight", index, 3) for index, role in enumerate("qkv")},
+    "out": "self_attn.out_proj",
+    "fc1": "linear1",
+    "fc2": "linear2",
+}
+_OPEN_CLIP_PLACES: dict[str, str | Place] = {
+    **{role: ("attn.in_proj_weight", index, 3) for index, role in enumerate("qkv")},
+    "out": "attn.out_proj",
+    "fc1": "mlp.c_fc",
+    "fc2": "mlp.c_proj",
+}
+_OPEN_CLIP_VISION = {
+    **_blocks("vision", "visual.transformer.resblocks", _OPEN_CLIP_PLACES),
+    **_named(
+        vision__patch_embedding="visual.conv1.weight",
+        vision__position_embedding="visual.positional_embedding",
+        vision__proj="visual.proj",
+    ),
+}
+_PROJ = _named(text__proj="text_projection.weight", vision__proj="visual_projection.weight")
+_MLP_PROJ = _named(text__proj_fc1="text.proj.0.weight", text__proj_fc2="text.proj.2.weight")
+
+
+def _bert_tower(path: str, blocks: str = "layer") -> dict[str, Place]:
+    return {
+        **_blocks("text", f"{path}.encoder.{blocks}", _BERT_PLACES),
+        **_named(
+            text__token_embedding=f"{path}.embeddings.word_embeddings.weight",
+            text__position_embedding=f"{path}.embeddings.position_embeddings.weight",
+        ),
+    }
+
+
+def _clip_tower(tower: str, path: str) -> dict[str, Place]:
+    dot = f"{path}." if path else ""
+    first = "token" if tower == "text" else "patch"
+    return {
+        **_blocks(tower, f"{dot}encoder.layers", _CLIP_PLACES),
+        f"{tower}.{first}_embedding": (f"{dot}embeddings.{first}_embedding.weight", 0, 1),
+        f"{tower}.position_embedding": (f"{dot}embeddings.position_embedding.weight", 0, 1),
+    }
+
+
+WEIGHTS: dict[str, dict[str, Place]] = {
+    "open_clip XLM-R": {**_OPEN_CLIP_VISION, **_bert_tower("text.transformer"), **_MLP_PROJ},
+    "open_clip NLLB": {
+        **_OPEN_CLIP_VISION,
+        **_blocks("text", "text.transformer.layers", {**_CLIP_ATTENTION, "fc1": "fc1", "fc2": "fc2"}),
+        **_named(text__token_embedding="text.transformer.embed_tokens.weight", text__proj="text.proj.weight"),
+    },
+    "open_clip mT5": {
+        **_OPEN_CLIP_VISION,
+        **_blocks("text", "text.transformer.block", _T5_PLACES),
+        **_named(text__token_embedding="text.transformer.embed_tokens.weight"),
+        **_MLP_PROJ,
+    },
+    "open_clip BERT": {
+        **_OPEN_CLIP_VISION,
+        **_bert_tower("text.transformer"),
+        **_named(text__pool_fc1="text.transformer.pooler.dense.weight", text__proj="text.proj.weight"),
+    },
+    "AltCLIP": {
+        **_bert_tower("text_model.roberta", "layers"),
+        **_clip_tower("vision", "vision_model"),
+        **_named(text__proj_fc1="text_model.transformation.weight"),
+        **_PROJ,
+    },
+    "ChineseCLIP": {**_bert_tower("text_model"), **_clip_tower("vision", "vision_model"), **_PROJ},
+    "ViT and BERT": {
+        **_bert_tower("text_model"),
+        **_blocks("vision", "vision_model.layers", _VIT_PLACES),
+        **_named(
+            text__pool_fc1="text_model.pooler.dense.weight",
+            vision__pool_fc1="vision_model.pooler.dense.weight",
+            vision__patch_embedding="vision_model.embeddings.patch_embeddings.projection.weight",
+            vision__position_embedding="vision_model.embeddings.position_embeddings",
+        ),
+        **_PROJ,
+    },
+    "CLIP vision and XLM-R": {
+        **_bert_tower("text_model"),
+        **_clip_tower("vision", "vision_model"),
+        **_named(text__pool_fc1="text_model.pooler.dense.weight"),
+        **_PROJ,
+    },
+    "CLIP and CLIP": {
+        **_clip_tower("text", "text_model"),
+        **_clip_tower("vision", "vision_model"),
+        **_PROJ,
+    },
+    "CLIPTextModel": _clip_tower("text", ""),
+    "CLIPTextModelWithProjection": {
+        **_clip_tower("text", "text_model"),
+        **_named(text__proj="text_projection.weight"),
+    },
+    "CLIPVisionModel": _clip_tower("vision", ""),
+    "CLIPVisionModelWithProjection": {
+        **_clip_tower("vision", "vision_model"),
+        **_named(vision__proj="visual_projection.weight"),
+    },
+    "own towers": {
+        **_blocks("text", "text_tower.encoder.block", _T5_PLACES),
+        **_blocks("vision", "vision_tower.blocks.layers", _TORCH_PLACES),
+        **_named(
+            text__token_embedding="text_tower.encoder.embed_tokens.weight",
+            text__proj="text_projection.weight",
+            vision__patch_embedding="vision_tower.embeddings.patch_embedding.weight",
+            vision__proj="vision_projection.weight",
+        ),
+    },
+    "own DINOv2 and XLM-R": {
+        **_bert_tower("text_tower"),
+        **_blocks("vision", "vision_tower.encoder.layer", _VIT_PLACES),
+        **_named(
+            text__pool_fc1="text_tower.pooler.dense.weight",
+            vision__patch_embedding="vision_tower.embeddings.patch_embeddings.projection.weight",
+            vision__position_embedding="vision_tower.embeddings.position_embeddings",
+        ),
+    },
+}
+
+
+def build(name: str) -> nn.Module:
+    """A model of a name in `BUILDERS`, in eval mode."""
+    torch.manual_seed(0)
+    model = randomise(BUILDERS[name]())
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "layer_scale" in parameter_name:
+                parameter.fill_(1.0)
+    return model.eval()
+
+
+def padding_of(name: str) -> int:
+    """The id that pads the texts of a model."""
+    return next(pad for kind, pad in PAD.items() if kind in name)
+
+
+def pixels() -> Tensor:
+    """(3, 3, 32, 32) pixels."""
+    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def ids(name: str) -> Tensor:
+    """(3, 16) token ids of a model; every row ends, and is padded from there, at another position."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randint(3, 98, (3, LENGTH), generator=generator)
+    for row in range(3):
+        found[row, 6 + 2 * row] = 99
+        found[row, 7 + 2 * row :] = padding_of(name)
+    return found
+
+
+def explicit_weights(base: nn.Module, name: str, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """W + s·B·A for every weight that has an update, differentiable in A and B."""
+    state = {key: weight.detach() for key, weight in base.state_dict().items()}
+    changed: dict[str, Tensor] = {}
+    for site, (a, b, scale) in updates.items():
+        key, index, count = WEIGHTS[name][site]
+        weight = changed.get(key, state[key])
+        product = scale * b.flatten(1) @ a.flatten(1)
+        if site.endswith(("token_embedding", "position_embedding")) or key == "visual.proj":
+            product = product.T
+        shares = list(weight.chunk(count))
+        shares[index] = shares[index] + product.reshape(shares[index].shape)
+        changed[key] = torch.cat(shares)
+    return changed
+
+
+def explicit_model(base: nn.Module, name: str, updates: Mapping[str, Update]) -> nn.Module:
+    """A copy of the base with W + s·B·A in its weights."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for key, weight in explicit_weights(base, name, updates).items():
+            model.get_parameter(key).copy_(weight)
+    return model
+
+
+def stock_features(model: nn.Module, name: str) -> tuple[Tensor, ...]:
+    """What the model's own functions give, with a mask of padding made here; of a tower alone, one tensor."""
+    tokens = ids(name)
+    mask = tokens.ne(padding_of(name)).long()
+    if name in LONE:
+        output = model(input_ids=tokens) if "Text" in name else model(pixel_values=pixels())
+        projected = getattr(output, "text_embeds", getattr(output, "image_embeds", None))
+        return (output.pooler_output if projected is None else projected,)
+    if name.startswith("open_clip"):
+        return model.encode_image(pixels()), model.encode_text(tokens)
+    if name.startswith("own DINOv2"):
+        text = model.text_tower(input_ids=tokens, attention_mask=mask).pooler_output
+        return model.vision_tower(pixel_values=pixels()).pooler_output, text
+    if name.startswith("own"):
+        states = model.text_tower(input_ids=tokens, attention_mask=mask).last_hidden_state
+        text = torch.stack([row[kept.bool()].mean(0) for row, kept in zip(states, mask, strict=True)])
+        return model.vision_projection(model.vision_tower(pixels())), model.text_projection(text)
+    hidden = {} if name == "CLIP and CLIP" else {"attention_mask": mask}
+    image = model.get_image_features(pixel_values=pixels()).pooler_output
+    return image, model.get_text_features(input_ids=tokens, **hidden).pooler_output
