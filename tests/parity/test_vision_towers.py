@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgraft as cg
+from clipgraft.lora.initialization import start_from_data
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit_lora import largest, randomise_active, randomise_lora
@@ -161,3 +162,27 @@ def test_texts_are_encoded(base: nn.Module) -> None:
     with torch.no_grad():
         wanted = base.encode_text(ids())
         assert largest((as_clip(model).encode_text(ids()),), (wanted,)) <= 1e-5
+
+
+def test_starts_on_the_base_and_on_data(base: nn.Module) -> None:
+    """An initialization of the factors fails on these towers, or moves the model before it trains."""
+    with torch.no_grad():
+        plain = image_features(base)
+        for init in ("pissa", "eva"):
+            model = copy.deepcopy(base)
+            cg.apply_lora(model, targets=VISION, r=2, init=init)
+            if init == "eva":
+                assert start_from_data(model, lambda model=model: image_features(model)) > 0
+                model.eval()
+            assert largest((image_features(model),), (plain,)) <= bound(plain), init
+
+
+def test_base_in_bf16(base: nn.Module, family: str) -> None:
+    """On a base in bf16 an adapter ends in an error of types, or is rounded away."""
+    model, updates = adapted(copy.deepcopy(base).bfloat16())
+    wanted = as_clip(explicit_model(base, family, updates).bfloat16())
+    with torch.no_grad():
+        size = wanted.family.image_size(wanted.model)[0]
+        ours = as_clip(model).encode_image(pixels(size)).float()
+        rounded = wanted.encode_image(pixels(size)).float()
+    assert torch.cosine_similarity(ours, rounded).min() > 0.98
