@@ -61,9 +61,22 @@ def test_forward_of_all_sites(family: str, base: nn.Module) -> None:
     explicit = explicit_model(base, family, updates)
     for train, grad in itertools.product((False, True), repeat=2):
         ours, theirs = copy.deepcopy(model).train(train), copy.deepcopy(explicit).train(train)
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # as an adapter does not hold other averages than the base's
         with torch.set_grad_enabled(grad):
             wanted = image_features(theirs)
             assert largest((image_features(ours),), (wanted,)) <= bound(wanted)
+
+
+def test_training_leaves_the_base_alone(base: nn.Module) -> None:
+    """Batch norms take over averages of the training data, which no adapter file holds."""
+    model, _ = adapted(base)
+    image_features(model.train()).sum().backward()
+    changed = dict(model.named_buffers())
+    assert all(buffer.equal(changed[name]) for name, buffer in base.named_buffers())
+    cg.remove_lora(model)
+    assert all(module.training for module in model.modules())
 
 
 def test_every_site_acts_alone(family: str, base: nn.Module) -> None:

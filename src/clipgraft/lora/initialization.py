@@ -81,9 +81,6 @@ def start_from_data(model: ClipLike, run: Callable[[], object]) -> int:
     # Fused attention calls its updates in training mode alone.
     with _listening(layers, moments), torch.no_grad():
         clip.model.train()
-        for module in clip.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()  # whose running averages are the base's
         try:
             run()
         finally:
