@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, SiglipImageProcessor
+from transformers import AutoModel, Siglip2ImageProcessor, SiglipImageProcessor
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
@@ -77,3 +77,17 @@ def test_what_has_no_twin_is_refused(model: str) -> None:
     convert = to_open_clip if model == "siglip2" else to_transformers
     with pytest.raises(cg.errors.ModelError, match="cannot leave its own family"):
         convert(clip)
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path: Path) -> None:
+    """A SigLIP cannot be exported to ONNX, or what cannot be ends in a traceback."""
+    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    clip = cg.load(save_siglip(build_siglip(), tmp_path / "siglip", processor))
+    for form in (clip, to_open_clip(clip)):
+        found = write_model(form, tmp_path / form.family.name, "onnx").differences
+        assert max(found.values()) < 1e-5
+    patches = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    naflex = cg.load(save_siglip(build_siglip2(), tmp_path / "siglip2", patches))
+    with pytest.raises(cg.errors.ModelError, match="has to stay in PyTorch"):
+        write_model(naflex, tmp_path / "siglip2_onnx", "onnx")

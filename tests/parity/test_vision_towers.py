@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import clipgraft as cg
+from clipgraft.lora.initialization import start_from_data
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit_lora import largest, randomise_active, randomise_lora
@@ -60,9 +61,22 @@ def test_forward_of_all_sites(family: str, base: nn.Module) -> None:
     explicit = explicit_model(base, family, updates)
     for train, grad in itertools.product((False, True), repeat=2):
         ours, theirs = copy.deepcopy(model).train(train), copy.deepcopy(explicit).train(train)
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # as an adapter does not hold other averages than the base's
         with torch.set_grad_enabled(grad):
             wanted = image_features(theirs)
             assert largest((image_features(ours),), (wanted,)) <= bound(wanted)
+
+
+def test_training_leaves_the_base_alone(base: nn.Module) -> None:
+    """Batch norms take over averages of the training data, which no adapter file holds."""
+    model, _ = adapted(base)
+    image_features(model.train()).sum().backward()
+    changed = dict(model.named_buffers())
+    assert all(buffer.equal(changed[name]) for name, buffer in base.named_buffers())
+    cg.remove_lora(model)
+    assert all(module.training for module in model.modules())
 
 
 def test_every_site_acts_alone(family: str, base: nn.Module) -> None:
@@ -161,3 +175,27 @@ def test_texts_are_encoded(base: nn.Module) -> None:
     with torch.no_grad():
         wanted = base.encode_text(ids())
         assert largest((as_clip(model).encode_text(ids()),), (wanted,)) <= 1e-5
+
+
+def test_starts_on_the_base_and_on_data(base: nn.Module) -> None:
+    """An initialization of the factors fails on these towers, or moves the model before it trains."""
+    with torch.no_grad():
+        plain = image_features(base)
+        for init in ("pissa", "eva"):
+            model = copy.deepcopy(base)
+            cg.apply_lora(model, targets=VISION, r=2, init=init)
+            if init == "eva":
+                assert start_from_data(model, lambda model=model: image_features(model)) > 0
+                model.eval()
+            assert largest((image_features(model),), (plain,)) <= bound(plain), init
+
+
+def test_base_in_bf16(base: nn.Module, family: str) -> None:
+    """On a base in bf16 an adapter ends in an error of types, or is rounded away."""
+    model, updates = adapted(copy.deepcopy(base).bfloat16())
+    wanted = as_clip(explicit_model(base, family, updates).bfloat16())
+    with torch.no_grad():
+        size = wanted.family.image_size(wanted.model)[0]
+        ours = as_clip(model).encode_image(pixels(size)).float()
+        rounded = wanted.encode_image(pixels(size)).float()
+    assert torch.cosine_similarity(ours, rounded).min() > 0.98

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -194,7 +195,8 @@ def _freeze(clip: Clip) -> LoraState:
     """Freeze the base, and record which weights were trainable.
 
     All attention modules are grafted, not only those with an update: torch chooses their kernels by whether
-    weights want gradients, so that freezing alone would change the last bits of what they compute.
+    weights want gradients, so that freezing alone would change the last bits of what they compute. Batch
+    norms use their running averages in training too, and keep them.
     """
     trainable = frozenset(name for name, p in clip.model.named_parameters() if p.requires_grad)
     state = LoraState(trainable, {part: p.detach().clone() for part, p in clip.temperature.items()})
@@ -204,10 +206,23 @@ def _freeze(clip: Clip) -> LoraState:
         if isinstance(clip.model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
             # torch's block reads the weights of its attention, and calls it only where that has a hook.
             state.hooks[path] = host.register_forward_hook(_look_on)
+    for norm in _batch_norms(clip):
+        norm.eval()
+        norm.train = partial(_stay_in_eval, norm)  # type: ignore[method-assign]
     clip.model.requires_grad_(False)
     clip.model.zero_grad(set_to_none=True)
     object.__setattr__(clip.model, STATE, state)
     return state
+
+
+def _batch_norms(clip: Clip) -> list[nn.Module]:
+    kind = nn.modules.batchnorm._BatchNorm
+    return [module for module in clip.model.modules() if isinstance(module, kind)]
+
+
+def _stay_in_eval(norm: nn.Module, mode: bool = True) -> nn.Module:
+    """Replaces the `train` of a batch norm, whose running averages are the base's: no adapter holds them."""
+    return norm
 
 
 def _hang(clip: Clip, state: LoraState, name: str, adapter: Adapter) -> None:
@@ -349,4 +364,7 @@ def _ungraft_all(clip: Clip, state: LoraState) -> None:
             del norm.lora
     for parameter_name, parameter in clip.model.named_parameters():
         parameter.requires_grad_(parameter_name in state.trainable)
+    for module in _batch_norms(clip):
+        module.__dict__.pop("train", None)
+        module.train(clip.model.training)
     delattr(clip.model, STATE)
