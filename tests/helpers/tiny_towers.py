@@ -237,6 +237,7 @@ WEIGHTS: dict[str, dict[str, Place]] = {
         ),
     },
 }
+WEIGHTS["CLIPA"] = {site: place for site, place in WEIGHTS["CoCa"].items() if "pool" not in site}
 _TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "SigLIP": _siglip,
     "EVA01": _eva01,
@@ -254,6 +255,10 @@ def build_tower(family: str) -> nn.Module:
     torch.manual_seed(0)
     if family == "CoCa":
         model: nn.Module = _coca()
+    elif family == "CLIPA":
+        options = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+        vision = {**TINY_OPENCLIP["vision_cfg"], **options}
+        model = open_clip.CLIP(embed_dim=DIM, vision_cfg=vision, text_cfg={**_TEXT, "pool_type": "last"})
     elif family == "ResNet":
         vision = {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 8}
         model = open_clip.CLIP(embed_dim=DIM, vision_cfg=vision, text_cfg=dict(_TEXT))

@@ -117,8 +117,8 @@ def remote(
     """A hub with one model of each library, and a process that loads from it."""
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(hf_folder, root / "owner" / "tiny-hf")
-    (root / "owner" / "siglip").mkdir()
-    (root / "owner" / "siglip" / "config.json").write_text('{"model_type": "siglip"}', encoding="utf-8")
+    (root / "owner" / "blip").mkdir()
+    (root / "owner" / "blip" / "config.json").write_text('{"model_type": "blip"}', encoding="utf-8")
     repository = root / "owner" / "tiny-openclip"
     repository.mkdir()
     torch.save(_openclip_master.state_dict(), repository / "open_clip_pytorch_model.bin")
@@ -221,8 +221,8 @@ def test_openclip_repository_as_hf(remote: Remote) -> None:
 
 
 def test_other_model_type_on_the_hub(remote: Remote) -> None:
-    """A SigLIP repository is loaded as CLIP, most weights drawn at random."""
-    assert "'siglip' model" in remote.refusal("hf:owner/siglip")
+    """A BLIP repository is loaded as CLIP, most weights drawn at random."""
+    assert "'blip' model" in remote.refusal("hf:owner/blip")
 
 
 @pytest.mark.parametrize("arguments", [("hf:owner/never-fetched",), ("tiny-clip", "gone_tag")])

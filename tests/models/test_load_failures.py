@@ -245,14 +245,14 @@ def test_a_configuration_that_lost_a_tower_is_refused_unbuilt(
 
 def test_foreign_folders(hf_folder: Path, tmp_path: Path) -> None:
     """Another kind of model, or a tokenizer of another model, is loaded as if it were right."""
-    siglip = tmp_path / "siglip"
-    shutil.copytree(hf_folder, siglip)
-    (siglip / "config.json").write_text('{"model_type": "siglip"}', encoding="utf-8")
-    assert "'siglip' model" in refusal(siglip)
-    (siglip / "config.json").write_text('{"model_type": "a\\nb"}', encoding="utf-8")
-    assert "\n" not in refusal(siglip)
-    (siglip / "config.json").write_text("{", encoding="utf-8")
-    assert "cannot be read" in refusal(siglip)
+    blip = tmp_path / "blip"
+    shutil.copytree(hf_folder, blip)
+    (blip / "config.json").write_text('{"model_type": "blip"}', encoding="utf-8")
+    assert "'blip' model" in refusal(blip)
+    (blip / "config.json").write_text('{"model_type": "a\\nb"}', encoding="utf-8")
+    assert "\n" not in refusal(blip)
+    (blip / "config.json").write_text("{", encoding="utf-8")
+    assert "cannot be read" in refusal(blip)
     other = tmp_path / "other"
     shutil.copytree(hf_folder, other)
     content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))

@@ -14,16 +14,17 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from clipgraft.models.family import site_weight
-from clipgraft.models.names import path_site, site_path
-from clipgraft.models.sites import BLOCK_ROLES, ROLES, TOWERS, Site
+from clipgraft.models.names import TWINS, path_site, site_path
+from clipgraft.models.sites import BLOCK_ROLES, POOL_ROLES, ROLES, ROLES_IN_BLOCKS, TOWERS, Site
 from tiny_models import TINY_OPENCLIP, in_every_layout, randomise
 
-BLOCK_SITES = st.builds(Site, st.sampled_from(TOWERS), st.integers(0, 999), st.sampled_from(BLOCK_ROLES))
+BLOCK_SITES = st.builds(Site, st.sampled_from(TOWERS), st.integers(0, 999), st.sampled_from(ROLES_IN_BLOCKS))
 WHOLE_SITES = st.sampled_from(
     [
         Site("text", None, "token_embedding"),
         Site("vision", None, "patch_embedding"),
         *(Site(tower, None, role) for tower in TOWERS for role in ("position_embedding", "proj")),
+        *(Site("vision", None, role) for role in (*POOL_ROLES, "proj_fc1", "proj_fc2")),
     ]
 )
 SITES = BLOCK_SITES | WHOLE_SITES
@@ -33,7 +34,7 @@ SITES = BLOCK_SITES | WHOLE_SITES
 def test_sites_read_back(site: Site) -> None:
     """An adapter file names a site that cannot be read again."""
     assert Site.parse(str(site)) == site
-    assert path_site(site_path(site)) == site
+    assert all(path_site(site_path(site, twin)) == site for twin in TWINS.values())
 
 
 ALMOST = st.lists(
@@ -79,7 +80,8 @@ def test_order_follows_the_data(sites: list[Site]) -> None:
         blocks = [site.block for site in ordered if site.tower == tower and site.block is not None]
         assert blocks == sorted(blocks)
         roles = [site.role for site in ordered if site.tower == tower]
-        assert "proj" not in roles[:-1]
+        ends = [role for role in roles if role.startswith(("pool", "proj"))]
+        assert ends == roles[len(roles) - len(ends) :]
     assert [site.tower for site in ordered] == sorted(site.tower for site in sites)
 
 

@@ -38,10 +38,10 @@ def image_features(model: nn.Module) -> Tensor:
     return features
 
 
-def adapted(base: nn.Module, **options: object) -> tuple[nn.Module, dict[str, Update]]:
+def adapted(base: nn.Module, size: float = 0.1, **options: object) -> tuple[nn.Module, dict[str, Update]]:
     model = copy.deepcopy(base)
     cg.apply_lora(model, **{"r": 3, "alpha": 5, "targets": VISION, **options})
-    return model, randomise_lora(model, size=0.1)
+    return model, randomise_lora(model, size=size)
 
 
 def bound(wanted: Tensor) -> float:
@@ -69,7 +69,7 @@ def test_every_site_acts_alone(family: str, base: nn.Module) -> None:
     """The update of a site is ignored: the module that it hangs on is never called."""
     plain = image_features(base).detach()
     for site in WEIGHTS[family]:
-        model, updates = adapted(base, targets=site)
+        model, updates = adapted(base, size=0.5, targets=site)
         with torch.no_grad():
             ours, wanted = image_features(model), image_features(explicit_model(base, family, updates))
         assert largest((ours,), (wanted,)) <= bound(wanted), site
@@ -146,10 +146,12 @@ def test_disabled_is_the_base_to_the_bit(base: nn.Module) -> None:
     """A disabled adapter, or a new one, changes the base's features."""
     model = copy.deepcopy(base)
     cg.apply_lora(model, targets=VISION, r=3)
+    # torch multiplies by a weight that wants gradients in another way, which rounds differently.
+    frozen = copy.deepcopy(base).requires_grad_(False)
     with torch.no_grad():
-        assert largest((image_features(model),), (image_features(base),)) <= 1e-6
+        assert largest((image_features(model),), (image_features(frozen),)) <= 1e-6
         with cg.lora_disabled(model):
-            assert image_features(model).equal(image_features(base))
+            assert image_features(model).equal(image_features(frozen))
 
 
 def test_texts_are_encoded(base: nn.Module) -> None:

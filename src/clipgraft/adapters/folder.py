@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -25,8 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipgraft.adapters.adapter_file import AdapterFile
-from clipgraft.adapters.checkpoint import as_record, as_weight
-from clipgraft.adapters.peft import CONFIG_FILE, OWN_TYPE, config_json, name_tensors, read_peft
+from clipgraft.adapters.checkpoint import as_record, as_weight, some
+from clipgraft.adapters.peft import (
+    CONFIG_FILE,
+    OWN_TYPE,
+    config_json,
+    foreign_to_peft,
+    name_tensors,
+    read_peft,
+)
 from clipgraft.errors import AdapterError, TargetError
 from clipgraft.files import atomic_path, file_exists, write_json
 from clipgraft.lora.config import LoraConfig
@@ -43,6 +51,7 @@ from clipgraft.readers import placeholder, reason
 from clipgraft.records import Finite, Flag, read_json
 from clipgraft.writing import size_of, writing
 
+log = logging.getLogger("clipgraft")
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"  # what PEFT wrote until 0.7
 NATIVE_FILE = "clipgraft.json"
@@ -119,7 +128,15 @@ def save_adapter(
     """
     path = Path(path)
     refuse_other(path, overwrite)
-    return write_adapter(_described(as_clip(model), name, path, dict(metrics or {})), path)
+    adapter = _described(as_clip(model), name, path, dict(metrics or {}))
+    if foreign := foreign_to_peft(adapter):
+        log.warning(
+            "%s adapts %s, for which stock PEFT has no module: it refuses the folder, which clipgraft opens; "
+            "leave them out of the targets for an adapter that PEFT opens too",
+            path,
+            some(map(str, foreign)),
+        )
+    return write_adapter(adapter, path)
 
 
 def _described(clip: Clip, name: str | None, path: Path, metrics: dict[str, Any]) -> AdapterFile:

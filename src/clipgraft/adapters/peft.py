@@ -312,11 +312,11 @@ def missing_sites(file: AdapterFile, sites: Iterable[Site], twin: Twin) -> list[
     towers = {site.tower for site in there}
     names = twin if file.twin.paths else file.twin
     # A pattern of PEFT's may match the name of a place at which it found no module.
-    passed = frozenset() if str(file.config.get("peft_type")).startswith(OWN_TYPE) else names.foreign
+    ours = str(file.config.get("peft_type")).startswith(OWN_TYPE)
     paths = {
         site_path(site, names).removeprefix(file.path_prefix): site
         for site in sites
-        if site.tower in towers and site not in passed
+        if site.tower in towers and (ours or is_module_of(site, names))
     }
     try:
         return [site for path in targeted(file.config, paths) if (site := paths[path]) not in there]

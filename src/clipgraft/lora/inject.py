@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.attention import graft_attention, slot_name, ungraft_attention
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.control import make_active, restore_base
+from clipgraft.lora.coverage import uncovered
 from clipgraft.lora.initialization import initialize_from_base
 from clipgraft.lora.layers import AdapterSlot, BiasLayer, LoraLayer, Parts
 from clipgraft.lora.parameters import graft_projection, graft_read, ungraft_projection, ungraft_read
@@ -29,11 +31,12 @@ from clipgraft.lora.state import (
 from clipgraft.lora.targets import override_values, select_sites
 from clipgraft.lora.variants import PlainLora, check_variant, variant_of
 from clipgraft.models.clip import Clip, ClipLike, as_clip
-from clipgraft.models.family import site_bias, site_weight
+from clipgraft.models.family import is_pure_norm, site_bias, site_weight
 from clipgraft.models.lone_tower import lone_tower
 from clipgraft.models.rwlock import rwlock_of
-from clipgraft.models.sites import SiteRef
+from clipgraft.models.sites import POOL_ROLES, SiteRef
 
+log = logging.getLogger("clipgraft")
 _MOST_OVER = 4
 
 
@@ -64,8 +67,33 @@ def apply_lora(
     if config.train_logit_scale and lone_tower(clip.model) is not None:
         raise ConfigError("LoRA: `train_logit_scale` given, but a tower alone has no temperature: drop it")
     _check_ranks(clip, config)
+    for line in uncovered(clip, config.targets):
+        log.warning("%s", line)
+    for line in _compromises(clip, config):
+        log.warning("%s", line)
     adapter = attach(clip, config, name)
     return sum(layer.r > 0 for layer in adapter.layers.values())
+
+
+def _compromises(clip: Clip, settings: LoraConfig) -> list[str]:
+    """What of the settings does not hold at some of the sites, a line each."""
+    refs, lines = clip.site_refs, []
+    undropped = [
+        site
+        for site in select_sites(list(refs), settings.targets)
+        if refs[site].kind == "read" or (refs[site].kind == "fused" and site.role in POOL_ROLES)
+    ]
+    if settings.dropout and undropped:
+        lines.append(
+            f"dropout={settings.dropout:g} does not act at {len(undropped)} sites, {undropped[0]} and so on: "
+            "their module reads the weight, so that the update has no path of its own"
+        )
+    others = [m for m in clip.model.modules() if isinstance(m, nn.LayerNorm) and not is_pure_norm(m)]
+    if settings.bias == "all" and others:
+        lines.append(
+            f"bias='all' leaves out {len(others)} norms that end in an activation, which no hook gets between"
+        )
+    return lines
 
 
 def _check_ranks(clip: Clip, settings: LoraConfig) -> None:

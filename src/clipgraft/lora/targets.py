@@ -28,7 +28,6 @@ from clipgraft.models.sites import (
     ROLES_IN_BLOCKS,
     TOWERS,
     Site,
-    Tower,
 )
 
 _ATTENTION = (*ATTENTION_ROLES, *POOL_ATTENTION_ROLES)
@@ -103,20 +102,9 @@ def select_sites(sites: Sequence[Site], targets: str | Iterable[str]) -> list[Si
     return [site for site in sites if site in chosen]
 
 
-def towers_without_sites(sites: Sequence[Site], targets: str) -> list[tuple[str, Tower]]:
-    """The named sets of an expression, each with a tower that it means and finds no site in."""
-    negatives = [term for negative, term in _terms(targets.split(",")) if negative]
-    excluded = {site for term in negatives for site in match_sites(sites, term)}
-    found = []
-    for negative, term in _terms(targets.split(",")):
-        meant = TARGET_SETS.get(term)
-        if negative or meant is None:
-            continue
-        for tower in TOWERS:
-            means = any(meant(Site(tower, 0, role)) for role in ROLES_IN_BLOCKS)
-            if means and not any(meant(s) and s.tower == tower and s.block is not None for s in sites):
-                found.append((term, tower))
-    return [(term, tower) for term, tower in found if not any(s.tower == tower for s in excluded)]
+def named_sets(targets: str) -> list[str]:
+    """The named sets among the positive terms of an expression."""
+    return [term for negative, term in _terms(targets.split(",")) if not negative and term in TARGET_SETS]
 
 
 def guide_targets(modules: Iterable[str]) -> str:

@@ -116,11 +116,12 @@ def activation_of(module: object) -> Activation | None:
     """Which activation a module computes; None for any but CLIP's own."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    # open_clip and transformers each have a class of their own.
+    # open_clip, transformers and timm each have classes of their own.
     names: dict[str, Activation] = {
         "QuickGELU": "quick_gelu",
         "QuickGELUActivation": "quick_gelu",
         "GELUActivation": "gelu",
+        "GELU": "gelu",
         "GELUTanh": "gelu_tanh",
     }
     return names.get(type(module).__name__)

@@ -1,4 +1,4 @@
-"""Convert a plain CLIP between open_clip and transformers: configuration, weights, tokenizer, preprocessing.
+"""Convert a plain CLIP or a SigLIP between open_clip and transformers, with all that belongs to it.
 
 The converted weights are the same bits under other names, so that both models have one fingerprint, and
 their features differ by rounding alone.
@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 from clipgraft.errors import ModelError
+from clipgraft.models import convert_siglip
 from clipgraft.models.architecture import Activation, TextTower, VisionTower
 from clipgraft.models.clip import Clip, family_of
 from clipgraft.models.configs import model_config
+from clipgraft.models.convert_siglip import SiglipShape
 from clipgraft.models.family import LARGEST_ID, is_lora
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
+from clipgraft.models.names import SIGLIP
 from clipgraft.models.processors import (
     HfPreprocess,
     HfTokenizer,
@@ -39,44 +42,43 @@ _HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorc
 
 
 def to_transformers(clip: Clip) -> Clip:
-    """An open_clip model as a new `transformers.CLIPModel` of its type and device; others as they are.
+    """An open_clip model as a new `CLIPModel` or `SiglipModel` of its type and device; others as they are.
 
     Raises:
-        ModelError: the model carries an adapter, is not a plain CLIP, or has a tokenizer or preprocessing
-            that transformers has no counterpart of.
+        ModelError: the model carries an adapter, is neither a plain CLIP nor a SigLIP, or has a tokenizer
+            or preprocessing that transformers has no counterpart of.
     """
     require_bare(clip)
     if clip.family.name == "transformers":
         return clip
-    from transformers import CLIPModel
-
-    shape = shape_of(clip)
+    is_siglip = clip.family.twin(clip.model) is SIGLIP
+    shape = convert_siglip.measure_openclip(clip.model) if is_siglip else shape_of(clip)
     settings = image_settings(clip)
     processor = None if settings is None else HfPreprocess(image_processor(settings))
     tokenizer = to_hf_tokenizer(clip)
-    config = _hf_config(shape, tokenizer)
-    model = _converted(clip, lambda: CLIPModel(config))
+    model = _converted(clip, _transformers_builder(shape, tokenizer))
     return replace(
         clip, model=model, family=family_of(model), tokenizer=tokenizer, preprocess=processor, notes=()
     )
 
 
 def to_open_clip(clip: Clip) -> Clip:
-    """A `transformers.CLIPModel` as a new `open_clip.CLIP` of its type and device; others as they are.
+    """A `CLIPModel` or `SiglipModel` as a new open_clip model of its type and device; others as they are.
 
     Raises:
-        ModelError: the model carries an adapter, is not a plain CLIP, or has a tokenizer or preprocessing
-            that open_clip has no counterpart of.
+        ModelError: the model carries an adapter, is neither a plain CLIP nor a SigLIP, or has a tokenizer
+            or preprocessing that open_clip has no counterpart of.
     """
     require_bare(clip)
     if clip.family.name == "open_clip":
         return clip
-    import open_clip
-
-    config = config_of_shape(shape_of(clip))
+    is_siglip = clip.family.twin(clip.model) is SIGLIP
+    build = _openclip_builder(
+        convert_siglip.measure_transformers(clip.model) if is_siglip else shape_of(clip)
+    )
     settings = image_settings(clip)
     tokenizer = to_openclip_tokenizer(clip)
-    model = _converted(clip, lambda: open_clip.CLIP(**config))
+    model = _converted(clip, build)
     evaluate, train = (None, None) if settings is None else _openclip_transforms(model, settings)
     return replace(
         clip,
@@ -93,6 +95,29 @@ def require_bare(clip: Clip) -> None:
     """Raise ModelError for a model that carries an adapter."""
     if any(is_lora(name) for name, _ in clip.model.named_parameters()):
         raise ModelError("this model carries an adapter: merge it, or write the adapter alone")
+
+
+def _transformers_builder(
+    shape: ClipShape | SiglipShape, tokenizer: HfTokenizer | None
+) -> Callable[[], nn.Module]:
+    from transformers import CLIPModel
+
+    if isinstance(shape, SiglipShape):
+        inner = None if tokenizer is None else tokenizer.inner
+        return lambda: convert_siglip.build_transformers(shape, inner)
+
+    config = _hf_config(shape, tokenizer)
+    return lambda: CLIPModel(config)
+
+
+def _openclip_builder(shape: ClipShape | SiglipShape) -> Callable[[], nn.Module]:
+    import open_clip
+
+    if isinstance(shape, SiglipShape):
+        return lambda: convert_siglip.build_openclip(shape)
+
+    config = config_of_shape(shape)
+    return lambda: open_clip.CLIP(**config)
 
 
 def _hf_config(shape: ClipShape, tokenizer: HfTokenizer | None) -> Any:
@@ -276,7 +301,12 @@ def config_of(clip: Clip) -> dict[str, Any]:
         ModelError: the model is not a plain CLIP and the name it was loaded by does not tell either.
     """
     if _why_not_plain(clip):
-        return model_config(clip.source.name)
+        try:
+            return model_config(clip.source.name)
+        except ModelError:
+            if clip.family.twin(clip.model) is not SIGLIP:
+                raise
+            return convert_siglip.named_config(clip.model)
     config = config_of_shape(shape_of(clip))
     config["text_cfg"] |= tokenizer_config(clip.tokenizer)
     bias = getattr(clip.model, "logit_bias", None)

@@ -376,5 +376,5 @@ def _clip(
     # A text tower of transformers takes more tokens than its tokenizer is to produce.
     length = getattr(inner, "context_length", None) or family.context_length(model)
     tokenizer = OpenClipTokenizer(inner, length)
-    check_preprocess(evaluate, family.image_size(model), source.name)
+    check_preprocess(evaluate, (3, *family.image_size(model)), source.name)
     return Clip(model, family, tokenizer, evaluate, train, source, tuple(notes))

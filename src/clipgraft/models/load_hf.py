@@ -1,4 +1,4 @@
-"""Loading with transformers: a hub id or a local folder of a `CLIPModel`."""
+"""Loading with transformers: a hub id or a local folder of a `CLIPModel`, `SiglipModel` or `Siglip2Model`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.configs import transformers_config
 from clipgraft.models.hub import hf_failure, hub_access, tell_fetch
 from clipgraft.models.library_calls import no_initialization
+from clipgraft.models.names import SIGLIP2
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, check_preprocess
+from clipgraft.models.siglip import packed_shape
 from clipgraft.models.state_dict import MisfitError, load_weights
 from clipgraft.models.weights_file import UnreadableError, WeightsFile, read_weights
 from clipgraft.readers import placeholder
@@ -26,18 +28,20 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+CLASSES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}  # of transformers, by model_type
 _SHARDS = (".safetensors", ".bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_hf(path: str, name: str) -> Clip:
-    """A `transformers.CLIPModel` with its tokenizer and image processor; its own code is never run.
+    """A model of transformers with its tokenizer and image processor; its own code is never run.
 
     Raises:
         ModelError: it cannot be fetched or read, is no CLIP model, or comes without some of its parts.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedConfig
+    import transformers
+    from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 
     check_path(path)
     with hub_access(needed=not folder_exists(path)) as offline:
@@ -45,14 +49,17 @@ def load_hf(path: str, name: str) -> Clip:
             _check_downloaded(path)
             values, _ = PreTrainedConfig.get_config_dict(path)
             _check_model_type(path, values.get("model_type"))
-            config = transformers_config(CLIPConfig, values, path)
+            kind = CLASSES[values["model_type"]]
+            config = transformers_config(getattr(transformers, f"{kind}Config"), values, path)
+            build = getattr(transformers, f"{kind}Model")
+            _check_head(path, config)
             config.name_or_path = path  # the model copies it when it is made
             weights, notes = _read(path)
             with no_initialization(), torch.device("meta"):
                 # A configuration that lost settings is of another size: found out before that is built.
-                _put(CLIPModel(config), weights, path)
+                _put(build(config), weights, path)
             with no_initialization():
-                model = CLIPModel(config)
+                model = build(config)
             notes += _put(model, weights, path)
             _check_parts(path)
             inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -60,7 +67,7 @@ def load_hf(path: str, name: str) -> Clip:
             _check_vocabulary(path, inner, config.text_config.vocab_size)
             family = family_of(model)
             preprocess = HfPreprocess(processor)
-            check_preprocess(preprocess, family.image_size(model), path)
+            check_preprocess(preprocess, _image_shape(model, processor), path)
         except ModelError:
             raise
         except Exception as error:
@@ -140,7 +147,7 @@ def _check_parts(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    tokenizer = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    tokenizer = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)
     missing = []
     if not any(all((folder / name).is_file() for name in names) for names in tokenizer):
         missing.append("tokenizer (tokenizer.json, or vocab.json and merges.txt)")
@@ -169,10 +176,28 @@ def _check_model_type(path: str, kind: object) -> None:
     if kind is None and not folder_exists(path):
         raise ModelError(f"hf:{path} has no config.json: if it holds an open_clip model, load hf-hub:{path}")
     # transformers would load another type's weights where names agree and draw the rest at random.
-    if kind != "clip":
+    if kind not in CLASSES:
         raise ModelError(
-            f"{path} holds a {str(kind)[:100]!r} model: clipgraft loads transformers models of type 'clip'"
+            f"{path} holds a {str(kind)[:100]!r} model: clipgraft loads transformers models of type "
+            f"{', '.join(map(repr, CLASSES))}"
         )
+
+
+def _check_head(path: str, config: Any) -> None:
+    """Refuse a SigLIP whose vision tower gives no features."""
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise ModelError(
+            f"{path}: vision_config.vision_use_head is false, so that images have no features; take the "
+            "model with its pooling head"
+        )
+
+
+def _image_shape(model: nn.Module, processor: Any) -> tuple[int, ...]:
+    """What the image processor of a model is to give for one image."""
+    family = family_of(model)
+    if family.twin(model) is SIGLIP2:
+        return packed_shape(model, int(processor.max_num_patches))
+    return 3, *family.image_size(model)
 
 
 def _check_vocabulary(path: str, inner: Any, rows: int) -> None:

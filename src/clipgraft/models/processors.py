@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import string
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -18,6 +21,7 @@ from clipgraft.models.family import Family
 from clipgraft.models.hub import one_line
 from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.rwlock import rwlock_of
+from clipgraft.models.siglip import pack_patches
 from clipgraft.models.sites import Site
 
 if TYPE_CHECKING:
@@ -95,14 +99,18 @@ class HfTokenizer:
 
 
 class HfPreprocess:
-    """A transformers image processor as a transform, PIL image -> (3, H, W), that workers can carry."""
+    """A transformers image processor as a transform that workers can carry.
+
+    PIL image -> (3, H, W), or (1, 1 + patches, dim) for `Siglip2Model` (`clipgraft.models.siglip`).
+    """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, image: Any) -> Tensor:
-        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
+        found = self.processor(image, return_tensors="pt")
+        pixels: Tensor = found["pixel_values"][0]
+        return pack_patches(pixels, found["spatial_shapes"][0]) if "spatial_shapes" in found else pixels
 
     def __repr__(self) -> str:
         return repr(self.processor)
@@ -162,20 +170,20 @@ def _from_same_place(kind: str, model: nn.Module) -> Any:
         return None
 
 
-def check_preprocess(preprocess: Any, size: tuple[int, int], where: object) -> None:
+def check_preprocess(preprocess: Any, shape: tuple[int, ...], where: object) -> None:
     """Try a preprocessing of a stranger's file on one small image.
 
     Raises:
-        ModelError: it gives something else than the pixels that the model takes.
+        ModelError: it gives something else than what the model takes, of that shape for one image.
     """
     image = Image.new("RGB", (9, 8))
     try:
         given = tuple(preprocess(image).shape)
     except Exception as error:
         raise ModelError(f"{where}: its image preprocessing cannot be used: {one_line(error)}") from error
-    if given != (3, *size):
+    if given != shape:
         raise ModelError(
-            f"{where}: its image preprocessing gives {given} where the model takes {(3, *size)}: "
+            f"{where}: its image preprocessing gives {given} where the model takes {shape}: "
             "correct its preprocessor_config.json or preprocess_cfg"
         )
 
@@ -270,9 +278,11 @@ def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
     usual = isinstance(inner, SimpleTokenizer) and _cleaning(inner) == "lower"
     if usual and inner.reduction_fn is None and len(inner.all_special_ids) == 2:
         return HfTokenizer(_bpe_tokenizer(inner, clip.context_length), clip.context_length)
-    bare = isinstance(inner, HFTokenizer) and _cleaning(inner) == "whitespace"
-    if bare and not inner.strip_sep_token and not inner.tokenizer_mode:
+    bare = isinstance(inner, HFTokenizer) and not inner.strip_sep_token and not inner.tokenizer_mode
+    if bare and _cleaning(inner) == "whitespace":
         return HfTokenizer(inner.tokenizer, clip.context_length)
+    if bare and _cleaning(inner) == "canonicalize" and hasattr(inner.tokenizer, "backend_tokenizer"):
+        return HfTokenizer(_canonicalizing(inner.tokenizer), clip.context_length)
     raise ModelError(
         f"{type(inner).__name__} with its settings has no counterpart in transformers: "
         "keep the model in the open_clip form"
@@ -380,6 +390,25 @@ def _vocabulary(inner: Any) -> dict[str, int]:
     """A `SimpleTokenizer`'s pieces, its start and end tokens under the names transformers gives them."""
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return {renamed.get(piece, piece): index for piece, index in inner.encoder.items()}
+
+
+def _canonicalizing(inner: Any) -> Any:
+    """A tokenizer that does to texts first what open_clip does for SigLIP, ftfy's repairs aside."""
+    from tokenizers import Regex, normalizers
+
+    copied = copy.deepcopy(inner)
+    backend = copied.backend_tokenizer
+    marks = "".join(re.escape(mark) for mark in string.punctuation)
+    steps = [
+        normalizers.Replace("_", " "),
+        normalizers.Replace(Regex(f"[{marks}]"), ""),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
+    own = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+    return copied
 
 
 def _bpe_tokenizer(inner: Any, length: int) -> Any:

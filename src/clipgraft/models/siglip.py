@@ -61,6 +61,12 @@ def pooling_biases(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, Tens
     yield name, [(f"{path}.bias", part) for path, part in paths]
 
 
+def packed_shape(model: nn.Module, patches: int) -> tuple[int, int, int]:
+    """The shape of one image of so many patches as `pack_patches` gives it."""
+    size = int(model.config.vision_config.patch_size)  # type: ignore[union-attr, arg-type]
+    return 1, 1 + patches, 3 * size * size
+
+
 def pack_patches(patches: Tensor, shape: Tensor) -> Tensor:
     """(patches, dim) of one image and its (height, width) in patches -> (1, 1 + patches, dim)."""
     height, width = (int(number) for number in shape)

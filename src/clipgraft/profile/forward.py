@@ -33,7 +33,7 @@ class SiteCost:
     Attributes:
         site: the site.
         parameters: of its weight, without bias.
-        macs: multiply-adds of the product with its weight; of a fused one, its share. Tables have none.
+        macs: multiply-adds of the product with its weight; of a fused one, an equal share. Tables have none.
         adapter_parameters: of the update that acts there.
         adapter_macs: of that update's own products.
     """

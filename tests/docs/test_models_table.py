@@ -1,0 +1,54 @@
+"""docs/models.md tells the truth about every model that the installed open_clip lists."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import open_clip
+import pytest
+import transformers
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "models_table.py"
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("models_table", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")  # the script sets it, and it is to end with this test
+        patch.setitem(sys.modules, spec.name, module)  # where dataclasses look their annotations up
+        spec.loader.exec_module(module)
+        yield module
+
+
+def same_libraries(page: str) -> bool:
+    """Whether the page was written with the libraries that are installed, which list other models each."""
+    return f"open_clip {open_clip.__version__}, transformers {transformers.__version__})" in page
+
+
+def test_every_listed_model_has_a_row(table: ModuleType) -> None:
+    """A model that can be loaded is not in the table of models."""
+    page = table.PAGE.read_text(encoding="utf-8")
+    if same_libraries(page):
+        assert all(f"\n| {name} |" in page for name in open_clip.list_models())
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "EVA02-B-16", "RN50", "ViT-B-16-SigLIP"])
+def test_rows_are_current(table: ModuleType, name: str) -> None:
+    """The table promises sites that a model has not, or shortcuts that do not hold."""
+    assert f"\n{table.openclip_row(name).line()}\n" in table.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_page_is_current(table: ModuleType) -> None:
+    """The table of models is of an older clipgraft: run scripts/models_table.py again."""
+    page = table.PAGE.read_text(encoding="utf-8")
+    if same_libraries(page):
+        assert table.page() == page
