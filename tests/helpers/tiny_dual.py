@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     AltCLIPConfig,
@@ -31,6 +32,7 @@ from transformers import (
     MT5Config,
     MT5EncoderModel,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -44,6 +46,8 @@ from tiny_models import TINY_OPENCLIP, randomise
 Update = tuple[Tensor, Tensor, float]
 Place = tuple[str, int, int]
 """Name in the state dict, index of the share of rows, number of shares."""
+TEXTS = ["con mèo ngủ", "con chó", "con mèo ngủ trên ghế"]
+_VIETNAMESE = ["con", "mèo", "chó", "ngủ", "trên", "ghế"]
 DIM, SIZE, WORDS, LENGTH = 24, 32, 100, 16
 PAD = {"BERT": 0, "XLM-R": 1, "NLLB": 1, "mT5": 0, "AltCLIP": 1, "ChineseCLIP": 0, "own": 0, "CLIP": 1}
 
@@ -349,6 +353,18 @@ def build(name: str) -> nn.Module:
             if "layer_scale" in parameter_name:
                 parameter.fill_(1.0)
     return model.eval()
+
+
+def tokenizer_of(padding: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words that begins and ends a text, and pads with an id of choice."""
+    special = ["<pad>", "<s>"] if padding == 0 else ["<s>", "<pad>"]
+    words = {word: index for index, word in enumerate([*special, "</s>", "<unk>", *_VIETNAMESE])}
+    inner = Tokenizer(models.WordLevel(words, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("<s>", words["<s>"]), ("</s>", words["</s>"])]
+    inner.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 def padding_of(name: str) -> int:

@@ -261,7 +261,9 @@ def read_adapter(path: str | Path, name: str | None = None) -> AdapterFile:
 
 def as_adapter(contents: Contents, twin: Twin = CLIP) -> AdapterFile:
     """`read_adapter` of a folder that has been read; `twin` has the names of the base at hand."""
-    known = twin if twin.paths or contents.record is None else _recorded_twin(contents, contents.record)
+    recorded = CLIP if contents.record is None else _recorded_twin(contents, contents.record)
+    # Another release of transformers may call the same modules otherwise.
+    known = twin if set(recorded.paths.values()) <= set(twin.paths.values()) else recorded
     adapter = read_peft(contents.tensors, contents.config, contents.folder, known)
     return adapter if contents.record is None else _with_record(adapter, contents.record)
 

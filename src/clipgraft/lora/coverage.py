@@ -39,7 +39,7 @@ def uncovered(clip: Clip, targets: str) -> list[str]:
 
 def _shortfall(clip: Clip, term: str, tower: Tower) -> str:
     means = {role for role in ROLES_IN_BLOCKS if TARGET_SETS[term](Site(tower, 0, role))}
-    if not means:
+    if not means or not clip.family.tower_groups(clip.model, tower):
         return ""
     refs = clip.site_refs
     matched = match_sites(list(refs), term)

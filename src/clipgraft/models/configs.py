@@ -257,7 +257,9 @@ def _declared(kind: Any, values: Mapping[str, Any], where: object) -> dict[str, 
         part = inner.get(key.removesuffix("_dict"))
         if part is not None and value is not None:
             inside = _mapping(value, key, where)
-            kept[key] = _declared(_named(part, inside, where), inside, where)
+            named = _named(part, inside, where)
+            kind_of_part = {} if named is part else {"model_type": named.model_type}
+            kept[key] = {**_declared(named, inside, where), **kind_of_part}
         elif key in own:
             kept[key] = _plain(value, key, where)
     return kept

@@ -169,7 +169,7 @@ def check_is_encoder(tower: nn.Module) -> None:
 def _as_tokenizer(tokenizer: Any, tower: nn.Module) -> Any:
     if not hasattr(tokenizer, "pad_token_id"):
         return tokenizer
-    check_padding(tower, tokenizer, type(tower).__name__)
+    check_padding(getattr(tower, "config", None), tokenizer, type(tower).__name__)
     return HfTokenizer(tokenizer, min(_LENGTH, longest(getattr(tower, "config", None))))
 
 

@@ -29,6 +29,7 @@ from clipgraft.models.configs import (
 from clipgraft.models.hub import fetch_reason, hub_access, nearest, one_line, tell_fetch
 from clipgraft.models.library_calls import quiet_libraries, seeded
 from clipgraft.models.load_hf import load_hf
+from clipgraft.models.padding import check_padding
 from clipgraft.models.processors import OpenClipTokenizer, check_preprocess
 from clipgraft.models.state_dict import load_weights
 from clipgraft.models.weights_file import UnreadableError, read_weights
@@ -373,6 +374,9 @@ def _clip(
     model: nn.Module, inner: Any, evaluate: Any, train: Any, source: Source, notes: Sequence[str] = ()
 ) -> Clip:
     family = family_of(model)
+    check_padding(
+        getattr(getattr(model, "text", None), "config", None), getattr(inner, "tokenizer", None), source.name
+    )
     # A text tower of transformers takes more tokens than its tokenizer is to produce.
     length = getattr(inner, "context_length", None) or family.context_length(model)
     tokenizer = OpenClipTokenizer(inner, length)

@@ -1,4 +1,4 @@
-"""Loading with transformers: a hub id or a local folder of a `CLIPModel`, `SiglipModel` or `Siglip2Model`."""
+"""Loading with transformers: a hub id or a local folder of a `CLIPModel` or of its relatives (`CLASSES`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from clipgraft.models.configs import transformers_config
 from clipgraft.models.hub import hf_failure, hub_access, tell_fetch
 from clipgraft.models.library_calls import no_initialization
 from clipgraft.models.names import SIGLIP2
+from clipgraft.models.padding import check_padding
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, check_preprocess
 from clipgraft.models.siglip import packed_shape
 from clipgraft.models.state_dict import MisfitError, load_weights
+from clipgraft.models.vision_text import MODEL_TYPES
 from clipgraft.models.weights_file import UnreadableError, WeightsFile, read_weights
 from clipgraft.readers import placeholder
 
@@ -28,7 +30,14 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-CLASSES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}  # of transformers, by model_type
+CLASSES = {  # of transformers, by model_type
+    "clip": "CLIP",
+    "siglip": "Siglip",
+    "siglip2": "Siglip2",
+    "altclip": "AltCLIP",
+    "chinese_clip": "ChineseCLIP",
+    "vision-text-dual-encoder": "VisionTextDualEncoder",
+}
 _SHARDS = (".safetensors", ".bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -54,17 +63,16 @@ def load_hf(path: str, name: str) -> Clip:
             build = getattr(transformers, f"{kind}Model")
             _check_head(path, config)
             config.name_or_path = path  # the model copies it when it is made
-            weights, notes = _read(path)
-            with no_initialization(), torch.device("meta"):
-                # A configuration that lost settings is of another size: found out before that is built.
-                _put(build(config), weights, path)
-            with no_initialization():
-                model = build(config)
-            notes += _put(model, weights, path)
+            of_others = values["model_type"] in MODEL_TYPES
+            model, notes = (
+                _built_by_transformers(build, config, path) if of_others else _built(build, config, path)
+            )
             _check_parts(path)
             inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
             _check_vocabulary(path, inner, config.text_config.vocab_size)
+            if of_others:
+                check_padding(config.text_config, inner, path)
             family = family_of(model)
             preprocess = HfPreprocess(processor)
             check_preprocess(preprocess, _image_shape(model, processor), path)
@@ -74,6 +82,36 @@ def load_hf(path: str, name: str) -> Clip:
             raise hf_failure(path, error, offline) from error
     tokenizer = HfTokenizer(inner, family.context_length(model))
     return Clip(model, family, tokenizer, preprocess, None, Source(name), tuple(notes))
+
+
+def _built(build: Any, config: Any, path: str) -> tuple[nn.Module, list[str]]:
+    """A model with the weights of a folder or hub id, and what the user is to know of these."""
+    weights, notes = _read(path)
+    with no_initialization(), torch.device("meta"):
+        # A configuration that lost settings is of another size: found out before that is built.
+        _put(build(config), weights, path)
+    with no_initialization():
+        model = build(config)
+    return model, notes + _put(model, weights, path)
+
+
+def _built_by_transformers(build: Any, config: Any, path: str) -> tuple[nn.Module, list[str]]:
+    """The same, of towers whose weights have other names in files, which transformers alone knows.
+
+    Raises:
+        ModelError: weights are missing, left over, or of another shape.
+    """
+    _weight_files(path)
+    model, found = build.from_pretrained(
+        path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
+    if wrong:
+        told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
+        raise ModelError(
+            f"{path} holds weights that do not fit its config.json ({told}): fetch the model again"
+        )
+    return model.eval(), []
 
 
 def _read(path: str) -> tuple[WeightsFile, list[str]]:
@@ -147,7 +185,13 @@ def _check_parts(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    tokenizer = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)
+    tokenizer = (
+        ("tokenizer.json",),
+        ("vocab.json", "merges.txt"),
+        ("spiece.model",),
+        ("sentencepiece.bpe.model",),  # XLM-R
+        ("vocab.txt",),  # BERT
+    )
     missing = []
     if not any(all((folder / name).is_file() for name in names) for names in tokenizer):
         missing.append("tokenizer (tokenizer.json, or vocab.json and merges.txt)")

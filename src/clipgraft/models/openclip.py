@@ -20,6 +20,7 @@ from clipgraft.models.family import (
     parameters_of,
     pooled_positions,
 )
+from clipgraft.models.hf import HfFamily
 from clipgraft.models.hf_text import (
     check_pooler,
     hf_context_length,
@@ -142,6 +143,12 @@ class OpenClipFamily:
         return [parameters for group in groups if (parameters := parameters_of(group))]
 
     def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
+        text = _text_tower(model)
+        if is_hf_text(text):
+            # open_clip's own switch turns it on whatever it is told.
+            model.visual.set_grad_checkpointing(enable)  # type: ignore[union-attr, operator]
+            HfFamily().set_grad_checkpointing(text.transformer, enable)
+            return
         model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def twin(self, model: nn.Module) -> Twin:

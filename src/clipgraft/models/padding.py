@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipgraft.errors import ModelError
 from clipgraft.models.family import LARGEST_ID, pooled_positions
@@ -67,13 +67,12 @@ def longest(config: Any) -> int:
     return rows - (int(config.pad_token_id) + 1 if shifted else 0) if rows else _USUAL_LENGTH
 
 
-def check_padding(text: nn.Module, tokenizer: Any, where: object) -> None:
-    """Refuse a tokenizer of transformers that pads with another id than the text tower hides.
+def check_padding(config: Any, tokenizer: Any, where: object) -> None:
+    """Refuse a tokenizer of transformers that pads with another id than a text tower of `config` hides.
 
     Raises:
         ModelError: naming both ids.
     """
-    config = getattr(text, "config", None)
     hidden = None if _is_clip(config) else pad_id(config)
     pads = getattr(tokenizer, "pad_token_id", None)
     if hidden is not None and pads is not None and pads != hidden:

@@ -19,7 +19,7 @@ from clipgraft.models.names import TOWER_MODULE, Twin, own_twin
 from clipgraft.models.padding import hf_ends, hf_mask, longest
 from clipgraft.models.sites import Site, SiteRef, Tower
 
-_TYPES = ("altclip", "chinese_clip", "vision-text-dual-encoder")
+MODEL_TYPES = ("altclip", "chinese_clip", "vision-text-dual-encoder")
 _PROJECTIONS = {
     "text_model.transformation": Site("text", None, "proj_fc1"),  # of AltCLIP
     "text_projection": Site("text", None, "proj"),
@@ -36,7 +36,7 @@ class VisionTextFamily:
 
     def accepts(self, model: nn.Module) -> bool:
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        return kind in _TYPES and hasattr(model, "get_text_features") and hasattr(model, "logit_scale")
+        return kind in MODEL_TYPES and hasattr(model, "get_text_features") and hasattr(model, "logit_scale")
 
     def site_refs(self, model: nn.Module) -> dict[Site, SiteRef]:
         refs = [*_tower_refs(model, "text"), *_tower_refs(model, "vision")]

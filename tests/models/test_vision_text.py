@@ -1,0 +1,47 @@
+"""AltCLIP, ChineseCLIP and VisionTextDualEncoder from the folders that transformers writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPImageProcessor
+
+import clipgraft as cg
+from clipgraft.errors import ModelError
+from clipgraft.models.clip import as_clip
+from tiny_dual import SIZE, TEXTS, build, padding_of, tokenizer_of
+
+NAMES = ["AltCLIP", "ChineseCLIP", "ViT and BERT", "CLIP vision and XLM-R"]
+
+
+def saved(name: str, folder: Path, padding: int | None = None) -> Path:
+    """A folder as `save_pretrained` of model, tokenizer and processor makes it."""
+    build(name).save_pretrained(folder)
+    tokenizer_of(padding_of(name) if padding is None else padding).save_pretrained(folder)
+    size = {"height": SIZE, "width": SIZE}
+    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_are_loaded(name: str, tmp_path: Path) -> None:
+    """A folder cannot be loaded, its weights get lost, or its texts are read with their padding."""
+    clip = cg.load(saved(name, tmp_path))
+    assert clip.fingerprint == as_clip(build(name)).fingerprint
+    with torch.no_grad():
+        together = clip.encode_text(TEXTS)
+        alone = torch.cat([clip.encode_text(text) for text in TEXTS])
+    torch.testing.assert_close(alone, together)
+    cg.apply_lora(clip, r=2, targets="linear")
+    cg.save_adapter(clip, tmp_path / "adapter")
+    again = cg.load(tmp_path / "adapter")
+    assert {str(site) for site in cg.read_adapter(tmp_path / "adapter").sites} <= set(map(str, again.sites))
+    torch.testing.assert_close(again.encode_text(TEXTS), together)
+
+
+def test_a_tokenizer_of_another_padding_is_refused(tmp_path: Path) -> None:
+    """The tokenizer pads with an id that the tower reads as a word, and nobody is told."""
+    with pytest.raises(ModelError, match="pads with id 0, but the text tower hides 1 as padding"):
+        cg.load(saved("AltCLIP", tmp_path, padding=0))
