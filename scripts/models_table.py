@@ -7,10 +7,13 @@ Models are built on torch's meta device, without weights. Run it after an update
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Configurations of the hub would be waited for, one retry after the other.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,13 +24,41 @@ import transformers
 
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import Clip, family_of
-from clipgraft.models.load_hf import CLASSES
 from clipgraft.models.meta import clip_on_meta
 from clipgraft.models.names import is_module_of, path_site, site_path
-from clipgraft.models.sites import EMBEDDING_ROLES, Site, Tower
+from clipgraft.models.sites import EMBEDDING_ROLES, TOWERS, Site, Tower
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-_CLASSES = ("CLIP", "Siglip", "Siglip2", "AltCLIP", "ChineseCLIP")
+_CLASSES = (
+    *("CLIPModel", "SiglipModel", "Siglip2Model", "AltCLIPModel", "ChineseCLIPModel"),
+    *("VisionTextDualEncoderModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel"),
+    *("CLIPVisionModelWithProjection", "CLIPSegModel", "ClapModel"),
+)
+# Sizes of the text towers that open_clip borrows, whose configurations lie on the hub.
+_XLM = {"vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1}
+_XLM_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+_MT5 = {"vocab_size": 250_112}
+_NLLB = {"vocab_size": 256_206, "d_model": 1024, "encoder_attention_heads": 16}
+_BORROWED: dict[str, tuple[str, dict[str, int]]] = {
+    "roberta-base": ("Roberta", {**_XLM, "vocab_size": 50_265}),
+    "xlm-roberta-base": ("XLMRoberta", _XLM),
+    "xlm-roberta-large": ("XLMRoberta", {**_XLM, **_XLM_LARGE}),
+    "google/mt5-base": ("MT5", {**_MT5, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12}),
+    "google/mt5-xl": ("MT5", {**_MT5, "d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32}),
+    "facebook/nllb-200-distilled-600M": (
+        "M2M100",
+        {**_NLLB, "encoder_layers": 12, "encoder_ffn_dim": 4096},
+    ),
+    "facebook/nllb-200-distilled-1.3B": (
+        "M2M100",
+        {**_NLLB, "encoder_layers": 24, "encoder_ffn_dim": 8192},
+    ),
+}
 _HEAD = """\
 # Models and their sites
 
@@ -43,8 +74,11 @@ Each model is built without its weights, and asked what clipgraft can do with it
 - **Plain**: towers (`T` text, `V` vision) that clipgraft's own engine computes ([speed](speed.md)). Others
   run their library's own forward, which is exact and slower. Features of a frozen tower are cached for all.
 - **Files**: the class of transformers in whose names an adapter is saved. `all` sites open in stock PEFT on
-  that class, or all but those that are named: PEFT refuses an adapter of these, and clipgraft opens it. `–`
-  stands where transformers has no such model: there the adapter is clipgraft's own.
+  that class, or all but those that are named: PEFT refuses an adapter of these, and clipgraft opens it. A
+  model with a text tower of transformers inside open_clip is opened by PEFT itself, on the open_clip model.
+  `–` stands where there is no such class: there the adapter is clipgraft's own.
+- Text towers that open_clip borrows from transformers are built in the sizes of their configurations on the
+  hub, which the script holds.
 
 Merging, gradients and files of every kind of tower are compared with explicit weights W + s·B·A on small
 versions of it (`tests/parity/test_vision_towers.py`, `tests/parity/test_siglip.py` and
@@ -84,44 +118,62 @@ class Row:
 
 def openclip_row(name: str) -> Row:
     """A model of open_clip's list."""
-    borrowed = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")
-    if borrowed:
-        return Row(name, failure=f"text tower of transformers ({borrowed}): no text sites yet")
+    config = open_clip.get_model_config(name)
+    borrowed = config["text_cfg"].get("hf_model_name")
     try:
-        return _row(name, clip_on_meta(name))
+        if not borrowed:
+            return _row(name, clip_on_meta(name))
+        with tempfile.TemporaryDirectory() as folder:
+            kind, sizes = _BORROWED[borrowed]
+            getattr(transformers, f"{kind}Config")(**sizes).save_pretrained(folder)
+            config["text_cfg"] |= {"hf_model_name": folder, "hf_tokenizer_name": folder}
+            path = Path(folder) / "model.json"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            return _row(name, clip_on_meta(path))
     except ModelError as error:
         return Row(name, failure=str(error))
 
 
 def transformers_row(kind: str) -> Row:
     """A class of transformers with its default configuration."""
-    name = f"transformers.{kind}Model"
+    name, build = f"transformers.{kind}", getattr(transformers, kind)
     with torch.device("meta"):
-        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")())
+        model = build(_default_config(build))
     try:
-        row = _row(name, Clip(model, family_of(model)))
-    except ModelError:
-        return Row(name, failure="its text tower is none of CLIP's: not known yet")
-    return row if model.config.model_type in CLASSES else Row(name, failure="not loaded yet")
+        return _row(name, Clip(model, family_of(model)))
+    except ModelError as error:
+        return Row(name, failure=str(error))
+
+
+def _default_config(build: Any) -> Any:
+    """The configuration of a class as it comes; one of several towers gets BERT and ViT."""
+    kind = build.config_class
+    if kind is not transformers.VisionTextDualEncoderConfig:
+        return kind()
+    towers = transformers.ViTConfig(), transformers.BertConfig()
+    return kind.from_vision_text_configs(*towers)
 
 
 def _row(name: str, clip: Clip) -> Row:
     sites, family = clip.sites, clip.family
-    tokens = torch.zeros(1, clip.context_length, dtype=torch.long)
+    has_texts = any(site.tower == "text" for site in sites)
+    tokens = torch.zeros(1, clip.context_length if has_texts else 1, dtype=torch.long)
     plain = {"T": family.text_tower(clip.model), "V": family.vision_tower(clip.model)}
+    cut = "yes" if has_texts and family.text_ends(clip.model, tokens) is not None else "no"
     return Row(
         name,
         _tower_name(clip),
         _summary(sites, "text"),
         _summary(sites, "vision"),
-        "no" if family.text_ends(clip.model, tokens) is None else "yes",
+        cut if has_texts else "–",
         " ".join(letter for letter, tower in plain.items() if tower is not None) or "–",
         _files(clip),
     )
 
 
 def _tower_name(clip: Clip) -> str:
-    visual = getattr(clip.model, "visual", None) or clip.model.vision_model
+    model = clip.model
+    visual = getattr(model, "visual", None) or getattr(model, "vision_model", None) or model
     trunk = getattr(visual, "trunk", None)
     return type(visual).__name__ if trunk is None else f"timm {type(trunk).__name__}"
 
@@ -139,17 +191,22 @@ def _summary(sites: tuple[Site, ...], tower: Tower) -> str:
 
 def _files(clip: Clip) -> str:
     twin = clip.family.twin(clip.model)
-    wrong = [site for site in clip.sites if path_site(site_path(site, twin)) != site]
+    wrong = [site for site in clip.sites if path_site(site_path(site, twin), twin) != site]
     if wrong:
         return f"cannot be saved: {wrong[0]}"
     if not _has_twin(clip):
         return "–"
     foreign = [site for site in clip.sites if not is_module_of(site, twin)]
-    return f"{twin.name}: all" + (f" but {', '.join(map(str, foreign))}" if foreign else "")
+    if len(foreign) == len(clip.sites):
+        return "–"
+    whole = [tower for tower in TOWERS if {site for site in clip.sites if site.tower == tower} <= {*foreign}]
+    towers = [f"the {tower} tower" for tower in whole if any(site.tower == tower for site in clip.sites)]
+    others = [*towers, *(str(site) for site in foreign if site.tower not in whole)]
+    return f"{twin.name}: all" + (f" but {', '.join(others)}" if others else "")
 
 
 def _has_twin(clip: Clip) -> bool:
-    """Whether transformers has a class for the model: SigLIP, or two plain towers."""
+    """Whether transformers has a class for the model."""
     if clip.family.name == "transformers" or clip.family.twin(clip.model).name != "CLIPModel":
         return True
     return None not in (clip.family.text_tower(clip.model), clip.family.vision_tower(clip.model))
