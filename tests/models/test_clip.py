@@ -19,6 +19,7 @@ from transformers import SiglipConfig, SiglipModel
 
 import clipgraft as cg
 from clipgraft.models.clip import ClipLike, as_clip
+from explicit_lora import randomise_lora
 from siglip_models import build_siglip, with_logit_bias
 from tiny_models import EOS_ID, TINY_OPENCLIP, in_every_layout, randomise, to_transformers
 
@@ -232,15 +233,53 @@ def test_other_objects_are_no_clip(model: Any) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_clip_like_models_with_other_towers() -> None:
-    """A cousin of CLIP with a text tower of another build fails deep inside instead of at the door."""
-    from transformers import ChineseCLIPConfig, ChineseCLIPModel
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("Clap", "compares texts with sounds, and clipgraft reads images: adapt it with PEFT"),
+        (
+            "CLIPSegForImageSegmentation",
+            "gives masks of images and no features: pass the CLIP model that it holds",
+        ),
+        ("GPT2LMHead", "is a decoder, whose output is the next token .* pass an encoder"),
+        ("MT5", "is an encoder with a decoder: pass its encoder"),
+        ("Bert", "is one tower or no CLIP model at all: join a text and an image tower with"),
+    ],
+)
+def test_relatives_that_are_no_clip(kind: str, told: str) -> None:
+    """A model of sounds, masks or tokens fails deep inside, or nobody says what to do instead."""
+    import transformers
 
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"CLIPSegForImageSegmentation": "CLIPSeg", "GPT2LMHead": "GPT2"}
+    config = getattr(transformers, f"{names.get(kind, kind)}Config")()
+    model = kind if kind.startswith("CLIPSeg") else f"{kind}Model"
+    with torch.device("meta"):
+        built = getattr(transformers, model)(config)
+    with pytest.raises(cg.errors.ModelError, match=told) as caught:
+        cg.apply_lora(built)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_clip_inside_clipseg() -> None:
+    """The CLIP model that CLIPSeg holds cannot be adapted in its place."""
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes = {"image_size": 32, "patch_size": 8}
-    config = ChineseCLIPConfig(text_config={**tower, "vocab_size": 50}, vision_config={**tower, **sizes})
-    with pytest.raises(cg.errors.ModelError, match="ChineseCLIPModel is no CLIP model clipgraft knows"):
-        as_clip(ChineseCLIPModel(config))
+    config = CLIPSegConfig(
+        text_config={**tower, "vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49},
+        vision_config={**tower, **sizes},
+        extract_layers=[0, 1],
+        reduce_dim=8,
+    )
+    whole = CLIPSegForImageSegmentation(config).eval()
+    inputs = {"input_ids": torch.tensor([[48, 5, 49]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    with torch.no_grad():
+        before = whole(**inputs).logits
+        cg.apply_lora(whole.clip, r=2, targets="text.0.q")
+        assert whole(**inputs).logits.equal(before)
+        randomise_lora(whole.clip)
+        assert not whole(**inputs).logits.equal(before)
 
 
 def test_one_fingerprint_in_every_layout(tiny_openclip: nn.Module, tiny_openclip_4x: nn.Module) -> None:

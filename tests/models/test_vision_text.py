@@ -11,7 +11,8 @@ from transformers import CLIPImageProcessor
 import clipgraft as cg
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import as_clip
-from tiny_dual import SIZE, TEXTS, build, padding_of, tokenizer_of
+from explicit_lora import largest
+from tiny_dual import SIZE, TEXTS, build, ids, padding_of, tokenizer_of
 
 NAMES = ["AltCLIP", "ChineseCLIP", "ViT and BERT", "CLIP vision and XLM-R"]
 
@@ -29,7 +30,11 @@ def saved(name: str, folder: Path, padding: int | None = None) -> Path:
 def test_folders_are_loaded(name: str, tmp_path: Path) -> None:
     """A folder cannot be loaded, its weights get lost, or its texts are read with their padding."""
     clip = cg.load(saved(name, tmp_path))
-    assert clip.fingerprint == as_clip(build(name)).fingerprint
+    # transformers zeroes the row of padding in some embeddings when it loads them.
+    stock = type(clip.model).from_pretrained(tmp_path, dtype=torch.float32)
+    assert clip.fingerprint == as_clip(stock).fingerprint
+    with torch.no_grad():
+        assert largest((clip.encode_text(ids(name)),), (as_clip(build(name)).encode_text(ids(name)),)) < 1e-5
     with torch.no_grad():
         together = clip.encode_text(TEXTS)
         alone = torch.cat([clip.encode_text(text) for text in TEXTS])

@@ -1,0 +1,20 @@
+"""The example of two towers of one's own, run as a user runs it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_it_learns_merges_and_searches(
+    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two towers of the user's own cannot be joined, trained, measured, merged or searched."""
+    program("own_towers").main(["--out", str(tmp_path), "--pictures", "32", "--epochs", "20"])
+    printed = capsys.readouterr().out
+    after, before = (float(found) for found in re.findall(r"image_to_text: .*?R@10 ([\d.]+)", printed))
+    assert after > before + 10
+    assert len(re.findall(r"train_\d+\.png", printed.splitlines()[-1])) == 3
