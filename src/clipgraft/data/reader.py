@@ -171,8 +171,11 @@ def names_images(source: str | Path, args: TableArgs | None = None) -> bool:
 def _is_lines(source: Path, args: TableArgs) -> bool:
     """Whether a file is one text a line, rather than a table."""
     named = (args.csv_img_key, args.csv_caption_key, args.csv_separator) != (None, None, None)
-    plain = source.suffix.lower() == ".txt" and args.dataset_type == "auto" and not named
-    return plain and source.is_file() and not is_token_file(source, args.csv_encoding)
+    if named or source.suffix.lower() != ".txt" or args.dataset_type != "auto" or not source.is_file():
+        return False
+    with closing(text_lines(source, args.csv_encoding)) as lines:
+        is_empty = not any(line.strip() for line in lines)
+    return is_empty or not is_token_file(source, args.csv_encoding)
 
 
 def _texts_of(table: Table) -> dict[str, None]:
