@@ -16,10 +16,10 @@ from torch import nn
 
 from clipgraft.errors import ModelError
 from clipgraft.models import convert_siglip
-from clipgraft.models.architecture import Activation, TextTower, VisionTower
+from clipgraft.models.architecture import TextTower, VisionTower
 from clipgraft.models.clip import Clip, family_of
 from clipgraft.models.configs import model_config
-from clipgraft.models.convert_siglip import SiglipShape
+from clipgraft.models.convert_siglip import SiglipShape, TowerShape, hf_tower
 from clipgraft.models.family import LARGEST_ID, is_lora
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
@@ -38,7 +38,6 @@ from clipgraft.models.processors import (
 from clipgraft.models.sites import TOWERS, Site, Tower
 
 _DEFAULT_EPS, _DEFAULT_RATIO = 1e-5, 4.0
-_HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def to_transformers(clip: Clip) -> Clip:
@@ -138,22 +137,10 @@ def _hf_config(shape: ClipShape, tokenizer: HfTokenizer | None) -> Any:
     }
     vision = {"image_size": shape.image_size[0], "patch_size": shape.patch_size[0]}
     return CLIPConfig(
-        text_config={**_hf_tower(shape.text, shape.dim), **text},
-        vision_config={**_hf_tower(shape.vision, shape.dim), **vision},
+        text_config={**hf_tower(shape.text), "projection_dim": shape.dim, **text},
+        vision_config={**hf_tower(shape.vision), "projection_dim": shape.dim, **vision},
         projection_dim=shape.dim,
     )
-
-
-def _hf_tower(tower: TowerShape, dim: int) -> dict[str, Any]:
-    return {
-        "hidden_size": tower.width,
-        "intermediate_size": tower.inner,
-        "projection_dim": dim,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "hidden_act": _HF_ACT[tower.act],
-        "layer_norm_eps": tower.eps,
-    }
 
 
 def _hf_eos(shape: ClipShape, tokenizers: int | None) -> int:
@@ -197,18 +184,6 @@ def _converted(clip: Clip, build: Callable[[], nn.Module]) -> nn.Module:
         with torch.no_grad():
             target.copy_(value.reshape(target.shape))
     return model.eval()
-
-
-@dataclass(frozen=True)
-class TowerShape:
-    """The transformer of a tower; `inner` is the width inside its MLPs, `eps` that of all its norms."""
-
-    width: int
-    layers: int
-    heads: int
-    inner: int
-    act: Activation
-    eps: float
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ _TIMM_MODEL = "vit_base_patch16_siglip_224"
 
 
 @dataclass(frozen=True)
-class SiglipTower:
-    """One tower: `inner` is the width inside its MLPs, `eps` that of all its norms."""
+class TowerShape:
+    """The transformer of a tower; `inner` is the width inside its MLPs, `eps` that of all its norms."""
 
     width: int
     layers: int
@@ -38,8 +38,8 @@ class SiglipTower:
 class SiglipShape:
     """A SigLIP model: its towers, the text's vocabulary, context and features, the image and patch sides."""
 
-    text: SiglipTower
-    vision: SiglipTower
+    text: TowerShape
+    vision: TowerShape
     vocabulary: int
     context: int
     dim: int
@@ -94,7 +94,7 @@ def measure_transformers(model: nn.Module) -> SiglipShape:
     )
 
 
-def _tower(layers: int, parts: list[Any], last: Any, name: str) -> SiglipTower:
+def _tower(layers: int, parts: list[Any], last: Any, name: str) -> TowerShape:
     """The common measure of all MLPs and norms of a tower."""
     heads, inner = {part[0] for part in parts}, {part[1].out_features for part in parts}
     acts = {activation_of(part[2]) for part in parts}
@@ -106,7 +106,7 @@ def _tower(layers: int, parts: list[Any], last: Any, name: str) -> SiglipTower:
         )
     act = acts.pop()
     assert act is not None
-    return SiglipTower(parts[0][1].in_features, layers, heads.pop(), inner.pop(), act, eps.pop())
+    return TowerShape(parts[0][1].in_features, layers, heads.pop(), inner.pop(), act, eps.pop())
 
 
 def build_transformers(shape: SiglipShape, tokenizer: Any) -> nn.Module:
@@ -122,13 +122,14 @@ def build_transformers(shape: SiglipShape, tokenizer: Any) -> nn.Module:
     }
     vision = {"image_size": shape.image_size, "patch_size": shape.patch_size}
     config = SiglipConfig(
-        text_config={**_hf_tower(shape.text), **text}, vision_config={**_hf_tower(shape.vision), **vision}
+        text_config={**hf_tower(shape.text), **text}, vision_config={**hf_tower(shape.vision), **vision}
     )
     model: nn.Module = SiglipModel(config)
     return model
 
 
-def _hf_tower(tower: SiglipTower) -> dict[str, Any]:
+def hf_tower(tower: TowerShape) -> dict[str, Any]:
+    """The settings of a tower's transformer in a configuration of transformers."""
     return {
         "hidden_size": tower.width,
         "intermediate_size": tower.inner,
@@ -180,7 +181,7 @@ def build_openclip(shape: SiglipShape) -> nn.Module:
     return model
 
 
-def _ratio(tower: SiglipTower) -> float:
+def _ratio(tower: TowerShape) -> float:
     """The MLP ratio that libraries round down to the width inside."""
     ratio = tower.inner / tower.width
     return ratio if int(tower.width * ratio) == tower.inner else math.nextafter(ratio, math.inf)
