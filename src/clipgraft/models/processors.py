@@ -264,7 +264,8 @@ def to_hf_tokenizer(clip: Clip) -> HfTokenizer | None:
     """A model's tokenizer as one of transformers; None for a model that comes without.
 
     open_clip repairs texts with ftfy first (HTML entities, curly quotes, ligatures, broken encodings) and
-    transformers does not; all other texts get the same ids.
+    transformers does not; open_clip takes `<start_of_text>` and `<end_of_text>` in a text for the tokens
+    themselves and transformers splits them. All other texts get the same ids.
 
     Raises:
         ModelError: a tokenizer that does more than transformers can.
@@ -415,4 +416,7 @@ def _bpe_tokenizer(inner: Any, length: int) -> Any:
     from transformers import CLIPTokenizer
 
     merges = sorted(inner.bpe_ranks, key=inner.bpe_ranks.__getitem__)
-    return CLIPTokenizer(vocab=_vocabulary(inner), merges=merges, model_max_length=length)
+    # A caption that spells a start or end token is plain text to open_clip, whose own have other spellings.
+    return CLIPTokenizer(
+        vocab=_vocabulary(inner), merges=merges, model_max_length=length, split_special_tokens=True
+    )
