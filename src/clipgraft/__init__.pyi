@@ -10,6 +10,7 @@ from . import lora as lora
 from . import models as models
 from . import profile as profile
 from . import search as search
+from . import serve as serve
 from . import train as train
 from .adapters.attach import load_adapter as load_adapter
 from .adapters.folder import read_adapter as read_adapter

@@ -86,3 +86,51 @@ class WriteError(ClipgraftError):
 
     def __reduce__(self) -> tuple[type[WriteError], tuple[str, str]]:
         return WriteError, (self.what, self.advice)
+
+
+class UnknownNameError(ClipgraftError):
+    """A request names an adapter, folder or model that is not served."""
+
+
+class ItemError(DataError):
+    """One item of a request cannot be used.
+
+    Attributes:
+        index: its number among the items, from 0.
+        reason: why, in a few words.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"item {index}: {reason}")
+        self.index = index
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ItemError], tuple[int, str]]:
+        return ItemError, (self.index, self.reason)
+
+
+class RetryError(ClipgraftError):
+    """A server cannot answer now, and may later.
+
+    Attributes:
+        reason: why.
+        retry_after: seconds until it is worth another try.
+    """
+
+    exit_code = 1
+
+    def __init__(self, reason: str, retry_after: float = 1.0) -> None:
+        super().__init__(f"{reason}; try again in {retry_after:.0f} s")
+        self.reason = reason
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[RetryError], tuple[str, float]]:
+        return type(self), (self.reason, self.retry_after)
+
+
+class OverloadedError(RetryError):
+    """More is waiting than can be answered in time."""
+
+
+class UnavailableError(RetryError):
+    """The model is starting, was lost, is stopping, or did not answer in time."""

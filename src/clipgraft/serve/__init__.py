@@ -1,0 +1,5 @@
+"""Many adapters over one base, answered from Python or over HTTP."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
