@@ -28,7 +28,7 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         cg.apply_lora(clip, r=4, targets=targets)
         for parameter_name, parameter in clip.model.named_parameters():
             if "lora_B" in parameter_name:
-                nn.init.normal_(parameter, std=0.1)
+                nn.init.normal_(parameter, std=0.5)
         made[name] = cg.save_adapter(clip, tmp_path_factory.mktemp("adapters") / name)
     return made
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from clipgraft.errors import ClipgraftError
-from clipgraft.serve.api import embeddings, status
+from clipgraft.errors import ClipgraftError, ConfigError
+from clipgraft.serve.api import classify, embeddings, models, rank, search, status
 from clipgraft.serve.api.asking import Fetcher, Served
 from clipgraft.serve.api.bodies import BoundedBodies
 from clipgraft.serve.api.failures import (
@@ -23,11 +24,20 @@ from clipgraft.serve.api.failures import (
     on_invalid,
     on_refused,
 )
+from clipgraft.serve.api.keys import RequireKey, keys_from
+from clipgraft.serve.api.remote_images import RemoteImages
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.messages import Backend
 
 MakeBackend: TypeAlias = Callable[[], Backend | Awaitable[Backend]]
-_ROUTERS = (embeddings.router, status.router)
+_ROUTERS = (
+    embeddings.router,
+    models.router,
+    classify.router,
+    rank.router,
+    search.router,
+    status.router,
+)
 
 
 def create_app(
@@ -43,9 +53,11 @@ def create_app(
             with `web.allow_urls`.
 
     Raises:
-        ConfigError: the file of keys cannot be used.
+        ConfigError: the file of keys cannot be used, or options do not go together.
     """
     web = web or WebArgs()
+    keys = keys_from(web.api_keys)
+    fetch = fetch or _fetcher(web)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,5 +78,28 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_exception)
     # The last one added is the outermost.
     app.add_middleware(BoundedBodies, most_bytes=int(web.max_body_mb * 2**20))
+    if keys:
+        app.add_middleware(RequireKey, keys=keys)
+    if web.cors:
+        _allow_origins(app, web.cors)
     app.add_middleware(CatchAll)
     return app
+
+
+def _fetcher(web: WebArgs) -> Fetcher | None:
+    if web.allow_urls:
+        return RemoteImages(web.url_hosts, most_bytes=int(web.max_body_mb * 2**20))
+    if web.url_hosts:
+        raise ConfigError("`url_hosts` has no effect without `allow_urls`; give both, or neither")
+    return None
+
+
+def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "api-key", "x-api-key", "Content-Type", "X-Request-ID"],
+        expose_headers=["Retry-After", "X-Request-ID"],
+        max_age=3600,
+    )

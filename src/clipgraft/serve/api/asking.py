@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive
 
-from clipgraft.errors import UnknownNameError
+from clipgraft.errors import ItemError, UnknownNameError
 from clipgraft.serve.api.failures import ClientGoneError, RefusedError, did_you_mean
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.messages import (
@@ -24,6 +24,23 @@ from clipgraft.serve.messages import (
 from clipgraft.shown import shown_line
 
 Answer = TypeVar("Answer")
+
+
+Fields: TypeAlias = Callable[[int], str]
+
+
+def each_of(field: str) -> Fields:
+    """Name items by their places in the list of a field."""
+    return lambda index: f"{field}.{index}"
+
+
+INPUT = each_of("input")
+
+
+def bad_item(error: ItemError, fields: Fields) -> RefusedError:
+    """Refuse an item by the name of its field."""
+    field = fields(error.index)
+    return RefusedError(400, f"`{field}`: {error.reason}", param=field, code="invalid_item")
 
 
 class Fetcher(Protocol):
@@ -63,17 +80,26 @@ async def ask(request: Request, message: Message[Answer]) -> Answer:
         ClientGoneError: nobody waits any more.
         ClipgraftError: what the backend raises.
     """
-    asking = asyncio.ensure_future(served(request).backend.answer(message))
+    return await while_connected(request, served(request).backend.answer(message))
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return what work gives, and cancel it once the client is gone.
+
+    Raises:
+        ClientGoneError: nobody waits any more.
+    """
+    working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request.receive))
     try:
-        await asyncio.wait((asking, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if asking.done():
-            return asking.result()
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
         raise ClientGoneError
     finally:
-        asking.cancel()
+        working.cancel()
         leaving.cancel()
-        await asyncio.gather(asking, leaving, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -105,10 +131,16 @@ def _base(strength: float) -> With:
     return BASE
 
 
-async def ask_with(request: Request, message: Message[Answer], using: With) -> Answer:
-    """Answer a message that names weights; an adapter that is not served is a 404 with near misses."""
+async def ask_with(request: Request, message: Message[Answer], using: With, fields: Fields = INPUT) -> Answer:
+    """Answer a message that names weights and has items.
+
+    An adapter that is not served is a 404 with near misses; an item that cannot be used is a 400 that names
+    the field it came in, which `fields` tells from its number.
+    """
     try:
         return await ask(request, message)
+    except ItemError as error:
+        raise bad_item(error, fields) from error
     except UnknownNameError as error:
         if using.adapter is None:
             raise

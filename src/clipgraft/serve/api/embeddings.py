@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from clipgraft.serve.api.asking import ask_with, base_of, weights
+from clipgraft.serve.api.asking import ask_with, base_of, check_count, weights
 from clipgraft.serve.api.bodies import JsonRoute
 from clipgraft.serve.api.examples import PIXEL, named
 from clipgraft.serve.api.failures import BODY_STATUSES, RefusedError, statuses
@@ -67,11 +67,23 @@ class ImagePart(Strict):
     image_url: Address
 
 
-Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _part_form(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return {"text": "as-text", "image_url": "as-image"}.get(kind) if isinstance(kind, str) else None
 
 
-def _content_kind(value: Any) -> str | None:
-    return "string" if isinstance(value, str) else "list" if isinstance(value, list) else None
+Part: TypeAlias = Annotated[
+    Annotated[TextPart, Tag("as-text")] | Annotated[ImagePart, Tag("as-image")],
+    Discriminator(
+        _part_form,
+        custom_error_type="item",
+        custom_error_message='a part whose `type` is "text" or "image_url"',
+    ),
+]
+
+
+def _content_form(value: Any) -> str | None:
+    return "as-string" if isinstance(value, str) else "as-list" if isinstance(value, list) else None
 
 
 class ChatMessage(Strict):
@@ -79,10 +91,10 @@ class ChatMessage(Strict):
 
     role: str = Field(min_length=1, max_length=100, description="Has no effect on features.")
     content: Annotated[
-        Annotated[TextContent, Tag("string")]
-        | Annotated[list[Part], Field(min_length=1, max_length=100), Tag("list")],
+        Annotated[TextContent, Tag("as-string")]
+        | Annotated[list[Part], Field(min_length=1, max_length=100), Tag("as-list")],
         Discriminator(
-            _content_kind,
+            _content_form,
             custom_error_type="item",
             custom_error_message="a text, or a list of `text` and `image_url` parts",
         ),
@@ -167,7 +179,9 @@ async def embeddings(
     request: Request, asked: Annotated[EmbeddingsRequest, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
     """Encode texts and images as features of unit norm."""
-    items = await read_items(request, _items(asked), "input")
+    given = _items(asked)
+    check_count(request, len(given), "input")
+    items = await read_items(request, given)
     if asked.dimensions is not None:
         await _check_width(request, asked.dimensions)
     using = await weights(request, asked.model, asked.strength)

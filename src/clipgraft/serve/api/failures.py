@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -35,10 +37,11 @@ from clipgraft.errors import (
     WriteError,
 )
 from clipgraft.options import nearest
-from clipgraft.serve.api.schemas import ITEM_TAGS, ErrorShape
+from clipgraft.serve.api.schemas import FORM, ErrorShape
 from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft.serve")
+_POLITE = re.compile("^(Value error, |Input should be |(String|List) should (have|match) )")
 _LONGEST = 1000  # characters of a message; a condition of a search may come back in one
 _TYPES = {
     401: "authentication_error",
@@ -189,13 +192,8 @@ async def on_invalid(request: Request, error: Exception) -> Response:
 
 
 def _where(fault: Mapping[str, Any]) -> str:
-    places = [str(place) for place in fault["loc"][1:] if place not in ITEM_TAGS or _is_field(fault, place)]
+    places = [str(place) for place in fault["loc"][1:] if not str(place).startswith(FORM)]
     return shown_line(".".join(places), 100)
-
-
-def _is_field(fault: Mapping[str, Any], place: str) -> bool:
-    """Tell a field that has the name of a form of items: only a last place can be one."""
-    return fault["loc"][-1] == place and fault["type"] in ("missing", "string_type", "string_too_long")
 
 
 def _fault(fault: Mapping[str, Any]) -> str:
@@ -204,8 +202,8 @@ def _fault(fault: Mapping[str, Any]) -> str:
         return f"`{where}` is missing" if where else "the body is missing; send JSON"
     if kind == "extra_forbidden":
         return f"`{where}`: there is no such field"
-    allowed = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if kind in ("value_error", "item", "inputs"):
+    allowed = _POLITE.sub("", fault["msg"]).partition(" after validation")[0]
+    if kind in ("value_error", "item"):
         return f"`{where}`: {allowed}" if where else allowed
     return f"`{where}`: got {_told(fault['input'])}, allowed is {allowed}"
 
@@ -239,6 +237,8 @@ class CatchAll:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        state = scope.setdefault("state", {})
+        identity = state.setdefault("request_id", uuid.uuid4().hex)
         begun = False
 
         async def sending(message: Message) -> None:
@@ -251,9 +251,11 @@ class CatchAll:
         except ClientGoneError:
             return
         except Exception:
-            identity = scope.get("state", {}).get("request_id", "-")
             log.exception("request %s failed", identity)
             if begun:
                 raise
             message = f"the server failed at this; its log has the reason under request {identity}"
-            await answer(RefusedError(500, message, code="internal_error"))(scope, receive, send)
+            headers = {"X-Request-ID": identity}
+            await answer(RefusedError(500, message, code="internal_error", headers=headers))(
+                scope, receive, send
+            )

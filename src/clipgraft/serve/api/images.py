@@ -6,45 +6,78 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Sequence
+from typing import TypeGuard
 
+import anyio
 from starlette.requests import Request
 
 from clipgraft.errors import ItemError
 from clipgraft.serve.api import schemas
-from clipgraft.serve.api.asking import check_count, served
+from clipgraft.serve.api.asking import INPUT, Fetcher, Fields, bad_item, served, while_connected
 from clipgraft.serve.messages import Item, Picture, Text
 
 _IN_THREAD = 1 << 20  # characters from which decoding would hold up other requests
 _AT_ONCE = 8  # addresses of one request
+_SECONDS = 30  # for all addresses of one request
 
 
-async def read_items(request: Request, items: Sequence[schemas.Item], field: str) -> tuple[Item, ...]:
-    """Return the items in their order.
+async def read_items(
+    request: Request, items: Sequence[schemas.Item], fields: Fields = INPUT
+) -> tuple[Item, ...]:
+    """Return the items in their order; `fields` names the field that an item came in.
 
     Raises:
-        RefusedError: there are too many.
-        ItemError: an image cannot be had; it names the first.
+        RefusedError: an image cannot be had; it names the first.
+        ClientGoneError: the client left while images were fetched.
     """
-    check_count(request, len(items), field)
-    places = asyncio.Semaphore(_AT_ONCE)
-    waiting: dict[int, asyncio.Task[Picture]] = {}
-    read: list[Item | None] = [None] * len(items)
+    fetching = [item.image for item in items if _is_fetched(item)]
     try:
-        for index, item in enumerate(items):
-            if isinstance(item, schemas.ImageObject):
-                if is_address(item.image):
-                    waiting[index] = asyncio.create_task(_fetched(request, item.image, index, places))
-                else:
-                    read[index] = await decoded(item.image, index)
-            else:
-                read[index] = Text(item if isinstance(item, str) else item.text)
-        for index, task in waiting.items():
-            read[index] = await task
+        if not fetching:
+            return tuple([await _read(item, index) for index, item in enumerate(items)])
+        fetch = served(request).fetch
+        if fetch is None:
+            index = next(index for index, item in enumerate(items) if _is_fetched(item))
+            raise ItemError(index, "this server fetches no addresses; send the image as a data URI")
+        return await while_connected(request, _read_all(items, fetch))
+    except ItemError as error:
+        raise bad_item(error, fields) from None
+
+
+def _is_fetched(item: schemas.Item) -> TypeGuard[schemas.ImageObject]:
+    return isinstance(item, schemas.ImageObject) and is_address(item.image)
+
+
+async def _read(item: schemas.Item, index: int) -> Item:
+    if isinstance(item, schemas.ImageObject):
+        return await decoded(item.image, index)
+    return Text(item if isinstance(item, str) else item.text)
+
+
+async def _read_all(items: Sequence[schemas.Item], fetch: Fetcher) -> tuple[Item, ...]:
+    """Read items of which some are fetched, several at once; the first that fails ends it."""
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(index: int, item: schemas.Item) -> Item:
+        if not _is_fetched(item):
+            return await _read(item, index)
+        async with places:
+            try:
+                return Picture(await fetch(item.image))
+            except ValueError as error:
+                raise ItemError(index, str(error)) from None
+
+    tasks = [asyncio.ensure_future(one(index, item)) for index, item in enumerate(items)]
+    try:
+        with anyio.fail_after(_SECONDS):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        return tuple([await task for task in tasks])
+    except TimeoutError:
+        index = next(index for index, task in enumerate(tasks) if not task.done())
+        raise ItemError(index, f"the images did not all arrive within {_SECONDS} s; send fewer") from None
     finally:
-        for task in waiting.values():
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*waiting.values(), return_exceptions=True)
-    return tuple(item for item in read if item is not None)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def is_address(source: str) -> bool:
@@ -75,14 +108,3 @@ def _payload(source: str, index: int) -> str:
     if not comma or not head.lower().endswith(";base64"):
         raise ItemError(index, "the data URI is not base64; write data:image/png;base64,…")
     return content
-
-
-async def _fetched(request: Request, url: str, index: int, places: asyncio.Semaphore) -> Picture:
-    fetch = served(request).fetch
-    if fetch is None:
-        raise ItemError(index, "this server fetches no addresses; send the image as a data URI")
-    async with places:
-        try:
-            return Picture(await fetch(url))
-        except ValueError as error:
-            raise ItemError(index, str(error)) from None

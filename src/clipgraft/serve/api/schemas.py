@@ -65,40 +65,41 @@ class ImageObject(Strict):
     image: ImageContent
 
 
-def kind_of(value: Any) -> str | None:
+FORM = "as-"
+"""What the names of the forms of a union begin with, which are no part of a place in a request."""
+
+
+def form_of(value: Any) -> str | None:
     """Say which form of an item a value has, so that a fault is told of that form alone."""
     if isinstance(value, str):
-        return "string"
+        return "as-string"
     if isinstance(value, list):
-        return "list"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "number"
+        return "as-list"
     if isinstance(value, dict):
-        return "image" if "image" in value else "text"
+        return "as-image" if "image" in value else "as-text"
     if isinstance(value, TextObject):
-        return "text"
-    return "image" if isinstance(value, ImageObject) else None
+        return "as-text"
+    return "as-image" if isinstance(value, ImageObject) else None
 
 
-ITEM_TAGS = frozenset({"string", "list", "text", "image", "number"})
 Item: TypeAlias = Annotated[
-    Annotated[TextContent, Tag("string")]
-    | Annotated[TextObject, Tag("text")]
-    | Annotated[ImageObject, Tag("image")],
+    Annotated[TextContent, Tag("as-string")]
+    | Annotated[TextObject, Tag("as-text")]
+    | Annotated[ImageObject, Tag("as-image")],
     Discriminator(
-        kind_of,
+        form_of,
         custom_error_type="item",
         custom_error_message='a text, {"text": …} or {"image": …}',
     ),
 ]
 Items: TypeAlias = Annotated[list[Item], Field(min_length=1)]
 OneOrMore: TypeAlias = Annotated[
-    Annotated[TextContent, Tag("string")]
-    | Annotated[TextObject, Tag("text")]
-    | Annotated[ImageObject, Tag("image")]
-    | Annotated[Items, Tag("list")],
+    Annotated[TextContent, Tag("as-string")]
+    | Annotated[TextObject, Tag("as-text")]
+    | Annotated[ImageObject, Tag("as-image")]
+    | Annotated[Items, Tag("as-list")],
     Discriminator(
-        kind_of,
+        form_of,
         custom_error_type="item",
         custom_error_message='a text, {"text": …}, {"image": …}, or a list of such',
     ),
