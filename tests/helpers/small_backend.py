@@ -86,6 +86,8 @@ class SmallBackend:
             raise UnknownNameError(f"no folder '{message.folder}' (did you mean 'photos'?)")
         if message.where is not None and "=" not in message.where:
             raise ConfigError("`where`: cannot be read; write COLUMN OPERATOR VALUE")
+        if message.text is not None:
+            self._features((m.Text(message.text),), message.using)
         if message.picture is not None:
             self._features((message.picture,), message.using)
         hits = [
