@@ -254,7 +254,13 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
         )
     elif _is_marked(info, Several):
         group.add_argument(
-            flag(name), dest=name, action="extend", nargs="+", default=argparse.SUPPRESS, metavar="A", help=text
+            flag(name),
+            dest=name,
+            action="extend",
+            nargs="+",
+            default=argparse.SUPPRESS,
+            metavar="A",
+            help=text,
         )
     else:
         group.add_argument(

@@ -65,7 +65,9 @@ class WebArgs(Options):
     adapter_root: UserPath | None = Field(
         None, description="folder that adapters loaded by requests must lie in"
     )
-    cors: Annotated[Words, Several()] = Field((), description="origins whose pages may call the server; * for all")
+    cors: Annotated[Words, Several()] = Field(
+        (), description="origins whose pages may call the server; * for all"
+    )
     max_body_mb: Megabytes = Field(32, description="largest request")
     max_items: Many = Field(2048, description="most texts and images of one request")
     drain_seconds: Seconds = Field(20, description="how long a stop waits for requests under way")

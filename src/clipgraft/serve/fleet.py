@@ -177,7 +177,7 @@ def _serve(job: bytes, listening: socket.socket, sender: Connection) -> None:
     leave_terminal()
     die_with_parent()
     launch: Launch = pickle.loads(job)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes on SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops a Ctrl-C that came to the whole group until now
     code = 1
     with launch.output():
         try:

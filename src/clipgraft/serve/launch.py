@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,14 +20,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import uvicorn
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from clipgraft.processes import REQUESTS
-from clipgraft.serve.api import create_app
+from clipgraft.serve.api.app import MakeBackend, create_app
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.listening import leave
+from clipgraft.serve.logs import Observed, RequestLog
 from clipgraft.serve.messages import Describe, Description, Encode, Text
-from clipgraft.serve.metrics import Metrics
+from clipgraft.serve.metrics import CONTENT_TYPE, Metrics
 from clipgraft.serve.worker import Worker
 from clipgraft.serve.worker_process import MakeService
 
@@ -116,7 +118,7 @@ class _Server:
         self._listening = listening
         self._worker = Worker(launch.make_service)
         self._metrics = Metrics(launch.process, launch.shared)
-        app = create_app(self._worker.start, launch.web, metrics=self._metrics)
+        app = application(self._worker.start, launch.web, self._metrics)
         self._uvicorn = _Uvicorn(_configured(app, launch.web))
 
     async def serve(self, told: Told) -> int:
@@ -180,6 +182,21 @@ class _Server:
         asyncio.get_running_loop().call_later(seconds, self._worker.abandon, "the server is stopping")
 
 
+def application(make_backend: MakeBackend, web: WebArgs, metrics: Metrics) -> ASGIApp:
+    """Build the application with `/metrics` and the request log.
+
+    Raises:
+        ConfigError: the file of keys cannot be used, or options do not go together.
+    """
+    app = create_app(make_backend, web)
+
+    async def tell(request: Request) -> Response:
+        return Response(await metrics.tell(request.app.state.served.backend), media_type=CONTENT_TYPE)
+
+    app.add_route("/metrics", tell, ["GET"], include_in_schema=False)
+    return Observed(app, (metrics, RequestLog(web.log_format)))
+
+
 def end_at_once(kind: int, launch: Launch) -> None:
     """End this process now, and with it those that it started."""
     leave(launch.web)
@@ -198,8 +215,3 @@ def _configured(app: ASGIApp, web: WebArgs) -> uvicorn.Config:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=math.ceil(web.drain_seconds) + _SPARE,
     )
-
-
-def since(begun: float) -> str:
-    """Write the seconds since a reading of `time.perf_counter`."""
-    return f"{time.perf_counter() - begun:.1f} s"

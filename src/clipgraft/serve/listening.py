@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import stat
 from pathlib import Path
@@ -28,7 +29,7 @@ def address_of(listening: socket.socket, web: WebArgs) -> str:
     """Write the address that clients call: `http://…`, or `unix:PATH`."""
     if web.uds is not None:
         return f"unix:{web.uds}"
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(web.host, web.host)  # noqa: S104
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(web.host, web.host)
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
     return f"http://{host}:{listening.getsockname()[1]}"
@@ -48,10 +49,12 @@ def _internet(host: str, port: int) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as error:
         told = getattr(error, "strerror", None) or error
-        raise ConfigError(f"`host={host!r}`: cannot be found ({told}); name an address of this machine") from None
+        raise ConfigError(
+            f"`host={host!r}`: cannot be found ({told}); name an address of this machine"
+        ) from None
     opened = socket.socket(family, kind, protocol)
     try:
-        if hasattr(socket, "SO_REUSEPORT") or socket.has_dualstack_ipv6():
+        if os.name == "posix":  # elsewhere it would share the port with whoever has it
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(where)
         opened.listen(_BACKLOG)
@@ -65,7 +68,9 @@ def _refused(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(f"`port={port}` of {host} is in use: end what listens there, or give another port")
     if error.errno == errno.EACCES:
-        return ConfigError(f"`port={port}`: only the system's administrator may listen there; give one from 1024")
+        return ConfigError(
+            f"`port={port}`: only the system's administrator may listen there; give one from 1024"
+        )
     return ConfigError(f"`host={host!r}`: cannot be listened on ({error.strerror})")
 
 
@@ -102,5 +107,7 @@ def _make_way(path: Path) -> None:
             path.unlink()
             return
         except OSError as error:
-            raise ConfigError(f"`uds` {path}: cannot be used ({error.strerror}); choose another path") from None
+            raise ConfigError(
+                f"`uds` {path}: cannot be used ({error.strerror}); choose another path"
+            ) from None
     raise ConfigError(f"`uds` {path} is in use: end what listens there, or give another path")

@@ -13,6 +13,7 @@ from starlette.types import Receive
 from clipgraft.errors import ItemError, UnknownNameError
 from clipgraft.serve.api.failures import ClientGoneError, RefusedError, did_you_mean
 from clipgraft.serve.args import WebArgs
+from clipgraft.serve.logs import note_answer
 from clipgraft.serve.messages import (
     BASE,
     Backend,
@@ -80,7 +81,9 @@ async def ask(request: Request, message: Message[Answer]) -> Answer:
         ClientGoneError: nobody waits any more.
         ClipgraftError: what the backend raises.
     """
-    return await while_connected(request, served(request).backend.answer(message))
+    answer = await while_connected(request, served(request).backend.answer(message))
+    note_answer(message, answer)
+    return answer
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:

@@ -38,6 +38,7 @@ from clipgraft.errors import (
 )
 from clipgraft.options import nearest
 from clipgraft.serve.api.schemas import FORM, ErrorShape
+from clipgraft.serve.logs import note_error
 from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft.serve")
@@ -135,6 +136,7 @@ def refusal_of(error: ClipgraftError) -> RefusedError:
 
 def answer(refusal: RefusedError) -> Response:
     """Write a refusal as a response."""
+    note_error(refusal.code)
     body = {
         "message": shown_line(refusal.message, _LONGEST),
         "type": _TYPES.get(refusal.status, "invalid_request_error"),
