@@ -11,7 +11,7 @@ import clipgraft
 
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
-    ("shown",),
+    ("shown", "processes"),
     ("errors",),
     ("writing", "progress", "text_tables"),
     ("locks",),

@@ -75,8 +75,8 @@ class SmallBackend:
         return m.Classified(message.classes, probabilities.numpy(), scores.numpy())
 
     def _rank(self, message: m.Rank) -> m.Ranked:
-        query = self._features((message.query,), message.using)
-        scores = (self._features(message.documents, message.using) @ query.T)[:, 0].numpy()
+        rows = self._features((message.query, *message.documents), message.using)
+        scores = (rows[1:] @ rows[0]).numpy()
         order = np.argsort(-scores, kind="stable")[: message.top]
         tokens = (3,) * (1 + len(message.documents))
         return m.Ranked(tuple(order.tolist()), tuple(scores[order].tolist()), tokens)
@@ -86,6 +86,8 @@ class SmallBackend:
             raise UnknownNameError(f"no folder '{message.folder}' (did you mean 'photos'?)")
         if message.where is not None and "=" not in message.where:
             raise ConfigError("`where`: cannot be read; write COLUMN OPERATOR VALUE")
+        if message.text is not None:
+            self._features((m.Text(message.text),), message.using)
         if message.picture is not None:
             self._features((message.picture,), message.using)
         hits = [

@@ -187,7 +187,7 @@ def test_unknown_model(openai: OpenAI) -> None:
         ({"input": [{"text": "a", "image": "b"}]}, "input.0.text", "no such field"),
         ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "messages", "not both"),
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0", '"text" or'),
+        ({"messages": [{"role": "a", "content": [{"type": "b"}]}]}, "messages.0.content.0", '"text" or'),
         ({"input": [1, 2, 3]}, "input", "token ids"),
         ({"input": [[1, 2], [3]]}, "input", "token ids"),
     ],

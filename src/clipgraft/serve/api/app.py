@@ -77,7 +77,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_exception)
     # The last one added is the outermost.
-    app.add_middleware(BoundedBodies, most_bytes=int(web.max_body_mb * 2**20))
+    app.add_middleware(BoundedBodies, most_bytes=_bytes(web.max_body_mb))
     if keys:
         app.add_middleware(RequireKey, keys=keys)
     if web.cors:
@@ -86,9 +86,13 @@ def create_app(
     return app
 
 
+def _bytes(megabytes: float) -> int:
+    return max(1, round(megabytes * 1e6))
+
+
 def _fetcher(web: WebArgs) -> Fetcher | None:
     if web.allow_urls:
-        return RemoteImages(web.url_hosts, most_bytes=int(web.max_body_mb * 2**20))
+        return RemoteImages(web.url_hosts, most_bytes=_bytes(web.max_body_mb))
     if web.url_hosts:
         raise ConfigError("`url_hosts` has no effect without `allow_urls`; give both, or neither")
     return None

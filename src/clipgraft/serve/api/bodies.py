@@ -83,7 +83,7 @@ class BoundedBodies:
         return b"".join(parts)
 
     def _too_large(self) -> RefusedError:
-        most = f"{self.most_bytes / 2**20:g} MB"
+        most = f"{self.most_bytes / 1e6:g} MB"
         message = f"the body is larger than the {most} that one request may have; send it in parts"
         return RefusedError(413, message, code="request_too_large", headers=_CLOSE)
 

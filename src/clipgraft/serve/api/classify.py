@@ -79,6 +79,7 @@ async def classify(
     _check_prompts(asked)
     given = asked.input if isinstance(asked.input, list) else [asked.input]
     check_count(request, len(given), "input")
+    check_count(request, len(asked.classes), "classes")
     items = await read_items(request, given)
     using = await weights(request, asked.model, asked.strength)
     message = Classify(items, tuple(asked.classes), tuple(asked.templates), using, asked.head)

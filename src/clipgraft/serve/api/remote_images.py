@@ -86,7 +86,7 @@ class RemoteImages:
         self,
         hosts: Sequence[str] = (),
         *,
-        most_bytes: int = 32 * 2**20,
+        most_bytes: int = 32_000_000,
         seconds: float = 10,
         redirects: int = 3,
         allowed: Callable[[Address], bool] = is_public,
@@ -177,7 +177,7 @@ class RemoteImages:
         return bytes(body)
 
     def _too_large(self) -> FetchError:
-        return FetchError(f"the image is larger than {self.most_bytes / 2**20:g} MB")
+        return FetchError(f"the image is larger than {self.most_bytes / 1e6:g} MB")
 
 
 class _Events:

@@ -95,14 +95,18 @@ async def search(
         picture = item
     using = await weights(request, asked.model, asked.strength)
     message = Search(asked.folder, asked.text, picture, asked.image_weight, asked.k, asked.where, using)
-    found = await ask_with(request, message, using, lambda _: "image")
+    found = await ask_with(
+        request, message, using, lambda index: "text" if index == 0 and asked.text is not None else "image"
+    )
     return Response(_written(found), media_type="application/json")
 
 
 def _written(found: Found) -> bytes:
     folder = quote(found.folder, safe="")
     hits = [{**hit, "thumbnail": f"/thumbnails/{folder}/{hit['row']}"} for hit in found.hits]
-    return to_json({"folder": found.folder, "hits": hits}, inf_nan_mode="null", fallback=_plain)
+    return to_json(
+        {"folder": found.folder, "hits": hits}, inf_nan_mode="null", bytes_mode="base64", fallback=_plain
+    )
 
 
 def _plain(value: Any) -> Any:
