@@ -1,0 +1,1 @@
+"""`python -m benchmarks.serve`: clipgraft's server beside infinity on the same local CLIP folder."""
