@@ -103,8 +103,7 @@ def _faults(service: ServiceArgs, web: WebArgs) -> list[str]:
         faults += _missing("--adapters", word, "adapter, run, or folder of them")
     for word in service.folders:
         faults += _missing("--folders", word, "folder that `clipgraft encode` wrote")
-        path = _path_of(word)
-        if path.exists() and not (path / "manifest.json").is_file():
+        if _path_of(word).exists() and not (_path_of(word) / "manifest.json").is_file():
             faults.append(f"--folders {word}: is no folder that `clipgraft encode` wrote; encode it first")
     for name, path in (("--api-keys", web.api_keys), ("--adapter-root", web.adapter_root)):
         if path is not None and not path.exists():

@@ -102,7 +102,7 @@ def serve_one(launch: Launch, listening: socket.socket, told: Told) -> int:
     return run(_Server(launch, listening).serve(told))
 
 
-class _Uvicorn(uvicorn.Server):
+class _Uvicorn(uvicorn.Server):  # type: ignore[misc]
     """Leaves signals to whoever runs it."""
 
     @contextlib.contextmanager
@@ -193,7 +193,7 @@ def application(make_backend: MakeBackend, web: WebArgs, metrics: Metrics) -> AS
     async def tell(request: Request) -> Response:
         return Response(await metrics.tell(request.app.state.served.backend), media_type=CONTENT_TYPE)
 
-    app.add_route("/metrics", tell, ["GET"], include_in_schema=False)
+    app.add_api_route("/metrics", tell, include_in_schema=False, response_model=None)
     return Observed(app, (metrics, RequestLog(web.log_format)))
 
 
