@@ -151,17 +151,20 @@ def test_requests_are_counted_and_logged(server: Running) -> None:
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_lets_requests_end(kind: int, tmp_path: Path) -> None:
     """Each new version of a server would cost the requests that are under way."""
-    with running(tmp_path) as server, server.client() as client, ThreadPoolExecutor(4) as pool:
+    place = {"uds": str(tmp_path / "socket")} if kind == signal.SIGINT else {}
+    with running(tmp_path, **place) as server, server.client() as client, ThreadPoolExecutor(4) as pool:
+        assert length(embed(client, "abc")) == 3
         asking = [pool.submit(embed, client, "!sleep 1.5") for _ in range(4)]
-        time.sleep(0.5)
+        time.sleep(0.7)
         server.process.send_signal(kind)
         answers = [one.result() for one in asking]
         assert server.process.wait(30) == 0
         assert [answer.status_code for answer in answers] == [200] * 4
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(server.url)
+        with server.client() as late, pytest.raises(httpx.ConnectError):
+            late.get("/ready")
         assert not Path(f"/proc/{server.models[0]}").exists()
         assert "stopping: 4 requests under way have 20 s" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "socket").exists()
 
 
 def test_a_drain_has_an_end(tmp_path: Path) -> None:
@@ -192,15 +195,6 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             with pytest.raises(httpx.HTTPError):
                 asking.result()
         assert not path.exists()
-
-
-def test_a_unix_socket(tmp_path: Path) -> None:
-    """A server behind nginx on one machine would need a port that everybody there can call."""
-    path = tmp_path / "socket"
-    with running(tmp_path, uds=str(path)) as server, server.client() as client:
-        assert length(embed(client, "abc")) == 3
-        assert server.stop() == 0
-    assert not path.exists()
 
 
 def test_two_processes_share_a_port(tmp_path: Path) -> None:

@@ -20,23 +20,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import uvicorn
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from clipgraft.processes import REQUESTS
-from clipgraft.serve.api.app import MakeBackend, create_app
+from clipgraft.serve.api import create_app
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.listening import leave
-from clipgraft.serve.logs import Observed, RequestLog
 from clipgraft.serve.messages import Describe, Description, Encode, Text
-from clipgraft.serve.metrics import CONTENT_TYPE, Metrics
+from clipgraft.serve.metrics import Metrics
 from clipgraft.serve.worker import Worker
 from clipgraft.serve.worker_process import MakeService
 
 log = logging.getLogger("clipgraft.serve")
 Told: TypeAlias = Callable[[Description], None]
-_PUBLISH = 1.0  # seconds between two writes of what a process counted
+_LOOK = 1.0  # seconds between two looks at a model's state
 _INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
 _SPARE = 2  # seconds that answers at the end of a drain have to be written
 
@@ -117,8 +114,7 @@ class _Server:
         self._launch = launch
         self._listening = listening
         self._worker = Worker(launch.make_service)
-        self._metrics = Metrics(launch.process, launch.shared)
-        app = application(self._worker.start, launch.web, self._metrics)
+        app = create_app(self._worker.start, launch.web, metrics=Metrics(launch.process, launch.shared))
         self._uvicorn = _Uvicorn(_configured(app, launch.web))
 
     async def serve(self, told: Told) -> int:
@@ -127,22 +123,22 @@ class _Server:
         self._listen_to_signals(loop)
         serving = asyncio.create_task(self._uvicorn.serve([self._listening]))
         beginning = asyncio.create_task(self._begin(told))
-        publishing = asyncio.create_task(self._publish())
+        watching = asyncio.create_task(self._watch())
         try:
             await asyncio.wait((serving, beginning), return_when=asyncio.FIRST_COMPLETED)
             if beginning.done() and beginning.exception() is not None:
                 self._uvicorn.should_exit = True
             await serving
         finally:
-            for task in (beginning, publishing):
+            for task in (beginning, watching):
                 task.cancel()
-            ended = await asyncio.gather(beginning, publishing, return_exceptions=True)
+            ended = await asyncio.gather(beginning, watching, return_exceptions=True)
         if isinstance(ended[0], Exception):
             raise ended[0]
         return 1 if self._worker.state == "failed" else 0
 
     async def _begin(self, told: Told) -> None:
-        """Wait for the model, and tell once a real message has come back; then watch whether it stays."""
+        """Wait for the model, and tell once a real message has come back."""
         while not self._uvicorn.started:
             await asyncio.sleep(0.01)
         await self._worker.ready()
@@ -153,13 +149,11 @@ class _Server:
             await self._worker.answer(Encode((Text("ready"),)))
         told(described)
 
-    async def _publish(self) -> None:
-        """Share what this process counts; end it, of several, once its model is lost for good."""
-        while not self._launch.alone:
-            await self._metrics.publish(self._worker)
-            if self._worker.state == "failed":
-                self._uvicorn.should_exit = True
-            await asyncio.sleep(_PUBLISH)
+    async def _watch(self) -> None:
+        """End this process, of several, once its model is lost for good: another one takes its place."""
+        while self._launch.alone or self._worker.state != "failed":
+            await asyncio.sleep(_LOOK)
+        self._uvicorn.should_exit = True
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for kind in REQUESTS:
@@ -180,21 +174,6 @@ class _Server:
         self._worker.drain()
         self._uvicorn.should_exit = True
         asyncio.get_running_loop().call_later(seconds, self._worker.abandon, "the server is stopping")
-
-
-def application(make_backend: MakeBackend, web: WebArgs, metrics: Metrics) -> ASGIApp:
-    """Build the application with `/metrics` and the request log.
-
-    Raises:
-        ConfigError: the file of keys cannot be used, or options do not go together.
-    """
-    app = create_app(make_backend, web)
-
-    async def tell(request: Request) -> Response:
-        return Response(await metrics.tell(request.app.state.served.backend), media_type=CONTENT_TYPE)
-
-    app.add_api_route("/metrics", tell, include_in_schema=False, response_model=None)
-    return Observed(app, (metrics, RequestLog(web.log_format)))
 
 
 def end_at_once(kind: int, launch: Launch) -> None:

@@ -22,6 +22,7 @@ from clipgraft.serve.messages import (
     Message,
     With,
 )
+from clipgraft.serve.metrics import Metrics
 from clipgraft.shown import shown_line
 
 Answer = TypeVar("Answer")
@@ -58,12 +59,14 @@ class Served:
     Attributes:
         web: the server's options.
         backend: answers messages.
+        metrics: what `/metrics` tells.
         fetch: fetches images from addresses; None where that is not allowed.
         base: the first description, of which only what never changes is read: the base's name and width.
     """
 
     web: WebArgs
     backend: Backend
+    metrics: Metrics
     fetch: Fetcher | None = None
     base: Description | None = None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -135,7 +134,7 @@ def refusal_of(error: ClipgraftError) -> RefusedError:
 
 
 def answer(refusal: RefusedError) -> Response:
-    """Write a refusal as a response."""
+    """Write a refusal as a response, and note its code for the log."""
     note_error(refusal.code)
     body = {
         "message": shown_line(refusal.message, _LONGEST),
@@ -230,7 +229,10 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class CatchAll:
-    """Turn a fault of ours into a 500 with the request's id, and log it under that id."""
+    """Turn a fault of ours into a 500 with the request's id, and log it under that id.
+
+    Stands inside `clipgraft.serve.logs.Observed`, which gives the id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -239,8 +241,7 @@ class CatchAll:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        identity = state.setdefault("request_id", uuid.uuid4().hex)
+        identity = scope["state"]["request_id"]
         begun = False
 
         async def sending(message: Message) -> None:
