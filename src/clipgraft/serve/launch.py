@@ -87,7 +87,7 @@ def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
 def run(program: Coroutine[Any, Any, int]) -> int:
     """Run a program on the fastest event loop that is installed."""
     try:
-        from uvloop import run as on_uvloop  # type: ignore[import-not-found]
+        from uvloop import run as on_uvloop
     except ImportError:
         return asyncio.run(program)
     code: int = on_uvloop(program)
