@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import logging
 import math
 import os
@@ -33,7 +35,8 @@ from clipgraft.serve.worker_process import MakeService
 
 log = logging.getLogger("clipgraft.serve")
 Told: TypeAlias = Callable[[Description], None]
-_LOOK = 1.0  # seconds between two looks at a model's state
+_LOOK = 0.5  # seconds between two looks at a model's state
+_FAREWELL = 5.0  # seconds in which a server whose model failed says so, before it ends
 _INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
 _SPARE = 2  # seconds that answers at the end of a drain have to be written
 
@@ -71,7 +74,7 @@ def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
         told: called with what is served once a real message was answered.
 
     Raises:
-        ClipgraftError: the model cannot be loaded.
+        ClipgraftError: the model cannot be loaded, or was lost again and again.
     """
     if launch.web.workers > 1:
         from clipgraft.serve.fleet import serve_several
@@ -86,11 +89,8 @@ def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
 
 def run(program: Coroutine[Any, Any, int]) -> int:
     """Run a program on the fastest event loop that is installed."""
-    try:
-        from uvloop import run as on_uvloop
-    except ImportError:
-        return asyncio.run(program)
-    code: int = on_uvloop(program)
+    there = importlib.util.find_spec("uvloop") is not None
+    code: int = importlib.import_module("uvloop" if there else "asyncio").run(program)
     return code
 
 
@@ -135,7 +135,9 @@ class _Server:
             ended = await asyncio.gather(beginning, watching, return_exceptions=True)
         if isinstance(ended[0], Exception):
             raise ended[0]
-        return 1 if self._worker.state == "failed" else 0
+        if self._worker.state == "failed":
+            await self._worker.ready()  # raises the reason
+        return 0
 
     async def _begin(self, told: Told) -> None:
         """Wait for the model, and tell once a real message has come back."""
@@ -150,9 +152,11 @@ class _Server:
         told(described)
 
     async def _watch(self) -> None:
-        """End this process, of several, once its model is lost for good: another one takes its place."""
-        while self._launch.alone or self._worker.state != "failed":
+        """End this process once its model is lost for good: whoever keeps it running starts it anew."""
+        while self._worker.state != "failed":
             await asyncio.sleep(_LOOK)
+        if self._launch.alone:
+            await asyncio.sleep(_FAREWELL)
         self._uvicorn.should_exit = True
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
