@@ -105,7 +105,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXPECTED = {200, 400, 404, 409, 415}
+EXPECTED = {200, 400, 404, 409, 413, 415}
 
 
 @pytest.mark.parametrize("examples", [6, pytest.param(300, marks=pytest.mark.slow)])
