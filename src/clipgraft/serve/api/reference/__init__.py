@@ -36,7 +36,7 @@ _HEADERS = {
 
 
 def reference_routes(app: FastAPI) -> list[Route]:
-    """Return `/docs`, the files of its page, and `/openapi.json`."""
+    """Return `/docs`, the files of its page, `/openapi.json`, and what stops browsers asking for an icon."""
     schema: list[dict[str, Any]] = []
 
     async def send_schema(request: Request) -> Response:
@@ -44,8 +44,12 @@ def reference_routes(app: FastAPI) -> list[Route]:
             schema.append(tidied(app.openapi()))
         return Response(to_json(await _with_base(request, schema[0])), media_type="application/json")
 
+    async def send_no_icon(request: Request) -> Response:
+        return Response(status_code=204)
+
     pages = [Route(path, _page(*file), name=path) for path, file in _FILES.items()]
-    return [*pages, Route("/openapi.json", send_schema, name="openapi")]
+    others = {"/openapi.json": send_schema, "/favicon.ico": send_no_icon}
+    return [*pages, *(Route(path, send, name=path) for path, send in others.items())]
 
 
 def _page(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
