@@ -55,5 +55,5 @@ def address(backend: SmallBackend) -> Iterator[str]:
 @pytest.fixture
 def client(address: str) -> Iterator[httpx.Client]:
     """A client of that server."""
-    with httpx.Client(base_url=address, timeout=30) as made:
+    with httpx.Client(base_url=address, timeout=60) as made:
         yield made

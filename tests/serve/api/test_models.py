@@ -71,7 +71,7 @@ def test_loading_needs_a_folder(backend: SmallBackend) -> None:
 
 def test_load_use_unload(loading: str, root: Path) -> None:
     """A program written for vLLM could not bring its adapter, or be rid of it."""
-    with httpx.Client(base_url=loading, timeout=30) as client:
+    with httpx.Client(base_url=loading, timeout=60) as client:
         asked = {"lora_name": "shoes", "lora_path": str(root / "shoes")}
         answer = client.post("/v1/load_lora_adapter", json=asked)
         assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'shoes' added successfully.")

@@ -13,6 +13,7 @@ from starlette.types import Receive
 from clipgraft.errors import ItemError, UnknownNameError
 from clipgraft.serve.api.failures import ClientGoneError, RefusedError, did_you_mean
 from clipgraft.serve.args import WebArgs
+from clipgraft.serve.logs import note_answer
 from clipgraft.serve.messages import (
     BASE,
     Backend,
@@ -21,6 +22,7 @@ from clipgraft.serve.messages import (
     Message,
     With,
 )
+from clipgraft.serve.metrics import Metrics
 from clipgraft.shown import shown_line
 
 Answer = TypeVar("Answer")
@@ -57,12 +59,14 @@ class Served:
     Attributes:
         web: the server's options.
         backend: answers messages.
+        metrics: what `/metrics` tells.
         fetch: fetches images from addresses; None where that is not allowed.
         base: the first description, of which only what never changes is read: the base's name and width.
     """
 
     web: WebArgs
     backend: Backend
+    metrics: Metrics
     fetch: Fetcher | None = None
     base: Description | None = None
 
@@ -80,7 +84,9 @@ async def ask(request: Request, message: Message[Answer]) -> Answer:
         ClientGoneError: nobody waits any more.
         ClipgraftError: what the backend raises.
     """
-    return await while_connected(request, served(request).backend.answer(message))
+    answer = await while_connected(request, served(request).backend.answer(message))
+    note_answer(message, answer)
+    return answer
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:

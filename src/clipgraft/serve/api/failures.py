@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -38,6 +37,7 @@ from clipgraft.errors import (
 )
 from clipgraft.options import nearest
 from clipgraft.serve.api.schemas import FORM, ErrorShape
+from clipgraft.serve.logs import note_error
 from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft.serve")
@@ -134,7 +134,8 @@ def refusal_of(error: ClipgraftError) -> RefusedError:
 
 
 def answer(refusal: RefusedError) -> Response:
-    """Write a refusal as a response."""
+    """Write a refusal as a response, and note its code for the log."""
+    note_error(refusal.code)
     body = {
         "message": shown_line(refusal.message, _LONGEST),
         "type": _TYPES.get(refusal.status, "invalid_request_error"),
@@ -228,7 +229,10 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class CatchAll:
-    """Turn a fault of ours into a 500 with the request's id, and log it under that id."""
+    """Turn a fault of ours into a 500 with the request's id, and log it under that id.
+
+    Stands inside `clipgraft.serve.logs.Observed`, which gives the id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -237,8 +241,7 @@ class CatchAll:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        identity = state.setdefault("request_id", uuid.uuid4().hex)
+        identity = scope["state"]["request_id"]
         begun = False
 
         async def sending(message: Message) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from clipgraft.serve.api.asking import ask, served
 from clipgraft.serve.api.failures import RefusedError, retry_headers, statuses
 from clipgraft.serve.api.schemas import Shape
 from clipgraft.serve.messages import Describe, State, Stats
+from clipgraft.serve.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["server"])
 
@@ -131,3 +132,14 @@ async def statistics(request: Request) -> Response:
     """Count what the model did since its start; `/metrics` has the same for Prometheus."""
     found = await ask(request, Stats())
     return Response(to_json(dataclasses.asdict(found), inf_nan_mode="strings"), media_type="application/json")
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={code: shape for code, shape in statuses().items() if code == 401},
+)
+async def metrics(request: Request) -> Response:
+    """Count what the server and its model did, for Prometheus."""
+    shared = served(request)
+    return Response(await shared.metrics.tell(shared.backend), headers={"Content-Type": CONTENT_TYPE})
