@@ -65,7 +65,9 @@ def test_examples_name_the_served_base() -> None:
     """The examples of another base would be refused, for naming `emoji`."""
     with running(create_app(ScriptedBackend)) as url:
         schema = httpx.get(f"{url}/openapi.json").json()
-        examples = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        examples = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"][
+            "examples"
+        ]
         assert {example["value"]["model"] for example in examples.values()} == {"base"}
 
 
@@ -88,7 +90,9 @@ def test_page_needs_nothing_from_elsewhere(open_server: str) -> None:
         assert answer.status_code == 200
         assert "http://" not in answer.text
         assert "https://" not in answer.text
-    assert "http" not in page.text.replace("https://", "http://").replace("<!doctype html>", "").replace("http-", "")
+    assert "http" not in page.text.replace("https://", "http://").replace("<!doctype html>", "").replace(
+        "http-", ""
+    )
 
 
 @pytest.mark.parametrize("examples", [15, pytest.param(400, marks=pytest.mark.slow)])

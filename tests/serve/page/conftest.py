@@ -65,7 +65,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of pictures with captions, and what was encoded of it in `encoded`."""
     root = tmp_path_factory.mktemp("scenes")
     tables = cg.emoji.write_scenes(root, "val", PICTURES, ["en"])
-    cg.search.encode_folder(cg.load("emoji"), tables["en"], root / "encoded")
+    cg.search.encode_folder(cg.load("emoji"), tables["en"], root / "encoded", workers=0, progress=False)
     return root
 
 
