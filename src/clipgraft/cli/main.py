@@ -21,6 +21,7 @@ VERBS = {
     "encode": "write vectors of images or texts to a folder; a second run encodes only what has changed",
     "index": "build a FAISS index over encoded vectors",
     "search": "find encoded images or texts by text, by image, or by both",
+    "serve": "answer over HTTP with a base and any number of its adapters: embeddings, classes, search",
     "merge": "merge adapters into their base: a model for open_clip, transformers or ONNX Runtime",
     "convert": "convert an adapter to another format: PEFT, the guide's .pt files, CLIP-LoRA",
     "inspect": "show a model's configuration, structure, layers, sites and adapter sizes",

@@ -1,0 +1,196 @@
+"""Run a server: its socket, its web process or several, their models, and an orderly end.
+
+The first SIGTERM or SIGINT drains: no new connections, `/ready` says no, and requests under way have
+`drain_seconds` to end, after which they are answered with 503. The second one ends all at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from clipgraft.processes import REQUESTS
+from clipgraft.serve.api import create_app
+from clipgraft.serve.args import WebArgs
+from clipgraft.serve.listening import leave
+from clipgraft.serve.messages import Describe, Description, Encode, Text
+from clipgraft.serve.metrics import Metrics
+from clipgraft.serve.worker import Worker
+from clipgraft.serve.worker_process import MakeService
+
+log = logging.getLogger("clipgraft.serve")
+Told: TypeAlias = Callable[[Description], None]
+_LOOK = 1.0  # seconds between two looks at a model's state
+_INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
+_SPARE = 2  # seconds that answers at the end of a drain have to be written
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the web processes of a server share.
+
+    Attributes:
+        make_service: builds the service, in a process of its own.
+        web: the server's options.
+        process: the number of this web process.
+        shared: the folder for figures of all of them; None for one alone.
+        output: where lines of processes go that are started here; pickle must be able to send it.
+    """
+
+    make_service: MakeService
+    web: WebArgs
+    process: int = 0
+    shared: Path | None = None
+    output: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only web process."""
+        return self.shared is None
+
+
+def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
+    """Serve until a signal; gives the exit code. Must run in the main thread.
+
+    Args:
+        launch: what is served.
+        listening: as `clipgraft.serve.listening.listen` opens it; closed at the end.
+        told: called with what is served once a real message was answered.
+
+    Raises:
+        ClipgraftError: the model cannot be loaded.
+    """
+    if launch.web.workers > 1:
+        from clipgraft.serve.fleet import serve_several
+
+        return serve_several(launch, listening, told)
+    try:
+        return run(_Server(launch, listening).serve(told))
+    finally:
+        listening.close()
+        leave(launch.web)
+
+
+def run(program: Coroutine[Any, Any, int]) -> int:
+    """Run a program on the fastest event loop that is installed."""
+    try:
+        from uvloop import run as on_uvloop  # type: ignore[import-not-found]
+    except ImportError:
+        return asyncio.run(program)
+    code: int = on_uvloop(program)
+    return code
+
+
+def serve_one(launch: Launch, listening: socket.socket, told: Told) -> int:
+    """Serve in one of several web processes; raises as `serve`."""
+    return run(_Server(launch, listening).serve(told))
+
+
+class _Uvicorn(uvicorn.Server):  # type: ignore[misc]
+    """Leaves signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """A web process with its model."""
+
+    def __init__(self, launch: Launch, listening: socket.socket) -> None:
+        self._launch = launch
+        self._listening = listening
+        self._worker = Worker(launch.make_service)
+        app = create_app(self._worker.start, launch.web, metrics=Metrics(launch.process, launch.shared))
+        self._uvicorn = _Uvicorn(_configured(app, launch.web))
+
+    async def serve(self, told: Told) -> int:
+        """Serve until a signal, or until the model cannot be loaded."""
+        loop = asyncio.get_running_loop()
+        self._listen_to_signals(loop)
+        serving = asyncio.create_task(self._uvicorn.serve([self._listening]))
+        beginning = asyncio.create_task(self._begin(told))
+        watching = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait((serving, beginning), return_when=asyncio.FIRST_COMPLETED)
+            if beginning.done() and beginning.exception() is not None:
+                self._uvicorn.should_exit = True
+            await serving
+        finally:
+            for task in (beginning, watching):
+                task.cancel()
+            ended = await asyncio.gather(beginning, watching, return_exceptions=True)
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        return 1 if self._worker.state == "failed" else 0
+
+    async def _begin(self, told: Told) -> None:
+        """Wait for the model, and tell once a real message has come back."""
+        while not self._uvicorn.started:
+            await asyncio.sleep(0.01)
+        await self._worker.ready()
+        if self._uvicorn.should_exit:
+            return
+        described = await self._worker.answer(Describe())
+        if "text" in described.towers:
+            await self._worker.answer(Encode((Text("ready"),)))
+        told(described)
+
+    async def _watch(self) -> None:
+        """End this process, of several, once its model is lost for good: another one takes its place."""
+        while self._launch.alone or self._worker.state != "failed":
+            await asyncio.sleep(_LOOK)
+        self._uvicorn.should_exit = True
+
+    def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for kind in REQUESTS:
+            if hasattr(signal, "pthread_sigmask"):
+                loop.add_signal_handler(kind, self._stop, kind)
+            else:
+                signal.signal(kind, lambda kind, _: loop.call_soon_threadsafe(self._stop, kind))
+
+    def _stop(self, kind: int) -> None:
+        """Drain on the first signal; end at once on the second."""
+        if self._uvicorn.should_exit:
+            log.warning("ended at once by a second signal")
+            end_at_once(kind, self._launch)
+        seconds = self._launch.web.drain_seconds
+        waiting = self._worker.in_flight
+        under_way = f"{waiting} requests under way have {seconds:g} s" if waiting else "nothing is under way"
+        log.info("stopping: %s; a second signal ends it at once", under_way)
+        self._worker.drain()
+        self._uvicorn.should_exit = True
+        asyncio.get_running_loop().call_later(seconds, self._worker.abandon, "the server is stopping")
+
+
+def end_at_once(kind: int, launch: Launch) -> None:
+    """End this process now, and with it those that it started."""
+    leave(launch.web)
+    logging.shutdown()
+    os._exit(_INTERRUPTED + kind)
+
+
+def _configured(app: ASGIApp, web: WebArgs) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=math.ceil(web.drain_seconds) + _SPARE,
+    )
