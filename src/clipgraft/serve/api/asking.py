@@ -71,6 +71,11 @@ class Served:
     base: Description | None = None
 
 
+def loads_adapters(web: WebArgs) -> bool:
+    """Whether requests may load adapters: in one process alone, since others would not learn of it."""
+    return web.allow_adapter_loading and web.adapter_root is not None and web.workers == 1
+
+
 def served(request: Request) -> Served:
     """Return what the routes of the request's application share."""
     found: Served = request.app.state.served
