@@ -46,7 +46,7 @@ def at_strength(clip: Clip, adapter: Adapter, strength: float) -> Adapter:
             for site, layer in adapter.layers.items()
         }
         norms = {path: _scaled(layer, strength) for path, layer in adapter.norms.items()}
-    return replace(adapter, layers=layers, norms=norms, temperature=None)
+    return replace(adapter, layers=layers, norms=norms, temperature=None, prepared=None)
 
 
 def _scaled(layer: _L, strength: float) -> _L:
