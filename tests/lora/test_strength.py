@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import clipgraft as cg
-from clipgraft.engine.encoder import encode_mixed
+from clipgraft.engine.encoder import encode_mixed, prepare_adapter
 from clipgraft.lora.state import Adapter, require_lora
 from clipgraft.lora.strength import at_strength
 from clipgraft.models.clip import Clip, as_clip
@@ -35,6 +35,8 @@ def test_each_weight_moves_by_that_share(tiny_openclip: nn.Module, kind: str, st
     """A slider at 0.3 gives something else than 0.3 of the change, for variants that rescale above all."""
     clip, adapter = attached(tiny_openclip, kind)
     scaled = at_strength(clip, adapter, strength)
+    prepare_adapter(clip, adapter)
+    ahead = at_strength(clip, adapter, strength)
     for site, ref in clip.site_refs.items():
         if site not in adapter.layers or not adapter.layers[site].r:
             continue
@@ -44,11 +46,16 @@ def test_each_weight_moves_by_that_share(tiny_openclip: nn.Module, kind: str, st
             wanted = weight + strength * (adapter.layers[site].folded(weight) - weight)
             assert (scaled_here.folded(weight) - wanted).abs().max() < 1e-5
     pixels, ids = inputs(tiny_openclip)
-    got = [encode_mixed(clip, tower, rows, [(scaled, torch.arange(3))]) for tower, rows in both(pixels, ids)]
+    rows = torch.arange(3)
+    got = [encode_mixed(clip, tower, x, [(scaled, rows)]) for tower, x in both(pixels, ids)]
+    got_ahead = [encode_mixed(clip, tower, x, [(ahead, rows)]) for tower, x in both(pixels, ids)]
+    adapter.prepared = None
     cg.merge_lora(clip, {"default": strength})
     with torch.no_grad():
-        for found, wanted in zip(got, (clip.encode_text(ids), clip.encode_image(pixels)), strict=True):
-            assert (found - wanted).abs().max() <= 1e-5 * max(1, float(wanted.abs().max()))
+        wanted = (clip.encode_text(ids), clip.encode_image(pixels))
+    for found, same, true in zip(got, got_ahead, wanted, strict=True):
+        assert (found - true).abs().max() <= 1e-5 * max(1, float(true.abs().max()))
+        assert (same - true).abs().max() <= 1e-5 * max(1, float(true.abs().max()))
 
 
 def both(pixels: torch.Tensor, ids: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -46,7 +46,9 @@ def at_strength(clip: Clip, adapter: Adapter, strength: float) -> Adapter:
             for site, layer in adapter.layers.items()
         }
         norms = {path: _scaled(layer, strength) for path, layer in adapter.norms.items()}
-    return replace(adapter, layers=layers, norms=norms, temperature=None, prepared=None)
+        plain = adapter.prepared is not None and all(layer.is_plain for layer in layers.values())
+        products = {key: one.scaled(strength) for key, one in adapter.prepared.items()} if plain else None
+    return replace(adapter, layers=layers, norms=norms, temperature=None, prepared=products)
 
 
 def _scaled(layer: _L, strength: float) -> _L:

@@ -44,7 +44,7 @@ from clipgraft.serve.sources import (
 log = logging.getLogger("clipgraft")
 _RETRY_SECONDS = 5.0
 _USES_EACH = 8
-_MOST_STRENGTHS = 8
+_MOST_STRENGTHS = 4
 
 
 class Loaded:
