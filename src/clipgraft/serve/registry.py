@@ -78,10 +78,7 @@ class Loaded:
         with self._lock:
             found = self._strengths.pop(strength, None)
             if found is None:
-                try:
-                    found = at_strength(self._clip, self.read.adapter, strength)
-                except AdapterError as error:
-                    raise AdapterError(f"adapter {self.name}: {error}") from error
+                found = at_strength(self._clip, self.read.adapter, strength)
             self._strengths[strength] = found
             if len(self._strengths) > _MOST_STRENGTHS:
                 self._strengths.popitem(last=False)
