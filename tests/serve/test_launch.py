@@ -52,14 +52,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, **web: Any) -> Iterator[Running]:
+def running(folder: Path, recipe: dict[str, Any] | None = None, **web: Any) -> Iterator[Running]:
     """Start a server of a fake service, and end it."""
     starts = folder / "starts"
+    built = json.dumps({"log": str(starts), **(recipe or {})})
     options = json.dumps({"port": 0, "page": False, **web})
     paths = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, str(HELPERS / "serve_fake.py"), options, str(starts)],
+            [sys.executable, str(HELPERS / "serve_fake.py"), options, built],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -160,8 +161,10 @@ def test_a_stop_lets_requests_end(kind: int, tmp_path: Path) -> None:
         answers = [one.result() for one in asking]
         assert server.process.wait(30) == 0
         assert [answer.status_code for answer in answers] == [200] * 4
-        with server.client() as late, pytest.raises(httpx.ConnectError):
-            late.get("/ready")
+        if kind == signal.SIGTERM:
+            port = int(server.url.rpartition(":")[2])
+            with pytest.raises(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+                pass
         assert not Path(f"/proc/{server.models[0]}").exists()
         assert "stopping: 4 requests under way have 20 s" in (tmp_path / "log").read_text()
     assert not (tmp_path / "socket").exists()
@@ -195,6 +198,21 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             with pytest.raises(httpx.HTTPError):
                 asking.result()
         assert not path.exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_lost_for_good(tmp_path: Path) -> None:
+    """systemd would keep a server that answers nothing any more, as its web side lives."""
+    with running(tmp_path, {"only_once": True}) as server, server.client() as client:
+        os.kill(server.models[0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while (health := client.get("/health")).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert health.json()["error"]["code"] == "failed"
+        assert embed(client, "x").status_code == 503
+        assert server.process.wait(60) == 1
+        assert (tmp_path / "log").read_text().endswith("when memory is short), 5 times in a row\n")
 
 
 def test_two_processes_share_a_port(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from clipgraft.cli.flags.serve import SERVE
 from clipgraft.cli.flags.shared import ModelFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import plain_output
+from clipgraft.errors import ClipgraftError, ConfigError
 from clipgraft.serve.args import ServiceArgs, WebArgs
 from clipgraft.shown import shown_line
 
@@ -36,7 +37,7 @@ def run_serve(argv: Sequence[str]) -> None:
     """Parse, check, listen, start the model, and serve until a signal."""
     begun = time.perf_counter()
     model, service, web = parse("serve", _SUMMARY, SERVE, argv)
-    checks.refuse(_faults(service, web))
+    checks.refuse(_faults(model, service, web))
     if web.engine == "ray":
         from clipgraft.serve.ray_app import need_ray_serve, serve_on_ray
 
@@ -71,16 +72,45 @@ class ServiceRecipe:
     processes: int = 1
 
     def __call__(self) -> Backend:
-        """Load the model; adapters and folders that are not there are told before that."""
+        """Load the model; adapters that are not there are told before that."""
         _OUTPUT.enter_context(plain_output())
         from clipgraft.cli.common import load_model
         from clipgraft.serve.service import Service
         from clipgraft.serve.sources import find_sources
 
-        find_sources(self.service.adapters)
+        sources = find_sources(self.service.adapters)
+        model = _base_of(self.model, sources)
         if self.processes > 1:
             _share_cores(self.processes)
-        return Service(load_model(self.model), self.service)
+        return Service(load_model(model), self.service)
+
+
+def _base_of(model: ModelFlags, sources: Mapping[str, str]) -> ModelFlags:
+    """The base to load: without --model that of the first adapter that tells its own.
+
+    Raises:
+        ConfigError: --model is an adapter.
+    """
+    from clipgraft.adapters.convert import read_any
+    from clipgraft.adapters.open import split_adapter, tell_base
+
+    if "model" in model.model_fields_set:
+        _, adapter = split_adapter(model.model, model.pretrained)
+        if adapter is not None:
+            raise ConfigError(f"--model {model.model} is an adapter: give its base, and this with --adapters")
+        return model
+    for name, source in sources.items():
+        if source.startswith("hf:"):
+            continue
+        try:
+            base = read_any(Path(source)).base
+        except ClipgraftError:  # told when it is asked for
+            continue
+        if base.get("name"):
+            tell_base(base["name"], base.get("pretrained"), f"the adapter {name}")
+            update = {"model": base["name"], "pretrained": base.get("pretrained") or None}
+            return model.model_copy(update=update)
+    return model
 
 
 _OUTPUT = contextlib.ExitStack()  # of a model's process, which prints until it ends
@@ -94,11 +124,13 @@ def _share_cores(processes: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
-def _faults(service: ServiceArgs, web: WebArgs) -> list[str]:
+def _faults(model: ModelFlags, service: ServiceArgs, web: WebArgs) -> list[str]:
     """List everything that is wrong and known without a model."""
     faults = []
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         faults.append(f"this needs {', '.join(missing)}: pip install 'clipgraft[serve]'")
+    if model.precision == "amp_bf16":
+        faults.append("--precision amp_bf16: a server computes as its weights are stored: give bf16 or fp32")
     for word in service.adapters:
         faults += _missing("--adapters", word, "adapter, run, or folder of them")
     for word in service.folders:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import logging
-import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import uvicorn
-from starlette.types import ASGIApp
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from clipgraft.processes import REQUESTS
-from clipgraft.serve.api import create_app
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.listening import leave
 from clipgraft.serve.messages import Describe, Description, Encode, Text
@@ -31,11 +28,14 @@ from clipgraft.serve.metrics import Metrics
 from clipgraft.serve.worker import Worker
 from clipgraft.serve.worker_process import MakeService
 
+if TYPE_CHECKING:
+    from clipgraft.serve.http_server import HttpServer
+
 log = logging.getLogger("clipgraft.serve")
 Told: TypeAlias = Callable[[Description], None]
-_LOOK = 1.0  # seconds between two looks at a model's state
+_LOOK = 0.5  # seconds between two looks at a model's state
+_FAREWELL = 5.0  # seconds in which a server whose model failed says so, before it ends
 _INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
-_SPARE = 2  # seconds that answers at the end of a drain have to be written
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
         told: called with what is served once a real message was answered.
 
     Raises:
-        ClipgraftError: the model cannot be loaded.
+        ClipgraftError: the model cannot be loaded, or was lost again and again.
     """
     if launch.web.workers > 1:
         from clipgraft.serve.fleet import serve_several
@@ -86,25 +86,14 @@ def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
 
 def run(program: Coroutine[Any, Any, int]) -> int:
     """Run a program on the fastest event loop that is installed."""
-    try:
-        from uvloop import run as on_uvloop  # type: ignore[import-not-found]
-    except ImportError:
-        return asyncio.run(program)
-    code: int = on_uvloop(program)
+    there = importlib.util.find_spec("uvloop") is not None
+    code: int = importlib.import_module("uvloop" if there else "asyncio").run(program)
     return code
 
 
 def serve_one(launch: Launch, listening: socket.socket, told: Told) -> int:
     """Serve in one of several web processes; raises as `serve`."""
     return run(_Server(launch, listening).serve(told))
-
-
-class _Uvicorn(uvicorn.Server):  # type: ignore[misc]
-    """Leaves signals to whoever runs it."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Server:
@@ -114,20 +103,35 @@ class _Server:
         self._launch = launch
         self._listening = listening
         self._worker = Worker(launch.make_service)
-        app = create_app(self._worker.start, launch.web, metrics=Metrics(launch.process, launch.shared))
-        self._uvicorn = _Uvicorn(_configured(app, launch.web))
+        self._http: HttpServer | None = None
+        self._stopping = False
 
     async def serve(self, told: Told) -> int:
         """Serve until a signal, or until the model cannot be loaded."""
-        loop = asyncio.get_running_loop()
-        self._listen_to_signals(loop)
-        serving = asyncio.create_task(self._uvicorn.serve([self._listening]))
-        beginning = asyncio.create_task(self._begin(told))
+        self._listen_to_signals()
+        self._worker.start()
+        try:
+            http = self._http = await asyncio.to_thread(self._build)
+            http.should_exit = self._stopping
+            await self._run(http, told)
+        finally:
+            await self._worker.close()
+        return 0
+
+    def _build(self) -> HttpServer:
+        from clipgraft.serve.http_server import http_server
+
+        launch = self._launch
+        return http_server(lambda: self._worker, launch.web, Metrics(launch.process, launch.shared))
+
+    async def _run(self, http: HttpServer, told: Told) -> None:
+        serving = asyncio.create_task(http.serve([self._listening]))
+        beginning = asyncio.create_task(self._begin(http, told))
         watching = asyncio.create_task(self._watch())
         try:
             await asyncio.wait((serving, beginning), return_when=asyncio.FIRST_COMPLETED)
             if beginning.done() and beginning.exception() is not None:
-                self._uvicorn.should_exit = True
+                self._end()
             await serving
         finally:
             for task in (beginning, watching):
@@ -135,14 +139,15 @@ class _Server:
             ended = await asyncio.gather(beginning, watching, return_exceptions=True)
         if isinstance(ended[0], Exception):
             raise ended[0]
-        return 1 if self._worker.state == "failed" else 0
+        if self._worker.state == "failed":
+            await self._worker.ready()  # raises the reason
 
-    async def _begin(self, told: Told) -> None:
+    async def _begin(self, http: HttpServer, told: Told) -> None:
         """Wait for the model, and tell once a real message has come back."""
-        while not self._uvicorn.started:
+        while not http.started:
             await asyncio.sleep(0.01)
         await self._worker.ready()
-        if self._uvicorn.should_exit:
+        if self._stopping:
             return
         described = await self._worker.answer(Describe())
         if "text" in described.towers:
@@ -150,12 +155,21 @@ class _Server:
         told(described)
 
     async def _watch(self) -> None:
-        """End this process, of several, once its model is lost for good: another one takes its place."""
-        while self._launch.alone or self._worker.state != "failed":
+        """End this process once its model is lost for good: whoever keeps it running starts it anew."""
+        while self._worker.state != "failed":
             await asyncio.sleep(_LOOK)
-        self._uvicorn.should_exit = True
+        if self._launch.alone:
+            await asyncio.sleep(_FAREWELL)
+        self._end()
 
-    def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _end(self) -> None:
+        """Take no more connections, and end when those that are there have ended."""
+        self._stopping = True
+        if self._http is not None:
+            self._http.should_exit = True
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
         for kind in REQUESTS:
             if hasattr(signal, "pthread_sigmask"):
                 loop.add_signal_handler(kind, self._stop, kind)
@@ -164,7 +178,7 @@ class _Server:
 
     def _stop(self, kind: int) -> None:
         """Drain on the first signal; end at once on the second."""
-        if self._uvicorn.should_exit:
+        if self._stopping:
             log.warning("ended at once by a second signal")
             end_at_once(kind, self._launch)
         seconds = self._launch.web.drain_seconds
@@ -172,7 +186,7 @@ class _Server:
         under_way = f"{waiting} requests under way have {seconds:g} s" if waiting else "nothing is under way"
         log.info("stopping: %s; a second signal ends it at once", under_way)
         self._worker.drain()
-        self._uvicorn.should_exit = True
+        self._end()
         asyncio.get_running_loop().call_later(seconds, self._worker.abandon, "the server is stopping")
 
 
@@ -181,16 +195,3 @@ def end_at_once(kind: int, launch: Launch) -> None:
     leave(launch.web)
     logging.shutdown()
     os._exit(_INTERRUPTED + kind)
-
-
-def _configured(app: ASGIApp, web: WebArgs) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=math.ceil(web.drain_seconds) + _SPARE,
-    )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
-from clipgraft.errors import ClipgraftError, UnavailableError
+from clipgraft.errors import ClipgraftError, ClusterError, UnavailableError
 from clipgraft.processes import process_name, start_unsignalled, told_end
 from clipgraft.serve.messages import Message, State
 from clipgraft.serve.pipe import Frame, Kind, Pipe, packed
@@ -296,7 +296,7 @@ class Worker:
             raise
         except Exception as error:  # such as no processes left
             log.exception("the model's process cannot be started")
-            self._failure = ClipgraftError(f"the model's process cannot be started: {error}")
+            self._failure = ClusterError(f"the model's process cannot be started: {error}")
             self.reason = str(self._failure)
             self._enter("failed")
 
@@ -354,7 +354,7 @@ class Worker:
         if child.unusable is not None:
             self._failure = child.unusable
         else:
-            self._failure = ClipgraftError(f"the model's process {reason}, {ended} times in a row")
+            self._failure = ClusterError(f"the model's process {reason}, {ended} times in a row")
         self.reason = one_line(str(self._failure))
         log.error("the model is given up: %s", self.reason)
         self._enter("failed")

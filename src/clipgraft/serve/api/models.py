@@ -12,7 +12,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from clipgraft.errors import AdapterError, UnknownNameError
+from clipgraft.errors import AdapterError, CheckpointError, UnknownNameError
 from clipgraft.serve.api.asking import ask, served, unknown_model
 from clipgraft.serve.api.bodies import JsonRoute
 from clipgraft.serve.api.examples import named
@@ -48,8 +48,8 @@ class LoadRequest(Strict):
 
     lora_name: str = Field(
         max_length=256,
-        pattern=r"^\w[\w.\-/ ]*$",
-        description="What requests will call it: letters, digits, and ._-/ after the first.",
+        pattern=r"^\w[\w.+-]*$",
+        description="What requests will call it: letters, digits and _.+-, the first a letter or digit.",
     )
     lora_path: str = Field(
         min_length=1, max_length=4096, description="Its folder, in or under the server's `adapter_root`."
@@ -130,7 +130,7 @@ async def load_lora_adapter(
         raise RefusedError(400, message, param="lora_name")
     try:
         info = await ask(request, LoadAdapter(asked.lora_name, str(source), asked.load_inplace))
-    except AdapterError as error:
+    except (AdapterError, CheckpointError) as error:
         # It is the request that brought what cannot be used, other than with an adapter of the server's own.
         raise RefusedError(400, "; ".join(error.lines), param="lora_path", code="adapter_unusable") from None
     return f"Success: LoRA adapter '{info.name}' added successfully."
