@@ -27,7 +27,8 @@ from clipgraft.serve.args import ServiceArgs, WebArgs
 from clipgraft.serve.service import Service
 from served_app import running
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.+?)^```", PAGE, re.M | re.S)
 ADDRESS = "http://127.0.0.1:8000"
 CURLS = [body for kind, body in BLOCKS if kind == "bash" and "curl " in body]
@@ -136,6 +137,22 @@ def test_commands_and_settings_are_known(tmp_path: Path) -> None:
     for words in (*serving, ["--config", str(tmp_path / "serve.yaml")]):
         _, service, _ = parse("serve", "", SERVE, words)
         assert service.folders
+
+
+def test_the_unit_and_the_container_as_their_files_say() -> None:
+    """The page and the file that it tells to install want different commands."""
+    unit = (ROOT / "deploy" / "clipgraft.service").read_text(encoding="utf-8")
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    lines = [line for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()]
+    installing = [line for line in lines if line.startswith("sudo ")]
+    building = [line for line in lines if line.startswith("docker build ")]
+    assert len(installing) == 4
+    assert len(building) == 2
+    assert [line for line in installing if f"#   {line}\n" not in unit] == []
+    assert [line for line in building if f"#   {line}\n" not in image] == []
+    (running,) = [line for line in lines if line.startswith("docker run ")]
+    _, service, _ = parse("serve", "", SERVE, shlex.split(running.split(" clipgraft ")[1]))
+    assert service.folders == ("photos=encoded",)
 
 
 def help_of_serve() -> str:

@@ -254,7 +254,7 @@ def test_by_keyboard_alone(visit: Page) -> None:
             break
     assert reached == [
         "file",
-        "BUTTON" if "BUTTON" in reached else "main",
+        "main",
         "SUMMARY",
         "adapter-1",
         "adapter-2",
