@@ -254,7 +254,7 @@ def test_by_keyboard_alone(visit: Page) -> None:
             break
     assert reached == [
         "file",
-        "BUTTON" if "BUTTON" in reached else "main",
+        "main",
         "SUMMARY",
         "adapter-1",
         "adapter-2",
@@ -403,5 +403,5 @@ def test_hostile_captions_stay_text(browser: Browser, site: Site) -> None:
 def test_without_javascript(browser: Browser, site: Site) -> None:
     """With scripts switched off, the page is blank and says nothing."""
     made = Visit(browser, site.url, java_script_enabled=False)
-    expect(made.page.get_by_text("This page needs JavaScript")).to_be_visible()
+    expect(made.page.locator("noscript .notice")).to_be_visible()
     made.close()
