@@ -87,9 +87,8 @@ def create_app(
     app = FastAPI(title="clipgraft", version=__version__, lifespan=lifespan, openapi_url=None)
     for router in _ROUTERS:
         app.include_router(router)
-    app.router.routes.extend(reference_routes(app))
-    if web.page:
-        app.router.routes.extend(page_routes())
+    for page in [*reference_routes(app), *(page_routes() if web.page else [])]:
+        app.add_api_route(page.path, page.endpoint, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(RefusedError, on_refused)
     app.add_exception_handler(ClipgraftError, on_clipgraft_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clipgraft.errors import (
     AdapterError,
     BusyError,
+    CheckpointError,
     ClipgraftError,
     ClusterError,
     ItemError,
@@ -109,6 +110,7 @@ _KINDS: tuple[tuple[type[ClipgraftError], _Kind], ...] = (
     (UnknownNameError, _Kind(404, "not_found")),
     (ItemError, _Kind(400, "invalid_item")),
     (AdapterError, _Kind(409, "adapter_unusable")),
+    (CheckpointError, _Kind(409, "adapter_unusable")),
     (TargetError, _Kind(409, "adapter_unusable")),
     (WriteError, _Kind(503, "unavailable")),
     (BusyError, _Kind(503, "unavailable")),

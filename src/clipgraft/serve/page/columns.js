@@ -34,13 +34,13 @@ export function offer(description, changed) {
 
 function control(place, index, description, changed) {
   const number = index + 1;
-  const select = make("select", { id: `adapter-${number}` }, make("option", { value: "", textContent: "nothing" }));
+  const select = make("select", { id: `adapter-${number}` }, make("option", { value: "", textContent: "no adapter" }));
   for (const adapter of description.adapters) {
     const failed = adapter.state === "failed" ? " (failed)" : "";
     select.append(make("option", { value: adapter.name, textContent: adapter.name + failed }));
   }
   select.value = place.name;
-  const range = make("input", { id: `strength-${number}`, type: "range", min: 0, max: 1.5, step: 0.05, value: place.strength });
+  const range = make("input", { id: `strength-${number}`, type: "range", min: 0, max: 1.5, step: 0.05, value: place.strength, "aria-label": `Strength of adapter ${number}` });
   const output = make("output", { textContent: place.strength.toFixed(2) });
   output.setAttribute("for", range.id);
   const slider = make("div", { className: "slider" }, make("label", { htmlFor: range.id, textContent: "Strength" }), range, output);

@@ -67,5 +67,5 @@ async function take() {
   const { hits, index, folder } = state;
   const blob = await blobOf(pathOf(folder.name, hits[index].row, SIDE));
   at("enlarged").close();
-  searchWith(new File([blob], hits[index].path ?? `row ${hits[index].row}`, { type: blob.type }));
+  searchWith(new File([blob], hits[index].path?.split("/").at(-1) ?? `row ${hits[index].row}`, { type: blob.type }));
 }

@@ -6,6 +6,7 @@ The page needs nothing from elsewhere, and runs under a policy that lets it load
 from __future__ import annotations
 
 import copy
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
 
@@ -24,6 +25,7 @@ _FILES = {
     "/docs/reference.css": ("reference.css", "text/css; charset=utf-8"),
     "/docs/reference.js": ("reference.js", "text/javascript; charset=utf-8"),
 }
+_ERROR = "#/components/schemas/ErrorShape"
 _HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -34,7 +36,7 @@ _HEADERS = {
 
 
 def reference_routes(app: FastAPI) -> list[Route]:
-    """Return `/docs`, the files of its page, and `/openapi.json`."""
+    """Return `/docs`, the files of its page, `/openapi.json`, and what stops browsers asking for an icon."""
     schema: list[dict[str, Any]] = []
 
     async def send_schema(request: Request) -> Response:
@@ -42,13 +44,21 @@ def reference_routes(app: FastAPI) -> list[Route]:
             schema.append(tidied(app.openapi()))
         return Response(to_json(await _with_base(request, schema[0])), media_type="application/json")
 
-    async def send_file(request: Request) -> Response:
-        name, media_type = _FILES[str(request.scope["route"].path)]
-        content = resources.files(__package__).joinpath(name).read_bytes()
+    async def send_no_icon(request: Request) -> Response:
+        return Response(status_code=204)
+
+    pages = [Route(path, _page(*file), name=path) for path, file in _FILES.items()]
+    others = {"/openapi.json": send_schema, "/favicon.ico": send_no_icon}
+    return [*pages, *(Route(path, send, name=path) for path, send in others.items())]
+
+
+def _page(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    content = resources.files(__package__).joinpath(name).read_bytes()
+
+    async def send(request: Request) -> Response:
         return Response(content, headers=_HEADERS, media_type=media_type)
 
-    pages = [Route(path, send_file, name=path) for path in _FILES]
-    return [*pages, Route("/openapi.json", send_schema, name="openapi")]
+    return send
 
 
 def tidied(schema: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +67,9 @@ def tidied(schema: dict[str, Any]) -> dict[str, Any]:
     for operations in made["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            for status, response in operation["responses"].items():
+                if status >= "400":  # also of a route that answers with plain text
+                    response["content"] = {"application/json": {"schema": {"$ref": _ERROR}}}
             operation["security"] = [{}, {"bearer": []}, {"header": []}]
     components = made["components"]
     for unused in ("HTTPValidationError", "ValidationError"):
