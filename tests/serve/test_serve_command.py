@@ -66,6 +66,8 @@ def taken() -> Iterator[int]:
         ("--uds {}/file", "--uds {}/file: there is something else"),
         ("--port {port}", "--port {port} of 127.0.0.1 is in use"),
         ("--ray-address auto", "--ray-address: goes with --engine ray"),
+        ("--engine ray --port 0", "--port 0: Ray Serve wants to be told a port"),
+        ("--engine ray --uds {}/a", "--uds: Ray Serve listens on a port"),
         ("--allow-adapter-loading", "--adapter-root"),
         ("--precision amp_bf16", "give bf16 or fp32"),
         ("--adapter vi=a", "--adapter: there is no such flag (did you mean --adapters"),

@@ -147,6 +147,10 @@ def _faults(model: ModelFlags, service: ServiceArgs, web: WebArgs) -> list[str]:
         faults.append("--uds and --host or --port both say where to listen: give one of them")
     if web.uds is not None and web.engine == "ray":
         faults.append("--uds: Ray Serve listens on a port; give --host and --port")
+    if web.port == 0 and web.engine == "ray":
+        faults.append("--port 0: Ray Serve wants to be told a port; give one")
+    if web.allow_adapter_loading and web.engine == "ray":
+        faults.append("--allow-adapter-loading: replicas on Ray keep the adapters they start with; drop it")
     if web.allow_adapter_loading and web.adapter_root is None:
         faults.append("--allow-adapter-loading: say with --adapter-root which folder they may lie in")
     return faults

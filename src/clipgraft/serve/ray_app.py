@@ -253,6 +253,7 @@ def serve_on_ray(make_service: MakeService, web: WebArgs, told: Callable[[Descri
     with connected(web.ray_address) as ray:
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         board = ray.remote(num_cpus=0)(Board).remote()
         where = {"host": web.host, "port": web.port}
         serve.start(proxy_location="HeadOnly", http_options=where, logging_config={"log_level": "ERROR"})
@@ -262,8 +263,7 @@ def serve_on_ray(make_service: MakeService, web: WebArgs, told: Callable[[Descri
             _wait(web)
         finally:
             log.info("stopping")
-            serve.delete(APP)
-            serve.shutdown()
+            serve.delete(APP)  # and no more: on a cluster of others, theirs go on
     return 0
 
 
