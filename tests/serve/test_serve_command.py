@@ -190,3 +190,22 @@ def test_the_base_is_that_of_the_adapters(
     assert _base_of(ModelFlags(model="emoji"), {"tiny": made}).model == "emoji"
     with pytest.raises(cg.errors.ConfigError, match="is an adapter: give its base"):
         _base_of(ModelFlags(model=made), {})
+
+
+def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes on a machine with four GPUs would all crowd on the first."""
+    from clipgraft.cli.flags.shared import ModelFlags
+    from clipgraft.cli.serve import ServiceRecipe, _own_device
+    from clipgraft.serve.args import ServiceArgs, WebArgs
+    from clipgraft.serve.web_process import Launch
+
+    launch = Launch(ServiceRecipe(ModelFlags(), ServiceArgs(), 3), WebArgs())
+    made = launch.numbered(2).make_service
+    assert isinstance(made, ServiceRecipe)
+    assert (made.process, launch.numbered(2).process) == (2, 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [_own_device("auto", number) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert _own_device("cpu", 1) == "cpu"
+    assert _own_device("cuda:1", 0) == "cuda:1"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert _own_device("auto", 1) == "auto"

@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,11 @@ class ServiceRecipe:
     model: ModelFlags
     service: ServiceArgs
     processes: int = 1
+    process: int = 0
+
+    def numbered(self, process: int) -> ServiceRecipe:
+        """The recipe of one of several processes."""
+        return replace(self, process=process)
 
     def __call__(self) -> Backend:
         """Load the model; adapters that are not there are told before that."""
@@ -83,6 +88,7 @@ class ServiceRecipe:
         model = _base_of(self.model, sources)
         if self.processes > 1:
             _share_cores(self.processes)
+            model = model.model_copy(update={"device": _own_device(model.device, self.process)})
         return Service(load_model(model), self.service)
 
 
@@ -115,6 +121,14 @@ def _base_of(model: ModelFlags, sources: Mapping[str, str]) -> ModelFlags:
 
 
 _OUTPUT = contextlib.ExitStack()  # of a model's process, which prints until it ends
+
+
+def _own_device(name: str, process: int) -> str:
+    """The device of one of several processes: of several GPUs each takes the next, if none is named."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{process % gpus}" if name in ("auto", "cuda") and gpus > 1 else name
 
 
 def _share_cores(processes: int) -> None:

@@ -137,7 +137,7 @@ class _Fleet:
     def _start(self, number: int) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        job = pickle.dumps(replace(self._launch, process=number))
+        job = pickle.dumps(self._launch.numbered(number))
         with sender, self._lock:
             process = context.Process(
                 target=_serve, args=(job, self._listening, sender), name=process_name("web")

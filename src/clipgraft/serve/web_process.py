@@ -16,7 +16,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -43,7 +43,8 @@ class Launch:
     """What the web processes of a server share.
 
     Attributes:
-        make_service: builds the service, in a process of its own.
+        make_service: builds the service, in a process of its own; of one that has a method
+            `numbered(process)`, each web process takes what that gives.
         web: the server's options.
         process: the number of this web process.
         shared: the folder for figures of all of them; None for one alone.
@@ -55,6 +56,12 @@ class Launch:
     process: int = 0
     shared: Path | None = None
     output: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+    def numbered(self, process: int) -> Launch:
+        """What one of several web processes gets."""
+        numbered = getattr(self.make_service, "numbered", None)
+        recipe = self.make_service if numbered is None else numbered(process)
+        return replace(self, process=process, make_service=recipe)
 
     @property
     def alone(self) -> bool:
