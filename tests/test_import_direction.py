@@ -16,7 +16,7 @@ LAYERS = (
     ("writing", "progress", "text_tables"),
     ("locks",),
     ("files", "readers"),
-    ("records", "ours", "emoji", "pictures"),
+    ("records", "ours", "emoji", "pictures", "cluster"),
     ("options",),
     ("models",),
     ("results",),

@@ -92,12 +92,14 @@ class Recipe:
         log: each start adds a line with its process's number to this file.
         fails: the error that building it raises.
         deadly: how many starts end with SIGKILL.
+        only_once: all starts but the first end so.
         seconds: that building it takes.
     """
 
     log: Path | None = None
     fails: str = ""
     deadly: int = 0
+    only_once: bool = False
     seconds: float = 0.0
     threads: bool = False
 
@@ -107,7 +109,8 @@ class Recipe:
                 file.write(f"{os.getpid()}\n")
         if self.fails:
             raise ModelError(self.fails)
-        if self.log is not None and len(self.log.read_text().splitlines()) <= self.deadly:
+        starts = len(self.log.read_text().splitlines()) if self.log is not None else 1
+        if starts <= self.deadly or (self.only_once and starts > 1):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.threads:
             threading.Thread(target=time.sleep, args=(60,)).start()

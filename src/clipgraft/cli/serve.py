@@ -8,8 +8,8 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from clipgraft.cli.flags.serve import SERVE
 from clipgraft.cli.flags.shared import ModelFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import plain_output
+from clipgraft.errors import ClipgraftError, ConfigError
 from clipgraft.serve.args import ServiceArgs, WebArgs
 from clipgraft.shown import shown_line
 
@@ -36,7 +37,7 @@ def run_serve(argv: Sequence[str]) -> None:
     """Parse, check, listen, start the model, and serve until a signal."""
     begun = time.perf_counter()
     model, service, web = parse("serve", _SUMMARY, SERVE, argv)
-    checks.refuse(_faults(service, web))
+    checks.refuse(_faults(model, service, web))
     if web.engine == "ray":
         from clipgraft.serve.ray_app import need_ray_serve, serve_on_ray
 
@@ -44,8 +45,9 @@ def run_serve(argv: Sequence[str]) -> None:
         _warn_of_strangers(web)
         _end(serve_on_ray(ServiceRecipe(model, service), web, _Told(begun, web, None)))
         return
-    from clipgraft.serve.launch import Launch, serve
+    from clipgraft.serve.launch import serve
     from clipgraft.serve.listening import address_of, listen
+    from clipgraft.serve.web_process import Launch
 
     listening = listen(web)
     _warn_of_strangers(web)
@@ -69,21 +71,64 @@ class ServiceRecipe:
     model: ModelFlags
     service: ServiceArgs
     processes: int = 1
+    process: int = 0
+
+    def numbered(self, process: int) -> ServiceRecipe:
+        """The recipe of one of several processes."""
+        return replace(self, process=process)
 
     def __call__(self) -> Backend:
-        """Load the model; adapters and folders that are not there are told before that."""
+        """Load the model; adapters that are not there are told before that."""
         _OUTPUT.enter_context(plain_output())
         from clipgraft.cli.common import load_model
         from clipgraft.serve.service import Service
         from clipgraft.serve.sources import find_sources
 
-        find_sources(self.service.adapters)
+        sources = find_sources(self.service.adapters)
+        model = _base_of(self.model, sources)
         if self.processes > 1:
             _share_cores(self.processes)
-        return Service(load_model(self.model), self.service)
+            model = model.model_copy(update={"device": _own_device(model.device, self.process)})
+        return Service(load_model(model), self.service)
+
+
+def _base_of(model: ModelFlags, sources: Mapping[str, str]) -> ModelFlags:
+    """The base to load: without --model that of the first adapter that tells its own.
+
+    Raises:
+        ConfigError: --model is an adapter.
+    """
+    from clipgraft.adapters.convert import read_any
+    from clipgraft.adapters.open import split_adapter, tell_base
+
+    if "model" in model.model_fields_set:
+        _, adapter = split_adapter(model.model, model.pretrained)
+        if adapter is not None:
+            raise ConfigError(f"--model {model.model} is an adapter: give its base, and this with --adapters")
+        return model
+    for name, source in sources.items():
+        if source.startswith("hf:"):
+            continue
+        try:
+            base = read_any(Path(source)).base
+        except ClipgraftError:  # told when it is asked for
+            continue
+        if base.get("name"):
+            tell_base(base["name"], base.get("pretrained"), f"the adapter {name}")
+            update = {"model": base["name"], "pretrained": base.get("pretrained") or None}
+            return model.model_copy(update=update)
+    return model
 
 
 _OUTPUT = contextlib.ExitStack()  # of a model's process, which prints until it ends
+
+
+def _own_device(name: str, process: int) -> str:
+    """The device of one of several processes: of several GPUs each takes the next, if none is named."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{process % gpus}" if name in ("auto", "cuda") and gpus > 1 else name
 
 
 def _share_cores(processes: int) -> None:
@@ -94,17 +139,18 @@ def _share_cores(processes: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
-def _faults(service: ServiceArgs, web: WebArgs) -> list[str]:
+def _faults(model: ModelFlags, service: ServiceArgs, web: WebArgs) -> list[str]:
     """List everything that is wrong and known without a model."""
     faults = []
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         faults.append(f"this needs {', '.join(missing)}: pip install 'clipgraft[serve]'")
+    if model.precision == "amp_bf16":
+        faults.append("--precision amp_bf16: a server computes as its weights are stored: give bf16 or fp32")
     for word in service.adapters:
         faults += _missing("--adapters", word, "adapter, run, or folder of them")
     for word in service.folders:
         faults += _missing("--folders", word, "folder that `clipgraft encode` wrote")
-        path = _path_of(word)
-        if path.exists() and not (path / "manifest.json").is_file():
+        if _path_of(word).exists() and not (_path_of(word) / "manifest.json").is_file():
             faults.append(f"--folders {word}: is no folder that `clipgraft encode` wrote; encode it first")
     for name, path in (("--api-keys", web.api_keys), ("--adapter-root", web.adapter_root)):
         if path is not None and not path.exists():
@@ -115,6 +161,10 @@ def _faults(service: ServiceArgs, web: WebArgs) -> list[str]:
         faults.append("--uds and --host or --port both say where to listen: give one of them")
     if web.uds is not None and web.engine == "ray":
         faults.append("--uds: Ray Serve listens on a port; give --host and --port")
+    if web.port == 0 and web.engine == "ray":
+        faults.append("--port 0: Ray Serve wants to be told a port; give one")
+    if web.allow_adapter_loading and web.engine == "ray":
+        faults.append("--allow-adapter-loading: replicas on Ray keep the adapters they start with; drop it")
     if web.allow_adapter_loading and web.adapter_root is None:
         faults.append("--allow-adapter-loading: say with --adapter-root which folder they may lie in")
     return faults

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipgraft.engine import towers
 from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.linear import WeightCache
-from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters
+from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters, prepare
 from clipgraft.engine.packing import Packed, pack
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
@@ -158,6 +158,14 @@ class Encoder:
             )
             return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
 
+    def prepare(self, adapter: Adapter) -> None:
+        """Compute ahead what an adapter that will not change any more makes of each linear map."""
+        linears = [
+            *(() if self._text is None else towers.linears(self._text)),
+            *(() if self._vision is None else towers.linears(self._vision)),
+        ]
+        prepare(adapter, linears, self.dtype)
+
     def takes(self, tokens: Tensor) -> bool:
         """Whether (B, L) token ids are computed by the engine: where it is known which of them is pooled."""
         if self._text is None:
@@ -251,6 +259,12 @@ def encode_mixed(
     with rwlock_of(clip.model).write():
         require_unmerged(clip, "choose adapters by row")
         return _one_by_one(clip, tower, inputs, groups)
+
+
+def prepare_adapter(clip: Clip, adapter: Adapter) -> None:
+    """Compute ahead what `encode_mixed` needs of an adapter that will not change any more."""
+    with rwlock_of(clip.model).read():
+        _encoder(clip).prepare(adapter)
 
 
 def _groups(names: Names, count: int) -> _Groups:

@@ -154,6 +154,7 @@ def hang(clip: Clip, adapter: Adapter, name: str, *, activate: bool = True, repl
             state = _state_of(clip)
             active = name if activate else state.active
             _take_off(clip, state, {name})
+            adapter.prepared = None  # it may train from now on
             _hang(clip, state, name, adapter)
             state.enabled = state.enabled or activate
             make_active(clip, state, active)

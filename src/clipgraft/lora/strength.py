@@ -9,14 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipgraft.errors import AdapterError
 from clipgraft.lora.layers import BiasLayer, LoraLayer
 from clipgraft.lora.state import Adapter
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import site_weight
 from clipgraft.models.rwlock import rwlock_of
 
-_LEAST = 1e-3
+_LEAST = 1e-6
 _L = TypeVar("_L", LoraLayer, BiasLayer)
 
 
@@ -31,9 +30,6 @@ def at_strength(clip: Clip, adapter: Adapter, strength: float) -> Adapter:
         clip: the base that the adapter was built for.
         adapter: on the model or not.
         strength: any finite number.
-
-    Raises:
-        AdapterError: a rescaled output all but vanishes at that strength.
     """
     if strength == 1:
         return adapter
@@ -46,7 +42,9 @@ def at_strength(clip: Clip, adapter: Adapter, strength: float) -> Adapter:
             for site, layer in adapter.layers.items()
         }
         norms = {path: _scaled(layer, strength) for path, layer in adapter.norms.items()}
-    return replace(adapter, layers=layers, norms=norms, temperature=None)
+        plain = adapter.prepared is not None and all(layer.is_plain for layer in layers.values())
+        products = {key: one.scaled(strength) for key, one in adapter.prepared.items()} if plain else None
+    return replace(adapter, layers=layers, norms=norms, temperature=None, prepared=products)
 
 
 def _scaled(layer: _L, strength: float) -> _L:
@@ -70,6 +68,8 @@ class Interpolated(LoraLayer):
         lora_A, lora_B: the A of the update, and its B with s·f/g in it.
     """
 
+    variant = "interpolated"
+    label = "interpolated LoRA"
     rescales = True
     factor: Tensor
     lora_A: nn.Parameter
@@ -80,11 +80,8 @@ class Interpolated(LoraLayer):
         nn.Module.__init__(self)  # the tensors are those of a layer that exists
         given = layer.rescale(weight).detach()
         factor = 1 + strength * (given - 1)
-        if bool((factor.abs() < _LEAST).any()):
-            raise AdapterError(
-                f"strength {strength:g}: the factor of an output becomes {float(factor.abs().min()):.1g}, "
-                f"which {layer.label} cannot be computed with: choose another, from 0 to 1 at best"
-            )
+        # A divisor that loses nothing: an output of factor 0 keeps a millionth of the base's.
+        factor = torch.where(factor.abs() < _LEAST, _LEAST, factor)
         a, b = (part.detach() for part in layer.factors())
         ratio = (strength * given / factor).view(-1, *[1] * (b.ndim - 1))
         self.kind, self.r, self.alpha, self.dropout = layer.kind, layer.r, layer.alpha, 0.0

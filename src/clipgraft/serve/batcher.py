@@ -30,7 +30,8 @@ from clipgraft.serve.messages import Vectors
 
 log = logging.getLogger("clipgraft")
 _KINDS: dict[Tower, str] = {"text": "text", "vision": "image"}
-_SMOOTHING = 0.2
+_FADING = 0.8
+_LEAST_COST = 64
 _LEAST_RETRY = 0.5
 
 
@@ -89,15 +90,25 @@ class _Job:
 
 @dataclass
 class _Queue:
-    """Jobs of a tower, oldest first; what they cost; and the seconds that a token has cost lately."""
+    """Jobs of a tower, oldest first, and what they cost.
+
+    What a token takes is measured over the last batches, each of which costs something even with few tokens.
+    """
 
     jobs: deque[_Job] = field(default_factory=deque)
     cost: int = 0
-    seconds_each: float = 0.0
+    measured_cost: float = 0.0
+    measured_seconds: float = 0.0
 
-    @property
-    def seconds(self) -> float:
-        return self.cost * self.seconds_each
+    def measure(self, cost: int, seconds: float) -> None:
+        self.measured_cost = _FADING * self.measured_cost + max(cost, _LEAST_COST)
+        self.measured_seconds = _FADING * self.measured_seconds + seconds
+
+    def seconds_of(self, cost: int) -> float:
+        """What rows of a cost would take."""
+        if not cost or not self.measured_cost:
+            return 0.0
+        return max(cost, _LEAST_COST) * self.measured_seconds / self.measured_cost
 
 
 _Part: TypeAlias = tuple[_Job, int]
@@ -192,7 +203,7 @@ class Batcher:
         """Seconds until a row that came now would be begun."""
         since, estimate = self._busy
         under_way = max(0.0, estimate - (time.monotonic() - since))
-        return under_way + sum(queue.seconds for queue in self._queues.values())
+        return under_way + sum(queue.seconds_of(queue.cost) for queue in self._queues.values())
 
     def _withdraw(self, job: _Job) -> None:
         with self._changed:
@@ -235,8 +246,8 @@ class Batcher:
                 parts = self._take(expired)
                 if expired:
                     break
-            estimate = sum(job.rows[n].cost for job, n in parts) * self._queues[self._last].seconds_each
-            self._busy = (time.monotonic(), estimate)
+            cost = sum(job.rows[n].cost for job, n in parts)
+            self._busy = (time.monotonic(), self._queues[self._last].seconds_of(cost))
         for job in expired:
             self._counters.add("expired", job.missing)
             _fail(job, UnavailableError("the request was not begun within its time"))
@@ -297,9 +308,7 @@ class Batcher:
         self._counters.observe_batch(len(parts))
         self._counters.add(f"batches_{_KINDS[tower]}")
         self._counters.add(f"items_{_KINDS[tower]}", len(parts))
-        queue = self._queues[tower]
-        before = queue.seconds_each or seconds / cost
-        queue.seconds_each = before + _SMOOTHING * (seconds / cost - before)
+        self._queues[tower].measure(cost, seconds)
 
     def _halve(self, tower: Tower, parts: list[_Part]) -> None:
         """Compute parts; those that fail alone fail their jobs."""

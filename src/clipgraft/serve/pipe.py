@@ -76,6 +76,8 @@ class Pipe:
         Raises:
             OSError: the other side is gone.
         """
+        if self._writer.is_closing():  # uvloop would raise a RuntimeError
+            raise ConnectionResetError
         self._writer.write(frame)
         async with self._draining:
             await self._writer.drain()

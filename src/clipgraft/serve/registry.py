@@ -44,7 +44,7 @@ from clipgraft.serve.sources import (
 log = logging.getLogger("clipgraft")
 _RETRY_SECONDS = 5.0
 _USES_EACH = 8
-_MOST_STRENGTHS = 8
+_MOST_STRENGTHS = 4
 
 
 class Loaded:
@@ -78,10 +78,7 @@ class Loaded:
         with self._lock:
             found = self._strengths.pop(strength, None)
             if found is None:
-                try:
-                    found = at_strength(self._clip, self.read.adapter, strength)
-                except AdapterError as error:
-                    raise AdapterError(f"adapter {self.name}: {error}") from error
+                found = at_strength(self._clip, self.read.adapter, strength)
             self._strengths[strength] = found
             if len(self._strengths) > _MOST_STRENGTHS:
                 self._strengths.popitem(last=False)

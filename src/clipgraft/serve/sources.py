@@ -15,6 +15,7 @@ from pathlib import Path
 from clipgraft.adapters.attach import detached, read_for
 from clipgraft.adapters.folder import FILES, is_adapter
 from clipgraft.adapters.run_folder import find_run_model, is_run
+from clipgraft.engine.encoder import prepare_adapter
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
 from clipgraft.evaluate.head import Head, load_head
 from clipgraft.lora.state import Adapter
@@ -123,6 +124,7 @@ def read_source(clip: Clip, source: str) -> Read:
     adapter = detached(clip, file)
     for module in adapter.modules():
         module.eval().requires_grad_(False)
+    prepare_adapter(clip, adapter)
     folder = None if found is None else found.head
     if folder is None:
         return Read(adapter, file.temperature)

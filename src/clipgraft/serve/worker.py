@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
-from clipgraft.errors import ClipgraftError, UnavailableError
+from clipgraft.errors import ClipgraftError, ClusterError, UnavailableError
 from clipgraft.processes import process_name, start_unsignalled, told_end
 from clipgraft.serve.messages import Message, State
 from clipgraft.serve.pipe import Frame, Kind, Pipe, packed
@@ -276,8 +276,8 @@ class Worker:
                     child.process.kill()
                     raise
                 finally:
-                    await child.end()
                     self._lost(child)
+                    await child.end()
                 if self._closing:
                     return
                 record.quick = 0 if child.answered else record.quick + 1
@@ -296,7 +296,7 @@ class Worker:
             raise
         except Exception as error:  # such as no processes left
             log.exception("the model's process cannot be started")
-            self._failure = ClipgraftError(f"the model's process cannot be started: {error}")
+            self._failure = ClusterError(f"the model's process cannot be started: {error}")
             self.reason = str(self._failure)
             self._enter("failed")
 
@@ -314,6 +314,10 @@ class Worker:
                 self._enter("ready")
             elif child.state == "failed":
                 break
+        was_ready = child.state == "ready"
+        self._lost(child)
+        if was_ready and not self._closing:
+            self._enter("restarting")
         watching.cancel()
         found = (await asyncio.gather(watching, return_exceptions=True))[0]
         if isinstance(found, str):
@@ -354,7 +358,7 @@ class Worker:
         if child.unusable is not None:
             self._failure = child.unusable
         else:
-            self._failure = ClipgraftError(f"the model's process {reason}, {ended} times in a row")
+            self._failure = ClusterError(f"the model's process {reason}, {ended} times in a row")
         self.reason = one_line(str(self._failure))
         log.error("the model is given up: %s", self.reason)
         self._enter("failed")
@@ -366,11 +370,13 @@ class Worker:
         if self._state == "failed":
             return UnavailableError(f"the model failed: {self.reason}", 60.0)
         left = max(1.0, self._record.back_at - time.monotonic())
-        doing = "restarting" if self._record.restarts else "starting"
+        doing = "restarting" if self._record.restarts or self._state == "restarting" else "starting"
         return UnavailableError(f"the model is {doing}", left)
 
     def _enter(self, state: State) -> None:
-        if state == self._state or (self._state == "draining" and state != "failed"):
+        if state == self._state or self._state == "failed":
+            return
+        if self._state == "draining" and state != "failed":
             return
         self._state = state
         self._changed.set()

@@ -13,9 +13,10 @@ from torch import nn
 import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.serve.api import create_app
-from clipgraft.serve.args import WebArgs
+from clipgraft.serve.args import ServiceArgs, WebArgs
+from clipgraft.serve.service import Service
+from lent_backend import LentBackend
 from served_app import running
-from small_backend import SmallBackend
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +41,25 @@ def offline() -> Clip:
 
 
 @pytest.fixture(scope="session")
-def backend(adapter_folders: dict[str, Path]) -> SmallBackend:
-    """The emoji base with its two adapters."""
-    return SmallBackend(cg.load("emoji"), adapter_folders)
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six scenes, encoded by the base."""
+    root = tmp_path_factory.mktemp("scenes")
+    tables = cg.emoji.write_scenes(root, "val", 6, ["en"])
+    cg.search.encode_folder(cg.load("emoji"), tables["en"], root / "encoded", progress=False)
+    return root / "encoded"
 
 
 @pytest.fixture(scope="session")
-def address(backend: SmallBackend) -> Iterator[str]:
+def backend(adapter_folders: dict[str, Path], encoded: Path) -> Iterator[LentBackend]:
+    """The emoji base with its two adapters, and the scenes as the folder `photos`."""
+    words = tuple(f"{name}={path}" for name, path in adapter_folders.items())
+    args = ServiceArgs(adapters=words, folders=(f"photos={encoded}",), timeout=120, max_queue_seconds=120)
+    with Service(cg.load("emoji"), args) as service:
+        yield LentBackend(service)
+
+
+@pytest.fixture(scope="session")
+def address(backend: LentBackend) -> Iterator[str]:
     """A server with default options."""
     with running(create_app(lambda: backend, WebArgs(max_body_mb=1, max_items=64))) as url:
         yield url
@@ -55,5 +68,5 @@ def address(backend: SmallBackend) -> Iterator[str]:
 @pytest.fixture
 def client(address: str) -> Iterator[httpx.Client]:
     """A client of that server."""
-    with httpx.Client(base_url=address, timeout=30) as made:
+    with httpx.Client(base_url=address, timeout=60) as made:
         yield made

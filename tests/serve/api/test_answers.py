@@ -37,7 +37,8 @@ def test_classify(client: httpx.Client, offline: Clip) -> None:
     wanted = cosines(offline, "a kitten", [f"a {name}" for name in classes])
     first = found["data"][0]
     np.testing.assert_allclose(first["scores"], wanted, atol=1e-5)
-    np.testing.assert_allclose(first["probs"], (100 * wanted).softmax(0), atol=1e-4)
+    scale = offline.logit_scale.detach().exp()
+    np.testing.assert_allclose(first["probs"], (scale * wanted).softmax(0), atol=1e-4)
     assert first["label"] == classes[int(wanted.argmax())]
     assert [row["index"] for row in found["data"]] == [0, 1]
     assert sum(found["data"][1]["probs"]) == pytest.approx(1, abs=1e-5)
@@ -105,17 +106,22 @@ def test_rank_names_the_field(client: httpx.Client) -> None:
         assert error["param"] == param, error
 
 
-def test_search(client: httpx.Client) -> None:
-    """The page would show nothing, or not find the thumbnails of what it shows."""
+def test_search(client: httpx.Client, adapter_folders: dict[str, Path], encoded: Path) -> None:
+    """The page would show other images than `clipgraft search`, or not find their thumbnails."""
+    clip = cg.load("emoji")
+    cg.load_adapter(clip, adapter_folders["vi"])
+    wanted = cg.search.query(encoded, "a cat", k=3, model=clip)
     answer = client.post("/search", json={"text": "a cat", "k": 3, "model": "vi"})
     assert answer.status_code == 200, answer.text
     hits = answer.json()["hits"]
+    assert answer.json()["folder"] == "photos"
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
-    assert hits[0]["metadata"]["taken"] is None  # NaN is no JSON
+    assert [hit["path"] for hit in hits] == [hit.path for hit in wanted]
+    np.testing.assert_allclose([hit["score"] for hit in hits], [hit.score for hit in wanted], atol=1e-5)
     for hit in hits:
         picture = client.get(hit["thumbnail"], params={"side": 64})
         assert picture.headers["content-type"] == "image/jpeg"
-        assert open_image(picture.content).size[0] == 64
+        assert max(open_image(picture.content).size) == 64
 
 
 @pytest.mark.parametrize(
@@ -163,14 +169,17 @@ def test_thumbnails_that_are_not_there(client: httpx.Client, path: str, status: 
 def test_describe(client: httpx.Client) -> None:
     """The page would not know what is served, nor how much a request may bring."""
     found = client.get("/describe").json()
-    assert [adapter["name"] for adapter in found["adapters"]] == ["vi", "both"]
+    assert [adapter["name"] for adapter in found["adapters"]] == ["both", "vi"]
     assert found["limits"] == {
         "max_items": 64,
         "max_body_mb": 1.0,
         "addresses": False,
         "adapter_loading": False,
     }
-    assert client.get("/statistics").json()["counts"] == {"items_text": 1}
+    assert client.get("/statistics").json()["counts"]["batches_text"] > 0
+    metrics = client.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert 'clipgraft_requests_total{method="GET",process="0",route="/describe",status="200"}' in metrics.text
 
 
 def test_the_web_side_has_no_torch() -> None:

@@ -43,7 +43,7 @@ def address(key_file: Path) -> Iterator[str]:
 @pytest.fixture
 def client(address: str) -> Iterator[httpx.Client]:
     """Return a client of that server that brings no key."""
-    with httpx.Client(base_url=address, timeout=10) as made:
+    with httpx.Client(base_url=address, timeout=60) as made:
         yield made
 
 

@@ -12,8 +12,8 @@ from openai import OpenAI
 
 from clipgraft.serve.api import create_app
 from clipgraft.serve.args import WebArgs
+from lent_backend import LentBackend
 from served_app import running
-from small_backend import SmallBackend
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, adapter_folders: dict[str, Pa
 
 
 @pytest.fixture(scope="module")
-def loading(backend: SmallBackend, root: Path) -> Iterator[str]:
+def loading(backend: LentBackend, root: Path) -> Iterator[str]:
     """Serve with the loading of adapters allowed."""
     with running(create_app(lambda: backend, WebArgs(allow_adapter_loading=True, adapter_root=root))) as url:
         yield url
@@ -62,16 +62,27 @@ def test_loading_is_off(client: httpx.Client, root: Path) -> None:
         assert answer.json()["error"]["type"] == "permission_error"
 
 
-def test_loading_needs_a_folder(backend: SmallBackend) -> None:
+def test_loading_needs_a_folder(backend: LentBackend) -> None:
     """Without a folder to stay in, requests could make the server read any."""
     with running(create_app(lambda: backend, WebArgs(allow_adapter_loading=True))) as url:
         asked = {"lora_name": "a", "lora_path": "/"}
         assert httpx.post(f"{url}/v1/load_lora_adapter", json=asked).status_code == 403
 
 
+def test_loading_needs_one_process(backend: LentBackend, root: Path) -> None:
+    """One of several processes would know the adapter, and the next request would meet another."""
+    web = WebArgs(allow_adapter_loading=True, adapter_root=root, workers=2)
+    with running(create_app(lambda: backend, web)) as url:
+        asked = {"lora_name": "a", "lora_path": "shoes"}
+        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=asked)
+        assert answer.status_code == 403
+        assert "give all at the start" in answer.json()["error"]["message"]
+        assert not httpx.get(f"{url}/describe", timeout=60).json()["limits"]["adapter_loading"]
+
+
 def test_load_use_unload(loading: str, root: Path) -> None:
     """A program written for vLLM could not bring its adapter, or be rid of it."""
-    with httpx.Client(base_url=loading, timeout=30) as client:
+    with httpx.Client(base_url=loading, timeout=60) as client:
         asked = {"lora_name": "shoes", "lora_path": str(root / "shoes")}
         answer = client.post("/v1/load_lora_adapter", json=asked)
         assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'shoes' added successfully.")
@@ -119,7 +130,7 @@ def test_paths_outside(loading: str, path: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["emoji", "", "-a", "../a", "a:b", "a\nb", "a" * 300])
+@pytest.mark.parametrize("name", ["emoji", "", "-a", "../a", "a:b", "a/b", "a\nb", "a" * 300])
 def test_names_that_cannot_be(loading: str, name: str) -> None:
     """An adapter could take the name of the base, or one that breaks a log or a path."""
     answer = httpx.post(f"{loading}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "shoes"})

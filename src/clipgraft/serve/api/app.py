@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from clipgraft import __version__
 from clipgraft.errors import ClipgraftError, ConfigError
 from clipgraft.serve.api import classify, embeddings, models, rank, search, status
 from clipgraft.serve.api.asking import Fetcher, Served
@@ -25,10 +27,15 @@ from clipgraft.serve.api.failures import (
     on_refused,
 )
 from clipgraft.serve.api.keys import RequireKey, keys_from
+from clipgraft.serve.api.reference import reference_routes
 from clipgraft.serve.api.remote_images import RemoteImages
 from clipgraft.serve.args import WebArgs
+from clipgraft.serve.logs import Observed, RequestLog
 from clipgraft.serve.messages import Backend
+from clipgraft.serve.metrics import Metrics
+from clipgraft.serve.page import page_routes
 
+_PUBLISHED_EVERY = 1.0  # seconds
 MakeBackend: TypeAlias = Callable[[], Backend | Awaitable[Backend]]
 _ROUTERS = (
     embeddings.router,
@@ -41,7 +48,11 @@ _ROUTERS = (
 
 
 def create_app(
-    make_backend: MakeBackend, web: WebArgs | None = None, *, fetch: Fetcher | None = None
+    make_backend: MakeBackend,
+    web: WebArgs | None = None,
+    *,
+    metrics: Metrics | None = None,
+    fetch: Fetcher | None = None,
 ) -> FastAPI:
     """Build an application that answers over HTTP what a backend answers.
 
@@ -49,6 +60,7 @@ def create_app(
         make_backend: called when the application starts, in its event loop; the application closes what it
             returns, or what it returns an awaitable of, when it stops.
         web: the server's options.
+        metrics: what counts the requests; of a server of several processes, one that shares its counts.
         fetch: fetches images from addresses, in place of one that reaches public addresses alone and only
             with `web.allow_urls`.
 
@@ -58,20 +70,25 @@ def create_app(
     web = web or WebArgs()
     keys = keys_from(web.api_keys)
     fetch = fetch or _fetcher(web)
+    metrics = metrics or Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         made = make_backend()
         backend = await made if inspect.isawaitable(made) else made
-        app.state.served = Served(web, backend, fetch)
+        app.state.served = Served(web, backend, metrics, fetch)
+        publishing = asyncio.create_task(_publish(metrics, backend))
         try:
             yield
         finally:
+            publishing.cancel()
             await backend.close()
 
-    app = FastAPI(title="clipgraft", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="clipgraft", version=__version__, lifespan=lifespan, openapi_url=None)
     for router in _ROUTERS:
         app.include_router(router)
+    for page in [*reference_routes(app), *(page_routes() if web.page else [])]:
+        app.add_api_route(page.path, page.endpoint, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(RefusedError, on_refused)
     app.add_exception_handler(ClipgraftError, on_clipgraft_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
@@ -83,7 +100,15 @@ def create_app(
     if web.cors:
         _allow_origins(app, web.cors)
     app.add_middleware(CatchAll)
+    app.add_middleware(Observed, sinks=(metrics, RequestLog(web.log_format)))
     return app
+
+
+async def _publish(metrics: Metrics, backend: Backend) -> None:
+    """Tell the other processes of a server what this one counted."""
+    while True:
+        await metrics.publish(backend)
+        await asyncio.sleep(_PUBLISHED_EVERY)
 
 
 def _bytes(megabytes: float) -> int:

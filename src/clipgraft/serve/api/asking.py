@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from clipgraft.errors import ItemError, UnknownNameError
+from clipgraft.errors import ItemError, UnavailableError, UnknownNameError
 from clipgraft.serve.api.failures import ClientGoneError, RefusedError, did_you_mean
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.logs import note_answer
@@ -22,11 +22,10 @@ from clipgraft.serve.messages import (
     Message,
     With,
 )
+from clipgraft.serve.metrics import Metrics
 from clipgraft.shown import shown_line
 
 Answer = TypeVar("Answer")
-
-
 Fields: TypeAlias = Callable[[int], str]
 
 
@@ -58,14 +57,21 @@ class Served:
     Attributes:
         web: the server's options.
         backend: answers messages.
+        metrics: what `/metrics` tells.
         fetch: fetches images from addresses; None where that is not allowed.
         base: the first description, of which only what never changes is read: the base's name and width.
     """
 
     web: WebArgs
     backend: Backend
+    metrics: Metrics
     fetch: Fetcher | None = None
     base: Description | None = None
+
+
+def loads_adapters(web: WebArgs) -> bool:
+    """Whether requests may load adapters: in one process alone, since others would not learn of it."""
+    return web.allow_adapter_loading and web.adapter_root is not None and web.workers == 1
 
 
 def served(request: Request) -> Served:
@@ -91,11 +97,14 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -
 
     Raises:
         ClientGoneError: nobody waits any more.
+        UnavailableError: the work was cancelled from elsewhere.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request.receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.cancelled():  # by whoever does it, not by us
+            raise UnavailableError("the model gave this request up")
         if working.done():
             return working.result()
         raise ClientGoneError

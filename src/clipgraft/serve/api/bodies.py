@@ -57,11 +57,11 @@ class BoundedBodies:
         coding = headers.get("content-encoding", "identity").strip().lower()
         if coding != "identity":
             message = "compressed bodies are not taken; send it without Content-Encoding"
-            raise RefusedError(415, message, code="unsupported_media_type", headers=_CLOSE)
+            raise RefusedError(415, message, code="unsupported_media_type")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
             message = "send JSON, with `Content-Type: application/json`; images go in it as data URIs"
-            raise RefusedError(415, message, code="unsupported_media_type", headers=_CLOSE)
+            raise RefusedError(415, message, code="unsupported_media_type")
 
     async def _read(self, receive: Receive) -> bytes:
         parts: list[bytes] = []

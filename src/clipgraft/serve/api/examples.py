@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+BASE_NAME = "emoji"
+"""What the examples call the base; `/openapi.json` has the name of the one that is served."""
+
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mO8IyfHgA0w"
     "MeAAg1MCAOBWAShOAhDlAAAAAElFTkSuQmCC"

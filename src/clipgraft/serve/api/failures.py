@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clipgraft.errors import (
     AdapterError,
     BusyError,
+    CheckpointError,
     ClipgraftError,
     ClusterError,
     ItemError,
@@ -110,6 +110,7 @@ _KINDS: tuple[tuple[type[ClipgraftError], _Kind], ...] = (
     (UnknownNameError, _Kind(404, "not_found")),
     (ItemError, _Kind(400, "invalid_item")),
     (AdapterError, _Kind(409, "adapter_unusable")),
+    (CheckpointError, _Kind(409, "adapter_unusable")),
     (TargetError, _Kind(409, "adapter_unusable")),
     (WriteError, _Kind(503, "unavailable")),
     (BusyError, _Kind(503, "unavailable")),
@@ -135,7 +136,7 @@ def refusal_of(error: ClipgraftError) -> RefusedError:
 
 
 def answer(refusal: RefusedError) -> Response:
-    """Write a refusal as a response."""
+    """Write a refusal as a response, and note its code for the log."""
     note_error(refusal.code)
     body = {
         "message": shown_line(refusal.message, _LONGEST),
@@ -230,7 +231,10 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class CatchAll:
-    """Turn a fault of ours into a 500 with the request's id, and log it under that id."""
+    """Turn a fault of ours into a 500 with the request's id, and log it under that id.
+
+    Stands inside `clipgraft.serve.logs.Observed`, which gives the id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -239,8 +243,7 @@ class CatchAll:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        identity = state.setdefault("request_id", uuid.uuid4().hex)
+        identity = scope["state"]["request_id"]
         begun = False
 
         async def sending(message: Message) -> None:

@@ -117,7 +117,7 @@ class RequireKey:
             await self.app(scope, receive, send)
             return
         message = "a key is missing or wrong; send `Authorization: Bearer KEY`"
-        headers = {"WWW-Authenticate": 'Bearer realm="clipgraft"', "Connection": "close"}
+        headers = {"WWW-Authenticate": 'Bearer realm="clipgraft"'}
         await answer(RefusedError(401, message, code="invalid_api_key", headers=headers))(
             scope, receive, send
         )

@@ -12,8 +12,8 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from clipgraft.errors import AdapterError, UnknownNameError
-from clipgraft.serve.api.asking import ask, served, unknown_model
+from clipgraft.errors import AdapterError, CheckpointError, UnknownNameError
+from clipgraft.serve.api.asking import ask, loads_adapters, served, unknown_model
 from clipgraft.serve.api.bodies import JsonRoute
 from clipgraft.serve.api.examples import named
 from clipgraft.serve.api.failures import BODY_STATUSES, RefusedError, did_you_mean, statuses
@@ -48,8 +48,8 @@ class LoadRequest(Strict):
 
     lora_name: str = Field(
         max_length=256,
-        pattern=r"^\w[\w.\-/ ]*$",
-        description="What requests will call it: letters, digits, and ._-/ after the first.",
+        pattern=r"^\w[\w.+-]*$",
+        description="What requests will call it: letters, digits and _.+-, the first a letter or digit.",
     )
     lora_path: str = Field(
         min_length=1, max_length=4096, description="Its folder, in or under the server's `adapter_root`."
@@ -130,7 +130,7 @@ async def load_lora_adapter(
         raise RefusedError(400, message, param="lora_name")
     try:
         info = await ask(request, LoadAdapter(asked.lora_name, str(source), asked.load_inplace))
-    except AdapterError as error:
+    except (AdapterError, CheckpointError) as error:
         # It is the request that brought what cannot be used, other than with an adapter of the server's own.
         raise RefusedError(400, "; ".join(error.lines), param="lora_path", code="adapter_unusable") from None
     return f"Success: LoRA adapter '{info.name}' added successfully."
@@ -162,6 +162,9 @@ def _check_allowed(request: Request) -> None:
     if not web.allow_adapter_loading or web.adapter_root is None:
         message = "this server loads and unloads no adapters: start it with `allow_adapter_loading`"
         raise RefusedError(403, f"{message} and `adapter_root`", code="adapter_loading_is_off")
+    if not loads_adapters(web):
+        message = "each of this server's processes has adapters of its own, and a request reaches one of them"
+        raise RefusedError(403, f"{message}: give all at the start", code="adapter_loading_is_off")
 
 
 def _inside_root(request: Request, given: str) -> Path:

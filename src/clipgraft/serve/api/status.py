@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
-from clipgraft.serve.api.asking import ask, served
+from clipgraft.serve.api.asking import ask, loads_adapters, served
 from clipgraft.serve.api.failures import RefusedError, retry_headers, statuses
 from clipgraft.serve.api.schemas import Shape
 from clipgraft.serve.messages import Describe, State, Stats
+from clipgraft.serve.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["server"])
 
@@ -120,7 +121,7 @@ async def describe(request: Request) -> Response:
         "max_items": shared.web.max_items,
         "max_body_mb": shared.web.max_body_mb,
         "addresses": shared.fetch is not None,
-        "adapter_loading": shared.web.allow_adapter_loading,
+        "adapter_loading": loads_adapters(shared.web),
     }
     body = dataclasses.asdict(found) | {"state": shared.backend.state, "limits": limits}
     return Response(to_json(body), media_type="application/json")
@@ -131,3 +132,14 @@ async def statistics(request: Request) -> Response:
     """Count what the model did since its start; `/metrics` has the same for Prometheus."""
     found = await ask(request, Stats())
     return Response(to_json(dataclasses.asdict(found), inf_nan_mode="strings"), media_type="application/json")
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={code: shape for code, shape in statuses().items() if code == 401},
+)
+async def metrics(request: Request) -> Response:
+    """Count what the server and its model did, for Prometheus."""
+    shared = served(request)
+    return Response(await shared.metrics.tell(shared.backend), headers={"Content-Type": CONTENT_TYPE})

@@ -24,7 +24,7 @@ export async function call(path, { body, signal, waiting = () => {} } = {}) {
     if (response?.ok) { waiting(""); return response; }
     const { message, code } = response ? await fault(response) : { message: "The server does not answer" };
     signal?.throwIfAborted();
-    if (response?.status === 401) { await keyAfter(used, message); continue; }
+    if (response?.status === 401) { await keyAfter(used); continue; }
     if (response && response.status !== 429 && response.status !== 503) {
       waiting("");
       throw new CallError(response.status, message, code);
@@ -78,11 +78,11 @@ function kept() {
 }
 
 // Ask for a key once, however many calls wait for it; a key given since is tried first.
-function keyAfter(used, message) {
+function keyAfter(used) {
   if (used !== key) return Promise.resolve();
   asking ??= new Promise(resolve => {
     const form = at("key"), field = at("key-value");
-    at("key-why").textContent = used ? "This key is not accepted; try another." : `This server asks for a key: ${message}.`;
+    at("key-why").textContent = used ? "This key is not accepted; try another." : "This server asks for a key.";
     form.hidden = false;
     field.value = "";
     field.focus();

@@ -9,7 +9,6 @@ let running = null;
 
 export function listen(asked) {
   at("class-form").addEventListener("submit", event => { event.preventDefault(); asked(); });
-  for (const id of ["class-names", "template"]) at(id).addEventListener("change", asked);
 }
 
 const typed = () => [...new Set(at("class-names").value.split("\n").map(line => line.trim()).filter(Boolean))];
