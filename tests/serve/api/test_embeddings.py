@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from openai import BadRequestError, NotFoundError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 
 import clipgraft as cg
@@ -82,6 +84,37 @@ def test_openai_client(openai: OpenAI, offline: Clip, adapted: dict[str, Clip], 
         np.testing.assert_allclose(np.array(got), wanted, atol=1e-5)
         assert answer.model == model
         assert answer.usage.prompt_tokens == sum(offline.count_tokens(TEXTS))
+
+
+def test_openai_client_in_an_event_loop(address: str, offline: Clip) -> None:
+    """Many requests at once would get each other's vectors."""
+
+    async def ask_all() -> list[list[float]]:
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as openai:
+            made = [openai.embeddings.create(model="emoji", input=f"{number} cats") for number in range(40)]
+            return [answer.data[0].embedding for answer in await asyncio.gather(*made)]
+
+    wanted = unit(offline.encode_text([f"{number} cats" for number in range(40)]))
+    np.testing.assert_allclose(np.array(asyncio.run(ask_all())), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0, 0.5, 1.3])
+def test_strength(client: httpx.Client, offline: Clip, adapted: dict[str, Clip], strength: float) -> None:
+    """The slider of the page would do nothing, or something else than it says."""
+    got = vectors(client.post("/v1/embeddings", json={"model": "vi", "input": TEXTS, "strength": strength}))
+    clip = cg.load("emoji")
+    state, base = clip.model.state_dict(), offline.model.state_dict()
+    cg.merge_lora(merged := copy.deepcopy(adapted["vi"]))
+    own = {
+        name.replace(".base_layer", "").replace(".base.", "."): t
+        for name, t in merged.model.state_dict().items()
+    }
+    for name in state:
+        state[name] = (
+            base[name] + strength * (own[name] - base[name]) if base[name].is_floating_point() else base[name]
+        )
+    clip.model.load_state_dict(state)
+    np.testing.assert_allclose(got, unit(clip.encode_text(TEXTS)), atol=1e-5)
 
 
 def test_adapters_change_the_answer(client: httpx.Client, adapted: dict[str, Clip]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Iterator
@@ -99,6 +100,14 @@ def test_fault_of_ours(
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in error["message"]
     assert answer.headers["x-request-id"] in caplog.text
+
+
+def test_request_that_was_given_up(client: httpx.Client, backend: ScriptedBackend) -> None:
+    """A model that ends while it has requests would answer them with faults of ours."""
+    backend.error = asyncio.CancelledError()
+    answer = client.post("/v1/embeddings", json=ASKED)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
 
 
 def test_long_names_are_cut(client: httpx.Client, backend: ScriptedBackend) -> None:

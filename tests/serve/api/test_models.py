@@ -69,6 +69,17 @@ def test_loading_needs_a_folder(backend: LentBackend) -> None:
         assert httpx.post(f"{url}/v1/load_lora_adapter", json=asked).status_code == 403
 
 
+def test_loading_needs_one_process(backend: LentBackend, root: Path) -> None:
+    """One of several processes would know the adapter, and the next request would meet another."""
+    web = WebArgs(allow_adapter_loading=True, adapter_root=root, workers=2)
+    with running(create_app(lambda: backend, web)) as url:
+        asked = {"lora_name": "a", "lora_path": "shoes"}
+        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=asked)
+        assert answer.status_code == 403
+        assert "give all at the start" in answer.json()["error"]["message"]
+        assert not httpx.get(f"{url}/describe", timeout=60).json()["limits"]["adapter_loading"]
+
+
 def test_load_use_unload(loading: str, root: Path) -> None:
     """A program written for vLLM could not bring its adapter, or be rid of it."""
     with httpx.Client(base_url=loading, timeout=60) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,9 @@ def test_log_and_metrics_of_a_request(open_server: str, caplog: pytest.LogCaptur
         )
         httpx.get(f"{open_server}/docs")
         httpx.get(f"{open_server}/v1/models/secret-name", timeout=60)
+        ending = time.monotonic() + 60
+        while len(caplog.records) < 3 and time.monotonic() < ending:  # a line is written after its answer
+            time.sleep(0.01)
     assert answer.headers["x-request-id"] == "id-of-mine"
     lines = [record.getMessage() for record in caplog.records]
     assert "200 POST /v1/embeddings" in lines[0]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from clipgraft.errors import ItemError, UnknownNameError
+from clipgraft.errors import ItemError, UnavailableError, UnknownNameError
 from clipgraft.serve.api.failures import ClientGoneError, RefusedError, did_you_mean
 from clipgraft.serve.args import WebArgs
 from clipgraft.serve.logs import note_answer
@@ -26,8 +26,6 @@ from clipgraft.serve.metrics import Metrics
 from clipgraft.shown import shown_line
 
 Answer = TypeVar("Answer")
-
-
 Fields: TypeAlias = Callable[[int], str]
 
 
@@ -71,6 +69,11 @@ class Served:
     base: Description | None = None
 
 
+def loads_adapters(web: WebArgs) -> bool:
+    """Whether requests may load adapters: in one process alone, since others would not learn of it."""
+    return web.allow_adapter_loading and web.adapter_root is not None and web.workers == 1
+
+
 def served(request: Request) -> Served:
     """Return what the routes of the request's application share."""
     found: Served = request.app.state.served
@@ -94,11 +97,14 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -
 
     Raises:
         ClientGoneError: nobody waits any more.
+        UnavailableError: the work was cancelled from elsewhere.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request.receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.cancelled():  # by whoever does it, not by us
+            raise UnavailableError("the model gave this request up")
         if working.done():
             return working.result()
         raise ClientGoneError

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from clipgraft.errors import AdapterError, CheckpointError, UnknownNameError
-from clipgraft.serve.api.asking import ask, served, unknown_model
+from clipgraft.serve.api.asking import ask, loads_adapters, served, unknown_model
 from clipgraft.serve.api.bodies import JsonRoute
 from clipgraft.serve.api.examples import named
 from clipgraft.serve.api.failures import BODY_STATUSES, RefusedError, did_you_mean, statuses
@@ -162,6 +162,9 @@ def _check_allowed(request: Request) -> None:
     if not web.allow_adapter_loading or web.adapter_root is None:
         message = "this server loads and unloads no adapters: start it with `allow_adapter_loading`"
         raise RefusedError(403, f"{message} and `adapter_root`", code="adapter_loading_is_off")
+    if not loads_adapters(web):
+        message = "each of this server's processes has adapters of its own, and a request reaches one of them"
+        raise RefusedError(403, f"{message}: give all at the start", code="adapter_loading_is_off")
 
 
 def _inside_root(request: Request, given: str) -> Path:

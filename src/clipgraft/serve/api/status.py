@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from clipgraft.serve.api.asking import ask, served
+from clipgraft.serve.api.asking import ask, loads_adapters, served
 from clipgraft.serve.api.failures import RefusedError, retry_headers, statuses
 from clipgraft.serve.api.schemas import Shape
 from clipgraft.serve.messages import Describe, State, Stats
@@ -121,7 +121,7 @@ async def describe(request: Request) -> Response:
         "max_items": shared.web.max_items,
         "max_body_mb": shared.web.max_body_mb,
         "addresses": shared.fetch is not None,
-        "adapter_loading": shared.web.allow_adapter_loading,
+        "adapter_loading": loads_adapters(shared.web),
     }
     body = dataclasses.asdict(found) | {"state": shared.backend.state, "limits": limits}
     return Response(to_json(body), media_type="application/json")
