@@ -12,8 +12,9 @@ from pathlib import Path
 
 from clipgraft.errors import ClipgraftError
 from clipgraft.serve.args import WebArgs
-from clipgraft.serve.launch import Launch, serve
+from clipgraft.serve.launch import serve
 from clipgraft.serve.listening import address_of, listen
+from clipgraft.serve.web_process import Launch
 from fake_service import Recipe
 
 

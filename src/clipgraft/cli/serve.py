@@ -45,8 +45,9 @@ def run_serve(argv: Sequence[str]) -> None:
         _warn_of_strangers(web)
         _end(serve_on_ray(ServiceRecipe(model, service), web, _Told(begun, web, None)))
         return
-    from clipgraft.serve.launch import Launch, serve
+    from clipgraft.serve.launch import serve
     from clipgraft.serve.listening import address_of, listen
+    from clipgraft.serve.web_process import Launch
 
     listening = listen(web)
     _warn_of_strangers(web)

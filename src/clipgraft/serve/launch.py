@@ -1,197 +1,202 @@
-"""Run a server: its socket, its web process or several, their models, and an orderly end.
+"""Start a server: one web process, or several that share a port, each with a model.
 
-The first SIGTERM or SIGINT drains: no new connections, `/ready` says no, and requests under way have
-`drain_seconds` to end, after which they are answered with 503. The second one ends all at once.
+Several processes take connections from one socket, so that one that is busy leaves them to others; one that
+ends is started again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import importlib
-import importlib.util
 import logging
+import multiprocessing
 import os
+import pickle
 import signal
 import socket
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import FrameType
 
-from clipgraft.processes import REQUESTS
-from clipgraft.serve.args import WebArgs
+from clipgraft.errors import ClipgraftError
+from clipgraft.processes import (
+    REQUESTS,
+    die_with_parent,
+    leave_terminal,
+    let_signals_in,
+    process_name,
+    start_unsignalled,
+    told_end,
+)
 from clipgraft.serve.listening import leave
-from clipgraft.serve.messages import Describe, Description, Encode, Text
-from clipgraft.serve.metrics import Metrics
-from clipgraft.serve.worker import Worker
-from clipgraft.serve.worker_process import MakeService
-
-if TYPE_CHECKING:
-    from clipgraft.serve.http_server import HttpServer
+from clipgraft.serve.messages import Description
+from clipgraft.serve.web_process import Launch, Told, end_at_once, serve_one
+from clipgraft.serve.worker import Supervision
 
 log = logging.getLogger("clipgraft.serve")
-Told: TypeAlias = Callable[[Description], None]
-_LOOK = 0.5  # seconds between two looks at a model's state
-_FAREWELL = 5.0  # seconds in which a server whose model failed says so, before it ends
-_INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the web processes of a server share.
-
-    Attributes:
-        make_service: builds the service, in a process of its own.
-        web: the server's options.
-        process: the number of this web process.
-        shared: the folder for figures of all of them; None for one alone.
-        output: where lines of processes go that are started here; pickle must be able to send it.
-    """
-
-    make_service: MakeService
-    web: WebArgs
-    process: int = 0
-    shared: Path | None = None
-    output: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-
-    @property
-    def alone(self) -> bool:
-        """Whether this is the only web process."""
-        return self.shared is None
+_PAUSES = Supervision(first_pause=0.2)
 
 
 def serve(launch: Launch, listening: socket.socket, told: Told) -> int:
-    """Serve until a signal; gives the exit code. Must run in the main thread.
+    """Serve until a signal, from `launch.web.workers` processes; gives the exit code.
+
+    Must run in the main thread.
 
     Args:
         launch: what is served.
         listening: as `clipgraft.serve.listening.listen` opens it; closed at the end.
-        told: called with what is served once a real message was answered.
+        told: called once with what is served, when each process has answered a real message.
 
     Raises:
         ClipgraftError: the model cannot be loaded, or was lost again and again.
     """
-    if launch.web.workers > 1:
-        from clipgraft.serve.fleet import serve_several
-
-        return serve_several(launch, listening, told)
     try:
-        return run(_Server(launch, listening).serve(told))
+        if launch.web.workers == 1:
+            return serve_one(launch, listening, told)
+        with tempfile.TemporaryDirectory(prefix="clipgraft-serve-", ignore_cleanup_errors=True) as shared:
+            return _Fleet(replace(launch, shared=Path(shared)), listening, told).run()
     finally:
         listening.close()
         leave(launch.web)
 
 
-def run(program: Coroutine[Any, Any, int]) -> int:
-    """Run a program on the fastest event loop that is installed."""
-    there = importlib.util.find_spec("uvloop") is not None
-    code: int = importlib.import_module("uvloop" if there else "asyncio").run(program)
-    return code
+class _Fleet:
+    """Keeps the processes running, each watched by a thread."""
 
-
-def serve_one(launch: Launch, listening: socket.socket, told: Told) -> int:
-    """Serve in one of several web processes; raises as `serve`."""
-    return run(_Server(launch, listening).serve(told))
-
-
-class _Server:
-    """A web process with its model."""
-
-    def __init__(self, launch: Launch, listening: socket.socket) -> None:
+    def __init__(self, launch: Launch, listening: socket.socket, told: Told) -> None:
         self._launch = launch
         self._listening = listening
-        self._worker = Worker(launch.make_service)
-        self._http: HttpServer | None = None
-        self._stopping = False
+        self._told = told
+        self._lock = threading.Lock()
+        self._processes: dict[int, BaseProcess] = {}
+        self._ready: dict[int, Description] = {}
+        self._stopping = threading.Event()
+        self._failure: Exception | None = None
 
-    async def serve(self, told: Told) -> int:
-        """Serve until a signal, or until the model cannot be loaded."""
-        self._listen_to_signals()
-        self._worker.start()
-        try:
-            http = self._http = await asyncio.to_thread(self._build)
-            http.should_exit = self._stopping
-            await self._run(http, told)
-        finally:
-            await self._worker.close()
+    def run(self) -> int:
+        """Run until all processes have ended after a signal, or because the model cannot be loaded."""
+        threads = [
+            threading.Thread(target=self._keep, args=(number,), name=f"web {number}", daemon=True)
+            for number in range(self._launch.web.workers)
+        ]
+        with self._signals():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)  # a signal is handled in between
+        if self._failure is not None:
+            raise self._failure
         return 0
 
-    def _build(self) -> HttpServer:
-        from clipgraft.serve.http_server import http_server
-
-        launch = self._launch
-        return http_server(lambda: self._worker, launch.web, Metrics(launch.process, launch.shared))
-
-    async def _run(self, http: HttpServer, told: Told) -> None:
-        serving = asyncio.create_task(http.serve([self._listening]))
-        beginning = asyncio.create_task(self._begin(http, told))
-        watching = asyncio.create_task(self._watch())
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        before = {kind: signal.signal(kind, self._stop) for kind in REQUESTS}
         try:
-            await asyncio.wait((serving, beginning), return_when=asyncio.FIRST_COMPLETED)
-            if beginning.done() and beginning.exception() is not None:
-                self._end()
-            await serving
+            yield
         finally:
-            for task in (beginning, watching):
-                task.cancel()
-            ended = await asyncio.gather(beginning, watching, return_exceptions=True)
-        if isinstance(ended[0], Exception):
-            raise ended[0]
-        if self._worker.state == "failed":
-            await self._worker.ready()  # raises the reason
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
 
-    async def _begin(self, http: HttpServer, told: Told) -> None:
-        """Wait for the model, and tell once a real message has come back."""
-        while not http.started:
-            await asyncio.sleep(0.01)
-        await self._worker.ready()
-        if self._stopping:
-            return
-        described = await self._worker.answer(Describe())
-        if "text" in described.towers:
-            await self._worker.answer(Encode((Text("ready"),)))
-        told(described)
-
-    async def _watch(self) -> None:
-        """End this process once its model is lost for good: whoever keeps it running starts it anew."""
-        while self._worker.state != "failed":
-            await asyncio.sleep(_LOOK)
-        if self._launch.alone:
-            await asyncio.sleep(_FAREWELL)
-        self._end()
-
-    def _end(self) -> None:
-        """Take no more connections, and end when those that are there have ended."""
-        self._stopping = True
-        if self._http is not None:
-            self._http.should_exit = True
-
-    def _listen_to_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for kind in REQUESTS:
-            if hasattr(signal, "pthread_sigmask"):
-                loop.add_signal_handler(kind, self._stop, kind)
-            else:
-                signal.signal(kind, lambda kind, _: loop.call_soon_threadsafe(self._stop, kind))
-
-    def _stop(self, kind: int) -> None:
+    def _stop(self, kind: int, _: FrameType | None) -> None:
         """Drain on the first signal; end at once on the second."""
-        if self._stopping:
-            log.warning("ended at once by a second signal")
+        if self._stopping.is_set():
+            for process in list(self._processes.values()):
+                process.kill()
             end_at_once(kind, self._launch)
-        seconds = self._launch.web.drain_seconds
-        waiting = self._worker.in_flight
-        under_way = f"{waiting} requests under way have {seconds:g} s" if waiting else "nothing is under way"
-        log.info("stopping: %s; a second signal ends it at once", under_way)
-        self._worker.drain()
-        self._end()
-        asyncio.get_running_loop().call_later(seconds, self._worker.abandon, "the server is stopping")
+        log.info("stopping; a second signal ends it at once")
+        self._end_all()
+
+    def _end_all(self) -> None:
+        self._stopping.set()
+        for process in list(self._processes.values()):
+            with contextlib.suppress(OSError, ValueError):
+                process.terminate()
+
+    def _keep(self, number: int) -> None:
+        """Run one process again and again."""
+        quick = 0
+        while not self._stopping.is_set():
+            process, receiver = self._start(number)
+            was_ready = self._listen_to(number, receiver)
+            process.join()
+            self._launch_file(number).unlink(missing_ok=True)
+            if self._stopping.is_set() or self._failure is not None:
+                return
+            quick = 0 if was_ready else quick + 1
+            pause = _PAUSES.pause(quick)
+            ended = told_end(process.exitcode)
+            log.warning("web process %d %s; it is started again in %.1f s", number, ended, pause)
+            self._stopping.wait(pause)
+
+    def _start(self, number: int) -> tuple[BaseProcess, Connection]:
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        job = pickle.dumps(replace(self._launch, process=number))
+        with sender, self._lock:
+            process = context.Process(
+                target=_serve, args=(job, self._listening, sender), name=process_name("web")
+            )
+            start_unsignalled(process)
+            self._processes[number] = process
+        if self._stopping.is_set():
+            process.terminate()
+        return process, receiver
+
+    def _listen_to(self, number: int, receiver: Connection) -> bool:
+        """Take in what a process says until it ends; whether it was ready."""
+        was_ready = False
+        with receiver:
+            while True:
+                try:
+                    found = receiver.recv()
+                except (EOFError, OSError):
+                    return was_ready
+                if isinstance(found, Exception):
+                    self._fail(found)
+                else:
+                    was_ready = True
+                    self._welcome(number, found)
+
+    def _welcome(self, number: int, described: Description) -> None:
+        with self._lock:
+            before = len(self._ready)
+            self._ready[number] = described
+            if before < len(self._ready) == self._launch.web.workers:
+                self._told(described)
+
+    def _fail(self, error: Exception) -> None:
+        """End all if the model cannot be loaded at the start; later that is one process's trouble."""
+        with self._lock:
+            if len(self._ready) == self._launch.web.workers or self._failure is not None:
+                log.warning("a web process: %s", error)
+                return
+            self._failure = error
+        self._end_all()
+
+    def _launch_file(self, number: int) -> Path:
+        assert self._launch.shared is not None
+        return self._launch.shared / f"{number}.json"
 
 
-def end_at_once(kind: int, launch: Launch) -> None:
-    """End this process now, and with it those that it started."""
-    leave(launch.web)
-    logging.shutdown()
-    os._exit(_INTERRUPTED + kind)
+def _serve(job: bytes, listening: socket.socket, sender: Connection) -> None:
+    """Serve in a process of the fleet; tell the parent what is served, or why nothing is."""
+    leave_terminal()
+    die_with_parent()
+    launch: Launch = pickle.loads(job)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops a Ctrl-C that came to the whole group until now
+    code = 1
+    with launch.output():
+        try:
+            let_signals_in()
+            code = serve_one(launch, listening, sender.send)
+        except ClipgraftError as error:
+            with contextlib.suppress(OSError):
+                sender.send(error)
+        sys.stdout.flush()
+    os._exit(code)
