@@ -14,10 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from torch import nn
 
 import clipgraft as cg
 from clipgraft.cli.flags.serve import SERVE
@@ -25,6 +23,7 @@ from clipgraft.cli.parser import parse
 from clipgraft.serve.api import create_app
 from clipgraft.serve.args import ServiceArgs, WebArgs
 from clipgraft.serve.service import Service
+from page_visits import chromium, write_adapter
 from served_app import running
 
 ROOT = Path(__file__).parents[2]
@@ -51,14 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the page's commands name: logs/vi, logs/fr, adapters/shoes, encoded/, cat.jpg."""
     root = tmp_path_factory.mktemp("serving")
     for seed, place in enumerate(("logs/vi", "logs/fr", "adapters/shoes")):
-        clip = cg.load("emoji")
-        torch.manual_seed(seed)
-        cg.apply_lora(clip, r=2, targets="text-attention")
-        for name, parameter in clip.model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
         (root / place).parent.mkdir(exist_ok=True)
-        cg.save_adapter(clip, root / place)
+        write_adapter(root / place, "text-attention", seed)
     cg.emoji.write_scenes(root / "scenes", "val", 6, ["en"])
     (root / "scenes" / "images").rename(root / "photos")
     cg.search.encode_folder(cg.load("emoji"), root / "photos", root / "encoded", workers=0, progress=False)
@@ -102,12 +95,9 @@ def test_python(
 
 def test_javascript(served: Served) -> None:
     """The script of the page gets no results in a browser."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no chromium to run the script of docs/serve.md in: apt-get install chromium")
+    path = chromium()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = browser.new_page()
         told: list[str] = []
         page.on("console", lambda message: told.append(message.text))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -156,31 +159,36 @@ def test_replaced_and_forgotten(registry: AdapterRegistry, folder: Path) -> None
     assert registry.gauges["adapter_bytes"] == 0
 
 
-def test_hub_adapters_are_fetched(
-    clip: Clip, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`hf:OWNER/NAME` is not found, or its failure ends in a library's traceback."""
-    from huggingface_hub import constants
+_HUB = """
+import sys
+import clipgraft as cg
+from clipgraft.errors import AdapterError
+from clipgraft.serve.registry import AdapterRegistry
+from clipgraft.serve.sources import find_sources
+registry = AdapterRegistry(cg.load("emoji"), find_sources(["hf:someone/shoes", "hf:someone/gone"]))
+print(registry.ask("shoes").result(60).read.adapter.settings.r)
+try:
+    registry.ask("gone").result(60)
+except AdapterError as error:
+    print(error)
+"""
 
+
+def test_hub_adapters_are_fetched(folder: Path, tmp_path: Path) -> None:
+    """`hf:OWNER/NAME` is not found, or its failure ends in a library's traceback."""
     shutil.copytree(folder / "text", tmp_path / "hub" / "someone" / "shoes")
     hub = HubServer(tmp_path / "hub")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
-        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        raising=False,
-    )
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    registry = AdapterRegistry(clip, find_sources(["hf:someone/shoes", "hf:someone/gone"]))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
     try:
-        with pytest.raises(AdapterError, match="adapter hf:someone/gone cannot be fetched"):
-            registry.ask("gone").result(60)
+        told = subprocess.run(
+            [sys.executable, "-c", _HUB], env=env, capture_output=True, text=True, timeout=120, check=True
+        )
     finally:
-        registry.close()
         hub.stop()
+    first, second = told.stdout.strip().splitlines()
+    assert first == "4"
+    assert second.startswith("adapter hf:someone/gone cannot be fetched: ")
 
 
 class _Sized:

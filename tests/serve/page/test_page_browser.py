@@ -17,7 +17,7 @@ from clipgraft.serve.api import create_app
 from clipgraft.serve.args import ServiceArgs, WebArgs
 from clipgraft.serve.messages import Classify, Describe, Search, Thumbnail
 from clipgraft.serve.service import Service
-from conftest import Between, Site
+from page_visits import Between, Site, chromium
 from served_app import running
 
 FIRST = 12
@@ -33,9 +33,9 @@ DROP = """([content, name, type]) => {
 
 # Of this module, not of the session: while Playwright runs, no other test of the thread could start a loop.
 @pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield launched
         launched.close()
 
@@ -118,10 +118,8 @@ def test_search_by_a_dropped_picture(visit: Page, site: Site, scenes: Path) -> N
     visit.locator("#weight").fill("0.25")
     visit.locator("#text").press("Enter")
     expect(visit.locator(".hit b").first).to_have_text("1")
-    visit.wait_for_timeout(300)
     assert settled(visit) == offline(scenes, "a cat", image=picture, image_weight=0.25)
     visit.get_by_role("button", name="Remove the picture").click()
-    visit.wait_for_timeout(300)
     assert settled(visit) == offline(scenes, "a cat")
 
 
@@ -199,18 +197,27 @@ def test_classes(visit: Page, site: Site) -> None:
 
 
 def test_what_is_loaded(visit: Page, site: Site) -> None:
-    """Nobody can see which adapters are served and in memory, or how busy the server is."""
+    """Nobody can see what is served and how busy it is, or each open page asks for it for ever."""
+    visit.clock.install()
     visit.get_by_role("tab", name="What is loaded").click()
     rows = visit.locator("#adapters tbody tr")
     expect(rows).to_have_count(3)
     row = rows.filter(has=visit.locator("th", has_text="vi"))
     expect(row).to_contain_text(re.compile("loaded|registered"))
-    expect(visit.locator("#busy")).to_contain_text("Texts a second")
     expect(visit.locator("#served-facts")).to_contain_text("photos (40 rows)")
+    expect(visit.locator("#busy dd").first).to_have_text("…")
+    visit.clock.run_for(2100)
+    expect(visit.locator("#busy dd").first).to_have_text("0")
     visit.get_by_role("tab", name="Results").click()
-    before = [type(message) for message in site.between.asked].count(Describe)
-    visit.wait_for_timeout(2500)
-    assert [type(message) for message in site.between.asked].count(Describe) <= before + 1
+    before = described(site)
+    visit.clock.run_for(20_000)
+    search(visit, "a cat")
+    settled(visit)
+    assert described(site) == before >= 3
+
+
+def described(site: Site) -> int:
+    return [type(message) for message in site.between.asked].count(Describe)
 
 
 def test_large_view(visit: Page, site: Site) -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from clipgraft.serve import page
-from conftest import Site
+from page_visits import Site
 
 FOLDER = Path(page.__file__).parent
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py")
