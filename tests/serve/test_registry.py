@@ -127,11 +127,11 @@ def test_a_failure_is_tried_again_after_a_while(
     """A network that was away for a moment leaves an adapter broken until the server is started again."""
     read, tries = module.read_source, []
 
-    def flaky(clip: Clip, source: str) -> object:
+    def flaky(builder: object, source: str) -> object:
         tries.append(source)
         if len(tries) == 1:
             raise OSError("no route to host")
-        return read(clip, source)
+        return read(builder, source)
 
     monkeypatch.setattr(module, "read_source", flaky)
     for _ in range(2):
@@ -174,6 +174,7 @@ except AdapterError as error:
 """
 
 
+@pytest.mark.slow
 def test_hub_adapters_are_fetched(folder: Path, tmp_path: Path) -> None:
     """`hf:OWNER/NAME` is not found, or its failure ends in a library's traceback."""
     shutil.copytree(folder / "text", tmp_path / "hub" / "someone" / "shoes")

@@ -142,7 +142,7 @@ def prepare(adapter: Adapter, linears: Iterable[Linear], dtype: torch.dtype) -> 
             updates = active.updates(linear)
             if not updates:
                 continue
-            out = sum(part.matrix.shape[0] for part in linear)
+            out = sum(part.outputs for part in linear)
             product = prepared[key_of(linear)] = Product.of(updates, out, dtype).stacked(out)
             ranked = [update.layer for update in updates if update.layer.r]
             for layer, (_, columns, b, _) in zip(ranked, product.parts, strict=True):
@@ -226,7 +226,7 @@ class MixedAdapters:
 
 def _outputs(linear: Linear) -> list[tuple[Part, slice]]:
     """The parts of a map, each with the outputs that are its own."""
-    stops = list(itertools.accumulate(part.matrix.shape[0] for part in linear))
+    stops = list(itertools.accumulate(part.outputs for part in linear))
     return [(part, slice(start, stop)) for part, start, stop in zip(linear, [0, *stops], stops, strict=False)]
 
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from clipgraft.adapters.builder import AdapterBuilder
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, UnknownNameError
 from clipgraft.evaluate.head import Head
 from clipgraft.lora.state import Adapter
@@ -154,6 +155,7 @@ class AdapterRegistry:
     ) -> None:
         """`budget` is in bytes; `sources` were checked by `find_sources`."""
         self._clip = clip
+        self._builder = AdapterBuilder(clip)
         self._counters = counters or Counters()
         self._lock = threading.RLock()
         self._memory = _Memory(budget)
@@ -283,7 +285,7 @@ class AdapterRegistry:
     def _read(self, entry: _Entry, reading: Future[Loaded]) -> None:
         started, files = time.perf_counter(), fingerprint_of_files(entry.source)
         try:
-            loaded = Loaded(self._clip, entry.name, read_source(self._clip, entry.source))
+            loaded = Loaded(self._clip, entry.name, read_source(self._builder, entry.source))
         # Whatever a strange file makes libraries raise, it fails the requests for this adapter alone.
         except BaseException as error:
             told = error if isinstance(error, ClipgraftError) else AdapterError(error_line(error))
