@@ -98,6 +98,20 @@ def test_many_who_ask_share_one_reading(registry: AdapterRegistry, counters: Cou
         registry.ask("bot")
 
 
+def test_bytes_are_counted_in_the_type_of_the_base(folder: Path) -> None:
+    """A base in bf16 fills the memory with copies of adapters that the budget does not see."""
+    sizes = {}
+    for precision in ("fp32", "bf16"):
+        registry = AdapterRegistry(
+            cg.load("emoji", precision=precision), find_sources([str(folder / "text")])
+        )
+        loaded = registry.ask("text").result(30)
+        sizes[precision] = loaded.nbytes
+        weights = sum(parameter.nbytes for parameter in loaded.read.adapter.parameters())
+        registry.close()
+    assert sizes == {"fp32": weights, "bf16": weights + weights // 2}
+
+
 def test_a_broken_adapter_fails_alone(clip: Clip, folder: Path, tmp_path: Path, counters: Counters) -> None:
     """Each request for a broken adapter reads it again, or it stays broken after it was mended."""
     shutil.copytree(folder / "text", tmp_path / "it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -65,6 +65,11 @@ class Product:
         stack = torch.stack([b for _, _, b, _ in self.parts])
         parts = tuple((*part[:2], b, part[3]) for part, b in zip(self.parts, stack, strict=True))
         return replace(self, parts=parts, together=stack.transpose(1, 2))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds; some may be views of others."""
+        held = (self.a, self.together, self.factor, self.addend, *(b for _, _, b, _ in self.parts))
+        return (tensor for tensor in held if tensor is not None)
 
     def scaled(self, strength: float) -> Product:
         """The product of the same adapter at a strength; of those that neither rescale nor add."""

@@ -104,7 +104,9 @@ def _nbytes(read: Read) -> int:
     if read.head is not None:
         tensors += read.head.parameters()
     shared = variant_of(read.adapter.settings).stored_shared(read.adapter.shared, read.adapter.settings)
-    return sum(int(tensor.nbytes) for tensor in [*tensors, *shared.values()])
+    products = [t for product in (read.adapter.prepared or {}).values() for t in product.tensors()]
+    storages = [tensor.untyped_storage() for tensor in (*tensors, *shared.values(), *products)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(eq=False)

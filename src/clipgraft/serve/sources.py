@@ -140,7 +140,7 @@ def _fetch(repository: str) -> Path:
         try:
             return Path(snapshot_download(repository, allow_patterns=["*.json", *FILES]))
         except Exception as error:  # each release of huggingface_hub has its own errors
-            told = " ".join(str(error).split()) or type(error).__name__
+            told = " ".join(str(error).split())[:200] or type(error).__name__
             reason = f"{offline}, and it is not in the local cache" if offline else told
             raise AdapterError(f"adapter {HUB}{repository} cannot be fetched: {reason}") from error
 
