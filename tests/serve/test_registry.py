@@ -98,6 +98,20 @@ def test_many_who_ask_share_one_reading(registry: AdapterRegistry, counters: Cou
         registry.ask("bot")
 
 
+def test_bytes_are_counted_in_the_type_of_the_base(folder: Path) -> None:
+    """A base in bf16 fills the memory with copies of adapters that the budget does not see."""
+    sizes = {}
+    for precision in ("fp32", "bf16"):
+        registry = AdapterRegistry(
+            cg.load("emoji", precision=precision), find_sources([str(folder / "text")])
+        )
+        loaded = registry.ask("text").result(30)
+        sizes[precision] = loaded.nbytes
+        weights = sum(parameter.nbytes for parameter in loaded.read.adapter.parameters())
+        registry.close()
+    assert sizes == {"fp32": weights, "bf16": weights + weights // 2}
+
+
 def test_a_broken_adapter_fails_alone(clip: Clip, folder: Path, tmp_path: Path, counters: Counters) -> None:
     """Each request for a broken adapter reads it again, or it stays broken after it was mended."""
     shutil.copytree(folder / "text", tmp_path / "it")
@@ -127,11 +141,11 @@ def test_a_failure_is_tried_again_after_a_while(
     """A network that was away for a moment leaves an adapter broken until the server is started again."""
     read, tries = module.read_source, []
 
-    def flaky(clip: Clip, source: str) -> object:
+    def flaky(builder: object, source: str) -> object:
         tries.append(source)
         if len(tries) == 1:
             raise OSError("no route to host")
-        return read(clip, source)
+        return read(builder, source)
 
     monkeypatch.setattr(module, "read_source", flaky)
     for _ in range(2):
@@ -174,6 +188,7 @@ except AdapterError as error:
 """
 
 
+@pytest.mark.slow
 def test_hub_adapters_are_fetched(folder: Path, tmp_path: Path) -> None:
     """`hf:OWNER/NAME` is not found, or its failure ends in a library's traceback."""
     shutil.copytree(folder / "text", tmp_path / "hub" / "someone" / "shoes")

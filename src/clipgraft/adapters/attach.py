@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def detached(clip: Clip, file: AdapterFile, *, force: bool = False) -> Adapter:
     with rwlock_of(clip.model).read():
         require_unmerged(clip, "read an adapter")
         file = in_terms_of(clip, file)
-        _check_base(clip, file, force)
+        check_base(clip, file, force)
         exact = file.settings.replace(targets=",".join(map(str, file.parts)))
         adapter = build(clip, exact, file.shared)
         _fill(clip, adapter, file)
@@ -94,15 +95,17 @@ def read_for(
     clip: Clip, path: str | Path, name: str | None = None, *, peft_out_proj: OutProj | None = None
 ) -> AdapterFile:
     """Read an adapter of any format in the terms of a base; raises AdapterError as `read_any` does."""
+    return read_any(path, name, peft_out_proj=peft_out_proj, **reading_options(clip))
+
+
+def reading_options(clip: Clip) -> dict[str, Any]:
+    """What `read_any` has to know of a base."""
     layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
-    return read_any(
-        path,
-        name,
-        peft_out_proj=peft_out_proj,
-        text_layers=layers.get("text"),
-        vision_layers=layers.get("vision"),
-        twin=clip.family.twin(clip.model),
-    )
+    return {
+        "text_layers": layers.get("text"),
+        "vision_layers": layers.get("vision"),
+        "twin": clip.family.twin(clip.model),
+    }
 
 
 def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
@@ -248,7 +251,8 @@ def _biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> Iterato
             yield path, norm.bias
 
 
-def _check_base(clip: Clip, file: AdapterFile, force: bool) -> None:
+def check_base(clip: Clip, file: AdapterFile, force: bool) -> None:
+    """Raise AdapterError where an adapter was made for another base, unless `force`."""
     if force or file.fingerprint is None or file.fingerprint == clip.fingerprint:
         return
     name = " / ".join(part for part in (file.base["name"], file.base["pretrained"]) if part)

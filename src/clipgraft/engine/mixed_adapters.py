@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -65,6 +65,11 @@ class Product:
         stack = torch.stack([b for _, _, b, _ in self.parts])
         parts = tuple((*part[:2], b, part[3]) for part, b in zip(self.parts, stack, strict=True))
         return replace(self, parts=parts, together=stack.transpose(1, 2))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds; some may be views of others."""
+        held = (self.a, self.together, self.factor, self.addend, *(b for _, _, b, _ in self.parts))
+        return (tensor for tensor in held if tensor is not None)
 
     def scaled(self, strength: float) -> Product:
         """The product of the same adapter at a strength; of those that neither rescale nor add."""
@@ -142,7 +147,7 @@ def prepare(adapter: Adapter, linears: Iterable[Linear], dtype: torch.dtype) -> 
             updates = active.updates(linear)
             if not updates:
                 continue
-            out = sum(part.matrix.shape[0] for part in linear)
+            out = sum(part.outputs for part in linear)
             product = prepared[key_of(linear)] = Product.of(updates, out, dtype).stacked(out)
             ranked = [update.layer for update in updates if update.layer.r]
             for layer, (_, columns, b, _) in zip(ranked, product.parts, strict=True):
@@ -226,7 +231,7 @@ class MixedAdapters:
 
 def _outputs(linear: Linear) -> list[tuple[Part, slice]]:
     """The parts of a map, each with the outputs that are its own."""
-    stops = list(itertools.accumulate(part.matrix.shape[0] for part in linear))
+    stops = list(itertools.accumulate(part.outputs for part in linear))
     return [(part, slice(start, stop)) for part, start, stop in zip(linear, [0, *stops], stops, strict=False)]
 
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from clipgraft.adapters.builder import AdapterBuilder
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError, UnknownNameError
 from clipgraft.evaluate.head import Head
 from clipgraft.lora.state import Adapter
@@ -103,7 +104,9 @@ def _nbytes(read: Read) -> int:
     if read.head is not None:
         tensors += read.head.parameters()
     shared = variant_of(read.adapter.settings).stored_shared(read.adapter.shared, read.adapter.settings)
-    return sum(int(tensor.nbytes) for tensor in [*tensors, *shared.values()])
+    products = [t for product in (read.adapter.prepared or {}).values() for t in product.tensors()]
+    storages = [tensor.untyped_storage() for tensor in (*tensors, *shared.values(), *products)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(eq=False)
@@ -154,6 +157,7 @@ class AdapterRegistry:
     ) -> None:
         """`budget` is in bytes; `sources` were checked by `find_sources`."""
         self._clip = clip
+        self._builder = AdapterBuilder(clip)
         self._counters = counters or Counters()
         self._lock = threading.RLock()
         self._memory = _Memory(budget)
@@ -283,7 +287,7 @@ class AdapterRegistry:
     def _read(self, entry: _Entry, reading: Future[Loaded]) -> None:
         started, files = time.perf_counter(), fingerprint_of_files(entry.source)
         try:
-            loaded = Loaded(self._clip, entry.name, read_source(self._clip, entry.source))
+            loaded = Loaded(self._clip, entry.name, read_source(self._builder, entry.source))
         # Whatever a strange file makes libraries raise, it fails the requests for this adapter alone.
         except BaseException as error:
             told = error if isinstance(error, ClipgraftError) else AdapterError(error_line(error))

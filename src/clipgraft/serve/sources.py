@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipgraft.adapters.attach import detached, read_for
+from clipgraft.adapters.builder import AdapterBuilder
 from clipgraft.adapters.folder import FILES, is_adapter
 from clipgraft.adapters.run_folder import find_run_model, is_run
 from clipgraft.engine.encoder import prepare_adapter
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
 from clipgraft.evaluate.head import Head, load_head
 from clipgraft.lora.state import Adapter
-from clipgraft.models.clip import Clip
 from clipgraft.models.hub import hub_access, tell_fetch
 
 log = logging.getLogger("clipgraft")
@@ -111,8 +110,8 @@ class Read:
     classes: tuple[str, ...] = ()
 
 
-def read_source(clip: Clip, source: str) -> Read:
-    """Read an adapter from anywhere and build it for a base, which is not changed.
+def read_source(builder: AdapterBuilder, source: str) -> Read:
+    """Read an adapter from anywhere and build it for the builder's base, which is not changed.
 
     Raises:
         AdapterError: it cannot be fetched or read, or was made for another base.
@@ -120,11 +119,10 @@ def read_source(clip: Clip, source: str) -> Read:
     """
     path = Path(source) if not source.startswith(HUB) else _fetch(source.removeprefix(HUB))
     found = None if not path.is_dir() or (is_adapter(path) and not is_run(path)) else find_run_model(path)
-    file = read_for(clip, path)
-    adapter = detached(clip, file)
+    adapter, file = builder.read(path)
     for module in adapter.modules():
         module.eval().requires_grad_(False)
-    prepare_adapter(clip, adapter)
+    prepare_adapter(builder.clip, adapter)
     folder = None if found is None else found.head
     if folder is None:
         return Read(adapter, file.temperature)
@@ -142,7 +140,7 @@ def _fetch(repository: str) -> Path:
         try:
             return Path(snapshot_download(repository, allow_patterns=["*.json", *FILES]))
         except Exception as error:  # each release of huggingface_hub has its own errors
-            told = " ".join(str(error).split()) or type(error).__name__
+            told = " ".join(str(error).split())[:200] or type(error).__name__
             reason = f"{offline}, and it is not in the local cache" if offline else told
             raise AdapterError(f"adapter {HUB}{repository} cannot be fetched: {reason}") from error
 
