@@ -112,6 +112,12 @@ class HfPreprocess:
         pixels: Tensor = found["pixel_values"][0]
         return pack_patches(pixels, found["spatial_shapes"][0]) if "spatial_shapes" in found else pixels
 
+    @property
+    def max_patches(self) -> int | None:
+        """How many patches an image is padded to; None for processors that give pixels."""
+        found = getattr(self.processor, "max_num_patches", None)
+        return None if found is None else int(found)
+
     def __repr__(self) -> str:
         return repr(self.processor)
 
