@@ -391,7 +391,7 @@ def _clip(
 
 def _language_note(inner: Any, name: str) -> list[str]:
     """Say in which language every text begins, where a tokenizer has one as NLLB's has."""
-    tokenizer = getattr(inner, "tokenizer", None)
+    tokenizer: Any = getattr(inner, "tokenizer", None)
     if not hasattr(tokenizer, "src_lang"):
         return []
     first = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])[0]
