@@ -11,6 +11,7 @@ import torch
 from transformers import (
     M2M100Config,
     MT5Config,
+    NllbTokenizer,
     PreTrainedConfig,
     XLMRobertaConfig,
 )
@@ -71,6 +72,29 @@ def test_texts_are_padded_as_the_tower_hides_it(name: str, tmp_path: Path) -> No
         torch.testing.assert_close(clip.encode_text(TEXTS), wanted)
         alone = torch.cat([clip.encode_text(text) for text in TEXTS])
         torch.testing.assert_close(alone, wanted)
+
+
+@pytest.mark.parametrize("language", ["eng_Latn", "vie_Latn"])
+def test_the_language_is_said(language: str, tmp_path: Path) -> None:
+    """Vietnamese captions are read as English, and nobody is told."""
+    path = model_config("NLLB", tmp_path)
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "eng_Latn", "vie_Latn", "<mask>", "▁", "a"]
+    inner = NllbTokenizer(
+        {word: number for number, word in enumerate(vocabulary)},
+        [],
+        additional_special_tokens=["eng_Latn", "vie_Latn"],
+    )
+    inner.save_pretrained(tmp_path / "text")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if language != "eng_Latn":
+        config["text_cfg"]["tokenizer_kwargs"] = {"language": language}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    clip = cg.load(path, "none")
+    assert f"every text begins with the language {language}" in clip.notes[-1]
+    ids = inner.convert_tokens_to_ids(["eng_Latn", "vie_Latn"])
+    assert int(clip.tokenize("a")[0, 0]) == ids[language == "vie_Latn"]
+    clip.tokenizer.inner.tokenizer.src_lang = "vie_Latn"
+    assert int(clip.tokenize("a")[0, 0]) == ids[1]
 
 
 def test_another_padding_is_refused(tmp_path: Path) -> None:

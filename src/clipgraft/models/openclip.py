@@ -86,6 +86,8 @@ class OpenClipFamily:
             check_pooler(_text_tower(model))
             if tokens.is_meta:
                 return hf_features_on_meta(_text_tower(model), tokens)
+            whole: Tensor = model.encode_text(tokens)  # type: ignore[operator]
+            return whole
         short = tokens.shape[1] < self.context_length(model)
         if short and (not _is_split(model) or _is_causal(_text_tower(model))):
             return _encode_short_text(_text_tower(model), tokens)
