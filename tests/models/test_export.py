@@ -167,7 +167,7 @@ def test_custom_text_models_keep_their_class(tmp_path: Path) -> None:
 def test_onnx_runtime_gives_the_same_features(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A deployed model gives other embeddings or probabilities than that evaluated, or takes one size only."""
+    """A deployed model gives other embeddings or probabilities than the one evaluated, or takes one size."""
     clip: Clip = request.getfixturevalue(which)
     if which == "openclip_clip":
         clip = with_logit_bias(clip)
