@@ -19,7 +19,8 @@ from clipgraft.models.export import write_model
 from clipgraft.models.meta import clip_on_meta
 from explicit_lora import largest
 from tiny_siglip import build_siglip, build_siglip2, save_siglip, to_openclip
-from tiny_towers import build_tower, ids, pixels
+from tiny_towers import build_tower
+from weight_places import ids, pixels
 
 
 def features(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,8 @@ from clipgraft.engine.encoder import encode_rows
 from clipgraft.models.clip import as_clip
 from explicit_lora import largest, randomise_active
 from tiny_siglip import build_siglip, build_siglip2
-from tiny_towers import build_tower, ids, pixels
+from tiny_towers import build_tower
+from weight_places import ids, pixels
 
 
 def build(name: str) -> nn.Module:
