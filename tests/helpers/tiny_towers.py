@@ -115,7 +115,7 @@ def _swin() -> nn.Module:
 
 
 _TWO = ["trunk.blocks.0", "trunk.blocks.1"]
-_QKV: dict[str, Place | str] = {role: ("attn.qkv", index, 3) for index, role in enumerate("qkv")}
+_QKV: dict[str, Place | str] = {role: ("attn.qkv.weight", index, 3) for index, role in enumerate("qkv")}
 _PLAIN: dict[str, Place | str] = {**_QKV, "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 _PATCHES = named(
     vision__patch_embedding="trunk.patch_embed.proj.weight", vision__position_embedding="trunk.pos_embed"
@@ -200,7 +200,7 @@ _BELOW_VISUAL: dict[str, dict[str, Place]] = {
                 "vision",
                 _FASTVIT[3:],
                 {
-                    **{role: ("token_mixer.qkv", index, 3) for index, role in enumerate("qkv")},
+                    **{role: ("token_mixer.qkv.weight", index, 3) for index, role in enumerate("qkv")},
                     "out": "token_mixer.proj",
                     "conv_dw": "mlp.conv.conv",
                     "fc1": "mlp.fc1",

@@ -24,12 +24,12 @@ _FROM_THE_RIGHT = "visual.proj"  # open_clip's raw Parameter (in, out)
 
 
 def blocks(tower: str, paths: Sequence[str], places: Mapping[str, str | Place]) -> dict[str, Place]:
-    """Sites of blocks at some paths; a place is a module of the block, or one with its share of rows."""
+    """Sites of blocks at some paths; a place below a path is a module, or a weight with its share of rows."""
     return {
-        f"{tower}.{number}.{role}": (f"{path}.{name}.weight", index, count)
+        f"{tower}.{number}.{role}": (f"{path}.{name}", index, count)
         for number, path in enumerate(paths)
         for role, place in places.items()
-        for name, index, count in [(place, 0, 1) if isinstance(place, str) else place]
+        for name, index, count in [(f"{place}.weight", 0, 1) if isinstance(place, str) else place]
     }
 
 

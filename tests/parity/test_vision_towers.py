@@ -66,7 +66,9 @@ def test_forward_of_all_sites(family: str, base: nn.Module) -> None:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()  # as an adapter does not hold other averages than the base's
         with torch.set_grad_enabled(grad):
+            torch.manual_seed(0)  # timm drops out parts of its tables of relative positions
             wanted = image_features(theirs)
+            torch.manual_seed(0)
             assert largest((image_features(ours),), (wanted,)) <= bound(wanted)
 
 
@@ -155,7 +157,8 @@ def test_files_hold_every_site(base: nn.Module, options: dict[str, object], tmp_
     randomise_active(model)
     other = copy.deepcopy(base)
     cg.load_adapter(other, cg.save_adapter(model, tmp_path))
-    assert largest((image_features(other),), (image_features(model),)) <= 1e-6
+    wanted = image_features(model)
+    assert largest((image_features(other),), (wanted,)) <= 1e-6 * max(1.0, wanted.abs().max().item())
 
 
 def test_disabled_is_the_base_to_the_bit(base: nn.Module) -> None:
