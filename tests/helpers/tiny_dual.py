@@ -157,6 +157,9 @@ def _own_hf() -> nn.Module:
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "open_clip XLM-R": lambda: _open_clip(_xlmr(), pooler_type="mean_pooler", proj_type="mlp"),
+    "open_clip XLM-R below a Linear": lambda: _open_clip(
+        _xlmr(), pooler_type="mean_pooler", proj_type="linear"
+    ),
     "open_clip NLLB": lambda: _open_clip(_nllb(), pooler_type="cls_pooler", proj_type="linear"),
     "open_clip mT5": lambda: _open_clip(_mt5(), pooler_type="mean_pooler", proj_type="mlp"),
     "open_clip BERT": lambda: _open_clip(_bert(), pooler_type="cls_pooler", proj_type="linear"),
@@ -256,6 +259,11 @@ def _clip_tower(tower: str, path: str) -> dict[str, Place]:
 
 WEIGHTS: dict[str, dict[str, Place]] = {
     "open_clip XLM-R": {**_OPEN_CLIP_VISION, **_bert_tower("text.transformer"), **_MLP_PROJ},
+    "open_clip XLM-R below a Linear": {
+        **_OPEN_CLIP_VISION,
+        **_bert_tower("text.transformer"),
+        **named(text__proj="text.proj.weight"),
+    },
     "open_clip NLLB": {
         **_OPEN_CLIP_VISION,
         **blocks("text", _two("text.transformer.layers"), {**_CLIP_ATTENTION, "fc1": "fc1", "fc2": "fc2"}),

@@ -95,7 +95,7 @@ def _fastvit() -> nn.Module:
 
 def _vitamin(name: str) -> nn.Module:
     convolutions = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
-    config = VitCfg((16, 16, 32), (1, 1, 1), 16, convolutions, "1d")
+    config = VitCfg((16, 24, 32), (1, 1, 1), 16, convolutions, "1d")
     options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": SIZE, "embed_cfg": config}
     trunk = timm.create_model(name, num_classes=0, **options)
     return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
@@ -213,6 +213,7 @@ _BELOW_VISUAL: dict[str, dict[str, Place]] = {
     },
     "ViTamin": {
         **blocks("vision", _VITAMIN, _MBCONV),
+        "vision.1.shortcut": (f"{_VITAMIN[1]}.shortcut.expand.weight", 0, 1),
         **_later(blocks("vision", _TWO, _GEGLU), 2),
         **named(vision__position_embedding="trunk.pos_embed", vision__proj="head.proj.weight"),
     },
