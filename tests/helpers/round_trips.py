@@ -222,6 +222,11 @@ def _share(ours: Tensor, wanted: Tensor) -> float:
     return ((ours - wanted).abs().max() / wanted.abs().max()).item()
 
 
+def _clip() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP))).eval()
+
+
 def _clipseg() -> nn.Module:
     from transformers import CLIPSegConfig, CLIPSegModel
 
@@ -247,7 +252,7 @@ def _custom_text(**text: Any) -> nn.Module:
 
 # Those first that another library holds too: stock PEFT is measured on them.
 SMALL: dict[str, Callable[[], nn.Module]] = {
-    "CLIP": lambda: randomise(open_clip.CLIP(**copy.deepcopy(TINY_OPENCLIP))).eval(),
+    "CLIP": _clip,
     "CustomTextCLIP": _custom_text,
     "CustomTextCLIP without causal mask": lambda: _custom_text(no_causal_mask=True, context_length=16),
     "CLIPModel": build_hf,
