@@ -27,7 +27,8 @@ from clipgraft.models.processors import OpenClipTokenizer
 from explicit_lora import largest
 from tiny_models import randomise
 from tiny_siglip import build_siglip, build_siglip2, save_siglip, to_openclip
-from tiny_towers import build_tower, ids, pixels
+from tiny_towers import build_tower
+from weight_places import ids, pixels
 
 SIGLIP2_SETTINGS = ("no_causal_mask", "proj_bias", "pool_type", "norm_kwargs", "act_kwargs")
 

@@ -22,8 +22,8 @@ from clipgraft.files import atomic_folder
 from clipgraft.models import onnx
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.export import write_model
-from siglip_models import BIAS, SCALE
 from tiny_models import TINY_OPENCLIP, randomise
+from tiny_siglip import BIAS, SCALE
 
 TEXTS = ["a photo of a cat", "một con mèo trên ghế 😀", "word " * 100]
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8)).filter(

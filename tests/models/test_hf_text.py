@@ -19,7 +19,7 @@ from transformers import (
 import clipgraft as cg
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import as_clip
-from tiny_dual import TEXTS, build, ids, tokenizer_of
+from tiny_dual import TEXTS, build, ids_of, tokenizer_of
 from tiny_models import TINY_OPENCLIP
 
 _SIZES = {"vocab_size": 20, "max_position_embeddings": 40, "pad_token_id": 1}
@@ -151,6 +151,6 @@ def test_checkpointing_changes_nothing() -> None:
         model = build("open_clip XLM-R").train()
         as_clip(model).family.set_grad_checkpointing(model, enable)
         cg.apply_lora(model, r=2, targets="text.0.q", init="default")
-        model.encode_text(ids("open_clip XLM-R")).sum().backward()
+        model.encode_text(ids_of("open_clip XLM-R")).sum().backward()
         gradients.append(next(p.grad for n, p in model.named_parameters() if "lora_B" in n))
     torch.testing.assert_close(gradients[0], gradients[1])

@@ -22,7 +22,7 @@ from clipgraft.models.convert import to_open_clip
 from clipgraft.models.names import is_module_of
 from explicit_lora import largest, randomise_active, randomise_lora
 from tiny_siglip import build_siglip, build_siglip2, hf_features, save_siglip, to_openclip
-from tiny_towers import ids, pixels
+from weight_places import ids, pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 IN_PEFT = "all,-vision.pool_q+pool_k+pool_v+pool_out"

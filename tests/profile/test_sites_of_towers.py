@@ -14,7 +14,8 @@ from explicit_lora import largest, randomise_active
 from tiny_dual import LONE
 from tiny_dual import build as build_dual
 from tiny_siglip import build_siglip, build_siglip2
-from tiny_towers import build_tower, ids, pixels
+from tiny_towers import build_tower
+from weight_places import ids, pixels
 
 
 def build(name: str) -> nn.Module:
