@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
-from fuzz.run import Count, child, fuzz_apart, fuzz_here
+from fuzz.run import Count, child, fuzz_apart
 
 HEAD = (
     *("reader", "inputs", "refused in one line", "accepted", "tracebacks", "name no file", "several lines"),
@@ -27,7 +26,6 @@ def main() -> int:
     parser.add_argument("readers", nargs="*", metavar="READER", help=", ".join(READERS))
     parser.add_argument("--inputs", type=int, default=20_000, help="broken files for each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--together", action="store_true", help="all in this process, which a crash ends")
     options = parser.parse_args()
     unknown = [name for name in options.readers if name not in READERS]
     if unknown:
@@ -35,11 +33,7 @@ def main() -> int:
     counts = []
     print(" | ".join(HEAD), flush=True)
     for name in options.readers or READERS:
-        if options.together:
-            with tempfile.TemporaryDirectory() as place:
-                counts.append(fuzz_here(name, options.inputs, options.seed, Path(place)))
-        else:
-            counts.append(fuzz_apart(name, options.inputs, options.seed))
+        counts.append(fuzz_apart(name, options.inputs, options.seed))
         print(_line(counts[-1]), flush=True)
         for example in counts[-1].examples:
             print(f"    {example!a}", flush=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 from clipgraft.errors import ClipgraftError
 from fuzz.subject import Subject
@@ -116,20 +117,15 @@ def prepared(folder: Path) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, ring)
     log = logging.getLogger("clipgraft")
     level, log.disabled = log.level, True
-    cache = os.environ.get("CLIPGRAFT_CACHE")
-    os.environ.update(CLIPGRAFT_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1")
+    places = {"CLIPGRAFT_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     try:
-        with warnings.catch_warnings():
+        with mock.patch.dict(os.environ, places), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         signal.signal(signal.SIGALRM, before)
         log.disabled = False
         log.setLevel(level)
-        if cache is None:
-            del os.environ["CLIPGRAFT_CACHE"]
-        else:
-            os.environ["CLIPGRAFT_CACHE"] = cache
 
 
 def fuzz_here(

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ EVENTS: list[dict[str, Any]] = [
     {"kind": "val", "step": 2, "epoch": 1, **METRICS},
 ]
 RESULTS = {"trainable": 100, "bytes": 4000, "seconds": 12.5, "saved": "adapter", "history": [METRICS]}
+_environment = functools.cache(page._environment)  # compiling the template is slow too
 LOG = "2024-05-31 12:00:00,000 | INFO | started\n2024-05-31 12:10:00,000 | INFO | saved\n"
 
 
@@ -72,11 +74,9 @@ def render(shown: Section, with_examples: bool = False) -> str:
     def drawn(*_: object, **__: object) -> str:
         return "<svg></svg>"
 
-    if not hasattr(page._environment, "cache_info"):  # compiling the template is slow too
-        page._environment = functools.cache(page._environment)
-    for name in ("curves", "loss", "against_weights", "by_targets", "matrix"):
-        setattr(charts, name, drawn)
-    return page.render([shown], with_examples=with_examples, retained="", now=NOON)
+    plots = dict.fromkeys(("curves", "loss", "against_weights", "by_targets", "matrix"), drawn)
+    with mock.patch.multiple(charts, **plots), mock.patch.object(page, "_environment", _environment):
+        return page.render([shown], with_examples=with_examples, retained="", now=NOON)
 
 
 def _lines(values: Any) -> str:

@@ -1,6 +1,7 @@
 """Write docs/models.md: what holds for every model that open_clip lists, and for transformers' classes.
 
-Models are built on torch's meta device, without weights. Run it after an update of open_clip or timm:
+Models are built on torch's meta device, without weights. What needs weights is measured on small models of
+the tests that are built alike (`tests/helpers/round_trips.py`). Run it after an update of open_clip or timm:
 
     python scripts/models_table.py
 """
@@ -8,9 +9,12 @@ Models are built on torch's meta device, without weights. Run it after an update
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,10 @@ from clipgraft.models.clip import Clip, family_of
 from clipgraft.models.meta import clip_on_meta
 from clipgraft.models.names import is_module_of, path_site, site_path
 from clipgraft.models.sites import EMBEDDING_ROLES, TOWERS, Site, Tower
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
+
+from round_trips import Kind, RoundTrip, kinds_of, peft_base, plain_towers, round_trips, stand_in
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 _CLASSES = (
@@ -77,11 +85,17 @@ Each model is built without its weights, and asked what clipgraft can do with it
   that class, or all but those that are named: PEFT refuses an adapter of these, and clipgraft opens it. A
   model with a text tower of transformers inside open_clip is opened by PEFT itself, on the open_clip model.
   `–` stands where there is no such class: there the adapter is clipgraft's own.
+- **Round trip**: an adapter of all sites, with random A and B, is saved and loaded into a fresh copy of the
+  base (`file`), and one of the sites that PEFT has modules for is opened with stock PEFT. **Merge**: the
+  adapter is merged, and unmerged again, which gives back every weight to the bit. Numbers are the largest
+  difference of the features over the largest feature, of the worse tower; `exact` is the same to the bit.
+  They are **measured on** [small models](#small-models) with random weights whose towers are built alike:
+  their sites have the same roles, in modules and weights of the same names and kinds.
 - Text towers that open_clip borrows from transformers are built in the sizes of their configurations on the
   hub, which the script holds.
 
-Merging, gradients and files of every kind of tower are compared with explicit weights W + s·B·A on small
-versions of it (`tests/parity/test_vision_towers.py`, `tests/parity/test_siglip.py` and
+Gradients, and every site alone, are compared with explicit weights W + s·B·A on small versions, too
+(`tests/parity/test_vision_towers.py`, `tests/parity/test_text_towers.py`, `tests/parity/test_siglip.py` and
 `tests/parity/test_site_roles.py`). Where a weight is read without its module being called (EVA-01, EVA-02-E,
 attention pooling of ResNets, position tables, SigLIP's pooling attention in transformers), dropout does not
 act on the adapter's path, and training says so.
@@ -90,9 +104,20 @@ Stems of several convolutions, squeeze-and-excitation and tables of relative pos
 
 """
 _COLUMNS = (
-    "| model | tower | text sites | vision sites | text cut | plain | files |\n"
-    "|---|---|---|---|---|---|---|\n"
+    "| model | tower | text sites | vision sites | text cut | plain "
+    "| files | round trip | merge | measured on |\n|---|---|---|---|---|---|---|---|---|---|\n"
 )
+_SMALL_MODELS = """
+## Small models
+
+What the numbers above are measured on. **Weights** are where an adapter finds them: modules of their own
+(`linear`, `embedding`, `conv`), rows of a module that is called (`rows`), what attention reads without a call
+(`fused`, `read`), and Parameters (`table`, `projection`). **Models** counts the rows above that a small tower
+stands for. **Moved** is how far the adapter moves the features, which the errors are to be compared with.
+
+| small model | tower | weights | models | moved | file | PEFT | merge |
+|---|---|---|---|---|---|---|---|
+"""
 
 
 @dataclass(frozen=True)
@@ -106,13 +131,18 @@ class Row:
     cut: str = ""
     plain: str = ""
     files: str = ""
+    trip: str = ""
+    merge: str = ""
+    kinds: tuple[Kind, ...] = ()
     failure: str = ""
 
     def line(self) -> str:
         """The row of the table."""
         if self.failure:
-            return f"| {self.name} | {self.failure} | | | | | |"
-        cells = (self.name, self.tower, self.text, self.vision, self.cut, self.plain, self.files)
+            return f"| {self.name} | {self.failure} {'| ' * 8}|"
+        measured = " + ".join(dict.fromkeys(stand_in(kind) or "nothing" for kind in self.kinds))
+        sites = (self.text, self.vision, self.cut, self.plain, self.files)
+        cells = (self.name, self.tower, *sites, self.trip, self.merge, measured)
         return f"| {' | '.join(cells)} |"
 
 
@@ -158,17 +188,67 @@ def _row(name: str, clip: Clip) -> Row:
     sites, family = clip.sites, clip.family
     has_texts = any(site.tower == "text" for site in sites)
     tokens = torch.zeros(1, clip.context_length if has_texts else 1, dtype=torch.long)
-    plain = {"T": family.text_tower(clip.model), "V": family.vision_tower(clip.model)}
+    plain = plain_towers(clip)
     cut = "yes" if has_texts and family.text_ends(clip.model, tokens) is not None else "no"
+    kinds, no_peft = tuple(kinds_of(clip).values()), _why_no_peft(clip)
     return Row(
         name,
         _tower_name(clip),
         _summary(sites, "text"),
         _summary(sites, "vision"),
         cut if has_texts else "–",
-        " ".join(letter for letter, tower in plain.items() if tower is not None) or "–",
-        _files(clip),
+        " ".join(tower[0].upper() for tower in TOWERS if plain[tower]) or "–",
+        _files(clip, no_peft),
+        _round_trip(kinds, no_peft),
+        _merge(kinds),
+        kinds,
     )
+
+
+def _measured(kinds: Iterable[Kind]) -> list[RoundTrip] | None:
+    """What was measured on the small towers of these kinds; None where one of them has none."""
+    named = [(kind, stand_in(kind)) for kind in kinds]
+    found = [round_trips(small)[kind.tower] for kind, small in named if small is not None]
+    return found if len(found) == len(named) else None
+
+
+def _round_trip(kinds: tuple[Kind, ...], no_peft: str) -> str:
+    measured = _measured(kinds)
+    if measured is None:
+        return _unmeasured(kinds)
+    file = f"file {_error(max(trip.file for trip in measured))}"
+    if no_peft:
+        return f"{file}; no PEFT: {no_peft}"
+    errors = [trip.peft for trip in measured if trip.peft is not None]
+    return f"{file}; PEFT {_error(max(errors)) if errors else 'not measured'}"
+
+
+def _merge(kinds: tuple[Kind, ...]) -> str:
+    measured = _measured(kinds)
+    if measured is None:
+        return _unmeasured(kinds)
+    error = _error(max(trip.merged for trip in measured))
+    return error if all(trip.undone for trip in measured) else f"{error}, not undone to the bit"
+
+
+def _unmeasured(kinds: tuple[Kind, ...]) -> str:
+    towers = [kind.tower for kind in kinds if stand_in(kind) is None]
+    return f"not measured: no small model has such a {' and '.join(towers)} tower"
+
+
+def _why_no_peft(clip: Clip) -> str:
+    """Why no class of transformers holds a model, so that PEFT has nothing to open its adapter on."""
+    try:
+        peft_base(clip)
+    except ModelError as error:
+        return str(error).rpartition(": ")[2].partition(";")[0]
+    return ""
+
+
+def _error(share: float) -> str:
+    """`3e-7`."""
+    number, _, power = f"{share:.0e}".partition("e")
+    return f"{number}e{int(power)}" if share else "exact"
 
 
 def _tower_name(clip: Clip) -> str:
@@ -189,12 +269,12 @@ def _summary(sites: tuple[Site, ...], tower: Tower) -> str:
     return ", ".join(part for part in parts if part) or "none"
 
 
-def _files(clip: Clip) -> str:
+def _files(clip: Clip, no_peft: str) -> str:
     twin = clip.family.twin(clip.model)
     wrong = [site for site in clip.sites if path_site(site_path(site, twin), twin) != site]
     if wrong:
         return f"cannot be saved: {wrong[0]}"
-    if not _has_twin(clip):
+    if no_peft:
         return "–"
     foreign = [site for site in clip.sites if not is_module_of(site, twin)]
     if len(foreign) == len(clip.sites):
@@ -205,20 +285,34 @@ def _files(clip: Clip) -> str:
     return f"{twin.name}: all" + (f" but {', '.join(others)}" if others else "")
 
 
-def _has_twin(clip: Clip) -> bool:
-    """Whether transformers has a class for the model."""
-    if clip.family.name == "transformers" or clip.family.twin(clip.model).name != "CLIPModel":
-        return True
-    return None not in (clip.family.text_tower(clip.model), clip.family.vision_tower(clip.model))
-
-
 def page() -> str:
     """The whole page."""
     versions = {"open_clip": open_clip.__version__, "transformers": transformers.__version__}
-    rows: Iterator[Row] = (openclip_row(name) for name in open_clip.list_models())
-    lines = [row.line() for row in (*map(transformers_row, _CLASSES), *rows)]
-    return _HEAD.format(**versions) + _COLUMNS + "\n".join(lines) + "\n"
+    listed: Iterator[Row] = (openclip_row(name) for name in open_clip.list_models())
+    rows = [*map(transformers_row, _CLASSES), *listed]
+    lines = "\n".join(row.line() for row in rows)
+    return _HEAD.format(**versions) + _COLUMNS + lines + "\n" + _SMALL_MODELS + _small_models(rows)
+
+
+def _small_models(rows: Iterable[Row]) -> str:
+    """A line for each small tower that stands for one of a row."""
+    counts = Counter(kind for row in rows for kind in row.kinds)
+    return "".join(
+        f"{_small_line(kind, small, count)}\n"
+        for kind, count in counts.items()
+        if (small := stand_in(kind)) is not None
+    )
+
+
+def _small_line(kind: Kind, small: str, count: int) -> str:
+    trip = round_trips(small)[kind.tower]
+    weights = " ".join(sorted({place.kind for place in kind.places}))
+    peft = "–" if trip.peft is None else _error(trip.peft)
+    numbers = (f"{trip.moved:.1f}", _error(trip.file), peft, _error(trip.merged))
+    return f"| {' | '.join((small, kind.tower, weights, str(count), *numbers))} |"
 
 
 if __name__ == "__main__":
+    # What stock PEFT has no module for stands in the table.
+    logging.getLogger("clipgraft").setLevel(logging.ERROR)
     PAGE.write_text(page(), encoding="utf-8")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import platform
 import re
 import signal
 import string
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -88,10 +90,40 @@ def _unwelcome(config: pytest.Config) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Name folders for caches, none of which is there; `mktemp` would list all earlier ones each time."""
+    parent = tmp_path_factory.mktemp("caches")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a feature cache of its own."""
-    monkeypatch.setenv("CLIPGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("CLIPGRAFT_CACHE", str(next(_caches)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pieces_once() -> Iterator[None]:
+    """Read CLIP's word pieces once: they are most of the time that loading a tiny model takes."""
+    if "open_clip" not in sys.modules:  # no collected test needs it
+        yield
+        return
+    from open_clip.tokenizer import SimpleTokenizer
+
+    made: dict[str, dict[str, object]] = {}
+    read = SimpleTokenizer.__init__
+
+    def init(self: object, *arguments: object, **options: object) -> None:
+        key = repr((arguments, sorted(options.items())))
+        if key not in made:
+            read(self, *arguments, **options)
+            made[key] = dict(vars(self))
+        vars(self).update(made[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimpleTokenizer, "__init__", init)
+        yield
 
 
 @pytest.fixture(autouse=True)

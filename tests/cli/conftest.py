@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from clipgraft.cli import main
+from clipgraft.models.clip import Clip
+from clipgraft.profile.forward import ClipProfile, costs
 from tiny_pictures import write_pictures
 
 
@@ -32,6 +34,31 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _few_general_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding the 2,000 texts that a model is held to takes longer than all else in training a tiny one."""
+    monkeypatch.setattr("clipgraft.data.general_texts.GENERAL", 100)
+
+
+@pytest.fixture(autouse=True)
+def _costs_once(_known_costs: dict[str, ClipProfile], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count once what models of one structure cost: `write_results` has tests of its own."""
+
+    def known(clip: Clip) -> ClipProfile:
+        weights = [(name, p.shape, p.dtype, p.requires_grad) for name, p in clip.model.named_parameters()]
+        key = f"{clip.model} {weights} {clip.source.name}"
+        if key not in _known_costs:
+            _known_costs[key] = costs(clip)
+        return _known_costs[key]
+
+    monkeypatch.setattr("clipgraft.report.results.costs", known)
+
+
+@pytest.fixture(scope="session")
+def _known_costs() -> dict[str, ClipProfile]:
+    return {}
 
 
 @pytest.fixture

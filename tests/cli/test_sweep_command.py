@@ -222,6 +222,7 @@ def start(how: str, words: list[str], tmp_path: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.usefixtures("_here")  # of the second sweep: the first is a process of its own
 def test_a_cell_killed_before_its_first_checkpoint_is_started_over(
     cli: Any, base: list[str], table: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +237,8 @@ def test_a_cell_killed_before_its_first_checkpoint_is_started_over(
     assert "has no checkpoint yet: starting at the first step" in log_of_run.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_here")
 def test_a_killed_sweep_takes_its_cell_along_and_lets_go_of_its_folder(
     cli: Any, base: list[str], table: Path, tmp_path: Path
 ) -> None:

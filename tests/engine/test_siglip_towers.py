@@ -17,7 +17,8 @@ from clipgraft.models.clip import as_clip
 from clipgraft.models.sites import Tower
 from explicit_lora import randomise_active
 from tiny_models import randomise
-from tiny_towers import CONTEXT, SIZE, build_tower
+from tiny_towers import build_tower
+from weight_places import CONTEXT, SIZE
 
 LAYOUTS = ("open_clip", "transformers")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,8 +27,8 @@ from clipgraft.evaluate.classification import (
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.inject import apply_lora
 from clipgraft.models.clip import Clip
-from siglip_models import siglip_clip
 from tiny_pictures import write_pictures
+from tiny_siglip import siglip_clip
 
 CLASSES = ("cat", "fire_engine", "dog")
 

@@ -41,6 +41,7 @@ def test_the_program_runs(program: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"adapter             {rows['adapter']['vi']:>12.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A cell of the notebook needs what no cell before it makes."""
     names: dict[str, Any] = {}

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 
-def test_it_learns_merges_and_searches(
-    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two towers of the user's own cannot be joined, trained, measured, merged or searched."""
-    program("own_towers").main(["--out", str(tmp_path), "--pictures", "32", "--epochs", "20"])
+def test_it_learns_and_searches(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two towers of the user's own cannot be joined, trained, measured, encoded or searched."""
+    program("own_towers").main(tmp_path, pictures=32)
     printed = capsys.readouterr().out
-    after, before = (float(found) for found in re.findall(r"image_to_text: .*?R@10 ([\d.]+)", printed))
+    before, after = (float(found) for found in re.findall(r"image_to_text: .*?R@10 ([\d.]+)", printed))
     assert after > before + 10
     assert len(re.findall(r"train_\d+\.png", printed.splitlines()[-1])) == 3

@@ -37,7 +37,7 @@ from clipgraft.train.loop import Interrupted, Loop
 from clipgraft.train.recipes.contrastive import Contrastive
 from clipgraft.train.recipes.pair_losses import SoftmaxLoss
 from fitting import groups
-from siglip_models import with_logit_bias
+from tiny_siglip import with_logit_bias
 
 PAIRS_IN_A_STEP = 8
 BOTH = "text.*.q,v,fc1,vision.*.q,v,fc1"

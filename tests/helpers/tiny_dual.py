@@ -1,14 +1,14 @@
 """Build tiny models with towers of transformers and of the user's own, and name their weights.
 
-`WEIGHTS` says for each site which entry of the state dict holds its weight, and which of several equal shares
-of the rows: written here a second time, by hand. Models are built from configurations with random weights.
+`WEIGHTS` says for each site where its weight is, written by hand (`weight_places`). Models are built from
+configurations with random weights.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,13 +42,11 @@ from transformers import (
 
 from clipgraft.models import DualEncoder
 from tiny_models import TINY_OPENCLIP, randomise
+from weight_places import CONTEXT, DIM, SIZE, Place, blocks, ids, named, pixels
 
-Update = tuple[Tensor, Tensor, float]
-Place = tuple[str, int, int]
-"""Name in the state dict, index of the share of rows, number of shares."""
 TEXTS = ["con mèo ngủ", "con chó", "con mèo ngủ trên ghế"]
 _VIETNAMESE = ["con", "mèo", "chó", "ngủ", "trên", "ghế"]
-DIM, SIZE, WORDS, LENGTH = 24, 32, 100, 16
+WORDS = 100
 PAD = {"BERT": 0, "XLM-R": 1, "NLLB": 1, "mT5": 0, "AltCLIP": 1, "ChineseCLIP": 0, "own": 0, "CLIP": 1}
 
 _TOWER = {
@@ -93,7 +91,7 @@ def _mt5() -> MT5Config:
 def _clip_text() -> CLIPTextConfig:
     ids = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 1}
     return CLIPTextConfig(
-        **_TOWER, vocab_size=WORDS, max_position_embeddings=LENGTH, projection_dim=DIM, **ids
+        **_TOWER, vocab_size=WORDS, max_position_embeddings=CONTEXT, projection_dim=DIM, **ids
     )
 
 
@@ -159,6 +157,9 @@ def _own_hf() -> nn.Module:
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "open_clip XLM-R": lambda: _open_clip(_xlmr(), pooler_type="mean_pooler", proj_type="mlp"),
+    "open_clip XLM-R below a Linear": lambda: _open_clip(
+        _xlmr(), pooler_type="mean_pooler", proj_type="linear"
+    ),
     "open_clip NLLB": lambda: _open_clip(_nllb(), pooler_type="cls_pooler", proj_type="linear"),
     "open_clip mT5": lambda: _open_clip(_mt5(), pooler_type="mean_pooler", proj_type="mlp"),
     "open_clip BERT": lambda: _open_clip(_bert(), pooler_type="cls_pooler", proj_type="linear"),
@@ -180,17 +181,8 @@ PAIRS = [name for name in BUILDERS if name not in LONE]
 WITHOUT_PEFT = [name for name in BUILDERS if name.startswith("open_clip")] + ["own towers"]
 
 
-def _blocks(tower: str, path: str, places: Mapping[str, str | Place]) -> dict[str, Place]:
-    found: dict[str, Place] = {}
-    for block in range(2):
-        for role, place in places.items():
-            name, index, count = (f"{place}.weight", 0, 1) if isinstance(place, str) else place
-            found[f"{tower}.{block}.{role}"] = (f"{path}.{block}.{name}", index, count)
-    return found
-
-
-def _named(**sites: str) -> dict[str, Place]:
-    return {site.replace("__", "."): (name, 0, 1) for site, name in sites.items()}
+def _two(path: str) -> list[str]:
+    return [f"{path}.{block}" for block in range(2)]
 
 
 _BERT_PLACES: dict[str, str | Place] = {
@@ -234,21 +226,21 @@ _OPEN_CLIP_PLACES: dict[str, str | Place] = {
     "fc2": "mlp.c_proj",
 }
 _OPEN_CLIP_VISION = {
-    **_blocks("vision", "visual.transformer.resblocks", _OPEN_CLIP_PLACES),
-    **_named(
+    **blocks("vision", _two("visual.transformer.resblocks"), _OPEN_CLIP_PLACES),
+    **named(
         vision__patch_embedding="visual.conv1.weight",
         vision__position_embedding="visual.positional_embedding",
         vision__proj="visual.proj",
     ),
 }
-_PROJ = _named(text__proj="text_projection.weight", vision__proj="visual_projection.weight")
-_MLP_PROJ = _named(text__proj_fc1="text.proj.0.weight", text__proj_fc2="text.proj.2.weight")
+_PROJ = named(text__proj="text_projection.weight", vision__proj="visual_projection.weight")
+_MLP_PROJ = named(text__proj_fc1="text.proj.0.weight", text__proj_fc2="text.proj.2.weight")
 
 
-def _bert_tower(path: str, blocks: str = "layer") -> dict[str, Place]:
+def _bert_tower(path: str, layers: str = "layer") -> dict[str, Place]:
     return {
-        **_blocks("text", f"{path}.encoder.{blocks}", _BERT_PLACES),
-        **_named(
+        **blocks("text", _two(f"{path}.encoder.{layers}"), _BERT_PLACES),
+        **named(
             text__token_embedding=f"{path}.embeddings.word_embeddings.weight",
             text__position_embedding=f"{path}.embeddings.position_embeddings.weight",
         ),
@@ -259,7 +251,7 @@ def _clip_tower(tower: str, path: str) -> dict[str, Place]:
     dot = f"{path}." if path else ""
     first = "token" if tower == "text" else "patch"
     return {
-        **_blocks(tower, f"{dot}encoder.layers", _CLIP_PLACES),
+        **blocks(tower, _two(f"{dot}encoder.layers"), _CLIP_PLACES),
         f"{tower}.{first}_embedding": (f"{dot}embeddings.{first}_embedding.weight", 0, 1),
         f"{tower}.position_embedding": (f"{dot}embeddings.position_embedding.weight", 0, 1),
     }
@@ -267,33 +259,38 @@ def _clip_tower(tower: str, path: str) -> dict[str, Place]:
 
 WEIGHTS: dict[str, dict[str, Place]] = {
     "open_clip XLM-R": {**_OPEN_CLIP_VISION, **_bert_tower("text.transformer"), **_MLP_PROJ},
+    "open_clip XLM-R below a Linear": {
+        **_OPEN_CLIP_VISION,
+        **_bert_tower("text.transformer"),
+        **named(text__proj="text.proj.weight"),
+    },
     "open_clip NLLB": {
         **_OPEN_CLIP_VISION,
-        **_blocks("text", "text.transformer.layers", {**_CLIP_ATTENTION, "fc1": "fc1", "fc2": "fc2"}),
-        **_named(text__token_embedding="text.transformer.embed_tokens.weight", text__proj="text.proj.weight"),
+        **blocks("text", _two("text.transformer.layers"), {**_CLIP_ATTENTION, "fc1": "fc1", "fc2": "fc2"}),
+        **named(text__token_embedding="text.transformer.embed_tokens.weight", text__proj="text.proj.weight"),
     },
     "open_clip mT5": {
         **_OPEN_CLIP_VISION,
-        **_blocks("text", "text.transformer.block", _T5_PLACES),
-        **_named(text__token_embedding="text.transformer.embed_tokens.weight"),
+        **blocks("text", _two("text.transformer.block"), _T5_PLACES),
+        **named(text__token_embedding="text.transformer.embed_tokens.weight"),
         **_MLP_PROJ,
     },
     "open_clip BERT": {
         **_OPEN_CLIP_VISION,
         **_bert_tower("text.transformer"),
-        **_named(text__pool_fc1="text.transformer.pooler.dense.weight", text__proj="text.proj.weight"),
+        **named(text__pool_fc1="text.transformer.pooler.dense.weight", text__proj="text.proj.weight"),
     },
     "AltCLIP": {
         **_bert_tower("text_model.roberta", "layers"),
         **_clip_tower("vision", "vision_model"),
-        **_named(text__proj_fc1="text_model.transformation.weight"),
+        **named(text__proj_fc1="text_model.transformation.weight"),
         **_PROJ,
     },
     "ChineseCLIP": {**_bert_tower("text_model"), **_clip_tower("vision", "vision_model"), **_PROJ},
     "ViT and BERT": {
         **_bert_tower("text_model"),
-        **_blocks("vision", "vision_model.layers", _VIT_PLACES),
-        **_named(
+        **blocks("vision", _two("vision_model.layers"), _VIT_PLACES),
+        **named(
             text__pool_fc1="text_model.pooler.dense.weight",
             vision__pool_fc1="vision_model.pooler.dense.weight",
             vision__patch_embedding="vision_model.embeddings.patch_embeddings.projection.weight",
@@ -304,7 +301,7 @@ WEIGHTS: dict[str, dict[str, Place]] = {
     "CLIP vision and XLM-R": {
         **_bert_tower("text_model"),
         **_clip_tower("vision", "vision_model"),
-        **_named(text__pool_fc1="text_model.pooler.dense.weight"),
+        **named(text__pool_fc1="text_model.pooler.dense.weight"),
         **_PROJ,
     },
     "CLIP and CLIP": {
@@ -315,17 +312,17 @@ WEIGHTS: dict[str, dict[str, Place]] = {
     "CLIPTextModel": _clip_tower("text", ""),
     "CLIPTextModelWithProjection": {
         **_clip_tower("text", "text_model"),
-        **_named(text__proj="text_projection.weight"),
+        **named(text__proj="text_projection.weight"),
     },
     "CLIPVisionModel": _clip_tower("vision", ""),
     "CLIPVisionModelWithProjection": {
         **_clip_tower("vision", "vision_model"),
-        **_named(vision__proj="visual_projection.weight"),
+        **named(vision__proj="visual_projection.weight"),
     },
     "own towers": {
-        **_blocks("text", "text_tower.encoder.block", _T5_PLACES),
-        **_blocks("vision", "vision_tower.blocks.layers", _TORCH_PLACES),
-        **_named(
+        **blocks("text", _two("text_tower.encoder.block"), _T5_PLACES),
+        **blocks("vision", _two("vision_tower.blocks.layers"), _TORCH_PLACES),
+        **named(
             text__token_embedding="text_tower.encoder.embed_tokens.weight",
             text__proj="text_projection.weight",
             vision__patch_embedding="vision_tower.embeddings.patch_embedding.weight",
@@ -334,8 +331,8 @@ WEIGHTS: dict[str, dict[str, Place]] = {
     },
     "own DINOv2 and XLM-R": {
         **_bert_tower("text_tower"),
-        **_blocks("vision", "vision_tower.encoder.layer", _VIT_PLACES),
-        **_named(
+        **blocks("vision", _two("vision_tower.encoder.layer"), _VIT_PLACES),
+        **named(
             text__pool_fc1="text_tower.pooler.dense.weight",
             vision__patch_embedding="vision_tower.embeddings.patch_embeddings.projection.weight",
             vision__position_embedding="vision_tower.embeddings.position_embeddings",
@@ -372,49 +369,14 @@ def padding_of(name: str) -> int:
     return next(pad for kind, pad in PAD.items() if kind in name)
 
 
-def pixels() -> Tensor:
-    """(3, 3, 32, 32) pixels."""
-    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
-def ids(name: str) -> Tensor:
-    """(3, 16) token ids of a model; every row ends, and is padded from there, at another position."""
-    generator = torch.Generator().manual_seed(0)
-    found = torch.randint(3, 98, (3, LENGTH), generator=generator)
-    for row in range(3):
-        found[row, 6 + 2 * row] = 99
-        found[row, 7 + 2 * row :] = padding_of(name)
-    return found
-
-
-def explicit_weights(base: nn.Module, name: str, updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """W + s·B·A for every weight that has an update, differentiable in A and B."""
-    state = {key: weight.detach() for key, weight in base.state_dict().items()}
-    changed: dict[str, Tensor] = {}
-    for site, (a, b, scale) in updates.items():
-        key, index, count = WEIGHTS[name][site]
-        weight = changed.get(key, state[key])
-        product = scale * b.flatten(1) @ a.flatten(1)
-        if site.endswith(("token_embedding", "position_embedding")) or key == "visual.proj":
-            product = product.T
-        shares = list(weight.chunk(count))
-        shares[index] = shares[index] + product.reshape(shares[index].shape)
-        changed[key] = torch.cat(shares)
-    return changed
-
-
-def explicit_model(base: nn.Module, name: str, updates: Mapping[str, Update]) -> nn.Module:
-    """A copy of the base with W + s·B·A in its weights."""
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for key, weight in explicit_weights(base, name, updates).items():
-            model.get_parameter(key).copy_(weight)
-    return model
+def ids_of(name: str) -> Tensor:
+    """(3, 16) token ids of a model, padded as it pads."""
+    return ids(padding_of(name))
 
 
 def stock_features(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     """What the model's own functions give, with a mask of padding made here; of a tower alone, one tensor."""
-    tokens = ids(name)
+    tokens = ids_of(name)
     mask = tokens.ne(padding_of(name)).long()
     if name in LONE:
         output = model(input_ids=tokens) if "Text" in name else model(pixel_values=pixels())

@@ -1,17 +1,25 @@
-"""Build tiny SigLIP models of transformers, and copy one set of weights to open_clip's layout by hand."""
+"""Build tiny models with a `logit_bias`: SigLIP of transformers and of open_clip, and CLIP with one."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from tiny_models import randomise
+from clipgraft.models.clip import Clip, as_clip
+from tiny_models import TINY_OPENCLIP, randomise
 from tiny_towers import build_tower
 
+BIAS = -4.0
+SCALE = 2.5
+"""Its log."""
 _TOWER = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 _EXACT = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 _TEXT = {**_TOWER, **_EXACT, "vocab_size": 100, "max_position_embeddings": 16, "projection_size": 32}
@@ -24,7 +32,11 @@ def build_siglip() -> nn.Module:
 
     vision = {**_TOWER, **_EXACT, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    return randomise(SiglipModel(SiglipConfig(text_config={**_TEXT, **_IDS}, vision_config=vision))).eval()
+    model = randomise(SiglipModel(SiglipConfig(text_config={**_TEXT, **_IDS}, vision_config=vision))).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(SCALE)
+        model.logit_bias.fill_(BIAS)
+    return model
 
 
 def build_siglip2() -> nn.Module:
@@ -96,3 +108,40 @@ def save_siglip(model: nn.Module, folder: Path, processor: Any) -> Path:
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def with_logit_bias(clip: Clip) -> Clip:
+    """Return an open_clip CLIP of the tests' shape once more, as open_clip builds it for the sigmoid loss."""
+    import open_clip
+
+    config = {**copy.deepcopy(TINY_OPENCLIP), "init_logit_scale": SCALE, "init_logit_bias": BIAS}
+    model = open_clip.CLIP(**config).eval()
+    weights = {name: weight for name, weight in clip.model.state_dict().items() if name != "logit_scale"}
+    left = model.load_state_dict(weights, strict=False)
+    assert set(left.missing_keys) == {"logit_scale", "logit_bias"}
+    return replace(clip, model=model)
+
+
+@dataclass(frozen=True)
+class Letters:
+    """A tokenizer of 16 letters."""
+
+    length: int = 16
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        rows = [[1 + ord(letter) % 97 for letter in text[-self.length :]] for text in texts]
+        return torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+
+def _preprocess(image: Image) -> Tensor:
+    """Resize to (3, 32, 32), between -1 and 1."""
+    values = np.array(image.resize((32, 32)), dtype=np.float32)
+    return torch.from_numpy(values).permute(2, 0, 1) / 127.5 - 1
+
+
+def siglip_clip() -> Clip:
+    """Return `build_siglip` with a tokenizer and a preprocessing."""
+    return replace(as_clip(build_siglip()), tokenizer=Letters(), preprocess=_preprocess)

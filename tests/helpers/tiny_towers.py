@@ -1,13 +1,11 @@
 """Build tiny open_clip models with vision towers of timm and of open_clip's own, and name their weights.
 
-The towers are timm's own functions with smaller numbers. `WEIGHTS` says for each site which entry of the
-state dict holds its weight, and which of several equal shares of the rows: written here a second time, by
-hand.
+The towers are timm's own functions with smaller numbers. `WEIGHTS` says for each site where its weight is,
+written by hand (`weight_places`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
@@ -16,14 +14,10 @@ import timm
 import torch
 from open_clip.timm_model import TimmModel
 from timm.models.vitamin import VitCfg, VitConvCfg
-from torch import Tensor, nn
+from torch import nn
 
 from tiny_models import TINY_OPENCLIP, randomise
-
-DIM, SIZE, CONTEXT = 24, 32, 16
-Update = tuple[Tensor, Tensor, float]
-Place = tuple[str, int, int]
-"""Name in the state dict below `visual.`, index of the share of rows, number of shares."""
+from weight_places import CONTEXT, DIM, SIZE, Place, blocks, named
 
 _VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _TEXT = {"context_length": CONTEXT, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
@@ -66,10 +60,30 @@ def _pe() -> nn.Module:
     return _with_head(timm.create_model("vit_pe_core_tiny_patch16_384", num_classes=DIM, **options))
 
 
-def _convnext() -> nn.Module:
+def _hybrid() -> nn.Module:
+    # timm fixes the stem's channels to those of the width of MobileCLIP-B: 768.
+    options = {"img_size": SIZE, "embed_dim": 768, "depth": 2, "num_heads": 2, "mlp_ratio": 0.125}
+    return _with_head(timm.create_model("vit_base_mci_224", num_classes=DIM, **options))
+
+
+def _timm_vit() -> nn.Module:
+    return _with_head(timm.create_model("vit_large_patch14_clip_224", num_classes=DIM, **_VIT))
+
+
+def _projected(name: str) -> nn.Module:
+    """A vision transformer of timm below a Linear of open_clip's."""
+    trunk = timm.create_model(name, num_classes=0, **_VIT)
+    return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
+
+
+def _convnext(head: Mapping[str, nn.Module]) -> nn.Module:
     trunk = timm.create_model("convnext_tiny", num_classes=0, depths=(1, 1, 2, 1), dims=(8, 16, 16, 32))
+    return _with_head(trunk, head)
+
+
+def _convnext_mlp() -> nn.Module:
     mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(32, 48), act=nn.GELU(), fc2=nn.Linear(48, DIM, bias=False)))
-    return _with_head(trunk, {"mlp": mlp})
+    return _convnext({"mlp": mlp})
 
 
 def _fastvit() -> nn.Module:
@@ -79,11 +93,11 @@ def _fastvit() -> nn.Module:
     return visual
 
 
-def _vitamin() -> nn.Module:
+def _vitamin(name: str) -> nn.Module:
     convolutions = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
-    config = VitCfg((16, 16, 32), (1, 1, 1), 16, convolutions, "1d")
+    config = VitCfg((16, 24, 32), (1, 1, 1), 16, convolutions, "1d")
     options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": SIZE, "embed_cfg": config}
-    trunk = timm.create_model("vitamin_small_224", num_classes=0, **options)
+    trunk = timm.create_model(name, num_classes=0, **options)
     return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
 
 
@@ -100,31 +114,20 @@ def _swin() -> nn.Module:
     return _with_head(trunk, {"proj": nn.Linear(32, DIM, bias=False)})
 
 
-def _blocks(paths: list[str], places: Mapping[str, Place | str]) -> dict[str, Place]:
-    """Sites of all blocks; a place is a module, or one with its share of rows."""
-    return {
-        f"vision.{number}.{role}": (f"{path}.{name}.weight", index, count)
-        for number, path in enumerate(paths)
-        for role, place in places.items()
-        for name, index, count in [(place, 0, 1) if isinstance(place, str) else place]
-    }
-
-
-def _modules(**places: str) -> dict[str, Place]:
-    return {f"vision.{role}": (name, 0, 1) for role, name in places.items()}
-
-
 _TWO = ["trunk.blocks.0", "trunk.blocks.1"]
-_QKV: dict[str, Place | str] = {role: ("attn.qkv", index, 3) for index, role in enumerate("qkv")}
+_QKV: dict[str, Place | str] = {role: ("attn.qkv.weight", index, 3) for index, role in enumerate("qkv")}
 _PLAIN: dict[str, Place | str] = {**_QKV, "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-_PATCHES = _modules(patch_embedding="trunk.patch_embed.proj.weight", position_embedding="trunk.pos_embed")
-_HEAD = _modules(proj="trunk.head.weight")
+_PATCHES = named(
+    vision__patch_embedding="trunk.patch_embed.proj.weight", vision__position_embedding="trunk.pos_embed"
+)
+_PROJ = named(vision__proj="head.proj.weight")
+_HEAD = named(vision__proj="trunk.head.weight")
 _LATENT_POOL = {
-    **_modules(
-        pool_q="trunk.attn_pool.q.weight",
-        pool_out="trunk.attn_pool.proj.weight",
-        pool_fc1="trunk.attn_pool.mlp.fc1.weight",
-        pool_fc2="trunk.attn_pool.mlp.fc2.weight",
+    **named(
+        vision__pool_q="trunk.attn_pool.q.weight",
+        vision__pool_out="trunk.attn_pool.proj.weight",
+        vision__pool_fc1="trunk.attn_pool.mlp.fc1.weight",
+        vision__pool_fc2="trunk.attn_pool.mlp.fc2.weight",
     ),
     "vision.pool_k": ("trunk.attn_pool.kv.weight", 0, 2),
     "vision.pool_v": ("trunk.attn_pool.kv.weight", 1, 2),
@@ -161,30 +164,43 @@ def _later(sites: Mapping[str, Place], by: int) -> dict[str, Place]:
     return {f"vision.{int(s.split('.')[1]) + by}.{s.split('.')[2]}": place for s, place in sites.items()}
 
 
-WEIGHTS: dict[str, dict[str, Place]] = {
-    "SigLIP": {**_blocks(_TWO, _PLAIN), **_PATCHES, **_LATENT_POOL},
-    "EVA01": {**_blocks(_TWO, _PLAIN), **_PATCHES, **_HEAD},
-    "EVA02": {**_blocks(_TWO, _EVA02), **_PATCHES, **_HEAD},
-    "PE": {**_blocks(_TWO, _PLAIN), **_PATCHES, **_LATENT_POOL, **_HEAD},
-    "ConvNeXt": {
-        **_blocks(_CONVNEXT, {"conv_dw": "conv_dw", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}),
+_BELOW_VISUAL: dict[str, dict[str, Place]] = {
+    "SigLIP": {**blocks("vision", _TWO, _PLAIN), **_PATCHES, **_LATENT_POOL},
+    "EVA01": {**blocks("vision", _TWO, _PLAIN), **_PATCHES, **_HEAD},
+    "EVA02": {**blocks("vision", _TWO, _EVA02), **_PATCHES, **_HEAD},
+    "PE": {**blocks("vision", _TWO, _PLAIN), **_PATCHES, **_LATENT_POOL, **_HEAD},
+    "MobileCLIP-B": {
+        **blocks("vision", _TWO, _PLAIN),
+        **named(vision__position_embedding="trunk.pos_embed"),
+        **_HEAD,
+    },
+    "timm ViT": {**blocks("vision", _TWO, _PLAIN), **_PATCHES, **_HEAD},
+    "timm ViT without class token": {**blocks("vision", _TWO, _PLAIN), **_PATCHES, **_PROJ},
+    "timm ViT of relative positions": {
+        **blocks("vision", _TWO, _PLAIN),
+        **named(vision__patch_embedding="trunk.patch_embed.proj.weight"),
+        **_PROJ,
+    },
+    "ConvNeXt below an MLP": {
+        **blocks("vision", _CONVNEXT, {"conv_dw": "conv_dw", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}),
         **{
             f"vision.{block}.downsample": (f"trunk.stages.{stage}.downsample.1.weight", 0, 1)
             for stage, block in ((1, 1), (2, 2), (3, 4))
         },
-        **_modules(
-            patch_embedding="trunk.stem.0.weight",
-            proj_fc1="head.mlp.fc1.weight",
-            proj_fc2="head.mlp.fc2.weight",
+        **named(
+            vision__patch_embedding="trunk.stem.0.weight",
+            vision__proj_fc1="head.mlp.fc1.weight",
+            vision__proj_fc2="head.mlp.fc2.weight",
         ),
     },
     "FastViT": {
-        **_blocks(_FASTVIT[:3], _MIXER),
+        **blocks("vision", _FASTVIT[:3], _MIXER),
         **_later(
-            _blocks(
+            blocks(
+                "vision",
                 _FASTVIT[3:],
                 {
-                    **{role: ("token_mixer.qkv", index, 3) for index, role in enumerate("qkv")},
+                    **{role: ("token_mixer.qkv.weight", index, 3) for index, role in enumerate("qkv")},
                     "out": "token_mixer.proj",
                     "conv_dw": "mlp.conv.conv",
                     "fc1": "mlp.fc1",
@@ -193,31 +209,33 @@ WEIGHTS: dict[str, dict[str, Place]] = {
             ),
             3,
         ),
-        **_modules(proj="trunk.head.fc.weight"),
+        **named(vision__proj="trunk.head.fc.weight"),
     },
     "ViTamin": {
-        **_blocks(_VITAMIN, _MBCONV),
-        **_later(_blocks(_TWO, _GEGLU), 2),
-        **_modules(position_embedding="trunk.pos_embed", proj="head.proj.weight"),
+        **blocks("vision", _VITAMIN, _MBCONV),
+        "vision.1.shortcut": (f"{_VITAMIN[1]}.shortcut.expand.weight", 0, 1),
+        **_later(blocks("vision", _TWO, _GEGLU), 2),
+        **named(vision__position_embedding="trunk.pos_embed", vision__proj="head.proj.weight"),
     },
     "Swin": {
-        **_blocks(_SWIN, _PLAIN),
-        **_modules(patch_embedding="trunk.patch_embed.proj.weight", proj="head.proj.weight"),
+        **blocks("vision", _SWIN, _PLAIN),
+        **named(vision__patch_embedding="trunk.patch_embed.proj.weight", vision__proj="head.proj.weight"),
         "vision.2.downsample": ("trunk.layers.1.downsample.reduction.weight", 0, 1),
     },
     "ResNet": {
-        **_blocks(_RESNET, {role: role for role in ("conv1", "conv2", "conv3")}),
-        **_blocks(_RESNET, {"shortcut": "downsample.0"}),
-        **_modules(
-            position_embedding="attnpool.positional_embedding",
-            pool_q="attnpool.q_proj.weight",
-            pool_k="attnpool.k_proj.weight",
-            pool_v="attnpool.v_proj.weight",
-            pool_out="attnpool.c_proj.weight",
+        **blocks("vision", _RESNET, {role: role for role in ("conv1", "conv2", "conv3")}),
+        **blocks("vision", _RESNET, {"shortcut": "downsample.0"}),
+        **named(
+            vision__position_embedding="attnpool.positional_embedding",
+            vision__pool_q="attnpool.q_proj.weight",
+            vision__pool_k="attnpool.k_proj.weight",
+            vision__pool_v="attnpool.v_proj.weight",
+            vision__pool_out="attnpool.c_proj.weight",
         ),
     },
     "CoCa": {
-        **_blocks(
+        **blocks(
+            "vision",
             [f"transformer.resblocks.{block}" for block in range(2)],
             {"out": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"},
         ),
@@ -226,26 +244,43 @@ WEIGHTS: dict[str, dict[str, Place]] = {
             for block in range(2)
             for index, role in enumerate("qkv")
         },
-        **_modules(
-            patch_embedding="conv1.weight",
-            position_embedding="positional_embedding",
-            pool_q="attn_pool.attn.q_proj_weight",
-            pool_k="attn_pool.attn.k_proj_weight",
-            pool_v="attn_pool.attn.v_proj_weight",
-            pool_out="attn_pool.attn.out_proj.weight",
-            proj="proj",
+        **named(
+            vision__patch_embedding="conv1.weight",
+            vision__position_embedding="positional_embedding",
+            vision__pool_q="attn_pool.attn.q_proj_weight",
+            vision__pool_k="attn_pool.attn.k_proj_weight",
+            vision__pool_v="attn_pool.attn.v_proj_weight",
+            vision__pool_out="attn_pool.attn.out_proj.weight",
+            vision__proj="proj",
         ),
     },
 }
-WEIGHTS["CLIPA"] = {site: place for site, place in WEIGHTS["CoCa"].items() if "pool" not in site}
+_BELOW_VISUAL["ConvNeXt"] = {
+    **{s: place for s, place in _BELOW_VISUAL["ConvNeXt below an MLP"].items() if "proj" not in s},
+    **_PROJ,
+}
+_BELOW_VISUAL["ViTamin without positions"] = {
+    s: place for s, place in _BELOW_VISUAL["ViTamin"].items() if "position" not in s
+}
+_BELOW_VISUAL["CLIPA"] = {s: place for s, place in _BELOW_VISUAL["CoCa"].items() if "pool" not in s}
+WEIGHTS: dict[str, dict[str, Place]] = {
+    family: {site: (f"visual.{name}", index, count) for site, (name, index, count) in places.items()}
+    for family, places in _BELOW_VISUAL.items()
+}
 _TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "SigLIP": _siglip,
     "EVA01": _eva01,
     "EVA02": _eva02,
     "PE": _pe,
-    "ConvNeXt": _convnext,
+    "MobileCLIP-B": _hybrid,
+    "timm ViT": _timm_vit,
+    "timm ViT without class token": lambda: _projected("vit_medium_patch16_gap_256"),
+    "timm ViT of relative positions": lambda: _projected("vit_relpos_medium_patch16_cls_224"),
+    "ConvNeXt": lambda: _convnext({"proj": nn.Linear(32, DIM, bias=False)}),
+    "ConvNeXt below an MLP": _convnext_mlp,
     "FastViT": _fastvit,
-    "ViTamin": _vitamin,
+    "ViTamin": lambda: _vitamin("vitamin_small_224"),
+    "ViTamin without positions": lambda: _vitamin("vitamin_xlarge_256"),
     "Swin": _swin,
 }
 
@@ -284,43 +319,3 @@ def _coca() -> nn.Module:
     return open_clip.CoCa(
         DIM, multimodal_cfg=multimodal, text_cfg=text, vision_cfg={**vision, "output_tokens": True}
     )
-
-
-def explicit_weights(base: nn.Module, family: str, updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """W + s·B·A for every weight of the vision tower that has an update, differentiable in A and B."""
-    state = {name: weight.detach() for name, weight in base.state_dict().items()}
-    changed: dict[str, Tensor] = {}
-    for site, (a, b, scale) in updates.items():
-        name, index, count = WEIGHTS[family][site]
-        name = f"visual.{name}"
-        weight = changed.get(name, state[name])
-        product = scale * b.flatten(1) @ a.flatten(1)
-        if site.endswith("position_embedding") or name == "visual.proj":
-            product = product.T
-        shares = list(weight.chunk(count))
-        shares[index] = shares[index] + product.reshape(shares[index].shape)
-        changed[name] = torch.cat(shares)
-    return changed
-
-
-def explicit_model(base: nn.Module, family: str, updates: Mapping[str, Update]) -> nn.Module:
-    """A copy of the base with W + s·B·A in its weights."""
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for name, weight in explicit_weights(base, family, updates).items():
-            model.get_parameter(name).copy_(weight)
-    return model
-
-
-def pixels(size: int = SIZE) -> Tensor:
-    """(3, 3, size, size) pixels."""
-    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def ids(seed: int = 0) -> Tensor:
-    """(3, context) token ids; the largest stands at another position in every row."""
-    found = torch.randint(1, 98, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
-    for row in range(3):
-        found[row, 5 + row] = 99
-        found[row, 6 + row :] = 0
-    return found

@@ -15,7 +15,7 @@ from clipgraft.adapters.convert import read_any, write_any
 from clipgraft.errors import AdapterError
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.models.export import write_model
-from siglip_models import BIAS, SCALE, build_siglip, with_logit_bias
+from tiny_siglip import BIAS, SCALE, build_siglip, with_logit_bias
 
 Make = Callable[[], Clip]
 BASE = (SCALE, BIAS)

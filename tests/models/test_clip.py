@@ -20,8 +20,8 @@ from transformers import SiglipConfig, SiglipModel
 import clipgraft as cg
 from clipgraft.models.clip import ClipLike, as_clip
 from explicit_lora import randomise_lora
-from siglip_models import build_siglip, with_logit_bias
 from tiny_models import EOS_ID, TINY_OPENCLIP, in_every_layout, randomise, to_transformers
+from tiny_siglip import build_siglip, with_logit_bias
 
 Make = Callable[..., nn.Module]
 # Hypothesis reuses a test's fixtures for all its examples; nothing here changes the models.

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     M2M100Config,
     MT5Config,
+    NllbTokenizer,
     PreTrainedConfig,
     XLMRobertaConfig,
 )
@@ -18,7 +19,7 @@ from transformers import (
 import clipgraft as cg
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import as_clip
-from tiny_dual import TEXTS, build, ids, tokenizer_of
+from tiny_dual import TEXTS, build, ids_of, tokenizer_of
 from tiny_models import TINY_OPENCLIP
 
 _SIZES = {"vocab_size": 20, "max_position_embeddings": 40, "pad_token_id": 1}
@@ -71,6 +72,29 @@ def test_texts_are_padded_as_the_tower_hides_it(name: str, tmp_path: Path) -> No
         torch.testing.assert_close(clip.encode_text(TEXTS), wanted)
         alone = torch.cat([clip.encode_text(text) for text in TEXTS])
         torch.testing.assert_close(alone, wanted)
+
+
+@pytest.mark.parametrize("language", ["eng_Latn", "vie_Latn"])
+def test_the_language_is_said(language: str, tmp_path: Path) -> None:
+    """Vietnamese captions are read as English, and nobody is told."""
+    path = model_config("NLLB", tmp_path)
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "eng_Latn", "vie_Latn", "<mask>", "▁", "a"]
+    inner = NllbTokenizer(
+        {word: number for number, word in enumerate(vocabulary)},
+        [],
+        additional_special_tokens=["eng_Latn", "vie_Latn"],
+    )
+    inner.save_pretrained(tmp_path / "text")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if language != "eng_Latn":
+        config["text_cfg"]["tokenizer_kwargs"] = {"language": language}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    clip = cg.load(path, "none")
+    assert f"every text begins with the language {language}" in clip.notes[-1]
+    ids = inner.convert_tokens_to_ids(["eng_Latn", "vie_Latn"])
+    assert int(clip.tokenize("a")[0, 0]) == ids[language == "vie_Latn"]
+    clip.tokenizer.inner.tokenizer.src_lang = "vie_Latn"
+    assert int(clip.tokenize("a")[0, 0]) == ids[1]
 
 
 def test_another_padding_is_refused(tmp_path: Path) -> None:
@@ -127,6 +151,6 @@ def test_checkpointing_changes_nothing() -> None:
         model = build("open_clip XLM-R").train()
         as_clip(model).family.set_grad_checkpointing(model, enable)
         cg.apply_lora(model, r=2, targets="text.0.q", init="default")
-        model.encode_text(ids("open_clip XLM-R")).sum().backward()
+        model.encode_text(ids_of("open_clip XLM-R")).sum().backward()
         gradients.append(next(p.grad for n, p in model.named_parameters() if "lora_B" in n))
     torch.testing.assert_close(gradients[0], gradients[1])

@@ -15,8 +15,9 @@ from transformers import CLIPConfig, CLIPModel
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
 from explicit_lora import bound, largest, randomise_lora
-from tiny_dual import build, ids, pixels
+from tiny_dual import build, ids_of
 from tiny_models import randomise
+from weight_places import pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 TEXT = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -44,7 +45,7 @@ def features(model: nn.Module, name: str) -> torch.Tensor:
         inner = model.text_model if "Text" in name else model.vision_model
     with torch.no_grad():
         if "Text" in name:
-            return inner(input_ids=ids(name)).pooler_output
+            return inner(input_ids=ids_of(name)).pooler_output
         return inner(pixel_values=pixels()).pooler_output
 
 

@@ -12,7 +12,8 @@ import clipgraft as cg
 from clipgraft.errors import ModelError
 from clipgraft.models.clip import as_clip
 from explicit_lora import largest
-from tiny_dual import SIZE, TEXTS, build, ids, padding_of, tokenizer_of
+from tiny_dual import TEXTS, build, ids_of, padding_of, tokenizer_of
+from weight_places import SIZE
 
 NAMES = ["AltCLIP", "ChineseCLIP", "ViT and BERT", "CLIP vision and XLM-R"]
 
@@ -34,7 +35,8 @@ def test_folders_are_loaded(name: str, tmp_path: Path) -> None:
     stock = type(clip.model).from_pretrained(tmp_path, dtype=torch.float32)
     assert clip.fingerprint == as_clip(stock).fingerprint
     with torch.no_grad():
-        assert largest((clip.encode_text(ids(name)),), (as_clip(build(name)).encode_text(ids(name)),)) < 1e-5
+        ours, wanted = (of.encode_text(ids_of(name)) for of in (clip, as_clip(build(name))))
+        assert largest((ours,), (wanted,)) < 1e-5
     with torch.no_grad():
         together = clip.encode_text(TEXTS)
         alone = torch.cat([clip.encode_text(text) for text in TEXTS])

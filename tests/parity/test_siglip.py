@@ -18,10 +18,11 @@ from transformers import Siglip2ImageProcessor, SiglipImageProcessor
 
 import clipgraft as cg
 from clipgraft.models.clip import as_clip
+from clipgraft.models.convert import to_open_clip
 from clipgraft.models.names import is_module_of
 from explicit_lora import largest, randomise_active, randomise_lora
 from tiny_siglip import build_siglip, build_siglip2, hf_features, save_siglip, to_openclip
-from tiny_towers import ids, pixels
+from weight_places import ids, pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 IN_PEFT = "all,-vision.pool_q+pool_k+pool_v+pool_out"
@@ -69,6 +70,14 @@ def explicit(base: nn.Module, updates: dict[str, tuple[Tensor, Tensor, float]]) 
     return model
 
 
+def build_siglip2_of_one_size() -> nn.Module:
+    """A `SiglipModel` as the SigLIP 2 checkpoints of one image size are: texts with the tanh form of GELU."""
+    model = build_siglip()
+    for layer in model.text_model.encoder.layers:
+        layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+    return model
+
+
 @pytest.mark.parametrize("build", [build_siglip, build_siglip2])
 def test_every_site_of_transformers(build: object) -> None:
     """An adapter on a SigLIP of transformers computes something else than its weights say."""
@@ -82,14 +91,14 @@ def test_every_site_of_transformers(build: object) -> None:
         with torch.set_grad_enabled(grad):
             wanted = features(wanted_model.train(train))
             assert largest(features(model.train(train)), wanted) <= bound(wanted)
-    for site in updates:
-        alone = copy.deepcopy(base)
-        cg.apply_lora(alone, targets=site, r=3, alpha=5)
-        update = randomise_lora(alone, size=0.5)
-        with torch.no_grad():
-            wanted, plain = features(explicit(base, update)), features(base)
+    with torch.no_grad():
+        plain, alone = features(base), copy.deepcopy(base)
+        for site in updates:
+            cg.apply_lora(alone, targets=site, r=3, alpha=5)
+            wanted = features(explicit(base, randomise_lora(alone, size=0.5)))
             assert largest(features(alone), wanted) <= bound(wanted), site
             assert largest(wanted, plain) > 1e-4, site
+            cg.remove_lora(alone)
 
 
 def test_both_libraries_hold_one_model() -> None:
@@ -123,7 +132,7 @@ def test_an_adapter_works_in_the_other_library(
         assert largest(features(other), wanted) <= bound(wanted)
 
 
-@pytest.mark.parametrize("build", [build_siglip, build_siglip2])
+@pytest.mark.parametrize("build", [build_siglip, build_siglip2, build_siglip2_of_one_size])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "lora_only"}, {"use_rslora": True}])
 def test_stock_peft_opens_the_folder(build: object, options: dict[str, object], tmp_path: Path) -> None:
     """`PeftModel.from_pretrained` cannot open a SigLIP adapter, or computes something else with it."""
@@ -140,18 +149,65 @@ def test_stock_peft_opens_the_folder(build: object, options: dict[str, object], 
         assert largest(features(base), wanted) > 1e-2
 
 
-def test_a_folder_of_peft_is_read(tmp_path: Path) -> None:
-    """An adapter that PEFT trained on a SiglipModel cannot be used."""
-    base = build_siglip()
+@pytest.mark.parametrize("build", [build_siglip, build_siglip2, build_siglip2_of_one_size])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "lora_only"}, {"use_rslora": True}])
+def test_a_folder_of_peft_is_read(build: object, options: dict[str, object], tmp_path: Path) -> None:
+    """An adapter that PEFT trained on a SigLIP or SigLIP 2 cannot be used, or comes back to PEFT changed."""
+    base = build()
     names = ["q_proj", "v_proj", "self_attn.out_proj", "fc1", "text_model.head", "token_embedding"]
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=names))
+    names.append("patch_embedding")
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=4, lora_alpha=7, target_modules=names, **options)
+    )
     randomise_active(model)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "theirs")
     ours = copy.deepcopy(base)
-    cg.load_adapter(ours, tmp_path)
+    cg.load_adapter(ours, tmp_path / "theirs")
+    cg.save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     with torch.no_grad():
         wanted = features(model.get_base_model())
         assert largest(features(ours), wanted) <= bound(wanted)
+        assert largest(features(again.get_base_model()), wanted) <= bound(wanted)
+        assert largest(features(base), wanted) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("build", "ignored"),
+    [(build_siglip, "vision.pool_out"), (build_siglip2, "vision.position_embedding")],
+)
+def test_where_peft_never_acts(
+    build: object, ignored: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT's update of a weight that SigLIP reads without its module acts after all where it is read."""
+    base = build()
+    names = ["text_model.head", "position_embedding", "out_proj"]
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=names))
+    model.save_pretrained(tmp_path / "new")
+    cg.load_adapter(copy.deepcopy(base), tmp_path / "new")
+    assert caplog.text == ""
+    randomise_active(model)
+    model.save_pretrained(tmp_path / "random")
+    ours = copy.deepcopy(base)
+    cg.load_adapter(ours, tmp_path / "random")
+    assert f"PEFT's update of {ignored} never acted" in caplog.text
+    with torch.no_grad():
+        wanted = features(model.get_base_model())
+        assert largest(features(ours), wanted) <= bound(wanted)
+
+
+def test_an_adapter_of_peft_goes_to_open_clip(tmp_path: Path) -> None:
+    """What PEFT trained on a fixed-size SigLIP 2 of transformers acts otherwise on the same in open_clip."""
+    base = build_siglip2_of_one_size()
+    names = ["q_proj", "k_proj", "fc2", "text_model.head", "vision_model.embeddings.patch_embedding"]
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=names))
+    randomise_active(model)
+    model.save_pretrained(tmp_path)
+    other = to_open_clip(as_clip(base)).model
+    cg.load_adapter(other, tmp_path)
+    with torch.no_grad():
+        wanted = features(model.get_base_model())
+        assert largest(features(other), wanted) <= bound(wanted)
 
 
 def test_peft_refuses_what_it_cannot_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

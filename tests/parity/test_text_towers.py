@@ -16,20 +16,8 @@ import clipgraft as cg
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit_lora import bound, largest, randomise_active, randomise_lora
-from tiny_dual import (
-    BUILDERS,
-    LONE,
-    PAIRS,
-    WEIGHTS,
-    Update,
-    build,
-    explicit_model,
-    explicit_weights,
-    ids,
-    padding_of,
-    pixels,
-    stock_features,
-)
+from tiny_dual import BUILDERS, LONE, PAIRS, WEIGHTS, build, ids_of, padding_of, stock_features
+from weight_places import Update, explicit_model, explicit_weights, pixels
 
 ALL = "all"
 _MASKED = [name for name in PAIRS if name != "CLIP and CLIP"]
@@ -54,7 +42,7 @@ def features(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     if name in PAIRS or "Vision" in name:
         towers.append(clip.encode_image(pixels()))
     if name in PAIRS or "Text" in name:
-        towers.append(clip.encode_text(ids(name)))
+        towers.append(clip.encode_text(ids_of(name)))
     return tuple(towers)
 
 
@@ -84,7 +72,7 @@ def test_base_is_encoded_as_by_its_own_functions(name: str, base: nn.Module) -> 
 def test_forward_of_all_sites(name: str, base: nn.Module) -> None:
     """An adapter computes something else than its weights say, in training or in use."""
     model, updates = adapted(base)
-    explicit = explicit_model(base, name, updates)
+    explicit = explicit_model(base, WEIGHTS[name], updates)
     for train, grad in itertools.product((False, True), repeat=2):
         ours, theirs = copy.deepcopy(model).train(train), copy.deepcopy(explicit).train(train)
         with torch.set_grad_enabled(grad):
@@ -94,13 +82,15 @@ def test_forward_of_all_sites(name: str, base: nn.Module) -> None:
 
 def test_every_site_acts_alone(name: str, base: nn.Module) -> None:
     """The update of a site is ignored: the module that it hangs on is never called."""
-    plain = frozen(base, name)
+    plain, model = frozen(base, name), copy.deepcopy(base)
     for site in WEIGHTS[name]:
-        model, updates = adapted(base, targets=site)
+        cg.apply_lora(model, r=3, alpha=5, targets=site)
+        updates = randomise_lora(model, size=0.1)
         with torch.no_grad():
-            wanted = stock_features(explicit_model(base, name, updates), name)
+            wanted = stock_features(explicit_model(base, WEIGHTS[name], updates), name)
         assert largest(frozen(model, name), wanted) <= bound(wanted, _LOOSE), site
         assert largest(wanted, plain) > 1e-5, site
+        cg.remove_lora(model)
 
 
 def test_gradients_of_all_sites(name: str, base: nn.Module) -> None:
@@ -108,7 +98,7 @@ def test_gradients_of_all_sites(name: str, base: nn.Module) -> None:
     model, updates = adapted(base)
     _loss(features(model, name)).backward()
     leaves = {site: (a.requires_grad_(), b.requires_grad_(), s) for site, (a, b, s) in updates.items()}
-    _loss(_explicit_features(base, name, explicit_weights(base, name, leaves))).backward()
+    _loss(_explicit_features(base, name, explicit_weights(base, WEIGHTS[name], leaves))).backward()
     for site, layer in require_lora(model).layers.items():
         wanted = tuple(leaf.grad for leaf in leaves[str(site)][:2])
         assert largest((layer.lora_A.grad, layer.lora_B.grad), wanted) <= bound(wanted, _LOOSE), site
@@ -198,10 +188,10 @@ def test_rows_run_with_adapters_of_their_own(name: str, base: nn.Module) -> None
     """A batch with an adapter for each row mixes them up."""
     model, _ = adapted(base)
     clip, names = cg.Clip.over(as_clip(model)), ["default", None, "default"]
-    images = name in LONE and "Vision" in name
-    mixed = (
-        clip.encode_image(pixels(), adapters=names) if images else clip.encode_text(ids(name), adapters=names)
-    )
+    encode, inputs = clip.encode_text, ids_of(name)
+    if name in LONE and "Vision" in name:
+        encode, inputs = clip.encode_image, pixels()
+    mixed = encode(inputs, adapters=names)
     tuned, plain = frozen(model, name)[-1], frozen(base, name)[-1]
     wanted = torch.stack([tuned[0], plain[1], tuned[2]])
     assert largest((mixed,), (wanted,)) <= bound((wanted,))
@@ -211,7 +201,7 @@ def test_rows_run_with_adapters_of_their_own(name: str, base: nn.Module) -> None
 def test_cut_texts_give_what_whole_ones_do(name: str) -> None:
     """Cutting the padding off a batch changes the features of its texts."""
     model = build(name)
-    clip, tokens = as_clip(model), ids(name)
+    clip, tokens = as_clip(model), ids_of(name)
     cut = clip.cut_tokens(tokens)
     assert cut.shape[1] == 11  # the longest row ends at position 10
     with torch.no_grad():
@@ -222,7 +212,7 @@ def test_cut_texts_give_what_whole_ones_do(name: str) -> None:
 @pytest.mark.parametrize("name", _MASKED)
 def test_padding_is_no_word(name: str) -> None:
     """A text's features depend on how much padding stands behind it, as the mask is missing or wrong."""
-    model, tokens = build(name), ids(name)
+    model, tokens = build(name), ids_of(name)
     clip, row = as_clip(model), tokens[:1, :7]
     longer = torch.nn.functional.pad(row, (0, 9), value=padding_of(name))
     words = torch.nn.functional.pad(row, (0, 9), value=42)

@@ -17,7 +17,8 @@ from clipgraft.lora.initialization import start_from_data
 from clipgraft.lora.state import require_lora
 from clipgraft.models.clip import as_clip
 from explicit_lora import largest, randomise_active, randomise_lora
-from tiny_towers import WEIGHTS, Update, build_tower, explicit_model, explicit_weights, ids, pixels
+from tiny_towers import WEIGHTS, build_tower
+from weight_places import Update, explicit_model, explicit_weights, ids, pixels
 
 FAMILIES = sorted(WEIGHTS)
 VISION = "vision.*.*,vision.*"
@@ -39,10 +40,10 @@ def image_features(model: nn.Module) -> Tensor:
     return features
 
 
-def adapted(base: nn.Module, size: float = 0.1, **options: object) -> tuple[nn.Module, dict[str, Update]]:
+def adapted(base: nn.Module, **options: object) -> tuple[nn.Module, dict[str, Update]]:
     model = copy.deepcopy(base)
     cg.apply_lora(model, **{"r": 3, "alpha": 5, "targets": VISION, **options})
-    return model, randomise_lora(model, size=size)
+    return model, randomise_lora(model, size=0.1)
 
 
 def bound(wanted: Tensor) -> float:
@@ -58,14 +59,16 @@ def test_sites_are_those_of_the_hand_written_table(family: str, base: nn.Module)
 def test_forward_of_all_sites(family: str, base: nn.Module) -> None:
     """An adapter on the tower computes something else than its weights say, in training or in use."""
     model, updates = adapted(base)
-    explicit = explicit_model(base, family, updates)
+    explicit = explicit_model(base, WEIGHTS[family], updates)
     for train, grad in itertools.product((False, True), repeat=2):
         ours, theirs = copy.deepcopy(model).train(train), copy.deepcopy(explicit).train(train)
         for module in theirs.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()  # as an adapter does not hold other averages than the base's
         with torch.set_grad_enabled(grad):
+            torch.manual_seed(0)  # timm drops out parts of its tables of relative positions
             wanted = image_features(theirs)
+            torch.manual_seed(0)
             assert largest((image_features(ours),), (wanted,)) <= bound(wanted)
 
 
@@ -81,13 +84,16 @@ def test_training_leaves_the_base_alone(base: nn.Module) -> None:
 
 def test_every_site_acts_alone(family: str, base: nn.Module) -> None:
     """The update of a site is ignored: the module that it hangs on is never called."""
-    plain = image_features(base).detach()
+    plain, model = image_features(base).detach(), copy.deepcopy(base)
     for site in WEIGHTS[family]:
-        model, updates = adapted(base, size=0.5, targets=site)
+        cg.apply_lora(model, r=3, alpha=5, targets=site)
+        updates = randomise_lora(model, size=0.5)
         with torch.no_grad():
-            ours, wanted = image_features(model), image_features(explicit_model(base, family, updates))
+            ours = image_features(model)
+            wanted = image_features(explicit_model(base, WEIGHTS[family], updates))
         assert largest((ours,), (wanted,)) <= bound(wanted), site
         assert largest((wanted,), (plain,)) > 1e-5, site
+        cg.remove_lora(model)
 
 
 def test_gradients_of_all_sites(family: str, base: nn.Module) -> None:
@@ -96,7 +102,7 @@ def test_gradients_of_all_sites(family: str, base: nn.Module) -> None:
     weights = torch.linspace(-1, 1, image_features(base).numel())
     (image_features(model).flatten() * weights).sum().backward()
     leaves = {site: (a.requires_grad_(), b.requires_grad_(), s) for site, (a, b, s) in updates.items()}
-    wanted = _explicit_features(base, explicit_weights(base, family, leaves))
+    wanted = _explicit_features(base, explicit_weights(base, WEIGHTS[family], leaves))
     (wanted.flatten() * weights).sum().backward()
     for site, layer in require_lora(model).layers.items():
         a, b, _ = leaves[str(site)]
@@ -153,7 +159,8 @@ def test_files_hold_every_site(base: nn.Module, options: dict[str, object], tmp_
     randomise_active(model)
     other = copy.deepcopy(base)
     cg.load_adapter(other, cg.save_adapter(model, tmp_path))
-    assert largest((image_features(other),), (image_features(model),)) <= 1e-6
+    wanted = image_features(model)
+    assert largest((image_features(other),), (wanted,)) <= 1e-6 * max(1.0, wanted.abs().max().item())
 
 
 def test_disabled_is_the_base_to_the_bit(base: nn.Module) -> None:
@@ -193,7 +200,7 @@ def test_starts_on_the_base_and_on_data(base: nn.Module) -> None:
 def test_base_in_bf16(base: nn.Module, family: str) -> None:
     """On a base in bf16 an adapter ends in an error of types, or is rounded away."""
     model, updates = adapted(copy.deepcopy(base).bfloat16())
-    wanted = as_clip(explicit_model(base, family, updates).bfloat16())
+    wanted = as_clip(explicit_model(base, WEIGHTS[family], updates).bfloat16())
     with torch.no_grad():
         size = wanted.family.image_size(wanted.model)[0]
         ours = as_clip(model).encode_image(pixels(size)).float()

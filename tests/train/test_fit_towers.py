@@ -17,7 +17,8 @@ from clipgraft.errors import ConfigError, DataError, ModelError, TargetError
 from clipgraft.models import DualEncoder, FeatureTable
 from clipgraft.models.clip import as_clip
 from fitting import groups
-from tiny_dual import DIM, LENGTH, PAIRS, SIZE, build, padding_of
+from tiny_dual import PAIRS, build, padding_of
+from weight_places import CONTEXT, DIM, SIZE
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "pink", "grey"]
 
@@ -29,7 +30,7 @@ class Words:
         self.padding = padding
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        ids = torch.full((len(texts), LENGTH), self.padding)
+        ids = torch.full((len(texts), CONTEXT), self.padding)
         for row, text in enumerate(texts):
             words = [10 + COLOURS.index(word) if word in COLOURS else 5 for word in text.split()]
             ids[row, : len(words) + 1] = torch.tensor([*words, 99])
@@ -142,7 +143,7 @@ def test_a_tower_alone_says_what_it_lacks(name: str, other: str, pairs: cg.Pairs
     cg.apply_lora(clip, r=2, targets="attention")
     ask = {
         "image": lambda: clip.encode_image(torch.zeros(1, 3, SIZE, SIZE)),
-        "text": lambda: clip.encode_text(torch.zeros(1, LENGTH, dtype=torch.long)),
+        "text": lambda: clip.encode_text(torch.zeros(1, CONTEXT, dtype=torch.long)),
     }[other]
     doing = (ask, lambda: fit(clip, pairs, tmp_path / "run"), lambda: cg.evaluate_retrieval(clip, pairs))
     for action in doing:

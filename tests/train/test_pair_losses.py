@@ -18,7 +18,7 @@ import clipgraft as cg
 from clipgraft.models.clip import Clip, as_clip
 from clipgraft.train.recipes.gallery import Gallery, partners_of
 from clipgraft.train.recipes.pair_losses import SigmoidLoss, SoftmaxLoss, choose_loss, make_pair_loss
-from siglip_models import build_siglip, siglip_clip, with_logit_bias
+from tiny_siglip import build_siglip, siglip_clip, with_logit_bias
 
 IDS = torch.arange(9)
 

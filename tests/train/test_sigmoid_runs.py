@@ -25,7 +25,7 @@ from clipgraft.train.recipes.pair_losses import make_pair_loss
 from clipgraft.train.run_folder import RunFolder
 from fitting import groups
 from run_comparison import dies_at, differences, events, run_contents
-from siglip_models import BIAS, SCALE, siglip_clip, with_logit_bias
+from tiny_siglip import BIAS, SCALE, siglip_clip, with_logit_bias
 
 MakeClip = Callable[[], Clip]
 QUICK: dict[str, Any] = {"batch_size": 8, "epochs": 2, "lr": 1e-3, "workers": 0, "progress": False}

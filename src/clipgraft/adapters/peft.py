@@ -163,10 +163,28 @@ def read_peft(
             f"adapter_config.json does not announce: {some([repr(name) for name in surplus])}; train it on "
             "that model, or drop them"
         )
+    _drop_ignored(found)
     if not (found.parts or found.full):
         raise AdapterError(f"{folder} lacks the weights of every site: it is incomplete; save it again")
     _check_whole(found, kind, config)
     return replace(found, settings=_settings(kind, found, config))
+
+
+def _drop_ignored(found: AdapterFile) -> None:
+    """Leave out what PEFT has at SigLIP's pooling attention or SigLIP 2's position table, where it is idle.
+
+    Both weights are read past their module. An update there never has a gradient either, so that one of the
+    usual initialization is zero, and nothing is said of it.
+    """
+    if found.twin not in (SIGLIP, SIGLIP2) or str(found.config.get("peft_type")).startswith(OWN_TYPE):
+        return
+    for site in foreign_to_peft(found):
+        parts = found.parts.pop(site)
+        if all(bool(tensor.any()) for tensor in parts.values()):
+            log.warning(
+                "%s: PEFT's update of %s never acted, as %s reads that weight without its module: left out",
+                *(found.path, site, found.twin.name),
+            )
 
 
 def _check_saved(surplus: Sequence[str], config: Config, folder: Path) -> None:

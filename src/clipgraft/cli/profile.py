@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _INSPECT = "Describe a model, a run or an adapter. Weights of models are neither needed nor loaded."
 _PROFILE = "Show what a model costs to run and to train. Weights are neither needed nor loaded."
-_IMAGE_SIZE = {"transformers": "vision_config.image_size", "open_clip": "vision_cfg.image_size"}
 _OF_CLIP = ("targets", "lora_r", "batch_size", "adapter", "measure", "device", "precision", "pretrained")
 _LLAVA_COUNTS = ("crops", "language_tokens", "logits")
 _LLAVA_IMAGE, _LLAVA_TEXT_TOKENS = (480, 640), 64
@@ -163,10 +162,10 @@ def run_profile(argv: Sequence[str]) -> None:
     if given := sorted(spec.model_fields_set & set(_LLAVA_COUNTS)):
         raise ConfigError(f"{', '.join(map(flag, given))}: of LLaVA-NeXT alone, and {spec.model} is none")
     clip = _model(spec, "meta")
-    batch, length = spec.batch_size, spec.text_tokens
-    profile = costs(clip, batch=batch, text_tokens=length)
+    batch, length, size = spec.batch_size, spec.text_tokens, spec.image_size
+    profile = costs(clip, batch=batch, text_tokens=length, image_size=size)
     targets = spec.targets or distinct_sets(clip, _TRAINED)
-    training = training_costs(clip, targets, spec.lora_r, batch=batch, text_tokens=length)
+    training = training_costs(clip, targets, spec.lora_r, batch=batch, text_tokens=length, image_size=size)
     measured = _measured(spec) if spec.measure else None
     if spec.format == "json":
         _print_json({"profile": profile, "training": training, "measured": measured}, profile)
@@ -199,11 +198,12 @@ def _model(spec: ProfileFlags, device: str) -> Clip:
 
     settings = dict(spec.set)
     if spec.image_size is not None:
-        library = read_model_config(spec.model).library
+        config = read_model_config(spec.model)
         height, width = spec.image_size
-        if height != width and library == "transformers":
+        if height != width and config.library == "transformers":
             raise ConfigError(f"--image-size {height}x{width}: CLIP models of transformers see squares alone")
-        settings[_IMAGE_SIZE[library]] = height if height == width else [height, width]
+        if setting := _image_size_setting(config):
+            settings[setting] = height if height == width else [height, width]
     clip = build_model(read_model_config(spec.model, settings, spec.pretrained), device)
     clip.model.to(torch.bfloat16 if spec.precision == "bf16" else torch.float32)
     if spec.adapter is not None:
@@ -212,13 +212,22 @@ def _model(spec: ProfileFlags, device: str) -> Clip:
     return clip
 
 
+def _image_size_setting(config: ModelConfig) -> str:
+    """The setting that is the size of images; "" where images are of any size, or there are none."""
+    if config.library == "open_clip":
+        return "vision_cfg.image_size"
+    if "image_size" in config.values.get("vision_config", {}):
+        return "vision_config.image_size"
+    return "image_size" if "image_size" in config.values else ""
+
+
 def _measured(spec: ProfileFlags) -> Measurement:
     from clipgraft.cli.common import pick_device
     from clipgraft.profile.forward import costs
     from clipgraft.profile.measure import measure
 
     clip = _model(spec, str(pick_device(spec.device)))
-    profile = costs(clip, batch=spec.batch_size, text_tokens=spec.text_tokens)
+    profile = costs(clip, batch=spec.batch_size, text_tokens=spec.text_tokens, image_size=spec.image_size)
     return measure(clip, profile)
 
 
@@ -241,11 +250,12 @@ def _profiled(
     tables = [towers_table(profile), site_costs_table(profile), training_table(training, profile.batch)]
     if measured is not None:
         tables.append(measured_table(measured))
-    height, width = profile.image_size
-    head = (
-        f"{profile.name}: {profile.parameters:,} weights, images of {height}x{width}, "
-        f"texts of {profile.text_tokens} tokens"
-    )
+    sizes = [f"{profile.parameters:,} weights"]
+    if profile.image_size is not None:
+        sizes.append("images of {}x{}".format(*profile.image_size))
+    if profile.text_tokens is not None:
+        sizes.append(f"texts of {profile.text_tokens} tokens")
+    head = f"{profile.name}: {', '.join(sizes)}"
     if spec.format == "markdown":
         return [f"# {head}", f"## modules\n\n```text\n{tree}\n```", *(t.markdown() for t in tables)]
     return [head, tree, *(table.text(terminal_width()) for table in tables)]

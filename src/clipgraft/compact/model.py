@@ -26,7 +26,7 @@ from clipgraft.compact.vocabulary import (
 from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.files import atomic_folder, write_json
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
-from clipgraft.models.convert import require_bare, to_transformers
+from clipgraft.models.convert import require_bare, to_transformers, why_not_plain
 from clipgraft.models.export import save_transformers_files, weights_size
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
@@ -118,9 +118,13 @@ def compact_model(
     require_bare(clip)
     if args == CompactArgs() and texts is None:
         raise ConfigError("nothing to cut: give `text_layers`, `vision_layers`, `texts` or `vocab_size`")
+    if why := why_not_plain(clip):
+        raise ModelError(
+            f"{clip.source.name or type(clip.model).__name__} cannot be cut: {why}. Cut a model whose towers "
+            "are both CLIP's own (transformers.CLIPModel, open_clip's ViT-B-32), or take a smaller model of "
+            "its family"
+        )
     base = to_transformers(clip)
-    if base.model.config.model_type != "clip":  # type: ignore[union-attr]
-        raise ModelError(f"{type(base.model).__name__} cannot be cut: it is no plain CLIPModel")
     kept: dict[Tower, tuple[int, ...]] = {
         "text": choose_blocks("text", _depth(base, "text"), args.text_layers, args.text_blocks),
         "vision": choose_blocks("vision", _depth(base, "vision"), args.vision_layers, args.vision_blocks),

@@ -21,12 +21,12 @@ from clipgraft.models.dual_encoder import FeatureTable, check_is_encoder
 from clipgraft.models.family import Family, is_lora
 from clipgraft.models.hf import HfFamily
 from clipgraft.models.library_calls import log_reading
-from clipgraft.models.lone_tower import LoneTowerFamily, check_has_tower, unused_scale
+from clipgraft.models.lone_tower import LoneTowerFamily, check_has_tower, lone_tower, unused_scale
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.models.own_towers import OwnTowersFamily
 from clipgraft.models.processors import Preprocess, Tokenizer, find_preprocess, find_tokenizer
 from clipgraft.models.rwlock import rwlock_of
-from clipgraft.models.sites import Site, SiteRef, Tower
+from clipgraft.models.sites import TOWERS, Site, SiteRef, Tower
 from clipgraft.models.vision_text import VisionTextFamily
 from clipgraft.pictures import open_image
 
@@ -89,6 +89,12 @@ class Clip:
         """Log of the inverse temperature, as the model trains it; a constant for a tower alone."""
         scale = getattr(self.model, "logit_scale", None)
         return scale if isinstance(scale, nn.Parameter) else unused_scale(self.model)
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """Those that encode anything: both; of a tower alone, or beside a table of features, that one."""
+        alone = lone_tower(self.model)
+        return tuple(tower for tower in TOWERS if alone in (None, tower) and self.table(tower) is None)
 
     def table(self, tower: Tower) -> FeatureTable | None:
         """The table of features that stands in place of a tower (`DualEncoder`), if one does."""
@@ -162,6 +168,13 @@ class Clip:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Token count of every text before truncation, start and end tokens included."""
         return self._require_tokenizer().count(texts)
+
+    def require_inputs(self) -> None:
+        """Raise ModelError for a model without the tokenizer or the preprocessing that its towers need."""
+        if "text" in self.towers:
+            self.tokenize("")
+        if "vision" in self.towers:
+            self.require_preprocess()
 
     def require_preprocess(self) -> Preprocess:
         """The deterministic image transform; raises ModelError for a raw model that does not tell its own."""

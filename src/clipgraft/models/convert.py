@@ -23,7 +23,7 @@ from clipgraft.models.convert_siglip import SiglipShape, TowerShape, hf_tower
 from clipgraft.models.family import LARGEST_ID, is_lora
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
-from clipgraft.models.names import SIGLIP
+from clipgraft.models.names import SIGLIP, SIGLIP2
 from clipgraft.models.processors import (
     HfPreprocess,
     HfTokenizer,
@@ -215,7 +215,7 @@ def shape_of(clip: Clip) -> ClipShape:
     Raises:
         ModelError: one of its towers is not CLIP's own transformer.
     """
-    if why := _why_not_plain(clip):
+    if why := why_not_plain(clip):
         name = clip.source.name or type(clip.model).__name__
         raise ModelError(f"{name} cannot leave its own family, {clip.family.name}: {why}")
     text, vision = clip.family.text_tower(clip.model), clip.family.vision_tower(clip.model)
@@ -243,9 +243,16 @@ def _tower_shape(clip: Clip, tower: Tower, parts: TextTower | VisionTower) -> To
     return TowerShape(width, len(parts.blocks), parts.heads, inner, block.act, min(_eps(clip, tower)))
 
 
-def _why_not_plain(clip: Clip) -> str:
-    """What keeps a model from being held by the other library, "" for nothing."""
+def why_not_plain(clip: Clip) -> str:
+    """What keeps a model from being a plain CLIP, which both libraries hold; "" for nothing."""
     family, model = clip.family, clip.model
+    if missing := [tower for tower in TOWERS if tower not in clip.towers]:
+        return f"it has no {missing[0]} tower"
+    if family.twin(model) is SIGLIP2:
+        return (
+            "it takes images of any shape as patches (NaFlex), which no model of open_clip does; SigLIP 2 of "
+            "one image size is a SiglipModel, which open_clip has"
+        )
     towers = {"text": family.text_tower(model), "vision": family.vision_tower(model)}
     for tower in TOWERS:
         parts = towers[tower]
@@ -275,7 +282,7 @@ def config_of(clip: Clip) -> dict[str, Any]:
     Raises:
         ModelError: the model is not a plain CLIP and the name it was loaded by does not tell either.
     """
-    if _why_not_plain(clip):
+    if why_not_plain(clip):
         try:
             return model_config(clip.source.name)
         except ModelError:

@@ -62,7 +62,8 @@ def write_model(
     - `open_clip`: where `out` ends in .pt or .safetensors, a checkpoint that `open_clip.create_model(name,
       pretrained=out)` opens; otherwise a folder for `local-dir:` with configuration and tokenizer.
     - `transformers`: a folder for `CLIPModel`, `AutoTokenizer` and `AutoImageProcessor`.
-    - `onnx`: a folder with `text.onnx`, `vision.onnx`, a description and the tokenizer (`onnx.py`).
+    - `onnx`: a folder with `text.onnx`, `vision.onnx`, a description and the tokenizer (`onnx.py`); of a
+      tower alone, with its graph.
 
     A model of the other family is converted first. Everything is whole or not there at all; an earlier
     export to the same place is replaced, which it is known for by a record in it.
@@ -127,7 +128,7 @@ def _write_transformers(clip: Clip, folder: Path, tell: _Steps) -> None:
     if clip.family.name != "transformers":
         tell("converting to transformers")
     twin = to_transformers(clip)
-    _require_inputs(twin)
+    twin.require_inputs()
     tell(f"writing {weights_size(clip) / 1e6:,.1f} MB")
     save_transformers_files(twin, folder)
 
@@ -139,7 +140,7 @@ def _as_open_clip(clip: Clip, tell: _Steps) -> Clip:
 
 
 def _write_open_clip(clip: Clip, folder: Path, tell: _Steps) -> None:
-    _require_inputs(clip)
+    clip.require_inputs()
     tell(f"writing {weights_size(clip) / 1e6:,.1f} MB")
     preprocess = dict(clip.model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
     preprocess.pop("size", None)  # open_clip takes it from the model
@@ -148,12 +149,6 @@ def _write_open_clip(clip: Clip, folder: Path, tell: _Steps) -> None:
     tokenizer = clip.tokenizer
     if isinstance(tokenizer, OpenClipTokenizer) and hasattr(tokenizer.inner, "save_pretrained"):
         tokenizer.inner.save_pretrained(folder)
-
-
-def _require_inputs(clip: Clip) -> None:
-    """Raise ModelError for a model without tokenizer or preprocessing, which nothing could use."""
-    clip.tokenize("")
-    clip.require_preprocess()
 
 
 def _check_place(clip: Clip, out: Path, form: Form, overwrite: bool) -> None:

@@ -132,6 +132,15 @@ def is_pure_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return isinstance(module, nn.LayerNorm) and isinstance(getattr(module, "act", None), nn.Identity | None)
 
 
+def pure_norms(model: nn.Module) -> dict[str, nn.LayerNorm]:
+    """`Family.norms` of a model that goes by its own module names."""
+    return {name: module for name, module in model.named_modules() if is_pure_norm(module)}
+
+
+def no_plain_tower(model: nn.Module) -> None:
+    """Answer `text_tower`, `vision_tower` and `pooled_id` of a family without plain towers: None."""
+
+
 def is_lora(name: str) -> bool:
     """Whether a parameter name belongs to an adapter rather than to the base."""
     return any(part == "lora" or part.startswith("lora_") for part in name.split("."))

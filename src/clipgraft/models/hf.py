@@ -15,6 +15,7 @@ from clipgraft.models.family import (
     is_lora,
     parameters_of,
     pooled_positions,
+    pure_norms,
     site_weight,
 )
 from clipgraft.models.names import CLIP, EMBEDDINGS, SIGLIP, SIGLIP2, TOWER_MODULE, Twin, site_path
@@ -34,10 +35,22 @@ LARGEST_ID_AS_EOS = 2
 """transformers keeps CLIP's original rule, the largest id, for configurations whose eos_token_id is 2."""
 
 
+def set_hf_checkpointing(model: nn.Module, enable: bool) -> None:
+    """`Family.set_grad_checkpointing` of any model of transformers."""
+    # transformers 5 renames the switch along the way, and removes the old name in 6.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
 class HfFamily:
     """Module paths and shortcuts of `transformers.CLIPModel` and its relatives."""
 
     name = "transformers"
+    set_grad_checkpointing = staticmethod(set_hf_checkpointing)
+    norms = staticmethod(pure_norms)
 
     def accepts(self, model: nn.Module) -> bool:
         named = all(hasattr(model, name) for name in ("get_text_features", "config", "logit_scale"))
@@ -97,19 +110,8 @@ class HfFamily:
         groups = [first, *([block] for block in blocks[:-1]), last, projection]
         return [parameters for group in groups if (parameters := parameters_of(group))]
 
-    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
-        # transformers 5 renames the switch along the way, and removes the old name in 6.
-        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        if enable:
-            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(model, f"{kind}_checkpointing_disable")()
-
     def twin(self, model: nn.Module) -> Twin:
         return {"siglip": SIGLIP, "siglip2": SIGLIP2}.get(_type(model), CLIP)
-
-    def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        return {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         refs, twin = self.site_refs(model), self.twin(model)

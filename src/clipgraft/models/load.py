@@ -363,7 +363,11 @@ def _tokenizer(text: Mapping[str, Any], folder: Path | None, name: str = "") -> 
     kwargs = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
     if source := text.get("hf_tokenizer_name"):
         mode = text.get("tokenizer_mode")
-        return HFTokenizer(str(folder or source), tokenizer_mode=mode, trust_remote_code=False, **kwargs)
+        made = HFTokenizer(str(folder or source), tokenizer_mode=mode, trust_remote_code=False, **kwargs)
+        if language := kwargs.get("language"):
+            # transformers 5 goes back to its own setting at every call, past open_clip's.
+            made.tokenizer.src_lang = language
+        return made
     if "siglip" in name.lower():
         return open_clip.get_tokenizer(name)
     kwargs.pop("strip_sep_token", None)
@@ -381,4 +385,18 @@ def _clip(
     length = getattr(inner, "context_length", None) or family.context_length(model)
     tokenizer = OpenClipTokenizer(inner, length)
     check_preprocess(evaluate, (3, *family.image_size(model)), source.name)
-    return Clip(model, family, tokenizer, evaluate, train, source, tuple(notes))
+    told = (*notes, *_language_note(inner, source.name))
+    return Clip(model, family, tokenizer, evaluate, train, source, told)
+
+
+def _language_note(inner: Any, name: str) -> list[str]:
+    """Say in which language every text begins, where a tokenizer has one as NLLB's has."""
+    tokenizer: Any = getattr(inner, "tokenizer", None)
+    if not hasattr(tokenizer, "src_lang"):
+        return []
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])[0]
+    return [
+        f"{name}: every text begins with the language {first}; for another one set "
+        'clip.tokenizer.inner.tokenizer.src_lang = "vie_Latn", or load a JSON model config that has '
+        '"language": "vie_Latn" in its text_cfg.tokenizer_kwargs'
+    ]

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
-from clipgraft.models.architecture import TextTower, VisionTower
 from clipgraft.models.encoder_sites import encoder_groups, encoder_refs, module_ref
-from clipgraft.models.family import named_weights
-from clipgraft.models.hf import HfFamily
+from clipgraft.models.family import named_weights, no_plain_tower, pure_norms
+from clipgraft.models.hf import set_hf_checkpointing
 from clipgraft.models.names import TOWER_MODULE, Twin
 from clipgraft.models.padding import hf_ends
 from clipgraft.models.sites import Site, SiteRef, Tower
@@ -73,6 +72,8 @@ class LoneTowerFamily:
     """Module paths and shortcuts of CLIP's towers alone."""
 
     name = "transformers"
+    pooled_id = text_tower = vision_tower = staticmethod(no_plain_tower)
+    set_grad_checkpointing = staticmethod(set_hf_checkpointing)
 
     def accepts(self, model: nn.Module) -> bool:
         return lone_tower(model) is not None
@@ -95,15 +96,6 @@ class LoneTowerFamily:
         check_has_tower(model, "text")
         return hf_ends(model.config, tokens)
 
-    def pooled_id(self, model: nn.Module) -> int | None:
-        return None
-
-    def text_tower(self, model: nn.Module) -> TextTower | None:
-        return None
-
-    def vision_tower(self, model: nn.Module) -> VisionTower | None:
-        return None
-
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         check_has_tower(model, "vision")
         size = model.config.image_size  # type: ignore[union-attr]
@@ -119,15 +111,12 @@ class LoneTowerFamily:
             return []
         return encoder_groups(model, [getattr(model, _PROJECTION[tower], None)])
 
-    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
-        HfFamily().set_grad_checkpointing(model, enable)
-
     def twin(self, model: nn.Module) -> Twin:
         kind = type(model)
         return Twin(kind.__name__, kind.__module__, "text_projection", prefix=_prefix(model))
 
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        return {f"{_prefix(model)}{name}": module for name, module in HfFamily().norms(model).items()}
+        return {f"{_prefix(model)}{name}": module for name, module in pure_norms(model).items()}
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named_weights(model):

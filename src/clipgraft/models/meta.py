@@ -21,19 +21,19 @@ from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.configs import (
     CONFIG_FILE,
     HUB,
-    borrows,
     check_known,
     check_text_tower,
     model_config,
     openclip_config,
     transformers_config,
 )
-from clipgraft.models.hub import hf_failure, hub_access, one_line
+from clipgraft.models.hub import fetch_reason, hf_failure, hub_access, one_line
 from clipgraft.models.library_calls import quiet_libraries
 from clipgraft.models.load import CHECKPOINT_SUFFIXES, EMOJI_BASE
 from clipgraft.models.load_hf import check_path
 
 Overrides = Mapping[str, object]
+_PROJECTED = frozenset({"CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"})
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def _read_hf(path: str, name: str) -> ModelConfig:
     with quiet_libraries(), hub_access(needed=not local) as offline:
         try:
             values, _ = PreTrainedConfig.get_config_dict(path)
-            return ModelConfig(name, "transformers", _hf_config(values, name).to_dict())
+            kept = {"architectures": values["architectures"]} if "architectures" in values else {}
+            return ModelConfig(name, "transformers", {**_hf_config(values, name).to_dict(), **kept})
         except ModelError:
             raise
         except Exception as error:
@@ -143,11 +144,17 @@ def _hf_config(values: Mapping[str, Any], name: str) -> Any:
 
 def _build_hf(config: ModelConfig, device: torch.device) -> nn.Module:
     # Early releases of transformers 5 make tensors as they are imported: none may be a meta tensor.
+    import transformers
     from transformers import AutoModel, GenerationMixin  # noqa: F401
 
     values = _hf_config(config.values, config.name)
+    # A tower alone has one configuration with and without projection.
+    projected = next(iter(_PROJECTED & set(config.values.get("architectures") or ())), None)
     with device:
-        model = AutoModel.from_config(values, trust_remote_code=False)
+        if projected is None:
+            model = AutoModel.from_config(values, trust_remote_code=False)
+        else:
+            model = getattr(transformers, projected)(values)
     assert isinstance(model, nn.Module)
     return model
 
@@ -157,12 +164,22 @@ def _build_openclip(config: ModelConfig, device: torch.device) -> nn.Module:
 
     values = openclip_config(config.values, config.name)
     check_text_tower(values, config.name)
-    with hub_access(borrows(values)), tempfile.TemporaryDirectory() as folder:
+    borrowed = values.get("text_cfg", {}).get("hf_model_name")
+    with hub_access(bool(borrowed)) as offline, tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / CONFIG_FILE, {"model_cfg": values, "preprocess_cfg": {}})
-        with device:
-            model = open_clip.create_model(
-                f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False
-            )
+        try:
+            with device:
+                model = open_clip.create_model(
+                    f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False
+                )
+        except Exception as error:  # each release of open_clip has its own
+            if not borrowed or path_exists(borrowed):
+                raise
+            raise ModelError(
+                f"{config.name} reads texts with {borrowed}, whose configuration cannot be fetched: "
+                f"{fetch_reason(error, offline)}, or name a local folder of it in text_cfg.hf_model_name of "
+                "a JSON model config"
+            ) from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -1,7 +1,7 @@
 """Both towers as ONNX graphs, checked in ONNX Runtime against PyTorch before anybody gets to see them.
 
-Plain towers are exported from their parts, so that batch and text length stay free. Others are
-exported through their library's own forward, at the full context length.
+The batch stays free. Plain towers are exported from their parts, others through their library's own forward.
+Texts may be short where the tower sees nothing of padding: behind a pooled token, or under a mask.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +26,22 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.family import LARGEST_ID
 from clipgraft.models.hub import one_line
 from clipgraft.models.library_calls import quiet_libraries
-from clipgraft.models.processors import cleaning_of, hf_tokenizer_files, image_settings
-from clipgraft.models.sites import Site
+from clipgraft.models.lone_tower import lone_tower
+from clipgraft.models.processors import HfPreprocess, cleaning_of, hf_tokenizer_files, image_settings
+from clipgraft.models.siglip import packed_shape, patch_features
+from clipgraft.models.sites import Site, Tower
 
 DESCRIPTION = "clipgraft_onnx.json"
 VERIFIED_TO = 1e-4
 """Largest accepted difference between ONNX Runtime and PyTorch, over the largest feature."""
 
-_TEXT, _VISION = "text.onnx", "vision.onnx"
+_TEXT = "text.onnx"
+_FILES: dict[Tower, str] = {"text": _TEXT, "vision": "vision.onnx"}
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _EMBEDDED_BYTES = 1 << 30
 """Graphs of more weights than this keep them in a file beside: protobuf ends at 2 GiB."""
 _BATCHES = (1, 3)
+_ONNX_INT32, _ONNX_BOOL = 6, 9
 
 
 def require_onnx() -> None:
@@ -50,7 +55,9 @@ def write_onnx(clip: Clip, folder: Path, tell: Callable[[str], None]) -> dict[st
     """Write `text.onnx`, `vision.onnx`, `clipgraft_onnx.json` and the tokenizer into an empty folder.
 
     `text.onnx`: `input_ids` (B, L) int64 -> `text_features` (B, D); `vision.onnx`: `pixel_values` (B, 3, H,
-    W) -> `image_features` (B, D). All fp32, whatever the model's type; features are not normalised.
+    W) -> `image_features` (B, D). All fp32, whatever the model's type; features are not normalised. The
+    vision tower of `Siglip2Model` takes what its processor gives: `pixel_values` (B, P, patch values), and
+    `spatial_shapes` (B, 2) int64. Of a tower alone, or beside a table of features, that tower is written.
 
     Returns:
         Of each graph the largest difference from PyTorch, over the largest feature.
@@ -58,51 +65,64 @@ def write_onnx(clip: Clip, folder: Path, tell: Callable[[str], None]) -> dict[st
     Raises:
         ModelError: a tower cannot be exported, or computes something else in ONNX Runtime.
     """
-    clip.tokenize("")
-    clip.require_preprocess()
+    clip.require_inputs()
     model = copy.deepcopy(clip.model).to("cpu", torch.float32).eval()
     exact = Clip(model, clip.family, clip.tokenizer, clip.preprocess, None, clip.source)
-    text, vision = _TextGraph(exact), _VisionGraph(exact)
+    graphs = {_FILES[tower]: _graph(exact, tower) for tower in exact.towers}
     differences = {}
-    for file, graph in ((_TEXT, text), (_VISION, vision)):
+    for file, graph in graphs.items():
         tell(f"exporting {file}")
         _export(graph, folder / file)
         differences[file] = _verify(graph, folder / file)
         tell(f"{file} agrees with PyTorch to {differences[file]:.1e} of the largest feature")
-    tokenizer = hf_tokenizer_files(exact)
+    tokenizer = hf_tokenizer_files(exact) if _TEXT in graphs else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_json(folder / DESCRIPTION, _describe(exact, text, vision, differences))
+    write_json(folder / DESCRIPTION, _describe(exact, graphs, differences))
     return differences
+
+
+def _graph(clip: Clip, tower: Tower) -> _Graph:
+    if tower == "text":
+        return _TextGraph(clip)
+    preprocess = clip.preprocess
+    if isinstance(preprocess, HfPreprocess) and preprocess.max_patches is not None:
+        return _PatchGraph(clip, preprocess.max_patches)
+    return _VisionGraph(clip)
 
 
 class _TextGraph(nn.Module):
     """What `text.onnx` computes, and inputs to trace and check it with."""
 
-    input_name, output_name = "input_ids", "text_features"
+    input_names, output_name = ("input_ids",), "text_features"
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
         self.model, self.clip = clip.model, clip
-        self.free_length = (
-            clip.family.text_tower(clip.model) is not None and clip.family.pooled_id(clip.model) is not None
-        )
+        ids = clip.tokenize("")
+        # The tower may take more tokens than its tokenizer makes.
+        self.length, self.padding = ids.shape[1], int(ids[0, -1])
+        family, model = clip.family, clip.model
+        plain, pooled = family.text_tower(model) is not None, family.pooled_id(model) is not None
+        # Towers of transformers cut their tables and masks themselves, open_clip's own do not.
+        hides = not pooled and family.text_ends(model, ids) is not None
+        self.plain, self.free_length = plain and pooled, (plain and pooled) or hides
         embedding = clip.site_refs.get(Site("text", None, "token_embedding"))
         self.vocabulary = embedding.shape[0] if embedding is not None else 100
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) int64 -> (B, D)."""
         family = self.clip.family
-        tower = family.text_tower(self.model) if self.free_length else None
+        tower = family.text_tower(self.model) if self.plain else None
         if tower is None:
             return family.encode_text(self.model, input_ids)
         ends = family.text_ends(self.model, input_ids)
         assert ends is not None
         return _text_features(tower, input_ids, ends)
 
-    def sample(self, batch: int) -> Tensor:
-        """Ids whose pooled token is at another place in each row, and again after it; some short if free."""
-        length = self.clip.context_length
+    def sample(self, batch: int) -> tuple[Tensor, ...]:
+        """Ids whose pooled token is elsewhere in each row, with padding after it; some short if free."""
+        length = self.length
         if self.free_length and batch == _BATCHES[-1]:
             length = max(length // 2, 1)
         pooled = self.clip.family.pooled_id(self.model)
@@ -111,23 +131,35 @@ class _TextGraph(nn.Module):
         ids = torch.randint(max(self.vocabulary - 1, 1), (batch, length), generator=generator)
         ids[ids == end] = 0
         for row in range(batch):
-            ids[row, length - 1 - row * length // 4 :] = end
-        return ids
+            last = length - 1 - (row + 1) * length // 5
+            ids[row, last], ids[row, last + 1 :] = end, self.padding
+        return (ids,)
 
-    def dynamic(self) -> dict[int, Any]:
+    def dynamic(self) -> tuple[dict[int, Any], ...]:
         sizes = {0: torch.export.Dim("batch")}
         if self.free_length:
-            sizes[1] = torch.export.Dim("length", max=self.clip.context_length)
-        return sizes
+            sizes[1] = torch.export.Dim("length", max=self.length)
+        return (sizes,)
 
-    def reference(self, input_ids: Tensor) -> Tensor:
-        return self.clip.family.encode_text(self.model, input_ids)
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return self.clip.family.encode_text(self.model, *inputs)
+
+    def described(self) -> dict[str, Any]:
+        tokenizer = hf_tokenizer_files(self.clip)
+        return {
+            "input_type": "int64",
+            "context_length": self.length,
+            "shorter_texts": self.free_length,
+            "tokenizer": None if tokenizer is None else "tokenizer.json",
+            "pad_id": getattr(tokenizer, "pad_token_id", None),
+            "open_clip_cleaning": cleaning_of(self.clip.tokenizer),
+        }
 
 
 class _VisionGraph(nn.Module):
-    """What `vision.onnx` computes, and inputs to trace and check it with."""
+    """What `vision.onnx` computes of pixels."""
 
-    input_name, output_name = "pixel_values", "image_features"
+    input_names, output_name = ("pixel_values",), "image_features"
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
@@ -140,32 +172,86 @@ class _VisionGraph(nn.Module):
             return self.reference(pixel_values)
         return _image_features(tower, pixel_values)
 
-    def sample(self, batch: int) -> Tensor:
+    def sample(self, batch: int) -> tuple[Tensor, ...]:
         """Pixels of about the range that normalised ones have."""
         size = self.clip.family.image_size(self.model)
-        return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+        return (torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch)),)
 
-    def dynamic(self) -> dict[int, Any]:
-        return {0: torch.export.Dim("batch")}
+    def dynamic(self) -> tuple[dict[int, Any], ...]:
+        return ({0: torch.export.Dim("batch")},)
 
-    def reference(self, pixel_values: Tensor) -> Tensor:
-        return self.clip.family.encode_image(self.model, pixel_values)
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return self.clip.family.encode_image(self.model, *inputs)
+
+    def described(self) -> dict[str, Any]:
+        settings = image_settings(self.clip)
+        size = {"size": self.clip.family.image_size(self.model)}
+        return {"input_type": "float32", **(size if settings is None else asdict(settings))}
 
 
-def _export(graph: _TextGraph | _VisionGraph, path: Path) -> None:
+class _PatchGraph(nn.Module):
+    """What `vision.onnx` computes of patches, as `Siglip2Model` takes images of any shape."""
+
+    input_names, output_name = ("pixel_values", "spatial_shapes"), "image_features"
+
+    def __init__(self, clip: Clip, patches: int) -> None:
+        super().__init__()
+        self.model, self.clip, self.patches = clip.model, clip, patches
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """(B, P, patch values) and the (B, 2) heights and widths of the images in patches -> (B, D)."""
+        features: Tensor = patch_features(self.model, pixel_values, spatial_shapes).pooler_output
+        return features
+
+    def sample(self, batch: int) -> tuple[Tensor, ...]:
+        """Wide, high and small images; what is behind their patches is padding."""
+        generator = torch.Generator().manual_seed(batch)
+        values = packed_shape(self.model, self.patches)[-1]
+        side = math.isqrt(self.patches)
+        shapes = [(side, self.patches // side), (1, self.patches), (self.patches // 2, 2)]
+        patches = torch.randn(batch, self.patches, values, generator=generator)
+        return patches, torch.tensor([shapes[row % 3] for row in range(batch)])
+
+    def dynamic(self) -> tuple[dict[int, Any], ...]:
+        sizes = {0: torch.export.Dim("batch")}
+        return sizes, sizes
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return self.forward(*inputs)
+
+    def described(self) -> dict[str, Any]:
+        preprocess = self.clip.preprocess
+        assert isinstance(preprocess, HfPreprocess)
+        processor = preprocess.processor
+        return {
+            "input_type": "float32",
+            "shapes_input": "spatial_shapes",
+            "shapes_input_type": "int64",
+            "max_num_patches": self.patches,
+            "patch_size": int(processor.patch_size),
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+        }
+
+
+_Graph: TypeAlias = _TextGraph | _VisionGraph | _PatchGraph
+
+
+def _export(graph: _Graph, path: Path) -> None:
     weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
     try:
         with quiet_libraries(), _own_kernels_off(), torch.no_grad():
             torch.onnx.export(
                 graph,
-                (graph.sample(2),),
+                graph.sample(2),
                 path,
-                input_names=[graph.input_name],
+                input_names=graph.input_names,
                 output_names=[graph.output_name],
-                dynamic_shapes=(graph.dynamic(),),
+                dynamic_shapes=graph.dynamic(),
                 external_data=weights > _EMBEDDED_BYTES,
                 dynamo=True,
                 verbose=False,
+                custom_translation_table=_translations(),
             )
     except Exception as error:
         raise ModelError(
@@ -173,7 +259,19 @@ def _export(graph: _TextGraph | _VisionGraph, path: Path) -> None:
         ) from error
 
 
-def _verify(graph: _TextGraph | _VisionGraph, path: Path) -> float:
+def _translations() -> dict[Any, Any]:
+    """Operators that torch cannot translate, of which transformers' checks in a traced forward are made."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def all_true(value: Any) -> Any:
+        return op.Cast(op.ReduceMin(op.Cast(value, to=_ONNX_INT32), keepdims=0), to=_ONNX_BOOL)
+
+    return {torch.ops.aten._is_all_true.default: all_true}
+
+
+def _verify(graph: _Graph, path: Path) -> float:
     """The largest difference between ONNX Runtime and the library's own forward, over the largest feature."""
     import onnxruntime
 
@@ -182,8 +280,9 @@ def _verify(graph: _TextGraph | _VisionGraph, path: Path) -> float:
     for batch in _BATCHES:
         inputs = graph.sample(batch)
         with torch.no_grad():
-            wanted = graph.reference(inputs)
-        (given,) = session.run([graph.output_name], {graph.input_name: inputs.numpy()})
+            wanted = graph.reference(*inputs)
+        named = zip(graph.input_names, inputs, strict=True)
+        (given,) = session.run([graph.output_name], {name: value.numpy() for name, value in named})
         worst = max(worst, float((torch.from_numpy(given) - wanted).abs().max() / wanted.abs().max()))
     # Written so that NaN fails as well.
     if not worst <= VERIFIED_TO:
@@ -194,14 +293,11 @@ def _verify(graph: _TextGraph | _VisionGraph, path: Path) -> float:
     return worst
 
 
-def _describe(
-    clip: Clip, text: _TextGraph, vision: _VisionGraph, differences: dict[str, float]
-) -> dict[str, Any]:
+def _describe(clip: Clip, graphs: dict[str, _Graph], differences: dict[str, float]) -> dict[str, Any]:
     """What a program needs to know to use the graphs without clipgraft."""
-    tokenizer = hf_tokenizer_files(clip)
+    graph = next(iter(graphs.values()))
     with torch.no_grad():
-        dim = text.reference(text.sample(1)).shape[-1]
-    settings, scale = image_settings(clip), clip.logit_scale.detach()
+        dim = graph.reference(*graph.sample(1)).shape[-1]
     return {
         "format": "clipgraft-onnx",
         "version": 1,
@@ -209,29 +305,24 @@ def _describe(
         "fingerprint": clip.fingerprint,
         "embedding_dim": dim,
         "features": "not normalised: divide each row by its Euclidean norm before comparing",
-        "logit_scale": float(scale),
-        "temperature": float(torch.exp(-scale)),
-        **({} if clip.logit_bias is None else {"logit_bias": float(clip.logit_bias.detach())}),
+        **_temperature(clip),
         "largest_difference": differences,
-        "text": {
-            "file": _TEXT,
-            "input": text.input_name,
-            "input_type": "int64",
-            "output": text.output_name,
-            "context_length": clip.context_length,
-            "shorter_texts": text.free_length,
-            "tokenizer": None if tokenizer is None else "tokenizer.json",
-            "pad_id": getattr(tokenizer, "pad_token_id", None),
-            "open_clip_cleaning": cleaning_of(clip.tokenizer),
-        },
-        "vision": {
-            "file": _VISION,
-            "input": vision.input_name,
-            "input_type": "float32",
-            "output": vision.output_name,
-            **({"size": clip.family.image_size(clip.model)} if settings is None else asdict(settings)),
-        },
+        **{file.removesuffix(".onnx"): _described(file, graph) for file, graph in graphs.items()},
     }
+
+
+def _described(file: str, graph: _Graph) -> dict[str, Any]:
+    names = {"file": file, "input": graph.input_names[0], "output": graph.output_name}
+    return {**names, **graph.described()}
+
+
+def _temperature(clip: Clip) -> dict[str, float]:
+    """What makes logits of cosines; nothing for a tower alone, which has none."""
+    if lone_tower(clip.model) is not None:
+        return {}
+    scale, bias = clip.logit_scale.detach(), clip.logit_bias
+    found = {"logit_scale": float(scale), "temperature": float(torch.exp(-scale))}
+    return found if bias is None else {**found, "logit_bias": float(bias.detach())}
 
 
 @contextlib.contextmanager

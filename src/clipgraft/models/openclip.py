@@ -16,11 +16,11 @@ from clipgraft.models.architecture import Block, Part, TextTower, VisionTower, a
 from clipgraft.models.family import (
     LARGEST_ID,
     base_parameter,
-    is_pure_norm,
     parameters_of,
     pooled_positions,
+    pure_norms,
 )
-from clipgraft.models.hf import HfFamily
+from clipgraft.models.hf import set_hf_checkpointing
 from clipgraft.models.hf_text import (
     check_pooler,
     hf_context_length,
@@ -86,6 +86,8 @@ class OpenClipFamily:
             check_pooler(_text_tower(model))
             if tokens.is_meta:
                 return hf_features_on_meta(_text_tower(model), tokens)
+            whole: Tensor = model.encode_text(tokens)  # type: ignore[operator]
+            return whole
         short = tokens.shape[1] < self.context_length(model)
         if short and (not _is_split(model) or _is_causal(_text_tower(model))):
             return _encode_short_text(_text_tower(model), tokens)
@@ -147,7 +149,7 @@ class OpenClipFamily:
         if is_hf_text(text):
             # open_clip's own switch turns it on whatever it is told.
             model.visual.set_grad_checkpointing(enable)  # type: ignore[union-attr, operator]
-            HfFamily().set_grad_checkpointing(text.transformer, enable)
+            set_hf_checkpointing(text.transformer, enable)
             return
         model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
@@ -158,8 +160,7 @@ class OpenClipFamily:
 
     def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         twin = self.twin(model)
-        norms = {name: module for name, module in model.named_modules() if is_pure_norm(module)}
-        return {norm_path(name, twin): module for name, module in norms.items()}
+        return {norm_path(name, twin): module for name, module in pure_norms(model).items()}
 
     def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from canonical_weights(model, self.site_refs(model), self.twin(model))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import PIL.Image
 from torch import Tensor, nn
 
 from clipgraft.errors import ModelError
-from clipgraft.models.architecture import TextTower, VisionTower
 from clipgraft.models.encoder_sites import PLACES, encoder_groups, encoder_refs, module_ref
-from clipgraft.models.family import is_pure_norm, named_weights
+from clipgraft.models.family import named_weights, no_plain_tower, pure_norms
+from clipgraft.models.hf import set_hf_checkpointing
 from clipgraft.models.names import Twin, own_twin
 from clipgraft.models.padding import longest
 from clipgraft.models.processors import OWN_TOWERS
@@ -27,6 +26,9 @@ class OwnTowersFamily:
     """Module paths and shortcuts of models that follow `OwnTowers`."""
 
     name = OWN_TOWERS
+    pooled_id = text_tower = vision_tower = staticmethod(no_plain_tower)
+    norms = staticmethod(pure_norms)
+    canonical_weights = staticmethod(named_weights)
 
     def accepts(self, model: nn.Module) -> bool:
         return all(hasattr(model, name) for name in _REQUIRED)
@@ -54,15 +56,6 @@ class OwnTowersFamily:
         ends: Tensor | None = None if told is None else told(tokens)
         return ends
 
-    def pooled_id(self, model: nn.Module) -> int | None:
-        return None
-
-    def text_tower(self, model: nn.Module) -> TextTower | None:
-        return None
-
-    def vision_tower(self, model: nn.Module) -> VisionTower | None:
-        return None
-
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         preprocess = getattr(model, "preprocess", None)
         if preprocess is None:
@@ -88,16 +81,7 @@ class OwnTowersFamily:
                     f"`grad_checkpointing`: the {tower} tower is {type(owner).__name__}, which has no "
                     "gradient_checkpointing_enable as models of transformers do; drop it"
                 )
-            if enable:
-                owner.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            else:
-                owner.gradient_checkpointing_disable()  # type: ignore[operator]
+            set_hf_checkpointing(owner, enable)
 
     def twin(self, model: nn.Module) -> Twin:
         return own_twin(model, self.site_refs(model))
-
-    def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        return {name: module for name, module in model.named_modules() if is_pure_norm(module)}
-
-    def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        yield from named_weights(model)

@@ -112,6 +112,12 @@ class HfPreprocess:
         pixels: Tensor = found["pixel_values"][0]
         return pack_patches(pixels, found["spatial_shapes"][0]) if "spatial_shapes" in found else pixels
 
+    @property
+    def max_patches(self) -> int | None:
+        """How many patches an image is padded to; None for processors that give pixels."""
+        found = getattr(self.processor, "max_num_patches", None)
+        return None if found is None else int(found)
+
     def __repr__(self) -> str:
         return repr(self.processor)
 
@@ -396,9 +402,9 @@ def _vocabulary(inner: Any) -> dict[str, int]:
 def _canonicalizing(inner: Any) -> Any:
     """A tokenizer that does to texts first what open_clip does for SigLIP, ftfy's repairs aside."""
     from tokenizers import Regex, normalizers
+    from transformers import PreTrainedTokenizerFast
 
-    copied = copy.deepcopy(inner)
-    backend = copied.backend_tokenizer
+    backend = copy.deepcopy(inner.backend_tokenizer)
     marks = "".join(re.escape(mark) for mark in string.punctuation)
     steps = [
         normalizers.Replace("_", " "),
@@ -409,7 +415,13 @@ def _canonicalizing(inner: Any) -> Any:
     ]
     own = [backend.normalizer] if backend.normalizer is not None else []
     backend.normalizer = normalizers.Sequence([*steps, *own])
-    return copied
+    # A class of its own, such as Gemma's, makes its steps anew when it is loaded, and would lose these.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=inner.model_max_length,
+        padding_side=inner.padding_side,
+        **inner.special_tokens_map,
+    )
 
 
 def _bpe_tokenizer(inner: Any, length: int) -> Any:

@@ -109,15 +109,24 @@ def image_features(model: nn.Module, images: Tensor) -> Any:
     Raises:
         DataError: images of neither form.
     """
-    patches, shapes = _unpacked(images) if images.shape[1] == 1 else _cut(model, images)
-    number = torch.arange(patches.shape[1], device=patches.device)
+    patches, shapes = unpack_patches(images) if images.shape[1] == 1 else _cut(model, images)
+    return patch_features(model, patches, shapes)
+
+
+def patch_features(model: nn.Module, patches: Tensor, shapes: Tensor) -> Any:
+    """The same for (N, patches, dim) patches and the (N, 2) heights and widths of their images in patches."""
+    number = torch.arange(patches.shape[1], device=shapes.device)
     mask = (number < shapes.prod(-1, keepdim=True)).to(torch.int64)
+    # transformers asks a mask whether it hides anything, and on the meta device no number is there.
     return model.get_image_features(  # type: ignore[operator]
-        pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
+        pixel_values=patches,
+        pixel_attention_mask=None if patches.is_meta else mask,
+        spatial_shapes=shapes,
     )
 
 
-def _unpacked(images: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_patches(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 1, 1 + patches, dim) -> (N, patches, dim), and (N, 2) heights and widths in patches."""
     rows = images[:, 0]
     digits = rows[:, 0, :4].round().long()
     return rows[:, 1:], torch.stack(
@@ -136,5 +145,7 @@ def _cut(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     count, _, height, width = images.shape
     grid = images.reshape(count, 3, height // size, size, width // size, size)
     patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, 3 * size * size)
-    shape = torch.tensor([height // size, width // size], device=images.device)
+    # transformers asks for the numbers, which are known of pixels without any too.
+    device = "cpu" if images.is_meta else images.device
+    shape = torch.tensor([height // size, width // size], device=device)
     return patches, shape.expand(count, 2)

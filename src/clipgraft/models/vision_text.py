@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipgraft.models.architecture import TextTower, VisionTower
 from clipgraft.models.encoder_sites import encoder_groups, encoder_refs, module_ref
-from clipgraft.models.family import named_weights
-from clipgraft.models.hf import HfFamily
+from clipgraft.models.family import named_weights, no_plain_tower, pure_norms
+from clipgraft.models.hf import HfFamily, set_hf_checkpointing
 from clipgraft.models.names import TOWER_MODULE, Twin, own_twin
 from clipgraft.models.padding import hf_ends, hf_mask, longest
 from clipgraft.models.sites import Site, SiteRef, Tower
@@ -33,6 +32,10 @@ class VisionTextFamily:
     """Module paths and shortcuts of `AltCLIPModel`, `ChineseCLIPModel` and `VisionTextDualEncoderModel`."""
 
     name = "transformers"
+    pooled_id = text_tower = vision_tower = staticmethod(no_plain_tower)
+    set_grad_checkpointing = staticmethod(set_hf_checkpointing)
+    norms = staticmethod(pure_norms)
+    canonical_weights = staticmethod(named_weights)
 
     def accepts(self, model: nn.Module) -> bool:
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -54,15 +57,6 @@ class VisionTextFamily:
     def text_ends(self, model: nn.Module, tokens: Tensor) -> Tensor | None:
         return hf_ends(model.config.text_config, tokens)  # type: ignore[union-attr]
 
-    def pooled_id(self, model: nn.Module) -> int | None:
-        return None
-
-    def text_tower(self, model: nn.Module) -> TextTower | None:
-        return None
-
-    def vision_tower(self, model: nn.Module) -> VisionTower | None:
-        return None
-
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         return HfFamily().image_size(model)
 
@@ -73,17 +67,8 @@ class VisionTextFamily:
         projection = model.get_submodule("text_projection" if tower == "text" else "visual_projection")
         return encoder_groups(model.get_submodule(TOWER_MODULE[tower]), [projection])
 
-    def set_grad_checkpointing(self, model: nn.Module, enable: bool) -> None:
-        HfFamily().set_grad_checkpointing(model, enable)
-
     def twin(self, model: nn.Module) -> Twin:
         return own_twin(model, self.site_refs(model))
-
-    def norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        return HfFamily().norms(model)
-
-    def canonical_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        yield from named_weights(model)
 
 
 def _tower_refs(model: Any, tower: Tower) -> Iterator[SiteRef]:

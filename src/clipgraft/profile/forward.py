@@ -1,4 +1,4 @@
-"""Count what a CLIP model costs to run: both towers, every site, and an adapter beside the base.
+"""Count what a CLIP model costs to run: its towers, every site, and an adapter beside the base.
 
 An adapter is counted as its products beside x·W, as it is trained. Without gradients `nn.MultiheadAttention`
 gets W + B·A instead, folded anew for each call: out·in·r a site, whatever the batch.
@@ -6,6 +6,7 @@ gets W + B·A instead, folded anew for each call: out·in·r a site, whatever th
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -82,10 +83,10 @@ class ClipProfile(Result):
     Attributes:
         name: what it was loaded by, or its class.
         batch: images, and texts.
-        image_size: (height, width) in pixels.
-        text_tokens: length of the texts.
+        image_size: (height, width) in pixels; None of a text tower alone.
+        text_tokens: length of the texts; None of a vision tower alone.
         parameters: of the model, its adapter and temperature included.
-        text, vision: the towers.
+        text, vision: the towers; None where there is none, or a table of features.
         trace: both together.
     """
 
@@ -93,30 +94,31 @@ class ClipProfile(Result):
 
     name: str
     batch: int
-    image_size: tuple[int, int]
-    text_tokens: int
+    image_size: tuple[int, int] | None
+    text_tokens: int | None
     parameters: int
-    text: TowerCost
-    vision: TowerCost
+    text: TowerCost | None
+    vision: TowerCost | None
     trace: Trace
 
     @property
-    def towers(self) -> tuple[TowerCost, TowerCost]:
-        return self.text, self.vision
+    def towers(self) -> tuple[TowerCost, ...]:
+        """Those that there are: both, or the one of a tower alone."""
+        return tuple(tower for tower in (self.text, self.vision) if tower is not None)
 
     @property
     def layers(self) -> tuple[LayerCost, ...]:
-        """Every module, with what both towers made it do."""
+        """Every module, with what the towers made it do."""
         return self.trace.layers
 
     @property
     def macs(self) -> int:
-        """Of both towers, adapter included."""
+        """Of all towers, adapter included."""
         return self.trace.total.macs
 
     @property
     def flops(self) -> int:
-        """Of both towers, adapter included."""
+        """Of all towers, adapter included."""
         return self.trace.total.flops
 
 
@@ -130,7 +132,8 @@ def costs(
     """Count what a forward pass of both towers costs. Nothing is computed and no weight is read.
 
     Args:
-        model: a `Clip` or raw model, on any device; `clip_on_meta` makes one without weights.
+        model: a `Clip` or raw model, on any device; `clip_on_meta` makes one without weights. Of a tower
+            alone, and of one beside a table of features, that tower is counted.
         batch: images, and texts.
         text_tokens: length of the texts; by default the context length.
         image_size: pixels, of a square or (height, width); by default what the model was made for.
@@ -140,49 +143,71 @@ def costs(
     """
     clip = as_clip(model)
     inputs = inputs_of(clip, batch, text_tokens, image_size)
-    text, vision = (_tower_cost(clip, tower, inputs.of(tower)) for tower in inputs.towers)
+    towers = {tower: _tower_cost(clip, tower, given) for tower, given in inputs.items()}
     return ClipProfile(
         name=clip.source.name or type(clip.model).__name__,
         batch=batch,
         image_size=inputs.image_size,
-        text_tokens=inputs.tokens.shape[1],
+        text_tokens=inputs.text_tokens,
         parameters=sum(p.numel() for p in clip.model.parameters()),
-        text=text,
-        vision=vision,
-        trace=join(text.trace, vision.trace),
+        text=towers.get("text"),
+        vision=towers.get("vision"),
+        trace=functools.reduce(join, (tower.trace for tower in towers.values())),
     )
 
 
 @dataclass(frozen=True)
 class ClipInputs:
-    """Inputs of both towers on the meta device: (N, L) token ids and (N, 3, H, W) pixels."""
+    """Inputs of the towers: (N, L) token ids and (N, 3, H, W) pixels; None where there is no such tower."""
 
-    tokens: Tensor
-    images: Tensor
-    towers: tuple[Tower, ...] = ("text", "vision")
+    tokens: Tensor | None
+    images: Tensor | None
 
-    def of(self, tower: Tower) -> Tensor:
-        return self.tokens if tower == "text" else self.images
+    def items(self) -> tuple[tuple[Tower, Tensor], ...]:
+        """The towers that there are, each with what it is given."""
+        given: tuple[tuple[Tower, Tensor | None], ...] = (("text", self.tokens), ("vision", self.images))
+        return tuple((tower, inputs) for tower, inputs in given if inputs is not None)
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int] | None:
+        if self.images is None:
+            return None
         height, width = self.images.shape[2:]
         return height, width
+
+    @property
+    def text_tokens(self) -> int | None:
+        return None if self.tokens is None else self.tokens.shape[1]
 
 
 def inputs_of(
     clip: Clip, batch: int, text_tokens: int | None, image_size: int | tuple[int, int] | None
 ) -> ClipInputs:
-    """Make inputs of the given sizes, or of the model's own; raises ModelError for texts too long for it."""
-    size = clip.family.image_size(clip.model) if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    """Make inputs of the given sizes, or of the model's own, on the meta device.
+
+    Raises:
+        ModelError: texts too long for the model, or a size for a tower that it has not.
+    """
+    for tower, given, what in (("text", text_tokens, "text_tokens"), ("vision", image_size, "image_size")):
+        if given is not None and tower not in clip.towers:
+            raise ModelError(f"`{what}` is {given}, but {type(clip.model).__name__} has no {tower} tower")
+    return ClipInputs(
+        tokens=_tokens(clip, batch, text_tokens) if "text" in clip.towers else None,
+        images=_images(clip, batch, image_size) if "vision" in clip.towers else None,
+    )
+
+
+def _tokens(clip: Clip, batch: int, text_tokens: int | None) -> Tensor:
     length = clip.context_length if text_tokens is None else text_tokens
     if not 1 <= length <= clip.context_length:
         raise ModelError(f"texts of {length} tokens: this model takes 1 to {clip.context_length}")
-    return ClipInputs(
-        tokens=torch.empty(batch, length, dtype=torch.int64, device="meta"),
-        images=torch.empty(batch, 3, height, width, dtype=clip.dtype, device="meta"),
-    )
+    return torch.empty(batch, length, dtype=torch.int64, device="meta")
+
+
+def _images(clip: Clip, batch: int, image_size: int | tuple[int, int] | None) -> Tensor:
+    size = clip.family.image_size(clip.model) if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.empty(batch, 3, height, width, dtype=clip.dtype, device="meta")
 
 
 def trace_tower(clip: Clip, tower: Tower, inputs: Tensor) -> Trace:

@@ -109,8 +109,17 @@ def config_of_model(clip: Clip) -> ModelConfig:
             f"{type(clip.model).__name__} has no configuration, of which its structure is built anew: "
             "clipgraft.profile.costs takes the model itself"
         )
-    values = config_of(clip) if clip.family.name == "open_clip" else clip.model.config.to_dict()  # type: ignore[union-attr, operator]
-    return ModelConfig(clip.source.name or type(clip.model).__name__, clip.family.name, dict(values))  # type: ignore[arg-type]
+    name, kind = clip.source.name or type(clip.model).__name__, type(clip.model).__name__
+    if clip.family.name != "open_clip":
+        values = {**clip.model.config.to_dict(), "architectures": [kind]}  # type: ignore[union-attr, operator]
+        return ModelConfig(name, "transformers", values)
+    try:
+        return ModelConfig(name, "open_clip", config_of(clip))
+    except ModelError as error:
+        raise ModelError(
+            f"open_clip has no configuration of this {kind}, of which its structure is built anew: "
+            "clipgraft.profile.costs takes the model itself"
+        ) from error
 
 
 def _sites(clip: Clip, r: int) -> Iterable[SiteInfo]:

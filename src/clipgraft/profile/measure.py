@@ -7,14 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import peak_memory
 from clipgraft.models.sites import Tower
-from clipgraft.profile.forward import ClipInputs, ClipProfile, inputs_of
+from clipgraft.profile.forward import ClipProfile, TowerCost
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
@@ -69,7 +69,7 @@ class Measurement:
         matmul_flops_per_second: of a product of two square matrices of `matrix` rows in that type.
         matrix: their rows.
         peak_megabytes: most memory of the process, weights included, or of the GPU; None where none can say.
-        text, vision: the towers.
+        text, vision: the towers; None where there is none, or a table of features.
     """
 
     device: str
@@ -78,27 +78,22 @@ class Measurement:
     matmul_flops_per_second: float
     matrix: int
     peak_megabytes: float | None
-    text: TowerTime
-    vision: TowerTime
+    text: TowerTime | None
+    vision: TowerTime | None
 
     @property
-    def towers(self) -> tuple[TowerTime, TowerTime]:
-        return self.text, self.vision
+    def towers(self) -> tuple[TowerTime, ...]:
+        """Those that there are: both, or the one of a tower alone."""
+        return tuple(tower for tower in (self.text, self.vision) if tower is not None)
 
 
 def measure(clip: Clip, profile: ClipProfile) -> Measurement:
-    """Run both towers of a model with weights on inputs of a profile's sizes, without gradients."""
-    meta = inputs_of(clip, profile.batch, profile.text_tokens, profile.image_size)
-    inputs = ClipInputs(
-        tokens=torch.zeros(meta.tokens.shape, dtype=torch.int64, device=clip.device),
-        images=torch.randn(meta.images.shape, device=clip.device, dtype=clip.dtype),
-    )
+    """Run the towers of a model with weights on inputs of a profile's sizes, without gradients."""
     matrix = torch.randn(_MATRIX, _MATRIX, device=clip.device).to(clip.dtype)
     fastest = 2 * _MATRIX**3 / median_seconds(lambda: matrix @ matrix, clip.device)
     clip.eval()
     with _peak(clip.device) as peak:
-        text = _tower_time(clip, profile, "text", inputs.tokens, fastest)
-        vision = _tower_time(clip, profile, "vision", inputs.images, fastest)
+        towers = {cost.tower: _tower_time(clip, cost, fastest) for cost in profile.towers}
         most = peak()
     return Measurement(
         device=str(clip.device),
@@ -107,15 +102,20 @@ def measure(clip: Clip, profile: ClipProfile) -> Measurement:
         matmul_flops_per_second=fastest,
         matrix=_MATRIX,
         peak_megabytes=most,
-        text=text,
-        vision=vision,
+        text=towers.get("text"),
+        vision=towers.get("vision"),
     )
 
 
-def _tower_time(clip: Clip, profile: ClipProfile, tower: Tower, inputs: Tensor, fastest: float) -> TowerTime:
-    encode = clip.family.encode_text if tower == "text" else clip.family.encode_image
-    seconds = median_seconds(lambda: encode(clip.model, inputs), clip.device, _REPEATS)
-    cost = profile.text if tower == "text" else profile.vision
+def _tower_time(clip: Clip, cost: TowerCost, fastest: float) -> TowerTime:
+    shape, tower, device, family = cost.input_shape, cost.tower, clip.device, clip.family
+    if tower == "text":
+        inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        call = partial(family.encode_text, clip.model, inputs)
+    else:
+        inputs = torch.randn(shape, device=device, dtype=clip.dtype)
+        call = partial(family.encode_image, clip.model, inputs)
+    seconds = median_seconds(call, device, _REPEATS)
     speed = cost.trace.total.flops / seconds
     return TowerTime(tower, seconds, len(inputs) / seconds, speed, speed / fastest)
 

@@ -69,7 +69,7 @@ _MOVES = {
 }
 _PER_OUTPUT = {
     **{"sigmoid": 4, "log_sigmoid_forward": 4, "silu": 5, "softplus": 3, "hardswish": 4, "hardsigmoid": 3},
-    **{"mish": 5, "elu": 3, "lerp": 3, "addcmul": 2, "addcdiv": 2, "native_dropout": 2, "pow": 1},
+    **{"mish": 5, "elu": 3, "abs": 1, "lerp": 3, "addcmul": 2, "addcdiv": 2, "native_dropout": 2, "pow": 1},
     **{"_softmax": 5, "_safe_softmax": 5, "_log_softmax": 5},
     **{"upsample_bilinear2d": 8, "_upsample_bilinear2d_aa": 8},
     **{"upsample_bicubic2d": 32, "_upsample_bicubic2d_aa": 32},

@@ -64,18 +64,10 @@ def targets_table(targets: Iterable[TargetCost]) -> Table:
 
 
 def towers_table(profile: ClipProfile) -> Table:
-    """Both towers and their sum."""
+    """The towers and their sum."""
     rows = [_tower_row(tower) for tower in profile.towers]
-    parameters, macs, flops, attention, adapter = (
-        sum(getattr(tower, name) for tower in profile.towers)
-        for name in ("parameters", "macs", "flops", "attention_macs", "adapter_macs")
-    )
-    rows.append(
-        (
-            *("both", "", f"{parameters:,}", short(macs), percent(attention, macs), short(flops)),
-            *(short(adapter), percent(adapter, macs), f"{profile.trace.forward_bytes / 1e6:.1f}"),
-        )
-    )
+    if len(rows) > 1:
+        rows.append(_sum_row(profile))
     return Table(
         f"forward pass, batch {profile.batch}",
         (
@@ -84,6 +76,17 @@ def towers_table(profile: ClipProfile) -> Table:
         ),
         tuple(rows),
         _notes(profile),
+    )
+
+
+def _sum_row(profile: ClipProfile) -> tuple[str, ...]:
+    parameters, macs, flops, attention, adapter = (
+        sum(getattr(tower, name) for tower in profile.towers)
+        for name in ("parameters", "macs", "flops", "attention_macs", "adapter_macs")
+    )
+    return (
+        *("both", "", f"{parameters:,}", short(macs), percent(attention, macs), short(flops)),
+        *(short(adapter), percent(adapter, macs), f"{profile.trace.forward_bytes / 1e6:.1f}"),
     )
 
 

@@ -88,6 +88,9 @@ def _fused(
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+    if attn_mask is not None:
+        # T5 adds its table of relative positions here. This kernel has no gradient for it, which is a sum.
+        attn_mask = attn_mask.detach()
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )

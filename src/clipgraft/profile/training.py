@@ -131,7 +131,7 @@ class TrainingCost(Result):
         weight_bytes: of all weights.
         gradient_bytes: of the gradients.
         optimizer_bytes: of AdamW's two moments.
-        text, vision: the towers.
+        text, vision: the towers; None where there is none, or a table of features.
     """
 
     _shows = ("targets", "r", "trainable", "macs", "cached_macs", "memory_bytes")
@@ -142,12 +142,13 @@ class TrainingCost(Result):
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    text: TowerTraining
-    vision: TowerTraining
+    text: TowerTraining | None
+    vision: TowerTraining | None
 
     @property
-    def towers(self) -> tuple[TowerTraining, TowerTraining]:
-        return self.text, self.vision
+    def towers(self) -> tuple[TowerTraining, ...]:
+        """Those that there are: both, or the one of a tower alone."""
+        return tuple(tower for tower in (self.text, self.vision) if tower is not None)
 
     @property
     def macs(self) -> int:
@@ -203,7 +204,7 @@ def training_costs(
         remove_lora(base)
     inputs = inputs_of(base, batch, text_tokens, image_size)
     base.model.requires_grad_(False)
-    frozen = {tower: trace_tower(base, tower, inputs.of(tower)) for tower in inputs.towers}
+    frozen = {tower: trace_tower(base, tower, given) for tower, given in inputs.items()}
     names = distinct_sets(base) if targets is None else tuple(targets)
     whole = Clip(on_meta(base.model), base.family)
     whole.model.requires_grad_(True)
@@ -218,10 +219,10 @@ def training_costs(
 
 def _cost(clip: Clip, name: str, r: int, inputs: ClipInputs, frozen: dict[Tower, Trace]) -> TrainingCost:
     state = lora_state(clip)
-    towers = {}
-    for tower, base in frozen.items():
+    towers: dict[Tower, TowerTraining] = {}
+    for tower, given in inputs.items():
         trains = state is None or state.chosen().touches(tower)
-        found = trace_tower(clip, tower, inputs.of(tower)) if trains else base
+        found = trace_tower(clip, tower, given) if trains else frozen[tower]
         towers[tower] = TowerTraining(
             tower=tower,
             frozen=not trains,
@@ -240,6 +241,6 @@ def _cost(clip: Clip, name: str, r: int, inputs: ClipInputs, frozen: dict[Tower,
         weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
         gradient_bytes=gradients,
         optimizer_bytes=2 * gradients,
-        text=towers["text"],
-        vision=towers["vision"],
+        text=towers.get("text"),
+        vision=towers.get("vision"),
     )
