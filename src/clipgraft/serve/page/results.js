@@ -51,7 +51,7 @@ async function one(part, body, signal) {
 }
 
 function list(part, hits, folder, base) {
-  const before = base && new Map(base.map(hit => [identity(hit), hit.rank]));
+  const before = base && new Map(base.map(hit => [hit.row, hit.rank]));
   const items = hits.map((hit, index) => make("li", {}, card(hit, folder, before, () => enlarge(hits, index, folder, part))));
   const made = make("ol", { className: folder.pictures ? "hits" : "hits texts" }, ...items);
   part.body.replaceChildren(made);
@@ -73,12 +73,9 @@ function card(hit, folder, before, open) {
   return button;
 }
 
-// An adapter's own image vectors may be stored in another order, so a row's number names it only where it has no path.
-const identity = hit => hit.path ?? hit.caption ?? hit.row;
-
 // How far a row rose or fell against the base.
 function moved(hit, before) {
-  const rank = before.get(identity(hit));
+  const rank = before.get(hit.row);
   if (rank === undefined) return make("span", { className: "moved up", textContent: "new", title: "not among the base's results" });
   const by = rank - hit.rank;
   if (by === 0) return make("span", { className: "moved", textContent: "=", title: "as with the base" });
