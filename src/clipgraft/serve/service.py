@@ -203,9 +203,9 @@ class Service:
         if answer is None:
             raise TypeError(f"{type(message).__name__} is no message that a service answers")
         try:
-            async with asyncio.timeout(seconds):
-                return cast(Answer, await answer(message, time.monotonic() + seconds))
-        except TimeoutError as error:
+            given = answer(message, time.monotonic() + seconds)
+            return cast(Answer, await asyncio.wait_for(given, seconds))
+        except asyncio.TimeoutError as error:
             raise UnavailableError(f"there was no answer within {seconds:g} s") from error
 
     async def _encode(self, message: Encode, deadline: float) -> Encoded:
