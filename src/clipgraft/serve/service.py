@@ -70,7 +70,7 @@ from clipgraft.serve.sources import find_sources
 
 Answer = TypeVar("Answer")
 BATCH_TOKENS = 2048
-"""ViT-B-32 on one CPU core gains nothing beyond 1,300 tokens or 1,600 patches at once; more only last longer."""
+"""ViT-B-32 on one CPU core gains nothing beyond 1,300 tokens or 1,600 patches at once."""
 _STRONGEST = 100.0
 _PART, _PARTS_AT_ONCE = 128, 2
 _CLASS_CACHE_BYTES = 64 << 20
