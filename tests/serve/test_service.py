@@ -315,7 +315,7 @@ def test_searching_is_that_of_the_command(
                 found = service.ask(Search(name, **options, k=4, where=where, using=With(active)))  # type: ignore[arg-type]
                 image = encoded / "query.png" if "picture" in options else None
                 hits = query(encoded / folder, "a cat", image=image, k=4, where=where, model=offline)
-                assert [hit["path"] for hit in found.hits] == [hit.path for hit in hits]
+                assert [hit["path"] for hit in found.hits] == [hit.metadata["path"] for hit in hits]
                 assert max(abs(a["score"] - b.score) for a, b in zip(found.hits, hits, strict=True)) < 1e-3
                 assert found.folder == name
     finally:

@@ -31,17 +31,21 @@ class OpenSet:
     index: Any | None
 
     def search(self, query: Array, k: int, where: str | None) -> tuple[Mapping[str, Any], ...]:
-        """(1, D) unit-norm query -> the k nearest rows as flat rows with `rank`, `score`, `row`, `path`."""
+        """(1, D) unit-norm query -> the k nearest rows as flat rows with `rank`, `score`, `row`, `path`.
+
+        `path` is as it was recorded, from the encoded source on: where that lies here is no client's business.
+        """
         conditions = () if where is None else parse_where(where)
         hits = find_hits(self.encoded, self.index, query, k, conditions)
-        return tuple({**hit.to_dict(), "row": row} for row, hit in hits)
+        return tuple({**hit.to_dict(), "path": hit.metadata.get("path"), "row": row} for row, hit in hits)
 
 
 class _Folder:
     """An encoded folder as it was when it was last looked at."""
 
-    def __init__(self, clip: Clip, path: Path) -> None:
+    def __init__(self, clip: Clip, name: str, path: Path) -> None:
         self._clip = clip
+        self.name = name
         self.path = path
         self._lock = threading.Lock()
         self._stamp: object = None
@@ -62,7 +66,7 @@ class _Folder:
 
     def fitting(self, digest: str | None) -> OpenSet:
         """The set that a tower with an adapter of that digest can be compared with."""
-        encoded = set_of(self.path, self.sets, digest)
+        encoded = set_of(f"folder {self.name}", self.sets, digest)
         stamp = _stamp(encoded.place / INDEX_FOLDER / RECORD)
         with self._lock:
             known = self._open.get(encoded.part.folder)
@@ -96,7 +100,7 @@ class Folders:
                 name, place = Path(word).resolve().name, word
             if name in self._folders:
                 raise ConfigError(f"`folders`: two are called {name}; write NAME=PATH for one")
-            self._folders[name] = _Folder(clip, Path(place))
+            self._folders[name] = _Folder(clip, name, Path(place))
             _ = self._folders[name].sets
 
     def named(self, name: str) -> str:

@@ -116,7 +116,7 @@ def test_search(client: httpx.Client, adapter_folders: dict[str, Path], encoded:
     hits = answer.json()["hits"]
     assert answer.json()["folder"] == "photos"
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
-    assert [hit["path"] for hit in hits] == [hit.path for hit in wanted]
+    assert [hit["path"] for hit in hits] == [hit.metadata["path"] for hit in wanted]
     np.testing.assert_allclose([hit["score"] for hit in hits], [hit.score for hit in wanted], atol=1e-5)
     for hit in hits:
         picture = client.get(hit["thumbnail"], params={"side": 64})
