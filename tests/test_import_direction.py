@@ -11,12 +11,12 @@ import clipgraft
 
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
-    ("shown",),
+    ("shown", "processes"),
     ("errors",),
     ("writing", "progress", "text_tables"),
     ("locks",),
     ("files", "readers"),
-    ("records", "ours", "emoji", "pictures"),
+    ("records", "ours", "emoji", "pictures", "cluster"),
     ("options",),
     ("models",),
     ("results",),

@@ -62,7 +62,7 @@ class TrainingError(ClipgraftError):
 
 
 class ClusterError(ClipgraftError):
-    """The machines that a run was spread over failed it; what they finished is kept."""
+    """The machines or processes that work was spread over failed it; what they finished is kept."""
 
     exit_code = 1
 

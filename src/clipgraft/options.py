@@ -255,6 +255,15 @@ class Repeated:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Marks a field of words whose flag takes all that follow it up to the next flag.
+
+    The flag may be given several times, and commas separate words too; the field receives all of them. For
+    commands that take nothing by its place, which would be swallowed.
+    """
+
+
+@dataclass(frozen=True)
 class PythonOnly:
     """Marks a field that the command line does not offer, because it decides the value in another way."""
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import clipgraft as cg
+from clipgraft.evaluate.head import load_head
 from clipgraft.models.load import load
-from clipgraft.train.recipes.classification import load_head
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (255, 0, 0)}
 

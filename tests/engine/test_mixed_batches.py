@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import clipgraft as cg
+from clipgraft.adapters.attach import detached, read_for
 from clipgraft.adapters.open import Clip
-from clipgraft.lora.state import require_lora
+from clipgraft.engine.encoder import encode_mixed, prepare_adapter
+from clipgraft.lora.inject import hang
+from clipgraft.lora.state import Adapter, lora_state, require_lora
 from clipgraft.models.clip import as_clip
 from explicit_lora import custom_text, inputs, randomise_active
 from tiny_models import TINY_OPENCLIP, in_every_layout, randomise
+from tiny_towers import SIZE, build_tower
+from tiny_towers import ids as tower_ids
 
 LAYOUTS = ("CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel", "not causal")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,6 +89,99 @@ def test_mixed_rows_equal_single_runs(clip: Clip, tower: str) -> None:
             mixed(clip, rows, [name] * len(rows), tower), alone(clip, rows, [name] * len(rows), tower)
         )
     assert torch.equal(mixed(clip, rows, "dora", tower), mixed(clip, rows, ["dora"] * len(rows), tower))
+
+
+def detached_copies(clip: Clip, folder: Path) -> dict[str, Adapter]:
+    """Every variant saved, read and built for the same base, which carries none of them."""
+    found = {}
+    for name in VARIANTS:
+        cg.save_adapter(clip, folder / name, name=name)
+        found[name] = detached(clip, read_for(clip, folder / name))
+    return found
+
+
+@layouts
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_adapters_need_not_be_attached(clip: Clip, tower: str, prepared: bool, tmp_path: Path) -> None:
+    """A served adapter answers otherwise than the same one on the model, or changes the model."""
+    for seed, name in enumerate(VARIANTS):
+        add(clip.model, name, seed)
+    names = [None, *VARIANTS, "attention", "dora"]
+    pixels, ids = inputs(clip.model, batch=len(names))
+    rows = ids if tower == "text" else pixels
+    wanted = alone(clip, rows, names, tower)
+    adapters = detached_copies(clip, tmp_path)
+    cg.remove_lora(clip)
+    before = clip.encode_text(ids)
+    if prepared:
+        for adapter in adapters.values():
+            prepare_adapter(clip, adapter)
+    groups = [
+        (
+            None if name is None else adapters[name],
+            torch.tensor([n for n, other in enumerate(names) if other == name]),
+        )
+        for name in dict.fromkeys(names)
+    ]
+    for _ in range(2):
+        assert close(encode_mixed(clip, tower, rows, groups), wanted)
+    assert lora_state(clip) is None
+    assert torch.equal(clip.encode_text(ids), before)
+
+
+def test_a_prepared_adapter_takes_no_more_memory_and_may_train_again(
+    tiny_openclip: nn.Module, tmp_path: Path
+) -> None:
+    """Serving holds every adapter twice, or training one that was served changes nothing any more."""
+    clip = cg.Clip.over(as_clip(tiny_openclip))
+    add(tiny_openclip, "attention")
+    adapter = detached(clip, read_for(clip, cg.save_adapter(clip, tmp_path / "a", name="attention")))
+    cg.remove_lora(clip)
+    size = sum(parameter.nbytes for parameter in adapter.parameters())
+    prepare_adapter(clip, adapter)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in adapter.parameters()}
+    assert sum(storages.values()) == size
+    held = {p.a.untyped_storage().data_ptr() for p in adapter.prepared.values()}
+    assert held <= set(storages)
+    hang(clip, adapter, "it")
+    _, ids = inputs(tiny_openclip)
+    before = clip.encode_text(ids, adapters="it")
+    randomise_active(tiny_openclip, 7)
+    after = clip.encode_text(ids, adapters="it")
+    assert not close(after, before, 0.01)
+    assert close(after, alone(clip, ids, ["it"] * 3, "text"))
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+@pytest.mark.parametrize("carries", [False, True])
+def test_towers_that_run_their_own_forward(tower: str, carries: bool, tmp_path: Path) -> None:
+    """On a ResNet a served adapter is refused, left on the model, or takes the place of the active one."""
+    clip = cg.Clip.over(as_clip(build_tower("ResNet")))
+    variants = {"one": {"targets": "all", "r": 2}, "two": {"targets": "linear", "r": 3, "use_dora": True}}
+    for seed, (name, options) in enumerate(variants.items()):
+        cg.apply_lora(clip, **options, name=name)
+        randomise_active(clip.model, seed)
+    names = ["one", None, "two", "one"]
+    pixels, ids = torch.randn(4, 3, SIZE, SIZE), tower_ids().repeat(4, 1)[:4]
+    rows = ids if tower == "text" else pixels
+    wanted = alone(clip, rows, names, tower)
+    found = {n: detached(clip, read_for(clip, cg.save_adapter(clip, tmp_path / n, name=n))) for n in variants}
+    cg.set_adapter(clip, "two")
+    active = clip.encode_image(pixels)
+    if not carries:
+        cg.remove_lora(clip)
+        active = clip.encode_image(pixels)
+    parameters = {name for name, _ in clip.model.named_parameters()}
+    groups = [
+        (found["two"], torch.tensor([2])),
+        (None, torch.tensor([1])),
+        (found["one"], torch.tensor([0, 3])),
+    ]
+    assert close(encode_mixed(clip, tower, rows, groups), wanted)
+    assert {name for name, _ in clip.model.named_parameters()} == parameters
+    assert torch.equal(clip.encode_image(pixels), active)
+    assert (lora_state(clip) is not None) == carries
 
 
 @layouts

@@ -164,7 +164,7 @@ def test_nothing_to_do_starts_nothing(
     def never(*_: object) -> None:
         raise AssertionError("connected")
 
-    monkeypatch.setattr(ray_engine, "_connected", never)
+    monkeypatch.setattr(ray_engine, "connected", never)
     assert encode_folder(clip, pictures, tmp_path / "out", **RAY).encoded == 0
 
 

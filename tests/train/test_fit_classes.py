@@ -13,9 +13,10 @@ from PIL import Image
 import clipgraft as cg
 from clipgraft.data.datasets import Labelled
 from clipgraft.evaluate.classification import evaluate_classification
+from clipgraft.evaluate.head import Head, load_head
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.fit import fit_classifier
-from clipgraft.train.recipes.classification import Head, Prompted, load_head
+from clipgraft.train.recipes.classification import Prompted
 from fitting import groups
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

@@ -14,9 +14,9 @@ from torch import Tensor
 import clipgraft as cg
 from clipgraft.errors import ConfigError
 from clipgraft.evaluate.bootstrap import Measured
+from clipgraft.evaluate.head import load_head
 from clipgraft.models.clip import Clip
 from clipgraft.train.recipes import contrastive
-from clipgraft.train.recipes.classification import load_head
 from clipgraft.train.validation import Validation
 from fitting import groups
 

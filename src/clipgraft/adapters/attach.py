@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from clipgraft.adapters.peft_openclip import OutProj
 from clipgraft.errors import AdapterError
 from clipgraft.lora.config import LoraConfig
 from clipgraft.lora.initialization import initialize_from_base
-from clipgraft.lora.inject import attach
+from clipgraft.lora.inject import build, hang
 from clipgraft.lora.layers import outputs_of
 from clipgraft.lora.state import DEFAULT, Adapter, check_name, require_unmerged
 from clipgraft.lora.variants import PlainLora, check_variant, variant_of
@@ -57,15 +58,7 @@ def load_adapter(
     clip = as_clip(model)
     check_name(name)
     require_unmerged(clip, "load an adapter")
-    layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
-    adapter = read_any(
-        path,
-        name,
-        peft_out_proj=peft_out_proj,
-        text_layers=layers.get("text"),
-        vision_layers=layers.get("vision"),
-        twin=clip.family.twin(clip.model),
-    )
+    adapter = read_for(clip, path, name, peft_out_proj=peft_out_proj)
     put_on(clip, adapter, name, activate=activate, force=force)
     return adapter
 
@@ -75,18 +68,44 @@ def put_on(
 ) -> Adapter:
     """Attach an adapter that was read, under a name; raises AdapterError as `load_adapter` does."""
     with rwlock_of(clip.model).preparing():
+        adapter = detached(clip, file, force=force)
+        hang(clip, adapter, name, activate=activate, replace=True)
+        return adapter
+
+
+def detached(clip: Clip, file: AdapterFile, *, force: bool = False) -> Adapter:
+    """Build an adapter that was read for a base, without attaching it: the model is not changed.
+
+    `clipgraft.engine.encoder.encode_mixed` computes with it, and `hang` attaches it.
+
+    Raises:
+        AdapterError: it was made for another base or another architecture, or adapters are merged.
+    """
+    with rwlock_of(clip.model).read():
+        require_unmerged(clip, "read an adapter")
         file = in_terms_of(clip, file)
-        _check_base(clip, file, force)
+        check_base(clip, file, force)
         exact = file.settings.replace(targets=",".join(map(str, file.parts)))
-        return attach(
-            clip,
-            exact,
-            name,
-            activate=activate,
-            fill=lambda adapter: _fill(clip, adapter, file),
-            shared=file.shared,
-            replace=True,
-        )
+        adapter = build(clip, exact, file.shared)
+        _fill(clip, adapter, file)
+        return adapter
+
+
+def read_for(
+    clip: Clip, path: str | Path, name: str | None = None, *, peft_out_proj: OutProj | None = None
+) -> AdapterFile:
+    """Read an adapter of any format in the terms of a base; raises AdapterError as `read_any` does."""
+    return read_any(path, name, peft_out_proj=peft_out_proj, **reading_options(clip))
+
+
+def reading_options(clip: Clip) -> dict[str, Any]:
+    """What `read_any` has to know of a base."""
+    layers = {site.tower: 1 + (site.block or 0) for site in clip.sites if site.block is not None}
+    return {
+        "text_layers": layers.get("text"),
+        "vision_layers": layers.get("vision"),
+        "twin": clip.family.twin(clip.model),
+    }
 
 
 def in_terms_of(clip: Clip, file: AdapterFile) -> AdapterFile:
@@ -232,7 +251,8 @@ def _biases(clip: Clip, file: AdapterFile, refs: dict[Site, SiteRef]) -> Iterato
             yield path, norm.bias
 
 
-def _check_base(clip: Clip, file: AdapterFile, force: bool) -> None:
+def check_base(clip: Clip, file: AdapterFile, force: bool) -> None:
+    """Raise AdapterError where an adapter was made for another base, unless `force`."""
     if force or file.fingerprint is None or file.fingerprint == clip.fingerprint:
         return
     name = " / ".join(part for part in (file.base["name"], file.base["pretrained"]) if part)

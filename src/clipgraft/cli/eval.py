@@ -133,7 +133,7 @@ def _classified(
     from clipgraft.cli.read_data import prompts_of, read_images
     from clipgraft.data.datasets import match_classes
     from clipgraft.evaluate.compare import compare_classification
-    from clipgraft.train.recipes.classification import load_head
+    from clipgraft.evaluate.head import load_head
 
     assert data.val_data is not None
     images = read_images(data.val_data, data, classes, "images", validation=True)

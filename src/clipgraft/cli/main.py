@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from clipgraft.cli.terminal import CELL_PROCESS, plain_output, wording
+from clipgraft.cli.terminal import plain_output, wording
 from clipgraft.errors import ClipgraftError
+from clipgraft.processes import is_our_process
 from clipgraft.shown import one_line, shown
 
 VERBS = {
@@ -21,6 +21,7 @@ VERBS = {
     "encode": "write vectors of images or texts to a folder; a second run encodes only what has changed",
     "index": "build a FAISS index over encoded vectors",
     "search": "find encoded images or texts by text, by image, or by both",
+    "serve": "answer over HTTP with a base and any number of its adapters: embeddings, classes, search",
     "merge": "merge adapters into their base: a model for open_clip, transformers or ONNX Runtime",
     "convert": "convert an adapter to another format: PEFT, the guide's .pt files, CLIP-LoRA",
     "inspect": "show a model's configuration, structure, layers, sites and adapter sizes",
@@ -39,8 +40,8 @@ _INTERRUPTED = 128  # what shells add to the number of the signal that ended a p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 done, 2 bad usage or input, 1 failure, 130 and 143 stopped by a signal."""
-    if multiprocessing.current_process().name == CELL_PROCESS:
-        return 0  # the script that started a sweep is being imported for one of its cells
+    if is_our_process():
+        return 0  # the script that started a sweep or a server is being imported for a process of theirs
     arguments = list(sys.argv[1:] if argv is None else argv)
     with plain_output():
         try:

@@ -22,7 +22,7 @@ from clipgraft.cli.flags.groups import (
 )
 from clipgraft.cli.terminal import wording
 from clipgraft.errors import ConfigError
-from clipgraft.options import Options, Repeated, expressions
+from clipgraft.options import Options, Repeated, Several, expressions, words
 
 EXAMPLES = {
     "train": "clipgraft train --model ViT-B-32 --pretrained laion2b_s34b_b79k --train-data photos.csv "
@@ -39,6 +39,7 @@ EXAMPLES = {
     "inspect": "clipgraft inspect ViT-B-32",
     "profile": "clipgraft profile ViT-B-32 --batch-size 8",
     "compact": "clipgraft compact emoji small --text-layers 2 --vision-layers 2",
+    "serve": "clipgraft serve --model emoji --adapters vi=logs/vi fr=logs/fr --folders photos=encoded",
     "demo": "clipgraft demo --out demo",
 }
 
@@ -63,6 +64,8 @@ HEADINGS = {
     "EncodeFlags": "encoding",
     "EncodeArgs": "encoding",
     "DistillFlags": "distillation",
+    "ServiceArgs": "serving",
+    "WebArgs": "server",
 }
 ORDER = (
     "model",
@@ -73,6 +76,8 @@ ORDER = (
     "distillation",
     "evaluation",
     "encoding",
+    "serving",
+    "server",
     "classes",
     "output",
     "machine",
@@ -193,16 +198,18 @@ def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str
             _add(groups[title], name, info)
     parser.add_argument("--config", type=Path, metavar="YAML", help="read flags from a file; flags given win")
     known, unknown = parser.parse_known_args(list(argv))
-    words: list[Any] = [argument for argument in unknown if not _looks_like_a_flag(argument)]
-    if many and len(words) >= len(places):
-        words[len(places) - 1 :] = [words[len(places) - 1 :]]
-    values = {**dict(zip(places, words, strict=False)), **vars(known)}
+    placed: list[Any] = [argument for argument in unknown if not _looks_like_a_flag(argument)]
+    if many and len(placed) >= len(places):
+        placed[len(places) - 1 :] = [placed[len(places) - 1 :]]
+    values = {**dict(zip(places, placed, strict=False)), **vars(known)}
+    for name in [name for _, name, info in fields if name in values and _is_marked(info, Several)]:
+        values[name] = [word for given in values[name] for word in words(given)]
     config = values.pop("config")
     merged: dict[str, Any] = {} if config is None else read_yaml(config)
     merged.update(values)
     flags = [argument.partition("=")[0] for argument in unknown if _looks_like_a_flag(argument)]
-    if len(words) > len(places) and not flags:
-        extra = words[len(places)]
+    if len(placed) > len(places) and not flags:
+        extra = placed[len(places)]
         if (switch := _switch_before(extra, argv, groups_of)) is not None:
             raise ConfigError(_NO_VALUE.format(flag=flag(switch), off=flag(f"no_{switch}")))
         raise ConfigError(f"'{extra}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
@@ -241,14 +248,28 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
         group.add_argument(
             flag(name), dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
         )
-    elif any(isinstance(mark, Repeated) for mark in info.metadata):
+    elif _is_marked(info, Repeated):
         group.add_argument(
             flag(name), dest=name, action="append", default=argparse.SUPPRESS, metavar="KEY=VALUE", help=text
+        )
+    elif _is_marked(info, Several):
+        group.add_argument(
+            flag(name),
+            dest=name,
+            action="extend",
+            nargs="+",
+            default=argparse.SUPPRESS,
+            metavar="A",
+            help=text,
         )
     else:
         group.add_argument(
             flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(info), help=text
         )
+
+
+def _is_marked(info: FieldInfo, mark: type) -> bool:
+    return any(isinstance(found, mark) for found in info.metadata)
 
 
 def _written(info: FieldInfo) -> str:

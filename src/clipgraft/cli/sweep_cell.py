@@ -17,13 +17,21 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgraft.cli.terminal import CELL_PROCESS, plain_output
+from clipgraft.cli.terminal import plain_output
 from clipgraft.errors import ClipgraftError, TrainingError
+from clipgraft.processes import (
+    REQUESTS,
+    die_with_parent,
+    leave_terminal,
+    let_signals_in,
+    process_name,
+    start_unsignalled,
+)
 
 if TYPE_CHECKING:
     from clipgraft.cli.flags.shared import ModelFlags
@@ -34,7 +42,6 @@ if TYPE_CHECKING:
     from clipgraft.train.sweep import Cell, CellResult
 
 log = logging.getLogger("clipgraft")
-_REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,11 @@ def run_apart(job: Job, cell: Cell, place: Path) -> CellResult:
     receiver, sender = context.Pipe(duplex=False)
     # As bytes, so that the new process is ready for signals before it imports all that they are made of.
     process = context.Process(
-        target=_serve, args=(sender, pickle.dumps((job, cell, place))), name=CELL_PROCESS
+        target=_serve, args=(sender, pickle.dumps((job, cell, place))), name=process_name("sweep cell")
     )
     with _passing_on(process) as requests, receiver:
-        with sender, _held_back():
-            process.start()
+        with sender:
+            start_unsignalled(process)
         kind, value = _receive(receiver)
         if kind == "ready":
             requests.pass_on()
@@ -126,8 +133,8 @@ def _passing_on(process: BaseProcess) -> Iterator[_Requests]:
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return
-    before = {kind: signal.getsignal(kind) for kind in _REQUESTS}
-    for kind in _REQUESTS:
+    before = {kind: signal.getsignal(kind) for kind in REQUESTS}
+    for kind in REQUESTS:
         signal.signal(kind, requests.receive)
     try:
         yield requests
@@ -136,28 +143,13 @@ def _passing_on(process: BaseProcess) -> Iterator[_Requests]:
             signal.signal(kind, handler)
 
 
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Block SIGINT in a process that is started here, until it unblocks it; here it stays pending."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _serve(sender: Connection, job: bytes) -> None:
     """Run a job in the cell's process, and send the result or the error."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the sweep, which passes it on
+    leave_terminal()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that came to the whole group until now
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    let_signals_in()
+    die_with_parent()
     sender.send(("ready", None))
     answer: tuple[str, object]
     try:
@@ -169,13 +161,6 @@ def _serve(sender: Connection, job: bytes) -> None:
         answer = ("raise", TrainingError("a cell failed by a fault of clipgraft, which is printed above"))
     with sender:
         sender.send(answer)
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(job: Job, cell: Cell, place: Path) -> CellResult:

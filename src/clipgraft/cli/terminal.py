@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 else:  # Python 3.10 does not know it as a generic class.
     _Handler = logging.StreamHandler
 
-CELL_PROCESS = "clipgraft sweep cell"
-"""Name of the process of a sweep's cell, in which no command runs."""
 _OPTION = re.compile(r"`([A-Za-z_][A-Za-z0-9_]*)(?:=([^`\n]*))?`")
 
 

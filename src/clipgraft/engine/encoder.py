@@ -13,11 +13,12 @@ from torch import Tensor
 from clipgraft.engine import towers
 from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.linear import WeightCache
-from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters
+from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters, prepare
 from clipgraft.engine.packing import Packed, pack
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
-from clipgraft.lora.state import Adapter, LoraState, lora_state, require_unmerged
+from clipgraft.lora.inject import hung
+from clipgraft.lora.state import Adapter, LoraState, lora_state, require_lora, require_unmerged
 from clipgraft.models.clip import Clip
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Tower
@@ -157,6 +158,14 @@ class Encoder:
             )
             return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
 
+    def prepare(self, adapter: Adapter) -> None:
+        """Compute ahead what an adapter that will not change any more makes of each linear map."""
+        linears = [
+            *(() if self._text is None else towers.linears(self._text)),
+            *(() if self._vision is None else towers.linears(self._vision)),
+        ]
+        prepare(adapter, linears, self.dtype)
+
     def takes(self, tokens: Tensor) -> bool:
         """Whether (B, L) token ids are computed by the engine: where it is known which of them is pooled."""
         if self._text is None:
@@ -215,16 +224,47 @@ def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tenso
         raise AdapterError("an empty batch has no rows to encode: pass one row at least")
     with rwlock_of(clip.model).read():
         require_unmerged(clip, "choose adapters by row")
-        state = lora_state(clip)
         groups = _groups(names, len(inputs))
-        adapters = _adapters(state, groups)
+        adapters = _adapters(lora_state(clip), groups)
+    return encode_mixed(
+        clip, tower, inputs, [(own, rows) for own, (_, rows) in zip(adapters, groups, strict=True)]
+    )
+
+
+def encode_mixed(
+    clip: Clip, tower: Tower, inputs: Tensor, groups: Sequence[tuple[Adapter | None, Tensor]]
+) -> Tensor:
+    """`encode_rows` with the adapters themselves, which need not be attached to the model.
+
+    Where a tower runs its own forward, those that are not are hung on for the call; it runs alone then.
+
+    Args:
+        clip: the model; adapters may be loaded and unloaded meanwhile.
+        tower: `text` or `vision`.
+        inputs: (B, L) token ids or (B, 3, H, W) pixels, on the model's device.
+        groups: each adapter, None for the base, with the numbers of its rows; together all rows, once.
+
+    Returns:
+        (B, D) features of the base's type, not normalised.
+
+    Raises:
+        AdapterError: adapters are merged into the base.
+    """
+    with rwlock_of(clip.model).read():
+        require_unmerged(clip, "choose adapters by row")
         encoder = _encoder(clip)
         if encoder.is_plain(tower) and (tower == "vision" or encoder.takes(inputs)):
-            parts = [(adapter, rows) for adapter, (_, rows) in zip(adapters, groups, strict=True)]
             with torch.autocast(clip.device.type, enabled=False):
-                return encoder.encode_rows(tower, inputs, parts).to(clip.dtype)
+                return encoder.encode_rows(tower, inputs, groups).to(clip.dtype)
     with rwlock_of(clip.model).write():
+        require_unmerged(clip, "choose adapters by row")
         return _one_by_one(clip, tower, inputs, groups)
+
+
+def prepare_adapter(clip: Clip, adapter: Adapter) -> None:
+    """Compute ahead what `encode_mixed` needs of an adapter that will not change any more."""
+    with rwlock_of(clip.model).read():
+        _encoder(clip).prepare(adapter)
 
 
 def _groups(names: Names, count: int) -> _Groups:
@@ -269,18 +309,18 @@ def _encoder(clip: Clip) -> Encoder:
     return encoder
 
 
-def _one_by_one(clip: Clip, tower: Tower, inputs: Tensor, groups: _Groups) -> Tensor:
+def _one_by_one(
+    clip: Clip, tower: Tower, inputs: Tensor, groups: Sequence[tuple[Adapter | None, Tensor]]
+) -> Tensor:
     """Run the model's own forward once for each adapter; the caller holds the model's lock alone."""
-    state = lora_state(clip)
     encode = clip.family.encode_text if tower == "text" else clip.family.encode_image
+    touching = [(None if a is None or not a.touches(tower) else a, rows) for a, rows in groups]
     features: Tensor | None = None
-    with _as_it_was(clip, state), torch.no_grad():
-        for name, rows in groups:
-            if state is not None:
-                if name is not None:
-                    state.named(name)
-                state.enabled = True
-                make_active(clip, state, name)
+    with _as_it_was(clip), torch.no_grad(), hung(clip, [a for a, _ in touching if a is not None]) as names:
+        state, next_name = require_lora(clip), iter(names)
+        for adapter, rows in touching:
+            state.enabled = True
+            make_active(clip, state, None if adapter is None else next(next_name))
             own = encode(clip.model, inputs[rows.to(inputs.device)])
             if features is None:
                 features = own.new_empty(len(inputs), *own.shape[1:])
@@ -290,16 +330,15 @@ def _one_by_one(clip: Clip, tower: Tower, inputs: Tensor, groups: _Groups) -> Te
 
 
 @contextmanager
-def _as_it_was(clip: Clip, state: LoraState | None) -> Iterator[None]:
+def _as_it_was(clip: Clip) -> Iterator[None]:
     """Restore the model's adapter and mode at the end."""
-    if state is None:
-        yield
-        return
-    active, enabled, training = state.active, state.enabled, clip.model.training
+    state, training = lora_state(clip), clip.model.training
+    active, enabled = (None, True) if state is None else (state.active, state.enabled)
     clip.model.eval()
     try:
         yield
     finally:
         clip.model.train(training)
-        state.enabled = enabled
-        make_active(clip, state, active)
+        if state is not None:
+            state.enabled = enabled
+            make_active(clip, state, active)

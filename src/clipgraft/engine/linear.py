@@ -194,21 +194,30 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list
 
 def rescale(y: Tensor, updates: list[Update]) -> Tensor:
     """(N, out) times what variants rescale by, all but the bias, plus trained biases."""
-    if all(update.layer.is_plain for update in updates):
+    found = rescaling(updates, y.shape[1])
+    if found is None:
         return y
+    factor, addend = found
+    return torch.addcmul(addend.to(y.dtype), y, factor.to(y.dtype))
+
+
+def rescaling(updates: Sequence[Update], out: int) -> tuple[Tensor, Tensor] | None:
+    """The factor and the addend of each of `out` outputs, fp32; None where no update has either."""
+    if all(update.layer.is_plain for update in updates):
+        return None
+    device = updates[0].part.matrix.device
     factors, addends = [], []
     start = 0
     for update in updates:
         factor, addend = _rescaling(update)
         width = update.rows.stop - update.rows.start
         before = update.rows.start - start
-        factors += [torch.ones(before, device=y.device), factor.expand(width)]
-        addends += [torch.zeros(before, device=y.device), addend.expand(width)]
+        factors += [torch.ones(before, device=device), factor.expand(width)]
+        addends += [torch.zeros(before, device=device), addend.expand(width)]
         start = update.rows.stop
-    left = y.shape[1] - start
-    factors.append(torch.ones(left, device=y.device))
-    addends.append(torch.zeros(left, device=y.device))
-    return torch.addcmul(torch.cat(addends).to(y.dtype), y, torch.cat(factors).to(y.dtype))
+    factors.append(torch.ones(out - start, device=device))
+    addends.append(torch.zeros(out - start, device=device))
+    return torch.cat(factors), torch.cat(addends)
 
 
 def _rescaling(update: Update) -> tuple[Tensor, Tensor]:

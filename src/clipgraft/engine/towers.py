@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -236,6 +236,21 @@ class TowerPass:
     def _mlp(self, x: Tensor, block: Block, pooled: bool = False) -> Tensor:
         hidden = activate(self.linear(self.norm(x, block.norm2, pooled), block.fc1, pooled), block.act)
         return x + self.linear(hidden, block.fc2, pooled)
+
+
+def linears(tower: TextTower | VisionTower) -> Iterator[Linear]:
+    """Every linear map of a tower as a pass asks for it."""
+    pool = tower.pool if isinstance(tower, VisionTower) else None
+    if isinstance(tower, VisionTower):
+        yield tower.patch
+    for block in tower.blocks:
+        whole = block is not tower.blocks[-1] or pool is not None
+        yield from (block.qkv,) if whole else (block.qkv[1:], block.qkv[:1])
+        yield from (block.out, block.fc1, block.fc2)
+    if pool is not None:
+        yield from (pool.q, pool.kv, pool.out, pool.fc1, pool.fc2)
+    if tower.proj is not None:
+        yield tower.proj
 
 
 def run_text(tower: TextTower, packed: Packed, run: TowerPass) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,14 +117,7 @@ def _check_ranks(clip: Clip, settings: LoraConfig) -> None:
 
 
 def attach(
-    clip: Clip,
-    settings: LoraConfig,
-    name: str = DEFAULT,
-    *,
-    activate: bool = True,
-    fill: Callable[[Adapter], None] | None = None,
-    shared: Parts | None = None,
-    replace: bool = False,
+    clip: Clip, settings: LoraConfig, name: str = DEFAULT, *, activate: bool = True, replace: bool = False
 ) -> Adapter:
     """`apply_lora` from settings; returns the new adapter.
 
@@ -132,32 +126,81 @@ def attach(
         settings: of the adapter.
         name: of the adapter.
         activate: make it the active one, which it also is where it replaces the active one.
-        fill: called to give it its weights before anybody sees it.
-        shared: stored tensors that all its sites share; by default they are made anew.
         replace: let it take the place of an older one of that name at once.
     """
-    check_name(name)
     with rwlock_of(clip.model).preparing():
-        require_unmerged(clip, "add an adapter")
-        state = lora_state(clip)
-        if state is not None and name in state.adapters and not replace:
-            raise AdapterError(
-                f"this model already carries LoRA named {name!r}: call remove_lora(model) before applying it "
-                "again, or give another name"
-            )
-        adapter = _build(clip, settings, shared or {})
-        if fill is not None:
-            fill(adapter)
+        _check_free(clip, name, replace)
+        adapter = build(clip, settings)
+        hang(clip, adapter, name, activate=activate, replace=replace)
+        return adapter
+
+
+def _check_free(clip: Clip, name: str, replace: bool) -> None:
+    check_name(name)
+    require_unmerged(clip, "add an adapter")
+    state = lora_state(clip)
+    if state is not None and name in state.adapters and not replace:
+        raise AdapterError(
+            f"this model already carries LoRA named {name!r}: call remove_lora(model) before applying it "
+            "again, or give another name"
+        )
+
+
+def hang(clip: Clip, adapter: Adapter, name: str, *, activate: bool = True, replace: bool = False) -> None:
+    """Attach an adapter that `build` made for this model; arguments and errors as for `attach`."""
+    with rwlock_of(clip.model).preparing():
+        _check_free(clip, name, replace)
         with rwlock_of(clip.model).write():
-            if state is None:
-                _ = clip.fingerprint  # taken while the weights are certainly the base's
-                state = _freeze(clip)
+            state = _state_of(clip)
             active = name if activate else state.active
             _take_off(clip, state, {name})
+            adapter.prepared = None  # it may train from now on
             _hang(clip, state, name, adapter)
             state.enabled = state.enabled or activate
             make_active(clip, state, active)
-        return adapter
+
+
+def _state_of(clip: Clip) -> LoraState:
+    """The adapters of a model, which is frozen for its first; the caller holds the model's lock alone."""
+    state = lora_state(clip)
+    if state is None:
+        _ = clip.fingerprint  # taken while the weights are certainly the base's
+        state = _freeze(clip)
+    return state
+
+
+@contextlib.contextmanager
+def hung(clip: Clip, adapters: Sequence[Adapter]) -> Iterator[tuple[str, ...]]:
+    """Attach adapters inside `with`, and yield their names; none of them is active by that.
+
+    Those that the model carries already keep their names and stay; the others go at the end, and a model that
+    carried none is the base again. The caller holds the model's lock alone.
+    """
+    state = _state_of(clip)
+    known = {id(adapter): name for name, adapter in state.adapters.items()}
+    # No name that `check_name` allows.
+    names = tuple(known.get(id(adapter), f"{number} for now") for number, adapter in enumerate(adapters))
+    guests = {name: a for name, a in zip(names, adapters, strict=True) if id(a) not in known}
+    try:
+        for name, adapter in guests.items():
+            _hang(clip, state, name, adapter)
+        yield names
+    finally:
+        _take_off(clip, state, set(guests))
+        if not state.adapters:
+            _ungraft_all(clip, state)
+
+
+def build(clip: Clip, settings: LoraConfig, shared: Parts | None = None) -> Adapter:
+    """Make a new adapter for a model without attaching it; nothing of the model changes.
+
+    Args:
+        clip: the model.
+        settings: of the adapter.
+        shared: stored tensors that all its sites share; by default they are made anew.
+    """
+    with rwlock_of(clip.model).read():
+        return _build(clip, settings, shared or {})
 
 
 def _build(clip: Clip, settings: LoraConfig, shared: Parts) -> Adapter:

@@ -33,6 +33,8 @@ class Adapter:
         shared: what all its sites share, as its variant made it; None for nothing.
         temperature: its own `Clip.temperature` while it does not act; None while it does, or if it has none.
         origin: the file that its weights were loaded from; empty for a new one.
+        prepared: what the engine computed ahead of an adapter that will not change any more
+            (`clipgraft.engine.mixed_adapters.prepare`); None for others.
     """
 
     settings: LoraConfig
@@ -41,6 +43,7 @@ class Adapter:
     shared: Any = None
     temperature: Mapping[str, Tensor] | None = None
     origin: str = ""
+    prepared: Any = None
 
     def modules(self) -> Iterator[LoraLayer | BiasLayer]:
         """Iterate over the modules that hold its weights."""

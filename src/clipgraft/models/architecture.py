@@ -46,6 +46,15 @@ class Part:
         return self.weight.T if self.transposed else self.weight
 
     @property
+    def outputs(self) -> int:
+        """The number of rows of `matrix`."""
+        if self.rows is not None:
+            return len(range(*self.rows.indices(self.weight.shape[0])))
+        if self.weight.ndim == 3:
+            return self.weight.shape[0] * self.weight.shape[1]
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
     def offset(self) -> Tensor | None:
         """This part's share of the bias."""
         return self.bias if self.bias is None or self.rows is None else self.bias[self.rows]

@@ -28,6 +28,7 @@ from clipgraft.evaluate.classification import (
     evaluate_classification,
     prompt_logits,
 )
+from clipgraft.evaluate.head import load_head
 from clipgraft.evaluate.ranks import retrieval_ranks
 from clipgraft.evaluate.retrieval import evaluate_retrieval, retrieval_metrics
 from clipgraft.lora.control import lora_disabled
@@ -45,7 +46,6 @@ from clipgraft.report.examples import (
     Similarities,
 )
 from clipgraft.report.runs import Run
-from clipgraft.train.recipes.classification import load_head
 
 TOP = 5
 SHOWN: dict[QueryKind, int] = {"fixed": 4, "broken": 2, "both wrong": 2, "both right": 1}

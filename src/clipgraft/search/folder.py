@@ -22,16 +22,18 @@ from clipgraft.lora.state import Adapter, lora_state, require_lora, require_unme
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.search.filters import Condition, check_columns, rows_where
+from clipgraft.search.items import location
 from clipgraft.search.manifest import (
     AdapterNote,
     Manifest,
+    Origin,
     Shard,
     VectorSet,
     is_set_folder,
     read_manifest,
     set_path,
 )
-from clipgraft.search.store import Array, metadata_columns, read_metadata, read_vectors
+from clipgraft.search.store import Array, metadata_columns, plain_rows, read_metadata, read_vectors
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,26 @@ class EncodedSet:
                 yield start + first, block
             start += shard.rows
 
+    def rows(self, numbers: Array) -> list[dict[str, Any]]:
+        """Return the metadata of rows as Python values, reading each shard once."""
+        starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        shards = np.searchsorted(starts, numbers, side="right") - 1
+        found: dict[int, dict[str, Any]] = {}
+        for shard in np.unique(shards):
+            own = numbers[shards == shard]
+            table = self.metadata(self.shards[shard])
+            found.update(zip(own.tolist(), plain_rows(table, (own - starts[shard]).tolist()), strict=True))
+        return [found[int(number)] for number in numbers]
+
+    def image_place(self, row: int) -> str | None:
+        """Return where the image of a row is; None for a text."""
+        return self.place_of(self.rows(np.array([row]))[0])
+
+    def place_of(self, metadata: Mapping[str, Any]) -> str | None:
+        """Return where an image is, from the metadata of its row; None for a text."""
+        key = metadata.get("path")
+        return None if key is None else location(self.manifest.root, key)
+
     def state(self) -> list[str]:
         """Return the digests of the files that hold the vectors."""
         names = [set_path(self.part.folder, self.manifest.emb, shard.number) for shard in self.shards]
@@ -122,14 +144,23 @@ def fitting_set(folder: str | Path, clip: Clip) -> EncodedSet:
     """
     candidates = all_sets(folder)
     origin = candidates[0].manifest.origin
+    check_origin(folder, origin, clip)
+    return set_of(folder, candidates, acting_digest(clip, origin.tower))
+
+
+def check_origin(folder: str | Path, origin: Origin, clip: Clip) -> None:
+    """Raise ModelError where another base made the vectors."""
     if origin.fingerprint != clip.fingerprint:
         mine = f"{clip.source.name or 'this base'} ({clip.fingerprint})"
         raise ModelError(f"{folder}: was encoded by base {origin.base}, not by {mine}; search with that base")
-    digest = acting_digest(clip, origin.tower)
+
+
+def set_of(folder: str | Path, candidates: Sequence[EncodedSet], digest: str | None) -> EncodedSet:
+    """The set of vectors that an adapter of a digest made, or the base for None; raises AdapterError."""
     fitting = [each for each in candidates if each.part.digest == digest]
     if not fitting:
         names = [f"adapter {each.part.adapter}" if each.part.digest else "the base" for each in candidates]
-        what = "image" if origin.tower == "vision" else "text"
+        what = "image" if candidates[0].manifest.origin.tower == "vision" else "text"
         mine = (
             f"the adapter changes the {what} tower" if digest else f"the base's {what} tower is searched with"
         )

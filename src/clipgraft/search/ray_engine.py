@@ -7,7 +7,6 @@ writes are those of a `LocalEngine` on machines of one kind.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from clipgraft.cluster import connected, last_line
 from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ClusterError, ConfigError, DataError, ModelError
@@ -25,10 +25,9 @@ from clipgraft.search.args import EncodeArgs
 from clipgraft.search.engines import EncodedBatch, LocalEngine, Modality
 from clipgraft.search.items import exists
 from clipgraft.search.manifest import Dtype, VectorSet
-from clipgraft.search.ray_worker import Coordinator, Crew, Turn, WorkerBatch, last_line
+from clipgraft.search.ray_worker import Coordinator, Crew, Turn, WorkerBatch
 
 log = logging.getLogger("clipgraft")
-_LOCAL = "local"
 _MOST_TASKS = 4096
 _MOST_PER_TASK = 8  # batches, as long as that makes no more than _MOST_TASKS
 
@@ -80,7 +79,7 @@ class RayEngine:
             ClusterError: workers failed, one of them again and again over the same images.
         """
         if count:
-            with _connected(self.args.ray_address) as ray:
+            with connected(self.args.ray_address) as ray:
                 yield from self._encode(ray, iter(keys), count)
 
     def _encode(self, ray: Any, keys: Iterator[Any], count: int) -> Generator[EncodedBatch, None, None]:
@@ -191,31 +190,3 @@ def _on_cpu(clip: Clip) -> Iterator[None]:
         yield
     finally:
         clip.to(device)
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    """Yield Ray, connected or started for the duration if it is not connected already."""
-    import ray
-    import ray.util.scheduling_strategies
-
-    if ray.is_initialized():
-        yield ray
-        return
-    where = address or os.environ.get("RAY_ADDRESS") or _LOCAL
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if where == _LOCAL:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options["include_dashboard"] = False
-    try:
-        ray.init(address=where, **options)
-    # Ray raises whatever its network library does.
-    except Exception as error:
-        raise ConfigError(
-            f"`ray_address={where!r}`: cannot be reached ({last_line(error)}); check the address and its "
-            "token, start Ray there by `ray start --head`, or give local"
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

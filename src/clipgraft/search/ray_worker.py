@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipgraft.cluster import last_line
 from clipgraft.errors import ClipgraftError, ClusterError
 from clipgraft.search.items import Ref, exists
 
@@ -251,9 +252,3 @@ def _failure(error: Exception, where: str) -> ClipgraftError:
     if isinstance(error, ClipgraftError):
         return type(error)(f"{where}: {error}")
     return ClusterError(f"{where}: {last_line(error)}; {_KEPT}")
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of a message: of errors that passed through Ray, the one with the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

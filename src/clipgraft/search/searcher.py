@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
@@ -32,9 +31,9 @@ from clipgraft.search.archives import read_member
 from clipgraft.search.filters import Condition, parse_where
 from clipgraft.search.folder import EncodedSet, acting_digest, fitting_set, nearest, read_folder
 from clipgraft.search.index import open_index
-from clipgraft.search.items import IN_TAR, Ref, is_address, location, read_at
+from clipgraft.search.items import IN_TAR, Ref, is_address, read_at
 from clipgraft.search.manifest import INDEX_FOLDER, VectorSet
-from clipgraft.search.store import INSTALL, Array, plain_rows
+from clipgraft.search.store import INSTALL, Array
 from clipgraft.shown import shown_line
 
 log = logging.getLogger("clipgraft")
@@ -110,8 +109,8 @@ def query(
     clip = load_model(folder) if model is None else as_clip(model)
     encoded = fitting_set(folder, clip)
     vector = query_vector(clip, text, image, image_weight).cpu().numpy()[None]
-    scores, rows = _nearest(encoded, vector, k, conditions)
-    return _hits(encoded, scores[0], rows[0])
+    index = None if conditions else open_index(encoded)
+    return [hit for _, hit in find_hits(encoded, index, vector, k, conditions)]
 
 
 def load_model(
@@ -193,11 +192,26 @@ def query_vector(clip: Clip, text: str | None, image: str | Path | None, image_w
         return F.normalize(total.float(), dim=-1)
 
 
+def find_hits(
+    encoded: EncodedSet, index: Any | None, query: Array, k: int, conditions: Sequence[Condition]
+) -> list[tuple[int, Hit]]:
+    """Return the rows nearest to one query, (1, D), best first: their numbers and what is known of them.
+
+    `index` is what `open_index` gave; it is not used with conditions.
+    """
+    scores, rows = _nearest(encoded, index, query, k, conditions)
+    hits = []
+    numbered = zip(scores[0], rows[0].tolist(), encoded.rows(rows[0]), strict=True)
+    for rank, (score, row, metadata) in enumerate(numbered, 1):
+        hit = Hit(rank, float(score), encoded.place_of(metadata), metadata["caption"], metadata)
+        hits.append((row, hit))
+    return hits
+
+
 def _nearest(
-    encoded: EncodedSet, query: Array, k: int, conditions: Sequence[Condition]
+    encoded: EncodedSet, index: Any | None, query: Array, k: int, conditions: Sequence[Condition]
 ) -> tuple[Array, Array]:
-    index = None if conditions else open_index(encoded)
-    if index is None:
+    if index is None or conditions:
         return nearest(encoded, query, k, conditions)
     with reading(encoded.place / INDEX_FOLDER, DataError, "run `clipgraft index` again"):
         scores, rows = index.search(query, min(k, encoded.manifest.rows))
@@ -207,24 +221,6 @@ def _nearest(
         )
     found = rows[0] >= 0  # FAISS fills up with -1 where an approximate index finds fewer
     return scores[:, found], rows[:, found]
-
-
-def _hits(encoded: EncodedSet, scores: Array, rows: Array) -> list[Hit]:
-    """Return results with their metadata, reading each shard once."""
-    starts = np.cumsum([0, *(shard.rows for shard in encoded.shards)])
-    shards = np.searchsorted(starts, rows, side="right") - 1
-    found: dict[int, dict[str, Any]] = {}
-    for number in np.unique(shards):
-        own = rows[shards == number]
-        table = encoded.metadata(encoded.shards[number])
-        found.update(zip(own.tolist(), plain_rows(table, (own - starts[number]).tolist()), strict=True))
-    hits = []
-    for rank, (score, row) in enumerate(zip(scores, rows, strict=True), 1):
-        metadata = found[int(row)]
-        key = metadata.get("path")
-        path = None if key is None else location(encoded.manifest.root, key)
-        hits.append(Hit(rank, float(score), path, metadata["caption"], metadata))
-    return hits
 
 
 def write_page(
@@ -256,15 +252,28 @@ def _picture(place: str | None) -> tuple[str | None, str | None]:
     if place is None:
         return None, None
     try:
-        image = ImageOps.contain(open_image(_content(place), shortest=_SIDE), (_SIDE, _SIDE))
+        content = thumbnail(place, _SIDE)
     except ImageError as error:
         return None, error.reason
-    # What a file system at an address raises is its own business; the reason is shown in the image's place.
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"), None
+
+
+def thumbnail(place: str, side: int) -> bytes:
+    """Return the image at a path, address or in a tar file as a JPEG of at most `side` pixels each way.
+
+    Raises:
+        ImageError: it cannot be opened, with the reason in a few words.
+    """
+    try:
+        image = ImageOps.contain(open_image(_content(place), shortest=side), (side, side))
+    except ImageError:
+        raise
+    # What a file system at an address raises is its own business; the reason is told in the image's place.
     except Exception as error:
-        return None, " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(place, " ".join(str(error).split()) or type(error).__name__) from error
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), None
+    return buffer.getvalue()
 
 
 def _content(place: str) -> bytes | Path:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from clipgraft.options import Options, UserPath, Words, within
+from clipgraft.options import Options, Several, UserPath, Words, within
 
 Seconds = Annotated[float, within(0.001, 86_400, "with more, nobody waits for it")]
 Milliseconds = Annotated[float, within(0, 10_000, "with more, every request waits for it")]
@@ -17,12 +17,12 @@ Many = Annotated[int, within(1, 1_000_000, "with more, memory does not hold them
 class ServiceArgs(Options):
     """Options of a model that is served: its adapters, batches and limits."""
 
-    adapters: Words = Field(
+    adapters: Annotated[Words, Several()] = Field(
         (),
         description="adapters to register: NAME=PATH, a folder of adapters or runs, or one adapter; "
         "each is read when it is first asked for",
     )
-    folders: Words = Field(
+    folders: Annotated[Words, Several()] = Field(
         (), description="encoded folders to search: NAME=PATH, or the path of what `clipgraft encode` wrote"
     )
     adapter_memory_mb: Megabytes = Field(
@@ -58,14 +58,16 @@ class WebArgs(Options):
         description="file with one key a line that requests must bring (also CLIPGRAFT_API_KEYS, by commas)",
     )
     allow_urls: bool = Field(False, description="fetch images from public addresses that requests name")
-    url_hosts: Words = Field((), description="fetch images only from these hosts")
+    url_hosts: Annotated[Words, Several()] = Field((), description="fetch images only from these hosts")
     allow_adapter_loading: bool = Field(
         False, description="let requests load and unload adapters (/v1/load_lora_adapter)"
     )
     adapter_root: UserPath | None = Field(
         None, description="folder that adapters loaded by requests must lie in"
     )
-    cors: Words = Field((), description="origins whose pages may call the server; * for all")
+    cors: Annotated[Words, Several()] = Field(
+        (), description="origins whose pages may call the server; * for all"
+    )
     max_body_mb: Megabytes = Field(32, description="largest request")
     max_items: Many = Field(2048, description="most texts and images of one request")
     drain_seconds: Seconds = Field(20, description="how long a stop waits for requests under way")

@@ -28,7 +28,6 @@ from clipgraft.options import (
 )
 
 _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 15  # of a run that is not told
-HeadKind = Literal["linear", "cosine"]
 LossKind = Literal["softmax", "sigmoid"]
 
 
