@@ -21,7 +21,7 @@ from clipgraft.models.clip import as_clip
 from explicit_lora import custom_text, inputs, randomise_active
 from tiny_models import TINY_OPENCLIP, in_every_layout, randomise
 from tiny_towers import SIZE, build_tower
-from tiny_towers import ids as tower_ids
+from weight_places import ids as tower_ids
 
 LAYOUTS = ("CLIP", "CLIP of open_clip 4", "CustomTextCLIP", "CLIPModel", "not causal")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

@@ -148,6 +148,8 @@ class Encoder:
         Returns:
             (B, D) features, not normalised.
         """
+        # Shares of about as many nodes side by side: what they add to is one slice then.
+        groups = sorted(groups, key=lambda group: (group[0] is not None, len(group[1])))
         order = torch.cat([rows for _, rows in groups])
         adapters = [ActiveAdapter.of(adapter, self._norms) for adapter, _ in groups]
         counts = [len(rows) for _, rows in groups]

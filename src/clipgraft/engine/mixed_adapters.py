@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,10 @@ from clipgraft.lora.variants import PlainLora
 from clipgraft.models.architecture import Linear, Part
 from clipgraft.models.sites import Site
 
+Shape: TypeAlias = tuple[object, ...]
+_FEW, _ABOUT_AS_MANY = 64, 0.5
+"""Shares of at most so many rows are computed together, if the least has this share of the most."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -25,13 +31,11 @@ class Product:
     Attributes:
         a: (Σr, in), the A of every updated part, stacked; None where there is none.
         parts: the outputs of each part, its columns among the Σr, its B as (out, r), and its scale.
-        together: (parts, r, out), every B transposed, where the parts are alike and make up all outputs.
         factor, addend: f and g, (out,), of variants that rescale and of biases; None for neither.
     """
 
     a: Tensor | None
     parts: tuple[tuple[slice, slice, Tensor, float], ...]
-    together: Tensor | None
     factor: Tensor | None
     addend: Tensor | None
 
@@ -49,26 +53,20 @@ class Product:
                 (update.rows, own, _matrix(b, dtype), update.layer.scaling)
                 for (update, _, b), own in zip(ranked, columns, strict=True)
             ),
-            None,
             None if factor is None else factor.to(dtype),
             None if addend is None else addend.to(dtype),
         )
 
-    def stacked(self, out: int) -> Product:
-        """The same with every B in one tensor, for a product that is used again."""
-        shapes = {b.shape for _, _, b, _ in self.parts}
-        scales = {scale for *_, scale in self.parts}
-        if len(self.parts) < 2 or len(shapes) > 1 or len(scales) > 1:
-            return self
-        if sum(b.shape[0] for _, _, b, _ in self.parts) != out:
-            return self
-        stack = torch.stack([b for _, _, b, _ in self.parts])
-        parts = tuple((*part[:2], b, part[3]) for part, b in zip(self.parts, stack, strict=True))
-        return replace(self, parts=parts, together=stack.transpose(1, 2))
+    @functools.cached_property
+    def shape(self) -> Shape | None:
+        """What products that are added together have in common; None for one that must be added alone."""
+        if self.a is None or self.factor is not None:
+            return None
+        return (*self.a.shape, *((o.start, o.stop, c.start, c.stop) for o, c, _, _ in self.parts))
 
     def tensors(self) -> Iterator[Tensor]:
         """What it holds; some may be views of others."""
-        held = (self.a, self.together, self.factor, self.addend, *(b for _, _, b, _ in self.parts))
+        held = (self.a, self.factor, self.addend, *(b for _, _, b, _ in self.parts))
         return (tensor for tensor in held if tensor is not None)
 
     def scaled(self, strength: float) -> Product:
@@ -80,18 +78,96 @@ class Product:
         ours = y[rows]
         if self.a is not None:
             low = F.linear(x[rows], self.a)
-            if self.together is not None:
-                count, scale = len(self.parts), self.parts[0][3]
-                lows = low.view(len(low), count, -1).transpose(0, 1)
-                whole = ours.view(len(ours), count, -1).transpose(0, 1)
-                whole.baddbmm_(lows, self.together, alpha=scale)
-            else:
-                for outputs, columns, b, scale in self.parts:
-                    ours[:, outputs].addmm_(low[:, columns], b.T, alpha=scale)
+            for outputs, columns, b, scale in self.parts:
+                ours[:, outputs].addmm_(low[:, columns], b.T, alpha=scale)
         if self.factor is not None and self.addend is not None:
             y[rows] = torch.addcmul(self.addend, ours, self.factor)
         elif isinstance(rows, Tensor):
             y[rows] = ours
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Shares of some rows each whose products are alike, so that one operation computes all of them.
+
+    Attributes:
+        shares: their numbers, K.
+        gather: (K · P,) the rows of each share, the first once more where it has fewer than P.
+        cells: (n,) which of the K · P are rows; None for all.
+        rows: those n rows.
+    """
+
+    shares: tuple[int, ...]
+    gather: Tensor
+    cells: Tensor | None
+    rows: slice | Tensor
+
+    @classmethod
+    def of(cls, shares: Sequence[int], rows: Sequence[slice | Tensor], device: torch.device) -> Bundle:
+        """The shares of these numbers, and the rows of each."""
+        counts = torch.tensor([_count(own) for own in rows])
+        numbers = torch.arange(int(counts.max()))
+        exists = numbers < counts[:, None]
+        starts = (counts.cumsum(0) - counts)[:, None]
+        places = torch.where(exists, starts + numbers, starts).flatten().to(device)
+        own = torch.cat([_numbers(part, device) for part in rows])
+        cells = None if bool(exists.all()) else exists.flatten().nonzero().flatten().to(device)
+        return cls(tuple(shares), own[places], cells, _joined(rows) or own)
+
+    def add(self, y: Tensor, x: Tensor, products: Sequence[Product]) -> None:
+        """(N, out) that the base makes of (N, in): change the rows of all shares, in place."""
+        a = torch.stack([product.a for product in products if product.a is not None])
+        low = torch.bmm(x.index_select(0, self.gather).view(len(products), -1, x.shape[1]), a.transpose(1, 2))
+        for parts in zip(*(product.parts for product in products), strict=True):
+            outputs, columns = parts[0][:2]
+            b = torch.stack([part[2] for part in parts])
+            own, scale = low[:, :, columns], parts[0][3]
+            if any(part[3] != scale for part in parts):
+                own, scale = own * own.new_tensor([part[3] for part in parts])[:, None, None], 1.0
+            update = torch.bmm(own, b.transpose(1, 2)).flatten(0, 1)
+            if self.cells is not None:
+                update = update.index_select(0, self.cells)
+            if isinstance(self.rows, slice):
+                y[self.rows, outputs].add_(update, alpha=scale)
+            else:
+                y[:, outputs].index_add_(0, self.rows, update, alpha=scale)
+
+
+def bundles(
+    shapes: Sequence[Shape | None], rows: Sequence[slice | Tensor], device: torch.device
+) -> tuple[Bundle, ...]:
+    """Bundle shares of few rows, about as many each, whose products have one shape."""
+    counts = [_count(own) for own in rows]
+    alike: dict[Shape, list[int]] = {}
+    for number, (shape, count) in enumerate(zip(shapes, counts, strict=True)):
+        if shape is not None and 0 < count <= _FEW:
+            alike.setdefault(shape, []).append(number)
+    found = []
+    for numbers in alike.values():
+        numbers.sort(key=lambda number: (-counts[number], number))
+        while numbers:
+            least = _ABOUT_AS_MANY * counts[numbers[0]]
+            together = [number for number in numbers if counts[number] >= least]
+            del numbers[: len(together)]
+            if len(together) > 1:
+                together.sort()
+                found.append(Bundle.of(together, [rows[number] for number in together], device))
+    return tuple(found)
+
+
+def _count(rows: slice | Tensor) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+
+
+def _joined(rows: Sequence[slice | Tensor]) -> slice | None:
+    """The one slice that slices make up which follow each other; None for others."""
+    slices = [own for own in rows if isinstance(own, slice)]
+    follows = all(own.stop == after.start for own, after in itertools.pairwise(slices))
+    return slice(slices[0].start, slices[-1].stop) if follows and len(slices) == len(rows) else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +224,7 @@ def prepare(adapter: Adapter, linears: Iterable[Linear], dtype: torch.dtype) -> 
             if not updates:
                 continue
             out = sum(part.outputs for part in linear)
-            product = prepared[key_of(linear)] = Product.of(updates, out, dtype).stacked(out)
+            product = prepared[key_of(linear)] = Product.of(updates, out, dtype)
             ranked = [update.layer for update in updates if update.layer.r]
             for layer, (_, columns, b, _) in zip(ranked, product.parts, strict=True):
                 if type(layer) is PlainLora and layer.lora_start_A is None and product.a is not None:
@@ -184,6 +260,7 @@ class MixedAdapters:
     """
 
     shares: tuple[AdapterShare, ...]
+    _bundles: dict[Hashable, tuple[Bundle, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def times(self, length: int) -> MixedAdapters:
         """Return the same adapters for `length` nodes in place of each node."""
@@ -197,11 +274,31 @@ class MixedAdapters:
     def linear(self, y: Tensor, x: Tensor, linear: Linear, pooled: bool) -> Tensor:
         """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
         parts, key = _outputs(linear), key_of(linear)
-        for share in self.shares:
-            product = share.adapter.product(key, parts, x.dtype)
-            if product is not None:
-                product.add(y, x, share.pooled if pooled else share.nodes)
+        products = [share.adapter.product(key, parts, x.dtype) for share in self.shares]
+        shapes = tuple(None if product is None else product.shape for product in products)
+        bundled = self._bundled(shapes, pooled, x.device)
+        for bundle in bundled:
+            found = (products[number] for number in bundle.shares)
+            bundle.add(y, x, [product for product in found if product is not None])
+        done = {number for bundle in bundled for number in bundle.shares}
+        for number, product in enumerate(products):
+            if product is not None and number not in done:
+                product.add(y, x, self._rows(number, pooled))
         return y
+
+    def _rows(self, number: int, pooled: bool) -> slice | Tensor:
+        share = self.shares[number]
+        return share.pooled if pooled else share.nodes
+
+    def _bundled(
+        self, shapes: tuple[Shape | None, ...], pooled: bool, device: torch.device
+    ) -> tuple[Bundle, ...]:
+        """`bundles`, made once for all maps whose products have the same shapes."""
+        key = (shapes, pooled)
+        if key not in self._bundles:
+            rows = [self._rows(number, pooled) for number in range(len(self.shares))]
+            self._bundles[key] = bundles(shapes, rows, device)
+        return self._bundles[key]
 
     def norm(self, y: Tensor, norm: nn.LayerNorm, pooled: bool) -> Tensor:
         """Add what adapters add to the bias of a layer norm."""
