@@ -29,7 +29,7 @@ UNMATCHED = "(none)"
 _SANE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LONGEST = 100  # characters of an adapter's name
-# What probes and the page ask for again and again. A 503 says what the log has: that the model's state changed.
+# What probes and the page ask for again and again; a 503 follows a change of state, which the log has.
 _POLLED = frozenset({"/health", "/ready", "/metrics", "/describe", "/statistics"})
 _UNREMARKABLE = frozenset({200, 503})
 

@@ -1,4 +1,4 @@
-"""Host names that a server answers for, so that no web page of a stranger reads it through the user's browser.
+"""Host names that a server answers for, so that no page of a stranger reads it through a user's browser.
 
 A page can let its own name point to 127.0.0.1 once it is loaded (DNS rebinding). The browser then takes a
 server there for the page's own, and lets it read all answers; what tells is that name in the Host header.
