@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import subprocess
@@ -144,3 +145,14 @@ def test_utf8_whatever_the_locale() -> None:
     )
     assert done.returncode == 2
     assert "clipgraft: there is no command 'ảnh'" in done.stderr.decode()
+
+
+def test_collections_are_rare_in_a_command_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command would take a fifth longer to start; or a program that calls one would keep its settings."""
+    before = gc.get_threshold()
+    seen = []
+    module = sys.modules["clipgraft.cli.main"]
+    monkeypatch.setattr(module, "function_of", lambda _: lambda _: seen.append(gc.get_threshold()))
+    assert main(["search"]) == 0
+    assert gc.get_threshold() == before
+    assert seen == [(10_000, *before[1:])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -79,6 +80,8 @@ class FakeService:
             raise MemoryError
         elif order == "!cancelled?":
             raise UnknownNameError(",".join(self.cancelled))
+        elif order == "!garbage?":
+            raise UnknownNameError(f"collected {gc.isenabled()}, frozen {gc.get_freeze_count() > 10_000}")
 
     async def close(self) -> None:
         self.state = "draining"

@@ -149,14 +149,14 @@ def test_requests_are_counted_and_logged(server: Running) -> None:
     assert "seven77" not in log
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_lets_requests_end(kind: int, tmp_path: Path) -> None:
     """Each new version of a server would cost the requests that are under way."""
     place = {"uds": str(tmp_path / "socket")} if kind == signal.SIGINT else {}
     with running(tmp_path, **place) as server, server.client() as client, ThreadPoolExecutor(4) as pool:
         assert length(embed(client, "abc")) == 3
-        asking = [pool.submit(embed, client, "!sleep 1.5") for _ in range(4)]
-        time.sleep(0.7)
+        asking = [pool.submit(embed, client, "!sleep 1") for _ in range(4)]
+        time.sleep(0.5)
         server.process.send_signal(kind)
         answers = [one.result() for one in asking]
         assert server.process.wait(30) == 0
@@ -215,6 +215,7 @@ def test_a_model_that_is_lost_for_good(tmp_path: Path) -> None:
         assert (tmp_path / "log").read_text().endswith("when memory is short), 5 times in a row\n")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_port(tmp_path: Path) -> None:
     """One process of Python would be all that a large machine gives; or each count for itself alone."""
     with running(tmp_path, workers=2) as server:

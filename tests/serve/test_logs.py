@@ -30,12 +30,17 @@ async def _refuse(request: Request) -> PlainTextResponse:
     return PlainTextResponse("", 429)
 
 
+async def _probe(request: Request) -> PlainTextResponse:
+    return PlainTextResponse("", int(request.query_params["status"]))
+
+
 async def _break(request: Request) -> PlainTextResponse:
     raise ZeroDivisionError
 
 
 def ask(form: Any, *requests: tuple[str, str, dict[str, str]]) -> list[httpx.Response]:
     routes = [Route("/embed/{name}", _embed), Route("/refuse", _refuse), Route("/break", _break)]
+    routes += [Route(path, _probe) for path in ("/ready", "/metrics", "/statistics")]
     app = Observed(Starlette(routes=routes), [RequestLog(form)])
 
     async def answers() -> list[httpx.Response]:
@@ -92,3 +97,13 @@ def test_ids_are_taken_over_where_they_are_sane() -> None:
     for made in (forged, long):
         assert made.headers["X-Request-ID"] == made.text
         assert len(made.text) == 32
+
+
+def test_polls_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A probe every second would bury the requests of users; a refused one is a fault to be seen."""
+    caplog.set_level(logging.INFO, "clipgraft.serve.requests")
+    polls = [("/ready", 200), ("/ready", 503), ("/metrics", 200), ("/statistics", 200), ("/metrics", 401)]
+    ask("text", *(("GET", f"{path}?status={status}", {}) for path, status in polls))
+    ask("text", ("GET", "/refuse", {}))
+    lines = [record.getMessage().split()[1:4] for record in caplog.records]
+    assert lines == [["401", "GET", "/metrics"], ["429", "GET", "/refuse"]]

@@ -286,7 +286,7 @@ def test_threads_that_ask_replace_and_forget(clip: Clip, folder: Path) -> None:
     def work(seed: int) -> None:
         rng = random.Random(seed)
         try:
-            for _ in range(60):
+            for _ in range(20):
                 name = rng.choice(list(KINDS))
                 if rng.random() < 0.15:
                     registry.load(name, str(folder / name), replace=True)

@@ -167,6 +167,7 @@ def test_a_server_answers_as_the_model_does(adapters: Path, tmp_path: Path) -> N
         assert (tmp_path / "log").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     """A mistyped model would be tried again and again, or told as a traceback of another process."""
     with command("--port", "0", "--model", str(tmp_path / "none"), log=tmp_path / "log") as (process, _):

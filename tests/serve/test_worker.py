@@ -308,3 +308,11 @@ def test_the_process_ends_with_its_parent(how: str, tmp_path: Path) -> None:
         time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
     raise AssertionError("the model's process outlived its parent")
+
+
+@asynchronous
+async def test_what_stays_is_not_looked_through_for_garbage() -> None:
+    """Now and then all requests would stand still for half a second; or memory would never be given back."""
+    async with working() as worker:
+        with pytest.raises(UnknownNameError, match="collected True, frozen True"):
+            await worker.answer(encode("!garbage?"))

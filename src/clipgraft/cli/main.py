@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from clipgraft.cli.terminal import plain_output, wording
 from clipgraft.errors import ClipgraftError
@@ -35,6 +37,7 @@ _MODULES = {
     "inspect": "profile",
 }  # of verbs whose module has another name
 _HELP = ("-h", "--help")
+_MANY_OBJECTS = 10_000
 _INTERRUPTED = 128  # what shells add to the number of the signal that ended a program
 
 
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_our_process():
         return 0  # the script that started a sweep or a server is being imported for a process of theirs
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with plain_output():
+    with plain_output(), _rare_collections():
         try:
             code = _dispatch(arguments)
             sys.stdout.flush()
@@ -59,6 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f"{error.filename}: " if error.filename is not None else ""
             return _fail([f"{where}{error.strerror or ' '.join(str(error).split())}"], 1)
         return code
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Collect garbage after more new objects: importing torch makes a million, none of them garbage.
+
+    Collections take a fifth of the time that a command takes to start.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(_MANY_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def function_of(verb: str) -> Callable[[Sequence[str]], None]:

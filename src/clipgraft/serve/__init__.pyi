@@ -8,3 +8,5 @@ from .messages import Picture as Picture
 from .messages import Rank as Rank
 from .messages import Search as Search
 from .messages import Text as Text
+from .messages import With as With
+from .service import Service as Service

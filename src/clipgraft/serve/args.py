@@ -68,6 +68,9 @@ class WebArgs(Options):
     cors: Annotated[Words, Several()] = Field(
         (), description="origins whose pages may call the server; * for all"
     )
+    allowed_hosts: Annotated[Words, Several()] = Field(
+        (), description="names that clients may call the server by, beside its address; * for any"
+    )
     max_body_mb: Megabytes = Field(32, description="largest request")
     max_items: Many = Field(2048, description="most texts and images of one request")
     drain_seconds: Seconds = Field(20, description="how long a stop waits for requests under way")

@@ -29,6 +29,9 @@ UNMATCHED = "(none)"
 _SANE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LONGEST = 100  # characters of an adapter's name
+# What probes and the page ask for again and again; a 503 follows a change of state, which the log has.
+_POLLED = frozenset({"/health", "/ready", "/metrics", "/describe", "/statistics"})
+_UNREMARKABLE = frozenset({200, 503})
 
 
 @dataclass
@@ -139,7 +142,7 @@ def _identity(given: str | None) -> str:
 
 
 class RequestLog:
-    """Writes a line for each request to the logger `clipgraft.serve.requests`."""
+    """Writes a line for each request to the logger `clipgraft.serve.requests`; for polls, at level DEBUG."""
 
     def __init__(self, form: Literal["text", "json"] = "text") -> None:
         self._write = as_json if form == "json" else as_text
@@ -149,8 +152,10 @@ class RequestLog:
 
     def ended(self, record: RequestRecord) -> None:
         """Write the line."""
-        if log.isEnabledFor(logging.INFO):
-            log.info("%s", self._write(record))
+        polled = record.route in _POLLED and record.status in _UNREMARKABLE
+        level = logging.DEBUG if polled else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(level, "%s", self._write(record))
 
 
 def as_json(record: RequestRecord) -> str:

@@ -311,6 +311,8 @@ class Worker:
                 continue
             if child.state == "ready":
                 self._record.seconds = time.monotonic() - begun
+                if self._record.restarts:
+                    log.info("the model is ready again, after %.1f s", self._record.seconds)
                 self._enter("ready")
             elif child.state == "failed":
                 break

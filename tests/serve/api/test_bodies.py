@@ -18,9 +18,13 @@ from scripted_backend import ScriptedBackend
 from served_app import running
 
 JSON = {"Content-Type": "application/json"}
-HEAD = (
-    b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+LINES = (
+    "POST /v1/embeddings HTTP/1.1",
+    "Host: localhost",
+    "Content-Type: application/json",
+    "Content-Length: %d",
 )
+HEAD = "".join(f"{line}\r\n" for line in (*LINES, "")).encode()
 GOOD = json.dumps({"model": "base", "input": "a"}).encode()
 
 

@@ -291,7 +291,7 @@ def test_every_control_has_a_name(visit: Page) -> None:
     assert nameless == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_on_a_telephone(browser: Browser, site: Site, scheme: str) -> None:
     """On a telephone the page must be moved sideways, columns are too narrow, or the dark one is white."""
     made = Visit(

@@ -26,6 +26,7 @@ from clipgraft.serve.api.failures import (
     on_invalid,
     on_refused,
 )
+from clipgraft.serve.api.hosts import KnownHosts, known_hosts
 from clipgraft.serve.api.keys import RequireKey, keys_from
 from clipgraft.serve.api.reference import reference_routes
 from clipgraft.serve.api.remote_images import RemoteImages
@@ -99,6 +100,8 @@ def create_app(
         app.add_middleware(RequireKey, keys=keys)
     if web.cors:
         _allow_origins(app, web.cors)
+    if (names := known_hosts(web, has_keys=bool(keys))) is not None:
+        app.add_middleware(KnownHosts, names=names)
     app.add_middleware(CatchAll)
     app.add_middleware(Observed, sinks=(metrics, RequestLog(web.log_format)))
     return app

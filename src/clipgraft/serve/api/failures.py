@@ -61,6 +61,7 @@ _MEANINGS = {
     409: "The adapter is there and cannot be used with this base.",
     413: "The body is larger than the server takes.",
     415: "The body is not JSON.",
+    421: "The server does not answer for the name that it was called by.",
     429: "Too much is waiting; `Retry-After` says when to come back.",
     503: "The model is starting, restarting or stopping; `Retry-After` says when to come back.",
 }
@@ -151,7 +152,7 @@ def answer(refusal: RefusedError) -> Response:
 
 def statuses(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Describe the errors of a route for the schema: those that every route has, and these."""
-    listed = sorted({400, 401, 503, *codes})
+    listed = sorted({400, 401, 421, 503, *codes})
     return {code: {"model": ErrorShape, "description": _MEANINGS[code]} for code in listed}
 
 

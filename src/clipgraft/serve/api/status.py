@@ -84,7 +84,7 @@ class StatisticsShape(Shape):
 
 
 _LIVENESS: dict[int | str, dict[str, Any]] = {
-    code: shape for code, shape in statuses().items() if code == 503
+    code: shape for code, shape in statuses().items() if code in (421, 503)
 }
 
 
@@ -137,7 +137,7 @@ async def statistics(request: Request) -> Response:
 @router.get(
     "/metrics",
     response_class=PlainTextResponse,
-    responses={code: shape for code, shape in statuses().items() if code == 401},
+    responses={code: shape for code, shape in statuses().items() if code in (401, 421)},
 )
 async def metrics(request: Request) -> Response:
     """Count what the server and its model did, for Prometheus."""
