@@ -33,7 +33,7 @@ class OpenSet:
     def search(self, query: Array, k: int, where: str | None) -> tuple[Mapping[str, Any], ...]:
         """(1, D) unit-norm query -> the k nearest rows as flat rows with `rank`, `score`, `row`, `path`.
 
-        `path` is as it was recorded, from the encoded source on: where that lies here is no client's business.
+        `path` is as it was recorded, from the encoded source on: where that lies here concerns no client.
         """
         conditions = () if where is None else parse_where(where)
         hits = find_hits(self.encoded, self.index, query, k, conditions)
