@@ -143,7 +143,7 @@ def node_multiple(dtype: torch.dtype, device: torch.device) -> int:
 def by_mkl(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether MKL multiplies: it compiles nothing for a new shape, and a small product costs little."""
     wide = dtype in (torch.float32, torch.float64)
-    return wide and device.type == "cpu" and torch.backends.mkl.is_available()
+    return wide and device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
 
 def _shares(kind: _Ints, new: _Bools, places: _Ints) -> tuple[tuple[slice, ...], tuple[Tensor, ...]]:
