@@ -255,7 +255,7 @@ def test_models_that_cannot_be_cut(
     with pytest.raises(ModelError, match="ids up to 4935 but the model 100 token embeddings"):
         compact_model(Clip(model, family_of(model), emoji.tokenizer), texts=["dog"])
     siglip = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": SIGLIP_TEXT}
-    with pytest.raises(ModelError, match="is not pooled at the end-of-text token. Cut a model whose towers"):
+    with pytest.raises(ModelError, match="not pooled at the end-of-text token"):
         compact_model(open_clip.CustomTextCLIP(**siglip), text_layers=1)
     (tmp_path / "taken").write_text("thesis")
     with pytest.raises(ModelError, match="exists already and is left as it is"):

@@ -15,6 +15,7 @@ import clipgraft as cg
 from clipgraft.adapters.attach import detached, read_for
 from clipgraft.adapters.open import Clip
 from clipgraft.engine.encoder import encode_mixed, prepare_adapter
+from clipgraft.engine.mixed_adapters import Product, bundles
 from clipgraft.lora.inject import hang
 from clipgraft.lora.state import Adapter, lora_state, require_lora
 from clipgraft.models.clip import as_clip
@@ -303,3 +304,39 @@ def test_adapters_come_and_go_while_others_encode(
         thread.join()
     assert faults == []
     assert list(require_lora(clip).adapters) == ["attention"]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [4, 2, 0, 5, 3, 1]])
+def test_bundled_adapters_equal_the_formula(order: list[int]) -> None:
+    """In bf16 and on GPUs an adapter of a few rows changes another's rows, or has another's strength."""
+    torch.manual_seed(0)
+    counts, scales = [3, 1, 4, 4, 0, 90], [0.5, 2.0, 0.5, -1.0, 1.0, 1.0]
+    x, base = torch.randn(sum(counts), 8).double(), torch.randn(sum(counts), 12).double()
+    factors = [
+        (torch.randn(5, 8).double(), torch.randn(4, 2).double(), torch.randn(4, 3).double()) for _ in counts
+    ]
+    products = [
+        Product(
+            a,
+            ((slice(0, 4), slice(0, 2), b, scale), (slice(8, 12), slice(2, 5), other, scale)),
+            *(None, None),
+        )
+        for (a, b, other), scale in zip(factors, scales, strict=True)
+    ]
+    bounds = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    owners = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
+    scattered = torch.randperm(len(x))
+    for places in (None, scattered):
+        rows = [slice(bounds[n], bounds[n + 1]) if places is None else places[owners == n] for n in range(6)]
+        wanted = base.clone()
+        for own, (a, b, other), scale in zip(rows, factors, scales, strict=True):
+            wanted[own, 0:4] += scale * x[own] @ a[:2].T @ b.T
+            wanted[own, 8:12] += scale * x[own] @ a[2:].T @ other.T
+        got, chosen = base.clone(), [products[n] for n in order]
+        found = bundles([product.shape for product in chosen], [rows[n] for n in order], x.device)
+        assert {order[n] for bundle in found for n in bundle.shares} == {0, 2, 3}
+        for bundle in found:
+            bundle.add(got, x, [chosen[n] for n in bundle.shares])
+        for n in (1, 4, 5):
+            products[n].add(got, x, rows[n])
+        assert close(got, wanted, 1e-12)

@@ -14,7 +14,7 @@ from clipgraft.engine import towers
 from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.linear import WeightCache
 from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters, prepare
-from clipgraft.engine.packing import Packed, pack
+from clipgraft.engine.packing import Packed, node_multiple, pack
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
 from clipgraft.lora.inject import hung
@@ -78,7 +78,7 @@ class Encoder:
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         if self._text is None or ends is None or not self._text.causal:
             return None
-        return pack(tokens.cpu(), ends.cpu()).to(self.clip.device)
+        return pack(tokens.cpu(), ends.cpu(), multiple=self._multiple()).to(self.clip.device)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed pixels -> (B, D) features, not normalised."""
@@ -186,7 +186,7 @@ class Encoder:
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         assert ends is not None
         kinds = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        packed = pack(tokens.cpu(), ends.cpu(), kinds).to(self.clip.device)
+        packed = pack(tokens.cpu(), ends.cpu(), kinds, self._multiple()).to(self.clip.device)
         shares = [AdapterShare(*parts) for parts in zip(adapters, *packed.shares, strict=True)]
         return towers.run_text(self._text, packed, self._mixed_run(shares))
 
@@ -194,6 +194,9 @@ class Encoder:
         assert self._vision is not None
         run = self._mixed_run(_shares_of_rows(adapters, counts))
         return towers.run_vision(self._vision, self._moved(pixels), run)
+
+    def _multiple(self) -> int:
+        return node_multiple(self.dtype, self.clip.device)
 
     def _mixed_run(self, shares: list[AdapterShare]) -> towers.TowerPass:
         kernel = self.attention.kernel(trains=False)

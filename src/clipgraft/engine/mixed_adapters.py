@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.engine.linear import Update, rescaling
+from clipgraft.engine.packing import by_mkl
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter
 from clipgraft.lora.variants import PlainLora
@@ -275,8 +276,10 @@ class MixedAdapters:
         """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
         parts, key = _outputs(linear), key_of(linear)
         products = [share.adapter.product(key, parts, x.dtype) for share in self.shares]
-        shapes = tuple(None if product is None else product.shape for product in products)
-        bundled = self._bundled(shapes, pooled, x.device)
+        bundled: tuple[Bundle, ...] = ()
+        if not by_mkl(x.dtype, x.device):  # to gather costs as much there as what it saves
+            shapes = tuple(None if product is None else product.shape for product in products)
+            bundled = self._bundled(shapes, pooled, x.device)
         for bundle in bundled:
             found = (products[number] for number in bundle.shares)
             bundle.add(y, x, [product for product in found if product is not None])

@@ -18,9 +18,10 @@ from torch import Tensor
 _SAME_GROUP = 0.5
 """Captions at least this long, as a share of the longest of a group, join the group."""
 
-_NODES, _ROWS, _WIDTH = 64, 8, 8
-"""What numbers of nodes, rows and cells in a row are rounded up to: CPU kernels are compiled for each new
-shape, which would take time and memory at every step of a run whose batches are all of different size."""
+COMPILED_NODES, _NODES, _ROWS, _WIDTH = 64, 8, 8, 8
+"""What numbers of nodes, rows and cells in a row are rounded up to. Where CPU kernels are compiled for each
+new shape, which would take time and memory at every step of a run whose batches are all of different size,
+there are few numbers of nodes (`COMPILED_NODES`)."""
 
 _Ints = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
@@ -89,10 +90,11 @@ class Packed:
         return Packed(self.count, groups=groups, shares=shares, **moved)
 
 
-def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None) -> Packed:
+def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None, multiple: int = COMPILED_NODES) -> Packed:
     """(B, L) token ids that are pooled at positions `ends`, (B,); all on the CPU.
 
-    Captions of different `kinds`, (B,) numbers from 0 up in an order that never falls, share nothing.
+    Captions of different `kinds`, (B,) numbers from 0 up in an order that never falls, share nothing. The
+    number of nodes is filled up to a `multiple`.
     """
     lengths = ends.numpy() + 1
     columns = np.arange(lengths.max())
@@ -111,7 +113,7 @@ def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None) -> Packed:
         for name in ("nodes", "new", "exists")
     )
     count = len(node_tokens)
-    places = np.zeros(_round_up(count, _NODES), dtype=np.int64)
+    places = np.zeros(_round_up(count, multiple), dtype=np.int64)
     places[cells[computes]] = np.flatnonzero(computes)
     repeats = np.flatnonzero(exists & ~computes)
     shared, slots = np.unique(cells[repeats], return_inverse=True)
@@ -131,6 +133,17 @@ def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None) -> Packed:
         row_of=_tensor(_rows_in(parts)[np.argsort(by_length)][row_of]),
         shares=((), ()) if kinds is None else _shares(kind, new, _rows_in(parts)[np.argsort(by_length)]),
     )
+
+
+def node_multiple(dtype: torch.dtype, device: torch.device) -> int:
+    """The `multiple` for products of a type on a device."""
+    return _NODES if by_mkl(dtype, device) else COMPILED_NODES
+
+
+def by_mkl(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether MKL multiplies: it compiles nothing for a new shape, and a small product costs little."""
+    wide = dtype in (torch.float32, torch.float64)
+    return wide and device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
 
 def _shares(kind: _Ints, new: _Bools, places: _Ints) -> tuple[tuple[slice, ...], tuple[Tensor, ...]]:
