@@ -102,7 +102,7 @@ def test_a_killed_worker_costs_retries_and_no_answer_is_anothers(
 def test_slow_clients_hold_nobody_up(served: Served) -> None:
     """Connections that send a byte a second keep all others from being answered."""
     host, port = served.address.removeprefix("http://").split(":")
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n"
     head += b"Content-Type: application/json\r\n"
     held = []
     for _ in range(100):
