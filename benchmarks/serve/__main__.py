@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, usable_cores
 from benchmarks.measure import Contestant, run_contestant
 from benchmarks.prepare import HF_BASE
 from benchmarks.report import Table, machine, markdown_table
@@ -74,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = Plan(args.seconds, args.rounds, tuple(args.clients), tuple(args.adapters))
     _LOGS.mkdir(parents=True, exist_ok=True)
     run_contestant(Contestant("base", "serve.prepare:prepare", {"adapters": max(plan.adapters)}), 2)
-    parts = ["# Serving", (__doc__ or "").split("\n\n")[1].strip(), machine(describe())]
+    parts = [
+        "# Serving",
+        (__doc__ or "").split("\n\n")[1].strip(),
+        machine({**describe(), "threads": usable_cores()}),
+    ]
     parts += _beside_infinity(plan, args.infinity)
     parts += _adapters(plan, args.infinity)
     page = "\n\n".join(parts) + "\n"

@@ -8,6 +8,7 @@ large part of what is measured.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class Measured:
         return len(self.seconds) / self.elapsed
 
     def percentile(self, share: float) -> float:
-        """The latency that a share of the requests stayed under, in milliseconds."""
-        ordered = sorted(self.seconds)
+        """The latency that a share of the requests stayed under, in milliseconds; NaN for none."""
+        ordered = sorted(self.seconds) or [math.nan]
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 

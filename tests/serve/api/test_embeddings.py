@@ -150,6 +150,16 @@ def test_images_in_every_dialect(client: httpx.Client, adapted: dict[str, Clip])
         np.testing.assert_allclose(got, wanted[: len(got)], atol=1e-4)
 
 
+def test_a_photograph_is_longer_than_a_text(client: httpx.Client, adapted: dict[str, Clip]) -> None:
+    """infinity's clients, who send images as plain strings, would be refused for anything above 24 kB."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    wanted = unit(adapted["both"].encode_image([image]))
+    for given in (data_uri(image), [data_uri(image)]):
+        answer = embed(client, model="both", input=given, modality="image")
+        np.testing.assert_allclose(vectors(answer), wanted, atol=1e-4)
+
+
 def test_mixed_items_keep_their_order(client: httpx.Client, offline: Clip) -> None:
     """Texts and images in one list would come back under each other's numbers."""
     image = picture(3)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Body
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -124,6 +124,19 @@ class EmbeddingsRequest(Strict):
     )
     user: str | None = Field(None, max_length=1000, description="Is ignored.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _strings_are_images(cls, values: Any) -> Any:
+        """Read the plain strings of `modality: image` as images, which are longer than texts may be."""
+        if not isinstance(values, dict) or values.get("modality") != "image":
+            return values
+        given = values.get("input")
+        if isinstance(given, list):
+            found: Any = [{"image": item} if isinstance(item, str) else item for item in given]
+        else:
+            found = {"image": given} if isinstance(given, str) else given
+        return {**values, "input": found}
+
     @field_validator("input", mode="before")
     @classmethod
     def _no_token_ids(cls, value: Any) -> Any:
@@ -198,10 +211,7 @@ def _items(asked: EmbeddingsRequest) -> Sequence[Item]:
         return [_only_part(asked.messages)]
     if asked.input is None:
         raise RefusedError(400, "`input` is missing: a text, an image, or a list of such", param="input")
-    given = asked.input if isinstance(asked.input, list) else [asked.input]
-    if asked.modality == "text":
-        return given
-    return [ImageObject(image=item) if isinstance(item, str) else item for item in given]
+    return asked.input if isinstance(asked.input, list) else [asked.input]
 
 
 def _only_part(messages: Sequence[ChatMessage]) -> Item:
