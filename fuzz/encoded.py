@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from clipgraft.search.filters import parse_where
 from clipgraft.search.folder import all_sets, read_folder
-from clipgraft.search.index import build_index
+from clipgraft.search.index import build_index, open_index
 from clipgraft.search.items import Item
 from clipgraft.search.manifest import AdapterNote, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Kept
-from clipgraft.search.searcher import _hits, _nearest
+from clipgraft.search.searcher import find_hits
 from clipgraft.search.store import NewShard, Store, metadata_table, open_folder
 from fuzz.mutate import damaged, odd, odd_json
 from fuzz.subject import Subject
@@ -54,8 +54,7 @@ def search(folder: Path) -> None:
     for encoded in all_sets(folder):
         query = np.ones((1, encoded.manifest.dim or 1), np.float32)
         for where in ((), parse_where("width>3 and caption~cat")):
-            scores, rows = _nearest(encoded, query, 3, where)
-            _hits(encoded, scores[0], rows[0])
+            find_hits(encoded, open_index(encoded), query, 3, where)
 
 
 def rerun(folder: Path) -> None:

@@ -22,12 +22,12 @@ from clipgraft.adapters.clip_lora import write_clip_lora
 from clipgraft.adapters.convert import detect, read_any
 from clipgraft.adapters.folder import write_adapter
 from clipgraft.adapters.guide_format import write_guide
+from clipgraft.evaluate.head import Head, load_head, save_head
 from clipgraft.lora.config import LoraConfig
 from clipgraft.models.load import load_config, with_weights
 from clipgraft.models.load_hf import load_hf
 from clipgraft.models.sites import Site
 from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
-from clipgraft.train.recipes.classification import Head, load_head, save_head
 from fuzz.mutate import damaged, junk, odd, odd_json
 from fuzz.subject import Subject
 

@@ -316,6 +316,8 @@ def _coca() -> nn.Module:
     vision = {**TINY_OPENCLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}
     text = {**_TEXT, "embed_cls": True, "output_tokens": True}
     multimodal = {**_TEXT, "width": DIM, "layers": 1, "heads": 2, "attn_pooler_heads": 2}
-    return open_clip.CoCa(
+    model = open_clip.CoCa(
         DIM, multimodal_cfg=multimodal, text_cfg=text, vision_cfg={**vision, "output_tokens": True}
     )
+    nn.init.zeros_(model.text_decoder.text_projection)  # open_clip leaves it as the memory was
+    return model
