@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class FakeService:
 
     state: m.State = "ready"
     cancelled: list[str] = field(default_factory=list)
+    begin: Callable[[Callable[[], None]], Callable[[], object]] | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"items_text": 0, "batches_text": 0})
 
     async def answer(self, message: m.Message[Any], *, timeout: float | None = None) -> Any:
@@ -80,6 +82,11 @@ class FakeService:
             raise MemoryError
         elif order == "!cancelled?":
             raise UnknownNameError(",".join(self.cancelled))
+        elif order == "!computes?":
+            names: list[str] = []
+            assert self.begin is not None
+            self.begin(lambda: names.append(threading.current_thread().name))()
+            raise UnknownNameError(f"{names[0]}, and answers in {threading.current_thread().name}")
         elif order == "!garbage?":
             raise UnknownNameError(f"collected {gc.isenabled()}, frozen {gc.get_freeze_count() > 10_000}")
 
@@ -105,6 +112,10 @@ class Recipe:
     only_once: bool = False
     seconds: float = 0.0
     threads: bool = False
+    begin: Callable[[Callable[[], None]], Callable[[], object]] | None = None
+
+    def computed_by(self, begin: Callable[[Callable[[], None]], Callable[[], object]]) -> Recipe:
+        return replace(self, begin=begin)
 
     def __call__(self) -> FakeService:
         if self.log is not None:
@@ -118,4 +129,4 @@ class Recipe:
         if self.threads:
             threading.Thread(target=time.sleep, args=(60,)).start()
         time.sleep(self.seconds)
-        return FakeService()
+        return FakeService(begin=self.begin)

@@ -66,6 +66,14 @@ async def until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @asynchronous
+async def test_the_main_thread_computes() -> None:
+    """OpenMP would let its threads sleep between two steps of a model, and a text take half as long again."""
+    async with working() as worker:
+        with pytest.raises(UnknownNameError, match="MainThread, and answers in clipgraft-process"):
+            await worker.answer(encode("!computes?"))
+
+
+@asynchronous
 async def test_many_at_once_come_back_in_any_order() -> None:
     """One slow request would hold up all others, or somebody would get another's vectors."""
     async with working() as worker:

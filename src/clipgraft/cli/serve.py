@@ -23,6 +23,7 @@ from clipgraft.serve.args import ServiceArgs, WebArgs
 from clipgraft.shown import shown_line
 
 if TYPE_CHECKING:
+    from clipgraft.serve.computing import Begin
     from clipgraft.serve.messages import Backend, Description
 
 log = logging.getLogger("clipgraft")
@@ -72,24 +73,31 @@ class ServiceRecipe:
     service: ServiceArgs
     processes: int = 1
     process: int = 0
+    begin: Begin | None = None
 
     def numbered(self, process: int) -> ServiceRecipe:
         """The recipe of one of several processes."""
         return replace(self, process=process)
 
+    def computed_by(self, begin: Begin) -> ServiceRecipe:
+        """The recipe of a service whose computing is begun by that."""
+        return replace(self, begin=begin)
+
     def __call__(self) -> Backend:
         """Load the model; adapters that are not there are told before that."""
         _OUTPUT.enter_context(plain_output())
         from clipgraft.cli.common import load_model
+        from clipgraft.serve.computing import Computing, alone, in_own_thread
         from clipgraft.serve.service import Service
         from clipgraft.serve.sources import find_sources
 
         sources = find_sources(self.service.adapters)
         model = _base_of(self.model, sources)
+        computing = Computing(_own_threads(self.processes), self.begin or in_own_thread)
+        alone()
         if self.processes > 1:
-            _share_cores(self.processes)
             model = model.model_copy(update={"device": _own_device(model.device, self.process)})
-        return Service(load_model(model), self.service)
+        return Service(load_model(model), self.service, computing)
 
 
 def _base_of(model: ModelFlags, sources: Mapping[str, str]) -> ModelFlags:
@@ -131,12 +139,12 @@ def _own_device(name: str, process: int) -> str:
     return f"cuda:{process % gpus}" if name in ("auto", "cuda") and gpus > 1 else name
 
 
-def _share_cores(processes: int) -> None:
-    """Compute with as many threads as there are cores for each process, unless the environment says more."""
+def _own_threads(processes: int) -> int:
+    """How many threads of a process compute: its share of the cores, unless the environment says more."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else max(1, threads // processes)
 
 
 def _faults(model: ModelFlags, service: ServiceArgs, web: WebArgs) -> list[str]:

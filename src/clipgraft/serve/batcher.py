@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from clipgraft.errors import ItemError, OverloadedError, UnavailableError
 from clipgraft.lora.state import Adapter
 from clipgraft.models.sites import TOWERS, Tower
+from clipgraft.serve.computing import Computing
 from clipgraft.serve.counters import Counters
 from clipgraft.serve.messages import Vectors
 
@@ -115,9 +117,15 @@ _Part: TypeAlias = tuple[_Job, int]
 
 
 class Batcher:
-    """Computes rows in a thread of its own; any thread may submit and cancel."""
+    """Computes rows in one thread, by default of its own; any thread may submit and cancel."""
 
-    def __init__(self, encode: Encode, limits: BatchLimits, counters: Counters | None = None) -> None:
+    def __init__(
+        self,
+        encode: Encode,
+        limits: BatchLimits,
+        counters: Counters | None = None,
+        computing: Computing | None = None,
+    ) -> None:
         self._encode = encode
         self._limits = limits
         self._counters = counters or Counters()
@@ -127,8 +135,8 @@ class Batcher:
         self._last: Tower = "vision"
         self._closing = False
         self._failure = ""
-        self._thread = threading.Thread(target=self._run, name="clipgraft-compute", daemon=True)
-        self._thread.start()
+        self._computing = computing or Computing()
+        self._join = self._computing.begin(self._run)
 
     @property
     def failure(self) -> str:
@@ -191,7 +199,7 @@ class Batcher:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._join()
 
     def _check_open(self) -> None:
         if self._failure:
@@ -220,6 +228,7 @@ class Batcher:
     def _run(self) -> None:
         """Compute until the end; a failure of this loop itself is told to all who wait."""
         parts: list[_Part] | None = None
+        torch.set_num_threads(self._computing.threads)
         try:
             while (parts := self._next()) is not None:
                 self._compute(parts)

@@ -19,6 +19,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.sites import Tower
 from clipgraft.pictures import ImageError, open_image
 from clipgraft.serve.batcher import Row
+from clipgraft.serve.computing import alone
 from clipgraft.serve.messages import Item, Picture, Text
 
 CHARACTERS = 64
@@ -52,8 +53,8 @@ class Preparer:
     def __init__(self, clip: Clip, threads: int) -> None:
         self._clip = clip
         self._context = clip.context_length
-        self._texts = ThreadPoolExecutor(1, "clipgraft-tokens")
-        self._pictures = ThreadPoolExecutor(threads, "clipgraft-pictures")
+        self._texts = ThreadPoolExecutor(1, "clipgraft-tokens", initializer=alone)
+        self._pictures = ThreadPoolExecutor(threads, "clipgraft-pictures", initializer=alone)
         vision = clip.family.vision_tower(clip.model)
         self._patches = 0 if vision is None else len(vision.positions.matrix)
 

@@ -31,6 +31,7 @@ from clipgraft.models.clip import Clip
 from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.options import nearest
 from clipgraft.search.folder import adapter_digest
+from clipgraft.serve.computing import alone
 from clipgraft.serve.counters import Counters
 from clipgraft.serve.messages import AdapterInfo
 from clipgraft.serve.sources import (
@@ -162,7 +163,7 @@ class AdapterRegistry:
         self._lock = threading.RLock()
         self._memory = _Memory(budget)
         self._entries = {name: _Entry(name, source) for name, source in (sources or {}).items()}
-        self._pool = ThreadPoolExecutor(threads, "clipgraft-adapters")
+        self._pool = ThreadPoolExecutor(threads, "clipgraft-adapters", initializer=alone)
 
     def register(self, name: str, source: str, replace: bool = False) -> None:
         """Add an adapter by name; nothing but its place is looked at.

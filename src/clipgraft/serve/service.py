@@ -37,6 +37,7 @@ from clipgraft.models.lone_tower import lone_tower
 from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.serve.args import ServiceArgs
 from clipgraft.serve.batcher import Batcher, BatchLimits
+from clipgraft.serve.computing import Computing, alone
 from clipgraft.serve.counters import Counters
 from clipgraft.serve.folders import Folders
 from clipgraft.serve.messages import (
@@ -83,8 +84,10 @@ class Service:
         clip: the model. While it is served nobody else may change it.
     """
 
-    def __init__(self, clip: Clip, args: ServiceArgs | None = None) -> None:
-        """Returns when a real text and image were encoded.
+    def __init__(
+        self, clip: Clip, args: ServiceArgs | None = None, computing: Computing | None = None
+    ) -> None:
+        """Returns when a real text and image were encoded, by default in a thread of its own.
 
         Raises:
             ClipgraftError: an option names what is not there or does not fit the model.
@@ -99,11 +102,11 @@ class Service:
         self._folders = Folders(clip, args.folders)
         self._registry = AdapterRegistry(clip, sources, int(args.adapter_memory_mb * 1e6), self._counters)
         self._preparer = Preparer(clip, max(2, os.cpu_count() or 1))
-        self._pool = ThreadPoolExecutor(4 + (os.cpu_count() or 1), "clipgraft-serve")
+        self._pool = ThreadPoolExecutor(4 + (os.cpu_count() or 1), "clipgraft-serve", initializer=alone)
         limits = BatchLimits(
             args.max_batch_tokens or BATCH_TOKENS, args.max_wait_ms / 1e3, args.max_queue_seconds
         )
-        self._batcher = Batcher(self._compute, limits, self._counters)
+        self._batcher = Batcher(self._compute, limits, self._counters, computing)
         self._classes = _ClassCache(_CLASS_CACHE_BYTES)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="clipgraft-loop", daemon=True)

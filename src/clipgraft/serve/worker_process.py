@@ -10,8 +10,10 @@ import os
 import pickle
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import TypeAlias
 
 from clipgraft.errors import ClipgraftError
@@ -21,7 +23,10 @@ from clipgraft.serve.pipe import Frame, Kind, Pipe, packed, packed_error
 
 log = logging.getLogger("clipgraft.serve")
 MakeService: TypeAlias = Callable[[], Backend]
-"""Builds the service, in its own process: a function of a module, or a value that pickle can send."""
+"""Builds the service, in its own process: a function of a module, or a value that pickle can send.
+
+Of one that has a method `computed_by`, that is asked for a recipe whose service computes in the main thread.
+"""
 BEAT = 0.5
 """Seconds between two signs of life."""
 _LOOK = 0.01  # seconds between two looks at a service that is about to be ready
@@ -35,9 +40,40 @@ def run(end: socket.socket, recipe: bytes) -> None:
         signal.signal(kind, signal.SIG_IGN)
     let_signals_in()
     die_with_parent()
+    main = MainThread()
+    threading.Thread(target=_serve, args=(end, recipe, main), name="clipgraft-process").start()
+    main.run()
+
+
+class MainThread:
+    """Lends the main thread to the loop that computes (`clipgraft.serve.computing`)."""
+
+    def __init__(self) -> None:
+        self._loops: SimpleQueue[tuple[Callable[[], None], threading.Event]] = SimpleQueue()
+
+    def begin(self, loop: Callable[[], None]) -> Callable[[], object]:
+        """Run a loop in the main thread, after those begun before; what is returned waits for its end."""
+        ended = threading.Event()
+        self._loops.put((loop, ended))
+        return ended.wait
+
+    def run(self) -> None:
+        """Run loops, until the process ends."""
+        while True:
+            loop, ended = self._loops.get()
+            try:
+                loop()
+            finally:
+                ended.set()
+
+
+def _serve(end: socket.socket, recipe: bytes, main: MainThread) -> None:
+    """Build the service and answer frames; ends the process."""
     gc.disable()  # it finds nothing while modules are imported, which it makes a fifth slower
     try:
-        service = pickle.loads(recipe)()
+        make_service = pickle.loads(recipe)
+        computed_by = getattr(make_service, "computed_by", None)
+        service = (make_service if computed_by is None else computed_by(main.begin))()
     except Exception as error:
         if not isinstance(error, ClipgraftError | OSError):
             traceback.print_exc()
@@ -47,7 +83,11 @@ def run(end: socket.socket, recipe: bytes) -> None:
         os._exit(1)  # without waiting for threads that were begun
     gc.freeze()  # modules and weights stay; looking through them would stop all requests for half a second
     gc.enable()
-    asyncio.run(_Process(service).attend(end))
+    try:
+        asyncio.run(_Process(service).attend(end))
+    except BaseException:  # the main thread would wait for ever
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
 
 
