@@ -141,7 +141,7 @@ def _peers(
         theirs = [_rate(found[kind, name, clients]) for name in names if name.startswith(_THEIRS)]
         for name in names:
             runs = found[kind, name, clients]
-            ratio = f"{_rate(runs) / max(theirs):.2f}" if theirs else ""
+            ratio = f"{_rate(runs) / max(theirs):.2f}" if any(theirs) else ""
             rows.append((str(clients), name, *_numbers(runs), ratio))
     header = ("clients", "", "requests/s", "p50 ms", "p95 ms", "p99 ms", "failed", "of infinity's best")
     return Table(header, tuple(rows))
