@@ -1,7 +1,6 @@
 // Give a text or a picture probabilities over classes that are typed by hand, with each of the compared weights.
 
-import { CallError, ask } from "./calls.js";
-import { columns, note, using } from "./columns.js";
+import { answered, columns, using } from "./columns.js";
 import { at, make, said } from "./elements.js";
 
 const MOST = 30; // bars of a column
@@ -35,7 +34,7 @@ export async function classify(query, weights) {
   if (missing) { at("classified").replaceChildren(); return; }
   const parts = columns(at("classified"), weights);
   const input = query.picture ? { image: query.picture.uri } : query.text;
-  const asked = parts.map((part, index) => one(part, using(weights[index], { input, classes: names, templates: [template] }), signal));
+  const asked = parts.map((part, index) => answered(part, "classify", using(weights[index], { input, classes: names, templates: [template] }), signal));
   const base = await asked[0];
   const all = await Promise.all(asked);
   if (signal.aborted) return;
@@ -51,22 +50,6 @@ function lacking(query, names, template) {
 
 const about = ({ text, picture }) => picture
   ? `The picture ${picture.name} against these classes${text ? "; the text is left aside" : ""}.` : `“${text}” against these classes.`;
-
-async function one(part, body, signal) {
-  part.column.setAttribute("aria-busy", "true");
-  try {
-    const found = await ask("classify", { body, signal, waiting: text => note(part, text) });
-    note(part, "");
-    return found;
-  } catch (error) {
-    if (error.name === "AbortError") return null;
-    part.body.replaceChildren();
-    note(part, error instanceof CallError ? error.message : String(error), true);
-    return null;
-  } finally {
-    if (!signal.aborted) part.column.removeAttribute("aria-busy");
-  }
-}
 
 function bars(part, found, base) {
   const { probs } = found.data[0];

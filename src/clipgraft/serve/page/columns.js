@@ -1,5 +1,6 @@
 // The base and up to two adapters: which are compared, and the columns that show their answers.
 
+import { CallError, ask } from "./calls.js";
 import { at, make } from "./elements.js";
 
 const MOST = 2;
@@ -105,4 +106,21 @@ export function note(part, text, fault = false) {
   part.note.hidden = !text;
   part.note.textContent = text;
   part.note.classList.toggle("fault", fault);
+}
+
+// The answer for a column, which tells what goes wrong in its place; null for none.
+export async function answered(part, path, body, signal) {
+  part.column.setAttribute("aria-busy", "true");
+  try {
+    const found = await ask(path, { body, signal, waiting: text => note(part, text) });
+    note(part, "");
+    return found;
+  } catch (error) {
+    if (error.name === "AbortError") return null;
+    part.body.replaceChildren();
+    note(part, error instanceof CallError ? error.message : String(error), true);
+    return null;
+  } finally {
+    if (!signal.aborted) part.column.removeAttribute("aria-busy");
+  }
 }

@@ -1,7 +1,6 @@
 // Search a folder with each of the compared weights, and show what they find side by side.
 
-import { CallError, ask } from "./calls.js";
-import { columns, note, using } from "./columns.js";
+import { answered, columns, note, using } from "./columns.js";
 import { at, make, many, said } from "./elements.js";
 import { enlarge } from "./enlarged.js";
 import { pathOf, show } from "./pictures.js";
@@ -35,19 +34,9 @@ export async function search(query, weights, folder, k) {
 }
 
 async function one(part, body, signal) {
-  part.column.setAttribute("aria-busy", "true");
-  try {
-    const { hits } = await ask("search", { body, signal, waiting: text => note(part, text) });
-    note(part, hits.length ? "" : "Nothing was found.");
-    return hits;
-  } catch (error) {
-    if (error.name === "AbortError") return null;
-    part.body.replaceChildren();
-    note(part, error instanceof CallError ? error.message : String(error), true);
-    return null;
-  } finally {
-    if (!signal.aborted) part.column.removeAttribute("aria-busy");
-  }
+  const found = await answered(part, "search", body, signal);
+  if (found && !found.hits.length) note(part, "Nothing was found.");
+  return found && found.hits;
 }
 
 function list(part, hits, folder, base) {
