@@ -71,7 +71,7 @@ class FakeService:
             asyncio.get_running_loop().call_later(float(value), done.set_result, None)
             await asyncio.shield(done)
         elif order == "!die":
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # in this thread, as a decoder would; os.kill may come later
         elif order == "!fault":
             raise ZeroDivisionError("a fault of ours")
         elif order == "!overloaded":
