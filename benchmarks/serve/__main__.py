@@ -6,7 +6,7 @@ adapters, asked for by Zipf's law, with room in memory for an eighth of them; in
 
 PYTHON is that of an environment of infinity's own, since it wants other versions than clipgraft:
 
-    python -m venv ENV && ENV/bin/pip install 'infinity-emb[server,torch,vision]'
+    python -m venv ENV && ENV/bin/pip install 'infinity-emb[server,torch,vision]' aiohttp
 """
 
 from __future__ import annotations

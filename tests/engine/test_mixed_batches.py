@@ -15,7 +15,7 @@ import clipgraft as cg
 from clipgraft.adapters.attach import detached, read_for
 from clipgraft.adapters.open import Clip
 from clipgraft.engine.encoder import encode_mixed, prepare_adapter
-from clipgraft.engine.mixed_adapters import Product, bundles
+from clipgraft.engine.mixed_adapters import Factors, Product, bundles
 from clipgraft.lora.inject import hang
 from clipgraft.lora.state import Adapter, lora_state, require_lora
 from clipgraft.models.clip import as_clip
@@ -318,7 +318,7 @@ def test_bundled_adapters_equal_the_formula(order: list[int]) -> None:
     products = [
         Product(
             a,
-            ((slice(0, 4), slice(0, 2), b, scale), (slice(8, 12), slice(2, 5), other, scale)),
+            (Factors(b[None], scale, 0, 0, slice(0, 2)), Factors(other[None], scale, 8, 0, slice(2, 5))),
             *(None, None),
         )
         for (a, b, other), scale in zip(factors, scales, strict=True)

@@ -14,7 +14,7 @@ from clipgraft.engine import towers
 from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.linear import WeightCache
 from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters, prepare
-from clipgraft.engine.packing import Packed, node_multiple, pack
+from clipgraft.engine.packing import Packed, by_mkl, pack
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
 from clipgraft.lora.inject import hung
@@ -78,7 +78,7 @@ class Encoder:
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         if self._text is None or ends is None or not self._text.causal:
             return None
-        return pack(tokens.cpu(), ends.cpu(), multiple=self._multiple()).to(self.clip.device)
+        return pack(tokens.cpu(), ends.cpu(), compiled=self._compiled).to(self.clip.device)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed pixels -> (B, D) features, not normalised."""
@@ -186,7 +186,7 @@ class Encoder:
         ends = self.clip.family.text_ends(self.clip.model, tokens)
         assert ends is not None
         kinds = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        packed = pack(tokens.cpu(), ends.cpu(), kinds, self._multiple()).to(self.clip.device)
+        packed = pack(tokens.cpu(), ends.cpu(), kinds, self._compiled).to(self.clip.device)
         shares = [AdapterShare(*parts) for parts in zip(adapters, *packed.shares, strict=True)]
         return towers.run_text(self._text, packed, self._mixed_run(shares))
 
@@ -195,8 +195,10 @@ class Encoder:
         run = self._mixed_run(_shares_of_rows(adapters, counts))
         return towers.run_vision(self._vision, self._moved(pixels), run)
 
-    def _multiple(self) -> int:
-        return node_multiple(self.dtype, self.clip.device)
+    @property
+    def _compiled(self) -> bool:
+        """Whether products of a new shape are compiled first."""
+        return not by_mkl(self.dtype, self.clip.device)
 
     def _mixed_run(self, shares: list[AdapterShare]) -> towers.TowerPass:
         kernel = self.attention.kernel(trains=False)
@@ -266,6 +268,13 @@ def encode_mixed(
         return _one_by_one(clip, tower, inputs, groups)
 
 
+def keep_packed(clip: Clip) -> None:
+    """Let `encode_mixed` keep weights in a second, faster layout: for models that do nothing else."""
+    with rwlock_of(clip.model).write():
+        kept = _kept(clip)
+        kept.pack, kept.encoder = True, None
+
+
 def prepare_adapter(clip: Clip, adapter: Adapter) -> None:
     """Compute ahead what `encode_mixed` needs of an adapter that will not change any more."""
     with rwlock_of(clip.model).read():
@@ -300,6 +309,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.encoder: Encoder | None = None
+        self.pack = False
 
     def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
         return _Kept, ()
@@ -307,11 +317,16 @@ class _Kept:
 
 def _encoder(clip: Clip) -> Encoder:
     """Return a model's encoder; a new one if the model's type or autocast has changed."""
-    kept: _Kept = clip.model.__dict__.setdefault(_KEPT, _Kept())
+    kept = _kept(clip)
     encoder, autocast = kept.encoder, torch.is_autocast_enabled(clip.device.type)
     if encoder is None or encoder.dtype != (torch.bfloat16 if autocast else clip.dtype):
-        encoder = kept.encoder = Encoder(clip, autocast, pack=False)
+        encoder = kept.encoder = Encoder(clip, autocast, pack=kept.pack)
     return encoder
+
+
+def _kept(clip: Clip) -> _Kept:
+    kept: _Kept = clip.model.__dict__.setdefault(_KEPT, _Kept())
+    return kept
 
 
 def _one_by_one(

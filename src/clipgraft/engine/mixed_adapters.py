@@ -26,34 +26,81 @@ _FEW, _ABOUT_AS_MANY = 64, 0.5
 
 
 @dataclass(frozen=True)
+class Factors:
+    """The B of some updated parts of one linear map that are alike, P of them, for one batched product.
+
+    Attributes:
+        b: (P, width, r).
+        scale: of all.
+        start, step: part number p changes the `width` outputs from start + p·step on.
+        columns: theirs among the Σr of all updated parts, part by part.
+    """
+
+    b: Tensor
+    scale: float
+    start: int
+    step: int
+    columns: slice
+
+    @property
+    def shape(self) -> Shape:
+        """What factors that are multiplied together have in common."""
+        return (*self.b.shape, self.start, self.step, self.columns.start)
+
+    def parts_of(self, y: Tensor) -> Tensor:
+        """The outputs that they change, (N, P, width), a view of (N, out)."""
+        strides = (y.stride(0), self.step * y.stride(1), y.stride(1))
+        offset = y.storage_offset() + self.start * y.stride(1)
+        return y.as_strided((len(y), *self.b.shape[:2]), strides, offset)
+
+    def add(self, y: Tensor, low: Tensor) -> None:
+        """Change (N, out) in place by (N, Σr)."""
+        own = low[:, self.columns].view(len(low), len(self.b), self.b.shape[2]).transpose(0, 1)
+        parts, b = self.parts_of(y).transpose(0, 1), self.b.transpose(1, 2)
+        if y.dtype == low.dtype:
+            parts.baddbmm_(own, b, alpha=self.scale)
+        else:
+            parts.add_(torch.bmm(own, b), alpha=self.scale)
+
+
+def _factors(updates: Sequence[tuple[Update, Tensor]]) -> Iterator[Factors]:
+    """B, (out, r), of updates with what each changes; those that are alike together."""
+    stops = list(itertools.accumulate(b.shape[1] for _, b in updates))
+    steps = {after.rows.start - own.rows.start for (own, _), (after, _) in itertools.pairwise(updates)}
+    if len({(*b.shape, update.layer.scaling) for update, b in updates}) == 1 and len(steps) <= 1:
+        first, b = updates[0][0], torch.stack([b for _, b in updates])
+        step = next(iter(steps), 0)
+        yield Factors(b, first.layer.scaling, first.rows.start, step, slice(0, stops[-1]))
+        return
+    for (update, b), stop in zip(updates, stops, strict=True):
+        columns = slice(stop - b.shape[1], stop)
+        yield Factors(b[None], update.layer.scaling, update.rows.start, 0, columns)
+
+
+@dataclass(frozen=True)
 class Product:
     """What one adapter makes of one linear map: y·f + g of y + s·x·Aᵀ·Bᵀ, without gradients.
 
     Attributes:
         a: (Σr, in), the A of every updated part, stacked; None where there is none.
-        parts: the outputs of each part, its columns among the Σr, its B as (out, r), and its scale.
+        factors: the B of all of them.
         factor, addend: f and g, (out,), of variants that rescale and of biases; None for neither.
     """
 
     a: Tensor | None
-    parts: tuple[tuple[slice, slice, Tensor, float], ...]
+    factors: tuple[Factors, ...]
     factor: Tensor | None
     addend: Tensor | None
 
     @classmethod
     def of(cls, updates: Sequence[Update], out: int, dtype: torch.dtype) -> Product:
-        """The product of the updates of a map of `out` outputs, in a compute type."""
+        """The product of the updates of a map of `out` outputs, in the type of `small_products`."""
         ranked = [(update, *update.layer.factors()) for update in updates if update.layer.r]
         matrices = [_matrix(a, dtype) for _, a, _ in ranked]
-        stops = list(itertools.accumulate(len(a) for a in matrices))
-        columns = [slice(stop - len(a), stop) for stop, a in zip(stops, matrices, strict=True)]
         factor, addend = rescaling(updates, out) or (None, None)
         return cls(
             None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat(matrices),
-            tuple(
-                (update.rows, own, _matrix(b, dtype), update.layer.scaling)
-                for (update, _, b), own in zip(ranked, columns, strict=True)
-            ),
+            tuple(_factors([(update, _matrix(b, dtype)) for update, _, b in ranked])),
             None if factor is None else factor.to(dtype),
             None if addend is None else addend.to(dtype),
         )
@@ -63,26 +110,27 @@ class Product:
         """What products that are added together have in common; None for one that must be added alone."""
         if self.a is None or self.factor is not None:
             return None
-        return (*self.a.shape, *((o.start, o.stop, c.start, c.stop) for o, c, _, _ in self.parts))
+        return (*self.a.shape, *(factors.shape for factors in self.factors))
 
     def tensors(self) -> Iterator[Tensor]:
         """What it holds; some may be views of others."""
-        held = (self.a, self.factor, self.addend, *(b for _, _, b, _ in self.parts))
+        held = (self.a, self.factor, self.addend, *(factors.b for factors in self.factors))
         return (tensor for tensor in held if tensor is not None)
 
     def scaled(self, strength: float) -> Product:
         """The product of the same adapter at a strength; of those that neither rescale nor add."""
-        return replace(self, parts=tuple((*part[:3], strength * part[3]) for part in self.parts))
+        scaled = tuple(replace(own, scale=strength * own.scale) for own in self.factors)
+        return replace(self, factors=scaled)
 
     def add(self, y: Tensor, x: Tensor, rows: slice | Tensor) -> None:
-        """(N, out) that the base makes of (N, in): change some rows, in place."""
+        """(N, out) that the base makes of (N, in), which is of A's type: change some rows, in place."""
         ours = y[rows]
         if self.a is not None:
             low = F.linear(x[rows], self.a)
-            for outputs, columns, b, scale in self.parts:
-                ours[:, outputs].addmm_(low[:, columns], b.T, alpha=scale)
+            for factors in self.factors:
+                factors.add(ours, low)
         if self.factor is not None and self.addend is not None:
-            y[rows] = torch.addcmul(self.addend, ours, self.factor)
+            y[rows] = torch.addcmul(self.addend, ours, self.factor).to(y.dtype)
         elif isinstance(rows, Tensor):
             y[rows] = ours
 
@@ -116,22 +164,23 @@ class Bundle:
         return cls(tuple(shares), own[places], cells, _joined(rows) or own)
 
     def add(self, y: Tensor, x: Tensor, products: Sequence[Product]) -> None:
-        """(N, out) that the base makes of (N, in): change the rows of all shares, in place."""
+        """(N, out) that the base makes of (N, in), of A's type: change the rows of all shares, in place."""
         a = torch.stack([product.a for product in products if product.a is not None])
         low = torch.bmm(x.index_select(0, self.gather).view(len(products), -1, x.shape[1]), a.transpose(1, 2))
-        for parts in zip(*(product.parts for product in products), strict=True):
-            outputs, columns = parts[0][:2]
-            b = torch.stack([part[2] for part in parts])
-            own, scale = low[:, :, columns], parts[0][3]
-            if any(part[3] != scale for part in parts):
-                own, scale = own * own.new_tensor([part[3] for part in parts])[:, None, None], 1.0
-            update = torch.bmm(own, b.transpose(1, 2)).flatten(0, 1)
+        for factors in zip(*(product.factors for product in products), strict=True):
+            first = factors[0]
+            b = torch.cat([own.b for own in factors])
+            own, scale = low[:, :, first.columns].view(*low.shape[:2], len(first.b), -1), first.scale
+            if any(other.scale != scale for other in factors):
+                own, scale = own * own.new_tensor([each.scale for each in factors])[:, None, None, None], 1.0
+            update = torch.bmm(own.transpose(1, 2).flatten(0, 1), b.transpose(1, 2))
+            update = update.view(len(factors), -1, *update.shape[1:]).transpose(1, 2).flatten(0, 1)
             if self.cells is not None:
                 update = update.index_select(0, self.cells)
             if isinstance(self.rows, slice):
-                y[self.rows, outputs].add_(update, alpha=scale)
+                first.parts_of(y)[self.rows].add_(update, alpha=scale)
             else:
-                y[:, outputs].index_add_(0, self.rows, update, alpha=scale)
+                first.parts_of(y).index_add_(0, self.rows, update.to(y.dtype), alpha=scale)
 
 
 def bundles(
@@ -203,7 +252,7 @@ class ActiveAdapter:
         return [Update(layers[part.site], part, outputs) for part, outputs in parts if part.site in layers]
 
     def product(self, key: str, parts: Sequence[tuple[Part, slice]], dtype: torch.dtype) -> Product | None:
-        """What it makes of a linear map; None where it changes nothing."""
+        """What it makes of a linear map, in the type of `small_products`; None where it changes nothing."""
         if self.prepared is not None:
             found = self.prepared.get(key)
             if found is None or found.a is None or found.a.dtype == dtype:
@@ -215,7 +264,8 @@ class ActiveAdapter:
 def prepare(adapter: Adapter, linears: Iterable[Linear], dtype: torch.dtype) -> None:
     """Make the products of an adapter that will not change any more, so that none is made at its use.
 
-    Of the compute type's own adapters nothing is copied for good: A and B become views of the stacks.
+    Of adapters of the type that products are made in nothing is copied for good: A and B become views of the
+    stacks.
     """
     active = ActiveAdapter(adapter.layers)
     prepared: dict[str, Product] = {}
@@ -225,18 +275,34 @@ def prepare(adapter: Adapter, linears: Iterable[Linear], dtype: torch.dtype) -> 
             if not updates:
                 continue
             out = sum(part.outputs for part in linear)
-            product = prepared[key_of(linear)] = Product.of(updates, out, dtype)
-            ranked = [update.layer for update in updates if update.layer.r]
-            for layer, (_, columns, b, _) in zip(ranked, product.parts, strict=True):
+            device = linear[0].matrix.device
+            product = prepared[key_of(linear)] = Product.of(updates, out, small_products(dtype, device))
+            start = 0
+            for layer, b in zip(
+                (update.layer for update in updates if update.layer.r),
+                (b for factors in product.factors for b in factors.b),
+                strict=True,
+            ):
+                stop = start + b.shape[1]
                 if type(layer) is PlainLora and layer.lora_start_A is None and product.a is not None:
-                    _share(layer.lora_A, product.a[columns])
+                    _share(layer.lora_A, product.a[start:stop])
                     _share(layer.lora_B, b)
+                start = stop
     adapter.prepared = prepared
 
 
 def _share(parameter: nn.Parameter, matrix: Tensor) -> None:
     if parameter.dtype == matrix.dtype:
         parameter.data = matrix.view(parameter.shape)
+
+
+def small_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that products with A and B are computed in, where the base computes in `dtype`.
+
+    On a CPU at least fp32: its kernels for bf16 are compiled anew for each number of rows, which takes longer
+    than all products of a batch.
+    """
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 def key_of(linear: Linear) -> str:
@@ -275,7 +341,10 @@ class MixedAdapters:
     def linear(self, y: Tensor, x: Tensor, linear: Linear, pooled: bool) -> Tensor:
         """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
         parts, key = _outputs(linear), key_of(linear)
-        products = [share.adapter.product(key, parts, x.dtype) for share in self.shares]
+        dtype = small_products(x.dtype, x.device)
+        products = [share.adapter.product(key, parts, dtype) for share in self.shares]
+        if any(product is not None for product in products):
+            x = x.to(dtype)
         bundled: tuple[Bundle, ...] = ()
         if not by_mkl(x.dtype, x.device):  # to gather costs as much there as what it saves
             shapes = tuple(None if product is None else product.shape for product in products)

@@ -18,10 +18,11 @@ from torch import Tensor
 _SAME_GROUP = 0.5
 """Captions at least this long, as a share of the longest of a group, join the group."""
 
-COMPILED_NODES, _NODES, _ROWS, _WIDTH = 64, 8, 8, 8
-"""What numbers of nodes, rows and cells in a row are rounded up to. Where CPU kernels are compiled for each
-new shape, which would take time and memory at every step of a run whose batches are all of different size,
-there are few numbers of nodes (`COMPILED_NODES`)."""
+_NODES, _ROWS, _WIDTH = 8, 8, 8
+"""What numbers of nodes, rows and cells in a row are rounded up to."""
+_COMPILED_NODES = ((64, 16), (256, 32), (1 << 62, 64))
+"""What numbers of nodes up to a bound are rounded up to where CPU kernels are compiled for each new shape.
+That takes time and memory: there must be few shapes, however much the sizes of batches differ."""
 
 _Ints = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
@@ -90,11 +91,11 @@ class Packed:
         return Packed(self.count, groups=groups, shares=shares, **moved)
 
 
-def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None, multiple: int = COMPILED_NODES) -> Packed:
+def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None, compiled: bool = True) -> Packed:
     """(B, L) token ids that are pooled at positions `ends`, (B,); all on the CPU.
 
-    Captions of different `kinds`, (B,) numbers from 0 up in an order that never falls, share nothing. The
-    number of nodes is filled up to a `multiple`.
+    Captions of different `kinds`, (B,) numbers from 0 up in an order that never falls, share nothing.
+    `compiled` says that products of a new number of nodes are compiled first.
     """
     lengths = ends.numpy() + 1
     columns = np.arange(lengths.max())
@@ -113,7 +114,7 @@ def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None, multiple: in
         for name in ("nodes", "new", "exists")
     )
     count = len(node_tokens)
-    places = np.zeros(_round_up(count, multiple), dtype=np.int64)
+    places = np.zeros(_round_up(count, _step(count) if compiled else _NODES), dtype=np.int64)
     places[cells[computes]] = np.flatnonzero(computes)
     repeats = np.flatnonzero(exists & ~computes)
     shared, slots = np.unique(cells[repeats], return_inverse=True)
@@ -133,11 +134,6 @@ def pack(tokens: Tensor, ends: Tensor, kinds: Tensor | None = None, multiple: in
         row_of=_tensor(_rows_in(parts)[np.argsort(by_length)][row_of]),
         shares=((), ()) if kinds is None else _shares(kind, new, _rows_in(parts)[np.argsort(by_length)]),
     )
-
-
-def node_multiple(dtype: torch.dtype, device: torch.device) -> int:
-    """The `multiple` for products of a type on a device."""
-    return _NODES if by_mkl(dtype, device) else COMPILED_NODES
 
 
 def by_mkl(dtype: torch.dtype, device: torch.device) -> bool:
@@ -185,6 +181,10 @@ def _rows_in(parts: list[_Grids]) -> _Ints:
     """Return the position of each real row among all rows."""
     starts = np.cumsum([0, *(len(part.nodes) for part in parts)])
     return np.concatenate([start + np.arange(part.real) for start, part in zip(starts, parts, strict=False)])
+
+
+def _step(count: int) -> int:
+    return next(step for bound, step in _COMPILED_NODES if count <= bound)
 
 
 def _round_up(number: int, step: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -80,6 +80,7 @@ class Captions:
     """Packed captions, causal."""
 
     packed: Packed
+    _masks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def pooled(self) -> Tensor:
@@ -89,7 +90,7 @@ class Captions:
         contexts = []
         for group, cells in self._cells(qkv):
             queries, keys, values = split_heads(cells, group.rows, 3, heads)
-            contexts.append(join_heads(kernel(queries, keys, values, causal_mask(group.width, qkv.device))))
+            contexts.append(join_heads(kernel(queries, keys, values, self._mask(group.width))))
         return torch.cat(contexts).index_select(0, self.packed.places)
 
     def attend_pooled(self, q: Tensor, kv: Tensor, heads: int, kernel: Attend) -> Tensor:
@@ -101,6 +102,12 @@ class Captions:
             mask = length_mask(group.lengths, group.width)
             contexts.append(join_heads(kernel(queries, keys, values, mask)))
         return torch.cat(contexts)
+
+    def _mask(self, width: int) -> Tensor:
+        """`causal_mask`, made once for all blocks."""
+        if width not in self._masks:
+            self._masks[width] = causal_mask(width, self.packed.tokens.device)
+        return self._masks[width]
 
     def _cells(self, nodes: Tensor) -> list[tuple[Group, Tensor]]:
         packed = self.packed

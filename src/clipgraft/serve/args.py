@@ -29,7 +29,8 @@ class ServiceArgs(Options):
         2048, description="memory for adapters; those not asked for longest leave it first"
     )
     max_wait_ms: Milliseconds = Field(
-        2, description="how long a batch waits for more requests while nothing else is computed"
+        20,
+        description="how long a batch waits at most for as many texts and images as there were before it",
     )
     max_batch_tokens: Many | None = Field(
         None, description="most tokens and patches computed at once (default: found by measurement)"

@@ -1,9 +1,10 @@
 """Rows of many requests computed together by one thread, in batches filled by cost.
 
 Each tower has a queue. The thread takes the oldest rows of a queue until they cost what a batch may (tokens,
-patches), whatever adapters they want, and the queues take turns. It waits for more rows only while nothing
-was computed just before, a few milliseconds at most. What is queued is known in seconds, by what a token has
-cost so far: requests that would wait too long are refused with the time after which there will be room.
+patches), whatever adapters they want, and the queues take turns. Clients that got an answer tend to ask again,
+so it waits a few milliseconds until as many rows are there as when it last began. What is queued is known in
+seconds, by what a token has cost so far: requests that would wait too long are refused with the time after
+which there will be room.
 
 A batch that fails is halved until the rows that fail are alone, so that only their requests do.
 """
@@ -43,12 +44,12 @@ class BatchLimits:
 
     Attributes:
         cost: most tokens and patches of a batch; one row may cost more.
-        wait: seconds that a batch waits for more rows while nothing is computed.
+        wait: most seconds that a batch waits for more rows; half of what the last one took at the most.
         queue: seconds of computing that may be waiting.
     """
 
     cost: int = 4096
-    wait: float = 0.002
+    wait: float = 0.02
     queue: float = 10.0
 
 
@@ -133,6 +134,8 @@ class Batcher:
         self._queues: dict[Tower, _Queue] = {tower: _Queue() for tower in TOWERS}
         self._busy: tuple[float, float] = (0.0, 0.0)  # since when, and for how long by estimate
         self._last: Tower = "vision"
+        self._expected = 1  # rows that waited when the last batch was taken
+        self._took = 0.0  # seconds, the last batch
         self._closing = False
         self._failure = ""
         self._computing = computing or Computing()
@@ -228,9 +231,9 @@ class Batcher:
     def _run(self) -> None:
         """Compute until the end; a failure of this loop itself is told to all who wait."""
         parts: list[_Part] | None = None
-        torch.set_num_threads(self._computing.threads)
         try:
             while (parts := self._next()) is not None:
+                torch.set_num_threads(self._computing.threads)
                 self._compute(parts)
         except BaseException as error:
             self._failure = " ".join(f"{type(error).__name__}: {error}".split())
@@ -249,9 +252,9 @@ class Batcher:
         with self._changed:
             parts: list[_Part] = []
             while not parts:
-                idle = self._wait()
-                if idle is None:
+                if not self._wait():
                     return None
+                self._expected = self._rows_waiting()
                 parts = self._take(expired)
                 if expired:
                     break
@@ -262,22 +265,24 @@ class Batcher:
             _fail(job, UnavailableError("the request was not begun within its time"))
         return parts
 
-    def _wait(self) -> bool | None:
-        """Wait until there are rows, and for more while nothing else was computed; None at the end."""
-        idle = False
+    def _wait(self) -> bool:
+        """Wait until there are rows, and for about as many as last time; False at the end."""
         while not any(queue.jobs for queue in self._queues.values()):
             if self._closing:
-                return None
-            idle = True
+                return False
             self._busy = (0.0, 0.0)
             self._changed.wait()
-        until = time.monotonic() + self._limits.wait
-        while idle and not self._closing and not self._full() and (left := until - time.monotonic()) > 0:
+        until = time.monotonic() + min(self._limits.wait, self._took / 2)
+        while not self._closing and not self._enough() and (left := until - time.monotonic()) > 0:
             self._changed.wait(left)
-        return idle
+        return True
 
-    def _full(self) -> bool:
-        return any(queue.cost >= self._limits.cost for queue in self._queues.values())
+    def _enough(self) -> bool:
+        full = any(queue.cost >= self._limits.cost for queue in self._queues.values())
+        return full or self._rows_waiting() >= self._expected
+
+    def _rows_waiting(self) -> int:
+        return sum(len(job.rows) - job.begun for queue in self._queues.values() for job in queue.jobs)
 
     def _take(self, expired: list[_Job]) -> list[_Part]:
         """The rows of the next batch; jobs whose time is over are removed and put on the list."""
@@ -318,6 +323,7 @@ class Batcher:
         self._counters.add(f"batches_{_KINDS[tower]}")
         self._counters.add(f"items_{_KINDS[tower]}", len(parts))
         self._queues[tower].measure(cost, seconds)
+        self._took = seconds
 
     def _halve(self, tower: Tower, parts: list[_Part]) -> None:
         """Compute parts; those that fail alone fail their jobs."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL.Image import Image
@@ -26,8 +27,11 @@ CHARACTERS = 64
 """Of a text the first so many characters for each token of the context are read. What follows is beyond the
 context anyway, and some tokenizers take a time that grows with the square of a word."""
 
+_TEXTS_AT_ONCE = 256
 _NARROWEST = 100
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+_Texts: TypeAlias = Sequence[tuple[int, str]]
+_Read: TypeAlias = tuple[list[Row], list[int]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Preparer:
         self._clip = clip
         self._context = clip.context_length
         self._texts = ThreadPoolExecutor(1, "clipgraft-tokens", initializer=alone)
+        self._asked: deque[tuple[_Texts, Future[_Read]]] = deque()
         self._pictures = ThreadPoolExecutor(threads, "clipgraft-pictures", initializer=alone)
         vision = clip.family.vision_tower(clip.model)
         self._patches = 0 if vision is None else len(vision.positions.matrix)
@@ -72,7 +77,7 @@ class Preparer:
         texts = [(n, item.text) for n, item in enumerate(items) if isinstance(item, Text)]
         pictures = [(n, item.content) for n, item in enumerate(items) if isinstance(item, Picture)]
         (rows, counts), *images = await all_of(
-            [self._in(self._texts, self._tokenized, texts)]
+            [self._tokenized(texts)]
             + [self._in(self._pictures, self._picture, *picture) for picture in pictures]
         )
         numbers = [n for n, _ in texts], [n for n, _ in pictures]
@@ -92,8 +97,40 @@ class Preparer:
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: object) -> Any:
         return await asyncio.wrap_future(pool.submit(function, *arguments))
 
-    def _tokenized(self, texts: Sequence[tuple[int, str]]) -> tuple[list[Row], list[int]]:
+    async def _tokenized(self, texts: _Texts) -> _Read:
         """Rows of numbered texts, and how many tokens each has."""
+        if not texts:
+            return [], []
+        future: Future[_Read] = Future()
+        self._asked.append((texts, future))
+        self._texts.submit(self._tokenize_asked)
+        return await asyncio.wrap_future(future)
+
+    def _tokenize_asked(self) -> None:
+        """Tokenize the texts of all requests that wait: a call costs more than a text."""
+        taken: list[tuple[_Texts, Future[_Read]]] = []
+        count = 0
+        while self._asked and count < _TEXTS_AT_ONCE:
+            texts, future = self._asked.popleft()
+            if future.set_running_or_notify_cancel():
+                taken.append((texts, future))
+                count += len(texts)
+        try:
+            rows, counts = self._read([text for texts, _ in taken for text in texts])
+        except ItemError:
+            for texts, future in taken:
+                try:
+                    future.set_result(self._read(texts))
+                except ItemError as error:
+                    future.set_exception(error)
+            return
+        start = 0
+        for texts, future in taken:
+            own = slice(start, start + len(texts))
+            future.set_result((rows[own], counts[own]))
+            start = own.stop
+
+    def _read(self, texts: _Texts) -> _Read:
         if not texts:
             return [], []
         limit = CHARACTERS * self._context
@@ -104,7 +141,7 @@ class Preparer:
         except Exception as error:  # whatever a strange text makes a tokenizer raise
             if len(texts) > 1:
                 for text in texts:
-                    self._tokenized([text])
+                    self._read([text])
             reason = f"the text cannot be read ({' '.join(str(error).split())[:200]})"
             raise ItemError(texts[0][0], reason) from error
         ends = self._clip.family.text_ends(self._clip.model, ids)

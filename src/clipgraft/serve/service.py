@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipgraft.adapters.open import load
-from clipgraft.engine.encoder import encode_mixed
+from clipgraft.engine.encoder import encode_mixed, keep_packed
 from clipgraft.errors import ConfigError, ItemError, UnavailableError
 from clipgraft.evaluate.classification import pool_prompts
 from clipgraft.lora.state import Adapter
@@ -94,6 +94,7 @@ class Service:
         """
         args = args or ServiceArgs()
         self.clip = clip.eval()
+        keep_packed(clip)
         self._args = args
         self._state: State = "starting"
         self._counters = Counters()
