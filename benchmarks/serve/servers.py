@@ -46,7 +46,8 @@ def infinity(python: Path, models: Sequence[Path], flags: Sequence[str], log: Pa
     """Infinity over local folders; requests name a model by its folder's name."""
     port = _free_port()
     command = [str(python.parent / "infinity_emb"), "v2", "--port", str(port), "--device", "cpu", *flags]
-    command += [word for model in models for word in ("--model-id", str(model))]
+    for model in models:
+        command += ["--model-id", str(model), "--served-model-name", model.name]
     offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | offline
     with _running(command, env, port, "/embeddings", models[-1].name, log) as server:

@@ -1,7 +1,7 @@
 """Rows of many requests computed together by one thread, in batches filled by cost.
 
 Each tower has a queue. The thread takes the oldest rows of a queue until they cost what a batch may (tokens,
-patches), whatever adapters they want, and the queues take turns. Clients that got an answer tend to ask again,
+patches), whatever adapters they want, and the queues take turns. Clients that got an answer soon ask again,
 so it waits a few milliseconds until as many rows are there as when it last began. What is queued is known in
 seconds, by what a token has cost so far: requests that would wait too long are refused with the time after
 which there will be room.
