@@ -158,5 +158,5 @@ def test_memory_stays_flat(served: Served, truth: dict[str, np.ndarray[Any, Any]
 
     asyncio.run(all_of_it())
     print([f"{sample / 1e6:.0f} MB" for sample in samples])
-    settled = samples[len(samples) // 3 :]
-    assert max(settled) < 1.05 * min(settled) + 20e6
+    third = len(samples) // 3  # a system that is short of memory takes pages back: to fall is no fault
+    assert max(samples[-third:]) < 1.05 * max(samples[third:-third]) + 20e6
