@@ -188,22 +188,55 @@ except AdapterError as error:
 """
 
 
-@pytest.mark.slow
-def test_hub_adapters_are_fetched(folder: Path, tmp_path: Path) -> None:
-    """`hf:OWNER/NAME` is not found, or its failure ends in a library's traceback."""
+def _beside_a_hub(program: str, folder: Path, tmp_path: Path) -> list[str]:
+    """Run a program that finds an adapter as `hf:someone/shoes`; gives the lines that it prints."""
     shutil.copytree(folder / "text", tmp_path / "hub" / "someone" / "shoes")
     hub = HubServer(tmp_path / "hub")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
     try:
         told = subprocess.run(
-            [sys.executable, "-c", _HUB], env=env, capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120, check=True
         )
     finally:
         hub.stop()
-    first, second = told.stdout.strip().splitlines()
+    return told.stdout.strip().splitlines()
+
+
+@pytest.mark.slow
+def test_hub_adapters_are_fetched(folder: Path, tmp_path: Path) -> None:
+    """`hf:OWNER/NAME` is not found, or its failure ends in a library's traceback."""
+    first, second = _beside_a_hub(_HUB, folder, tmp_path)
     assert first == "4"
     assert second.startswith("adapter hf:someone/gone cannot be fetched: ")
+
+
+_FULL = """
+import resource
+import clipgraft as cg
+from clipgraft.serve.registry import AdapterRegistry
+from clipgraft.serve.sources import find_sources
+registry = AdapterRegistry(cg.load("emoji"), find_sources(["hf:someone/shoes"]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # files may grow no longer
+try:
+    registry.ask("shoes").result(60)
+except cg.errors.AdapterError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+registry.unregister("shoes")
+registry.load("shoes", "hf:someone/shoes")
+print(registry.ask("shoes").result(60).read.adapter.settings.r)
+registry.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are those of POSIX")
+def test_a_disk_that_is_full_while_an_adapter_is_fetched(folder: Path, tmp_path: Path) -> None:
+    """Half an adapter stays in the cache and is served, or is never fetched again when there is room."""
+    first, second = _beside_a_hub(_FULL, folder, tmp_path)
+    assert first.startswith("adapter hf:someone/shoes cannot be fetched: ")
+    assert second == "4"
 
 
 class _Sized:
