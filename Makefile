@@ -8,7 +8,10 @@ PYTEST ?=
 CELLS ?= $(foreach r,lowest newest,$(foreach p,3.10 3.11 3.12 3.13,$(p)-$(r)))
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-matrix lint fuzz docs bench bench-quick clean
+# A Python that has torch for this machine's GPU, with transformers, open_clip and PEFT; installs nothing.
+GPU_PYTHON ?= $(PYTHON)
+
+.PHONY: demo test test-slow test-matrix test-gpu lint fuzz docs bench bench-quick bench-gpu clean
 
 demo: $(VENV)/.installed
 	@echo "The demo trains for about two minutes on two cores; it shows each step."
@@ -56,6 +59,13 @@ bench: $(VENV)/.installed-bench
 
 bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks --quick
+
+# On a machine with a CUDA GPU. A machine without a network works, too: these install nothing.
+test-gpu:
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q tests/cuda $(PYTEST)
+
+bench-gpu:
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)

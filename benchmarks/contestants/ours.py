@@ -21,24 +21,26 @@ import clipgraft as cg
 from benchmarks.child import reset_peak
 from benchmarks.prepare import LORA, OPENCLIP_BASE
 
-_EPOCH_END = re.compile(r"epoch (\d+) of \d+: mean loss")
+_EPOCH_END = r"epoch \d+ of \d+: mean loss"
 
 
-class _EpochClock(logging.Handler):
-    """Record when the run logs the end of an epoch."""
+class _LogClock(logging.Handler):
+    """Record when lines that begin with a pattern are logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: str) -> None:
         super().__init__()
         self.times: list[float] = []
+        self._pattern = re.compile(pattern)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _EPOCH_END.match(record.getMessage()):
+        if self._pattern.match(record.getMessage()):
             self.times.append(time.perf_counter())
 
 
 @contextmanager
-def _epoch_clock() -> Iterator[_EpochClock]:
-    clock, log = _EpochClock(), logging.getLogger("clipgraft")
+def log_clock(pattern: str) -> Iterator[_LogClock]:
+    """Record when clipgraft logs lines that begin with a pattern."""
+    clock, log = _LogClock(pattern), logging.getLogger("clipgraft")
     log.addHandler(clock)
     try:
         yield clock
@@ -56,7 +58,7 @@ def timed_fit(
 ) -> dict[str, Any]:
     """Run `fit` in a new folder; returns the seconds of every epoch and the loss of every step."""
     reset_peak()
-    with tempfile.TemporaryDirectory() as folder, _epoch_clock() as clock:
+    with tempfile.TemporaryDirectory() as folder, log_clock(_EPOCH_END) as clock:
         started = time.perf_counter()
         run = cg.RunArgs(out=Path(folder) / "run", progress=False, save_frequency=0)
         result = cg.fit(clip, pairs, train=train, run=run, features=features)

@@ -1,6 +1,6 @@
 """Time a `Service` in this process, without HTTP: the base alone, and 8, 64 and 1,024 adapters.
 
-    python -m benchmarks.serve_core [--clients 64] [--seconds 8] [--rounds 3] [--precision fp32]
+    python -m benchmarks.serve.core [--clients 64] [--seconds 8] [--rounds 3] [--precision fp32]
 
 A ViT-B-32 of random weights at true size; adapters of r=16 on the text tower's attention, asked for with
 Zipf-distributed frequencies (exponent 1), with memory for 128 of them; texts of about 10 tokens from clients
