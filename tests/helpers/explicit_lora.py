@@ -191,7 +191,8 @@ def randomise_active(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+                change = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(change.to(parameter.device), alpha=0.2)
 
 
 def run(model: nn.Module) -> tuple[Tensor, Tensor]:

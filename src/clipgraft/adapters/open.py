@@ -25,6 +25,7 @@ from clipgraft.lora.state import count_parameters, require_lora, verify_gradient
 from clipgraft.lora.targets import guide_targets
 from clipgraft.models.clip import Clip as BaseClip
 from clipgraft.models.clip import ClipLike, Images, Source, unit_norm
+from clipgraft.models.device import queued
 from clipgraft.models.load import load as load_base
 
 log = logging.getLogger("clipgraft")
@@ -96,7 +97,7 @@ class Clip(BaseClip):
         """
         if adapters is None:
             return super().encode_image(images, normalize)
-        pixels = self.pixels(images).to(self.device, self.dtype)
+        pixels = queued(self.pixels(images).to(self.dtype), self.device)
         features = encode_rows(self, "vision", pixels, adapters)
         return unit_norm(features) if normalize else features
 
@@ -109,7 +110,8 @@ class Clip(BaseClip):
         """Strings or (N, L) token ids -> (N, D) features; arguments and errors as in `encode_image`."""
         if adapters is None:
             return super().encode_text(texts, normalize)
-        features = encode_rows(self, "text", self.tokens(texts), adapters)
+        ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        features = encode_rows(self, "text", self.cut_tokens(ids), adapters)
         return unit_norm(features) if normalize else features
 
 

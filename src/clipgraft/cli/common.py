@@ -74,7 +74,9 @@ def name_after(path: Path, taken: Collection[str]) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a device flag into a device; `auto` is the first GPU if there is one.
+    """Turn a device flag into a device; `auto` is the first CUDA GPU if there is one, else the CPU.
+
+    Another kind of accelerator that torch sees here, such as `mps` or `xpu`, goes by its name.
 
     Raises:
         ConfigError: the device does not exist here.
@@ -83,8 +85,12 @@ def pick_device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = torch.accelerator.current_accelerator(check_available=True)
+    if own is not None and name == own.type:
+        return torch.device(name)
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
-        raise ConfigError(f"--device: got {name!r}, allowed is auto, cpu, cuda or cuda:N")
+        other = "" if own is None or own.type == "cuda" else f", or {own.type}"
+        raise ConfigError(f"--device: got {name!r}, allowed is auto, cpu, cuda or cuda:N{other}")
     device, gpus = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= gpus:
         seen = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"

@@ -168,8 +168,8 @@ def encode_captions(
     distinct = list(dict.fromkeys(captions))
     position = {caption: index for index, caption in enumerate(distinct)}
     tokens = clip.tokenize(distinct)
-    ends = clip.family.text_ends(clip.model, tokens.to(clip.device))
-    order = torch.arange(len(distinct)) if ends is None else ends.cpu().argsort(stable=True)
+    ends = clip.family.text_ends(clip.model, tokens)
+    order = torch.arange(len(distinct)) if ends is None else ends.argsort(stable=True)
     encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))
     encoded: Tensor | None = None
     with evaluating(clip), torch.inference_mode():

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from clipgraft.models.device import queued
+
 DECODE_FACTOR = 2
 """A JPEG is decoded at no less than this many times the size it is shrunk to."""
 
@@ -77,8 +79,9 @@ class FastPreprocess:
 
     def finish(self, pixels: Tensor) -> Tensor:
         """Normalise uint8 (N, 3, H, W) on any device to float32, as the model takes it."""
-        mean = 255 * torch.tensor(self.mean, device=pixels.device)[:, None, None]
-        std = 255 * torch.tensor(self.std, device=pixels.device)[:, None, None]
+        mean, std = (
+            queued(255 * torch.tensor(each)[:, None, None], pixels.device) for each in (self.mean, self.std)
+        )
         return pixels.float().sub_(mean).div_(std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:

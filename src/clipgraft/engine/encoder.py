@@ -20,6 +20,7 @@ from clipgraft.lora.control import make_active
 from clipgraft.lora.inject import hung
 from clipgraft.lora.state import Adapter, LoraState, lora_state, require_lora, require_unmerged
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Tower
 
@@ -118,9 +119,7 @@ class Encoder:
         self._weights.forget(tower)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """On the model's device; a copy to a GPU is queued, not waited for."""
-        to_gpu = self.clip.device.type == "cuda" and tensor.device.type == "cpu"
-        return (tensor.pin_memory() if to_gpu else tensor).to(self.clip.device, non_blocking=True)
+        return queued(tensor, self.clip.device)
 
     @staticmethod
     def _wide(features: Tensor) -> Tensor:
@@ -154,11 +153,11 @@ class Encoder:
         adapters = [ActiveAdapter.of(adapter, self._norms) for adapter, _ in groups]
         counts = [len(rows) for _, rows in groups]
         with torch.no_grad():
-            ordered = inputs[order.to(inputs.device)]
+            ordered = inputs[queued(order, inputs.device)]
             features = (self._mixed_text if tower == "text" else self._mixed_images)(
                 ordered, adapters, counts
             )
-            return torch.empty_like(features).index_copy_(0, order.to(features.device), features)
+            return torch.empty_like(features).index_copy_(0, self._moved(order), features)
 
     def prepare(self, adapter: Adapter) -> None:
         """Compute ahead what an adapter that will not change any more makes of each linear map."""
@@ -221,7 +220,7 @@ def encode_rows(clip: Clip, tower: Tower, inputs: Tensor, names: Names) -> Tenso
     Args:
         clip: the model; adapters may be loaded and unloaded meanwhile.
         tower: `text` or `vision`.
-        inputs: token ids or pixels, on the model's device.
+        inputs: token ids or pixels, on any device.
         names: one name for all rows, or one a row; None is the base.
 
     Raises:
@@ -248,7 +247,8 @@ def encode_mixed(
     Args:
         clip: the model; adapters may be loaded and unloaded meanwhile.
         tower: `text` or `vision`.
-        inputs: (B, L) token ids or (B, 3, H, W) pixels, on the model's device.
+        inputs: (B, L) token ids or (B, 3, H, W) pixels, on any device; from the CPU they are moved as late as
+            can be.
         groups: each adapter, None for the base, with the numbers of its rows; together all rows, once.
 
     Returns:
@@ -334,6 +334,7 @@ def _one_by_one(
 ) -> Tensor:
     """Run the model's own forward once for each adapter; the caller holds the model's lock alone."""
     encode = clip.family.encode_text if tower == "text" else clip.family.encode_image
+    inputs = queued(inputs, clip.device)
     touching = [(None if a is None or not a.touches(tower) else a, rows) for a, rows in groups]
     features: Tensor | None = None
     with _as_it_was(clip), torch.no_grad(), hung(clip, [a for a, _ in touching if a is not None]) as names:
@@ -341,10 +342,10 @@ def _one_by_one(
         for adapter, rows in touching:
             state.enabled = True
             make_active(clip, state, None if adapter is None else next(next_name))
-            own = encode(clip.model, inputs[rows.to(inputs.device)])
+            own = encode(clip.model, inputs[queued(rows, inputs.device)])
             if features is None:
                 features = own.new_empty(len(inputs), *own.shape[1:])
-            features[rows.to(own.device)] = own
+            features[queued(rows, own.device)] = own
     assert features is not None
     return features
 

@@ -18,6 +18,7 @@ from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter
 from clipgraft.lora.variants import PlainLora
 from clipgraft.models.architecture import Linear, Part
+from clipgraft.models.device import queued
 from clipgraft.models.sites import Site
 
 Shape: TypeAlias = tuple[object, ...]
@@ -158,10 +159,15 @@ class Bundle:
         numbers = torch.arange(int(counts.max()))
         exists = numbers < counts[:, None]
         starts = (counts.cumsum(0) - counts)[:, None]
-        places = torch.where(exists, starts + numbers, starts).flatten().to(device)
+        places = torch.where(exists, starts + numbers, starts).flatten()
         own = torch.cat([_numbers(part, device) for part in rows])
-        cells = None if bool(exists.all()) else exists.flatten().nonzero().flatten().to(device)
-        return cls(tuple(shares), own[places], cells, _joined(rows) or own)
+        cells = None if bool(exists.all()) else exists.flatten().nonzero().flatten()
+        return cls(
+            tuple(shares),
+            own[queued(places, device)],
+            None if cells is None else queued(cells, device),
+            _joined(rows) or own,
+        )
 
     def add(self, y: Tensor, x: Tensor, products: Sequence[Product]) -> None:
         """(N, out) that the base makes of (N, in), of A's type: change the rows of all shares, in place."""
@@ -172,7 +178,8 @@ class Bundle:
             b = torch.cat([own.b for own in factors])
             own, scale = low[:, :, first.columns].view(*low.shape[:2], len(first.b), -1), first.scale
             if any(other.scale != scale for other in factors):
-                own, scale = own * own.new_tensor([each.scale for each in factors])[:, None, None, None], 1.0
+                scales = torch.tensor([each.scale for each in factors], dtype=own.dtype)
+                own, scale = own * queued(scales, own.device)[:, None, None, None], 1.0
             update = torch.bmm(own.transpose(1, 2).flatten(0, 1), b.transpose(1, 2))
             update = update.view(len(factors), -1, *update.shape[1:]).transpose(1, 2).flatten(0, 1)
             if self.cells is not None:

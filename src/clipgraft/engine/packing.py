@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clipgraft.models.device import queued
+
 _SAME_GROUP = 0.5
 """Captions at least this long, as a share of the longest of a group, join the group."""
 
@@ -81,8 +83,7 @@ class Packed:
             return self
 
         def move(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            return pinned.to(device, non_blocking=True)
+            return queued(tensor, device)
 
         groups = tuple(Group(group.rows, group.width, move(group.lengths)) for group in self.groups)
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from clipgraft.errors import DataError, ModelError
+from clipgraft.models.device import queued
 from clipgraft.models.dual_encoder import FeatureTable, check_is_encoder
 from clipgraft.models.family import Family, is_lora
 from clipgraft.models.hf import HfFamily
@@ -235,7 +236,7 @@ class Clip:
         Raises:
             DataError: a file is no image that can be read.
         """
-        pixels = self.pixels(images).to(self.device, self.dtype)
+        pixels = queued(self.pixels(images).to(self.dtype), self.device)
         with rwlock_of(self.model).read():
             features = self.family.encode_image(self.model, pixels)
         return unit_norm(features) if normalize else features
@@ -254,7 +255,7 @@ class Clip:
     def tokens(self, texts: Tensor | str | Sequence[str]) -> Tensor:
         """Strings or (N, L) ids -> ids on the model's device, cut by `cut_tokens`."""
         ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
-        return self.cut_tokens(ids.to(self.device))
+        return queued(self.cut_tokens(ids), self.device)
 
     def cut_tokens(self, tokens: Tensor) -> Tensor:
         """(N, L) ids without the columns that no row's pooled token can see, where the family allows it."""

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from clipgraft.models.clip import Clip
-from clipgraft.models.device import peak_memory
+from clipgraft.models.device import peak_memory, synchronize
 from clipgraft.models.sites import Tower
 from clipgraft.profile.forward import ClipProfile, TowerCost
 
@@ -22,18 +22,12 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
     seconds = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
             call()
-            _wait(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for a GPU, whose calls return before they are done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 _REPEATS, _MATRIX = 7, 1024

@@ -23,6 +23,7 @@ from clipgraft.data.preprocessing import FastPreprocess
 from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.control import set_adapter
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.pictures import ImageError, open_sized
 from clipgraft.search.folder import adapters_as_they_were
 from clipgraft.search.items import Item, Ref, is_address, read_at, ref
@@ -77,7 +78,7 @@ class ImageModality:
 
     def finish(self, encoder: Encoder, inputs: Tensor) -> Tensor:
         """Finish loaded inputs on the model's device."""
-        pixels = inputs.to(encoder.clip.device)
+        pixels = queued(inputs, encoder.clip.device)
         return self.steps.finish(pixels) if isinstance(self.steps, FastPreprocess) else pixels
 
     def features(self, encoder: Encoder, inputs: Tensor) -> Tensor:

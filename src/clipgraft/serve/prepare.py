@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -199,8 +198,3 @@ async def all_of(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def stacked(inputs: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Inputs of one shape as a batch on a device."""
-    return torch.stack(list(inputs)).to(device)

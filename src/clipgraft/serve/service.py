@@ -33,6 +33,7 @@ from clipgraft.errors import ConfigError, ItemError, UnavailableError
 from clipgraft.evaluate.classification import pool_prompts
 from clipgraft.lora.state import Adapter
 from clipgraft.models.clip import Clip, unit_norm
+from clipgraft.models.device import queued
 from clipgraft.models.lone_tower import lone_tower
 from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.serve.args import ServiceArgs
@@ -65,7 +66,7 @@ from clipgraft.serve.messages import (
     Vectors,
     With,
 )
-from clipgraft.serve.prepare import Prepared, Preparer, all_of, stacked
+from clipgraft.serve.prepare import Prepared, Preparer, all_of
 from clipgraft.serve.registry import AdapterRegistry, Loaded
 from clipgraft.serve.sources import find_sources
 
@@ -304,8 +305,9 @@ class Service:
         groups: dict[int, tuple[Adapter | None, list[int]]] = {}
         for row, adapter in enumerate(adapters):
             groups.setdefault(id(adapter), (adapter, []))[1].append(row)
-        batch = stacked(inputs, self.clip.device)
-        batch = self.clip.cut_tokens(batch) if tower == "text" else batch.to(self.clip.dtype)
+        batch, clip = torch.stack(list(inputs)), self.clip
+        # Captions are packed on the CPU, so that those on a GPU would be read back.
+        batch = clip.cut_tokens(batch) if tower == "text" else queued(batch, clip.device).to(clip.dtype)
         parts = [(adapter, torch.tensor(rows)) for adapter, rows in groups.values()]
         return cast(Vectors, unit_norm(encode_mixed(self.clip, tower, batch, parts)).cpu().numpy())
 

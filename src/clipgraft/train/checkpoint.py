@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipgraft.errors import CheckpointError
 from clipgraft.files import atomic_path
+from clipgraft.models.device import accelerator_random, set_accelerator_random
 from clipgraft.records import Whole, read_pt
 from clipgraft.shown import one_line
 from clipgraft.writing import size_of
@@ -62,7 +63,7 @@ class _Optimizer:
 
 @dataclass(frozen=True)
 class _State:
-    """What a checkpoint holds."""
+    """What a checkpoint holds; `cuda_random` is that of GPUs of any make."""
 
     format: Annotated[int, Field(strict=True, ge=FORMAT_VERSION, le=FORMAT_VERSION)]
     position: Position
@@ -94,7 +95,7 @@ def save_checkpoint(
         "buffers": _buffers(model),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_random": accelerator_random(),
     }
     with atomic_path(path, size_of(state)) as temporary:
         torch.save(state, temporary)
@@ -114,8 +115,7 @@ def load_checkpoint(
     moments = _moments(path, state.optimizer, optimizer)
     try:
         torch.set_rng_state(state.random)
-        if torch.cuda.is_available() and state.cuda_random:
-            torch.cuda.set_rng_state_all(state.cuda_random[: torch.cuda.device_count()])
+        set_accelerator_random(state.cuda_random)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: random is no state of torch's random numbers; {_AGAIN}") from error
     _copy(state, model)

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from clipgraft.models.device import accelerator_random, set_accelerator_random
 from clipgraft.train.distributed import ALONE, World
 
 Features: TypeAlias = tuple[Tensor, Tensor]
@@ -91,11 +92,9 @@ def _carry_back(features: Features, gradients: Sequence[Tensor | None]) -> None:
 
 
 def _random_state() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
+    return [torch.get_rng_state(), *accelerator_random()]
 
 
 def _set_random_state(state: list[Tensor]) -> None:
     torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
+    set_accelerator_random(state[1:])

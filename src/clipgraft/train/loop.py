@@ -20,6 +20,7 @@ from tqdm import tqdm
 from clipgraft.errors import TrainingError
 from clipgraft.lora.state import lora_state, verify_gradients
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import accelerator_random, set_accelerator_random
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from clipgraft.train.distributed import World
 from clipgraft.train.feed import Feed, MicroBatch, everywhere
@@ -165,7 +166,7 @@ class Loop:
         loss_of = self.objective.loss(everywhere(batch, self.world))
         try:
             loss = contrastive_backward(self.objective.parts(batch), loss_of, self.world)
-        except torch.cuda.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of GPU memory at step {number}: halve `batch_size` and double `accum_freq`, "
                 "which changes nothing else, or add `grad_checkpointing`"
@@ -254,9 +255,12 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 @contextlib.contextmanager
 def same_random() -> Iterator[None]:
     """Random streams are after this as they were before, whatever loaders drew from them."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
+    states = accelerator_random()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        set_accelerator_random(states)
 
 
 _STEPS_BETWEEN_READINGS = 25

@@ -22,6 +22,7 @@ from clipgraft.engine.encoder import Encoder
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.records import Finite, Whole
 from clipgraft.train.feed import MicroBatch, trains
 from clipgraft.train.gradient_cache import Encode, Features, Loss
@@ -167,7 +168,7 @@ class Retaining:
 
         def loss(images: Tensor, texts: Tensor) -> Tensor:
             total = of_task(images[shown:], texts[given:])
-            wanted = self.anchors.texts[drawn.texts].to(images.device)
+            wanted = queued(self.anchors.texts[drawn.texts], images.device)
             now, distance = (
                 wanted,
                 images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32)),
@@ -176,8 +177,11 @@ class Retaining:
                 now = texts[:given]
                 distance = distance + feature_distance(now, wanted)
             if (base := self._images(drawn, image_ids)) is not None:
-                scale = torch.tensor(self.anchors.logit_scale, device=images.device)
-                student, teacher = (images, now, self.logit_scale), (base.to(images.device), wanted, scale)
+                scale = torch.full((), self.anchors.logit_scale, device=images.device)
+                student, teacher = (
+                    (images, now, self.logit_scale),
+                    (queued(base, images.device), wanted, scale),
+                )
                 distance = distance + _SIMILARITY * similarity_divergence(student, teacher)
             return total + self.weight * distance
 

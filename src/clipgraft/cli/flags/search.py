@@ -73,7 +73,9 @@ class SearchFlags(OverwriteFlags):
     html: UserPath | None = Field(None, description="also write a page of thumbnails")
     model: str | None = Field(None, min_length=1, description="base, if it is not where the folder says")
     pretrained: str | None = Field(None, description="open_clip tag or local checkpoint of --model")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:N, or another accelerator's name (mps, xpu)"
+    )
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="see `clipgraft convert --help`"
     )

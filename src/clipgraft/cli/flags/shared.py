@@ -27,7 +27,9 @@ class OverwriteFlags(Options):
 class DeviceFlags(Options):
     """Where a model runs, and in what precision."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:N, or another accelerator's name (mps, xpu)"
+    )
     precision: Precision = Field(
         "auto",
         description="amp_bf16: autocast to bf16; auto: amp_bf16 where that is faster on this machine; "

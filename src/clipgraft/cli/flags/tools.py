@@ -140,7 +140,9 @@ class ProfileFlags(InspectFlags):
     logits: Tokens | None = Field(None, ge=1, description="LLaVA-NeXT: number of tokens with logits")
     adapter: UserPath | None = Field(None, description="adapter whose cost is shown beside the base's")
     measure: bool = Field(False, description="also run the model here, with random weights, and time it")
-    device: str = Field("auto", description="for --measure: auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto", description="for --measure: auto, cpu, cuda, cuda:N, or another accelerator's name (mps, xpu)"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of the weights")
 
 
@@ -202,4 +204,6 @@ class ReportFlags(OverwriteFlags):
     retained_task: Literal["retrieval", "classification"] = Field(
         "retrieval", description="kind of --retained: images with captions, or images with classes"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:N, or another accelerator's name (mps, xpu)"
+    )

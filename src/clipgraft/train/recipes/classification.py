@@ -27,6 +27,7 @@ from clipgraft.evaluate.classification import (
 )
 from clipgraft.evaluate.head import Head, save_head
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.train.args import HeadArgs, LossKind
 from clipgraft.train.feed import FeatureSource, MicroBatch, trains
 from clipgraft.train.gradient_cache import Encode, Features, Loss
@@ -226,7 +227,7 @@ class Prompted:
         return images if self.prompts is None else [partial(self._encode_prompts, self.prompts), *images]
 
     def _encode_prompts(self, prompts: Callable[[], Tensor]) -> Features:
-        texts = prompts().to(self.clip.device)
+        texts = queued(prompts(), self.clip.device)
         return texts.new_empty(0, texts.shape[1]), texts
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:
@@ -236,8 +237,8 @@ class Prompted:
             prototypes = pool_prompts(F.normalize(texts.float(), dim=-1), self.counts)
             scale = self.clip.logit_scale.float().exp()
             logits = scale * F.normalize(images.float(), dim=-1) @ prototypes.T
-            weights = None if self.weights is None else self.weights.to(logits)
-            return F.cross_entropy(logits, labels.to(logits.device), weight=weights)
+            weights = None if self.weights is None else queued(self.weights, logits.device).to(logits)
+            return F.cross_entropy(logits, queued(labels, logits.device), weight=weights)
 
         return loss
 
@@ -259,9 +260,9 @@ class Headed:
         labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
 
         def loss(images: Tensor, texts: Tensor) -> Tensor:
-            weights = None if self.weights is None else self.weights.to(images.device)
+            weights = None if self.weights is None else queued(self.weights, images.device)
             logits: Tensor = self.head(images)
-            return F.cross_entropy(logits, labels.to(images.device), weight=weights)
+            return F.cross_entropy(logits, queued(labels, images.device), weight=weights)
 
         return loss
 
@@ -270,7 +271,7 @@ def _images_alone(clip: Clip, images: FeatureSource, batch: Sequence[MicroBatch]
     """Parts that bring no texts."""
 
     def encode(part: MicroBatch) -> Features:
-        features = images(part).to(clip.device)
+        features = queued(images(part), clip.device)
         return features, features.new_empty(0, features.shape[1])
 
     return [partial(encode, part) for part in batch]

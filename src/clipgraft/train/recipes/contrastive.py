@@ -16,6 +16,7 @@ from clipgraft.errors import DataError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.retrieval import measure_retrieval
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.train.feed import FeatureSource, FixedImages, MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
 from clipgraft.train.inputs import Inputs
@@ -60,6 +61,7 @@ def contrastive(inputs: Inputs) -> Contrastive:
     """The contrastive objective, over the gallery of a frozen tower where there is one."""
     clip, train = inputs.setup.clip, inputs.setup.train
     gallery = choose_gallery(inputs.feed, inputs.images, inputs.texts, train.negatives)
+    gallery = None if gallery is None else gallery.on(clip.device)
     pair_loss = make_pair_loss(clip, choose_loss(clip, train.loss), gallery)
     return Contrastive(clip, inputs.images, inputs.texts, pair_loss)
 
@@ -129,7 +131,7 @@ class Contrastive:
 
     def _encode(self, part: MicroBatch) -> Encode:
         device = self.clip.device
-        return lambda: (self.images(part).to(device), self.texts(part).to(device))
+        return lambda: (queued(self.images(part), device), queued(self.texts(part), device))
 
     def loss(self, batch: Sequence[MicroBatch]) -> Loss:
         image_ids = torch.cat([part.image_ids for part in batch])

@@ -16,6 +16,7 @@ from clipgraft.data.features import encode_captions
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.train.args import DistillArgs
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
@@ -103,7 +104,7 @@ class Distilled:
         weights = self.weights
 
         def loss(images: Tensor, texts: Tensor) -> Tensor:
-            wanted = taught_images.to(images.device), taught_texts.to(images.device)
+            wanted = queued(taught_images, images.device), queued(taught_texts, images.device)
             total = images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32))
             if weights.contrastive:
                 total = total + weights.contrastive * of_pairs(images, texts)
@@ -111,7 +112,7 @@ class Distilled:
                 distance = feature_distance(images, wanted[0]) + feature_distance(texts, wanted[1])
                 total = total + weights.feature * distance / 2
             if weights.similarity:
-                scale = torch.tensor(self.teacher.logit_scale, device=images.device)
+                scale = torch.full((), self.teacher.logit_scale, device=images.device)
                 given = images, texts, self.logit_scale
                 total = total + weights.similarity * similarity_divergence(given, (*wanted, scale))
             return total

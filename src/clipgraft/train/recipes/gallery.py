@@ -7,7 +7,7 @@ training image at each step, not from those few that share its batch, for one mo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.errors import ConfigError
+from clipgraft.models.device import queued
 from clipgraft.train.feed import FeatureSource, Feed, FixedImages, FixedTexts
 
 MOST_NEGATIVES = 65_536
@@ -37,6 +38,12 @@ class Gallery:
     partners: Sequence[tuple[int, ...]]
     most: int = MOST_NEGATIVES
 
+    def on(self, device: torch.device) -> Gallery:
+        """The same on a device, where each step needs all of it; a larger one stays where it is."""
+        if len(self.features) > self.most:
+            return self
+        return replace(self, features=self.features.to(device))
+
     def logits(
         self, queries: Tensor, query_ids: Tensor, own: Tensor, logit_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -55,14 +62,16 @@ class Gallery:
         place = {row: number for number, row in enumerate(rows.tolist())} if rows is not None else None
         hidden = self._hidden(query_ids.tolist(), own.tolist(), place)
         device = queries.device
-        gallery = self.features if rows is None else self.features[rows.to(self.features.device)]
+        gallery = self.features if rows is None else self.features[queued(rows, self.features.device)]
         labels = own if place is None else torch.tensor([place[row] for row in own.tolist()])
         wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        logits = logit_scale.to(wide.dtype).exp() * F.normalize(wide, dim=-1) @ gallery.to(wide).T
+        logits = (
+            logit_scale.to(wide.dtype).exp() * F.normalize(wide, dim=-1) @ queued(gallery, device).to(wide).T
+        )
         if len(hidden):
-            at = torch.tensor(hidden, device=device).T
-            logits = logits.index_put((at[0], at[1]), logits.new_tensor(float("-inf")))
-        return logits, labels.to(device)
+            at = queued(torch.tensor(hidden), device).T
+            logits = logits.index_put((at[0], at[1]), logits.new_full((), float("-inf")))
+        return logits, queued(labels, device)
 
     def _drawn(self, own: Tensor) -> Tensor | None:
         """The rows of this step, in order; None for all."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipgraft.errors import ConfigError
 from clipgraft.models.clip import Clip
+from clipgraft.models.device import queued
 from clipgraft.train.args import LossKind
 from clipgraft.train.recipes.gallery import Gallery
 
@@ -66,7 +67,7 @@ class SoftmaxLoss:
 
     def __call__(self, images: Tensor, texts: Tensor, image_ids: Tensor, caption_ids: Tensor) -> Tensor:
         device, gallery = images.device, self.gallery
-        ids = image_ids.to(device), caption_ids.to(device)
+        ids = queued(image_ids, device), queued(caption_ids, device)
         to_text, to_image = one_way_losses(images, texts, self.logit_scale, *ids)
         if gallery is not None and gallery.of == "images":
             to_image = F.cross_entropy(*gallery.logits(texts, caption_ids, image_ids, self.logit_scale))
@@ -114,7 +115,7 @@ class SigmoidLoss:
             return gallery.logits(images, image_ids, caption_ids, scale)
         device = images.device
         logits = _scaled_cosines(images, texts, scale)
-        left_out = false_negatives(image_ids.to(device), caption_ids.to(device))
+        left_out = false_negatives(queued(image_ids, device), queued(caption_ids, device))
         return logits.masked_fill(left_out, float("-inf")), torch.arange(len(logits), device=device)
 
 
