@@ -11,7 +11,7 @@ import clipgraft
 
 SOURCE = Path(clipgraft.__file__).parent
 LAYERS = (
-    ("shown", "processes"),
+    ("shown", "processes", "process_memory"),
     ("errors",),
     ("writing", "progress", "text_tables"),
     ("locks",),

@@ -21,8 +21,10 @@ from clipgraft.lora.inject import hung
 from clipgraft.lora.state import Adapter, LoraState, lora_state, require_lora, require_unmerged
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import queued
+from clipgraft.models.mapped_weights import check_unchanged, copy_from_files
 from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import Tower
+from clipgraft.process_memory import drop_mapped, trim_heap
 
 _KEPT = "_clipgraft_rows"
 Names: TypeAlias = str | Sequence[str | None]
@@ -115,8 +117,12 @@ class Encoder:
         return towers.run_from_patches(self._vision, x, run, block)
 
     def forget(self, tower: Tower) -> None:
-        """Free the prepared weights of a tower that will not be needed soon."""
+        """Free the prepared weights of a tower that is not needed soon, and the pages of mapped ones."""
         self._weights.forget(tower)
+        drop_mapped(
+            weight for group in self.clip.family.tower_groups(self.clip.model, tower) for weight in group
+        )
+        trim_heap()
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return queued(tensor, self.clip.device)
@@ -129,6 +135,7 @@ class Encoder:
         return torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _run(self) -> towers.TowerPass:
+        check_unchanged(self.clip.model)
         state = lora_state(self.clip)
         adapter = ActiveAdapter.of(None if state is None else state.in_effect, self._norms)
         kernel = self.attention.kernel(trains=self.clip.model.training)
@@ -200,6 +207,7 @@ class Encoder:
         return not by_mkl(self.dtype, self.clip.device)
 
     def _mixed_run(self, shares: list[AdapterShare]) -> towers.TowerPass:
+        check_unchanged(self.clip.model)
         kernel = self.attention.kernel(trains=False)
         return towers.TowerPass(self._weights, ActiveAdapter(), kernel, mix=MixedAdapters(tuple(shares)))
 
@@ -271,6 +279,7 @@ def encode_mixed(
 def keep_packed(clip: Clip) -> None:
     """Let `encode_mixed` keep weights in a second, faster layout: for models that do nothing else."""
     with rwlock_of(clip.model).write():
+        copy_from_files(clip.model)  # it serves for weeks, whatever becomes of the file
         kept = _kept(clip)
         kept.pack, kept.encoder = True, None
 

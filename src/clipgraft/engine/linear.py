@@ -24,6 +24,7 @@ from torch import Tensor
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.models.architecture import Linear, Part
 from clipgraft.models.sites import Site, Tower
+from clipgraft.process_memory import drop_mapped
 
 _BITS = {
     torch.float64: torch.int64,
@@ -46,17 +47,26 @@ class FrozenWeight:
     """
 
     def __init__(
-        self, weights: Callable[[], list[Tensor]], biases: Sequence[Tensor | None], pack: bool = True
+        self,
+        weights: Callable[[], list[Tensor]],
+        biases: Sequence[Tensor | None],
+        pack: bool = True,
+        copied: Callable[[], None] = lambda: None,
     ) -> None:
-        """`weights` returns the pieces of W in the compute type at every call."""
+        """`weights` returns the pieces of W in the compute type at every call.
+
+        `copied` is called when a packed copy of all of them was made.
+        """
         pieces = weights()
         first = pieces[0]
         self.shape: tuple[int, int] = (sum(piece.shape[0] for piece in pieces), first.shape[1])
         self.packs = pack and first.device.type == "cpu" and first.dtype == torch.bfloat16 and packing_works()
-        self._make = weights
+        self._make, self._copied = weights, copied
         self._pieces = [_packed(torch.cat(pieces))] if self.packs else pieces
         self._biases = [_joined(biases)] if self.packs else list(biases)
         self._transposed: Tensor | None = None
+        if self.packs:
+            copied()
 
     def forward(self, x: Tensor) -> Tensor:
         """x·Wᵀ + b, (N, in) -> (N, out)."""
@@ -75,6 +85,7 @@ class FrozenWeight:
             return total
         if self._transposed is None:
             self._transposed = _packed(torch.cat(self._make()).T)
+            self._copied()
         return _packed_product(grad, self._transposed, None)
 
 
@@ -120,7 +131,10 @@ class WeightCache:
                 pieces, biases = self._pieces(linear)
                 return [p.detach() for p in pieces], [None if b is None else b.detach() for b in biases]
 
-        return FrozenWeight(lambda: detached()[0], detached()[1], self._pack)
+        def copied() -> None:
+            drop_mapped(part.weight for part in linear)
+
+        return FrozenWeight(lambda: detached()[0], detached()[1], self._pack, copied)
 
     def _pieces(self, linear: Linear) -> tuple[list[Tensor], list[Tensor | None]]:
         """The weights and biases of a map in the compute type; fused neighbours are one piece."""

@@ -23,6 +23,7 @@ from clipgraft.models.family import Family, is_lora
 from clipgraft.models.hf import HfFamily
 from clipgraft.models.library_calls import log_reading
 from clipgraft.models.lone_tower import LoneTowerFamily, check_has_tower, lone_tower, unused_scale
+from clipgraft.models.mapped_weights import check_unchanged
 from clipgraft.models.openclip import OpenClipFamily
 from clipgraft.models.own_towers import OwnTowersFamily
 from clipgraft.models.processors import Preprocess, Tokenizer, find_preprocess, find_tokenizer
@@ -30,6 +31,7 @@ from clipgraft.models.rwlock import rwlock_of
 from clipgraft.models.sites import TOWERS, Site, SiteRef, Tower
 from clipgraft.models.vision_text import VisionTextFamily
 from clipgraft.pictures import open_image
+from clipgraft.process_memory import drop_mapped
 
 Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
 Images: TypeAlias = Picture | Sequence[Picture]
@@ -160,6 +162,8 @@ class Clip:
             weight = weights[name].detach().cpu()
             exact = weight.to(torch.bfloat16).view(torch.int16) if weight.is_floating_point() else weight
             digest.update(memoryview(exact.contiguous().numpy()).cast("B"))
+            drop_mapped((weight,))
+        check_unchanged(self.model)
         return digest.hexdigest()[:16]
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import logging
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from clipgraft.process_memory import trim_heap
 
 log = logging.getLogger("clipgraft")
 _SIZE, _REPEATS, _WORTH_IT = 512, 5, 1.3
@@ -137,9 +138,7 @@ def _reset() -> bool:
     if not _CLEAR.exists():
         return False
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone keeps what is freed
-    if trim is not None:
-        trim(0)
+    trim_heap()
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -27,12 +27,13 @@ from clipgraft.models.configs import (
     read_config,
 )
 from clipgraft.models.hub import fetch_reason, hub_access, nearest, one_line, tell_fetch
-from clipgraft.models.library_calls import quiet_libraries, seeded
+from clipgraft.models.library_calls import no_initialization, quiet_libraries, seeded
 from clipgraft.models.load_hf import load_hf
 from clipgraft.models.padding import check_padding
 from clipgraft.models.processors import OpenClipTokenizer, check_preprocess
 from clipgraft.models.state_dict import load_weights
 from clipgraft.models.weights_file import UnreadableError, read_weights
+from clipgraft.process_memory import trim_heap
 
 log = logging.getLogger("clipgraft")
 EMOJI_BASE = Path(__file__).parent.parent / "assets" / "emoji" / "base"
@@ -85,6 +86,7 @@ def load(
     if precision == "fp16":
         _ = clip.fingerprint  # fp16 drops bits that the fingerprint of fp32 and bf16 weights counts
     clip.model.to(device=device, dtype=_WEIGHT_DTYPES[precision])
+    trim_heap()  # of what was built to be replaced by the file's weights
     return clip.eval()
 
 
@@ -140,7 +142,9 @@ def _load_named(name: str, pretrained: str, seed: int) -> Clip:
             check_text_tower(config, name)
             if not (is_file or random):
                 _tell_tag(model_name, pretrained)
-            model, train, evaluate = _named_model(model_name, None if is_file or random else pretrained, seed)
+            drawn = random or Path(pretrained).suffix in _BIG_VISION
+            tag = None if is_file or random else pretrained
+            model, train, evaluate = _named_model(model_name, tag, seed, random=drawn)
             inner = _tokenizer(config["text_cfg"], None, model_name)
         except ModelError:
             raise
@@ -231,7 +235,8 @@ def _build(
         write_json(Path(made) / CONFIG_FILE, config)
         try:
             check_text_tower(settings, where)
-            model, train, evaluate = _named_model(f"local-dir:{made}", None, seed, random=weights is None)
+            drawn = weights is None or weights.suffix in _BIG_VISION
+            model, train, evaluate = _named_model(f"local-dir:{made}", None, seed, random=drawn)
             inner = _tokenizer(settings["text_cfg"], folder)
         except ModelError:
             raise
@@ -246,11 +251,12 @@ def _build(
         raise config_failure(where, error) from error
 
 
-def _named_model(name: str, tag: str | None, seed: int, random: bool = True) -> tuple[nn.Module, Any, Any]:
-    """open_clip's model and transforms, with the weights of a tag, or `random` ones of a seed."""
+def _named_model(name: str, tag: str | None, seed: int, *, random: bool) -> tuple[nn.Module, Any, Any]:
+    """open_clip's model and transforms, with the weights of a tag, `random` ones of a seed, or none yet."""
     import open_clip
 
-    with seeded(seed) if random and tag is None else contextlib.nullcontext():
+    unset = seeded(seed) if random else no_initialization()
+    with contextlib.nullcontext() if tag is not None else unset:
         model, train, evaluate = open_clip.create_model_and_transforms(
             name,
             pretrained=tag,

@@ -15,6 +15,7 @@ from clipgraft.models.clip import Clip, Source, family_of
 from clipgraft.models.configs import transformers_config
 from clipgraft.models.hub import hf_failure, hub_access, tell_fetch
 from clipgraft.models.library_calls import no_initialization
+from clipgraft.models.mapped_weights import OpenedFile
 from clipgraft.models.names import SIGLIP2
 from clipgraft.models.padding import check_padding
 from clipgraft.models.processors import HfPreprocess, HfTokenizer, check_preprocess
@@ -118,17 +119,19 @@ def _read(path: str) -> tuple[WeightsFile, list[str]]:
     """The weights of a folder or hub id, and what the user is to know of their files."""
     notes: list[str] = []
     merged: dict[str, Tensor] = {}
+    opened: list[OpenedFile] = []
     files = _weight_files(path)
     try:
         for file in files:
             read = read_weights(file)
             notes += [f"{file}: {note}" for note in read.notes]
             merged |= read.state
+            opened += read.opened
     except UnreadableError as error:
         raise ModelError(
             f"{file} cannot be read as weights of a transformers CLIP folder: {error}"
         ) from error
-    return WeightsFile(files[0], merged), notes
+    return WeightsFile(files[0], merged, opened=tuple(opened)), notes
 
 
 def _put(model: nn.Module, weights: WeightsFile, path: str) -> list[str]:

@@ -20,6 +20,7 @@ from clipgraft.models.clip import Clip, family_of
 from clipgraft.models.convert import config_of_shape, shape_of
 from clipgraft.models.family import is_lora
 from clipgraft.models.library_calls import no_initialization
+from clipgraft.models.mapped_weights import Adopted
 from clipgraft.models.weights_file import WeightsFile
 
 Layout = Mapping[str, Tensor]
@@ -57,7 +58,7 @@ class _Found:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, file: WeightsFile) -> list[str]:
-    """Copy the weights of a file into a model of either family.
+    """Give a model of either family the weights of a file: mapped where that is safe, else copied.
 
     Returns:
         What was chosen, left out or changed on the way, each as one line for the user.
@@ -66,7 +67,8 @@ def load_weights(model: nn.Module, file: WeightsFile) -> list[str]:
         MisfitError: weights are missing, left over, or of other shapes.
     """
     state = _unwrapped(file.state)
-    own = dict(model.state_dict())
+    own = dict(model.state_dict(keep_vars=True))
+    adopted = Adopted(file.opened, own.values())
     found = max((_named(state, layout) for layout in _layouts(model, own)), key=lambda found: found.covered)
     twin = None
     if found.covered < len(found.layout) and (twin := _openclip_twin(model)) is not None:
@@ -76,7 +78,10 @@ def load_weights(model: nn.Module, file: WeightsFile) -> list[str]:
     notes = [*file.notes, *_others(found)]
     _check_names(found, model)
     for name, target in found.layout.items():
-        _put(model, name, target, found.state.get(name), notes)
+        value = found.state.get(name)
+        if value is None or not adopted.take(target, value):
+            _put(model, name, target, value, notes)
+    adopted.keep(model)
     if twin is not None and found.layout.keys() != own.keys():
         given = dict(family_of(twin).canonical_weights(twin))
         for name, target in family_of(model).canonical_weights(model):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.models.library_calls import log_reading
+from clipgraft.models.mapped_weights import OpenedFile, open_to_map
 from clipgraft.readers import placeholder
 from clipgraft.records import load_pt
 
@@ -62,12 +63,14 @@ class WeightsFile:
         state: name to tensor, on the CPU.
         notes: what was chosen or left out, for the user.
         torchscript: whether it is an archive of a compiled model, as OpenAI's downloads are.
+        opened: the files that tensors of `state` may stay in, mapped; empty where all must be copied.
     """
 
     path: Path
     state: dict[str, Tensor]
     notes: tuple[str, ...] = ()
     torchscript: bool = False
+    opened: tuple[OpenedFile, ...] = ()
 
 
 class UnreadableError(ValueError):
@@ -83,10 +86,11 @@ def read_weights(path: Path) -> WeightsFile:
     check_is_weights(path)
     log_reading(path, path.stat().st_size)
     try:
+        opened = open_to_map(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return WeightsFile(path, load_file(path))
+            return WeightsFile(path, load_file(path), opened=_still_there(opened))
         if _is_torchscript(path):
             return WeightsFile(path, _read_archive(path), torchscript=True)
         state, notes = _model_entry(load_pt(path))
@@ -94,7 +98,12 @@ def read_weights(path: Path) -> WeightsFile:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes make it raise
         raise UnreadableError(_reason(error)) from error
-    return WeightsFile(path, state, notes)
+    return WeightsFile(path, state, notes, opened=_still_there(opened))
+
+
+def _still_there(opened: OpenedFile | None) -> tuple[OpenedFile, ...]:
+    """What was opened before the tensors were mapped, if that is the file that they are in."""
+    return (opened,) if opened is not None and opened.is_at_its_path else ()
 
 
 def _read_archive(path: Path) -> dict[str, Tensor]:
