@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 import time
@@ -15,6 +17,8 @@ from benchmarks.cases import CASES
 from benchmarks.data import about_data
 from benchmarks.environment import describe, usable_cores
 from benchmarks.measure import Contestant, measure, run_contestant
+from benchmarks.noise import Watch
+from benchmarks.probe import Probe
 from benchmarks.report import page
 from benchmarks.settings import FULL, QUICK, RESULTS, WORK, Settings
 
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = json.loads((arguments.render / _NUMBERS).read_text(encoding="utf-8"))
         write(arguments.render, found)
         return 0
-    settings = QUICK if arguments.quick else FULL
+    settings = _settings(arguments)
     out = arguments.out or (WORK / "quick" if arguments.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -44,12 +48,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=[case.name for case in CASES], metavar="CASE", help="of %(choices)s"
     )
+    parser.add_argument("--rounds", type=int, help="in each of which every contestant runs once")
+    parser.add_argument(
+        "--retries", type=int, help="of a measurement during which the machine's speed moved by over a tenth"
+    )
     parser.add_argument("--threads", type=int, default=usable_cores(), help="for every contestant")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument(
         "--render", type=Path, metavar="FOLDER", help="make the page of earlier numbers again"
     )
     return parser.parse_args(argv)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = {"repeats": arguments.rounds, "retries": arguments.retries}
+    chosen = {name: number for name, number in given.items() if number is not None}
+    return dataclasses.replace(QUICK if arguments.quick else FULL, **chosen)
 
 
 def run(settings: Settings, only: Sequence[str] | None, threads: int, out: Path) -> dict[str, Any]:
@@ -64,16 +78,21 @@ def run(settings: Settings, only: Sequence[str] | None, threads: int, out: Path)
         "data": about_data(settings.data),
         "failures": [],
         "cases": {},
+        "seen": [],
     }
-    for case in CASES:
-        contestants = case.contestants(settings)
-        if not contestants or (only and case.name not in only):
-            continue
-        _tell(case.name)
-        runs, failures = measure(contestants, settings, threads, _tell)
-        found["cases"][case.name] = runs
-        found["failures"] += failures
-        (out / _NUMBERS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with Probe(threads) as probe:
+        watch = Watch(probe, settings.retries, _tell)
+        for case in CASES:
+            contestants = case.contestants(settings)
+            if not contestants or (only and case.name not in only):
+                continue
+            _tell(case.name)
+            one = functools.partial(run_contestant, threads=threads)
+            runs, failures = measure(contestants, settings.repeats, one, watch, _tell)
+            found["cases"][case.name] = runs
+            found["failures"] += failures
+            found["seen"] = watch.seen
+            (out / _NUMBERS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write(out, found)
     return found
 
@@ -88,7 +107,7 @@ def write(out: Path, found: dict[str, Any]) -> None:
         for bars in chapter.plots:
             plots.draw(out, bars)
     plots.draw_lengths(out / _LENGTHS, found["data"]["captions"])
-    text = page(chapters, found["environment"], found["settings"], found["failures"])
+    text = page(chapters, found["environment"], found["settings"], found["failures"], found.get("seen", ()))
     (out / _PAGE).write_text(text, encoding="utf-8")
 
 

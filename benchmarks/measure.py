@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.settings import ROOT, Settings
+from benchmarks.noise import Watch
+from benchmarks.settings import ROOT
 
 Values: TypeAlias = dict[str, Any]
 Runs: TypeAlias = Mapping[str, Sequence[Values]]
@@ -88,23 +90,31 @@ def _environment(threads: int, empty: str) -> dict[str, str]:
 
 def measure(
     contestants: Sequence[Contestant],
-    settings: Settings,
-    threads: int,
+    rounds: int,
+    run: Callable[[Contestant], Values],
+    watch: Watch,
     tell: Callable[[str], None],
 ) -> tuple[dict[str, list[Values]], list[str]]:
     """Run rounds of all contestants, A B C A B C, so that a slow minute of the machine affects all.
+
+    Args:
+        contestants: in their order in a round.
+        rounds: at most; a contestant may take part in fewer.
+        run: what runs one of them, such as `run_contestant`.
+        watch: repeats those that the machine disturbed.
+        tell: is told every result.
 
     Returns:
         The values of every repeat, and what went wrong, one line each.
     """
     found: dict[str, list[Values]] = {}
     failed: dict[str, str] = {}
-    for turn in range(settings.repeats):
+    for turn in range(rounds):
         for contestant in contestants:
             if turn >= contestant.repeats or contestant.name in failed:
                 continue
             try:
-                values = run_contestant(contestant, threads)
+                values = watch.run(contestant.name, functools.partial(run, contestant))
             except ContestantError as error:
                 failed[contestant.name] = str(error)
                 found.pop(contestant.name, None)
@@ -115,9 +125,19 @@ def measure(
     return found, list(failed.values())
 
 
-def best_and_median(numbers: Sequence[float]) -> tuple[float, float]:
-    """Return the smallest and the middle value."""
-    return min(numbers), statistics.median(numbers)
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeated measurements, the lowest and the highest, and how many there were."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def spread(numbers: Sequence[float]) -> Spread:
+    """Summarise one or more measurements of the same thing."""
+    return Spread(statistics.median(numbers), min(numbers), max(numbers), len(numbers))
 
 
 def peak(runs: Sequence[Values], key: str = "peak_bytes") -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from benchmarks.measure import Spread
+from benchmarks.noise import Seen, noise
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,19 @@ def page(
     environment: Mapping[str, Any],
     settings: Mapping[str, Any],
     failures: Sequence[str],
+    seen: Sequence[Seen] = (),
 ) -> str:
-    """Format the whole report."""
+    """Format the whole report; `seen` are the measurements of `noise.Watch`."""
     size = "quick run: sizes are small and nothing is repeated" if settings["quick"] else "full run"
     parts = [
         "# Benchmarks",
         f"clipgraft beside its peers in one process tree, {environment['date']}, {size}. Every contestant "
         "runs in a fresh process, one after another, in rounds; all start from the same random ViT-B-32 "
-        "and see the same images, captions, batches and number of threads. Times are the best of the "
-        "rounds, the median in brackets. Memory is the largest resident set of the contestant's main "
-        "process, its loader workers not counted.",
+        "and see the same images, captions, batches and number of threads. Times and ratios are medians of "
+        "the rounds, the lowest and the highest in brackets where there are several rounds. Memory is the "
+        "largest resident set of the contestant's main process, its loader workers not counted.",
         machine(environment),
+        noise(seen),
     ]
     goals = [goal for chapter in chapters for goal in chapter.goals]
     if goals:
@@ -126,9 +131,12 @@ def machine(environment: Mapping[str, Any]) -> str:
     )
 
 
-def seconds(best: float, median: float) -> str:
-    """Format seconds such as `3.14 (3.2)`."""
-    return f"{short(best)} ({short(median)})"
+def with_spread(found: Spread, format_number: Callable[[float], str] | None = None) -> str:
+    """Format a median with the lowest and the highest, such as `3.14 (3.02 to 3.20)`."""
+    text = format_number or short
+    if found.count == 1:
+        return text(found.median)
+    return f"{text(found.median)} ({text(found.low)} to {text(found.high)})"
 
 
 def short(number: float) -> str:

@@ -23,6 +23,7 @@ class Settings:
         epochs: epochs of the run that the table speaks of; what was not run is scaled from single steps.
         warmup, steps: untimed and timed steps of a peer in each repeat.
         repeats: rounds; in every round each contestant runs once.
+        retries: of a measurement during which the machine's speed moved.
         both_towers_batch: pairs a step where both towers train.
         encode_images: JPEGs that each encoder is timed on.
         emoji_scenes, emoji_test: training and test scenes of the embedded default.
@@ -48,6 +49,7 @@ class Settings:
     parity_batch: int
     parity_steps: int
     seed: int = 0
+    retries: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,7 +72,7 @@ FULL = Settings(
     epochs=10,
     warmup=1,
     steps=3,
-    repeats=1,
+    repeats=3,
     both_towers_batch=32,
     encode_images=512,
     emoji_scenes=4000,
@@ -79,6 +81,7 @@ FULL = Settings(
     retrieval_large=100_000,
     parity_batch=16,
     parity_steps=5,
+    retries=2,
 )
 QUICK = Settings(
     quick=True,

@@ -8,15 +8,17 @@ of its own, and they take turns.
 from __future__ import annotations
 
 import argparse
-import statistics
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe, usable_cores
-from benchmarks.measure import Contestant, run_contestant
-from benchmarks.report import Table, machine, markdown_table
+from benchmarks.measure import Contestant, Runs, measure, peak, run_contestant, spread
+from benchmarks.noise import Watch, noise
+from benchmarks.probe import Probe
+from benchmarks.report import Table, machine, markdown_table, with_spread
 
 _OURS = "clipgraft"
 _WAYS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -35,48 +37,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.siglip", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--retries", type=int, default=2, help="of a measurement that the machine disturbed")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, metavar="FILE.md")
     args = parser.parse_args(argv)
     parts = ["# SigLIP-B/16 beside transformers and PEFT", (__doc__ or "").split("\n\n", 1)[1].strip()]
     parts.append(machine({**describe(), "threads": args.threads}))
-    for towers, rows in _ROWS.items():
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in _WAYS}
-        for _ in range(args.rounds):
-            for name, function, options in _WAYS:
-                given = {"towers": towers, "rows": rows, "warmup": 1, "steps": args.steps, **options}
-                contestant = Contestant(name, f"contestants.siglip:{function}", given)
-                found[name].append(run_contestant(contestant, args.threads))
-                print(f"{towers}: {name}", file=sys.stderr, flush=True)
-        parts += [f"## LoRA in {'the text tower' if towers == 'text' else 'both towers'}, batches of {rows}"]
-        parts += [markdown_table(_table(found))]
+    with Probe(args.threads) as probe:
+        watch = Watch(probe, args.retries, _tell)
+        run = functools.partial(run_contestant, threads=args.threads)
+        for towers, rows in _ROWS.items():
+            _tell(towers)
+            options = {"towers": towers, "rows": rows, "warmup": 1, "steps": args.steps}
+            contestants = [
+                Contestant(name, f"contestants.siglip:{function}", {**options, **own})
+                for name, function, own in _WAYS
+            ]
+            found, failures = measure(contestants, args.rounds, run, watch, _tell)
+            where = "the text tower" if towers == "text" else "both towers"
+            parts += [f"## LoRA in {where}, batches of {rows}", markdown_table(_table(found))]
+            parts += [f"Did not run: {line}" for line in failures]
+    parts.insert(3, noise(watch.seen))
     page = "\n\n".join(parts) + "\n"
     print(page)
     if args.out is not None:
         args.out.write_text(page, encoding="utf-8")
 
 
-def _table(found: dict[str, list[dict[str, Any]]]) -> Table:
-    """Seconds of a step, best and median of all rounds, and what they are of clipgraft's in the same type."""
+def _table(found: Runs) -> Table:
+    """Seconds of a step over all rounds, and what they are of clipgraft's in the same type."""
     rows: list[tuple[str, ...]] = []
-    seconds = {name: [s for run in runs for s in run["step_seconds"]] for name, runs in found.items()}
-    memory = {name: max(run["peak_bytes"] for run in runs) for name, runs in found.items()}
+    seconds = {name: spread([s for run in runs for s in run["step_seconds"]]) for name, runs in found.items()}
+    memory = {name: peak(runs) for name, runs in found.items()}
     for name in found:
         own = f"{_OURS}, {'fp32' if 'fp32' in name else 'bf16'}"
-        ratio = min(seconds[name]) / min(seconds[own])
+        there = own in found
         rows.append(
             (
                 name,
-                f"{min(seconds[name]):.2f}",
-                f"{statistics.median(seconds[name]):.2f}",
-                f"{ratio:.2f}",
+                with_spread(seconds[name]),
+                f"{seconds[name].median / seconds[own].median:.2f}" if there else "",
                 f"{memory[name] / 1e9:.2f}",
-                f"{memory[own] / memory[name]:.2f}",
+                f"{memory[own] / memory[name]:.2f}" if there else "",
             )
         )
-    header = ("", "s a step, best", "median", "times ours", "peak GB", "ours of it")
+    header = ("", "s a step, median (lowest to highest)", "times ours", "peak GB", "ours of it")
     return Table(header, tuple(rows))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

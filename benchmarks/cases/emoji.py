@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.measure import Contestant, Runs, Values, best_and_median, peak
-from benchmarks.report import Chapter, Goal, Table, at_least, megabytes, seconds, short
+from benchmarks.measure import Contestant, Runs, Values, peak, spread
+from benchmarks.report import Chapter, Goal, Table, at_least, megabytes, short, with_spread
 from benchmarks.settings import PEER_WORKERS, Settings
 
 PREPARE = "base"
@@ -36,17 +36,17 @@ def contestants(settings: Settings) -> list[Contestant]:
 
 def report(settings: Settings, runs: Runs) -> Chapter:
     trained = {name: values for name, values in runs.items() if name != PREPARE}
-    base = best_and_median([v["seconds"] for v in trained[OURS]])[0] if OURS in trained else None
+    base = spread([v["seconds"] for v in trained[OURS]]).median if OURS in trained else None
     rows = []
     if PREPARE in runs:
         before = runs[PREPARE][0]["base"]
         rows.append(("base, untouched", "", "", "", "", *(f"{100 * before[name]:.1f}" for name in _RECALLS)))
     for name, values in trained.items():
-        best, median = best_and_median([v["seconds"] for v in values])
-        ratio = f"{short(best / base)}x" if base else ""
+        taken = spread([v["seconds"] for v in values])
+        ratio = f"{short(taken.median / base)}x" if base else ""
         loss = f"{values[0]['losses'][-1]:.3f}"
         recalls = (f"{_percent(values, recall):.1f}" for recall in _RECALLS)
-        rows.append((name, seconds(best, median), ratio, megabytes(peak(values)), loss, *recalls))
+        rows.append((name, with_spread(taken), ratio, megabytes(peak(values)), loss, *recalls))
     columns = ("contestant", "seconds", "ratio", "peak MB", "last loss", "I->T R@1, %", "T->I R@1, %")
     return Chapter(
         "The embedded default, with recall",
@@ -64,8 +64,8 @@ def goals(settings: Settings, trained: Runs) -> tuple[Goal, ...]:
     if OURS not in trained or PEFT_BEST not in trained:
         return (at_least("embedded default, equal epochs: PEFT", 1, None),)
     noise = 200 * (0.25 / settings.emoji_test) ** 0.5
-    fastest = [min(v["seconds"] for v in trained[name]) for name in (OURS, PEFT_BEST)]
-    found = [at_least(f"embedded default, equal epochs: {PEFT_BEST}", 1, fastest[1] / fastest[0])]
+    taken = [spread([v["seconds"] for v in trained[name]]).median for name in (OURS, PEFT_BEST)]
+    found = [at_least(f"embedded default, equal epochs: {PEFT_BEST}", 1, taken[1] / taken[0])]
     for recall in _RECALLS:
         mine, theirs = (_percent(trained[name], recall) for name in (OURS, PEFT_BEST))
         found.append(

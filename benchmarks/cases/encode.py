@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.measure import Contestant, Runs, Values, best_and_median, peak
-from benchmarks.report import Bars, Chapter, Goal, Table, at_least, megabytes, short
+from benchmarks.measure import Contestant, Runs, Values, peak, spread
+from benchmarks.report import Bars, Chapter, Goal, Table, at_least, megabytes, short, with_spread
 from benchmarks.settings import Settings
 
 OURS, OURS_FP32 = "clipgraft, bf16", "clipgraft, fp32"
@@ -35,14 +35,14 @@ def contestants(settings: Settings) -> list[Contestant]:
 
 
 def report(settings: Settings, runs: Runs) -> Chapter:
-    speed = {name: max(v["images_per_second"] for v in values) for name, values in runs.items()}
+    spreads = {name: spread([v["images_per_second"] for v in values]) for name, values in runs.items()}
+    speed = {name: found.median for name, found in spreads.items()}
     base = speed.get(GUIDE)
     rows = []
     for name, values in runs.items():
-        slow = best_and_median([v["images_per_second"] for v in values])[1]
         cosine = f"{min(v['cosine'] for v in values):.5f}"
         ratio = f"{short(speed[name] / base)}x" if base else ""
-        rows.append((name, f"{short(speed[name])} ({short(slow)})", ratio, cosine, megabytes(peak(values))))
+        rows.append((name, with_spread(spreads[name]), ratio, cosine, megabytes(peak(values))))
     columns = ("contestant", "images/s", "of the guide's", "least cosine", "peak MB")
     return Chapter(
         "Encoding a folder of JPEGs",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.measure import Contestant, Runs, best_and_median, peak
-from benchmarks.report import Chapter, Table, megabytes, seconds
+from benchmarks.measure import Contestant, Runs, peak, spread
+from benchmarks.report import Chapter, Table, megabytes, with_spread
 from benchmarks.settings import Settings
 
 _OURS, _LLAVA = "clipgraft", "clipgraft, LLaVA-NeXT-8B"
@@ -23,7 +23,7 @@ def report(settings: Settings, runs: Runs) -> Chapter:
     rows = tuple(
         (
             name,
-            seconds(*best_and_median([v["seconds"] for v in values])),
+            with_spread(spread([v["seconds"] for v in values])),
             megabytes(peak(values)),
             f"{values[0]['flops'] / 1e9:,.2f}",
             f"{values[0]['macs'] / 1e9:,.2f}",

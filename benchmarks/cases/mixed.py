@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from benchmarks.measure import Contestant, Runs, Values, peak
-from benchmarks.report import Chapter, Goal, Table
+from benchmarks.measure import Contestant, Runs, Spread, Values, peak, spread
+from benchmarks.report import Chapter, Goal, Table, with_spread
 from benchmarks.settings import Settings
 
 TEXT, IMAGES, DORA = "text tower", "image tower", "text tower, DoRA"
@@ -62,8 +61,8 @@ def report(settings: Settings, runs: Runs) -> Chapter:
         f"fp32, r=16 on the attention of one tower: {_ROWS} captions of 16 tokens that share only their "
         f"first, or {_IMAGES} images of 224x224, dealt to the adapters row by row. The base alone is "
         "`encode_text(ids, adapters=[None, …])` for clipgraft and the stock tower of transformers, without "
-        f"PEFT, for PEFT's `adapter_names`. All take turns in one process; in brackets is the median of the "
-        f"rounds, for a speed that of both in the same round. {_checks(runs)}",
+        f"PEFT, for PEFT's `adapter_names`. All take turns in one process; a speed is of both in the same "
+        f"turn. {_checks(runs)}",
         tuple(tables),
         tuple(_goal(timed[TEXT], n, wanted) for n, wanted in _GOALS.items() if f"{OURS} {n}" in timed[TEXT])
         if TEXT in timed
@@ -83,15 +82,18 @@ def _rows(batch: str, seconds: Seconds) -> list[tuple[str, ...]]:
         library, number = name.split()
         bases = (seconds[f"{library} 0"], seconds.get(f"{PEFT} 0"), seconds[f"{OURS} 0"])
         shares = ("" if base is None else _share(base, own) for base in bases)
-        time = f"{1e3 * min(own):.0f} ({1e3 * statistics.median(own):.0f})"
+        time = with_spread(spread([1e3 * second for second in own]), lambda number: f"{number:.0f}")
         rows.append((f"{batch}, {library}", "none" if number == "0" else number, time, *shares))
     return rows
 
 
 def _share(base: Sequence[float], own: Sequence[float]) -> str:
-    """Format the ratio of the best rounds, and in brackets the median of the ratios of each round."""
-    rounds = statistics.median(one / other for one, other in zip(base, own, strict=True))
-    return f"{min(base) / min(own):.2f}x ({rounds:.2f}x)"
+    return with_spread(_ratios(base, own), lambda number: f"{number:.2f}x")
+
+
+def _ratios(base: Sequence[float], own: Sequence[float]) -> Spread:
+    """Summarise the ratio of each turn."""
+    return spread([one / other for one, other in zip(base, own, strict=True)])
 
 
 def _memory_table(runs: Runs) -> Table:
@@ -119,6 +121,6 @@ def _checks(runs: Runs) -> str:
 
 
 def _goal(seconds: Seconds, adapters: int, wanted: float) -> Goal:
-    ratio = min(seconds[f"{OURS} 0"]) / min(seconds[f"{OURS} {adapters}"])
+    ratio = _ratios(seconds[f"{OURS} 0"], seconds[f"{OURS} {adapters}"]).median
     what = f"{adapters} adapters in one batch, speed as a share of the base alone"
     return Goal(what, f">= {wanted:g}x", f"{ratio:.2f}x", ratio >= wanted)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.measure import Contestant, Runs, best_and_median
-from benchmarks.report import Chapter, Goal, Table, at_most, megabytes
+from benchmarks.measure import Contestant, Runs, spread
+from benchmarks.report import Chapter, Goal, Table, at_most, megabytes, with_spread
 from benchmarks.settings import Settings
 
 BARE = "python, nothing imported"
@@ -33,11 +33,10 @@ def contestants(settings: Settings) -> list[Contestant]:
 def report(settings: Settings, runs: Runs) -> Chapter:
     rows, found = [], {}
     for name, values in runs.items():
-        best, median = best_and_median([second for v in values for second in v["seconds"]])
-        found[name] = 1000 * best
-        rows.append(
-            (name, f"{1000 * best:.0f} ({1000 * median:.0f})", megabytes(values[0]["command_peak_bytes"]))
-        )
+        taken = spread([1000 * second for v in values for second in v["seconds"]])
+        found[name] = taken.median
+        shown = with_spread(taken, lambda number: f"{number:.0f}")
+        rows.append((name, shown, megabytes(values[0]["command_peak_bytes"])))
     return Chapter(
         "Start-up",
         "A fresh process to its end. What an import costs is what it takes beyond the bare interpreter.",

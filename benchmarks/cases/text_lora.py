@@ -78,7 +78,7 @@ def _contestants(settings: Settings, variant: str, repeats: int = 99) -> list[Co
 
 
 def report(settings: Settings, runs: Runs) -> Chapter:
-    bars = {name: times(values, settings).run[0] for name, values in runs.items()}
+    bars = {name: times(values, settings).run.median for name, values in runs.items()}
     memory = {name: peak(values) / 1e6 for name, values in runs.items()}
     return Chapter(
         "LoRA on the text tower, frozen image tower",

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.measure import Runs, Values, best_and_median, peak
-from benchmarks.report import Table, megabytes, seconds, short
+from benchmarks.measure import Runs, Spread, Values, peak, spread
+from benchmarks.report import Table, megabytes, short, with_spread
 from benchmarks.settings import Settings
 
 
 @dataclass(frozen=True)
 class Times:
-    """(best, median) seconds of a contestant.
+    """Seconds of a contestant over its rounds.
 
     Attributes:
         first: the first epoch from cold: what is encoded once is encoded in it.
@@ -21,15 +21,15 @@ class Times:
         run: `Settings.epochs` epochs from cold to the saved result.
     """
 
-    first: tuple[float, float]
-    later: tuple[float, float]
-    run: tuple[float, float]
+    first: Spread
+    later: Spread
+    run: Spread
 
 
 def times(runs: Sequence[Values], settings: Settings) -> Times:
     """Collect the times of a contestant over its repeats."""
     each = [_times_of(values, settings) for values in runs]
-    first, later, run = (best_and_median(column) for column in zip(*each, strict=True))
+    first, later, run = (spread(column) for column in zip(*each, strict=True))
     return Times(first, later, run)
 
 
@@ -65,9 +65,9 @@ def training_table(runs: Runs, settings: Settings, reference: str) -> Table:
     rows = [
         (
             name,
-            seconds(*mine.first),
-            seconds(*mine.later),
-            seconds(*mine.run),
+            with_spread(mine.first),
+            with_spread(mine.later),
+            with_spread(mine.run),
             _ratio(mine.run, base.run if base else None),
             _ratio(mine.later, base.later if base else None),
             megabytes(peak(runs[name])),
@@ -87,7 +87,7 @@ def step_table(runs: Runs, reference: str) -> Table:
     rows = [
         (
             name,
-            seconds(*mine),
+            with_spread(mine),
             _ratio(mine, found.get(reference)),
             megabytes(peak(runs[name])),
             megabytes(peak(runs[name], "peak_with_loading_bytes")),
@@ -98,16 +98,16 @@ def step_table(runs: Runs, reference: str) -> Table:
     return Table(columns, tuple(rows))
 
 
-def step_seconds(runs: Sequence[Values]) -> tuple[float, float]:
-    """Return (best, median) over the repeats of each repeat's median step."""
-    return best_and_median([statistics.median(values["step_seconds"]) for values in runs])
+def step_seconds(runs: Sequence[Values]) -> Spread:
+    """Summarise each round's median step."""
+    return spread([statistics.median(values["step_seconds"]) for values in runs])
 
 
 def step_ratio(runs: Runs, ours: str, peer: str) -> float | None:
     """Return how many times longer a step of the peer takes."""
     if ours not in runs or peer not in runs:
         return None
-    return step_seconds(runs[peer])[0] / step_seconds(runs[ours])[0]
+    return step_seconds(runs[peer]).median / step_seconds(runs[ours]).median
 
 
 def _steps_of_all(runs: Runs) -> int:
@@ -115,22 +115,22 @@ def _steps_of_all(runs: Runs) -> int:
     return min(len(values["losses"]) for repeats in runs.values() for values in repeats)
 
 
-def _ratio(mine: tuple[float, float], base: tuple[float, float] | None) -> str:
-    return f"{short(mine[0] / base[0])}x" if base else ""
+def _ratio(mine: Spread, base: Spread | None) -> str:
+    return f"{short(mine.median / base.median)}x" if base else ""
 
 
 def run_ratio(runs: Runs, settings: Settings, ours: str, peer: str) -> float | None:
     """Return how many times longer the run of the peer takes."""
     if ours not in runs or peer not in runs:
         return None
-    return times(runs[peer], settings).run[0] / times(runs[ours], settings).run[0]
+    return times(runs[peer], settings).run.median / times(runs[ours], settings).run.median
 
 
 def later_ratio(runs: Runs, settings: Settings, ours: str, peer: str) -> float | None:
     """Return how many times longer an epoch after the first takes for the peer."""
     if ours not in runs or peer not in runs:
         return None
-    return times(runs[peer], settings).later[0] / times(runs[ours], settings).later[0]
+    return times(runs[peer], settings).later.median / times(runs[ours], settings).later.median
 
 
 def memory_ratio(runs: Runs, ours: str, peer: str) -> float | None:
@@ -143,4 +143,4 @@ def memory_ratio(runs: Runs, ours: str, peer: str) -> float | None:
 def fastest(runs: Runs, settings: Settings, names: Sequence[str]) -> str | None:
     """Name the setting of a peer with the shortest run."""
     there = [name for name in names if name in runs]
-    return min(there, key=lambda name: times(runs[name], settings).run[0], default=None)
+    return min(there, key=lambda name: times(runs[name], settings).run.median, default=None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.environment import describe, usable_cores
-from benchmarks.measure import Contestant, run_contestant
+from benchmarks.measure import Contestant, run_contestant, spread
+from benchmarks.noise import Watch, noise
 from benchmarks.prepare import HF_BASE
-from benchmarks.report import Table, machine, markdown_table
+from benchmarks.probe import Probe
+from benchmarks.report import Table, machine, markdown_table, with_spread
 from benchmarks.serve import servers
 from benchmarks.serve.load import Measured, run_clients
 from benchmarks.serve.servers import Server
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--infinity", type=Path, metavar="PYTHON", help="of infinity's environment")
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--retries", type=int, default=2, help="of a measurement that the machine disturbed")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64, 1024])
     parser.add_argument("--out", type=Path, metavar="FILE.md")
@@ -79,15 +83,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         (__doc__ or "").split("\n\n")[1].strip(),
         machine({**describe(), "threads": usable_cores()}),
     ]
-    parts += _beside_infinity(plan, args.infinity)
-    parts += _adapters(plan, args.infinity)
+    with Probe(usable_cores()) as probe:
+        watch = Watch(probe, args.retries, lambda line: print(line, file=sys.stderr, flush=True))
+        parts += _beside_infinity(plan, args.infinity, watch)
+        parts += _adapters(plan, args.infinity, watch)
+    parts.insert(3, noise(watch.seen))
     page = "\n\n".join(parts) + "\n"
     print(page)
     if args.out is not None:
         args.out.write_text(page, encoding="utf-8")
 
 
-def _beside_infinity(plan: Plan, python: Path | None) -> list[str]:
+def _beside_infinity(plan: Plan, python: Path | None, watch: Watch) -> list[str]:
     texts, files = captions(_DIFFERENT), photographs(64)
     found: dict[tuple[str, str, int], list[Measured]] = {}
     starts, memory = {}, {}
@@ -118,9 +125,12 @@ def _beside_infinity(plan: Plan, python: Path | None) -> list[str]:
             for kind in ("texts", "images", "both"):
                 for clients in plan.clients:
                     for name, server in running.items():
-                        measured = run_clients(server.port, requests[name][kind], clients, plan.seconds)
+                        what = f"{name}, {kind}, {clients} clients"
+                        asked = requests[name][kind]
+                        run = functools.partial(run_clients, server.port, asked, clients, plan.seconds)
+                        measured = watch.run(what, run)
                         found.setdefault((kind, name, clients), []).append(measured)
-                        _tell(f"round {number + 1}: {name}, {kind}, {clients} clients", measured)
+                        _tell(f"round {number + 1}: {what}", measured)
         memory = {name: server.memory for name, server in running.items()}
     rows = [
         (name, f"{starts[name]:.1f}", f"{idle[name] / 1e6:.0f}", f"{memory[name] / 1e6:.0f}")
@@ -148,17 +158,18 @@ def _peers(
 
 
 def _numbers(runs: Sequence[Measured]) -> tuple[str, ...]:
-    """Medians over the rounds."""
+    """Medians over the rounds; of the rate also the lowest and the highest."""
     latencies = [f"{statistics.median(r.percentile(share) for r in runs):.0f}" for share in (0.5, 0.95, 0.99)]
     failed = sum(sum(run.failures.values()) for run in runs)
-    return (f"{_rate(runs):.1f}", *latencies, str(failed))
+    rate = with_spread(spread([run.rate for run in runs]), lambda number: f"{number:.1f}")
+    return (rate, *latencies, str(failed))
 
 
 def _rate(runs: Sequence[Measured]) -> float:
     return statistics.median(run.rate for run in runs)
 
 
-def _adapters(plan: Plan, python: Path | None) -> list[str]:
+def _adapters(plan: Plan, python: Path | None, watch: Watch) -> list[str]:
     folder = WORK / "serve" / "adapters"
     names = sorted(place.name for place in folder.iterdir())[: max(plan.adapters)]
     texts = captions(_DIFFERENT * 4)
@@ -173,7 +184,8 @@ def _adapters(plan: Plan, python: Path | None) -> list[str]:
             run_clients(server.port, each, 16, 3.0)
         for number in range(plan.rounds):
             for kind, each in requests.items():
-                measured = run_clients(server.port, each, 16, plan.seconds)
+                run = functools.partial(run_clients, server.port, each, 16, plan.seconds)
+                measured = watch.run(kind, run)
                 found.setdefault(kind, []).append(measured)
                 _tell(f"round {number + 1}: {kind}", measured)
         memory, started = server.memory, server.start_seconds
@@ -203,7 +215,7 @@ def _copies(plan: Plan, python: Path, texts: Sequence[str]) -> str:
         run_clients(server.port, requests, 16, 3.0)
         runs = [run_clients(server.port, requests, 16, plan.seconds) for _ in range(plan.rounds)]
         together = server.memory
-    rate, *_ = _numbers(runs)
+    rate = f"{_rate(runs):.1f}"
     return (
         f"Infinity with {_COPIES} merged copies answers {rate} requests/s and takes {together / 1e6:.0f} MB, "
         f"{(together - alone) / 1e6 / (_COPIES - 1):.0f} MB for each copy beside the first; started again "

@@ -56,6 +56,9 @@ def test_no_score_is_off_by_more_than_the_bound(
             stored = abs(got[a][b]) / 128 if dtype == BF16 else 0
             assert abs(Fraction(got[a][b]) - exact) <= product.left_slack[a].item() + stored
             assert abs(Fraction(got[a][b]) - exact) <= product.right_slack[b].item() + stored
+            if dtype != BF16:
+                pair = product.pairs(torch.tensor([a]), torch.tensor([b])).item()
+                assert abs(Fraction(pair) - exact) <= product.left_slack[a].item()
 
 
 def near_ties(kind: str) -> tuple[Tensor, Tensor]:
@@ -92,6 +95,23 @@ def test_ranks_are_exact_with_every_product(
     owner = torch.arange(30) % 11
     got = retrieval_ranks(images, texts, owner, block_bytes=block_bytes)
     assert (got.image_to_text.tolist(), got.text_to_image.tolist()) == naive(images, texts, owner)
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
+@pytest.mark.parametrize("apart", [0, 1e-8, 1e-6, 1e-4])
+def test_ranks_are_exact_where_few_items_are_rivals(
+    ladder: list[torch.dtype], apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A good model's recall would be wrong where images are nearly copies of each other."""
+    monkeypatch.setattr(ranks, "usable_types", lambda device: ladder)
+    half = normal(80, 12, seed=6)
+    images = torch.cat([half, half + apart * normal(80, 12, seed=7)])
+    owner = torch.arange(160)
+    texts = images + 0.1 * normal(160, 12, seed=8)
+    texts[150:] = images[150:]
+    got = retrieval_ranks(images, texts, owner)
+    assert (got.image_to_text.tolist(), got.text_to_image.tolist()) == naive(images, texts, owner)
+    assert sum(got.text_to_image.tolist()) < 160 * 160 / 64
 
 
 @pytest.mark.parametrize("shapes", [(1, 40), (40, 1)])

@@ -5,10 +5,10 @@ A tie therefore counts against the model: a model that maps everything to one ve
 last, where sorting would hand out ranks by position in the table.
 
 A matrix product may give the same two vectors scores that differ in the last bit, depending on where in
-the matrix they stand. So a product only decides the pairs whose difference is larger than its error can be,
-and the few that are closer are scored again, pair by pair, as `scores.Exact` does; the true item's score
-comes from that same arithmetic. Ranks are thus a function of the vectors alone: not of row order, block size,
-device or thread count, nor of the number type of the product.
+the matrix they stand. So a product only decides the pairs whose difference is larger than its error can be.
+The few that are closer are scored again, pair by pair: in float32, and those that are too close for that as
+`scores.Exact` does; the true item's score comes from that same arithmetic. Ranks are thus a function of the
+vectors alone: not of row order, block size, device or thread count, nor of the number type of the product.
 
 That leaves the type free. Each block is multiplied in the fastest type the machine has (bfloat16, then
 float32, then float64), and again in the next one only if too many of its pairs were too close to call.
@@ -31,6 +31,7 @@ BLOCK_BYTES = 16 * 2**20
 """Default size of one block of float64 scores: small enough to stay near the processor's cache."""
 
 _FEW = 1 / 64  # share of a block's pairs up to which scoring them one by one costs less than a finer product
+_UNIT = 64
 _PATIENCE = 2  # blocks by which a type's failures may lead its successes before it is given up
 
 
@@ -171,6 +172,7 @@ class _Queries:
         self._best_row = best_row  # int64 (n,): that item's row in the gallery
         self._gallery = gallery.rows
         self._exact = Exact(rows, gallery, block_bytes)
+        self._finer = Products(rows, gallery, torch.float32, block_bytes)
         self._block_bytes = block_bytes
 
     def count(self, scores: Tensor, q: slice, g: slice, slack: Tensor, last: bool) -> bool:
@@ -178,16 +180,26 @@ class _Queries:
 
         Returns False, with nothing counted, when too many scores are too close to call; never if `last`.
         """
+        if not self.best[q].isfinite().any():
+            return True
         low = (self.best[q] - slack[q]).to(scores.dtype)
         high = (self.best[q] + slack[q]).to(scores.dtype)
         active = (scores.amax(1) >= low).nonzero().squeeze(1)
         if not len(active):
             return True
         if 2 * len(active) <= len(scores):
-            scores, low, high = scores[active], low[active], high[active]
+            scores, low, high = scores.index_select(0, active), low[active], high[active]
         else:
             active = torch.arange(len(scores), device=scores.device)
-        surely, perhaps = scores > high[:, None], scores >= low[:, None]
+        perhaps = scores >= low[:, None]
+        if int(torch.count_nonzero(perhaps)) <= _FEW * perhaps.numel():
+            row, column = perhaps.nonzero(as_tuple=True)
+            surely = scores[row, column] > high[row]
+            query, item = active[row] + q.start, column + g.start
+            self.rivals.index_add_(0, query, surely.long())
+            self._settle_pairs(query[~surely], item[~surely], last)
+            return True
+        surely = scores > high[:, None]
         sure = surely.sum(1, dtype=torch.int32)
         unsettled = (perhaps.sum(1, dtype=torch.int32) != sure).nonzero().squeeze(1)
         query, item = active + q.start, g.start
@@ -208,10 +220,24 @@ class _Queries:
             self.rivals[query] += same.sum(1)
             close = close & ~same
         row, column = close.nonzero(as_tuple=True)
-        rival = query[row]
-        reaches = self._exact.pairs(rival, column + first_item) >= self.best[rival]
-        self.rivals.index_add_(0, rival, reaches.long())
+        self._settle_pairs(query[row], column + first_item, last)
         return True
+
+    def _settle_pairs(self, query: Tensor, item: Tensor, last: bool) -> None:
+        """Count the rivals among chosen pairs; float32 tells nothing that float64 could not, if `last`."""
+        if not last:
+            query, item = self._settle_finer(query, item)
+        reaches = self._exact.pairs(query, item) >= self.best[query]
+        self.rivals.index_add_(0, query, reaches.long())
+
+    def _settle_finer(self, query: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the rivals that float32 can tell among pairs, and return the pairs that it cannot."""
+        scores = self._finer.pairs(query, item).double()
+        best, slack = self.best[query], self._finer.left_slack[query]
+        surely = scores > best + slack
+        self.rivals.index_add_(0, query, surely.long())
+        left = (scores >= best - slack) & ~surely
+        return query[left], item[left]
 
     def _same(self, query: Tensor, items: slice) -> Tensor:
         """Tell, as bool (rows, items), whether an item is a copy of the query's best true item."""
@@ -222,11 +248,16 @@ class _Queries:
         return identities(self._gallery, self._block_bytes)
 
 
+def _whole(size: int) -> int:
+    """Round a size down to whole registers of a matrix unit, where it holds one."""
+    return size - size % _UNIT if size >= _UNIT else size
+
+
 def _blocks(rows: int, columns: int, block_bytes: int) -> Iterator[tuple[slice, slice]]:
     """Yield near-square tiles of a (rows, columns) score matrix, at most `block_bytes` each in float64."""
     budget = block_bytes // 8
-    height = min(rows, max(math.isqrt(budget), budget // columns))
-    width = min(columns, budget // height)
+    height = min(rows, _whole(max(math.isqrt(budget), budget // columns)))
+    width = min(columns, _whole(budget // height))
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))

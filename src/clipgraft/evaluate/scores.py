@@ -42,7 +42,7 @@ class Vectors:
 
     def take(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Return scaled rows in another type; scaling by a power of two changes no digit."""
-        rows = self.rows[which]
+        rows = self.rows[which] if isinstance(which, slice) else self.rows.index_select(0, which)
         wide = rows if rows.dtype == torch.float64 else rows.to(torch.promote_types(dtype, torch.float32))
         return (wide if self.scale == 1 else wide * self.scale).to(dtype)
 
@@ -53,8 +53,10 @@ def measured(rows: Tensor, kind: str, block_bytes: int) -> Vectors:
     Raises:
         TrainingError: a row is not finite; comparisons with NaN are all false and would look like rank 1.
     """
-    parts = list(parts_of(len(rows), rows.shape[1], block_bytes))
-    norm = torch.cat([torch.linalg.vector_norm(rows[part].double(), dim=1) for part in parts])
+    # Small results between large temporaries would keep the heap from giving these back: one tensor for all.
+    norm = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    for part in parts_of(len(rows), rows.shape[1], block_bytes):
+        norm[part] = torch.linalg.vector_norm(rows[part].double(), dim=1)
     broken = (~norm.isfinite()).nonzero()
     if len(broken):
         raise TrainingError(
@@ -82,9 +84,23 @@ class Products:
         self.left_slack = _slack(left, left_off, right, right_off, dtype)
         self.right_slack = _slack(right, right_off, left, left_off, dtype)
 
+        self._block_bytes = block_bytes
+
     def block(self, left: slice, right: slice) -> Tensor:
         """Multiply some left with some right rows to (a, b) scores."""
         return self._left.take(left, self.dtype) @ self._right.take(right, self.dtype).T
+
+    def pairs(self, left_row: Tensor, right_row: Tensor) -> Tensor:
+        """Compute (p,) scores of chosen pairs, in float32 or float64, off by no more than those of a block.
+
+        Not in bfloat16, whose terms would be rounded one by one.
+        """
+        scores = torch.empty(len(left_row), dtype=self.dtype, device=left_row.device)
+        for part in parts_of(len(left_row), self._left.rows.shape[1], self._block_bytes):
+            terms = self._left.take(left_row[part], self.dtype)
+            terms *= self._right.take(right_row[part], self.dtype)
+            torch.sum(terms, 1, out=scores[part])
+        return scores
 
 
 def usable_types(device: torch.device) -> list[torch.dtype]:
@@ -123,8 +139,9 @@ def identities(rows: Tensor, block_bytes: int) -> Tensor:
     weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     weights = weights.to(rows.device) | 1
-    parts = parts_of(len(rows), rows.shape[1], block_bytes)
-    hashes = torch.cat([(rows[part].contiguous().view(bits).long() * weights).sum(1) for part in parts])
+    hashes = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    for part in parts_of(len(rows), rows.shape[1], block_bytes):
+        hashes[part] = (rows[part].contiguous().view(bits).long() * weights).sum(1)
     order = hashes.argsort()
     new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     for part in parts_of(len(rows) - 1, rows.shape[1], block_bytes):
@@ -144,11 +161,11 @@ def _rounding(vectors: Vectors, dtype: torch.dtype, block_bytes: int) -> Tensor:
     """Return float64 (n,): the length of what each row loses when it is rounded to `dtype`."""
     if torch.promote_types(vectors.rows.dtype, dtype) == dtype:
         return torch.zeros_like(vectors.norm)
-    lost = []
+    lost = torch.empty_like(vectors.norm)
     for part in parts_of(len(vectors), vectors.rows.shape[1], block_bytes):
         whole = vectors.take(part, torch.float64)
-        lost.append(torch.linalg.vector_norm(whole - vectors.take(part, dtype).double(), dim=1))
-    return torch.cat(lost)
+        lost[part] = torch.linalg.vector_norm(whole - vectors.take(part, dtype).double(), dim=1)
+    return lost
 
 
 def _slack(

@@ -10,11 +10,12 @@ arXiv:2402.09353, eq. 5).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from clipgraft.errors import AdapterError, ConfigError
 from clipgraft.lora.config import Initialization, LoraConfig, as_written
@@ -139,6 +140,68 @@ def _of_lora(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return known if config.get("peft_type") == "LORA" else None
 
 
+class _Kept:
+    """The last result of a function of tensors, kept while none of them changes.
+
+    A frozen tensor is known by its storage, by where in it the tensor lies, and by the counter that a write
+    in place raises. The reference to the storage is weak: it keeps no weight alive, and a new tensor at the
+    address of an old one is another. One that may train is compared number by number as well, because fused
+    optimizers raise no counter; with gradients nothing is kept. A copy or pickle of this object is empty.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[list[_Seen], tuple[Any, ...], Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+    def get(
+        self, sources: Sequence[Tensor], options: tuple[Any, ...], compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return what `compute` gives for `sources` and `options`, or gave if both are as they were."""
+        if torch.compiler.is_compiling() or any(_untracked(source) for source in sources):
+            return compute()
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            self._last = None
+            return compute()
+        if self._last is not None:
+            seen, known, result = self._last
+            if known == options and len(seen) == len(sources) and all(map(_Seen.still, seen, sources)):
+                return result
+        # Not an inference tensor, even in inference mode: training may use it later.
+        with torch.inference_mode(False), torch.no_grad():
+            result = compute()
+            self._last = ([_Seen(source) for source in sources], options, result)
+        return result
+
+
+class _Seen:
+    """What a tensor was when it was seen last."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._place = _place(tensor)
+        self._numbers = tensor.detach().clone() if tensor.requires_grad else None
+
+    def still(self, tensor: Tensor) -> bool:
+        """Whether this tensor is that one, unchanged."""
+        return (
+            not self._storage.expired()  # type: ignore[no-untyped-call]
+            and self._storage.cdata == tensor.untyped_storage()._cdata
+            and self._place == _place(tensor)
+            and (not tensor.requires_grad or (self._numbers is not None and self._numbers.equal(tensor)))
+        )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _untracked(tensor: Tensor) -> bool:
+    """Whether a tensor counts no writes, or is none that has numbers."""
+    return tensor.is_inference() or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter)
+
+
 class Dora(PlainLora):
     """An update by A, B and a trained magnitude of each output.
 
@@ -156,6 +219,7 @@ class Dora(PlainLora):
     def make_parameters(self, ref: SiteRef, r: int, config: LoraConfig | None, shared: Any) -> None:
         super().make_parameters(ref, r, config, shared)
         self.lora_magnitude = nn.Parameter(torch.ones(outputs_of(ref)))
+        self._kept_norm = _Kept()
 
     def reset(self, weight: Tensor) -> None:
         """Set m to the norms, so that nothing is rescaled."""
@@ -168,10 +232,23 @@ class Dora(PlainLora):
         return scale
 
     def norm(self, weight: Tensor) -> Tensor:
-        """‖W + s·B·A‖ of each output, (out,), for the base's W in canonical shape; without gradient."""
-        with torch.no_grad():
-            norm: Tensor = torch.linalg.vector_norm(self.moved(weight), dim=1)
-        return norm
+        """‖W + s·B·A‖ of each output, (out,), for the base's W in canonical shape; without gradient.
+
+        It is computed again only when W, A, B, the scale or the type of autocast has changed.
+        """
+
+        def compute() -> Tensor:
+            with torch.no_grad():
+                norm: Tensor = torch.linalg.vector_norm(self.moved(weight), dim=1)
+            return norm
+
+        factors = (self.lora_A, self.lora_B, self.lora_start_A, self.lora_start_B)
+        sources = [weight, *(factor for factor in factors if factor is not None)]
+        device = weight.device.type
+        # Shapes without numbers, on `meta`, have no autocast.
+        known = torch.amp.is_autocast_available(device)
+        autocast = known and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return self._kept_norm.get(sources, (self.scaling, autocast), compute)
 
     def stored(self) -> dict[str, Tensor]:
         return {**super().stored(), "lora_magnitude": self.lora_magnitude}
