@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from standin_device import register
 from tiny_models import BOS_ID, EOS_ID, TINY_OPENCLIP, build_hf, randomise
 
 # Machines that run tests are busy: no example fails for having been slow.
@@ -45,6 +46,7 @@ def pytest_configure() -> None:
     """Let Ctrl-C reach the tests and their processes: a shell starts background jobs with SIGINT ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    register()  # the first backward pass of a process fixes which devices autograd knows
 
 
 @pytest.hookimpl(trylast=True)

@@ -425,9 +425,9 @@ _module = _Module()
 _libraries: list[torch.library.Library] = []
 
 
-def _register() -> None:
-    """Tell torch of the device: once in a process, and for good."""
-    if _libraries:
+def register() -> None:
+    """Tell torch of the device: once in a process, and for good; before its first backward pass."""
+    if _libraries or not SUPPORTED:
         return
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):
@@ -480,7 +480,7 @@ def standin_device() -> Iterator[torch.device]:
     """The device, which torch's accelerator is within. Skips the test where torch cannot have it."""
     if not SUPPORTED:
         pytest.skip("this torch cannot have a device that is written in Python")
-    _register()
+    register()
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     _module.available = True
