@@ -233,6 +233,7 @@ class Batcher:
         parts: list[_Part] | None = None
         try:
             while (parts := self._next()) is not None:
+                # Anew: where another thread starts `alone`, MKL takes one for the whole process.
                 torch.set_num_threads(self._computing.threads)
                 self._compute(parts)
         except BaseException as error:

@@ -309,7 +309,7 @@ class Service:
         # Captions are packed on the CPU, so that those on a GPU would be read back.
         batch = clip.cut_tokens(batch) if tower == "text" else queued(batch, clip.device).to(clip.dtype)
         parts = [(adapter, torch.tensor(rows)) for adapter, rows in groups.values()]
-        return cast(Vectors, unit_norm(encode_mixed(self.clip, tower, batch, parts)).cpu().numpy())
+        return cast(Vectors, unit_norm(encode_mixed(clip, tower, batch, parts)).cpu().numpy())
 
     async def _classify(self, message: Classify, deadline: float) -> Classified:
         using = message.using
