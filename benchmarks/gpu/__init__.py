@@ -1,0 +1,1 @@
+"""clipgraft and its peers on one GPU, with ViT-B-32 at full size; `python -m benchmarks.gpu`."""
