@@ -16,6 +16,7 @@ from clipgraft.cli.main import main
 from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import Wording, reworded, wording
 from clipgraft.options import Options, Positional
+from clipgraft.train.args import RunArgs
 from clipgraft.train.run_folder import RunFolder
 
 
@@ -85,7 +86,7 @@ def test_the_log_of_a_run_names_flags_where_a_command_made_it(tmp_path: Path) ->
     log = logging.getLogger("clipgraft")
     with reworded(log):
         wording.learn(KINDS)
-        folder = RunFolder(tmp_path / "run", {"source": {}}, resume=False)
+        folder = RunFolder(RunArgs(out=tmp_path / "run"), {"source": {}})
         error = cg.errors.TrainingError("lower `r`")
         with folder:
             log.info("see `epochs`")

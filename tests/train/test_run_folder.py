@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import clipgraft as cg
+from clipgraft.train.args import RunArgs
 from clipgraft.train.checkpoint import Position
 from clipgraft.train.run_folder import RunFolder, early_lines, refuse_used
 
@@ -17,7 +18,7 @@ log = logging.getLogger("clipgraft")
 
 
 def open_run(path: Path, resume: bool = False) -> RunFolder:
-    return RunFolder(path, {"lr": 1e-3, "name": "thử", "source": {}}, resume)
+    return RunFolder(RunArgs(out=path, resume=resume), {"lr": 1e-3, "name": "thử", "source": {}})
 
 
 def test_out_log_begins_with_what_came_before_the_folder(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_parameters_with_names_that_are_no_utf8(tmp_path: Path, monkeypatch: pyt
     """A data folder unpacked from an old archive must not stop the run."""
     monkeypatch.setattr(log, "propagate", False)  # pytest cannot hand such a line on between processes
     name = os.fsdecode(b"\xe9")
-    with RunFolder(tmp_path / "run", {"train_data": name}, False):
+    with RunFolder(RunArgs(out=tmp_path / "run"), {"train_data": name}):
         log.warning("reading %s", name)
     assert (tmp_path / "run" / "params.txt").read_text() == "train_data: \\udce9\n"
     assert "reading \\udce9" in (tmp_path / "run" / "out.log").read_text()
@@ -171,7 +172,7 @@ def test_a_refused_resume_touches_nothing(tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
 
     def refuse() -> None:
-        with RunFolder(tmp_path / "run", {"lr": 2.0}, True):
+        with RunFolder(RunArgs(out=tmp_path / "run", resume=True), {"lr": 2.0}):
             log.warning("settings differ")
             raise cg.errors.CheckpointError("lr was 0.001, now 2.0")
 

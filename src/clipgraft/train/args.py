@@ -29,6 +29,13 @@ from clipgraft.options import (
 
 _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 15  # of a run that is not told
 LossKind = Literal["softmax", "sigmoid"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    """`wandb,mlflow` -> ("wandb", "mlflow"); `none` -> ()."""
+    found = words(value)
+    return () if found == ("none",) else found
 
 
 class TrainArgs(Options):
@@ -165,6 +172,14 @@ class RunArgs(Options):
     )
     checkpoint_steps: Frequency = Field(
         0, ge=0, description="also checkpoint every N steps; 0: once per epoch"
+    )
+    track: Annotated[tuple[TrackerName, ...], BeforeValidator(_trackers)] = Field(
+        ("tensorboard",),
+        description="where every loss and metric is sent, besides events.jsonl: tensorboard, wandb, mlflow, "
+        "trackio, joined by commas; or none",
+    )
+    track_project: str = Field(
+        "clipgraft", min_length=1, description="project at wandb and trackio, experiment at mlflow"
     )
     progress: Annotated[bool | None, PythonOnly()] = Field(
         None, description="bars: None and True where the output is a terminal"

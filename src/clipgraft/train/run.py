@@ -141,7 +141,7 @@ def run_recipe(
     recorded = {**run.params, **run.kept, **features.model_dump(), **settings}
     recorded |= {"source": asdict(findable(clip)), **_began(clip)}
     _require_same(setup, recorded)
-    folder = RunFolder(run.out, recorded, run.resume) if world.is_rank0 else SilentFolder(run.out)
+    folder = RunFolder(run, recorded) if world.is_rank0 else SilentFolder(run.out)
     with folder:
         return _Run(setup, recipe, folder, settings).train(started)
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,12 +29,10 @@ from clipgraft.models.export import save_model
 from clipgraft.records import Finite, Whole, checked, parse_json, read_json
 from clipgraft.records import shown as shown_value
 from clipgraft.shown import ShownFormatter, shown
+from clipgraft.train.args import RunArgs
 from clipgraft.train.checkpoint import LATEST, Position
+from clipgraft.train.trackers import TrackedRun, Trackers, require_installed
 from clipgraft.writing import size_of, writing
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
 
 log = logging.getLogger("clipgraft")
 RESULTS = "results.json"
@@ -128,9 +126,12 @@ class RunFolder:
     `start` says.
     """
 
-    def __init__(self, path: Path, params: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, args: RunArgs, params: Mapping[str, Any]) -> None:
+        path, resume = args.out, args.resume
+        require_installed(args.track)
         refuse_used(path, resume)
         self.path = path
+        self._args = args
         self.checkpoints = path / "checkpoints"
         self.latest = latest_checkpoint(path)
         self._events = path / EVENTS
@@ -139,7 +140,9 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"`out`: cannot make {self.checkpoints}: {error.strerror}") from error
         self._params = params
-        self._board: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
+        self._summary: dict[str, float] = {}
+        self._failed = False
         self._handler: logging.FileHandler | None = None
         self._until_closed = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -172,24 +175,20 @@ class RunFolder:
 
     def start(self, position: Position) -> None:
         """Open the events to go on from `position`; what a killed run wrote after it is forgotten."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         if self._handler is None:
             self._accept(self._until_closed)
         kept = [event for event in read_events(self._events) if not _is_after(event, position)]
         write_text(self._events, "".join(f"{json.dumps(event)}\n" for event in kept))
-        board = self.path / "tensorboard"
-        with writing(board):
-            self._board = SummaryWriter(str(board), purge_step=position.step + 1)
+        args = self._args
+        run = TrackedRun(self.path, args.track_project, self._params, position.step)
+        self._trackers = Trackers(args.track, run)
 
     def event(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Append one line to events.jsonl and the same numbers to TensorBoard; `start` comes first."""
+        """Append one line to events.jsonl, and send the same numbers to trackers; `start` comes first."""
         with writing(self._events), self._events.open("a", encoding="utf-8") as events:
             events.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        assert self._board is not None
-        with writing(self.path / "tensorboard"):
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        assert self._trackers is not None
+        self._trackers.log({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def keep_seconds(self, seconds: float) -> None:
         """Record how long the run took up to its checkpoint, which holds no time so that its bits repeat."""
@@ -208,9 +207,14 @@ class RunFolder:
         return seconds if 0 <= seconds < math.inf else 0.0
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write what came of the run; its seconds are in there from now on."""
+        """Write what came of the run, and keep it for the trackers; its seconds are in there from now on."""
         write_json(self.path / RESULTS, _plain(results))
         (self.path / _SECONDS).unlink(missing_ok=True)
+        self._summary = {
+            key: float(value)
+            for key, value in results.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
 
     def history(self) -> list[dict[str, float]]:
         """Metrics of every evaluated epoch of the run, those before a resume included; not of epoch 0."""
@@ -226,9 +230,9 @@ class RunFolder:
 
     def close(self) -> None:
         with self._until_closed:
-            if self._board is not None:
-                with writing(self.path / "tensorboard"):
-                    self._board.close()
+            if self._trackers is not None:
+                self._trackers.close(self._summary, self._failed)
+                self._trackers = None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -236,6 +240,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failed = kind is not None
         if kind is not None and self._handler is not None:
             reason = f"{kind.__name__}: {error}"
             record = log.makeRecord(log.name, logging.ERROR, "", 0, reason, (), None)
