@@ -9,6 +9,7 @@ from . import evaluate as evaluate
 from . import lora as lora
 from . import models as models
 from . import profile as profile
+from . import report as report
 from . import search as search
 from . import serve as serve
 from . import train as train

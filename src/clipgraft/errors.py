@@ -67,6 +67,12 @@ class ClusterError(ClipgraftError):
     exit_code = 1
 
 
+class HubError(ClipgraftError):
+    """The Hugging Face hub refuses an upload, or cannot be reached."""
+
+    exit_code = 1
+
+
 class BusyError(ClipgraftError):
     """Another process is at work in a folder that this one wants to write to."""
 

@@ -30,13 +30,17 @@ class HubServer:
         self.start()
 
     @property
+    def handler(self) -> type[_Handler]:
+        return _Handler
+
+    @property
     def url(self) -> str:
         """The address for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Listen, at the same address as before."""
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
         self._server.daemon_threads = True
         self._port = self._server.server_port
@@ -111,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:

@@ -14,6 +14,7 @@ from clipgraft.adapters.clip_lora import read_clip_lora, write_clip_lora
 from clipgraft.adapters.diffusion import read_diffusion, trainer_of
 from clipgraft.adapters.folder import FILES, Contents, as_adapter, is_adapter, read_folder, write_adapter
 from clipgraft.adapters.guide_format import read_guide, write_guide, write_guide_full
+from clipgraft.adapters.hub import HUB, fetch_adapter, is_repository
 from clipgraft.adapters.peft import is_in_names_of
 from clipgraft.adapters.peft_openclip import OutProj, is_peft_openclip, read_peft_openclip
 from clipgraft.adapters.run_folder import find_run_model
@@ -36,13 +37,20 @@ def detect(path: str | Path) -> Format:
     Raises:
         AdapterError: nothing is there, or it is none of these.
     """
-    path = adapter_place(Path(path))
+    path = adapter_place(_local(str(path)))
     if _is_folder(path):
         contents = read_folder(path)
         return "peft-openclip" if _is_peft_openclip(contents) else "folder"
     if path.suffix == ".safetensors":
         return trainer_of(path)
     return _detect_file(read_checkpoint(path), path)
+
+
+def _local(path: str) -> Path:
+    """Return a path as it is, and the folder in the local cache for what is named on the hub."""
+    repository = path.removeprefix(HUB)
+    fetched = path.startswith(HUB) and is_repository(repository) and not Path(repository).exists()
+    return fetch_adapter(repository) if fetched else Path(path)
 
 
 def read_any(
@@ -57,7 +65,7 @@ def read_any(
     """Read an adapter of any format that `detect` knows.
 
     Args:
-        path: the folder or file.
+        path: the folder or file, or `hf:OWNER/NAME` on the hub.
         name: which one, of a folder that holds several in subfolders.
         peft_out_proj: see `read_peft_openclip`.
         text_layers: see `read_clip_lora`.
@@ -67,7 +75,7 @@ def read_any(
     Raises:
         AdapterError: it cannot be read, or what the file leaves open has to be said.
     """
-    path = adapter_place(Path(path))
+    path = adapter_place(_local(str(path)))
     if _is_folder(path):
         contents = read_folder(path, name)
         if _is_peft_openclip(contents) and not is_in_names_of(contents.tensors, twin):

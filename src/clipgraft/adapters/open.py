@@ -16,6 +16,7 @@ from clipgraft.adapters.adapter_file import AdapterFile
 from clipgraft.adapters.attach import load_adapter
 from clipgraft.adapters.convert import read_any
 from clipgraft.adapters.folder import is_adapter, lora_state_dict, save_adapter
+from clipgraft.adapters.hub import HUB, find_adapter, is_repository
 from clipgraft.adapters.run_folder import RunModel, find_run_model, is_model_folder, runs_near
 from clipgraft.engine.encoder import Names, encode_rows
 from clipgraft.errors import AdapterError, ModelError
@@ -127,7 +128,8 @@ def load(
 
     Args:
         name: `emoji`, an open_clip name or JSON config, `hf:` and an id or folder, a local model folder,
-            or the folder of an adapter or run that clipgraft wrote. A run gives the adapter on its base, or
+            or the folder of an adapter or run that clipgraft wrote. An adapter on the hub is `OWNER/NAME`,
+            with or without `hf:`. A run gives the adapter on its base, or
             the whole model after full fine-tuning or distillation; a cell of a sweep is a run.
         pretrained: for open_clip names and configs: a tag, a local checkpoint, or `none`.
         device: where the model goes.
@@ -191,7 +193,7 @@ def split_adapter(name: str, pretrained: str | None = None) -> tuple[Source, Pat
 
 def _split(name: str, pretrained: str) -> tuple[Source, Path | None, RunModel | None]:
     """`split_adapter`, and the run that the name is of."""
-    path = Path(name)
+    path = _on_hub(name) or Path(name)
     run = None if path.is_dir() and is_adapter(path) else find_run_model(path)
     if run is not None and run.kind != "adapter":
         return run.weights, None, run
@@ -206,6 +208,23 @@ def _split(name: str, pretrained: str) -> tuple[Source, Path | None, RunModel | 
         )
     tell_base(base["name"], base.get("pretrained"), f"the adapter {place}")
     return Source(base["name"], base.get("pretrained", "")), place, run
+
+
+def _on_hub(name: str) -> Path | None:
+    """Find an adapter on the hub by OWNER/NAME, with or without `hf:`; None for whatever else it may be.
+
+    Without `hf:` nothing is asked of the hub where the name may be that of a local folder or of a model.
+    """
+    repository = name.removeprefix(HUB)
+    if not is_repository(repository) or Path(repository).exists():
+        return None
+    if repository == name:
+        import open_clip
+
+        known = open_clip.get_model_config(name.replace("/", "-")) is not None
+        if known or Path(name).parent.is_dir() or Path(name).suffix:
+            return None
+    return find_adapter(repository)
 
 
 def _tell_run(found: RunModel) -> None:

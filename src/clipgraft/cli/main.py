@@ -25,6 +25,7 @@ VERBS = {
     "search": "find encoded images or texts by text, by image, or by both",
     "serve": "answer over HTTP with a base and any number of its adapters: embeddings, classes, search",
     "merge": "merge adapters into their base: a model for open_clip, transformers or ONNX Runtime",
+    "push": "publish an adapter on the Hugging Face hub, with a card made from its run",
     "convert": "convert an adapter to another format: PEFT, the guide's .pt files, CLIP-LoRA",
     "inspect": "show a model's configuration, structure, layers, sites and adapter sizes",
     "profile": "show what a model costs by module and site: multiply-adds, memory, training",

@@ -27,7 +27,7 @@ from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, Retain
 from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import silence
 from clipgraft.data.args import FeatureArgs
-from clipgraft.errors import ClipgraftError
+from clipgraft.errors import ClipgraftError, HubError
 from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.launch import several
 
@@ -154,6 +154,20 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
     done = data.fit(clip, train, command.run(folder), command.features, retained, world)
     if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
+        if command.place.push_to_hub is not None:
+            _push(folder, command.place.push_to_hub)
+
+
+def _push(folder: Path, repository: str) -> None:
+    """Publish what was trained; where that fails, say that the run is whole, and how to push it."""
+    from clipgraft.cli.push import publish
+    from clipgraft.report.args import PushArgs
+
+    try:
+        publish(folder, repository, PushArgs())
+    except ClipgraftError as error:
+        again = shlex.join(["clipgraft", "push", str(folder), repository])
+        raise HubError(f"{error}; the run in {folder} is whole, push it with: {again}") from error
 
 
 def retained_by(command: TrainCommand, clip: Clip) -> Retained | None:
@@ -229,6 +243,8 @@ def check_together(command: TrainCommand) -> list[str]:
     ]
     if train.cache_views is not None and not train.augment:
         faults.append("--cache-views given without --augment: add --augment, or drop --cache-views")
+    if where.push_to_hub is not None and not lora.use_lora and where.from_ is None:
+        faults.append("--push-to-hub publishes an adapter: add --use-lora, or drop it")
     if where.resume is not None and where.name is None:
         faults.append("--resume latest needs --name: the name of the run to continue")
     return faults

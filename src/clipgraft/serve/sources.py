@@ -14,17 +14,15 @@ from pathlib import Path
 
 from clipgraft.adapters.builder import AdapterBuilder
 from clipgraft.adapters.folder import FILES, is_adapter
+from clipgraft.adapters.hub import HUB, fetch_adapter, is_repository
 from clipgraft.adapters.run_folder import find_run_model, is_run
 from clipgraft.engine.encoder import prepare_adapter
 from clipgraft.errors import AdapterError, ClipgraftError, ConfigError
 from clipgraft.evaluate.head import Head, load_head
 from clipgraft.lora.state import Adapter
-from clipgraft.models.hub import hub_access, tell_fetch
 
 log = logging.getLogger("clipgraft")
-HUB = "hf:"
 _NAME = re.compile(r"\w[\w.+-]*")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -80,7 +78,7 @@ def _named(word: str) -> list[tuple[str, str]]:
 def check_source(source: str) -> str:
     """Refuse what is certainly no adapter, without reading weights; raises AdapterError."""
     if source.startswith(HUB):
-        if _REPOSITORY.fullmatch(source.removeprefix(HUB)) is None:
+        if not is_repository(source.removeprefix(HUB)):
             raise AdapterError(f"adapter {source}: a repository of the hub is written hf:OWNER/NAME")
     elif not _is_one(Path(source)):
         what = "holds no adapter and is no run" if Path(source).exists() else "is not there"
@@ -117,7 +115,7 @@ def read_source(builder: AdapterBuilder, source: str) -> Read:
         AdapterError: it cannot be fetched or read, or was made for another base.
         CheckpointError: its run has saved nothing yet, or its head is damaged.
     """
-    path = Path(source) if not source.startswith(HUB) else _fetch(source.removeprefix(HUB))
+    path = Path(source) if not source.startswith(HUB) else fetch_adapter(source.removeprefix(HUB))
     found = None if not path.is_dir() or (is_adapter(path) and not is_run(path)) else find_run_model(path)
     adapter, file = builder.read(path)
     for module in adapter.modules():
@@ -128,21 +126,6 @@ def read_source(builder: AdapterBuilder, source: str) -> Read:
         return Read(adapter, file.temperature)
     head, classes = load_head(folder)
     return Read(adapter, file.temperature, head.eval().requires_grad_(False), classes)
-
-
-def _fetch(repository: str) -> Path:
-    """The folder of a hub's repository in the local cache, fetched if it is not there; of its files those of
-    an adapter alone."""
-    from huggingface_hub import snapshot_download
-
-    with hub_access(True) as offline:
-        tell_fetch(repository, FILES)
-        try:
-            return Path(snapshot_download(repository, allow_patterns=["*.json", *FILES]))
-        except Exception as error:  # each release of huggingface_hub has its own errors
-            told = " ".join(str(error).split())[:200] or type(error).__name__
-            reason = f"{offline}, and it is not in the local cache" if offline else told
-            raise AdapterError(f"adapter {HUB}{repository} cannot be fetched: {reason}") from error
 
 
 def fingerprint_of_files(source: str) -> tuple[object, ...]:

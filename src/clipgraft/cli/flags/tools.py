@@ -207,3 +207,11 @@ class ReportFlags(OverwriteFlags):
     device: str = Field(
         "auto", description="auto, cpu, cuda, cuda:N, or another accelerator's name (mps, xpu)"
     )
+
+
+class PushFlags(Options):
+    """What to publish, and where."""
+
+    run: Annotated[UserPath, Positional()] = Field(description="folder of a run, or of an adapter")
+    repository: Annotated[str, Positional()] = Field(description="OWNER/NAME at the Hugging Face hub")
+    dry_run: bool = Field(False, description="print the card, and what would be uploaded; upload nothing")

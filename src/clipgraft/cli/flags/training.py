@@ -194,6 +194,12 @@ class RunFlags(Options):
         None, description="'latest' continues the run --name where it stopped, with bit-identical results"
     )
     from_: UserPath | None = Field(None, description="adapter or run whose weights a new run starts from")
+    push_to_hub: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="publish the adapter as OWNER/NAME at the Hugging Face hub once it is trained, as "
+        "`clipgraft push` does",
+    )
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="for the adapter of --from: see `clipgraft convert --help`"
     )
