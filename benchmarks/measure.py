@@ -45,7 +45,7 @@ class ContestantError(RuntimeError):
     """Raised when the process of a contestant ends without a result."""
 
 
-def run_contestant(contestant: Contestant, threads: int) -> Values:
+def run_contestant(contestant: Contestant, threads: int, timeout: float = _TIMEOUT) -> Values:
     """Run a contestant in its own process and return its values.
 
     Raises:
@@ -63,11 +63,11 @@ def run_contestant(contestant: Contestant, threads: int) -> Values:
                 env={**os.environ, **_environment(threads, folder)},
                 capture_output=True,
                 text=True,
-                timeout=_TIMEOUT,
+                timeout=timeout,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise ContestantError(f"{contestant.name}: stopped after {_TIMEOUT} s") from error
+            raise ContestantError(f"{contestant.name}: stopped after {timeout:g} s") from error
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ContestantError(f"{contestant.name}: exit {done.returncode}: {last.strip()}")

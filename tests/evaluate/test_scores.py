@@ -12,10 +12,10 @@ from torch import Tensor
 
 from clipgraft.evaluate import ranks, scores
 from clipgraft.evaluate.ranks import retrieval_ranks
-from clipgraft.evaluate.scores import Exact, Products, identities, measured, usable_types
+from clipgraft.evaluate.scores import Exact, Int8Products, Products, identities, measured, usable_types
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-LADDERS = [[FP64], [FP32, FP64], [BF16, FP64], [BF16, FP32, FP64]]
+INT8, BF16, FP32, FP64 = torch.int8, torch.bfloat16, torch.float32, torch.float64
+LADDERS = [[FP64], [FP32, FP64], [BF16, FP64], [INT8, BF16, FP32, FP64]]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -61,6 +61,22 @@ def test_no_score_is_off_by_more_than_the_bound(
                 assert abs(Fraction(pair) - exact) <= product.left_slack[a].item()
 
 
+@given(seed=st.integers(0, 2**31), columns=st.integers(1, 300), outlier=st.sampled_from([1.0, 30.0]))
+@settings(max_examples=25)
+def test_no_int8_score_is_off_by_more_than_the_bound(seed: int, columns: int, outlier: float) -> None:
+    """A rival would be taken for settled that rounding to int8 has put on the wrong side."""
+    rows = normal(9, columns, seed=seed)
+    rows[:, :1] *= outlier
+    left, right = measured(rows[:5], "text", 1000), measured(rows[5:], "image", 1000)
+    product = Int8Products(left, right, 1000)
+    got = product.block(slice(0, 5), slice(0, 4)).double() * product.unit
+    exact = left.take(slice(None), FP64) @ right.take(slice(None), FP64).T
+    off = (got - exact).abs()
+    assert bool((off <= product.left_slack[:, None] + 1e-12).all())
+    assert bool((off <= product.right_slack + 1e-12).all())
+    assert float(product.left_slack.max()) < 0.2 * float(left.norm.max() * right.norm.max())
+
+
 def near_ties(kind: str) -> tuple[Tensor, Tensor]:
     """12 images and 30 captions whose scores a coarse product cannot order."""
     images, texts = normal(12, 21, seed=0), normal(30, 21, seed=1)
@@ -91,6 +107,7 @@ def test_ranks_are_exact_with_every_product(
 ) -> None:
     """Recall would differ between two machines, or drop when features are nearly equal."""
     monkeypatch.setattr(ranks, "usable_types", lambda device: ladder)
+    monkeypatch.setattr(ranks, "_WORTH_INT8", 0)
     images, texts = near_ties(kind)
     owner = torch.arange(30) % 11
     got = retrieval_ranks(images, texts, owner, block_bytes=block_bytes)
@@ -104,6 +121,7 @@ def test_ranks_are_exact_where_few_items_are_rivals(
 ) -> None:
     """A good model's recall would be wrong where images are nearly copies of each other."""
     monkeypatch.setattr(ranks, "usable_types", lambda device: ladder)
+    monkeypatch.setattr(ranks, "_WORTH_INT8", 0)
     half = normal(80, 12, seed=6)
     images = torch.cat([half, half + apart * normal(80, 12, seed=7)])
     owner = torch.arange(160)
@@ -162,7 +180,7 @@ def test_only_equal_rows_share_an_identity(which: list[int]) -> None:
     """Two captions that differ would be counted as a tie."""
     rows = normal(5, 9, seed=8)
     rows[1] = rows[0].flip(0)
-    numbers = identities(rows[which], block_bytes=100).tolist()
+    numbers = identities(measured(rows[which], "text", 100), block_bytes=100).tolist()
     for a, one in zip(which, numbers, strict=True):
         for b, other in zip(which, numbers, strict=True):
             assert (one == other) == (a == b)
@@ -173,7 +191,7 @@ def test_a_collision_of_hashes_joins_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.ones(9, dtype=torch.long))
     rows = normal(2, 9, seed=9)
     rows[1] = rows[0].flip(0)
-    assert len(identities(rows, block_bytes=1000).unique()) == 2
+    assert len(identities(measured(rows, "text", 1000), block_bytes=1000).unique()) == 2
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import clipgraft as cg
 from clipgraft.models.clip import Clip
 from clipgraft.search.encode import encode_folder
-from clipgraft.search.folder import fitting_set, nearest
+from clipgraft.search.folder import fitting_set
 from clipgraft.search.index import build_index
+from clipgraft.search.nearest import nearest
 from clipgraft.search.searcher import Hit, query, query_vector, write_page
 from encoded_folders import GOOD, MakeAdapter, read_encoded, write_picture
 
@@ -50,7 +52,7 @@ def test_equals_a_plain_comparison(clip: Clip, out: Path, k: int, indexed: bool)
 
 def test_many_queries_in_blocks(clip: Clip, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results would change where one block of a large shard ends and the next begins."""
-    monkeypatch.setattr("clipgraft.search.folder._BLOCK", 4)
+    monkeypatch.setattr("clipgraft.search.nearest._BLOCK_BYTES", 4 * 4 * 24)
     queries = np.random.default_rng(0).standard_normal((7, 24)).astype(np.float32)
     encoded = fitting_set(out, clip)
     scores, rows = nearest(encoded, queries, 5)
@@ -262,3 +264,30 @@ def test_building_an_index_tells_how_far_it_is(out: Path) -> None:
     told: list[tuple[int, int]] = []
     ((_, record),) = build_index(out, progress=lambda *now: told.append(now))
     assert told[-1] == (record.rows, record.rows)
+
+
+def test_hits_depend_on_the_vectors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal pictures another would be first when a folder grows or several queries are asked at once."""
+    random = np.random.default_rng(0)
+    base = random.standard_normal((40, 33)).astype(np.float32)
+    vectors = (base / np.linalg.norm(base, axis=1, keepdims=True))[random.integers(0, 40, 500)]
+    stored = vectors.astype(np.float16)
+    stored.flags.writeable = False
+    queries = random.standard_normal((5, 33)).astype(np.float32)
+    every = (queries.astype(np.float64)[:, None] * stored.astype(np.float64)).sum(2)
+    order = np.lexsort((np.broadcast_to(np.arange(500), every.shape), -every))[:, :20]
+    shards = [SimpleNamespace(rows=300, of=stored[:300]), SimpleNamespace(rows=200, of=stored[300:])]
+    encoded: Any = SimpleNamespace(shards=shards, vectors=lambda shard: shard.of)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    for block_bytes, held, many in ((1 << 20, 1 << 20, 501), (924, 1 << 20, 501), (924, 0, 501), (924, 0, 0)):
+        monkeypatch.setattr("clipgraft.search.nearest._MANY", many)
+        monkeypatch.setattr("clipgraft.search.nearest._BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("clipgraft.search.nearest._HELD", held)
+        together = nearest(encoded, queries, 20)
+        assert np.array_equal(together[1], order)
+        assert np.array_equal(together[0], np.take_along_axis(every, order, 1).astype(np.float32))
+        for number, asked in enumerate(queries):
+            scores, rows = nearest(encoded, asked[None], 20)
+            assert np.array_equal(rows[0], order[number])
+            assert np.array_equal(scores[0], together[0][number])

@@ -10,8 +10,8 @@ The few that are closer are scored again, pair by pair: in float32, and those th
 `scores.Exact` does; the true item's score comes from that same arithmetic. Ranks are thus a function of the
 vectors alone: not of row order, block size, device or thread count, nor of the number type of the product.
 
-That leaves the type free. Each block is multiplied in the fastest type the machine has (bfloat16, then
-float32, then float64), and again in the next one only if too many of its pairs were too close to call.
+That leaves the type free. Each block is multiplied in the fastest type the machine has (int8, then bfloat16,
+float32, and float64), and again in the next one only if too many of its pairs were too close to call.
 """
 
 from __future__ import annotations
@@ -25,13 +25,25 @@ import torch
 from torch import Tensor
 
 from clipgraft.errors import ConfigError, DataError
-from clipgraft.evaluate.scores import Exact, Products, Vectors, identities, measured, usable_types
+from clipgraft.evaluate.scores import (
+    Exact,
+    Int8Products,
+    Products,
+    Vectors,
+    identities,
+    measured,
+    usable_types,
+)
 
 BLOCK_BYTES = 16 * 2**20
 """Default size of one block of float64 scores: small enough to stay near the processor's cache."""
 
 _FEW = 1 / 64  # share of a block's pairs up to which scoring them one by one costs less than a finer product
 _UNIT = 64
+_SPARSE = (
+    1 / 8
+)  # share of a block that is looked at item by item, where the highest of groups reach the score
+_WORTH_INT8 = 1000  # queries a row, from which rows are worth being rounded to int8
 _PATIENCE = 2  # blocks by which a type's failures may lead its successes before it is given up
 
 
@@ -116,6 +128,9 @@ def _checked_owner(image_of_text: Tensor, images: Tensor, texts: Tensor) -> Tens
 
 def _ranks(texts: Vectors, images: Vectors, owner: Tensor, block_bytes: int) -> RetrievalRanks:
     own = Exact(texts, images, block_bytes).pairs(torch.arange(len(texts), device=owner.device), owner)
+    # Captions whose images many others rival come together, so that blocks of the rest are settled in int8.
+    order = own.argsort()
+    texts, own, owner = texts.ordered(order), own[order], owner[order]
     best = torch.full((len(images),), -math.inf, dtype=torch.float64, device=owner.device)
     best.scatter_reduce_(0, owner, own, "amax")
     is_best = (own == best[owner]).nonzero().squeeze(1)
@@ -126,39 +141,97 @@ def _ranks(texts: Vectors, images: Vectors, owner: Tensor, block_bytes: int) -> 
 
     of_texts = _Queries(texts, images, own, owner, block_bytes)
     of_images = _Queries(images, texts, best, best_caption, block_bytes)
-    products = {kind: Products(texts, images, kind, block_bytes) for kind in usable_types(images.rows.device)}
-    ladder = _Ladder(products)
+    ladder = _Ladder(texts, images, block_bytes)
     for t, i in _blocks(len(texts), len(images), block_bytes):
+        if i.start == 0:
+            ladder.start()
         ladder.count(of_texts, t, of_images, i)
+    text_to_image = torch.empty_like(of_texts.rivals)
+    text_to_image[order] = of_texts.rivals
     # `rivals` holds the true items too: one image for a caption, and for an image its best captions.
     return RetrievalRanks(
         image_to_text=(of_images.rivals - best_captions + 1) * (best_captions > 0),
-        text_to_image=of_texts.rivals,
+        text_to_image=text_to_image,
     )
 
 
 class _Ladder:
     """Counts each block with the coarsest number type that settles it, and drops types that rarely do."""
 
-    def __init__(self, products: dict[torch.dtype, Products]) -> None:
-        self._products = products
-        self._failures = dict.fromkeys(products, 0)
+    def __init__(self, texts: Vectors, images: Vectors, block_bytes: int) -> None:
+        self._sides = texts, images, block_bytes
+        kinds = usable_types(images.rows.device)
+        if len(texts) * len(images) < _WORTH_INT8 * (len(texts) + len(images)):
+            kinds = [kind for kind in kinds if kind != torch.int8]
+        self._products: dict[torch.dtype, Products | Int8Products] = {}
+        self._failures = dict.fromkeys(kinds, 0)
+
+    def start(self) -> None:
+        """Begin with other captions: what int8 could not settle of those before says nothing of them."""
+        if torch.int8 in self._failures:
+            self._failures[torch.int8] = 0
 
     def count(self, of_texts: _Queries, t: slice, of_images: _Queries, i: slice) -> None:
         """Add one block to the rivals of its texts (rows) and images (columns)."""
         texts_open = images_open = True
-        for kind, product in list(self._products.items()):
+        for kind, failures in self._failures.items():
+            if failures > _PATIENCE:
+                continue
+            product = self._product(kind)
             scores, last = product.block(t, i), kind == torch.float64
             if texts_open:
-                texts_open = not of_texts.count(scores, t, i, product.left_slack, last)
+                own = _Scores(scores, product.unit, product.left_slack[t], last)
+                texts_open = not of_texts.count(own, t, i)
             if images_open:
-                images_open = not of_images.count(scores.T, i, t, product.right_slack, last)
+                own = _Scores(scores.T, product.unit, product.right_slack[i], last)
+                images_open = not of_images.count(own, i, t)
             if not (texts_open or images_open):
                 self._failures[kind] -= 1
                 return
             self._failures[kind] += 1
-            if self._failures[kind] > _PATIENCE:
+            if self._failures[kind] > _PATIENCE and kind != torch.int8:
                 del self._products[kind]
+
+    def _product(self, kind: torch.dtype) -> Products | Int8Products:
+        """The products of a type, prepared when they are first needed."""
+        if kind not in self._products:
+            texts, images, block_bytes = self._sides
+            self._products[kind] = (
+                Int8Products(texts, images, block_bytes)
+                if kind == torch.int8
+                else Products(texts, images, kind, block_bytes)
+            )
+        return self._products[kind]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """A block of scores: queries by items.
+
+    Attributes:
+        values: (q, g), of a floating type, or int32.
+        unit: what they are to be multiplied by.
+        slack: float64 (q,), by how much a product may be off.
+        last: whether nothing finer follows.
+    """
+
+    values: Tensor
+    unit: float
+    slack: Tensor
+    last: bool
+
+    def bounds(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """What values have to reach, and to exceed to be sure of it, to score at least float64 (q,) best."""
+        low, high = (best - self.slack) / self.unit, (best + self.slack) / self.unit
+        if self.values.dtype != torch.int32:
+            return low.to(self.values.dtype), high.to(self.values.dtype)
+        most = torch.iinfo(torch.int32).max
+        return low.ceil().clamp(-most, most).int(), high.floor().clamp(-most, most).int()
+
+    @property
+    def few(self) -> float:
+        """The share of pairs up to which they are scored one by one."""
+        return _FEW / 8 if self.values.dtype == torch.int32 else _FEW
 
 
 class _Queries:
@@ -170,34 +243,40 @@ class _Queries:
         self.best = best  # float64 (n,): score of the best true item
         self.rivals = torch.zeros_like(best_row)  # items counted so far that score >= best, true ones too
         self._best_row = best_row  # int64 (n,): that item's row in the gallery
-        self._gallery = gallery.rows
+        self._gallery = gallery
         self._exact = Exact(rows, gallery, block_bytes)
         self._finer = Products(rows, gallery, torch.float32, block_bytes)
         self._block_bytes = block_bytes
 
-    def count(self, scores: Tensor, q: slice, g: slice, slack: Tensor, last: bool) -> bool:
-        """Count the rivals among gallery[g] of queries[q] from their (q, g) scores.
+    def count(self, block: _Scores, q: slice, g: slice) -> bool:
+        """Count the rivals among gallery[g] of queries[q] from their scores.
 
-        Returns False, with nothing counted, when too many scores are too close to call; never if `last`.
+        Returns False, with nothing counted, when too many scores are too close to call; never of the last.
         """
         if not self.best[q].isfinite().any():
             return True
-        low = (self.best[q] - slack[q]).to(scores.dtype)
-        high = (self.best[q] + slack[q]).to(scores.dtype)
-        active = (scores.amax(1) >= low).nonzero().squeeze(1)
-        if not len(active):
+        scores, (low, high) = block.values, block.bounds(self.best[q])
+        groups, highest = _groups(scores)
+        row, group = (highest >= low[:, None]).nonzero(as_tuple=True)
+        if not len(row):
             return True
+        if len(row) * groups.shape[2] <= _SPARSE * scores.numel():
+            values = groups[row, group]
+            hit, place = (values >= low[row, None]).nonzero(as_tuple=True)
+            if len(hit) <= block.few * scores.numel():
+                row, column = row[hit], group[hit] * groups.shape[2] + place
+                self._count_pairs(row + q.start, column + g.start, values[hit, place] > high[row], block.last)
+                return True
+        active = (highest.amax(1) >= low).nonzero().squeeze(1)
         if 2 * len(active) <= len(scores):
             scores, low, high = scores.index_select(0, active), low[active], high[active]
         else:
             active = torch.arange(len(scores), device=scores.device)
         perhaps = scores >= low[:, None]
-        if int(torch.count_nonzero(perhaps)) <= _FEW * perhaps.numel():
+        if int(torch.count_nonzero(perhaps)) <= block.few * perhaps.numel():
             row, column = perhaps.nonzero(as_tuple=True)
             surely = scores[row, column] > high[row]
-            query, item = active[row] + q.start, column + g.start
-            self.rivals.index_add_(0, query, surely.long())
-            self._settle_pairs(query[~surely], item[~surely], last)
+            self._count_pairs(active[row] + q.start, column + g.start, surely, block.last)
             return True
         surely = scores > high[:, None]
         sure = surely.sum(1, dtype=torch.int32)
@@ -205,15 +284,21 @@ class _Queries:
         query, item = active + q.start, g.start
         if len(unsettled):
             close = perhaps[unsettled] ^ surely[unsettled]
-            if not self._settle(close, query[unsettled], item, last):
+            if not self._settle(close, query[unsettled], item, block):
                 return False
         self.rivals[query] += sure
         return True
 
-    def _settle(self, close: Tensor, query: Tensor, first_item: int, last: bool) -> bool:
+    def _count_pairs(self, query: Tensor, item: Tensor, surely: Tensor, last: bool) -> None:
+        """Count the rivals among chosen pairs, of which some are sure."""
+        self.rivals.index_add_(0, query, surely.long())
+        self._settle_pairs(query[~surely], item[~surely], last)
+
+    def _settle(self, close: Tensor, query: Tensor, first_item: int, block: _Scores) -> bool:
         """Count the rivals among the close pairs, bool (rows, items); rows are `query`."""
         number = int(close.sum())
-        if not last and number > max(_FEW * close.numel(), len(close)):
+        last = block.last
+        if not last and number > max(block.few * close.numel(), len(close)):
             return False
         if last and number > _FEW * close.numel():
             same = self._same(query, slice(first_item, first_item + close.shape[1])) & close
@@ -246,6 +331,18 @@ class _Queries:
     @functools.cached_property
     def _identity(self) -> Tensor:
         return identities(self._gallery, self._block_bytes)
+
+
+def _groups(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """View (q, g) as (q, groups, items), in equal groups of at most a bound; with the highest of each."""
+    queries, items = scores.shape
+    size = math.gcd(items, _UNIT)
+    down, across = scores.stride()
+    groups = scores.as_strided((queries, items // size, size), (down, size * across, across))
+    if across <= down:
+        return groups, groups.amax(2)
+    # torch takes a hundred times as long unless what lies together in memory comes last.
+    return groups, groups.permute(1, 2, 0).amax(1).T
 
 
 def _whole(size: int) -> int:

@@ -10,15 +10,22 @@ Algorithms*, 2nd ed., eq. 3.5), where u is half an epsilon of the type that sums
 for float32 and for bfloat16, which oneDNN and PyTorch's own kernels sum in float32. A block in bfloat16 is
 rounded once more when it is stored. That needs no room in the bound: rounding keeps order, so whoever rounds
 the threshold as well loses nothing.
+
+int8, which processors multiply twice as fast as bfloat16, has no digits to spare for a few large columns, as
+CLIP's features have. So columns are mixed first, in groups of a power of two, by a Hadamard matrix, whose
+signs keep dot products: Hx·Hy = |group| · x·y. Sums of int8 products are whole numbers and therefore exact.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipgraft.errors import TrainingError
@@ -31,20 +38,32 @@ _SPARE = 8  # more roundings than the few scalar ones of bounds and thresholds
 
 @dataclass(frozen=True)
 class Vectors:
-    """One modality: rows as given (n, D), a power of two that brings the longest near 1, and norms."""
+    """One modality: rows as given (n, D), a power of two that brings the longest near 1, and norms.
+
+    Attributes:
+        norm: float64 (n,), of the scaled rows, in the order below.
+        order: int64 (n,), the row that each number means; None where rows are numbered as given.
+    """
 
     rows: Tensor
     scale: float
-    norm: Tensor  # float64 (n,), of the scaled rows
+    norm: Tensor
+    order: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Return scaled rows in another type; scaling by a power of two changes no digit."""
+        if self.order is not None:
+            which = self.order[which]
         rows = self.rows[which] if isinstance(which, slice) else self.rows.index_select(0, which)
         wide = rows if rows.dtype == torch.float64 else rows.to(torch.promote_types(dtype, torch.float32))
         return (wide if self.scale == 1 else wide * self.scale).to(dtype)
+
+    def ordered(self, order: Tensor) -> Vectors:
+        """Number rows that are numbered as given anew; they stay where they are."""
+        return replace(self, norm=self.norm[order], order=order)
 
 
 def measured(rows: Tensor, kind: str, block_bytes: int) -> Vectors:
@@ -68,10 +87,53 @@ def measured(rows: Tensor, kind: str, block_bytes: int) -> Vectors:
     return Vectors(rows, scale, norm * scale)
 
 
-class Products:
-    """Blocks of scores left @ right.T in one number type.
+class _Room:
+    """Memory for one block after another: to have it mapped anew costs as much as half of an int8 product."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def of(self, rows: int, columns: int) -> Tensor:
+        """Return uninitialised (rows, columns)."""
+        if len(self._memory) < rows * columns:
+            self._memory = self._memory.new_empty(rows * columns)
+        return self._memory[: rows * columns].view(rows, columns)
+
+
+class Int8Products:
+    """Blocks of scores left @ right.T as whole numbers, out of rows that are mixed and rounded to int8.
 
     Attributes:
+        unit: what a block's numbers are to be multiplied by.
+        left_slack, right_slack: as those of `Products`.
+    """
+
+    def __init__(self, left: Vectors, right: Vectors, block_bytes: int) -> None:
+        self.dtype = torch.int8
+        self._room = _Room(torch.int32, left.rows.device)
+        self._left = left
+        self._left_unit, left_off = _int8_unit(left, block_bytes)
+        right_unit, right_off = _int8_unit(right, block_bytes)
+        parts = list(parts_of(len(right), right.rows.shape[1], block_bytes))
+        self._right = torch.cat([_rounded(right, part, right_unit)[0] for part in parts])
+        self._strip: tuple[slice, Tensor] | None = None
+        self.unit = self._left_unit * right_unit / _group(left.rows.shape[1])
+        self.left_slack = _slack(left, left_off, right, right_off, torch.int8)
+        self.right_slack = _slack(right, right_off, left, left_off, torch.int8)
+
+    def block(self, left: slice, right: slice) -> Tensor:
+        """Multiply some left with some right rows to int32 (a, b), which the next block overwrites."""
+        if self._strip is None or self._strip[0] != left:  # many blocks follow that have the same left rows
+            self._strip = left, _rounded(self._left, left, self._left_unit)[0]
+        a, b = self._strip[1], self._right[right]
+        return torch._int_mm(a, b.T, out=self._room.of(len(a), len(b)))
+
+
+class Products:
+    """Blocks of scores left @ right.T in one floating number type.
+
+    Attributes:
+        unit: 1.
         left_slack: float64 (n,), a score of each left row is off by less than this, whatever the right row.
         right_slack: float64 (m,), the same of each right row.
     """
@@ -84,11 +146,14 @@ class Products:
         self.left_slack = _slack(left, left_off, right, right_off, dtype)
         self.right_slack = _slack(right, right_off, left, left_off, dtype)
 
+        self.unit = 1.0
+        self._room = _Room(dtype, left.rows.device)
         self._block_bytes = block_bytes
 
     def block(self, left: slice, right: slice) -> Tensor:
-        """Multiply some left with some right rows to (a, b) scores."""
-        return self._left.take(left, self.dtype) @ self._right.take(right, self.dtype).T
+        """Multiply some left with some right rows to (a, b) scores, which the next block overwrites."""
+        a, b = self._left.take(left, self.dtype), self._right.take(right, self.dtype)
+        return torch.mm(a, b.T, out=self._room.of(len(a), len(b)))
 
     def pairs(self, left_row: Tensor, right_row: Tensor) -> Tensor:
         """Compute (p,) scores of chosen pairs, in float32 or float64, off by no more than those of a block.
@@ -106,12 +171,14 @@ class Products:
 def usable_types(device: torch.device) -> list[torch.dtype]:
     """List the number types worth a try, the fastest and coarsest first; float64 is always the last.
 
-    bfloat16 only on processors: graphics cards may sum it in bfloat16. float32 only where it is not
-    secretly less, which several settings of PyTorch ask for.
+    int8 and bfloat16 only on processors: graphics cards may sum bfloat16 in bfloat16. int8 only where its
+    sums are whole, and float32 where it is not secretly less, which several settings of PyTorch ask for.
     """
     types = [torch.bfloat16] if device.type == "cpu" and bf16_is_fast(device) else []
     if _float32_is_whole(device):
         types.append(torch.float32)
+        if device.type == "cpu" and int8_is_fast():
+            types.insert(0, torch.int8)
     return [*types, torch.float64]
 
 
@@ -131,11 +198,12 @@ class Exact:
         return scores
 
 
-def identities(rows: Tensor, block_bytes: int) -> Tensor:
-    """Number rows, int64 (n,), so that rows of one number are equal; a few equal rows may differ in number.
+def identities(vectors: Vectors, block_bytes: int) -> Tensor:
+    """Give rows numbers, int64 (n,), that are one where rows are equal; a few equal rows may differ in it.
 
     Rows are sorted by a hash of their bits, and each is compared with the one before it.
     """
+    rows = vectors.rows
     weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     weights = weights.to(rows.device) | 1
@@ -148,7 +216,7 @@ def identities(rows: Tensor, block_bytes: int) -> Tensor:
         new[1:][part] = (rows[order[:-1][part]] != rows[order[1:][part]]).any(1)
     numbers = torch.empty_like(order)
     numbers[order] = new.cumsum(0)
-    return numbers
+    return numbers if vectors.order is None else numbers[vectors.order]
 
 
 def parts_of(count: int, width: int, block_bytes: int) -> Iterator[slice]:
@@ -168,16 +236,104 @@ def _rounding(vectors: Vectors, dtype: torch.dtype, block_bytes: int) -> Tensor:
     return lost
 
 
+_LARGEST, _GROUP, _WIDTH = 127, 128, 64
+
+
+def _group(columns: int) -> int:
+    """How many neighbouring columns are mixed: the largest power of two that divides them, up to a bound."""
+    return min(_GROUP, columns & -columns)
+
+
+def _mixed(vectors: Vectors, part: slice) -> Tensor:
+    """Mix the columns of some rows, float32 (n, D)."""
+    rows = vectors.take(part, torch.float32)
+    group = _group(rows.shape[1])
+    return (rows.reshape(-1, group) @ _hadamard(group).to(rows.device)).view(rows.shape)
+
+
+def _rounded(vectors: Vectors, part: slice, unit: float) -> tuple[Tensor, Tensor]:
+    """Mix and round some rows: int8 (n, D or more), and the length, float64 (n,), that each then lost."""
+    exact = _mixed(vectors, part)
+    rounded = (exact / unit).round_().clamp_(-_LARGEST, _LARGEST)
+    lost = torch.linalg.vector_norm(exact.double() - unit * rounded.double(), dim=1)
+    # Products of a single column come out wrong in torch 2.14; zeros change nothing.
+    return F.pad(rounded.to(torch.int8), (0, -exact.shape[1] % _WIDTH)), lost
+
+
+def _int8_unit(vectors: Vectors, block_bytes: int) -> tuple[float, Tensor]:
+    """The unit of mixed rows as int8, and the length, float64 (n,), of what each row loses in its own."""
+    rows, columns = vectors.rows.shape
+    group = _group(columns)
+    parts = list(parts_of(rows, columns, block_bytes))
+    unit = max(float(_mixed(vectors, part).abs().max()) for part in parts) / _LARGEST or 1.0
+    lost = torch.empty_like(vectors.norm)
+    for part in parts:
+        lost[part] = _rounded(vectors, part, unit)[1]
+    # What float32 loses in mixing, and before, where rows are float64: see the bound above.
+    units = (group + _SPARE) * torch.finfo(torch.float32).eps / 2
+    return unit, lost / math.sqrt(group) + math.sqrt(group) * units / (1 - units) * vectors.norm
+
+
+@functools.cache
+def _hadamard(size: int) -> Tensor:
+    """The (size, size) matrix of signs whose rows are orthogonal, of a power of two."""
+    signs = torch.ones(1, 1)
+    while len(signs) < size:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return signs
+
+
+@functools.cache
+def int8_is_fast() -> bool:
+    """Whether this processor multiplies int8 matrices to whole sums, a third faster than any other kind.
+
+    Older ones saturate sums of neighbouring products, others take far longer. The operator is not promised
+    to stay as it is.
+    """
+    sides = []
+    for value in (_LARGEST, -_LARGEST):
+        matrix = torch.full((_PROBE, _PROBE), value, dtype=torch.int8)
+        matrix[::3] = _LARGEST
+        sides.append(matrix)
+    try:
+        for one in sides:
+            for other in sides:
+                wanted = one.double() @ other.double().T
+                if not torch.equal(torch._int_mm(one, other.T).double(), wanted):
+                    return False
+    except (AttributeError, RuntimeError):
+        return False
+    wide = sides[0].to(torch.bfloat16 if bf16_is_fast(torch.device("cpu")) else torch.float32)
+    ours, theirs = _best_seconds(lambda: torch._int_mm(sides[0], sides[0].T), lambda: wide @ wide.T)
+    return theirs > _WORTH_IT * ours
+
+
+_PROBE, _REPEATS, _WORTH_IT = 512, 20, 1.3
+
+
+def _best_seconds(*runs: Callable[[], object]) -> list[float]:
+    """Time runs in turns, so that whoever else is at work on the machine disturbs all of them."""
+    best = [math.inf for _ in runs]
+    for _ in range(_REPEATS):
+        for number, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            best[number] = min(best[number], time.perf_counter() - started)
+    return best
+
+
 def _slack(
     query: Vectors, query_off: Tensor, other: Vectors, other_off: Tensor, dtype: torch.dtype
 ) -> Tensor:
     columns = query.rows.shape[1]
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    units = (columns + _SPARE) * torch.finfo(sums).eps / 2
+    sums = torch.float64 if dtype in (torch.int8, torch.float64) else torch.float32
+    # Whole numbers are summed exactly; a few roundings are left, of thresholds.
+    units = (_SPARE if dtype == torch.int8 else columns + _SPARE) * torch.finfo(sums).eps / 2
     relative = units / (1 - units) if units < 0.5 else math.inf
     longest, worst = other.norm.max(), other_off.max()
     rounded = query.norm + query_off
-    vanished = 4 * columns * 2**_PLAIN * torch.finfo(sums).tiny  # products too small for the type
+    least = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    vanished = 4 * columns * 2**_PLAIN * least  # products too small for the type
     slack = query_off * longest + rounded * worst + relative * rounded * (longest + worst) + vanished
     widened: Tensor = slack * (1 + 1e-9)
     return widened

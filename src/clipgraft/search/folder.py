@@ -1,4 +1,4 @@
-"""Read an encoded folder: its sets of vectors, those that fit a model, and the rows nearest to a query.
+"""Read an encoded folder: its sets of vectors, and those that fit a model.
 
 A base with adapters makes one set of vectors for each different tower. An adapter that leaves the tower alone
 leaves its vectors as they are: all such adapters share the base's.
@@ -21,7 +21,6 @@ from clipgraft.lora.control import disable_lora, set_adapter
 from clipgraft.lora.state import Adapter, lora_state, require_lora, require_unmerged
 from clipgraft.models.clip import Clip
 from clipgraft.models.sites import TOWERS, Tower
-from clipgraft.search.filters import Condition, check_columns, rows_where
 from clipgraft.search.items import location
 from clipgraft.search.manifest import (
     AdapterNote,
@@ -33,7 +32,7 @@ from clipgraft.search.manifest import (
     read_manifest,
     set_path,
 )
-from clipgraft.search.store import Array, metadata_columns, plain_rows, read_metadata, read_vectors
+from clipgraft.search.store import Array, metadata_columns, plain_rows, read_metadata, read_vectors, widened
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class EncodedSet:
         for shard in self.shards:
             vectors = self.vectors(shard)
             for first in range(0, shard.rows, rows):
-                block = np.asarray(vectors[first : first + rows], np.float32)
-                yield start + first, block
+                yield start + first, widened(vectors[first : first + rows])
             start += shard.rows
 
     def rows(self, numbers: Array) -> list[dict[str, Any]]:
@@ -169,58 +167,6 @@ def set_of(folder: str | Path, candidates: Sequence[EncodedSet], digest: str | N
             "them, or encode a folder with this adapter"
         )
     return fitting[0]
-
-
-_BLOCK = 1 << 14
-
-
-def nearest(
-    encoded: EncodedSet, queries: Array, k: int, where: Sequence[Condition] = ()
-) -> tuple[Array, Array]:
-    """Find the k rows of the highest inner product for each query, among those that meet the conditions.
-
-    Args:
-        encoded: the vectors.
-        queries: (Q, D) float32.
-        k: how many; fewer are found where there are fewer rows.
-        where: conditions on metadata.
-
-    Returns:
-        float32 scores and int64 rows, (Q, ≤k) each, best first; of equal scores the lower row.
-    """
-    best = [_Best(k) for _ in queries]
-    columns = list(dict.fromkeys(condition.column for condition in where))
-    if where and encoded.shards:
-        check_columns(where, encoded.columns())
-    start = 0
-    for shard in encoded.shards:
-        vectors = encoded.vectors(shard)
-        chosen = rows_where(encoded.metadata(shard, columns), where) if where else np.arange(shard.rows)
-        for first in range(0, len(chosen), _BLOCK):
-            part = chosen[first : first + _BLOCK]
-            found = vectors[part] if where else vectors[first : first + _BLOCK]
-            for own, more in zip(best, queries @ np.asarray(found, np.float32).T, strict=True):
-                own.add(more, part + start)
-        start += shard.rows
-    return np.stack([own.scores for own in best]), np.stack([own.rows for own in best])
-
-
-class _Best:
-    """The k best rows of one query so far, best first."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.scores: Array = np.empty(0, np.float32)
-        self.rows: Array = np.empty(0, np.int64)
-
-    def add(self, scores: Array, rows: Array) -> None:
-        """Add more rows, all of which come after those before."""
-        if len(self.scores) == self.k:  # an equal score loses to the lower row
-            better = scores > self.scores[-1]
-            scores, rows = scores[better], rows[better]
-        scores, rows = np.concatenate([self.scores, scores]), np.concatenate([self.rows, rows])
-        order = np.lexsort((rows, -scores))[: self.k]
-        self.scores, self.rows = scores[order], rows[order]
 
 
 BASE_FOLDER = "base"

@@ -24,8 +24,9 @@ from clipgraft.files import atomic_folder, inside, write_json
 from clipgraft.progress import Progress, showing
 from clipgraft.readers import reading
 from clipgraft.records import Finite, Whole, read_json
-from clipgraft.search.folder import EncodedSet, all_sets, nearest
+from clipgraft.search.folder import EncodedSet, all_sets
 from clipgraft.search.manifest import INDEX_FOLDER
+from clipgraft.search.nearest import nearest
 from clipgraft.search.store import INSTALL, Array, size_and_digest, sole_writer
 
 log = logging.getLogger("clipgraft")

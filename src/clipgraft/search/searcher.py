@@ -29,10 +29,11 @@ from clipgraft.pictures import ImageError, open_image
 from clipgraft.readers import reading
 from clipgraft.search.archives import read_member
 from clipgraft.search.filters import Condition, parse_where
-from clipgraft.search.folder import EncodedSet, acting_digest, fitting_set, nearest, read_folder
+from clipgraft.search.folder import EncodedSet, acting_digest, fitting_set, read_folder
 from clipgraft.search.index import open_index
 from clipgraft.search.items import IN_TAR, Ref, is_address, read_at
 from clipgraft.search.manifest import INDEX_FOLDER, VectorSet
+from clipgraft.search.nearest import nearest
 from clipgraft.search.store import INSTALL, Array
 from clipgraft.shown import shown_line
 
