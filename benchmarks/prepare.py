@@ -6,10 +6,13 @@ Runs in a child of its own, so that the process that measures stays small.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.data import make_data
 from benchmarks.settings import WORK
+
+if TYPE_CHECKING:
+    from clipgraft.models.clip import Clip
 
 OPENCLIP_BASE = WORK / "base" / "ViT-B-32.safetensors"
 HF_BASE = WORK / "base" / "hf"
@@ -38,13 +41,19 @@ def adapter_folder(targets: str, dropout: float) -> Path:
 def make_base(seed: int) -> None:
     """Save the same random weights as an open_clip checkpoint and as a transformers folder."""
     from safetensors.torch import save_file
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     import clipgraft as cg
 
     OPENCLIP_BASE.parent.mkdir(parents=True, exist_ok=True)
     clip = cg.load("ViT-B-32", pretrained="none", seed=seed)
     save_file({name: w.contiguous() for name, w in clip.model.state_dict().items()}, OPENCLIP_BASE)
+    save_hf(clip, HF_BASE)
+
+
+def save_hf(clip: Clip, folder: Path) -> None:
+    """Save an open_clip ViT-B-32 as a transformers folder."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
     config = CLIPConfig(
         text_config={
             "hidden_act": "gelu",
@@ -56,9 +65,9 @@ def make_base(seed: int) -> None:
     )
     model = CLIPModel(config)
     model.load_state_dict({name: w.clone() for name, w in clip.family.canonical_weights(clip.model)})
-    clip_tokenizer().save_pretrained(HF_BASE)
-    CLIPImageProcessor().save_pretrained(HF_BASE)
-    model.save_pretrained(HF_BASE)
+    clip_tokenizer().save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def clip_tokenizer() -> Any:

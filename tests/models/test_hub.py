@@ -6,6 +6,7 @@ sleep inside huggingface_hub; the child raises at the first one.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgraft.models.clip import as_clip
@@ -25,6 +27,7 @@ from clipgraft.models.hub import KNOWN_HUB_IDS
 from hub_server import HubServer
 
 TAG = "some_tag"
+SAFE_TAG, STRETCHED_TAG = "safe_tag", "stretched_tag"
 MEAN = [0.1, 0.2, 0.3]
 CHILD = f"""
 import json, logging, sys, time, types
@@ -32,6 +35,10 @@ import huggingface_hub.utils._http as http
 import open_clip, open_clip.pretrained
 import torch
 import clipgraft as cg
+from clipgraft.models import mapped_weights
+
+mapped_weights._SMALLEST = 1  # a tiny model's are mapped too, on whatever file system this runs
+mapped_weights._filesystem = lambda path: "ext4"
 
 def slept(seconds):
     raise AssertionError(f"huggingface_hub waits {{seconds}} s to try again")
@@ -41,7 +48,11 @@ open_clip.add_model_config(sys.argv[1])
 tag = open_clip.pretrained._pcfg(hf_hub="owner/tiny-openclip/", mean={MEAN})
 gone = open_clip.pretrained._pcfg(hf_hub="owner/gone/")
 gated = open_clip.pretrained._pcfg(hf_hub="gated/tiny/")
-open_clip.pretrained._PRETRAINED["tiny-clip"] = {{"{TAG}": tag, "gone_tag": gone, "gated_tag": gated}}
+safe = open_clip.pretrained._pcfg(hf_hub="owner/tiny-safe/", mean={MEAN})
+stretched = open_clip.pretrained._pcfg(hf_hub="owner/tiny-stretched/weights.pth", mean={MEAN})
+open_clip.pretrained._PRETRAINED["tiny-clip"] = {{
+    "{TAG}": tag, "gone_tag": gone, "gated_tag": gated, "{SAFE_TAG}": safe, "{STRETCHED_TAG}": stretched
+}}
 said = logging.FileHandler(sys.argv[2])
 logging.getLogger("clipgraft").addHandler(said)
 logging.getLogger("clipgraft").setLevel(logging.INFO)
@@ -52,7 +63,8 @@ for line in sys.stdin:
         image, text = torch.load(out)
         with torch.no_grad():
             features = clip.encode_image(image), clip.encode_text(text), clip.tokenize(["the cat"])
-        torch.save((*features, repr(clip.preprocess)), out)
+        mapped = hasattr(clip.model, mapped_weights._FILES) and mapped_weights._lies_in_files(clip.model)
+        torch.save((*features, repr(clip.preprocess), mapped), out)
         answer = [None, ""]
     except Exception as error:
         answer = [type(error).__name__, str(error)]
@@ -122,6 +134,7 @@ def remote(
     repository = root / "owner" / "tiny-openclip"
     repository.mkdir()
     torch.save(_openclip_master.state_dict(), repository / "open_clip_pytorch_model.bin")
+    _save_others(root / "owner", _openclip_master.state_dict())
     config = {
         "model_cfg": json.loads(tiny_config.read_text(encoding="utf-8")),
         "preprocess_cfg": {"mean": MEAN},
@@ -137,6 +150,15 @@ def remote(
     child.process.stdout.close()
     child.process.wait()
     server.stop()
+
+
+def _save_others(owner: Path, state: dict[str, Tensor]) -> None:
+    """The same weights as safetensors, and with a table of text positions that open_clip stretches."""
+    for name in ("tiny-safe", "tiny-stretched"):
+        (owner / name).mkdir()
+    save_file(dict(state), owner / "tiny-safe" / "open_clip_model.safetensors")
+    short = {**state, "positional_embedding": state["positional_embedding"][:40].clone()}
+    torch.save(short, owner / "tiny-stretched" / "weights.pth")
 
 
 @pytest.fixture
@@ -167,6 +189,7 @@ def test_hub_id_gives_the_stock_model(remote: Remote, tiny_hf: nn.Module) -> Non
         )
     torch.testing.assert_close(result[0], expected[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(result[1], expected[1], atol=1e-6, rtol=0)
+    assert result[4] == (sys.platform == "linux"), "its weights are mapped"
     assert any("model.safetensors" in request for request in remote.server.requests)
     size = (remote.server.root / "owner" / "tiny-hf" / "model.safetensors").stat().st_size / 1e6
     assert remote.said() == [f"fetching owner/tiny-hf from the hub (model.safetensors, about {size:,.1f} MB)"]
@@ -174,13 +197,20 @@ def test_hub_id_gives_the_stock_model(remote: Remote, tiny_hf: nn.Module) -> Non
     assert remote.said() == [], "it is here now"
 
 
-@pytest.mark.parametrize("arguments", [("tiny-clip", TAG), ("hf-hub:owner/tiny-openclip",)])
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (("tiny-clip", TAG), "tiny-openclip from the hub (open_clip_pytorch_model.bin"),
+        (("tiny-clip", SAFE_TAG), "tiny-safe from the hub (open_clip_model.safetensors"),
+        (("hf-hub:owner/tiny-openclip",), "tiny-openclip from the hub (open_clip_pytorch_model.bin"),
+    ],
+)
 def test_openclip_tag_gives_the_stock_model(
-    remote: Remote, tiny_openclip: nn.Module, arguments: tuple[str, ...]
+    remote: Remote, tiny_openclip: nn.Module, arguments: tuple[str, ...], file: str
 ) -> None:
-    """An open_clip tag, or `hf-hub:` id, gives other embeddings or pixels than open_clip gives."""
+    """An open_clip tag, or `hf-hub:` id, gives other embeddings or pixels than open_clip gives, or copies."""
     image, text = _inputs(49408, 77)
-    remote.forget("owner/tiny-openclip")
+    remote.forget(f"owner/{file.partition(' ')[0]}")
     error, result = remote.ask(*arguments, inputs=(image, text))
     assert error is None, result
     with torch.no_grad():
@@ -189,8 +219,20 @@ def test_openclip_tag_gives_the_stock_model(
     torch.testing.assert_close(result[1], expected[1], atol=1e-6, rtol=0)
     assert result[2].equal(open_clip.SimpleTokenizer()(["the cat"]))
     assert "0.1, 0.2, 0.3" in result[3]
+    assert result[4] == (sys.platform == "linux"), "its weights are mapped"
     (line,) = remote.said()
-    assert line.startswith("fetching owner/tiny-openclip from the hub (open_clip_pytorch_model.bin, about ")
+    assert line.startswith(f"fetching owner/{file}, about ")
+
+
+def test_tag_that_open_clip_alone_can_read(remote: Remote, tiny_openclip: nn.Module) -> None:
+    """A published tag whose file open_clip translates is refused, or gives other embeddings."""
+    image, text = _inputs(49408, 77)
+    error, result = remote.ask("tiny-clip", STRETCHED_TAG, inputs=(image, text))
+    assert error is None, result
+    stock = copy.deepcopy(tiny_openclip)
+    open_clip.load_checkpoint(stock, str(remote.server.root / "owner" / "tiny-stretched" / "weights.pth"))
+    with torch.no_grad():
+        torch.testing.assert_close(result[1], stock.encode_text(text), atol=1e-5, rtol=0)
 
 
 def test_unknown_repository(remote: Remote) -> None:

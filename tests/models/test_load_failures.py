@@ -37,18 +37,18 @@ def save_pt(state: dict[str, Tensor], folder: Path) -> Path:
     return folder / "weights.pt"
 
 
-def test_tags_in_open_clips_spellings(monkeypatch: pytest.MonkeyPatch, tiny_config: Path) -> None:
+def test_tags_in_open_clips_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tag that open_clip takes, with dashes or capitals, is called unknown."""
-    fetched: list[str] = []
+    fetched: list[object] = []
 
-    def create(name: str, pretrained: str, **_: Any) -> Any:
-        fetched.append(pretrained)
+    def download(config: dict[str, Any]) -> str:
+        fetched.append(config["hf_hub"])
         raise RuntimeError("as far as this test goes")
 
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    monkeypatch.setattr(open_clip, "download_pretrained", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal("ViT-B-32", "LAION2B-s34b-b79k")
-    assert fetched == ["LAION2B-s34b-b79k"]
+    assert fetched == ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K/"]
 
 
 class Evil:

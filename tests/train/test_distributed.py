@@ -289,7 +289,7 @@ def test_a_process_with_other_settings_ends_the_run(
     """Each would step a model of its own, and nobody would see why nothing is learnt."""
     lines, code = train_and_fail("settings", 0, tmp_path, tiny_config, pictures)
     assert lines == [
-        "clipgraft: the processes of this run differ from rank 0: rank 1 has lr 3e-05, not 0.0005: "
+        "clipgraft: the processes of this run differ from rank 0: rank 1 has lr 3e-05, not auto: "
         "start all of them with the same command, data and base"
     ]
     assert code == 2

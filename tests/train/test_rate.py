@@ -55,9 +55,30 @@ def test_a_search_costs_no_more_than_it_promises(total: int, held_out: int) -> N
 
 def test_the_cost_of_a_plan_is_that_of_its_trials() -> None:
     """The share that is printed would not be what the search took."""
-    assert Plan((1.0, 2.0, 3.0, 4.0, 5.0), 10).rungs == [(5, 10), (3, 20), (2, 40)]
-    assert Plan((1.0, 2.0, 3.0), 4).rungs == [(3, 4), (2, 8)]
-    assert Plan((1.0, 2.0, 3.0), 4).cost(3) == pytest.approx(3 * 4 + 2 * 8 + 3 * 6 / 3)
+    three, five = Plan((1.0, 2.0, 3.0), 4, 10), Plan((1.0, 2.0, 3.0, 4.0, 5.0), 4, 10)
+    assert three.cost(3) == pytest.approx(3 * 4 + 2 * 10 + 3 * 6 / 3)
+    assert five.cost(3) == pytest.approx(4 * 4 + 2 * 10 + 3 * 7 / 3), "one rate beyond the middle three"
+    assert five.cost(3, beyond=0) == three.cost(3)
+
+
+@pytest.mark.parametrize("best", range(5))
+@pytest.mark.parametrize("diverges", [False, True])
+def test_the_best_of_all_rates_is_among_few_trials(best: int, diverges: bool) -> None:
+    """A rate outside of the middle three would never be found, or all five be paid for."""
+    losses: list[float | None] = [abs(index - best) + 1.0 for index in range(5)]
+    if diverges:
+        losses[best + 1 :] = [None] * (4 - best)
+    tried: list[float] = []
+
+    def run(lr: float, steps: int) -> float | None:
+        tried.append(lr)
+        assert steps == 7
+        return losses[ADAPTER_RATES.index(lr)]
+
+    trials = rate._short_trials(Plan(ADAPTER_RATES, 7, 14), run)
+    assert rate._best_first(trials)[0] == ADAPTER_RATES[best]
+    assert len(tried) == (4 if best in (0, 1, 3, 4) else 3)
+    assert len(set(tried)) == len(tried)
 
 
 @pytest.mark.parametrize("full", [False, True])

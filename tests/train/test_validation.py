@@ -288,6 +288,40 @@ def test_patience_with_a_better_epoch_changes_nothing(
     assert (result.best_epoch, result.stopped) == (3, None)
 
 
+@pytest.mark.parametrize(("epochs", "stopped"), [("auto", 6), (8, None)])
+def test_patience_by_itself(
+    make_clip: MakeClip,
+    pairs: cg.Pairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    epochs: int | str,
+    stopped: int | None,
+) -> None:
+    """A run that is not told its epochs makes ten that are thrown away; one that is told makes fewer."""
+    clip = make_clip()
+    cg.apply_lora(clip, r=2)
+    scored(monkeypatch, [0.5, 0.7, *[0.6] * 20])
+    result = fit(clip, pairs, tmp_path / "run", epochs=epochs, save_frequency=0)
+    assert (result.best_epoch, result.stopped) == (1, stopped)
+    params = json.loads((tmp_path / "run" / "params.json").read_text())
+    assert params["patience"] == (5 if stopped else None), "the record says what was done"
+    assert ("stopped after epoch 6 of 15: `patience=5`" in (tmp_path / "run" / "out.log").read_text()) == (
+        stopped is not None
+    )
+
+
+def test_seconds_by_stage_are_of_the_run(make_clip: MakeClip, pairs: cg.Pairs, tmp_path: Path) -> None:
+    """Nobody could see where the time of a run went, or would count some of it twice."""
+    clip = make_clip()
+    cg.apply_lora(clip, r=2)
+    result = fit(clip, pairs, tmp_path / "run", epochs=2)
+    assert {"encoding what is constant", "trials", "evaluation of the base", "training", "evaluation"} <= set(
+        result.stages
+    )
+    assert 0 < sum(result.stages.values()) <= result.seconds + 0.1
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["stages"] == result.stages
+
+
 def test_patience_needs_validation_data(clip: Clip, pairs: cg.Pairs, tmp_path: Path) -> None:
     """Nothing would tell which epoch is the best, and the option would be ignored in silence."""
     with pytest.raises(ConfigError, match="`patience` needs validation data"):

@@ -271,7 +271,7 @@ def _retain_faults(command: TrainCommand) -> list[str]:
 
 
 def _patience_faults(command: TrainCommand) -> list[str]:
-    if command.keep.patience is None or command.data.val_data or command.classes.val_size:
+    if command.keep.patience in (None, "auto") or command.data.val_data or command.classes.val_size:
         return []
     return ["--patience needs validation data, by which the best epoch is known: add --val-data"]
 

@@ -150,11 +150,12 @@ def encode_captions(
     batch_size: int = 256,
     autocast: bool | None = False,
     encoder: Encoder | None = None,
+    tokenize: Callable[[tuple[str, ...]], Tensor] | None = None,
 ) -> Tensor:
     """Unit-norm fp32 features of captions, (N, D) on the CPU, in order.
 
     Equal captions are encoded once and the rest in order of length. `autocast` and `encoder` are as in
-    `encode_images`.
+    `encode_images`; `tokenize` takes the place of the model's own, which it must agree with.
 
     Raises:
         DataError: there is no caption.
@@ -165,9 +166,9 @@ def encode_captions(
     table = clip.table("text")
     if table is not None:
         return table.look_up(captions).cpu()
-    distinct = list(dict.fromkeys(captions))
+    distinct = tuple(dict.fromkeys(captions))
     position = {caption: index for index, caption in enumerate(distinct)}
-    tokens = clip.tokenize(distinct)
+    tokens = (tokenize or clip.tokenize)(distinct)
     ends = clip.family.text_ends(clip.model, tokens)
     order = torch.arange(len(distinct)) if ends is None else ends.argsort(stable=True)
     encoder = encoder or Encoder(clip, use_autocast(autocast, clip.device))

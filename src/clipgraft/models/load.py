@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -140,17 +139,18 @@ def _load_named(name: str, pretrained: str, seed: int) -> Clip:
     with hub_access(not (is_file or random) or borrows(config)) as offline:
         try:
             check_text_tower(config, name)
-            if not (is_file or random):
-                _tell_tag(model_name, pretrained)
-            drawn = random or Path(pretrained).suffix in _BIG_VISION
             tag = None if is_file or random else pretrained
+            weights = None if random else _file_of_tag(model_name, tag) if tag else Path(pretrained)
+            drawn = weights is None or weights.suffix in _BIG_VISION
             model, train, evaluate = _named_model(model_name, tag, seed, random=drawn)
             inner = _tokenizer(config["text_cfg"], None, model_name)
         except ModelError:
             raise
         except Exception as error:
             raise _fetch_failure(name, pretrained, error, offline) from error
-    notes = _put(model, Path(pretrained), name) if is_file else []
+    notes = (
+        [] if weights is None else _put(model, weights, name) if is_file else _put_tag(model, weights, name)
+    )
     return _clip(model, inner, evaluate, train, Source(name, pretrained), notes)
 
 
@@ -252,20 +252,22 @@ def _build(
 
 
 def _named_model(name: str, tag: str | None, seed: int, *, random: bool) -> tuple[nn.Module, Any, Any]:
-    """open_clip's model and transforms, with the weights of a tag, `random` ones of a seed, or none yet."""
+    """open_clip's model and transforms as a tag has them, with `random` weights of a seed or none yet."""
     import open_clip
 
-    unset = seeded(seed) if random else no_initialization()
-    with contextlib.nullcontext() if tag is not None else unset:
+    with seeded(seed) if random else no_initialization():
         model, train, evaluate = open_clip.create_model_and_transforms(
-            name,
-            pretrained=tag,
-            load_weights=tag is not None,
-            require_pretrained=tag is not None,
-            pretrained_text=False,
-            weights_only=True,
+            name, pretrained=tag, load_weights=False, pretrained_text=False, weights_only=True
         )
     return model, train, evaluate
+
+
+def _file_of_tag(name: str, tag: str) -> Path:
+    """The weights of a tag as open_clip chooses their file, fetched if need be."""
+    import open_clip
+
+    _tell_tag(name, tag)
+    return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
 
 
 def _tell_tag(name: str, tag: str) -> None:
@@ -308,6 +310,20 @@ def _put(model: nn.Module, weights: Path, name: str) -> list[str]:
             "with -quickgelu, or quick_gelu in its config"
         )
     return [f"{weights}: {note}" for note in notes]
+
+
+def _put_tag(model: nn.Module, weights: Path, name: str) -> list[str]:
+    """The same for the file of a tag; names of others' models (MobileCLIP) open_clip alone translates."""
+    import open_clip
+
+    try:
+        return _put(model, weights, name)
+    except ModelError as refused:
+        try:
+            open_clip.load_checkpoint(model, str(weights))
+        except Exception:
+            raise refused from None
+        return []
 
 
 def _is_openclip(name: str) -> bool:

@@ -27,6 +27,8 @@ from clipgraft.options import (
     words,
 )
 
+PATIENCE = 5
+"""Epochs without a better one, after which a run that is not told how many to make makes no more."""
 _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 15  # of a run that is not told
 LossKind = Literal["softmax", "sigmoid"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -156,10 +158,10 @@ class RunArgs(Options):
     )
     save_frequency: Frequency = Field(1, ge=0, description="save every N epochs; 0 saves only the last")
     val_frequency: Frequency = Field(1, ge=0, description="evaluate every N epochs; 0 only after the last")
-    patience: Count | None = Field(
-        None,
-        ge=1,
-        description="stop when the best epoch on the validation data was this many epochs ago, and keep that",
+    patience: AutoCount | None = Field(
+        "auto",
+        description="stop when the best epoch on the validation data was this many epochs ago, and keep "
+        f"that; auto: {PATIENCE} where `epochs` is auto too, else never",
     )
     strength: Literal["sweep", "auto", "none"] = Field(
         "sweep",
@@ -187,6 +189,19 @@ class RunArgs(Options):
     params: Annotated[dict[str, Any], PythonOnly()] = Field(
         {}, description="what else params.json and params.txt are to record"
     )
+
+    def for_epochs(self, asked: TrainArgs, validated: bool) -> RunArgs:
+        """The same with the patience that `auto` comes to, for what was asked of the run's epochs."""
+        if self.patience != "auto":
+            return self
+        open_ended = asked.epochs == "auto" and asked.epoch_parts is None
+        return self.replace(patience=PATIENCE if open_ended and validated else None)
+
+    @property
+    def waits(self) -> int | None:
+        """The patience once it is known: `auto` is replaced when the run is set up."""
+        assert self.patience != "auto"
+        return self.patience
 
     @property
     def kept(self) -> dict[str, Any]:

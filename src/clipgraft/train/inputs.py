@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +110,14 @@ class Inputs:
     def encode_captions(self, texts: Sequence[str], encoder: Encoder | None = None) -> Tensor:
         """(N, D) unit-norm features of texts, of which each process encodes a share."""
         encoder = encoder or self.encoder
-        return in_shares(self.setup.world, texts, partial(encode_captions, encoder.clip, encoder=encoder))
+        tokenize = self._tokenize if encoder.clip is self.setup.clip else None
+        encode = partial(encode_captions, encoder.clip, encoder=encoder, tokenize=tokenize)
+        return in_shares(self.setup.world, texts, encode)
+
+    @cached_property
+    def _tokenize(self) -> Callable[[tuple[str, ...]], Tensor]:
+        """The model's own, for which the same captions come again after every epoch: two lists are kept."""
+        return lru_cache(maxsize=2)(self.setup.clip.tokenize)
 
 
 def prepare_inputs(

@@ -1,14 +1,16 @@
 """`lr=auto`: short trainings at several learning rates, judged by the loss on images held out of them.
 
-Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): every candidate trains for a few steps from
-the same weights, with warmup and a cosine that falls to zero as the run's own does; the better half trains
-anew for twice as many. The validation data is never looked at.
+Every candidate trains for a few steps from the same weights, with warmup and a cosine that falls to zero as
+the run's own does; the best two train anew for several times as many, as in successive halving (Jamieson &
+Talwalkar 2016, arXiv:1502.07943). The first candidates are the middle three rates, and one beyond is tried
+only where it may be the best: the loss falls with the rate up to some rate and rises from there on. The
+validation data is never looked at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,10 @@ ADAPTER_RATE, MODEL_RATE = 3e-4, 1e-5
 """Where nothing can be tried: what few pairs, seen many times, want (benchmarks/results/defaults.md)."""
 FEWEST_STEPS = 4
 """Of a first trial: with fewer, warmup is all of it."""
+_FINAL_STEPS, _FINAL_SHARE = 18, 0.025
+"""Of a final trial, at most: so many, or that share of a run's steps. Shorter ones do not see that a rate is
+too high (benchmarks/results/defaults.md)."""
+_FINALISTS = 2
 
 
 @dataclass(frozen=True)
@@ -74,34 +80,45 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many candidates train for how many steps, rung after rung."""
+    """Which rates may be tried, and how long a first trial is.
+
+    Attributes:
+        rates: in ascending order, at least three.
+        steps: of a first trial.
+        final: steps of each of the two trials that decide.
+    """
 
     rates: tuple[float, ...]
     steps: int
+    final: int
 
     @property
-    def rungs(self) -> list[tuple[int, int]]:
-        """(candidates, steps of each): half as many train for twice as long, down to two."""
-        sizes = [len(self.rates)]
-        while sizes[-1] > 2:
-            sizes.append((sizes[-1] + 1) // 2)
-        return [(size, self.steps * 2**number) for number, size in enumerate(sizes)]
+    def first(self) -> range:
+        """Indices of the rates that are tried in any case."""
+        middle = len(self.rates) // 2
+        return range(middle - 1, middle + 2)
 
-    def cost(self, held_out: int) -> float:
-        """In steps, measuring `held_out` batches before the trials and after each included."""
-        measured = 1 + sum(size for size, _ in self.rungs)
-        return sum(size * steps for size, steps in self.rungs) + FORWARD * held_out * measured
+    def cost(self, held_out: int, beyond: int | None = None) -> float:
+        """In steps, measuring `held_out` batches before the trials and after each included.
+
+        `beyond` is how many rates beyond the first are tried; the most there may be where it is left out.
+        """
+        most = min(self.first.start, len(self.rates) - self.first.stop)
+        short = len(self.first) + (most if beyond is None else beyond)
+        measured = FORWARD * held_out * (1 + short + _FINALISTS)
+        return self.steps * short + self.final * _FINALISTS + measured
 
 
 def plan_trials(rates: Sequence[float], total_steps: int, held_out: int, share: float = SHARE) -> Plan | None:
-    """The longest trials of all rates, else of the middle three, that cost no more than a share of a run."""
+    """Trials that cost no more than a share of a run: of all rates, or of the middle three in a short run."""
     middle = len(rates) // 2
-    for some in (tuple(rates), tuple(rates[middle - 1 : middle + 2])):
-        fixed = Plan(some, 0).cost(held_out)
-        a_step = Plan(some, 1).cost(held_out) - fixed
-        steps = int((share * total_steps - fixed) / a_step)
-        if steps >= FEWEST_STEPS:
-            return Plan(some, steps)
+    wanted = max(_FINAL_STEPS, round(_FINAL_SHARE * total_steps))
+    steps = max(FEWEST_STEPS, wanted // 4)
+    for some, least in ((tuple(rates), wanted), (tuple(rates[middle - 1 : middle + 2]), 2 * steps)):
+        left = share * total_steps - Plan(some, steps, 0).cost(held_out)
+        final = min(wanted, int(left / _FINALISTS))
+        if final >= least:
+            return Plan(some, steps, final)
     return None
 
 
@@ -132,16 +149,35 @@ def _search(what: Subject, share: float) -> Rate:
         trials = Trials(what, held_out)
         if trials.left < LEAST_LEFT:
             return Rate(default, why="the images of one batch are too large a part of all, to hold them out")
-        before, done = trials.loss(), list[Trial]()
-        left: list[float] = list(plan.rates)
-        for size, steps in plan.rungs:
-            left = _best_first(left, done)[:size]
-            done += [Trial(lr, steps, trials.run(lr, steps)) for lr in left]
-    best = _best_first(left, done)[0]
-    return Rate(best, tuple(done), before, trials.pairs, plan.cost(held_out) / total)
+        before = trials.loss()
+        short = _short_trials(plan, trials.run)
+        finalists = _best_first(short)[:_FINALISTS]
+        done = [Trial(lr, plan.final, trials.run(lr, plan.final)) for lr in finalists]
+    cost = plan.cost(held_out, beyond=len(short) - len(plan.first)) / total
+    return Rate(_best_first(done)[0], (*short, *done), before, trials.pairs, cost)
 
 
-def _best_first(rates: Sequence[float], done: Sequence[Trial]) -> list[float]:
-    """Sort rates by the loss of their last trial; those that diverged come last."""
-    last = {trial.lr: math.inf if trial.loss is None else trial.loss for trial in done}
-    return sorted(rates, key=lambda lr: last.get(lr, 0.0))
+def _short_trials(plan: Plan, run: Callable[[float, int], float | None]) -> list[Trial]:
+    """Try the middle rates, and those beyond as long as the outermost that was tried is the best."""
+
+    def trial(index: int) -> Trial:
+        return Trial(plan.rates[index], plan.steps, run(plan.rates[index], plan.steps))
+
+    low, high = plan.first.start, plan.first.stop - 1
+    done = [trial(index) for index in plan.first]
+    while True:
+        best = plan.rates.index(_best_first(done)[0])
+        if best == low > 0:
+            low -= 1
+            done.append(trial(low))
+        elif best == high < len(plan.rates) - 1:
+            high += 1
+            done.append(trial(high))
+        else:
+            return done
+
+
+def _best_first(done: Sequence[Trial]) -> list[float]:
+    """Sort rates by the loss of their trial; of equals the lower comes first, those that diverged last."""
+    ranked = sorted(done, key=lambda trial: (math.inf if trial.loss is None else trial.loss, trial.lr))
+    return [trial.lr for trial in ranked]

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -71,6 +71,7 @@ class FitResult(Result):
         weight: how much what is retained counts, and how that was found; None where it was given.
         stopped: the epoch after which `patience` ended the run; None where it came to its last one.
         strength: what is gained and kept by the strength of what was learnt; None where it was not measured.
+        stages: seconds of this part of the run, by what it did.
     """
 
     _shows = ("saved", "bytes", "trainable", "seconds", "best_epoch", "metrics", "base", "verdict")
@@ -88,6 +89,7 @@ class FitResult(Result):
     weight: Weight | None = None
     stopped: int | None = None
     strength: StrengthCurve | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> Metrics:
@@ -125,7 +127,8 @@ def run_recipe(
         check_has_tower(clip.model, tower)
     require_unmerged(clip, "train")
     recipe.check()
-    if run.patience is not None and recipe.val is None:
+    run = run.for_epochs(train, validated=recipe.val is not None)
+    if run.waits is not None and recipe.val is None:
         raise ConfigError("`patience` needs validation data, by which the best epoch is known: give some")
     loss = recipe.choose_loss(clip, train.loss)
     if train.loss == "auto" and loss == "sigmoid":
@@ -165,10 +168,37 @@ class _Run:
         self.rate: Rate | None = None
         self.weight: Weight | None = None
         self.stopped: int | None = None
+        self.stages = _Stages()
 
     def train(self, started: float) -> FitResult:
         """Encode what is constant, train, and save; `started` is when the run began."""
         setup, recipe, world = self.setup, self.recipe, self.setup.world
+        with self.stages.timed("encoding what is constant"):
+            what = self._subject()
+        trained = what.module
+        begun = self._beginning()
+        with self.stages.timed("trials"):
+            objective = self._choose(what)
+        loop = self._loop(trained, objective, started)
+        torch.manual_seed(setup.train.seed)
+        try:
+            with self.stages.timed("training"):
+                loop.run(self.folder, setup.run.resume)
+        finally:
+            setup.clip.eval()
+        validation = self.validation
+        kept = world.on_rank0(lambda: validation.restore(trained) if validation else None)
+        world.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
+        with self.stages.timed("strength"):
+            swept = self._sweep_strength(begun)
+        result = world.on_rank0(lambda: self._finish(kept, loop.seconds(), swept))
+        if world.is_rank0:
+            recipe.save(self.folder.path)
+        return result
+
+    def _subject(self) -> Subject:
+        """Encode what is constant; what trains then, and on what."""
+        setup, recipe = self.setup, self.recipe
         clip, args = setup.clip, setup.train
         encoder = Encoder(clip, setup.autocast, grad_checkpointing=args.grad_checkpointing)
         start_adapter(clip, recipe.sample(), args.seed)
@@ -180,22 +210,7 @@ class _Run:
             encoder.forget("vision")
         head = recipe.head
         trained = clip.model if head is None else nn.ModuleDict({"model": clip.model, "head": head})
-        begun = self._beginning()
-        objective = self._choose(Subject(setup, trained, self.inputs.feed, objective, task))
-        loop = self._loop(trained, objective, started)
-        torch.manual_seed(args.seed)
-        try:
-            loop.run(self.folder, setup.run.resume)
-        finally:
-            clip.eval()
-        validation, trained = self.validation, loop.trained
-        kept = world.on_rank0(lambda: validation.restore(trained) if validation else None)
-        world.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
-        swept = self._sweep_strength(begun)
-        result = world.on_rank0(lambda: self._finish(kept, loop.seconds(), swept))
-        if world.is_rank0:
-            recipe.save(self.folder.path)
-        return result
+        return Subject(setup, trained, self.inputs.feed, objective, task)
 
     def _choose(self, what: Subject) -> Objective:
         """Find what the options leave open: the learning rate, and how much what is retained counts."""
@@ -247,7 +262,7 @@ class _Run:
 
     def _enough(self, epoch: int) -> bool:
         """Whether the best epoch is so long ago that no better one is waited for."""
-        patience, validation = self.setup.run.patience, self.validation
+        patience, validation = self.setup.run.waits, self.validation
         if patience is None or epoch == self.setup.train.planned_epochs:
             return False
         waited = self.setup.world.on_rank0(lambda: validation.waited(epoch) if validation else 0)
@@ -268,7 +283,8 @@ class _Run:
             return self._before()
         metrics = None
         if recipe.val is not None and _due(epoch, run.val_frequency, self.ends):
-            measured = recipe.measure(self.inputs)
+            with self.stages.timed("evaluation"):
+                measured = recipe.measure(self.inputs)
             metrics = measured.metrics
             log.info("epoch %d: %s", epoch, headline(metrics))
             if self.validation is not None:
@@ -284,7 +300,7 @@ class _Run:
         validation = self.validation
         known = self.setup.world.on_rank0(lambda: validation.before if validation else None)
         if known is None:
-            with same_random(), _blaming_the_base():
+            with same_random(), _blaming_the_base(), self.stages.timed("evaluation of the base"):
                 measured = self.recipe.measure(self.inputs)
             if validation is not None:
                 validation.begin(measured)
@@ -322,6 +338,7 @@ class _Run:
             weight=self.weight,
             stopped=self.stopped,
             strength=curve,
+            stages=self.stages.seconds,
         )
         rows = len(self.inputs.feed.caption_of_row)
         self.folder.finish({**asdict(result), "rows": rows, "made_with": made_with(clip)})
@@ -336,6 +353,7 @@ class _Run:
             f"{result.trainable:,}",
             result.seconds,
         )
+        log.info("seconds: %s", self.stages)
         if kept is not None and len(result.history) > 1:
             log.info("%s", self._which_epoch(kept, result.history))
         if self.recipe.val is None:
@@ -366,6 +384,33 @@ class _Run:
             roles=None if state is None else {(site.tower, site.role) for site in state.chosen().layers},
             losses=(fmean(first), fmean(last)) if len(losses) > steps else None,
         )
+
+
+class _Stages:
+    """Seconds by what a run does; of what is timed within something else, that counts the rest.
+
+    Attributes:
+        seconds: by name, in the order in which they began to count.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = 0.0
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the seconds of a block."""
+        self.seconds.setdefault(name, 0.0)
+        outside, self._inner, started = self._inner, 0.0, time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - started
+            self.seconds[name] += took - self._inner
+            self._inner = outside + took
+
+    def __str__(self) -> str:
+        return ", ".join(f"{seconds:.1f} {name}" for name, seconds in self.seconds.items() if seconds >= 0.05)
 
 
 def _require_same(setup: Setup, recorded: Mapping[str, Any]) -> None:
