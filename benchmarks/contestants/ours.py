@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -115,34 +118,58 @@ def train_steps(*, batch_size: int, warmup: int, steps: int, **options: Any) -> 
     }
 
 
-def encode(images: list[str], autocast: bool = False) -> dict[str, Any]:
+def encode(images: list[str], autocast: bool = False, int8: bool = False) -> dict[str, Any]:
     """Run `encode_images` over a list of files."""
     from benchmarks.contestants.encoding import timed_encoding
     from clipgraft.data.features import encode_images
+    from clipgraft.engine.encoder import Encoder
 
     clip = load()
+    encoder = Encoder(clip, autocast, int8=int8)
     return timed_encoding(
-        lambda paths: encode_images(clip, [Path(path) for path in paths], autocast=autocast), images
+        lambda paths: encode_images(clip, [Path(path) for path in paths], encoder=encoder), images
     )
 
 
-def encode_to_disk(images: list[str], autocast: bool = False) -> dict[str, Any]:
-    """Run `encode_folder` over a table of files, and read vectors, metadata and manifest back."""
+def encode_to_disk(images: list[str], source: str = "table", autocast: bool = False) -> dict[str, Any]:
+    """Run `encode_folder` over files, and read vectors, metadata and manifest back.
+
+    `source` is how they are given: `folder`, `tar`, or a `table` or `parquet` file of paths.
+    """
     from benchmarks.contestants.encoding import timed_encoding
 
     clip = load()
 
     def run(paths: list[str]) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
-            table, out = Path(folder) / "images.csv", Path(folder) / "out"
-            table.write_text("\n".join(["filepath", *paths]) + "\n", encoding="utf-8")
-            cg.search.encode_folder(clip, table, out, autocast=autocast)
+            given, out = _given(paths, source, Path(folder)), Path(folder) / "out"
+            cg.search.encode_folder(clip, given, out, autocast=autocast)
             rows = pq.read_table(out / "metadata" / "metadata_0.parquet")["path"].to_pylist()
             vectors = np.load(out / "img_emb" / "img_emb_0.npy")
-        place = {Path(path).name: row for row, path in enumerate(rows)}
-        return torch.from_numpy(vectors[[place[Path(path).name] for path in paths]])
+        place = {Path(path.rpartition("::")[2]).stem: row for row, path in enumerate(rows)}
+        return torch.from_numpy(vectors[[place[Path(path).stem] for path in paths]])
 
     return timed_encoding(run, images)
+
+
+def _given(paths: list[str], source: str, folder: Path) -> Path:
+    """Make the source of images, which takes no time beside encoding them."""
+    made = folder / {"table": "images.csv", "parquet": "images.parquet", "tar": "images.tar"}.get(
+        source, source
+    )
+    if source == "table":
+        made.write_text("\n".join(["filepath", *paths]) + "\n", encoding="utf-8")
+    elif source == "parquet":
+        pq.write_table(pa.table({"filepath": paths}), made)
+    elif source == "tar":
+        with tarfile.open(made, "w") as archive:
+            for path in paths:
+                archive.add(path, Path(path).name)
+    else:
+        made.mkdir()
+        for path in paths:
+            shutil.copy(path, made)
+    return made
 
 
 def retrieval(rows: int, images: int, captions_an_image: int, seed: int) -> dict[str, Any]:

@@ -225,6 +225,7 @@ Gigabytes = Annotated[float, within(1e-6, 1e6, "with less, nothing fits in; with
 AutoWeight = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_weight)]
 LossWeight = Annotated[float, within(0, _MOST_WEIGHT, "with more, the loss leaves the range of fp32")]
 AdapterWeight = Annotated[float, within(-1e6, 1e6, "beyond that, weights leave the range of fp32")]
+Points = Annotated[float, within(0, 100, "there are no more to lose")]
 GpuShare = Annotated[float, within(0, 1024, "no machine has more")]
 Workers = Annotated[int, within(0, 1024, "with more, the system has no processes left")]
 AlphaPattern = Annotated[dict[str, Alpha], BeforeValidator(_pairs)]

@@ -54,7 +54,9 @@ def _faults(model: ModelFlags, spec: EncodeFlags, args: EncodeArgs) -> list[str]
         faults.append(f"{spec.source}: a .txt file holds texts, and --texts is missing: add it")
     if spec.adapter is not None and spec.adapters is not None:
         faults.append("--adapter and --adapters: give one of them")
-    faults += args.faults()
+    faults += args.replace(autocast=model.autocast).faults()
+    if args.gate is not None:
+        faults += checks.missing_data("--gate", args.gate)
     if args.engine == "ray":
         from clipgraft.search.ray_engine import need_ray
 

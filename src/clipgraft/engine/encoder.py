@@ -15,6 +15,7 @@ from clipgraft.engine.attention import AttentionKernels
 from clipgraft.engine.linear import WeightCache
 from clipgraft.engine.mixed_adapters import ActiveAdapter, AdapterShare, MixedAdapters, prepare
 from clipgraft.engine.packing import Packed, by_mkl, pack
+from clipgraft.engine.quantized import require_int8
 from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
 from clipgraft.lora.inject import hung
@@ -40,6 +41,7 @@ class Encoder:
     Attributes:
         clip: the model; its adapters act as they are enabled at each call.
         autocast: whether the compute type is bf16 whatever the type of the weights.
+        int8: whether products of blocks are computed in 8-bit integers.
         dtype: the compute type: bf16 for `autocast`, else that of the weights. The residual stream, and
             what is returned, are at least fp32.
     """
@@ -51,17 +53,27 @@ class Encoder:
         attention: AttentionKernels | None = None,
         grad_checkpointing: bool = False,
         pack: bool = True,
+        int8: bool = False,
     ) -> None:
         """`attention` holds kernels that were chosen before; `grad_checkpointing` recomputes blocks.
 
-        Without `pack` no weight is kept in a second layout, for speed, beside the model's own.
+        Without `pack` no weight is kept in a second layout, for speed, beside the model's own. With `int8`
+        the products of blocks are computed in 8-bit integers, and all else in bf16: not to 1e-5, but to
+        what `clipgraft.evaluate.recall_lost` measures, and without gradients.
+
+        Raises:
+            ModelError: this device, or this CPU, does not compute in int8.
         """
+        if int8:
+            require_int8(clip.device)
+        autocast = autocast or int8
         self.clip = clip
+        self.int8 = int8
         self.dtype = torch.bfloat16 if autocast else clip.dtype
         self.attention = AttentionKernels() if attention is None else attention
         self.autocast = autocast
         self._checkpointing = grad_checkpointing
-        self._weights = WeightCache(self.dtype, pack)
+        self._weights = WeightCache(self.dtype, pack, int8)
         self._norms = clip.family.norms(clip.model)
         self._text = clip.family.text_tower(clip.model)
         self._vision = clip.family.vision_tower(clip.model)

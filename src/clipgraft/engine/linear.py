@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.engine.quantized import Int8Weight
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.models.architecture import Linear, Part
 from clipgraft.models.sites import Site, Tower
@@ -96,12 +97,13 @@ class WeightCache:
     a faster layout.
     """
 
-    def __init__(self, dtype: torch.dtype, pack: bool = True) -> None:
+    def __init__(self, dtype: torch.dtype, pack: bool = True, int8: bool = False) -> None:
+        """With `int8` frozen weights of blocks are kept, and multiplied, in 8 bits."""
         self.dtype = dtype
-        self._pack = pack
-        self._kept: dict[tuple[Site, ...], tuple[Hashable, FrozenWeight]] = {}
+        self._pack, self._int8 = pack, int8
+        self._kept: dict[tuple[Site, ...], tuple[Hashable, FrozenWeight | Int8Weight]] = {}
 
-    def frozen(self, linear: Linear) -> FrozenWeight | None:
+    def frozen(self, linear: Linear) -> FrozenWeight | Int8Weight | None:
         """Return a linear map prepared for products; None if one of its weights needs a gradient."""
         sources = [t for part in linear for t in (part.weight, part.bias) if t is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
@@ -117,27 +119,31 @@ class WeightCache:
 
     def stacked(self, linear: Linear) -> tuple[Tensor, Tensor | None]:
         """The (out, in) weight and (out,) bias of a map, its parts stacked by rows; differentiable."""
-        pieces, biases = self._pieces(linear)
+        pieces, biases = self._pieces(linear, self.dtype)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces), _joined(biases)
 
     def forget(self, tower: Tower) -> None:
         """Free the prepared weights of a tower; they are prepared again at their next use."""
         self._kept = {key: kept for key, kept in self._kept.items() if key[0].tower != tower}
 
-    def _prepare(self, linear: Linear) -> FrozenWeight:
+    def _prepare(self, linear: Linear) -> FrozenWeight | Int8Weight:
         # Not inference tensors, even in inference mode: training may use them later.
-        def detached() -> tuple[list[Tensor], list[Tensor | None]]:
+        def detached(dtype: torch.dtype = self.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
             with torch.inference_mode(False), torch.no_grad():
-                pieces, biases = self._pieces(linear)
+                pieces, biases = self._pieces(linear, dtype)
                 return [p.detach() for p in pieces], [None if b is None else b.detach() for b in biases]
 
         def copied() -> None:
             drop_mapped(part.weight for part in linear)
 
+        # What the first product of a tower loses, all others see; it is a small one.
+        if self._int8 and linear[0].site.block is not None:
+            return Int8Weight(*detached(torch.float32), copied)
         return FrozenWeight(lambda: detached()[0], detached()[1], self._pack, copied)
 
-    def _pieces(self, linear: Linear) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The weights and biases of a map in the compute type; fused neighbours are one piece."""
+    @staticmethod
+    def _pieces(linear: Linear, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The weights and biases of a map in a type; fused neighbours are one piece."""
         first, last = linear[0], linear[-1]
         if first.rows is not None and last.rows is not None:
             rows = slice(first.rows.start, last.rows.stop)
@@ -145,8 +151,8 @@ class WeightCache:
             sources = [(first.weight[rows], bias)]
         else:
             sources = [(part.matrix.flatten(1), part.bias) for part in linear]
-        weights = [weight.to(self.dtype) for weight, _ in sources]
-        return weights, [None if bias is None else bias.to(self.dtype) for _, bias in sources]
+        weights = [weight.to(dtype) for weight, _ in sources]
+        return weights, [None if bias is None else bias.to(dtype) for _, bias in sources]
 
 
 @functools.cache
@@ -189,7 +195,7 @@ class Update:
     rows: slice
 
 
-def frozen_linear(x: Tensor, frozen: FrozenWeight, updates: list[Update]) -> Tensor:
+def frozen_linear(x: Tensor, frozen: FrozenWeight | Int8Weight, updates: list[Update]) -> Tensor:
     """(N, in) -> (N, out) through a frozen map, in the type of `x`."""
     mask, spans, factors = _low_rank(x, updates)
     y: Tensor = _FrozenLinear.apply(x, frozen, mask, spans, *factors)
@@ -277,7 +283,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        frozen: FrozenWeight,
+        frozen: FrozenWeight | Int8Weight,
         mask: Tensor | None,
         spans: list[FactorSpan],
         *factors: Tensor,

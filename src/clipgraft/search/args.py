@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from clipgraft.options import Batch, GpuShare, Options, ShardRows, Workers
+from clipgraft.options import Batch, GpuShare, Options, Points, ShardRows, UserPath, Workers
 from clipgraft.search.manifest import Dtype
 
 _RAY = ("ray_address", "ray_workers", "ray_gpus_per_worker")
@@ -24,6 +24,17 @@ class EncodeArgs(Options):
     workers: Workers = Field(2, ge=0, description="processes that decode images; 0: a thread")
     autocast: bool | None = Field(
         None, description="compute in bf16 (default: where that is faster; later runs go on likewise)"
+    )
+    int8: bool = Field(
+        False,
+        description="compute products in 8-bit integers, on CPUs with VNNI: faster than bf16, and needs a "
+        "table of pairs for `gate` (later runs go on likewise)",
+    )
+    gate: UserPath | None = Field(
+        None, description="table of images and captions on which the recall that int8 loses is measured"
+    )
+    max_recall_loss: Points = Field(
+        1.0, ge=0, description="percentage points of recall@1, 5 or 10 that int8 may lose at most"
     )
     exact_preprocess: bool = Field(
         False, description="preprocess images exactly as the base's own transform does"
@@ -50,4 +61,9 @@ class EncodeArgs(Options):
     def faults(self) -> list[str]:
         """List options that contradict each other."""
         given = [name for name in _RAY if getattr(self, name) is not None]
-        return [f"`{name}`: goes with `engine='ray'`; add that" for name in given if self.engine != "ray"]
+        found = [f"`{name}`: goes with `engine='ray'`; add that" for name in given if self.engine != "ray"]
+        if self.gate is not None and not self.int8:
+            found.append("`gate`: goes with `int8`; add that")
+        if self.int8 and self.autocast is False:
+            found.append("`int8` computes in bf16 what it does not in integers: leave fp32 out")
+        return found

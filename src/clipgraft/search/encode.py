@@ -46,11 +46,13 @@ from clipgraft.search.items import Item, ItemSource
 from clipgraft.search.manifest import WORK, AdapterNote, Dtype, Manifest, Origin, VectorSet
 from clipgraft.search.plan import Counts, Plan
 from clipgraft.search.ray_engine import RayEngine, need_ray
+from clipgraft.search.recall_gate import passed
 from clipgraft.search.sources import open_images, open_texts
 from clipgraft.search.store import NewShard, Size, Store, need_pyarrow, open_folder, sole_writer
 
 log = logging.getLogger("clipgraft")
 _AUTOCAST = " in bf16 autocast"
+_INT8 = " in int8 and bf16"
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,10 +113,12 @@ def encode_folder(
         **options: single fields of `EncodeArgs`, such as `batch_size=32`, in place of those of `args`.
 
     Raises:
-        ConfigError: an option is wrong, Ray is not installed, or there is no cluster at the address.
+        ConfigError: an option is wrong, int8 loses more recall than it may, Ray is not installed, or there
+            is no cluster at the address.
         DataError: the source cannot be listed, another process writes to `out`, or `out` holds other vectors.
         AdapterError: no adapter of such a name, or one is merged.
-        ModelError: the model has no preprocessing or tokenizer, or cannot be sent to a cluster.
+        ModelError: the model has no preprocessing or tokenizer, cannot be sent to a cluster, or cannot be
+            computed in int8.
         ClusterError: the cluster failed; as after a kill, a rerun goes on.
     """
     started = time.monotonic()
@@ -131,14 +135,20 @@ def encode_folder(
     with sole_writer(out):
         before = open_folder(out)
         modality = _modality(clip, args)
-        autocast = _autocast(clip, args.autocast, before)
-        origin = _origin(clip, modality, args.dtype, autocast)
+        int8 = args.int8
+        if args.autocast is None and before is not None:
+            int8 |= before.origin.compute.endswith(_INT8)
+        autocast = not int8 and _autocast(clip, args.autocast, before)
+        origin = _origin(clip, modality, args.dtype, _INT8 if int8 else _AUTOCAST if autocast else "")
         sets = vector_sets(clip, adapters, origin.tower)
         check_same(out, before, origin, sets)
         store = Store(out, before or Manifest(origin, listed.name, listed.root, sets))
         paths = adapter_paths or {}
         notes = adapter_notes(clip, list(paths) if adapters is None else adapters, paths)
-        encoder = Encoder(clip, autocast, _attention(store.manifest))
+        encoder = Encoder(clip, autocast, _attention(store.manifest), int8=int8)
+        if int8:
+            recall = passed(encoder, store.manifest, args, adapters is not None)
+            store.manifest = replace(store.manifest, recall=recall)
         local = LocalEngine(encoder, modality, store.manifest.sets, adapters is not None, args.dtype)
         engine = RayEngine(local, args) if args.engine == "ray" else local
         with showing(progress, modality.kind, modality.kind[:-1]) as told:
@@ -359,9 +369,9 @@ def _autocast(clip: Clip, choice: bool | None, before: Manifest | None) -> bool:
     return use_autocast(choice, clip.device)
 
 
-def _origin(clip: Clip, modality: Modality, dtype: Dtype, autocast: bool) -> Origin:
+def _origin(clip: Clip, modality: Modality, dtype: Dtype, lossy: str) -> Origin:
     source = findable(clip)
-    compute = str(clip.dtype).removeprefix("torch.") + (_AUTOCAST if autocast else "")
+    compute = str(clip.dtype).removeprefix("torch.") + lossy
     return Origin(
         modality.kind,
         source.name,

@@ -98,6 +98,27 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class RecallNote:
+    """What an approximation loses for one set of vectors.
+
+    Attributes:
+        folder: of the set.
+        table: the pairs that it was measured on, and how many captions they have.
+        points: percentage points that the worst recall lost.
+        limit: points that it was allowed to lose.
+        reference, approximate: recall without and with the approximation, shares by name.
+    """
+
+    folder: str
+    table: str
+    captions: Whole
+    points: float
+    limit: float
+    reference: Mapping[str, float]
+    approximate: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`.
 
@@ -110,6 +131,7 @@ class Manifest:
         dim: of a vector, None before the first.
         next: number of the next shard.
         shards: finished ones.
+        recall: of vectors that were computed in int8, what that loses.
     """
 
     origin: Origin
@@ -121,6 +143,7 @@ class Manifest:
     dim: int | None = None
     next: int = 0
     shards: tuple[Shard, ...] = ()
+    recall: tuple[RecallNote, ...] = ()
 
     @property
     def emb(self) -> str:
@@ -183,6 +206,7 @@ class _File(Origin):
     dim: Whole | None
     next: Whole
     shards: tuple[Shard, ...]
+    recall: tuple[RecallNote, ...] = ()
 
 
 def _fault(manifest: Manifest) -> str | None:

@@ -50,6 +50,7 @@ class Job:
     switch: bool
     dtype: Dtype
     autocast: bool
+    int8: bool
     kernels: Mapping[str, str]
     threads: int
 
@@ -58,7 +59,7 @@ class Job:
         torch.set_num_threads(self.threads)  # sums may round otherwise with another number
         attention = AttentionKernels(agree)
         attention.choices.update(self.kernels)
-        encoder = Encoder(self.clip.to(device), self.autocast, attention)
+        encoder = Encoder(self.clip.to(device), self.autocast, attention, int8=self.int8)
         return LocalEngine(encoder, self.modality, self.sets, self.switch, self.dtype)
 
 
@@ -165,6 +166,7 @@ def _sent(ray: Any, local: LocalEngine, threads: int) -> Any:
             local.switch,
             local.dtype,
             encoder.autocast,
+            encoder.int8,
             kernels,
             threads,
         )
