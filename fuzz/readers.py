@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fuzz import encoded, runs, tables, weights
+from fuzz import containers, encoded, runs, tables, weights
 from fuzz.subject import Subject
 
 READERS: dict[str, Callable[[Path], Subject]] = {
     **tables.READERS,
+    **containers.READERS,
     **encoded.READERS,
     **weights.READERS,
     **runs.READERS,

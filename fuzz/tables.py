@@ -305,7 +305,7 @@ def archives(folder: Path) -> Subject:
     for name in NAMES:
         (source / name).unlink()
     source.rmdir()
-    path.write_bytes(_tar(members))
+    path.write_bytes(tar(members))
 
     def read() -> object:
         listed = open_images(str(path))
@@ -316,13 +316,13 @@ def archives(folder: Path) -> Subject:
         return items
 
     def change(rng: Random) -> None:
-        content = _tar(_odd_members(members, rng), rng) if rng.random() < 0.5 else path.read_bytes()
+        content = tar(odd_members(members, rng), rng) if rng.random() < 0.5 else path.read_bytes()
         path.write_bytes(damaged(content, rng) if rng.random() < 0.6 else content)
 
     return Subject(folder, read, [change], (path.name,))
 
 
-def _odd_members(members: Sequence[tuple[str, bytes]], rng: Random) -> list[tuple[str, bytes]]:
+def odd_members(members: Sequence[tuple[str, bytes]], rng: Random) -> list[tuple[str, bytes]]:
     changed = list(members)
     for _ in range(rng.choice((1, 2, 5))):
         at = rng.randrange(len(changed))
@@ -342,7 +342,7 @@ def _odd_members(members: Sequence[tuple[str, bytes]], rng: Random) -> list[tupl
     return changed
 
 
-def _tar(members: Sequence[tuple[str, bytes]], rng: Random | None = None) -> bytes:
+def tar(members: Sequence[tuple[str, bytes]], rng: Random | None = None) -> bytes:
     """Write a tar file; with `rng` in any format and with wrong headers whose checksums match."""
     sink = io.BytesIO()
     form = tarfile.USTAR_FORMAT if rng is None else rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))

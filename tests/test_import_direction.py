@@ -16,6 +16,7 @@ LAYERS = (
     ("writing", "progress", "text_tables"),
     ("locks",),
     ("files", "readers"),
+    ("stored_images",),
     ("records", "ours", "emoji", "pictures", "cluster"),
     ("options",),
     ("models",),

@@ -15,10 +15,11 @@ import struct
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tarfile import TarError
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clipgraft.errors import DataError
 from clipgraft.readers import POINTER, is_pointer
+from clipgraft.stored_images import image_bytes, read_stored
 
 MAX_PIXELS = 89_478_485
 """Largest width x height that is decoded: 256 MiB as RGB, the size at which Pillow itself starts to warn."""
@@ -83,7 +85,7 @@ def open_sized(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """`open_image`, and the upright (width, height) of the whole image, however small it was decoded."""
     name = "<bytes>" if isinstance(source, bytes) else str(source)
-    with _QUIET, _reasons(name), _open(name, source) as image:
+    with _QUIET, _reasons(name), _open(name, _content(source)) as image:
         _check_size(name, image)
         width, height = image.size
         if shortest is not None:
@@ -102,7 +104,7 @@ def check_image(path: Path, *, decode: bool = True) -> None:
     if decode:
         open_image(path, shortest=1)
         return
-    with _QUIET, _reasons(str(path)), _open(str(path), path) as image:
+    with _QUIET, _reasons(str(path)), _open(str(path), _content(path)) as image:
         _check_size(str(path), image)
 
 
@@ -133,6 +135,14 @@ def check_images(
                 if progress is not None:
                     progress(done, len(paths))
                 yield path, why
+
+
+def _content(source: str | Path | bytes) -> str | Path | bytes:
+    """The bytes of an image that lies inside a tar or Parquet file; else the source itself."""
+    if isinstance(source, bytes):
+        return source
+    content = read_stored(source)
+    return source if content is None else content
 
 
 def _open(name: str, source: str | Path | bytes) -> Image.Image:
@@ -198,9 +208,9 @@ def _reasons(name: str) -> Iterator[None]:
 
 
 def _unknown_format(name: str) -> str:
-    path = Path(name)
-    if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty (0 bytes)"
+    with suppress(OSError, ValueError, TarError, DataError):  # `<bytes>` is no file's name
+        if image_bytes(name) == 0:
+            return "the file is empty (0 bytes)"
     return "not an image that Pillow can read; convert it to JPEG or PNG"
 
 

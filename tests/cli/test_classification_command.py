@@ -108,7 +108,7 @@ def test_flags_of_training_are_none_of_eval(cli: Any, base: list[str], pictures:
     """`eval` takes flags that it then ignores."""
     outcome = cli("eval", *base, "--task", "classification", "--val-data", pictures, "--shots", 2)
     assert outcome.code == 2
-    assert outcome.err == "clipgraft: --shots: there is no such flag\n"
+    assert outcome.err.startswith("clipgraft: --shots: there is no such flag")
 
 
 def test_one_class_alone(classify: Callable[..., Any], tmp_path: Path) -> None:

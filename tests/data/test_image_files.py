@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from clipgraft import pictures
+from clipgraft.data import image_files
 from clipgraft.data.image_files import Listing, list_images
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.errors import DataError
-from clipgraft.pictures import IMAGE_SUFFIXES, ImageError, open_image
+from clipgraft.pictures import HEIC_SUFFIXES, IMAGE_SUFFIXES, ImageError, open_image
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 200
 
@@ -31,6 +32,13 @@ def test_every_suffix_that_pillow_reads(tmp_path: Path, name: str) -> None:
     assert [path.name for path in list_images(tmp_path)] == [name]
 
 
+@pytest.fixture
+def _without_heic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where pillow-heif is not installed."""
+    monkeypatch.setattr(image_files, "IMAGE_SUFFIXES", IMAGE_SUFFIXES - HEIC_SUFFIXES)
+
+
+@pytest.mark.usefixtures("_without_heic")
 def test_numbers_add_up_to_the_files_of_the_folder(tmp_path: Path) -> None:
     """Pictures would be lost without a word: HEIC of phones, files without a suffix, hidden ones."""
     for name in ("a.jpg", "sub/b.png", "._a.jpg", ".trash/c.png", "README"):
@@ -87,6 +95,7 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
         list_images(tmp_path / "shut")
 
 
+@pytest.mark.usefixtures("_without_heic")
 def test_readers_say_what_they_left(tmp_path: Path) -> None:
     """A data set would shrink by its HEIC photos and linked folders, and its summary not tell."""
     draw(tmp_path / "pairs/a.jpg").with_suffix(".txt").write_text("a dog")

@@ -1,8 +1,9 @@
 """Serve folders at a local address like the Hugging Face hub, as far as downloads need it.
 
 A file is at `/<owner>/<name>/resolve/<revision>/<path>`, with its commit in `X-Repo-Commit` and its hash in
-`ETag`; `/api/models/<owner>/<name>` lists the files of a repository. A refusal gives its reason in
-`X-Error-Code`. Repositories are the folders `<root>/<owner>/<name>`; those of the owner `gated` are refused.
+`ETag`; `/api/models/<owner>/<name>` lists the files of a repository. Those of data sets are below `/datasets`
+and `/api/datasets`. A refusal gives its reason in `X-Error-Code`. Repositories are the folders
+`<root>/<owner>/<name>`; those of the owner `gated` are refused.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?P<tree>/tree/[^/]+)?(/.*)?")
+_FILE = re.compile(r"(?:/datasets)?/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
+_API = re.compile(r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)(?P<tree>/tree/[^/]+)?(/.*)?")
 
 
 class HubServer:
@@ -86,14 +87,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_listing(self, repo: str, tree: bool) -> None:
         if not self._readable(repo):
             return
-        files = sorted(path for path in (self.hub.root / repo).iterdir() if path.is_file())
+        root = self.hub.root / repo
+        files = sorted(path for path in root.rglob("*") if path.is_file())
         if tree:
             entries = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files
+                {
+                    "type": "file",
+                    "path": f.relative_to(root).as_posix(),
+                    "size": f.stat().st_size,
+                    "oid": COMMIT,
+                }
+                for f in files
             ]
             self._send(200, json.dumps(entries).encode())
             return
-        siblings = [{"rfilename": file.name} for file in files]
+        siblings = [{"rfilename": file.relative_to(root).as_posix()} for file in files]
         self._send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
 
     def _readable(self, repo: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import clipgraft as cg
+from clipgraft.data.args import TableArgs
 from clipgraft.models.clip import Clip
 from clipgraft.pictures import open_image
 from clipgraft.search.encode import encode_folder
@@ -184,7 +185,7 @@ def test_listing_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("clipgraft.search.sources.os.scandir", Entries)
     list(islice(open_images(str(tmp_path / "in")).items(), 2))
-    assert len(looked) == 2
+    assert len(looked) == 3, "the first tells that it is a folder of images"
 
 
 def test_no_more_than_a_shard_is_held(clip: Clip, pictures: Path, tmp_path: Path) -> None:
@@ -328,3 +329,31 @@ def test_progress_is_silent_where_nobody_looks(
     """`progress=False` was a TypeError after the first batch, and a log file would be full of bars."""
     encode_folder(clip, pictures, tmp_path / "out", progress=progress, **SMALL)
     assert capfd.readouterr() == ("", "")
+
+
+def test_images_inside_files(clip: Clip, tmp_path: Path) -> None:
+    """Tables whose images lie in Parquet or tar files would be listed as missing files."""
+    import pyarrow as pa
+
+    from tar_shards import write_tar
+
+    pictures = [write_picture(tmp_path / "in" / f"{number}.png", number) for number in range(3)]
+    content = [picture.read_bytes() for picture in pictures]
+    pq.write_table(pa.table({"image": content, "caption": list("abc")}), tmp_path / "t.parquet")
+    write_tar(tmp_path / "x.tar", [(f"{number}.png", data) for number, data in enumerate(content)])
+    (tmp_path / "t.csv").write_text("image\n" + "".join(f"x.tar/{number}.png\n" for number in range(3)))
+    for source, names in (("t.parquet", "t.parquet/image/{}"), ("t.csv", "x.tar/{}.png")):
+        encode_folder(clip, tmp_path / source, tmp_path / f"{source}.out", **SMALL)
+        encode_folder(clip, tmp_path / "in", tmp_path / "plain", **SMALL)
+        found, plain = read_encoded(tmp_path / f"{source}.out"), read_encoded(tmp_path / "plain")
+        assert list(found) == [names.format(number) for number in range(3)]
+        assert np.array_equal(np.stack(list(found.values())), np.stack(list(plain.values())))
+
+
+def test_options_without_effect_are_refused(clip: Clip, tmp_path: Path) -> None:
+    """Who asks for a part of a folder of images would get all of it."""
+    write_picture(tmp_path / "in" / "0.png", 0)
+    with pytest.raises(
+        cg.errors.ConfigError, match=r"`split` given, but .* is no table or data set with parts"
+    ):
+        encode_folder(clip, tmp_path / "in", tmp_path / "out", data=TableArgs(split="train"), **SMALL)

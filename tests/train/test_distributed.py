@@ -25,6 +25,7 @@ from clipgraft.models.load import load
 from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feed import Feed, MicroBatch
 from clipgraft.train.strength import STRENGTHS
+from tar_shards import write_shards
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 OTHERS = tuple(name for name in distributed_runs.CASES if name not in distributed_runs.QUICK)
@@ -120,6 +121,18 @@ def test_two_processes_equal_one_in_other_ways(
 ) -> None:
     """Heads, galleries, stored activations, full fine-tuning or a teacher would train something else."""
     test_two_processes_equal_one(name, others, tiny_config, pictures, tmp_path)
+
+
+@pytest.mark.slow
+def test_shards_in_two_processes_equal_files_in_one(
+    tiny_config: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Processes that share tar files would read other images than one process that has them as files."""
+    pattern = write_shards(pictures, tmp_path / "shards")
+    found = in_two_processes(tiny_config, Path(pattern), tmp_path, ["crops"])
+    distributed_runs.run_case("crops", tiny_config, pictures, tmp_path / "one")
+    assert_close(found / "crops", tmp_path / "one" / "crops")
+    test_a_resumed_run_ends_with_the_same_bits(found)
 
 
 def test_evaluation_is_shared(both: Path) -> None:

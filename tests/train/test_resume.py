@@ -25,6 +25,7 @@ from clipgraft.train.run_folder import RunFolder, Saver
 from clipgraft.train.validation import Validation
 from fitting import groups
 from run_comparison import dies_at, differences, events, run_contents
+from tar_shards import write_shards
 
 MakeClip = Callable[[], Clip]
 Train = Callable[..., None]
@@ -35,7 +36,7 @@ STEPS, EPOCHS = 6, 2
 def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
     """Two epochs of six steps of a text adapter with dropout, a checkpoint every four steps."""
 
-    def run(out: Path, resume: bool = False, **changes: Any) -> None:
+    def run(out: Path, resume: bool = False, pairs: cg.Pairs = pairs, **changes: Any) -> None:
         clip = make_clip()
         torch.manual_seed(0)
         targets = changes.pop("targets", "text-attention")
@@ -46,9 +47,10 @@ def train(make_clip: MakeClip, pairs: cg.Pairs) -> Train:
             "epochs": EPOCHS,
             "lr": 1e-2,
             "checkpoint_steps": 4,
+            "workers": 0,
             **changes,
         }
-        cg.fit(clip, pairs, pairs, **groups(out=out, resume=resume, workers=0, progress=False, **options))
+        cg.fit(clip, pairs, pairs, **groups(out=out, resume=resume, progress=False, **options))
 
     return run
 
@@ -124,6 +126,17 @@ def test_image_tower_with_crops_dropout_and_accumulation(train: Train, tmp_path:
         train(tmp_path / "killed", **options)
     train(tmp_path / "killed", resume=True, **options)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_shards_resumed_equal_files(train: Train, pictures: Path, tmp_path: Path) -> None:
+    """A run on tar files would see other batches or crops than one on image files, or others once resumed."""
+    shards = cg.read_pairs(write_shards(pictures, tmp_path / "shards"))
+    options = {"targets": "vision-attention,text.*.fc1", "augment": True, "workers": 2}
+    train(tmp_path / "files", **options)
+    with dies_at(RunFolder, "event", 9, before=False):
+        train(tmp_path / "shards_run", pairs=shards, **options)
+    train(tmp_path / "shards_run", resume=True, pairs=shards, **options)
+    assert_same_run(tmp_path / "shards_run", tmp_path / "files")
 
 
 @pytest.mark.parametrize("cache_views", [None, 2])

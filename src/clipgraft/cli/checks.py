@@ -51,12 +51,15 @@ def fault_of(check: Callable[[], object], prefix: str = "") -> list[str]:
 
 def missing_data(name: str, path: Path) -> list[str]:
     """Find what is wrong with a path to data, before anything is read: nothing, or one line."""
-    from clipgraft.data.text_files import is_tar_name, tar_advice
+    from clipgraft.data.addresses import as_address
+    from clipgraft.data.webdataset import find_tars, is_tar_pattern
 
     if path.exists():
         return []
-    if is_tar_name(path.name):  # a pattern of several
-        return [f"{name} {path}: is {tar_advice(str(path))}"]
+    if as_address(path) is not None and not is_tar_pattern(path):
+        return []
+    if is_tar_pattern(path):
+        return fault_of(lambda: find_tars(path), name)
     return [f"{name} {path}: there is no such file or folder; check the path"]
 
 
@@ -68,10 +71,12 @@ def table_faults(
     With `classes` of classification it is one of images and labels. A path at which nothing is, is another's
     fault to tell.
     """
+    from clipgraft.data.addresses import as_address
     from clipgraft.data.doors import open_table
     from clipgraft.data.table import LABELS
+    from clipgraft.data.text_files import is_tar_name
 
-    if path is None or not path.exists():
+    if path is None or not (path.exists() or is_tar_name(path.name) or as_address(path)):
         return []
     if path.is_file() and path.suffix.lower() in _PICTURES:
         return [f"{name} {path}: is one picture; name a table of images and captions, or a folder"]

@@ -135,7 +135,7 @@ def read_training_data(
     if data.val_data is not None:
         val = read_table(clip, data.val_data, data.for_validation(), "validation data")
     if test is not None:
-        tested = read_table(clip, test, data, "test data")
+        tested = read_table(clip, test, data.for_test(), "test data")
     return PairData(pairs, val, tested)
 
 
@@ -166,7 +166,7 @@ def _read_classes(data: DataFlags, classes: ClassTrainFlags, seed: int, test: Pa
         log.info("%d images to train on: %d shots a class", len(train), classes.shots)
     prompts = prompts_of(train.classes, classes)
     if test is not None:
-        tested = match_classes(read_images(test, data, classes, "test images"), train.classes)
+        tested = match_classes(read_images(test, data.for_test(), classes, "test images"), train.classes)
     head = part(classes, HeadArgs)
     if classes.class_weights:
         head = head.replace(weights=tuple(class_weights(train)))

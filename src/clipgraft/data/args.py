@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
 from clipgraft.options import Gigabytes, Options, PythonOnly, UserPath, Workers, separator
+
+DatasetType: TypeAlias = Literal[
+    "auto", "csv", "tsv", "jsonl", "parquet", "folder", "webdataset", "spreadsheet", "sql"
+]
 
 
 class ColumnArgs(Options):
@@ -30,12 +34,21 @@ class ColumnArgs(Options):
     image_root: UserPath | None = Field(
         None, description="folder that image paths are relative to (default: the table's)"
     )
+    split: str | None = Field(
+        None, min_length=1, description="part of a data set, such as train, or several: train,restval"
+    )
+    sheet: str | None = Field(
+        None, min_length=1, description="sheet of a spreadsheet, by its name or number (default: the first)"
+    )
+    query: str | None = Field(
+        None, min_length=1, description="SELECT that gives images and captions from a SQLite or DuckDB file"
+    )
 
 
 class TableArgs(ColumnArgs):
     """How a table or folder of images with captions is read."""
 
-    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+    dataset_type: DatasetType = Field(
         "auto", description="how to read the data; auto decides by the file name"
     )
     max_bad_rows: int | None = Field(100, ge=0, description="stop when more rows than this are unreadable")

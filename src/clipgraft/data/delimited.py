@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
+import json
 import re
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clipgraft.data.args import TableArgs
+from clipgraft.data.flickr import part_of_flickr
+from clipgraft.data.parts import PART, Parts
 from clipgraft.data.table import (
     CAPTION,
     BadRow,
@@ -33,6 +38,9 @@ from clipgraft.pictures import IMAGE_SUFFIXES
 SEPARATOR = "\t"  # open_clip's default, for .csv files too
 USUAL_SEPARATORS = (SEPARATOR, ",", ";", "|")
 
+_LISTS = 5  # rows that are looked at to see whether cells hold lists
+_LONGEST_LIST = 100_000
+_NO_LIST = (ValueError, SyntaxError, RecursionError, MemoryError, TypeError)
 _BREAKS = "hold line breaks; if quotes are no quoting here, add `csv_quoting='none'`"
 _EXCEL = re.compile(r'"?sep=([^"\r\n])"?\r?\n?', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"([^\t]+\.\w+)#\d+\t(.*)", re.DOTALL)
@@ -49,6 +57,8 @@ class _Form(NamedTuple):
         quoted: whether double quotes quote.
         encoding: the one that the user gave.
         cells: what they may hold.
+        part, split: the place of the cell that tells a row's part, and the parts that are named.
+        lists: whether cells of texts hold lists.
     """
 
     separator: str
@@ -58,6 +68,9 @@ class _Form(NamedTuple):
     quoted: bool
     encoding: str | None
     cells: Cells
+    part: int = -1
+    split: str = ""
+    lists: bool = False
 
 
 def open_delimited(path: Path, args: TableArgs, wanted: Wanted) -> Table:
@@ -70,7 +83,8 @@ def open_delimited(path: Path, args: TableArgs, wanted: Wanted) -> Table:
     first, excel = _first_line(path, args.csv_encoding)
     named = (args.csv_separator, args.csv_img_key, args.csv_caption_key) != (None, None, None)
     if wanted.text is CAPTION and not named and not excel and _TOKEN_LINE.fullmatch(first):
-        rows = partial(_token_rows, path, args.csv_encoding, wanted.cells(args))
+        images = None if args.split is None else part_of_flickr(path, args.split)
+        rows = partial(_token_rows, path, args.csv_encoding, wanted.cells(args), images)
         return Table(path, path.parent, "Flickr token file", "line", rows)
     headers = _headers(path, args, first, excel)
     header, columns = choose_columns(path, headers, args, wanted)
@@ -84,6 +98,13 @@ def open_delimited(path: Path, args: TableArgs, wanted: Wanted) -> Table:
     elif args.csv_quoting == "auto" and _is_unquoted(path, form):
         form = form._replace(quoted=False)
         notes = (*notes, "it was written without quoting, and is read so (`csv_quoting='none'`)")
+    if args.split is not None:
+        if PART not in header.names:
+            raise DataError(f"{path}: `split` given, but it has no column {PART!r}; leave it out")
+        form = form._replace(part=header.names.index(PART), split=args.split)
+    if columns.has_texts and not cells.labels and _holds_lists(path, form):
+        form = form._replace(lists=True)
+        notes = (*notes, "cells of captions hold lists, each of whose texts is a caption")
     kind = f"csv, separator {_name(header.separator)}"
     return Table(
         path,
@@ -119,7 +140,7 @@ def _headers(path: Path, args: TableArgs, first: str, excel: str) -> list[Header
     ]
 
 
-def _token_rows(path: Path, encoding: str | None, cells: Cells) -> Rows:
+def _token_rows(path: Path, encoding: str | None, cells: Cells, images: frozenset[str] | None) -> Rows:
     with closing(text_lines(path, encoding)) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -127,13 +148,14 @@ def _token_rows(path: Path, encoding: str | None, cells: Cells) -> Rows:
             match = _TOKEN_LINE.fullmatch(line)
             if match is None:
                 yield BadRow(number, "", "is not of the form name.jpg#0<TAB>caption")
-            else:
+            elif images is None or match[1] in images or PurePath(match[1]).stem in images:
                 yield make_row(number, match[1], match[2], cells)
 
 
 def _rows(path: Path, form: _Form) -> Rows:
     image, texts, width, cells = form.columns.image, form.columns.texts, form.width, form.cells
     last = max(image, *texts)
+    parts = Parts(path, form.split) if form.split else None
     with closing(text_lines(path, form.encoding)) as lines:
         records = _records(lines, form.separator, form.quoted)
         for number, record, count in islice(records, form.skip, None):
@@ -151,12 +173,43 @@ def _rows(path: Path, form: _Form) -> Rows:
                 else:
                     yield _uneven(number, len(record), form, "has more cells than the header")
                     continue
+            if parts and len(record) > form.part and not parts.take(record[form.part]):
+                continue
             if len(record) <= last:
                 yield _uneven(number, len(record), form, "lacks cells")
                 continue
             if len(record) < width:
                 remark = remark or "have fewer cells than the header, but those that are needed"
-            yield make_row(number, record[image], [record[place] for place in texts], cells, remark)
+            found: list[Any] = [record[place] for place in texts]
+            if form.lists:
+                found = [text for cell in found for text in (_list_in(cell) or [cell])]
+            yield make_row(number, record[image], found, cells, remark)
+    if parts:
+        parts.check()
+
+
+def _holds_lists(path: Path, form: _Form) -> bool:
+    """Tell whether the first cells of texts are lists, as JSON or Python writes them."""
+    with closing(text_lines(path, form.encoding)) as lines:
+        records = _records(lines, form.separator, form.quoted)
+        head = [record for _, record, _ in islice(records, form.skip, form.skip + _LISTS)]
+    last = max(form.columns.texts)
+    cells = [r[place] for r in head if len(r) > last and isinstance(r, list) for place in form.columns.texts]
+    return bool(cells) and all(_list_in(cell) for cell in cells)
+
+
+def _list_in(cell: str) -> list[str] | None:
+    """The texts of a list in a cell: `["a", "b"]`, or `['a', 'b']` as pandas writes it; None for others."""
+    text = cell.strip()
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > _LONGEST_LIST:
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with warnings.catch_warnings(), contextlib.suppress(*_NO_LIST):
+            warnings.simplefilter("ignore")  # of backslashes, which Python would write in another way
+            found = read(text)
+            if isinstance(found, list) and found and all(isinstance(part, str) for part in found):
+                return found
+    return None
 
 
 def _uneven(number: int, cells: int, form: _Form, kind: str) -> BadRow:

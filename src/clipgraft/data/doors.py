@@ -15,13 +15,17 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
+from clipgraft.data import databases, spreadsheets
+from clipgraft.data.addresses import as_address, fetched, refuse_loose_images
 from clipgraft.data.args import TableArgs
+from clipgraft.data.dataset_folders import data_files, is_saved, open_dataset
 from clipgraft.data.delimited import open_delimited
 from clipgraft.data.image_files import Listing, list_images
 from clipgraft.data.json_tables import open_json
 from clipgraft.data.parquet import open_parquet
 from clipgraft.data.table import LABEL, PAIRS, BadRow, Cells, Row, Rows, Table, Wanted, make_row
 from clipgraft.data.text_files import is_tar_name, is_text, tar_advice, text_lines, what_it_is
+from clipgraft.data.webdataset import is_tar_pattern, open_tars
 from clipgraft.errors import ConfigError, DataError
 from clipgraft.readers import POINTER, is_pointer
 
@@ -34,8 +38,14 @@ CAPTIONS_FILES = (
     "captions.tsv",
     "captions.txt",  # Flickr8k
     "Flickr8k.token.txt",
-    "results.csv",  # Flickr30k
+    "results_20130124.token",  # Flickr30k
+    "results.csv",  # Flickr30k of Kaggle
 )
+_SPECIAL = {
+    "split": "is no table or data set with parts",
+    "sheet": "is no spreadsheet",
+    "query": "is no SQLite or DuckDB file",
+}
 _TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq", ".token"})
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
 
@@ -48,17 +58,24 @@ class Door:
         names: of `dataset_type` that open it whatever its suffix is.
         suffixes: of the files that it opens where the type is not named; in lower case.
         open: opens a file and finds the wanted columns. Raises DataError or ConfigError, in one line.
+        takes: those of `split`, `sheet` and `query` that mean something to it.
     """
 
     names: tuple[str, ...]
     suffixes: tuple[str, ...]
     open: Callable[[Path, TableArgs, Wanted], Table]
+    takes: tuple[str, ...] = ()
 
 
+_TARS = Door(("webdataset",), (".tar",), open_tars)
+_DATASETS = Door((), (), open_dataset, ("split",))
 DOORS = (
-    Door(("csv", "tsv"), (".csv", ".tsv", ".txt", ".token"), open_delimited),
-    Door(("jsonl",), (".jsonl", ".ndjson", ".json"), open_json),
-    Door(("parquet",), (".parquet", ".pq"), open_parquet),
+    Door(("csv", "tsv"), (".csv", ".tsv", ".txt", ".token"), open_delimited, ("split",)),
+    Door(("jsonl",), (".jsonl", ".ndjson", ".json"), open_json, ("split",)),
+    Door(("parquet",), (".parquet", ".pq"), open_parquet, ("split",)),
+    _TARS,
+    Door(("spreadsheet",), spreadsheets.SUFFIXES, spreadsheets.open_spreadsheet, ("sheet",)),
+    Door(("sql",), databases.SUFFIXES, databases.open_database, ("query",)),
 )
 
 
@@ -75,16 +92,41 @@ def open_table(source: Path, args: TableArgs | None = None, wanted: Wanted = PAI
     args = args or TableArgs()
     if args.image_root is not None and not args.image_root.is_dir():
         raise ConfigError(f"`image_root` {args.image_root}: there is no such folder; check the path")
+    address = None if is_tar_pattern(source) else as_address(source)
+    if address is None:
+        return _open_local(source, args, wanted)
+    table = _open_local(fetched(address, args.split), args, wanted)
+    if wanted.needs_image and args.image_root is None and not (table.inside or address.startswith("hf:")):
+        raise refuse_loose_images(address)
+    return replace(table, source=source)
+
+
+def _open_local(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     door = _door_of(source, args.dataset_type)
-    if door is None and wanted.text is LABEL:
+    door = door or _folder_door(source)
+    if door is not None:
+        check_options(source, args, door)
+        table = door.open(source, args, wanted)
+    elif wanted.text is LABEL:
+        check_options(source, args)
         return _open_class_folders(source)
-    table = door.open(source, args, wanted) if door else _open_folder(source, args, wanted)
+    else:
+        table = _open_folder(source, args, wanted)
     return table if args.image_root is None else replace(table, folder=args.image_root)
+
+
+def check_options(source: str | Path, args: TableArgs, door: Door | None = None) -> None:
+    """Raise ConfigError for an option that means nothing to a source."""
+    for name, has in _SPECIAL.items():
+        if getattr(args, name) is not None and (door is None or name not in door.takes):
+            raise ConfigError(f"`{name}` given, but {source} {has}; leave it out")
 
 
 def _door_of(source: Path, dataset_type: str) -> Door | None:
     """Return the door of a file, or None for a folder. Raises DataError where no door opens it."""
-    if is_tar_name(source.name):
+    if is_tar_pattern(source) or (dataset_type == "webdataset" and source.is_dir()):
+        return _TARS
+    if is_tar_name(source.name) and not source.is_dir():
         raise DataError(f"{source}: is {tar_advice(str(source))}")
     if not source.exists():
         raise DataError(f"{source}: not found{_nearest(source)}")
@@ -98,11 +140,30 @@ def _door_of(source: Path, dataset_type: str) -> Door | None:
         raise DataError(f"{source}: is a file, and `dataset_type` is folder; name a folder, or use auto")
     if is_pointer(source):
         raise DataError(f"{source}: {POINTER}")
+    if dataset_type == "webdataset":
+        raise DataError(f"{source}: is no tar file, and `dataset_type` is webdataset; use auto")
     named = (door for door in DOORS if dataset_type in door.names)
     door = next(named, None) or _by_suffix(source)
     if door is None:
         raise _unknown(source)
     return door
+
+
+def _folder_door(folder: Path) -> Door | None:
+    """Return the door of a folder that has a data set's files in it, and no images or captions files."""
+    if any((folder / name).is_file() for name in CAPTIONS_FILES):
+        return None
+    if is_saved(folder):
+        return _DATASETS
+    found = data_files(folder)
+    if not found or list_images(folder):
+        return None
+    return _TARS if any(path.suffix.lower() == ".tar" for path in found) else _DATASETS
+
+
+def is_folder_of_data(folder: Path) -> bool:
+    """Tell whether a folder has tar, Parquet or Arrow files in it, and no images of its own."""
+    return _folder_door(folder) is not None
 
 
 def _by_suffix(source: Path) -> Door | None:
@@ -131,10 +192,12 @@ def _open_folder(folder: Path, args: TableArgs, wanted: Wanted) -> Table:
     """Open the captions file of a folder, or the text files beside its images."""
     there = [folder / name for name in CAPTIONS_FILES if (folder / name).is_file()]
     if not there:
+        check_options(folder, args)
         return _open_sidecars(folder, args, wanted)
     captions, *others = there
     door = _by_suffix(captions)
     assert door is not None
+    check_options(captions, args, door)
     table = door.open(captions, args, wanted)
     notes = [f"captions from {captions.name}"]
     if others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from clipgraft.errors import DataError
 from clipgraft.pictures import HEIC_ADVICE, HEIC_SUFFIXES, IMAGE_SUFFIXES
+from clipgraft.stored_images import is_image_file
 
 _HIDDEN = "hidden"
 _NAMED = 3  # folders or files that are named in one line
@@ -176,9 +178,11 @@ class ImageFinder:
         try:
             for spelling in _spellings(text):
                 # Half the time of `self._folder / spelling`, for tables of a million images.
-                path = Path(os.path.normpath(os.path.join(self._folder, spelling)))  # noqa: PTH118
-                if path.is_file():
-                    return path
+                path = os.path.normpath(os.path.join(self._folder, spelling))  # noqa: PTH118
+                if is_image_file(path):
+                    return Path(path)
+        except (tarfile.TarError, DataError) as error:
+            return f"the file that holds it cannot be read: {error}"
         except (OSError, ValueError) as error:
             return f"the path cannot be read: {error.strerror if isinstance(error, OSError) else error}"
         found = self._search(text) if _is_relative(text) else []

@@ -1,8 +1,9 @@
-"""Read JSON Lines, and JSON files that hold a whole table: objects, image -> captions, or COCO."""
+"""Read JSON Lines, and JSON files that hold a whole table in one of the forms of `json_shapes`."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.data.args import TableArgs
+from clipgraft.data.json_shapes import Form, entry_form, in_parts, table_of
 from clipgraft.data.table import BadRow, Cells, Header, Rows, Table, Wanted, choose_columns, make_row
 from clipgraft.data.text_files import text_encoding, text_lines
 from clipgraft.errors import DataError
@@ -18,34 +20,54 @@ from clipgraft.errors import DataError
 _Objects = Iterator[tuple[int, dict[str, Any] | str]]  # numbers with objects, or with why there is none
 
 _HEAD = 20  # objects that are looked at to learn which keys there are
-_KARPATHY = (
-    "python -c 'import json; "
-    '[print(json.dumps({"image": "/".join(filter(None, (i.get("filepath"), i["filename"]))), '
-    '"caption": [s["raw"] for s in i["sentences"]]})) '
-    'for i in json.load(open("SOURCE"))["images"] if i["split"] == "train"]\' > train.jsonl'
-)
 
 
 def open_json(source: Path, args: TableArgs, wanted: Wanted) -> Table:
-    """Open a file with a JSON object a line, or a `.json` with a whole table in one of the usual forms."""
-    if source.suffix.lower() == ".json" and not _is_json_lines(source):
-        kind, unit, objects = "json", "entry", partial(_entries, source)
-    else:
-        kind, unit, objects = "jsonl", "line", partial(_lines, source, args.csv_encoding)
+    """Open a file with a JSON object a line, or a `.json` with a whole table in one of the usual forms.
+
+    Raises:
+        DataError: it is no JSON, of another form, or lacks a column or the part that `split` names.
+    """
+    whole = source.suffix.lower() == ".json" and not _is_json_lines(source)
+    plain = partial(_entries, source, args.split) if whole else partial(_lines, source, args.csv_encoding)
+    kind, unit = (_read_table(source, args.split)[0], "entry") if whole else ("jsonl", "line")
+    form = entry_form([value for _, value in islice(plain(), _HEAD)])
+    left_out: Counter[str] = Counter()
+    objects = plain if form is None else partial(_formed, plain, form, left_out)
+    if args.split is not None and not kind.endswith("Karpathy's"):
+        objects = partial(_part, source, objects, args.split)
     names = _names(source, objects())
     _, columns = choose_columns(source, [Header(names)], args, wanted)
     wanted_names = (names[columns.image], *(names[place] for place in columns.texts))
-    rows = partial(_rows, objects, wanted_names, wanted.cells(args))
     return Table(
         source,
         source.parent,
-        kind,
+        kind if form is None else f"{kind}, {form.kind}",
         unit,
-        rows,
+        partial(_rows, objects, wanted_names, wanted.cells(args)),
         columns.notes,
         columns.has_texts,
         has_images=columns.has_images,
+        met=lambda: tuple(f"{count:,} {what}: left out" for what, count in left_out.items()),
     )
+
+
+def _formed(plain: Callable[[], _Objects], form: Form, left_out: Counter[str]) -> _Objects:
+    """Make rows of entries of one form, and count those that are of no image."""
+    left_out.clear()
+    for number, value in plain():
+        row = form.row(value) if isinstance(value, dict) else value
+        if row is None:
+            left_out[form.left_out] += 1
+        else:
+            yield number, row
+
+
+def _part(source: Path, objects: Callable[[], _Objects], split: str) -> _Objects:
+    """Keep the entries of the parts that are named, and those that cannot be read."""
+    found = list(objects())
+    kept = {id(entry) for entry in in_parts(source, [value for _, value in found], split)}
+    yield from ((number, value) for number, value in found if isinstance(value, str) or id(value) in kept)
 
 
 def flat(cells: list[Any]) -> Any:
@@ -105,63 +127,15 @@ def _is_json_lines(source: Path) -> bool:
         return False
 
 
-def _entries(source: Path) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
-    """Yield the rows of a JSON file by their place: objects, or the reason why there is none.
+def _entries(source: Path, split: str | None) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
+    """Yield the rows of a JSON file by their place: objects, or the reason why there is none."""
+    for number, value in enumerate(_read_table(source, split)[1], 1):
+        yield number, value if isinstance(value, dict) else _no_object(value)
 
-    Raises:
-        DataError: it is no JSON, or of a form that is no table; says how to make one of it.
-    """
+
+def _read_table(source: Path, split: str | None) -> tuple[str, list[Any]]:
     try:
         whole = json.loads(source.read_bytes().decode(text_encoding(source)))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: is not JSON that can be read ({error}); write it again") from error
-    for number, value in enumerate(_table(source, whole), 1):
-        yield number, value if isinstance(value, dict) else _no_object(value)
-
-
-def _table(source: Path, whole: Any) -> list[Any]:
-    if isinstance(whole, list):
-        return whole
-    if not isinstance(whole, dict):
-        raise DataError(f"{source}: is a single JSON value; write a list of objects with image and caption")
-    images, notes = whole.get("images"), whole.get("annotations")
-    if isinstance(images, list) and isinstance(notes, list):
-        return _coco(source, images, notes)
-    if isinstance(images, list) and any(isinstance(i, dict) and "sentences" in i for i in images[:1]):
-        advice = _KARPATHY.replace("SOURCE", source.name)
-        raise DataError(
-            f"{source}: is Karpathy's JSON, whose parts (train, val, test) must not be mixed; write each "
-            f"apart: {advice}"
-        )
-    if whole and all(_is_captions(value) for value in whole.values()):
-        return [{"image": name, "caption": value} for name, value in whole.items()]
-    keys = ", ".join(list(whole)[:6])
-    raise DataError(
-        f"{source}: is a JSON object with {keys}, which is no table that is read; write a list of objects "
-        "with image and caption (pandas: table.to_json(path, orient='records'))"
-    )
-
-
-def _is_captions(value: Any) -> bool:
-    texts = value if isinstance(value, list) else [value]
-    return bool(texts) and all(isinstance(text, str) for text in texts)
-
-
-def _coco(source: Path, images: list[Any], notes: list[Any]) -> list[Any]:
-    """Return an entry for each annotation of COCO's captions, with the file name of its image."""
-    names = {
-        image.get("id"): image.get("file_name")
-        for image in images
-        if isinstance(image, dict) and isinstance(image.get("id"), int | str)
-    }
-    found = [note for note in notes if isinstance(note, dict)]
-    if not any("caption" in note for note in found):
-        raise DataError(
-            f"{source}: is COCO's JSON without captions, such as instances_…; name the one of captions"
-        )
-    return [{"image": _name_of(note, names), "caption": note.get("caption")} for note in found]
-
-
-def _name_of(note: dict[str, Any], names: dict[Any, Any]) -> Any:
-    key = note.get("image_id")
-    return names.get(key) if isinstance(key, int | str) else None
+    return table_of(source, whole, split)

@@ -1,4 +1,4 @@
-"""Read Parquet files of paths; `python -m clipgraft.data.parquet FILE.parquet FOLDER` unpacks images.
+"""Read Parquet files; `python -m clipgraft.data.parquet FILE.parquet FOLDER` unpacks images.
 
 The command takes images that are inside a Parquet file out of it: it writes them and `metadata.jsonl`, which
 has all other columns of text and numbers, into a new folder.
@@ -7,79 +7,29 @@ has all other columns of text and numbers, into a new folder.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.json_tables import flat
-from clipgraft.data.table import Cells, Header, Rows, Table, Wanted, choose_columns, make_row
+from clipgraft.data.columnar import open_columnar
+from clipgraft.data.table import Table, Wanted
 from clipgraft.errors import ClipgraftError, DataError
 from clipgraft.readers import reading_parquet
+from clipgraft.stored_images import cell_bytes
 
 _MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif"}
 
 
 def open_parquet(source: Path, args: TableArgs, wanted: Wanted) -> Table:
-    """Open a Parquet file with a column of image paths."""
-    with reading_parquet(source) as pyarrow:
-        names = tuple(pyarrow.parquet.read_schema(source).names)
-    _, columns = choose_columns(source, [Header(names)], args, wanted)
-    wanted_names = [names[columns.image], *(names[place] for place in columns.texts)]
-    _refuse_bytes(source, wanted_names[0])
-    rows = partial(_rows, source, wanted_names, wanted.cells(args))
-    return Table(
-        source,
-        source.parent,
-        "parquet",
-        "row",
-        rows,
-        columns.notes,
-        columns.has_texts,
-        has_images=columns.has_images,
-    )
+    """Open a Parquet file with a column of image paths, or of images.
 
-
-def _refuse_bytes(source: Path, column: str) -> None:
-    """Raise DataError where a column holds images themselves, as Hugging Face's data sets do."""
-    with reading_parquet(source) as pyarrow:
-        kind = pyarrow.parquet.read_schema(source).field(column).type
-        parts = {kind.field(i).name for i in range(kind.num_fields)} if pyarrow.types.is_struct(kind) else ()
-        inside = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or "bytes" in parts
-    if inside:
-        folder = source.stem
-        take_out = shlex.join(["python", "-m", "clipgraft.data.parquet", str(source), folder])
-        raise DataError(
-            f'{source}: the images are stored inside the file, as bytes in column "{column}"; take them out, '
-            f"and name the folder: {take_out}"
-        )
-
-
-def _rows(source: Path, names: list[str], cells_are: Cells) -> Rows:
-    for number, (image, *texts) in enumerate(_cells(source, names), 1):
-        yield make_row(number, image, flat(texts), cells_are)
-
-
-def _cells(source: Path, names: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of some columns, row by row."""
-    done = 0
-    with reading_parquet(source) as pyarrow, pyarrow.parquet.ParquetFile(source) as file:
-        batches = file.iter_batches(columns=list(dict.fromkeys(names)))
-        while True:
-            with reading_parquet(source, f"damaged after row {done}"):
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                batch.validate(full=True)
-                # By place: of two columns of one name, the first.
-                places = [batch.schema.names.index(name) for name in names]
-                rows = list(zip(*(batch.column(place).to_pylist() for place in places), strict=True))
-            yield from rows
-            done += len(rows)
+    Raises:
+        DataError: it is damaged, or lacks a column.
+    """
+    return open_columnar([source], source, source.parent, "parquet", args, wanted, args.split)
 
 
 def unpack(source: Path, out: Path) -> int:
@@ -94,7 +44,7 @@ def unpack(source: Path, out: Path) -> int:
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source}: has no rows")
-    image = next((name for name, cell in first.items() if _content(cell) is not None), None)
+    image = next((name for name, cell in first.items() if cell_bytes(cell) is not None), None)
     if image is None:
         raise DataError(f"{source}: no column of it holds images; it has {', '.join(first)}")
     try:
@@ -106,7 +56,7 @@ def unpack(source: Path, out: Path) -> int:
     count = 0
     with (out / "metadata.jsonl").open("w", encoding="utf-8") as table:
         for number, row in enumerate(chain([first], rows)):
-            content = _content(row[image])
+            content = cell_bytes(row[image])
             if content is None:
                 continue
             name = f"{number:08d}{_suffix(content)}"
@@ -121,11 +71,6 @@ def _records(source: Path) -> Iterator[dict[str, Any]]:
     with reading_parquet(source) as pyarrow, pyarrow.parquet.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size=64):
             yield from batch.to_pylist()
-
-
-def _content(cell: Any) -> bytes | None:
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    return content if isinstance(content, bytes) else None
 
 
 def _suffix(content: bytes) -> str:

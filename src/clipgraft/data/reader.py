@@ -23,6 +23,7 @@ from clipgraft.data.text_files import text_lines
 from clipgraft.errors import DataError
 from clipgraft.pictures import ImageError, check_images
 from clipgraft.progress import Progress, showing
+from clipgraft.stored_images import image_bytes, open_bytes
 
 log = logging.getLogger("clipgraft")
 
@@ -41,7 +42,11 @@ def read_pairs(
     progress: Progress = None,
     **options: Any,
 ) -> Pairs:
-    """Read a CSV, TSV, JSON Lines or Parquet file, or a folder, and check every image.
+    """Read a table, a folder, tar files or a data set, and check every image.
+
+    Tables are CSV, TSV, JSON, Parquet, spreadsheets, and SQLite or DuckDB files with a `query`; a path may be
+    a pattern of tar files (`shards/{00..99}.tar`) or an address (`hf://datasets/OWNER/NAME`). An image inside
+    a tar or Parquet file has a path below that file, which `clipgraft.pictures.open_image` opens.
 
     Rows that name the same image are one image with many captions, in the order of first appearance. Relative
     paths are relative to the file's folder. A row is bad, and is skipped, when it cannot be parsed, its image
@@ -89,7 +94,7 @@ def read_labelled(
     progress: Progress = None,
     **options: Any,
 ) -> Labelled:
-    """Read a folder of class folders, or a CSV, TSV, JSON Lines or Parquet file with a label column.
+    """Read a folder of class folders, a table with a label column, tar files or a data set with classes.
 
     In a folder, the class of an image is the name of the folder right below `source` that holds it, at any
     depth; hidden files and folders are left out. In a table, a label is text or a number. A row without a
@@ -238,7 +243,7 @@ class _Gathered:
         if self.rows == 0:
             what = "images with labels" if self.is_labels else "at least one image with a caption"
             raise DataError(f"{table.source}: has no rows, only a header; add {what}")
-        self.notes = (*table.notes, *finder.notes(), *remarks.notes())
+        self.notes = (*table.notes, *table.met(), *finder.notes(), *remarks.notes())
 
     def _add(self, row: Row, found: Path | str) -> None:
         texts = [text for text in row.texts if text]
@@ -333,9 +338,7 @@ def _left_over(source: Path, table: Table, gathered: _Gathered) -> tuple[str, ..
 
 def find_duplicates(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], ...]:
     """Group files with the same bytes, two or more a group. Only files of equal size are read."""
-    return tuple(
-        group for same in _groups(paths, lambda path: path.stat().st_size) for group in _groups(same, _digest)
-    )
+    return tuple(group for same in _groups(paths, image_bytes) for group in _groups(same, _digest))
 
 
 def _groups(paths: tuple[Path, ...], key: Callable[[Path], int | bytes]) -> Iterator[tuple[Path, ...]]:
@@ -348,7 +351,7 @@ def _groups(paths: tuple[Path, ...], key: Callable[[Path], int | bytes]) -> Iter
 def _digest(path: Path) -> bytes:
     digest = hashlib.blake2b()
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:

@@ -71,6 +71,8 @@ class Table:
         has_texts: whether rows have texts of their own; without, each text is the image's path.
         labels: names that the source gives to classes, whether or not a row has them.
         has_images: whether rows name images; without, each image is as its text.
+        inside: whether images lie inside the source, as bytes in the cells of a Parquet file.
+        met: after all rows were read: what the source holds besides, and what was left out of it.
     """
 
     source: Path
@@ -82,6 +84,8 @@ class Table:
     has_texts: bool = True
     labels: tuple[str, ...] = ()
     has_images: bool = True
+    inside: bool = False
+    met: Callable[[], tuple[str, ...]] = tuple
 
 
 _NULLS = frozenset(

@@ -34,10 +34,14 @@ _MAGIC = (
     (b"BZh", "compressed with bzip2", "unpack it first: bunzip2"),
     (b"\xfd7zXZ", "compressed with xz", "unpack it first: unxz"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first: unzstd"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", _SAVE),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "give it the suffix .xls"),
     (b"ARROW1", "an Arrow file", _TO_PARQUET),
     (b"FEA1", "a Feather file", _TO_PARQUET),
-    (b"SQLite format 3", "an SQLite database", "export the table as CSV UTF-8"),
+    (
+        b"SQLite format 3",
+        "an SQLite database",
+        "give it the suffix .sqlite, and say what to read with `query`",
+    ),
     (b"\x89HDF", "an HDF5 file", _TO_PARQUET),
     (b"\x93NUMPY", "a NumPy array", "name a table of image paths and captions"),
     (b"\xff\xd8\xff", "an image", "name a table of image paths and captions, or the folder of images"),
@@ -45,12 +49,11 @@ _MAGIC = (
     (b"%PDF", "a PDF", "name a table of image paths and captions"),
 )
 _NAMES = (
-    ((".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), "a spreadsheet", _SAVE),
+    ((".numbers",), "a spreadsheet", _SAVE),
     ((".zip", ".7z", ".rar"), "an archive", _UNPACK),
     ((".arrow", ".feather", ".h5", ".hdf5"), "a binary table", _TO_PARQUET),
     ((".pkl", ".pickle", ".pt", ".pth"), "a pickle, which can run code and is never opened", _TO_PARQUET),
     ((".mat", ".npy", ".npz"), "a file of arrays", "name a table of image paths and captions"),
-    ((".db", ".sqlite", ".sqlite3"), "a database", "export the table as CSV UTF-8"),
     ((".lmdb", ".mdb", ".tfrecord", ".beton", ".rec"), "a binary data set", "export images and a table"),
     ((".xml", ".html", ".yaml", ".yml"), "a text of another form", "write a CSV with image and caption"),
 )
@@ -172,12 +175,13 @@ def is_tar_name(name: str) -> bool:
 
 
 def tar_advice(source: str) -> str:
-    """Say that a source is tar files, with the command that unpacks them into a folder."""
-    name = re.sub(r"[^\w].*", "", Path(source).name.partition("{")[0].partition(".")[0]) or "unpacked"
+    """Say that tar files are compressed, with the command that unpacks them into ones that are not."""
+    kind = source.lower().rstrip("}").rpartition(".")[2]
+    command = {"bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}.get(kind, "gunzip")
     files = source if re.fullmatch(r"[\w./{},*+-]+", source) else shlex.quote(source)
     return (
-        "a tar file, as of WebDataset, which `clipgraft encode` alone reads as it is; unpack it, name "
-        f'the folder: mkdir {name} && for f in {files}; do tar -xf "$f" -C {name}; done'
+        "a compressed tar file, in which no image can be read by itself; make it one that is not: "
+        f"{command} {files}"
     )
 
 
@@ -198,7 +202,7 @@ def what_it_is(path: Path) -> str | None:
         if head.startswith(magic):
             return f"{kind}: {advice}"
     if head.startswith(b"PK\x03\x04"):
-        return f"an Excel workbook or a ZIP: {_SAVE}, or unpack it"
+        return "an Excel workbook or a ZIP: give it the suffix .xlsx, or unpack it"
     return None
 
 

@@ -44,6 +44,7 @@ from clipgraft.report.examples import (
     RetainedData,
     Retention,
     Similarities,
+    find_data,
 )
 from clipgraft.report.runs import Run
 
@@ -208,7 +209,7 @@ def read_validation_classes(run: Run) -> tuple[Labelled, tuple[tuple[str, ...], 
     params = run.params
     if params.get("val_data"):
         val, lost = _read_images(run, "val_data")
-        if find_path(str(params.get("train_data")), run.path) is not None:
+        if find_data(str(params.get("train_data")), run.path) is not None:
             val = match_classes(val, _read_images(run, "train_data")[0].classes)
     elif params.get("val_size"):
         whole, lost = _read_images(run, "train_data")
@@ -241,6 +242,8 @@ def _read_images(run: Run, name: str) -> tuple[Labelled, int]:
 def _recorded(run: Run, name: str, key: str) -> Any:
     """Look up an option of some data in the run's record; validation data may have its own columns."""
     own = run.params.get(f"val_{key}") if name == "val_data" else None
+    if key in ("split", "sheet", "query") and name == "val_data" and run.params.get("train_data"):
+        return own
     return own or run.params.get(key)
 
 
@@ -257,7 +260,7 @@ def _data_path(run: Run, name: str) -> Path:
     recorded: Any = run.params.get(name)
     if not recorded:
         raise DataError(f"{run.path} does not record its `{name}`: name it when training")
-    found = find_path(str(recorded), run.path)
+    found = find_data(str(recorded), run.path)
     if found is None:
         raise DataError(f"{run.path}: its data {recorded} are not there; run from where it was started")
     return found

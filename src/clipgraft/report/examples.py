@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clipgraft.adapters.run_folder import find_path
+from clipgraft.data.addresses import as_address
+from clipgraft.data.webdataset import find_tars, is_tar_pattern
 from clipgraft.errors import DataError, WriteError
 from clipgraft.evaluate.metrics import HEADLINE, TaskName
 from clipgraft.files import write_json
@@ -163,7 +166,21 @@ def store_examples(run: Run, examples: Examples) -> None:
 
 def _key(run: Run) -> str:
     recorded = (run.params.get(name) for name in ("val_data", "train_data", "prompts"))
-    return key_of(run, *(find_path(str(path), run.path) for path in recorded if path))
+    return key_of(run, *(find_data(str(path), run.path) for path in recorded if path))
+
+
+def find_data(recorded: str, run: Path) -> Path | None:
+    """The data of a run, as `find_path` finds files; also a pattern of tar files, or an address."""
+    found = find_path(recorded, run)
+    if found is not None:
+        return found
+    if not is_tar_pattern(Path(recorded)):
+        return Path(recorded) if as_address(Path(recorded)) else None
+    for place in (Path(recorded), *(above / recorded for above in run.resolve().parents)):
+        with contextlib.suppress(DataError):
+            find_tars(place)
+            return place
+    return None
 
 
 def read_stored(path: Path, key: str) -> dict[str, Any] | None:
@@ -202,6 +219,7 @@ def key_of(run: Run, *data: Path | None) -> str:
             "head",
         ),
         *("csv_img_key", "csv_caption_key", "csv_label_key", "csv_separator", "dataset_type"),
+        *("split", "sheet", "query", "val_split", "val_sheet", "val_query"),
         *("csv_encoding", "csv_quoting", "image_root", "keep_nulls"),
         *("val_csv_img_key", "val_csv_caption_key", "val_csv_label_key", "val_csv_separator"),
         *("val_csv_encoding", "val_csv_quoting", "val_image_root"),
@@ -217,8 +235,11 @@ def key_of(run: Run, *data: Path | None) -> str:
 
 def _state(path: Path | None) -> list[tuple[str, int, int]]:
     """List names, sizes and modification times of a file, or of all files below a folder."""
-    if path is None or not path.exists():
+    if path is None:
         return []
+    if not path.exists():
+        tars = find_tars(path) if is_tar_pattern(path) else []
+        return [state for tar in tars for state in _state(tar)]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     states = ((file, file.stat()) for file in files)
     return [(file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns) for file, s in states]

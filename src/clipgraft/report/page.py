@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import clipgraft
+from clipgraft.errors import DataError
 from clipgraft.evaluate.metrics import HEADLINE
+from clipgraft.pictures import open_image
 from clipgraft.report import figures, tables
 from clipgraft.report.examples import Examples, Found, Retention
 from clipgraft.report.runs import Run, Sweep
 from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
+from clipgraft.stored_images import open_bytes
 from clipgraft.text_tables import NOTHING
 
 _COLUMNS = {
@@ -269,9 +273,12 @@ class Thumbnails:
 
     def _make(self, path: str) -> Thumbnail | None:
         try:
-            with Image.open(Path(path)) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGBA")
-        except (OSError, ValueError, Image.DecompressionBombError):
+            try:
+                with open_bytes(path) as file, Image.open(file) as opened:
+                    picture = ImageOps.exif_transpose(opened).convert("RGBA")
+            except UnidentifiedImageError:  # a HEIC photo, which Pillow alone does not know
+                picture = open_image(Path(path)).convert("RGBA")
+        except (OSError, ValueError, TarError, DataError, Image.DecompressionBombError):
             return None
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         flat = Image.new("RGB", picture.size, _BACKGROUND)

@@ -28,6 +28,7 @@ from clipgraft.pictures import ImageError, open_sized
 from clipgraft.search.folder import adapters_as_they_were
 from clipgraft.search.items import Item, Ref, is_address, read_at, ref
 from clipgraft.search.manifest import Dtype, Kind, VectorSet
+from clipgraft.stored_images import image_bytes
 
 _AT_ONCE = 16  # requests to a network, which mostly wait
 _THINNEST = 1000  # an image that is this many times as long as wide fills the memory when it is resized
@@ -91,7 +92,7 @@ class ImageModality:
             step, shortest = self.steps.pixels, self.steps.shortest
         try:
             image, (width, height) = open_sized(content, shortest=shortest)
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            size = len(content) if isinstance(content, bytes) else image_bytes(content)
         except ImageError as error:
             return error.reason
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from clipgraft.data.args import TableArgs
-from clipgraft.data.doors import open_table
+from clipgraft.data.doors import check_options, is_folder_of_data, open_table
 from clipgraft.data.image_files import ImageFinder, Listing, Unlisted, walk_images
 from clipgraft.data.table import IMAGES, TEXTS, Row, Table
 from clipgraft.data.text_files import text_lines
@@ -26,6 +27,7 @@ from clipgraft.search.items import (
     storable,
     tidy,
 )
+from clipgraft.stored_images import image_bytes, image_state
 
 _AUTO = TableArgs()
 _NULLS = "captions that are none"
@@ -44,15 +46,18 @@ def open_images(source: str, options: TableArgs = _AUTO) -> ItemSource:
         DataError: there is nothing of that name, or a table lacks a column.
     """
     if is_archive_pattern(source):
+        check_options(source, options)
         return open_archives(source)
     if is_address(source):
         root = source.rstrip("/")
         if not root.partition("://")[2]:
             raise DataError(f"{source}: names no folder; write one, such as s3://bucket/images")
         check_protocol(root.partition("://")[0])
+        check_options(source, options)
         return _address_source(root)
     path = Path(os.path.abspath(source))  # noqa: PTH100 - links stay as the user wrote them
-    if path.is_dir() and options.dataset_type in ("auto", "folder"):
+    if path.is_dir() and not is_folder_of_data(path) and options.dataset_type in ("auto", "folder"):
+        check_options(source, options)
         return _folder_source(path)
     return _table_source(path, open_table(path, options, IMAGES))
 
@@ -66,6 +71,7 @@ def open_texts(source: str, options: TableArgs = _AUTO) -> ItemSource:
     if path.suffix.lower() == ".txt" and options.dataset_type == "auto":
         if not path.is_file():
             raise DataError(f"{path}: not found; check the path")
+        check_options(source, options)
         return ItemSource(str(path), "", True, partial(_lines, path, options.csv_encoding))
     if path.is_dir():
         raise DataError(f"{path}: is a folder; with `texts` name a text file or a table")
@@ -171,10 +177,12 @@ def _named(root: Path, finder: ImageFinder, text: str, caption: str | None) -> I
     if isinstance(found, str):
         return Item(text, caption=caption, reason=found)
     try:
-        status = found.stat()
+        size, changed = image_bytes(found), image_state(str(found)).mtime_ns // 1000
+    except (tarfile.TarError, DataError) as error:
+        return Item(text, caption=caption, reason=str(error))
     except OSError as error:
         return Item(text, caption=caption, reason=error.strerror or str(error))
-    return Item(relative_key(found, root), status.st_size, status.st_mtime_ns // 1000, caption)
+    return Item(relative_key(found, root), size, changed, caption)
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[Item]:

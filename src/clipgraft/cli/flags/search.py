@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from clipgraft.cli.flags.shared import OverwriteFlags
-from clipgraft.data.args import ColumnArgs
+from clipgraft.data.args import ColumnArgs, DatasetType
 from clipgraft.options import (
     Options,
     Positional,
@@ -33,7 +33,7 @@ class EncodeFlags(ColumnArgs):
         min_length=1,
         description="several adapters in one pass over the images, each with a folder of its own",
     )
-    dataset_type: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+    dataset_type: DatasetType = Field(
         "auto", description="how to read a table; auto decides by the file name"
     )
     force: bool = Field(False, description="use adapters that were made for another base")

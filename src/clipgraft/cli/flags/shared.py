@@ -60,7 +60,10 @@ class TableFlags(TableArgs, FeatureArgs):
 class DataFlags(TableFlags):
     """Images and captions."""
 
-    train_data: UserPath | None = Field(None, description="table of images and captions, or a folder of both")
+    train_data: UserPath | None = Field(
+        None,
+        description="table of images and captions, a folder of both, or tar files: 'shards/{000..099}.tar'",
+    )
     val_data: UserPath | None = Field(None, description="validation data, in the same form")
     val_csv_img_key: str | None = Field(None, description="--csv-img-key of --val-data, if it differs")
     val_csv_caption_key: str | None = Field(
@@ -76,12 +79,23 @@ class DataFlags(TableFlags):
         None, description="--csv-quoting of --val-data, if it differs"
     )
     val_image_root: UserPath | None = Field(None, description="--image-root of --val-data, if it differs")
+    val_split: str | None = Field(None, min_length=1, description="--split of --val-data, such as val")
+    val_sheet: str | None = Field(None, min_length=1, description="--sheet of --val-data")
+    val_query: str | None = Field(None, min_length=1, description="--query of --val-data")
 
     def for_validation(self) -> DataFlags:
-        """The same, with the columns of the validation data in place of the training data's."""
+        """The same, with the columns of the validation data in place of the training data's.
+
+        The part of the training data is none of the validation data: part, sheet and query are its own.
+        """
         given = {name: getattr(self, name) for name in type(self).model_fields if name.startswith("val_")}
         other = {name.removeprefix("val_"): value for name, value in given.items() if value is not None}
-        return self.model_copy(update={name: other[name] for name in other if name != "data"})
+        own = dict.fromkeys(("split", "sheet", "query")) if self.train_data is not None else {}
+        return self.model_copy(update={**own, **{name: other[name] for name in other if name != "data"}})
+
+    def for_test(self) -> DataFlags:
+        """The same for test data: of data in parts, the part `test`."""
+        return self if self.split is None else self.model_copy(update={"split": "test"})
 
 
 class PromptFlags(Options):
