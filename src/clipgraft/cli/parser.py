@@ -35,6 +35,7 @@ EXAMPLES = {
     "index": "clipgraft index encoded --factory IVF256,Flat",
     "search": 'clipgraft search encoded "a red shoe" --k 5',
     "merge": "clipgraft merge logs/NAME merged --to transformers",
+    "push": "clipgraft push logs/NAME me/clip-shoes --license apache-2.0",
     "convert": "clipgraft convert adapter.pt adapter --to peft",
     "inspect": "clipgraft inspect ViT-B-32",
     "profile": "clipgraft profile ViT-B-32 --batch-size 8",
