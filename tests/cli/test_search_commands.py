@@ -279,3 +279,31 @@ def test_near_misses_are_understood(cli: Any, out: Path, tmp_path: Path) -> None
     assert "is a table of data" in told
     (tmp_path / "a.png").write_text("")
     assert "is one picture; name a table" in cli("train", "--train-data", tmp_path / "a.png").err
+
+
+def test_encode_and_index_to_parquet(cli: Any, base: list[str], table: Path, tmp_path: Path) -> None:
+    """`--to` would leave no file, say nothing of what changed, or be found wrong after all is encoded."""
+    out = tmp_path / "out"
+    outcome = cli("encode", table, out, *base, *FAST, "--to", "parquet")
+    assert (outcome.code, outcome.err) == (0, "")
+    copy = out / "vectors.parquet"
+    assert f"{copy}: {IMAGES} rows: {IMAGES} added, 0 updated, 0 unchanged; 0 removed; vectors" in outcome.out
+    before = copy.read_bytes()
+    outcome = cli("index", out, "--to", f"parquet:{copy}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"{IMAGES} rows: 0 added, 0 updated, {IMAGES} unchanged; 0 removed" in outcome.out
+    assert copy.read_bytes() == before
+    outcome = cli("encode", table, tmp_path / "not", *base, *FAST, "--to", "parket:x")
+    assert outcome.code == 2
+    assert "--to: got 'parket', allowed is parquet:FILE, lance:FOLDER/NAME.lance" in outcome.err
+    assert not (tmp_path / "not").exists()
+    theirs = tmp_path / "theirs.parquet"
+    theirs.write_bytes(b"mine")
+    outcome = cli("encode", table, out, *FAST, "--to", f"parquet:{theirs}")
+    assert (outcome.code, theirs.read_bytes()) == (2, b"mine")
+    assert f"{out} is complete: `clipgraft index {out} --to …` copies it" in outcome.err
+    refused = cli("index", out, "--to", f"parquet:{theirs}").err
+    assert "was not made by clipgraft, and is left as it is; name another, or say --overwrite" in refused
+    assert cli("index", out, "--to", f"parquet:{theirs}", "--overwrite").code == 0
+    outcome = cli("index", out, "--to", "parquet", "--factory", "HNSW32")
+    assert (outcome.code, outcome.err.count("drop one of them")) == (2, 1)

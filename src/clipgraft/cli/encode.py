@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from clipgraft.search.encode import EncodeResult
 
 log = logging.getLogger("clipgraft")
+_NO_COPY = "npy"
 _SUMMARY = (
     "Write unit-norm vectors of images or texts in clip-retrieval's layout; update them on a second run."
 )
@@ -43,6 +45,16 @@ def run_encode(argv: Sequence[str]) -> None:
         what = "interrupted: finished shards are kept, and the same command goes on from there"
         raise KeyboardInterrupt(what) from None
     _report(result, spec.source, args)
+    if spec.to != _NO_COPY:
+        from clipgraft.cli.search import copy_vectors
+
+        try:
+            copy_vectors(spec.out, spec.to)
+        except DataError as error:
+            later = (
+                f"{spec.out} is complete: `clipgraft index {spec.out} --to …` copies it, with --overwrite too"
+            )
+            raise DataError(f"{error}; {later}") from error
 
 
 def _faults(model: ModelFlags, spec: EncodeFlags, args: EncodeArgs) -> list[str]:
@@ -61,6 +73,10 @@ def _faults(model: ModelFlags, spec: EncodeFlags, args: EncodeArgs) -> list[str]
         from clipgraft.search.ray_engine import need_ray
 
         faults += checks.fault_of(need_ray)
+    if spec.to != _NO_COPY:
+        from clipgraft.search.export.driver import check_target
+
+        faults += checks.fault_of(partial(check_target, spec.to))
     faults += checks.fault_of(need_pyarrow) + checks.output_faults("OUT", spec.out, folder=True)
     faults += checks.device_faults(model.device)
     clip = None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from clipgraft.adapters.run_folder import RunModel
     from clipgraft.data.args import FeatureArgs
+    from clipgraft.data.datasets import Labelled
+    from clipgraft.evaluate.answers import CaptionAnswers
     from clipgraft.evaluate.bootstrap import Measured
     from clipgraft.evaluate.classification import ClassificationResult
     from clipgraft.models.clip import Clip
@@ -44,6 +46,7 @@ def run_eval(argv: Sequence[str]) -> None:
     from clipgraft.evaluate.compare import compare_retrieval
     from clipgraft.files import write_json
     from clipgraft.models.device import use_autocast
+    from clipgraft.report.fiftyone import classification_answers, retrieval_answers, write_fiftyone
 
     models = {"base": load_model(model_spec)}
     clip = models["base"]
@@ -55,12 +58,15 @@ def run_eval(argv: Sequence[str]) -> None:
     features = features_of(data, use_autocast(model_spec.autocast, clip.device))
     if classes.task == "classification":
         classifier = spec.classifier or (whole.head if whole is not None and spec.adapter is None else None)
-        results = _classified(models, data, classes, classifier, features, spec.batch_size)
+        images, results = _classified(models, data, classes, classifier, features, spec.batch_size)
+        answers = partial(classification_answers, images, results)
         measured = {name: result.measured for name, result in results.items()}
         print(class_table(results))
     else:
         pairs = read_table(clip, data.val_data, data.for_validation(), "validation data")
-        measured = compare_retrieval(models, pairs, features, spec.batch_size)
+        nearest: dict[str, CaptionAnswers] | None = None if spec.fiftyone is None else {}
+        measured = compare_retrieval(models, pairs, features, spec.batch_size, nearest)
+        answers = partial(retrieval_answers, pairs, nearest or {})
         columns = {name: found.metrics for name, found in measured.items()}
         print(metrics_table(columns).text(terminal_width()))
     verdicts = _verdicts(measured)
@@ -71,6 +77,8 @@ def run_eval(argv: Sequence[str]) -> None:
         told = {name: verdict.to_dict() for name, verdict in verdicts.items()}
         write_json(spec.out, numbers | ({"verdict": told} if told else {}))
         log.info("wrote %s", spec.out)
+    if spec.fiftyone is not None:
+        log.info("wrote %s", write_fiftyone(spec.fiftyone, answers(), overwrite=spec.overwrite))
 
 
 def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
@@ -88,6 +96,11 @@ def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalF
     faults += checks.output_faults("--out", spec.out) + checks.prompt_faults(classes)
     if spec.out is not None and not spec.out.is_dir():
         faults += checks.fault_of(partial(refuse_foreign, spec.out, spec.overwrite, ConfigError, "--out"))
+    if spec.fiftyone is not None:
+        from clipgraft.report.fiftyone import check_folder
+
+        faults += checks.output_faults("--fiftyone", spec.fiftyone, folder=True)
+        faults += checks.fault_of(partial(check_folder, spec.fiftyone, spec.overwrite))
     faults += checks.device_faults(model.device)
     clip, wrong = checks.structure_of(model)
     faults += wrong
@@ -123,7 +136,7 @@ def _classified(
     classifier: Path | None,
     features: FeatureArgs,
     batch_size: int,
-) -> dict[str, ClassificationResult]:
+) -> tuple[Labelled, dict[str, ClassificationResult]]:
     """Measure the prompts of the classes with each model, and a saved classifier with the last one.
 
     Raises:
@@ -139,7 +152,7 @@ def _classified(
     images = read_images(data.val_data, data, classes, "images", validation=True)
     if classifier is None:
         prompts = prompts_of(images.classes, classes)
-        return compare_classification(models, images, prompts, features, batch_size)
+        return images, compare_classification(models, images, prompts, features, batch_size)
     head, names = load_head(classifier)
     images = match_classes(images, names)
     prompts = prompts_of(images.classes, classes)
@@ -155,7 +168,7 @@ def _classified(
 
     results = compare_classification(models, images, prompts, features, batch_size, logits)
     results[head.kind] = results.pop("head")
-    return results
+    return images, results
 
 
 def _verdicts(measured: Mapping[str, Measured]) -> dict[str, Verdict]:

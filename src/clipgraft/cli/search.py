@@ -23,16 +23,21 @@ if TYPE_CHECKING:
     from clipgraft.search.searcher import Hit
 
 log = logging.getLogger("clipgraft")
-_INDEX = "Build a FAISS index of an encoded folder, and store it beside the vectors."
+_INDEX = "Build a FAISS index beside the vectors of an encoded folder, or copy them into a vector store."
 _SEARCH = "Find encoded images or texts by text, by image, or by both."
 _CAPTION = 60  # characters of a caption in the table
 
 
 def run_index(argv: Sequence[str]) -> None:
-    """Parse, build the index, and print its recall."""
+    """Parse, build the index, and print its recall; or copy the vectors, and print how many rows changed."""
     (spec,) = parse("index", _INDEX, [IndexFlags], argv)
     if spec.out.is_dir():
         checks.refuse(checks.output_faults("OUT", spec.out, folder=True))
+    if spec.to is not None:
+        if "factory" in spec.model_fields_set:
+            raise ConfigError(f"--factory {spec.factory} is FAISS's, and --to builds none: drop one of them")
+        copy_vectors(spec.out, spec.to, spec.overwrite)
+        return
     from clipgraft.search.index import build_index
 
     for place, record in build_index(spec.out, spec.factory):
@@ -42,6 +47,19 @@ def run_index(argv: Sequence[str]) -> None:
             found = f"recall@10 {record.recall:.3f} of exact search on stored vectors"
             found += "".join(f", {name} {value}" for name, value in (record.settings or {}).items())
         log.info("%s: %s, %s vectors of %d, %s", place, record.factory, f"{record.rows:,}", record.dim, found)
+
+
+def copy_vectors(out: Path, to: str, overwrite: bool = False) -> None:
+    """Copy the vectors of an encoded folder, and print how many rows changed in each place."""
+    from clipgraft.search.export.driver import export_vectors
+
+    for made in export_vectors(out, to, overwrite=overwrite):
+        log.info(
+            "%s: %s rows: %s added, %s updated, %s unchanged; %s removed; %s",
+            made.target,
+            *(f"{n:,}" for n in (made.rows, made.added, made.updated, made.unchanged, made.removed)),
+            made.note,
+        )
 
 
 def run_search(argv: Sequence[str]) -> None:

@@ -50,12 +50,16 @@ class ClassificationResult:
         per_class: one row a class, in the order of the classes.
         confusion: int64 (C, C): how many images of the row's class were taken for the column's.
         correct: bool (N,): which images were given their own class.
+        predicted: int64 (N,): the class that each image was given; of equal logits a wrong one.
+        confidence: float64 (N,): the probability of the likeliest class.
     """
 
     metrics: Metrics
     per_class: tuple[ClassRow, ...]
     confusion: Tensor
     correct: Tensor
+    predicted: Tensor
+    confidence: Tensor
 
     @property
     def measured(self) -> Measured:
@@ -106,7 +110,7 @@ def classification_metrics(
             "ece": _calibration_error(confidence, correct),
         }
     )
-    return ClassificationResult(metrics, rows, confusion, rank == 1)
+    return ClassificationResult(metrics, rows, confusion, rank == 1, predicted, confidence)
 
 
 def pool_prompts(features: Tensor, counts: Sequence[int]) -> Tensor:

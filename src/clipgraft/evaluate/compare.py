@@ -12,14 +12,16 @@ from torch import Tensor
 
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled, Pairs
-from clipgraft.data.features import encode_images
+from clipgraft.data.features import encode_captions, encode_images
 from clipgraft.engine.encoder import Encoder
+from clipgraft.evaluate.answers import CaptionAnswers, caption_answers
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.classification import (
     ClassificationResult,
     classification_metrics,
     evaluate_classification,
 )
+from clipgraft.evaluate.ranks import retrieval_ranks
 from clipgraft.evaluate.retrieval import measure_retrieval
 from clipgraft.lora.control import lora_disabled
 from clipgraft.lora.state import lora_state
@@ -29,17 +31,33 @@ _R = TypeVar("_R")
 
 
 def compare_retrieval(
-    models: Mapping[str, Clip], pairs: Pairs, features: FeatureArgs, batch_size: int = 64
+    models: Mapping[str, Clip],
+    pairs: Pairs,
+    features: FeatureArgs,
+    batch_size: int = 64,
+    answers: dict[str, CaptionAnswers] | None = None,
 ) -> dict[str, Measured]:
     """Measure retrieval with each model under its name; an adapter counts as one, beside its base.
 
-    `features` say how images become features, `batch_size` how many are encoded at once.
+    `features` say how images become features, `batch_size` how many are encoded at once. `answers` is filled
+    with what each model answers for every image.
     """
+    listed: list[CaptionAnswers] = []
 
     def measure(clip: Clip, images: Tensor) -> Measured:
-        return measure_retrieval(Encoder(clip, bool(features.autocast)), pairs, images)
+        encoder = Encoder(clip, bool(features.autocast))
+        if answers is None:
+            return measure_retrieval(encoder, pairs, images)
+        captions = [caption for group in pairs.captions for caption in group]
+        texts = encode_captions(clip, captions, encoder=encoder)
+        owner = torch.tensor([index for index, group in enumerate(pairs.captions) for _ in group])
+        listed.append(caption_answers(images, texts, owner, retrieval_ranks(images, texts, owner)))
+        return measure_retrieval(encoder, pairs, images, texts)
 
-    return _each(models, pairs.images, features, batch_size, measure)
+    found = _each(models, pairs.images, features, batch_size, measure)
+    if answers is not None:
+        answers.update(zip(found, listed, strict=True))
+    return found
 
 
 def compare_classification(

@@ -23,7 +23,10 @@ Dtype = Literal["float16", "float32"]
 VECTORS: Mapping[str, str] = {"images": "img_emb", "texts": "text_emb"}
 METADATA, ERRORS = "metadata", "errors"
 WORK, INDEX_FOLDER, ERRORS_FILE = ".work", "index", "errors.parquet"
+COPIES = {"parquet": "vectors.parquet", "lance": "vectors.lance"}
+"""What copies of the vectors beside them are called, by their form."""
 _TAKEN = {*VECTORS.values(), METADATA, ERRORS, WORK, INDEX_FOLDER, ERRORS_FILE, MANIFEST, ".lock"}
+_TAKEN |= set(COPIES.values())
 _LONGEST = 1 << 20
 _ADVICE = "encode into another folder"
 

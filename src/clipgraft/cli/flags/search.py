@@ -9,7 +9,6 @@ from pydantic import Field
 from clipgraft.cli.flags.shared import OverwriteFlags
 from clipgraft.data.args import ColumnArgs, DatasetType
 from clipgraft.options import (
-    Options,
     Positional,
     Results,
     UserPath,
@@ -40,9 +39,15 @@ class EncodeFlags(ColumnArgs):
     peft_out_proj: Literal["as-run", "as-meant"] | None = Field(
         None, description="see `clipgraft convert --help`"
     )
+    to: str = Field(
+        "npy",
+        min_length=1,
+        description="also copy the vectors there: parquet, lance (in OUT), or what `clipgraft index --to` "
+        "takes; npy: no copy",
+    )
 
 
-class IndexFlags(Options):
+class IndexFlags(OverwriteFlags):
     """What to index, and how."""
 
     out: Annotated[UserPath, Positional()] = Field(description="folder that `clipgraft encode` wrote")
@@ -50,6 +55,13 @@ class IndexFlags(Options):
         "Flat",
         min_length=1,
         description="kind of index, as FAISS names it: Flat is exact; IVF256,Flat or HNSW32 are faster",
+    )
+    to: str | None = Field(
+        None,
+        min_length=1,
+        description="copy the vectors to another program instead, or what has changed since: "
+        "pgvector://USER@HOST/DATABASE, lancedb:FOLDER, qdrant:FOLDER, qdrant:http://HOST:6333, each with "
+        "?table=NAME, or parquet:FILE, lance:FOLDER/NAME.lance",
     )
 
 

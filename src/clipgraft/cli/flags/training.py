@@ -218,3 +218,6 @@ class EvalFlags(OverwriteFlags):
         None, description="head/ folder of a run with --head linear or cosine, measured too"
     )
     out: UserPath | None = Field(None, description="write the metrics to this JSON file")
+    fiftyone: UserPath | None = Field(
+        None, description="write what each model answers for every image to this folder, for FiftyOne"
+    )
