@@ -152,6 +152,16 @@ def test_what_is_refused(adapters: dict[str, Path], base: list[str], cli: Any, t
         ([vi, tmp_path / "out", "--rank", "2"], "--rank belongs to --to adapter"),
         ([vi, tmp_path / "out", "--pretrained", "x"], "belongs to a --model"),
         ([vi, tmp_path / "out", "--to", "tflite"], "--to: got 'tflite', allowed is one of"),
+        (
+            [vi, tmp_path / "out", "--to", "onnx-int8"],
+            "nothing to measure it on: add --gate, a table of images",
+        ),
+        ([vi, tmp_path / "out", "--gate", vi], "--gate belongs to --to onnx-int8"),
+        ([vi, tmp_path / "out", "--max-recall-loss", "1"], "--max-recall-loss belongs to --to onnx-int8"),
+        (
+            [vi, tmp_path / "out", "--to", "comfyui"],
+            "--to comfyui writes one file: name it with .safetensors",
+        ),
         ([vi, tmp_path / "taken"], "thesis.txt, which is no part of a"),
         ([vi, tmp_path / "taken", "--to", "adapter"], "exists already and is left as it is"),
         ([vi, tmp_path / "out", "--model", "emoji"], "made for a base with fingerprint"),

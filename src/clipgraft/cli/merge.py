@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clipgraft.adapters.adapter_file import AdapterFile
     from clipgraft.adapters.run_folder import RunModel
     from clipgraft.models.clip import Clip
+    from clipgraft.models.forms.form import Gate
 
 log = logging.getLogger("clipgraft")
 _MERGE = "Merge adapters into their base and write a standalone model, or write their sum as one adapter."
@@ -52,7 +53,7 @@ def run_merge(argv: Sequence[str]) -> None:
     if spec.to == "adapter":
         _write_sum(clip, amounts, spec)
     else:
-        _write_model(clip, amounts, spec.out, _form(spec, clip), spec.overwrite)
+        _write_model(clip, amounts, spec)
 
 
 def _export(whole: RunModel, spec: MergeFlags) -> None:
@@ -69,7 +70,8 @@ def _export(whole: RunModel, spec: MergeFlags) -> None:
     clip = load(spec.adapters[0])
     log.info("%s: there is nothing to merge in a %s model", whole.run, whole.kind)
     form: Any = _form(spec, clip)
-    write_model(clip, spec.out, form, progress=False, overwrite=spec.overwrite)
+    gate = _gate(spec, clip)
+    write_model(clip, spec.out, form, progress=False, overwrite=spec.overwrite, gate=gate)
     _report(spec.out, form)
 
 
@@ -83,12 +85,27 @@ def _weights(spec: MergeFlags) -> tuple[float, ...]:
         faults.append("--rank belongs to --to adapter: a merged model has no rank")
     if spec.out.suffix == ".onnx":
         faults.append(f"{spec.out}: ONNX is two files, one a tower: name a folder, with --to onnx")
+    faults += _gate_faults(spec)
+    if spec.to == "comfyui" and spec.out.suffix != ".safetensors":
+        faults.append(f"{spec.out}: --to comfyui writes one file: name it with .safetensors")
     faults += checks.output_faults("OUT", spec.out, folder=spec.out.suffix not in (".pt", ".safetensors"))
     if spec.pretrained is not None and spec.model is None:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
         raise together(faults)
     return spec.weights or (1.0,) * len(spec.adapters)
+
+
+def _gate_faults(spec: MergeFlags) -> list[str]:
+    if spec.to != "onnx-int8":
+        given = [name for name in ("gate", "max_recall_loss") if getattr(spec, name) is not None]
+        return [f"{flag(name)} belongs to --to onnx-int8: nothing else loses recall" for name in given]
+    if spec.gate is None:
+        return [
+            "--to onnx-int8 loses some recall, and there is nothing to measure it on: add --gate, a table of "
+            "images and captions of your own"
+        ]
+    return checks.missing_data("--gate", spec.gate)
 
 
 def _form(spec: MergeFlags, clip: Clip) -> str:
@@ -110,15 +127,28 @@ def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> No
     _report(save_adapter(clip, spec.out, overwrite=spec.overwrite), "adapter")
 
 
-def _write_model(clip: Clip, amounts: Mapping[str, float], out: Path, form: Any, overwrite: bool) -> None:
+def _write_model(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> None:
     from clipgraft.lora.control import merge_lora
     from clipgraft.lora.inject import remove_lora
     from clipgraft.models.export import write_model
 
     merge_lora(clip, amounts)
     remove_lora(clip, keep_merged=True)
-    write_model(clip, out, form, progress=False, overwrite=overwrite)
-    _report(out, form)
+    form: Any = _form(spec, clip)
+    gate = _gate(spec, clip)
+    write_model(clip, spec.out, form, progress=False, overwrite=spec.overwrite, gate=gate)
+    _report(spec.out, form)
+
+
+def _gate(spec: MergeFlags, clip: Clip) -> Gate | None:
+    """What judges int8: the recall that the merged model loses on the user's pairs."""
+    if spec.gate is None:
+        return None
+    from clipgraft.data.reader import read_pairs
+    from clipgraft.evaluate.graph_gate import GraphGate
+
+    limit = 1.0 if spec.max_recall_loss is None else spec.max_recall_loss
+    return GraphGate(clip, read_pairs(spec.gate), limit, str(spec.gate))
 
 
 def run_convert(argv: Sequence[str]) -> None:

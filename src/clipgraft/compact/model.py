@@ -27,10 +27,10 @@ from clipgraft.errors import ConfigError, DataError, ModelError
 from clipgraft.files import atomic_folder, write_json
 from clipgraft.models.clip import Clip, ClipLike, Source, as_clip
 from clipgraft.models.convert import require_bare, to_transformers, why_not_plain
-from clipgraft.models.export import save_transformers_files, weights_size
 from clipgraft.models.hf import LARGEST_ID_AS_EOS
 from clipgraft.models.library_calls import no_initialization, quiet_libraries
 from clipgraft.models.processors import HfTokenizer, find_preprocess, find_tokenizer
+from clipgraft.models.saved import save_transformers_files, weights_size
 from clipgraft.models.sites import TOWERS, Site, Tower
 from clipgraft.results import Result
 

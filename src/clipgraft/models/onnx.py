@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -65,24 +65,38 @@ def write_onnx(clip: Clip, folder: Path, tell: Callable[[str], None]) -> dict[st
     Raises:
         ModelError: a tower cannot be exported, or computes something else in ONNX Runtime.
     """
-    clip.require_inputs()
-    model = copy.deepcopy(clip.model).to("cpu", torch.float32).eval()
-    exact = Clip(model, clip.family, clip.tokenizer, clip.preprocess, None, clip.source)
-    graphs = {_FILES[tower]: _graph(exact, tower) for tower in exact.towers}
+    exact, graphs = graphs_of(clip)
     differences = {}
     for file, graph in graphs.items():
         tell(f"exporting {file}")
-        _export(graph, folder / file)
-        differences[file] = _verify(graph, folder / file)
+        export_graph(graph, folder / file)
+        differences[file] = measured(graph, folder / file, onnx_runner(folder / file))
         tell(f"{file} agrees with PyTorch to {differences[file]:.1e} of the largest feature")
-    tokenizer = hf_tokenizer_files(exact) if _TEXT in graphs else None
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write_json(folder / DESCRIPTION, _describe(exact, graphs, differences))
+    save_tokenizer(exact, folder)
+    write_json(folder / DESCRIPTION, describe(exact, graphs, differences))
     return differences
 
 
-def _graph(clip: Clip, tower: Tower) -> _Graph:
+def graphs_of(clip: Clip) -> tuple[Clip, dict[str, Graph]]:
+    """A copy of a model in fp32 on the CPU, and what is to be exported of it, by the file's name.
+
+    Raises:
+        ModelError: the model came without the tokenizer or the preprocessing that its towers need.
+    """
+    clip.require_inputs()
+    model = copy.deepcopy(clip.model).to("cpu", torch.float32).eval()
+    exact = Clip(model, clip.family, clip.tokenizer, clip.preprocess, None, clip.source)
+    return exact, {_FILES[tower]: _graph(exact, tower) for tower in exact.towers}
+
+
+def save_tokenizer(clip: Clip, folder: Path) -> None:
+    """Put the tokenizer of a model's texts beside its graphs, where transformers has one."""
+    tokenizer = hf_tokenizer_files(clip) if "text" in clip.towers else None
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _graph(clip: Clip, tower: Tower) -> Graph:
     if tower == "text":
         return _TextGraph(clip)
     preprocess = clip.preprocess
@@ -234,10 +248,41 @@ class _PatchGraph(nn.Module):
         }
 
 
-_Graph: TypeAlias = _TextGraph | _VisionGraph | _PatchGraph
+class Graph(Protocol):
+    """What one file computes, and inputs to trace and check it with."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+
+    @property
+    def output_name(self) -> str:
+        """Name of the features."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model that it is a part of."""
+
+    def sample(self, batch: int) -> tuple[Tensor, ...]:
+        """Inputs of that many rows."""
+
+    def dynamic(self) -> tuple[dict[int, Any], ...]:
+        """Which sizes of each input are free."""
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        """What the library's own forward gives."""
+
+    def described(self) -> dict[str, Any]:
+        """What a program needs to know to prepare the inputs."""
 
 
-def _export(graph: _Graph, path: Path) -> None:
+Run: TypeAlias = Callable[[dict[str, Any]], Any]
+"""Runs a written graph: arrays by the names of inputs -> the array of features."""
+
+
+def export_graph(graph: Graph, path: Path) -> None:
+    """Write a graph as ONNX; raises ModelError where its tower cannot be exported."""
+    assert isinstance(graph, nn.Module)
     weights = sum(p.numel() * p.element_size() for p in graph.model.parameters())
     try:
         with quiet_libraries(), _own_kernels_off(), torch.no_grad():
@@ -271,29 +316,39 @@ def _translations() -> dict[Any, Any]:
     return {torch.ops.aten._is_all_true.default: all_true}
 
 
-def _verify(graph: _Graph, path: Path) -> float:
-    """The largest difference between ONNX Runtime and the library's own forward, over the largest feature."""
+def onnx_runner(path: Path) -> Run:
+    """A function that runs an ONNX file in ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)[0]
+
+
+def measured(graph: Graph, path: Path, run: Run, bound: float = VERIFIED_TO) -> float:
+    """The largest difference between a written graph and PyTorch, over the largest feature.
+
+    Raises:
+        ModelError: it is over `bound`, or a feature is NaN.
+    """
     worst = 0.0
     for batch in _BATCHES:
         inputs = graph.sample(batch)
         with torch.no_grad():
             wanted = graph.reference(*inputs)
         named = zip(graph.input_names, inputs, strict=True)
-        (given,) = session.run([graph.output_name], {name: value.numpy() for name, value in named})
-        worst = max(worst, float((torch.from_numpy(given) - wanted).abs().max() / wanted.abs().max()))
+        given = torch.from_numpy(run({name: value.numpy() for name, value in named}))
+        worst = max(worst, float((given - wanted).abs().max() / wanted.abs().max()))
     # Written so that NaN fails as well.
-    if not worst <= VERIFIED_TO:
+    if not worst <= bound:
+        engine = "OpenVINO" if path.suffix == ".xml" else "ONNX Runtime"
         raise ModelError(
-            f"{path.name} differs from PyTorch by {worst:.1e} of the largest feature in ONNX Runtime, more "
-            f"than {VERIFIED_TO:.0e}: use the model in PyTorch, or another version of onnxruntime"
+            f"{path.name} differs from PyTorch by {worst:.1e} of the largest feature in {engine}, more "
+            f"than {bound:.0e}: use the model in PyTorch, or another version of {engine}"
         )
     return worst
 
 
-def _describe(clip: Clip, graphs: dict[str, _Graph], differences: dict[str, float]) -> dict[str, Any]:
+def describe(clip: Clip, graphs: dict[str, Graph], differences: dict[str, float]) -> dict[str, Any]:
     """What a program needs to know to use the graphs without clipgraft."""
     graph = next(iter(graphs.values()))
     with torch.no_grad():
@@ -311,7 +366,7 @@ def _describe(clip: Clip, graphs: dict[str, _Graph], differences: dict[str, floa
     }
 
 
-def _described(file: str, graph: _Graph) -> dict[str, Any]:
+def _described(file: str, graph: Graph) -> dict[str, Any]:
     names = {"file": file, "input": graph.input_names[0], "output": graph.output_name}
     return {**names, **graph.described()}
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.shared import OverwriteFlags
 from clipgraft.compact.args import CompactArgs
+from clipgraft.models.forms.names import Form
 from clipgraft.options import (
     AdapterWeight,
     Batch,
@@ -17,6 +18,7 @@ from clipgraft.options import (
     Layers,
     Options,
     Paths,
+    Points,
     Positional,
     Repeated,
     Scenes,
@@ -50,12 +52,20 @@ class MergeFlags(OverwriteFlags):
         min_length=1, description="adapter to merge into its base, or several joined by commas"
     )
     out: Annotated[UserPath, Positional()] = Field(
-        description="where to write: a folder, or for open_clip also a .pt or .safetensors file"
+        description="where to write: a folder; open_clip also takes a .pt or .safetensors file"
     )
-    to: Literal["auto", "open_clip", "transformers", "onnx", "adapter"] = Field(
+    to: Literal["auto", Form, "adapter"] = Field(
         "auto",
-        description="open_clip, transformers, onnx: a model that stands alone; adapter: the sum of "
-        "several as one; auto: the base's own library",
+        description="a model that stands alone, for what the name says (comfyui: one file); adapter: the sum "
+        "of several as one; auto: the base's own library",
+    )
+    gate: UserPath | None = Field(
+        None, description="with --to onnx-int8: table of images and captions on which recall is measured"
+    )
+    max_recall_loss: Points | None = Field(
+        None,
+        ge=0,
+        description="percentage points of recall@1, 5 or 10 that int8 may lose at most (default: 1)",
     )
     weights: Annotated[tuple[AdapterWeight, ...] | None, BeforeValidator(words)] = Field(
         None, description="weight of each adapter, in their order (default: 1 each)"
