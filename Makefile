@@ -11,7 +11,7 @@ JOBS ?= 2
 # A Python that has torch for this machine's GPU, with transformers, open_clip and PEFT; installs nothing.
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-slow test-matrix test-gpu lint fuzz docs bench bench-quick bench-gpu clean
+.PHONY: demo test test-slow test-matrix test-gpu lint fuzz docs dist bench bench-quick bench-gpu clean
 
 demo: $(VENV)/.installed
 	@echo "The demo trains for about two minutes on two cores; it shows each step."
@@ -44,7 +44,7 @@ fuzz: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
 
 # A copy in the same layout, so that links between pages are right on GitHub and on the site.
-DOCS := $(wildcard *.md) docs examples benchmarks/results src/clipgraft/assets/emoji/art/LICENSES.md tests/allowed_skips.txt
+DOCS := $(wildcard *.md) changelog.d/README.md docs examples benchmarks/results src/clipgraft/assets/emoji/art/LICENSES.md tests/allowed_skips.txt
 
 # The site in build/site: README.md, docs/, results of benchmarks, and the reference of Python from docstrings. A broken
 # link or an unknown name fails. Needs no torch.
@@ -53,6 +53,10 @@ docs: $(VENV)/.installed-docs
 	tar -cf - $(DOCS) | tar -xf - -C build/docs
 	$(BIN)/zensical build --strict --clean
 	@echo "Open build/site/index.html, or serve it: $(PYTHON) -m http.server --directory build/site"
+
+# Wheel and sdist in dist/; the wheel is built from the sdist, as others will build it.
+dist: $(VENV)/.installed-test
+	$(BIN)/python -m build --no-isolation
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks

@@ -157,15 +157,29 @@ def _check_range(value: float, least: float, most: float, why: str) -> None:
         raise ValueError(f"a number from {least:g} to {most:g}: {why}")
 
 
-def within(least: float, most: float, why: str) -> AfterValidator:
-    """Bounds beyond which a number is certainly a slip of the keyboard, with what would come of it."""
+@dataclass(frozen=True)
+class Within:
+    """A check of bounds beyond which a number is certainly a slip of the keyboard.
 
-    def check(value: float | None) -> float | None:
+    Attributes:
+        least: the smallest number that passes.
+        most: the largest one.
+        why: what would come of others.
+    """
+
+    least: float
+    most: float
+    why: str
+
+    def __call__(self, value: float | None) -> float | None:
         if value is not None:
-            _check_range(value, least, most, why)
+            _check_range(value, self.least, self.most, self.why)
         return value
 
-    return AfterValidator(check)
+
+def within(least: float, most: float, why: str) -> AfterValidator:
+    """Bounds beyond which a number is certainly a slip of the keyboard, with what would come of it."""
+    return AfterValidator(Within(least, most, why))
 
 
 _LONGEST_SIDE = 65_535

@@ -66,6 +66,21 @@ def aligned(
     numbers with and without it stay below each other. Where lines are longer than `width`, the columns that
     do not fit follow in a second block of lines, which begins with the first `keys` columns again.
     """
+    lines: list[str] = []
+    for block in padded_blocks(rows, left, width, len(gap), keys):
+        lines += [""] if lines else []
+        lines += [gap.join(row).rstrip() for row in block]
+    return lines
+
+
+def padded_blocks(
+    rows: Iterable[Sequence[str]],
+    left: Sequence[int] = (0,),
+    width: int | None = None,
+    gap: int = len(_GAP),
+    keys: int = 1,
+) -> list[list[tuple[str, ...]]]:
+    """The padded cells of `aligned` before they are joined: rows, in blocks that stand below each other."""
     cells = [[shown_line(cell) for cell in row] for row in rows]
     if not cells:
         return []
@@ -73,11 +88,11 @@ def aligned(
         _flush_left(column) if place in left else _flush_right(column)
         for place, column in enumerate(zip(*cells, strict=True))
     ]
-    lines: list[str] = []
-    for block in _blocks([display_width(column[0]) for column in padded], width, len(gap), keys):
-        lines += [""] if lines else []
-        lines += [gap.join(row).rstrip() for row in zip(*(padded[place] for place in block), strict=True)]
-    return lines
+    widths = [display_width(column[0]) for column in padded]
+    return [
+        list(zip(*(padded[place] for place in block), strict=True))
+        for block in _blocks(widths, width, gap, keys)
+    ]
 
 
 def terminal_width() -> int | None:

@@ -21,7 +21,13 @@ SOURCE = Path(cg.__file__).parent
 REFERENCE = ROOT / "docs" / "reference"
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/results/*.md")
+    for pattern in (
+        "*.md",
+        "changelog.d/README.md",
+        "docs/**/*.md",
+        "examples/*.md",
+        "benchmarks/results/*.md",
+    )
     for page in ROOT.glob(pattern)
 )
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)

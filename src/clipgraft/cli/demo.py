@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.tools import DemoFlags
 from clipgraft.cli.parser import parse
+from clipgraft.cli.pretty import show
 from clipgraft.errors import ConfigError
 from clipgraft.ours import DEMO_MARK, mark_folder, refuse_foreign
-from clipgraft.text_tables import Table, terminal_width
+from clipgraft.text_tables import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,8 +101,8 @@ def run_demo(argv: Sequence[str]) -> None:
     }
     draw(picture, world, queries)
     write_json(spec.out / "results.json", [asdict(row) for row in rows])
-    print(f"\n{table(rows, spec.language).text(terminal_width())}\n")
-    print(verdict(rows))
+    print()
+    show(table(rows, spec.language), verdict(rows))
     print(f"adapter  {lora.saved}\npicture  {picture}\nseconds  {time.perf_counter() - started:.0f}")
 
 

@@ -12,11 +12,12 @@ from clipgraft.cli import checks
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags, features_of
 from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
+from clipgraft.cli.pretty import show
 from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.evaluate.metrics import REPORTED
 from clipgraft.options import Options
 from clipgraft.ours import refuse_foreign
-from clipgraft.text_tables import NOTHING, Table, terminal_width
+from clipgraft.text_tables import NOTHING, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,14 +62,14 @@ def run_eval(argv: Sequence[str]) -> None:
         images, results = _classified(models, data, classes, classifier, features, spec.batch_size)
         answers = partial(classification_answers, images, results)
         measured = {name: result.measured for name, result in results.items()}
-        print(class_table(results))
+        show(*class_tables(results))
     else:
         pairs = read_table(clip, data.val_data, data.for_validation(), "validation data")
         nearest: dict[str, CaptionAnswers] | None = None if spec.fiftyone is None else {}
         measured = compare_retrieval(models, pairs, features, spec.batch_size, nearest)
         answers = partial(retrieval_answers, pairs, nearest or {})
         columns = {name: found.metrics for name, found in measured.items()}
-        print(metrics_table(columns).text(terminal_width()))
+        show(metrics_table(columns))
     verdicts = _verdicts(measured)
     for name, verdict in verdicts.items():
         print(f"{name}: {verdict}")
@@ -193,7 +194,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("", ("", *columns), tuple(rows))
 
 
-def class_table(columns: Mapping[str, ClassificationResult]) -> str:
+def class_tables(columns: Mapping[str, ClassificationResult]) -> tuple[Table, Table]:
     """Make the tables of classification metrics and of recall per class, in percent, a column per model."""
     factors = {metric: 1 if metric == "loss" else 100 for metric in REPORTED["classification"]}
     metrics = [
@@ -208,8 +209,7 @@ def class_table(columns: Mapping[str, ClassificationResult]) -> str:
         )
         for rows in zip(*(result.per_class for result in columns.values()), strict=True)
     ]
-    tables = (
+    return (
         Table("", ("", *columns), tuple(metrics)),
         Table("", ("recall of", *columns, "images"), tuple(recalls)),
     )
-    return "\n\n".join(table.text(terminal_width()) for table in tables)

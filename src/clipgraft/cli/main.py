@@ -31,6 +31,9 @@ VERBS = {
     "profile": "show what a model costs by module and site: multiply-adds, memory, training",
     "compact": "build a smaller CLIP from some blocks and tokens of a base, and distil the base into it",
     "demo": "adapt the embedded model to Vietnamese captions and show the gain",
+    "config": "print every option of a command as commented YAML for its --config",
+    "completion": "print the completion of commands and flags for bash, zsh or fish",
+    "doctor": "show versions, devices, speed and folders of this machine, for a report of a fault",
 }
 _MODULES = {
     "index": "search",
@@ -103,7 +106,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<8} {text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
     return (
         "usage: clipgraft COMMAND [--flags]\n\n"
         f"Graft LoRA adapters onto CLIP models.\n\ncommands:\n{verbs}\n\n"
@@ -124,7 +127,9 @@ def _signal_of(stop: KeyboardInterrupt) -> int:
 
 
 def _fail(lines: Sequence[str], code: int = 2) -> int:
+    from clipgraft.cli.pretty import BAD, say
+
     sys.stdout.flush()
     for line in lines:
-        print(f"clipgraft: {shown(one_line(wording(line)))}", file=sys.stderr)
+        say(shown(one_line(wording(line))), sys.stderr, BAD, mark="clipgraft: ")
     return code

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
+from clipgraft.cli.declared import Declared, asked
 from clipgraft.cli.flags.groups import (
     AnyGroup,
     Group,
@@ -42,6 +43,9 @@ EXAMPLES = {
     "compact": "clipgraft compact emoji small --text-layers 2 --vision-layers 2",
     "serve": "clipgraft serve --model emoji --adapters vi=logs/vi fr=logs/fr --folders photos=encoded",
     "demo": "clipgraft demo --out demo",
+    "config": "clipgraft config train",
+    "completion": "clipgraft completion bash",
+    "doctor": "clipgraft doctor",
 }
 
 HEADINGS = {
@@ -171,6 +175,8 @@ def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str
     Raises:
         ConfigError: every unknown flag and unusable value, one line each.
     """
+    if asked():
+        raise Declared(summary, grouped(kinds))
     prog = f"clipgraft {verb}"
     wording.learn(kinds)
     groups_of = grouped(kinds)
@@ -185,14 +191,9 @@ def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    fields = [
-        (heading(group.kind.__name__, name, _title(group.kind)), name, info)
-        for group in groups_of
-        for name, info in group.fields.items()
-    ]
-    titles = in_order(list(dict.fromkeys(title for title, _, _ in fields)))
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    for title, name, info in sorted(fields, key=lambda entry: (entry[1] not in places, first(entry[1]))):
+    fields = in_help(groups_of)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(t for t, _, _ in fields)}
+    for title, name, info in fields:
         if name in places:
             _show(groups[title], name, info)
         else:
@@ -203,7 +204,7 @@ def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str
     if many and len(placed) >= len(places):
         placed[len(places) - 1 :] = [placed[len(places) - 1 :]]
     values = {**dict(zip(places, placed, strict=False)), **vars(known)}
-    for name in [name for _, name, info in fields if name in values and _is_marked(info, Several)]:
+    for name in [name for _, name, info in fields if name in values and is_marked(info, Several)]:
         values[name] = [word for given in values[name] for word in words(given)]
     config = values.pop("config")
     merged: dict[str, Any] = {} if config is None else read_yaml(config)
@@ -215,6 +216,18 @@ def parse(verb: str, summary: str, kinds: Sequence[AnyGroup], argv: Sequence[str
             raise ConfigError(_NO_VALUE.format(flag=flag(switch), off=flag(f"no_{switch}")))
         raise ConfigError(f"'{extra}' belongs to no flag; `clipgraft {verb} --help` lists the flags")
     return build_options(kinds, merged, unknown_flags=flags)
+
+
+def in_help(groups: Sequence[Group]) -> list[tuple[str, str, FieldInfo]]:
+    """List heading, name in field spelling and declaration of a command's options, as its help has them."""
+    places = positional_fields(groups)
+    fields = [
+        (heading(group.kind.__name__, name, _title(group.kind)), name, info)
+        for group in groups
+        for name, info in group.fields.items()
+    ]
+    titles = in_order(list(dict.fromkeys(title for title, _, _ in fields)))
+    return sorted(fields, key=lambda field: (titles.index(field[0]), field[1] not in places, first(field[1])))
 
 
 def _title(kind: type[Options]) -> str:
@@ -249,11 +262,11 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
         group.add_argument(
             flag(name), dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
         )
-    elif _is_marked(info, Repeated):
+    elif is_marked(info, Repeated):
         group.add_argument(
             flag(name), dest=name, action="append", default=argparse.SUPPRESS, metavar="KEY=VALUE", help=text
         )
-    elif _is_marked(info, Several):
+    elif is_marked(info, Several):
         group.add_argument(
             flag(name),
             dest=name,
@@ -264,12 +277,11 @@ def _add(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
             help=text,
         )
     else:
-        group.add_argument(
-            flag(name), dest=name, default=argparse.SUPPRESS, metavar=_metavar(info), help=text
-        )
+        group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, metavar=metavar(info), help=text)
 
 
-def _is_marked(info: FieldInfo, mark: type) -> bool:
+def is_marked(info: FieldInfo, mark: type) -> bool:
+    """Whether a field bears one of the marks of `clipgraft.options`."""
     return any(isinstance(found, mark) for found in info.metadata)
 
 
@@ -285,11 +297,12 @@ def _has_semicolons(info: FieldInfo) -> bool:
     return any(getattr(mark, "func", None) is expressions for mark in info.metadata)
 
 
-def _metavar(info: FieldInfo) -> str:
+def metavar(info: FieldInfo) -> str:
+    """What stands for the value of a flag in the help."""
     if _has_semicolons(info):
         return "A;B"
-    kinds = _flatten(info.annotation)
-    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    kinds = flatten(info.annotation)
+    choices = choices_of(info)
     number = "N" if int in kinds else "X" if float in kinds else ""
     if choices and number:
         return f"{number}|{'|'.join(choices)}"
@@ -303,8 +316,14 @@ def _metavar(info: FieldInfo) -> str:
     return "TEXT"
 
 
-def _flatten(annotation: Any) -> list[Any]:
+def choices_of(info: FieldInfo) -> list[str]:
+    """Return the words that a field allows; empty where there is no list of them."""
+    kinds = flatten(info.annotation)
+    return [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+
+
+def flatten(annotation: Any) -> list[Any]:
     """Split a union into its types, without their validators."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return [kind for part in get_args(annotation) for kind in _flatten(part)]
-    return _flatten(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]
+        return [kind for part in get_args(annotation) for kind in flatten(part)]
+    return flatten(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]

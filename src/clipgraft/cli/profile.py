@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.tools import InspectFlags, ProfileFlags
 from clipgraft.cli.parser import parse
+from clipgraft.cli.pretty import show
 from clipgraft.errors import ConfigError, together
 from clipgraft.files import file_exists, path_exists
-from clipgraft.text_tables import terminal_width
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from clipgraft.profile.llava import LlavaProfile, LlavaTokens
     from clipgraft.profile.measure import Measurement
     from clipgraft.profile.training import TrainingCost
+    from clipgraft.text_tables import Table
 
 
 _INSPECT = "Describe a model, a run or an adapter. Weights of models are neither needed nor loaded."
@@ -48,7 +49,7 @@ def run_inspect(argv: Sequence[str]) -> None:
     if spec.format == "json":
         _print_json(found, found.profile)
     else:
-        print("\n\n".join(_described(found, spec)))
+        show(*_described(found, spec))
 
 
 def _print_json(found: object, profile: ClipProfile | None = None) -> None:
@@ -98,7 +99,7 @@ def _show_adapter(spec: InspectFlags) -> None:
     if spec.format == "markdown":
         print(f"# {found.path}\n\n```text\n{facts}\n```\n\n{table.markdown()}")
     else:
-        print(f"{found.path}\n{facts}\n\n{table.text(terminal_width())}")
+        show(f"{found.path}\n{facts}", table)
 
 
 def _facts(found: AdapterInspection) -> list[tuple[str, object]]:
@@ -129,7 +130,7 @@ def _numbers(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
     return [(name, float(value)) for name, value in metrics.items() if isinstance(value, int | float)]
 
 
-def _described(found: Inspection, spec: InspectFlags) -> list[str]:
+def _described(found: Inspection, spec: InspectFlags) -> list[Table | str]:
     from clipgraft.profile.tables import layer_table, sites_table, targets_table
 
     config = json.dumps(found.config, indent=2, ensure_ascii=False, default=str)
@@ -141,9 +142,7 @@ def _described(found: Inspection, spec: InspectFlags) -> list[str]:
         fenced = [f"## {name}\n\n```{kind}\n{text}\n```" for name, kind, text in blocks]
         shown = [f"## layers\n\n```text\n{layers}\n```", *(table.markdown() for table in tables)]
         return [f"# {head}", *fenced, *shown]
-    return [head, f"configuration\n{config}", f"structure\n{found.structure}", f"layers\n{layers}"] + [
-        table.text(terminal_width()) for table in tables
-    ]
+    return [head, f"configuration\n{config}", f"structure\n{found.structure}", f"layers\n{layers}", *tables]
 
 
 def run_profile(argv: Sequence[str]) -> None:
@@ -170,7 +169,7 @@ def run_profile(argv: Sequence[str]) -> None:
     if spec.format == "json":
         _print_json({"profile": profile, "training": training, "measured": measured}, profile)
     else:
-        print("\n\n".join(_profiled(clip, profile, training, measured, spec)))
+        show(*_profiled(clip, profile, training, measured, spec))
 
 
 def _apart(spec: ProfileFlags) -> ProfileFlags:
@@ -237,7 +236,7 @@ def _profiled(
     training: Sequence[TrainingCost],
     measured: Measurement | None,
     spec: ProfileFlags,
-) -> list[str]:
+) -> list[Table | str]:
     from clipgraft.profile.tables import (
         cost_tree,
         measured_table,
@@ -258,7 +257,7 @@ def _profiled(
     head = f"{profile.name}: {', '.join(sizes)}"
     if spec.format == "markdown":
         return [f"# {head}", f"## modules\n\n```text\n{tree}\n```", *(t.markdown() for t in tables)]
-    return [head, tree, *(table.text(terminal_width()) for table in tables)]
+    return [head, tree, *tables]
 
 
 def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
@@ -293,7 +292,7 @@ def _show_llava(config: ModelConfig, spec: ProfileFlags) -> None:
     if spec.format == "markdown":
         print("\n\n".join([f"# {head}", f"```text\n{tree}\n```", table.markdown()]))
     else:
-        print("\n\n".join([head, tree, table.text(terminal_width())]))
+        show(head, tree, table)
 
 
 def _llava_tokens(spec: ProfileFlags) -> LlavaTokens | None:

@@ -16,6 +16,7 @@ from clipgraft.cli.flags.groups import recorded
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
 from clipgraft.cli.flags.training import ClassTrainFlags, SweepFlags
 from clipgraft.cli.parser import parse
+from clipgraft.cli.pretty import show
 from clipgraft.locks import LOCK, require_free, sole_owner
 from clipgraft.options import Options
 from clipgraft.train.args import TrainArgs
@@ -143,13 +144,14 @@ def _settings(specs: Sequence[Any], clip: Clip) -> dict[str, Any]:
 def _write(folder: Path, results: Sequence[CellResult], metrics: tuple[str, ...]) -> None:
     """Print the table, and write it as text, CSV and JSON."""
     from clipgraft.files import write_json, write_text
-    from clipgraft.text_tables import terminal_width
     from clipgraft.train.sweep import rows_of, table
 
     rows = rows_of(results)
-    shown = table(rows, metrics)
-    print(f"\n{shown.text(terminal_width())}\n")
-    write_text(folder / "table.md", f"{shown.markdown()}\n")
+    found = table(rows, metrics)
+    print()
+    show(found)
+    print()
+    write_text(folder / "table.md", f"{found.markdown()}\n")
     write_json(folder / "table.json", {"metrics": list(metrics), "rows": [asdict(row) for row in rows]})
     _write_csv(folder / "table.csv", rows, metrics)
     log.info("wrote %s, table.csv and table.json", folder / "table.md")

@@ -97,7 +97,18 @@ def reworded(log: logging.Logger) -> Iterator[None]:
 
 
 class _Lines(_Handler):
-    """A handler that ends the command when its reader is gone, as `print` does."""
+    """A handler that ends the command when its reader is gone, as `print` does; warnings have a colour."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            super().emit(record)
+            return
+        from clipgraft.cli.pretty import NOTE, say
+
+        try:
+            say(self.format(record), self.stream, NOTE)
+        except Exception:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
         if isinstance(sys.exc_info()[1], BrokenPipeError):
