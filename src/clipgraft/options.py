@@ -71,6 +71,11 @@ def words(value: Any) -> Any:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
+def shares(value: Any) -> Any:
+    """`80/10/10` -> ("80", "10", "10"); anything but text passes."""
+    return tuple(value.split("/")) if isinstance(value, str) else value
+
+
 def expressions(value: Any) -> Any:
     """`text.*.q,v;linear` -> ("text.*.q,v", "linear"): commas join the terms of one expression."""
     if not isinstance(value, str):

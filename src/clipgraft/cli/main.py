@@ -16,6 +16,7 @@ from clipgraft.processes import is_our_process
 from clipgraft.shown import one_line, shown
 
 VERBS = {
+    "data": "look at images with captions before training: lengths, duplicates, odd pairs; split them",
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
     "eval": "measure retrieval or classification of a base, or of an adapter beside its base",
     "sweep": "train a grid of target sets, ranks and seeds beside the base and full fine-tuning",

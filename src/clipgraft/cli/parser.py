@@ -26,6 +26,7 @@ from clipgraft.errors import ConfigError
 from clipgraft.options import Options, Repeated, Several, expressions, words
 
 EXAMPLES = {
+    "data": "clipgraft data photos.csv --model emoji --split 80/10/10 --out parts",
     "train": "clipgraft train --model ViT-B-32 --pretrained laion2b_s34b_b79k --train-data photos.csv "
     "--val-data val.csv --use-lora --lora-r 16 --epochs 10",
     "eval": "clipgraft eval --model logs/NAME --val-data test.csv",

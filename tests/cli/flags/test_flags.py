@@ -32,6 +32,7 @@ REQUIRED: dict[type[Options], dict[str, str]] = {
     tools.InspectFlags: {"model": "a"},
     tools.MergeFlags: {"adapters": "a", "out": "b"},
     tools.ProfileFlags: {"model": "a"},
+    tools.ExamineFlags: {"source": "a"},
     tools.PushFlags: {"run": "a", "repository": "b/c"},
     tools.ReportFlags: {"runs": "a"},
     search.EncodeFlags: {"source": "a", "out": "b"},

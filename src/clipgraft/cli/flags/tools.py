@@ -29,6 +29,7 @@ from clipgraft.options import (
     UserPath,
     Words,
     expressions,
+    shares,
     words,
 )
 from clipgraft.train.args import DistillArgs
@@ -225,3 +226,27 @@ class PushFlags(Options):
     run: Annotated[UserPath, Positional()] = Field(description="folder of a run, or of an adapter")
     repository: Annotated[str, Positional()] = Field(description="OWNER/NAME at the Hugging Face hub")
     dry_run: bool = Field(False, description="print the card, and what would be uploaded; upload nothing")
+
+
+class ExamineFlags(Options):
+    """What is shown of a data set, and how it is split."""
+
+    source: Annotated[UserPath, Positional()] = Field(
+        description="table of images and captions, a folder of both, or tar files"
+    )
+    out: UserPath | None = Field(None, description="folder for train.csv, val.csv and test.csv")
+    split: Annotated[tuple[float, ...] | None, BeforeValidator(shares)] = Field(
+        None,
+        description="split by image into train, val and test, such as 80/10/10, or 90/10; images that are "
+        "alike stay together",
+    )
+    contact_sheet: UserPath | None = Field(
+        None, description="write many of the images into one picture, a .jpg or .png"
+    )
+    near: float = Field(
+        0.97, gt=0, le=1, description="with --model: cosine from which two images are nearly the same"
+    )
+    odd: int = Field(
+        10, ge=0, le=10_000, description="with --model: how many of the least similar pairs are shown"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the split")
