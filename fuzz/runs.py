@@ -34,6 +34,7 @@ from clipgraft.report.examples import (
 )
 from clipgraft.report.page import Section
 from clipgraft.report.runs import Run, read_sources, run_of
+from clipgraft.train.args import RunArgs
 from clipgraft.train.checkpoint import Position
 from clipgraft.train.run_folder import RunFolder
 from clipgraft.train.sweep import Cell, CellResult, read_cell, write_cell
@@ -126,7 +127,7 @@ def resume(folder: Path) -> Subject:
     run_files(folder)
 
     def read() -> object:
-        with RunFolder(folder, PARAMS, resume=True) as opened:
+        with RunFolder(RunArgs(out=folder, resume=True), PARAMS) as opened:
             opened.start(Position(1, 0, 2))
             return opened.history()
 

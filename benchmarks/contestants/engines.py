@@ -24,7 +24,7 @@ from clipgraft.emoji.scenes import EmojiScenes
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.recall_loss import recall_lost
 from clipgraft.models.clip import Clip
-from clipgraft.models.onnx import _export, _VisionGraph
+from clipgraft.models.onnx import _VisionGraph, export_graph
 
 Encode: TypeAlias = Callable[[Tensor], Tensor]
 """(B, 3, H, W) normalised pixels, always as many -> (B, D) features."""
@@ -46,7 +46,7 @@ class World:
     @functools.cached_property
     def graph(self) -> Path:
         path = self.folder / "vision.onnx"
-        _export(_VisionGraph(self.clip), path)
+        export_graph(_VisionGraph(self.clip), path)
         return path
 
     @functools.cached_property
