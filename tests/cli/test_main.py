@@ -41,7 +41,7 @@ def test_unknown_commands_name_the_nearest(cli: Any) -> None:
     outcome = cli("trian")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith(
-        "clipgraft: there is no command 'trian' (did you mean train?); commands are train"
+        "clipgraft: there is no command 'trian' (did you mean train?); commands are data, train"
     )
     assert outcome.err.count("\n") == 1
 
