@@ -131,7 +131,7 @@ def _pieces_once() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all attention kernels tie for speed, so that no test depends on the load of the machine."""
-    monkeypatch.setattr("clipgraft.engine.attention._seconds", lambda run: (run(), 1.0)[1])
+    monkeypatch.setattr("clipgraft.engine.attention.best_seconds", lambda run: (run(), 1.0)[1])
 
 
 @pytest.fixture(scope="session")

@@ -68,41 +68,27 @@ def chapters(bench: Bench) -> dict[str, Contestants]:
         "several adapters in one batch": {"both in turns": partial(mixed, bench)},
     }
     for batch in bench.batches:
-        found[f"a step on the text tower, {batch:,} pairs in GPU memory"] = _text_steps(bench, batch)
-        found[f"a step in both towers, {batch:,} pairs in GPU memory"] = _both_steps(bench, batch)
+        found[f"a step on the text tower, {batch:,} pairs in GPU memory"] = _steps(bench, TEXT, batch)
+        found[f"a step in both towers, {batch:,} pairs in GPU memory"] = _steps(bench, BOTH, batch)
     return found
 
 
-def _text_steps(bench: Bench, batch: int) -> Contestants:
-    return {
-        "clipgraft, bf16": partial(steps.ours, bench, TEXT, batch, True),
-        "clipgraft, bf16, compiled": partial(steps.ours, bench, TEXT, batch, True, compile_it=True),
-        "PEFT, bf16 autocast": partial(steps.peft, bench, TEXT, batch, True),
-        "PEFT, bf16 weights": partial(steps.peft, bench, TEXT, batch, False, bf16=True),
-        "PEFT, bf16 weights, compiled": partial(
-            steps.peft, bench, TEXT, batch, False, bf16=True, compile_it=True
-        ),
-        "PEFT, bf16 weights, image features given to it": partial(
-            steps.peft, bench, TEXT, batch, False, bf16=True, known=True
-        ),
-        "open_clip, bf16 autocast, all weights": partial(steps.openclip, bench, TEXT, batch),
+def _steps(bench: Bench, targets: str, batch: int) -> Contestants:
+    ours, peft, openclip = (
+        partial(run, bench, targets, batch) for run in (steps.ours, steps.peft, steps.openclip)
+    )
+    found: Contestants = {
+        "clipgraft, bf16": partial(ours, True),
+        "clipgraft, bf16, compiled": partial(ours, True, compile_it=True),
+        "PEFT, bf16 autocast": partial(peft, True),
+        "PEFT, bf16 weights": partial(peft, False, bf16=True),
+        "PEFT, bf16 weights, compiled": partial(peft, False, bf16=True, compile_it=True),
+        "open_clip, bf16 autocast, all weights": openclip,
+        "open_clip, bf16 autocast, all weights, compiled": partial(openclip, compile_it=True),
     }
-
-
-def _both_steps(bench: Bench, batch: int) -> Contestants:
-    return {
-        "clipgraft, bf16": partial(steps.ours, bench, BOTH, batch, True),
-        "clipgraft, bf16, compiled": partial(steps.ours, bench, BOTH, batch, True, compile_it=True),
-        "PEFT, bf16 autocast": partial(steps.peft, bench, BOTH, batch, True),
-        "PEFT, bf16 weights": partial(steps.peft, bench, BOTH, batch, False, bf16=True),
-        "PEFT, bf16 weights, compiled": partial(
-            steps.peft, bench, BOTH, batch, False, bf16=True, compile_it=True
-        ),
-        "open_clip, bf16 autocast, all weights": partial(steps.openclip, bench, BOTH, batch),
-        "open_clip, bf16 autocast, all weights, compiled": partial(
-            steps.openclip, bench, BOTH, batch, compile_it=True
-        ),
-    }
+    if targets == TEXT:
+        found["PEFT, bf16 weights, image features given to it"] = partial(peft, False, bf16=True, known=True)
+    return found
 
 
 def main() -> int:

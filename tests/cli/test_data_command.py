@@ -64,4 +64,4 @@ def test_contradictions(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "parts" / "train.csv").write_text("mine")
     done = cli("data", table, "--split", "80/20", "--out", tmp_path / "parts")
     assert (done.code, (tmp_path / "parts" / "train.csv").read_text()) == (2, "mine")
-    assert "train.csv: there already; name another --out" in done.err
+    assert "train.csv: there already; name another --out, or add --overwrite" in done.err

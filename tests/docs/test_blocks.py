@@ -30,19 +30,8 @@ import clipgraft as cg
 from clipgraft.cli.declared import declared
 from clipgraft.cli.main import VERBS, main
 from clipgraft.cli.parser import parse
+from doc_pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    page
-    for pattern in (
-        "*.md",
-        "changelog.d/README.md",
-        "docs/**/*.md",
-        "examples/*.md",
-        "benchmarks/results/*.md",
-    )
-    for page in ROOT.glob(pattern)
-)
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<why>.+?) -->\n)?(?P<indent> *)```(?P<kind>\w*)\n(?P<body>.*?)^ *```$", re.M | re.S
 )

@@ -15,21 +15,10 @@ import pytest
 import yaml
 
 import clipgraft as cg
+from doc_pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[2]
 SOURCE = Path(cg.__file__).parent
 REFERENCE = ROOT / "docs" / "reference"
-PAGES = sorted(
-    page
-    for pattern in (
-        "*.md",
-        "changelog.d/README.md",
-        "docs/**/*.md",
-        "examples/*.md",
-        "benchmarks/results/*.md",
-    )
-    for page in ROOT.glob(pattern)
-)
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")

@@ -49,7 +49,7 @@ def test_the_faster_kernel_is_chosen_and_kept(monkeypatch: pytest.MonkeyPatch) -
         measured.append(run)
         return next(seconds)
 
-    monkeypatch.setattr(kernels, "_seconds", fake)
+    monkeypatch.setattr(kernels, "best_seconds", fake)
     attention = AttentionKernels()
     q, k, _ = qkv()
     assert attention.choose(q, k, True) == attention.choose(q, k, True) == "sdpa"

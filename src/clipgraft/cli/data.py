@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.cli import checks
@@ -13,7 +12,7 @@ from clipgraft.cli.flags.shared import ModelFlags, TableFlags, features_of
 from clipgraft.cli.flags.tools import ExamineFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.pretty import show
-from clipgraft.errors import ConfigError, together
+from clipgraft.errors import together
 from clipgraft.text_tables import Table
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def run_data(argv: Sequence[str]) -> None:
 
 def _check(spec: ExamineFlags, model: ModelFlags) -> None:
     """Raise ConfigError with all faults that no flag alone shows."""
-    from clipgraft.data.splitting import check_shares
+    from clipgraft.data.splitting import check_shares, part_files
 
     faults = []
     if (spec.split is None) != (spec.out is None):
@@ -74,8 +73,13 @@ def _check(spec: ExamineFlags, model: ModelFlags) -> None:
     for name, path in (("--out", spec.out), ("--contact-sheet", spec.contact_sheet)):
         if path is not None:
             faults += checks.output_faults(name, path, folder=name == "--out")
-    if spec.contact_sheet is not None and spec.contact_sheet.exists():
-        faults.append(f"--contact-sheet {spec.contact_sheet}: is there already; choose another name")
+    if spec.split is not None and spec.out is not None:
+        out, count = spec.out, len(spec.split)
+        faults += checks.fault_of(lambda: part_files(out, count, spec.overwrite))
+    if spec.contact_sheet is not None and spec.contact_sheet.exists() and not spec.overwrite:
+        faults.append(
+            f"--contact-sheet {spec.contact_sheet}: is there already; choose another name, or --overwrite"
+        )
     if faults:
         raise together(faults)
 
@@ -138,10 +142,7 @@ def _split(pairs: Pairs, alike: Sequence[tuple[int, ...]], spec: ExamineFlags) -
     assert spec.split is not None
     assert spec.out is not None
     parts = split_pairs(pairs, spec.split, alike, spec.seed)
-    try:
-        paths = write_parts(parts, Path(spec.out))
-    except ConfigError as error:
-        raise ConfigError(str(error).partition(";")[0] + "; name another --out") from error
+    paths = write_parts(parts, spec.out, spec.overwrite)
     for path, part in zip(paths, parts, strict=True):
         log.info("wrote %s: %s images, %s captions", path, f"{len(part):,}", f"{len(part.rows()):,}")
     whole = sum(map(len, parts))

@@ -65,6 +65,15 @@ def split_pairs(
     )
 
 
+def part_files(folder: Path, count: int, overwrite: bool = False) -> list[Path]:
+    """Name the files of so many parts; raises ConfigError as `write_parts` does."""
+    paths = [folder / f"{name}.csv" for name in PARTS[:count]]
+    there = [str(path) for path in paths if os.path.lexists(path)]
+    if there and not overwrite:
+        raise ConfigError(f"{', '.join(there)}: there already; name another `out`, or add `overwrite=True`")
+    return paths
+
+
 def write_parts(parts: Sequence[Pairs], folder: Path, overwrite: bool = False) -> list[Path]:
     """Write `train.csv`, `val.csv` and `test.csv` with the columns filepath and title, a line each caption.
 
@@ -73,10 +82,7 @@ def write_parts(parts: Sequence[Pairs], folder: Path, overwrite: bool = False) -
     Raises:
         ConfigError: one of the files is there already, and `overwrite` is not given; none is written then.
     """
-    paths = [folder / f"{name}.csv" for name, _ in zip(PARTS, parts, strict=False)]
-    there = [str(path) for path in paths if os.path.lexists(path)]
-    if there and not overwrite:
-        raise ConfigError(f"{', '.join(there)}: there already; name another `out`, or add `overwrite=True`")
+    paths = part_files(folder, len(parts), overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     for path, part in zip(paths, parts, strict=True):
         text = io.StringIO()

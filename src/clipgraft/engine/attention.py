@@ -199,14 +199,14 @@ def _fastest(dtype: torch.dtype, heads: int, queries: int, length: int, dim: int
                 return lambda: kernel(q, k, k, mask).sum().backward()  # type: ignore[no-untyped-call]
             return lambda: kernel(q, k, k, mask)
 
-        return min(KERNELS, key=lambda name: _seconds(run(KERNELS[name])))
+        return min(KERNELS, key=lambda name: best_seconds(run(KERNELS[name])))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def best_seconds(run: Callable[[], object]) -> float:
     """Time a function: the best of a few runs after a first one that is not counted."""
     run()
     seconds = []

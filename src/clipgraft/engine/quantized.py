@@ -8,12 +8,12 @@ are summed in 32 bits; what is left of a product in bf16 is the scale of its row
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from clipgraft.engine.attention import best_seconds
 from clipgraft.errors import ModelError
 
 _WEIGHT_TOP = 127
@@ -103,17 +103,7 @@ def int8_works() -> bool:
         return False
     exact = x.float() @ weight.float().T
     close = (found.float() - exact).abs().max() <= 0.02 * exact.abs().max()
-    return bool(close) and _seconds(lambda: prepared.forward(x)) < 10 * _seconds(lambda: x @ weight.T)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """The best of a few runs."""
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return bool(close) and best_seconds(lambda: prepared.forward(x)) < 10 * best_seconds(lambda: x @ weight.T)
 
 
 def require_int8(device: torch.device) -> None:

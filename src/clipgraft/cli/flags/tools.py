@@ -228,7 +228,7 @@ class PushFlags(Options):
     dry_run: bool = Field(False, description="print the card, and what would be uploaded; upload nothing")
 
 
-class ExamineFlags(Options):
+class ExamineFlags(OverwriteFlags):
     """What is shown of a data set, and how it is split."""
 
     source: Annotated[UserPath, Positional()] = Field(
