@@ -226,3 +226,31 @@ def test_what_img2dataset_downloaded(tmp_path: Path) -> None:
     notes = read_pairs(tmp_path).report
     assert notes is not None
     assert "img2dataset's record was not read" in notes.notes[-1]
+
+
+def test_parquet_that_img2dataset_wrote(tmp_path: Path) -> None:
+    """Its images in Parquet would have to be asked for by column, and failed downloads counted as damage."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for shard in range(2):
+        rows = []
+        for number in range(4):
+            failed = number == 3
+            about = {"url": "http://x", "key": f"{shard:05d}{number:04d}", "caption": f"số {number}"}
+            about |= {"status": "failed_to_resize" if failed else "success", "error_message": "e"}
+            rows.append(
+                {**about, "jpg": None if failed else b"" if (shard, number) == (1, 2) else png(number)}
+            )
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{shard:05d}.parquet")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    pairs = read_pairs(tmp_path)
+    assert [texts for _, texts in pairs] == [(f"số {number}",) for number in (0, 1, 2, 0, 1)]
+    assert pairs.report is not None
+    assert pairs.report.notes[-1] == "img2dataset's record has 8 downloads: 6 success, 2 failed_to_resize"
+    assert (pairs.report.rows, pairs.report.unreadable_images) == (6, 1)
+    pq.write_table(
+        pa.table({"key": ["a"], "status": ["approved"], "jpg": [png(1)]}), tmp_path / "own.parquet"
+    )
+    with pytest.raises(DataError, match='no column "caption"'):
+        read_pairs(tmp_path)

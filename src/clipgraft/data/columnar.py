@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.data.args import TableArgs
+from clipgraft.data.img2dataset import STATUS, Downloads, is_record
 from clipgraft.data.json_tables import flat
 from clipgraft.data.parts import PART, Parts
 from clipgraft.data.table import Cells, Header, Rows, Table, Wanted, choose_columns, make_row
@@ -49,11 +50,13 @@ def open_columnar(
     image, texts = names[columns.image], [names[place] for place in columns.texts]
     if split is not None and PART not in names:
         raise DataError(f"{source}: `split` given, but it has no column {PART!r}; leave it out")
+    inside = columns.has_images and _holds_images(schemas[0].field(image).type)
+    downloaded = inside and is_record(names)
+    needed = (image, *texts, STATUS) if downloaded else (image, *texts)
     for file, schema in zip(files, schemas, strict=True):
-        missing = [name for name in (image, *texts) if name not in schema.names]
+        missing = [name for name in needed if name not in schema.names]
         if missing:
             raise DataError(f'{file}: has no column "{missing[0]}", which {files[0].name} has')
-    inside = columns.has_images and _holds_images(schemas[0].field(image).type)
     if inside and args.image_root is not None:
         raise ConfigError(
             f'`image_root` given, but the images are inside {source}, in column "{image}"; leave it out'
@@ -63,8 +66,10 @@ def open_columnar(
         kind, notes = f"{kind}, images inside", (*notes, *_slow(files))
     read = [] if inside and not columns.has_texts else texts
     named = _class_names(schemas[0], texts[0]) if wanted.cells(args).labels and texts else None
-    found = _Read(folder, files, image, tuple(read), inside, named)
-    rows = partial(_rows, found, None if split is None else partial(Parts, source, split), wanted.cells(args))
+    found = _Read(folder, files, image, tuple(read), inside, named, downloaded)
+    met: list[Downloads] = []
+    of_split = None if split is None else partial(Parts, source, split)
+    rows = partial(_rows, found, of_split, wanted.cells(args), met)
     return Table(
         source,
         folder,
@@ -75,6 +80,7 @@ def open_columnar(
         columns.has_texts,
         has_images=columns.has_images,
         inside=inside,
+        met=lambda: tuple(note for downloads in met for note in downloads.notes()),
     )
 
 
@@ -87,6 +93,7 @@ class _Read:
         image, texts: columns.
         inside: whether images are in their cells.
         classes: names of the numbers in the column of labels.
+        downloaded: whether img2dataset wrote them, with rows of what did not come.
     """
 
     folder: Path
@@ -95,16 +102,20 @@ class _Read:
     texts: tuple[str, ...]
     inside: bool
     classes: Sequence[str] | None
+    downloaded: bool
 
 
-def _rows(read: _Read, named: Callable[[], Parts] | None, cells: Cells) -> Rows:
+def _rows(read: _Read, named: Callable[[], Parts] | None, cells: Cells, met: list[Downloads]) -> Rows:
     parts = None if named is None else named()
-    columns = (*read.texts, PART) if parts else read.texts
+    met[:] = [downloads := Downloads()]
+    columns = (*read.texts, *([PART] if parts else []), *([STATUS] if read.downloaded else []))
     number = 0
     for file in read.files:
         name = os.path.relpath(file, read.folder)
         for row, (path, *found) in enumerate(_cells(file, read.image, columns, read.inside)):
             number += 1
+            if read.downloaded and not downloads.take(found.pop()):
+                continue
             if parts and not parts.take(found.pop()):
                 continue
             place = path if path is not None or not read.inside else cell_path(name, read.image, row)

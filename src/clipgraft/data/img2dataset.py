@@ -1,4 +1,4 @@
-"""What img2dataset recorded of its downloads, in a Parquet file beside each tar file that it wrote."""
+"""What img2dataset recorded of its downloads: in a Parquet file beside each tar file, or with the images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from clipgraft.errors import DataError
 from clipgraft.readers import reading_parquet
 
 _DONE = "success"
-_COLUMNS = {"key", "status"}
+STATUS = "status"
+_COLUMNS = {"key", STATUS, "error_message"}
+
+
+def is_record(columns: Collection[str]) -> bool:
+    """Tell whether a table has the columns in which img2dataset says what came of each download."""
+    return set(columns) >= _COLUMNS
 
 
 @dataclass
@@ -28,6 +34,11 @@ class Downloads:
     lost: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
+    def take(self, status: object) -> bool:
+        """Count a download, and tell whether its image came."""
+        self.statuses[str(status)] += 1
+        return status == _DONE
+
     def compare(self, archive: Path, images: Collection[str]) -> None:
         """Read the record of a tar file, if it has one, and compare it with the names of the images in it."""
         record = archive.with_suffix(".parquet")
@@ -35,11 +46,11 @@ class Downloads:
             return
         try:
             with reading_parquet(record) as pyarrow:
-                if not set(pyarrow.parquet.read_schema(record).names) >= _COLUMNS:
+                if not is_record(pyarrow.parquet.read_schema(record).names):
                     return
-                table = pyarrow.parquet.read_table(record, columns=sorted(_COLUMNS), partitioning=None)
+                table = pyarrow.parquet.read_table(record, columns=["key", STATUS], partitioning=None)
                 table.validate(full=True)
-                rows = zip(table.column("key").to_pylist(), table.column("status").to_pylist(), strict=True)
+                rows = zip(table.column("key").to_pylist(), table.column(STATUS).to_pylist(), strict=True)
                 found = [(str(key), str(status)) for key, status in rows]
         except DataError as error:
             self.unread.append(str(error))

@@ -186,7 +186,20 @@ IMAGE = Role(
     "images",
     "csv_img_key",
     "filepath",
-    ("image", "file_name", "path", "filename", "img", "image_path", "file_path", "image_name", "file"),
+    (
+        "image",
+        "file_name",
+        "path",
+        "filename",
+        "img",
+        "image_path",
+        "file_path",
+        "image_name",
+        "file",
+        "jpg",
+        "png",
+        "webp",
+    ),  # img2dataset's, of images themselves
 )
 CAPTION = Role(
     "captions",
