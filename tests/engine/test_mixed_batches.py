@@ -15,7 +15,7 @@ import clipgraft as cg
 from clipgraft.adapters.attach import detached, read_for
 from clipgraft.adapters.open import Clip
 from clipgraft.engine.encoder import encode_mixed, prepare_adapter
-from clipgraft.engine.mixed_adapters import Factors, Product, bundles
+from clipgraft.engine.mixed_adapters import Factors, Product, add_rows, bundles
 from clipgraft.lora.inject import hang
 from clipgraft.lora.state import Adapter, lora_state, require_lora
 from clipgraft.models.clip import as_clip
@@ -338,5 +338,5 @@ def test_bundled_adapters_equal_the_formula(order: list[int]) -> None:
         for bundle in found:
             bundle.add(got, x, [chosen[n] for n in bundle.shares])
         for n in (1, 4, 5):
-            products[n].add(got, x, rows[n])
+            add_rows(products[n], got, x, rows[n])
         assert close(got, wanted, 1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -112,6 +114,38 @@ def test_ranks_are_exact_with_every_product(
     owner = torch.arange(30) % 11
     got = retrieval_ranks(images, texts, owner, block_bytes=block_bytes)
     assert (got.image_to_text.tolist(), got.text_to_image.tolist()) == naive(images, texts, owner)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "copies"])
+@pytest.mark.usefixtures("three_threads")
+def test_threads_share_the_blocks(
+    ladder: list[torch.dtype], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recall would differ with the number of cores, or fail in the middle of a training step."""
+    monkeypatch.setattr(ranks, "usable_types", lambda device: ladder)
+    monkeypatch.setattr(ranks, "_WORTH_INT8", 0)
+    monkeypatch.setattr(ranks, "_MANY", 0)
+    workers = set()
+    count = ranks._Ladder.count
+    monkeypatch.setattr(
+        ranks._Ladder, "count", lambda *args: (workers.add(threading.get_ident()), count(*args))
+    )
+    images, texts = near_ties(kind)
+    owner = torch.arange(30) % 11
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        got = retrieval_ranks(images.clone(), texts.clone(), owner, block_bytes=100)
+    assert (got.image_to_text.tolist(), got.text_to_image.tolist()) == naive(images, texts, owner)
+    assert threading.get_ident() not in workers
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=str)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgraft.engine.linear import Update, rescaling
+from clipgraft.engine.linear import FrozenWeight, Update, rescaling
 from clipgraft.engine.packing import by_mkl
+from clipgraft.engine.quantized import Int8Weight
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter
 from clipgraft.lora.variants import PlainLora
@@ -123,17 +124,52 @@ class Product:
         scaled = tuple(replace(own, scale=strength * own.scale) for own in self.factors)
         return replace(self, factors=scaled)
 
-    def add(self, y: Tensor, x: Tensor, rows: slice | Tensor) -> None:
-        """(N, out) that the base makes of (N, in), which is of A's type: change some rows, in place."""
-        ours = y[rows]
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add s·x·Aᵀ·Bᵀ of (N, in), which is of A's type, to (N, out) in place."""
         if self.a is not None:
-            low = F.linear(x[rows], self.a)
+            low = F.linear(x, self.a)
             for factors in self.factors:
-                factors.add(ours, low)
-        if self.factor is not None and self.addend is not None:
-            y[rows] = torch.addcmul(self.addend, ours, self.factor).to(y.dtype)
-        elif isinstance(rows, Tensor):
-            y[rows] = ours
+                factors.add(y, low)
+
+    def rescaling(self) -> tuple[Tensor, Tensor] | None:
+        """f and g; None for neither."""
+        return None if self.factor is None or self.addend is None else (self.factor, self.addend)
+
+
+@dataclass(frozen=True)
+class LiveProduct:
+    """What the updates of one linear map make of it, read where they are: nothing of them is copied.
+
+    To stack A and B, as `Product` does, takes as long as their products with the few rows of an adapter.
+    """
+
+    updates: Sequence[Update]
+    out: int
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """As `Product.add`."""
+        for update in self.updates:
+            layer = update.layer
+            if layer.r:
+                a, b = layer.factors()
+                low, ours = F.linear(x, _matrix(a, x.dtype)), y[:, update.rows]
+                b = _matrix(b, x.dtype)
+                if y.dtype == x.dtype:
+                    ours.addmm_(low, b.T, alpha=layer.scaling)
+                else:
+                    ours.add_(F.linear(low, b), alpha=layer.scaling)
+
+    def rescaling(self) -> tuple[Tensor, Tensor] | None:
+        """As `Product.rescaling`."""
+        return rescaling(self.updates, self.out)
+
+
+def add_rows(product: Product | LiveProduct, y: Tensor, x: Tensor, rows: slice | Tensor) -> None:
+    """Add what a product makes of some rows of (N, in) to those of (N, out), in place."""
+    ours = y[rows]
+    product.add(ours, x[rows])
+    if isinstance(rows, Tensor):
+        y[rows] = ours
 
 
 @dataclass(frozen=True)
@@ -258,14 +294,21 @@ class ActiveAdapter:
         layers = self.layers
         return [Update(layers[part.site], part, outputs) for part, outputs in parts if part.site in layers]
 
-    def product(self, key: str, parts: Sequence[tuple[Part, slice]], dtype: torch.dtype) -> Product | None:
-        """What it makes of a linear map, in the type of `small_products`; None where it changes nothing."""
+    def product(
+        self, key: str, parts: Sequence[tuple[Part, slice]], dtype: torch.dtype, stack: bool
+    ) -> Product | LiveProduct | None:
+        """What it makes of a linear map, in the type of `small_products`; None where it changes nothing.
+
+        Without `stack` only what was prepared is stacked.
+        """
         if self.prepared is not None:
             found = self.prepared.get(key)
             if found is None or found.a is None or found.a.dtype == dtype:
                 return found
-        updates = self.among(parts)
-        return Product.of(updates, parts[-1][1].stop, dtype) if updates else None
+        updates, out = self.among(parts), parts[-1][1].stop
+        if not updates:
+            return None
+        return Product.of(updates, out, dtype) if stack else LiveProduct(updates, out)
 
 
 def prepare(adapter: Adapter, linears: Iterable[Linear], dtype: torch.dtype) -> None:
@@ -345,25 +388,44 @@ class MixedAdapters:
             )
         )
 
-    def linear(self, y: Tensor, x: Tensor, linear: Linear, pooled: bool) -> Tensor:
-        """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
+    def linear(self, x: Tensor, frozen: FrozenWeight | Int8Weight, linear: Linear, pooled: bool) -> Tensor:
+        """(N, in) -> (N, out) through a frozen map with the adapters of its rows."""
         parts, key = _outputs(linear), key_of(linear)
         dtype = small_products(x.dtype, x.device)
-        products = [share.adapter.product(key, parts, dtype) for share in self.shares]
-        if any(product is not None for product in products):
-            x = x.to(dtype)
+        together = not by_mkl(dtype, x.device)  # to gather and to stack costs as much there as what it saves
+        products = [share.adapter.product(key, parts, dtype, together) for share in self.shares]
+        if all(product is None for product in products):
+            return frozen.forward(x)
+        if isinstance(frozen, FrozenWeight) and frozen.accumulates:
+            y = frozen.biases(len(x))
+            self._add(y, x, products, pooled)
+            frozen.add(y, x)
+        else:
+            y = frozen.forward(x)
+            self._add(y, x.to(dtype), products, pooled)
+        for number, product in enumerate(products):
+            found = None if product is None else product.rescaling()
+            if found is not None:
+                factor, addend = (vector.to(dtype) for vector in found)
+                rows = self._rows(number, pooled)
+                y[rows] = torch.addcmul(addend, y[rows], factor).to(y.dtype)
+        return y
+
+    def _add(
+        self, y: Tensor, x: Tensor, products: Sequence[Product | LiveProduct | None], pooled: bool
+    ) -> None:
+        """Add the updates of all shares, those of stacked products that are alike together."""
+        stacked = {number: own for number, own in enumerate(products) if isinstance(own, Product)}
         bundled: tuple[Bundle, ...] = ()
-        if not by_mkl(x.dtype, x.device):  # to gather costs as much there as what it saves
-            shapes = tuple(None if product is None else product.shape for product in products)
+        if not by_mkl(x.dtype, x.device):
+            shapes = tuple(stacked[n].shape if n in stacked else None for n in range(len(products)))
             bundled = self._bundled(shapes, pooled, x.device)
         for bundle in bundled:
-            found = (products[number] for number in bundle.shares)
-            bundle.add(y, x, [product for product in found if product is not None])
+            bundle.add(y, x, [stacked[number] for number in bundle.shares])
         done = {number for bundle in bundled for number in bundle.shares}
         for number, product in enumerate(products):
             if product is not None and number not in done:
-                product.add(y, x, self._rows(number, pooled))
-        return y
+                add_rows(product, y, x, self._rows(number, pooled))
 
     def _rows(self, number: int, pooled: bool) -> slice | Tensor:
         share = self.shares[number]

@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,7 +47,13 @@ _SPARSE = (
     1 / 8
 )  # share of a block that is looked at item by item, where the highest of groups reach the score
 _WORTH_INT8 = 1000  # queries a row, from which rows are worth being rounded to int8
+_MANY = 1 << 28  # scores from which threads are started
+_WORKERS = 8  # threads at most, each of which has the memory for its blocks
 _PATIENCE = 2  # blocks by which a type's failures may lead its successes before it is given up
+
+
+_Strip: TypeAlias = list[tuple[slice, slice]]
+"""Blocks, each of texts and images, that have their texts in common."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,9 @@ def retrieval_ranks(
         text_features: floating (M, D), on any device; work happens where the images are (on the CPU if that
             device has no float64).
         image_of_text: integer (M,), each caption's image; images may have several captions, or none.
-        block_bytes: bytes of one block of float64 scores. Working memory is a small multiple of it plus a few
-            numbers a row; it does not grow with N·M, nor with the width of the features. The result does not
-            depend on it.
+        block_bytes: bytes of one block of float64 scores. Working memory is a small multiple of it for each
+            of at most 8 threads, plus a few numbers a row and, in int8, the images; it does not grow with
+            N·M. The result depends neither on it nor on the threads.
 
     Raises:
         DataError: shapes, types or indices that do not fit together.
@@ -139,32 +148,103 @@ def _ranks(texts: Vectors, images: Vectors, owner: Tensor, block_bytes: int) -> 
     best_caption[owner[is_best]] = is_best
     best[best_captions == 0] = math.inf  # nothing reaches it, so an image without captions costs no time
 
-    of_texts = _Queries(texts, images, own, owner, block_bytes)
-    of_images = _Queries(images, texts, best, best_caption, block_bytes)
-    ladder = _Ladder(texts, images, block_bytes)
-    for t, i in _blocks(len(texts), len(images), block_bytes):
-        if i.start == 0:
-            ladder.start()
-        ladder.count(of_texts, t, of_images, i)
-    text_to_image = torch.empty_like(of_texts.rivals)
-    text_to_image[order] = of_texts.rivals
-    # `rivals` holds the true items too: one image for a caption, and for an image its best captions.
+    problem = _Problem(texts, images, (own, owner), (best, best_caption), block_bytes)
+    of_texts, of_images = _rivals(problem)
+    text_to_image = torch.empty_like(of_texts)
+    text_to_image[order] = of_texts
+    # The true items are rivals too: one image for a caption, and for an image its best captions.
     return RetrievalRanks(
-        image_to_text=(of_images.rivals - best_captions + 1) * (best_captions > 0),
+        image_to_text=(of_images - best_captions + 1) * (best_captions > 0),
         text_to_image=text_to_image,
     )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Both sides, with the score that a rival of each text and image must reach and whose score that is."""
+
+    texts: Vectors
+    images: Vectors
+    of_text: tuple[Tensor, Tensor]
+    of_image: tuple[Tensor, Tensor]
+    block_bytes: int
+
+
+def _rivals(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """Count the rivals of each text and of each image, int64 (m,) and (n,)."""
+    products = _SharedProducts(problem)
+    rows, columns, threads = len(problem.texts), len(problem.images), torch.get_num_threads()
+    strips = iter(list(_strips(rows, columns, problem.block_bytes)))
+    if threads == 1 or rows * columns < _MANY or problem.images.rows.device.type != "cpu":
+        return _count(problem, products, strips)
+
+    def count(_: int) -> tuple[Tensor, Tensor]:
+        # What the caller switched off is on again in a new thread.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _count(problem, products, strips)
+
+    # Each thread has its own blocks. Threads that share every block wait for each other at each, which takes
+    # longer than all products where something else is at work on the machine.
+    workers = min(threads, _WORKERS)
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
+        ) as pool:
+            found = list(pool.map(count, range(workers)))
+    finally:
+        torch.set_num_threads(threads)  # the number of threads that are yet to start was changed too
+    of_texts, of_images = (torch.stack(own).sum(0) for own in zip(*found, strict=True))
+    return of_texts, of_images
+
+
+def _count(problem: _Problem, products: _SharedProducts, strips: Iterator[_Strip]) -> tuple[Tensor, Tensor]:
+    """`_rivals` among the blocks of the strips that no other thread has taken."""
+    texts, images = problem.texts, problem.images
+    of_texts = _Queries(texts, images, *problem.of_text, problem.block_bytes)
+    of_images = _Queries(images, texts, *problem.of_image, problem.block_bytes)
+    ladder = _Ladder(products)
+    for strip in strips:
+        ladder.start()
+        for t, i in strip:
+            ladder.count(of_texts, t, of_images, i)
+    return of_texts.rivals, of_images.rivals
+
+
+class _SharedProducts:
+    """The products of both sides in each number type, prepared when one of the threads first needs them."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self._sides = problem.texts, problem.images, problem.block_bytes
+        self._products: dict[torch.dtype, Products | Int8Products] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def kinds(self) -> list[torch.dtype]:
+        """The number types worth a try, the coarsest first."""
+        texts, images, _ = self._sides
+        kinds = usable_types(images.rows.device)
+        if len(texts) * len(images) < _WORTH_INT8 * (len(texts) + len(images)):
+            kinds = [kind for kind in kinds if kind != torch.int8]
+        return kinds
+
+    def of(self, kind: torch.dtype) -> Products | Int8Products:
+        with self._lock:
+            if kind not in self._products:
+                made = (
+                    Int8Products(*self._sides)
+                    if kind == torch.int8
+                    else Products(*self._sides[:2], kind, self._sides[2])
+                )
+                self._products[kind] = made
+            return self._products[kind]
 
 
 class _Ladder:
     """Counts each block with the coarsest number type that settles it, and drops types that rarely do."""
 
-    def __init__(self, texts: Vectors, images: Vectors, block_bytes: int) -> None:
-        self._sides = texts, images, block_bytes
-        kinds = usable_types(images.rows.device)
-        if len(texts) * len(images) < _WORTH_INT8 * (len(texts) + len(images)):
-            kinds = [kind for kind in kinds if kind != torch.int8]
-        self._products: dict[torch.dtype, Products | Int8Products] = {}
-        self._failures = dict.fromkeys(kinds, 0)
+    def __init__(self, products: _SharedProducts) -> None:
+        self._products = products
+        self._failures = dict.fromkeys(products.kinds, 0)
 
     def start(self) -> None:
         """Begin with other captions: what int8 could not settle of those before says nothing of them."""
@@ -177,7 +257,7 @@ class _Ladder:
         for kind, failures in self._failures.items():
             if failures > _PATIENCE:
                 continue
-            product = self._product(kind)
+            product = self._products.of(kind)
             scores, last = product.block(t, i), kind == torch.float64
             if texts_open:
                 own = _Scores(scores, product.unit, product.left_slack[t], last)
@@ -189,19 +269,6 @@ class _Ladder:
                 self._failures[kind] -= 1
                 return
             self._failures[kind] += 1
-            if self._failures[kind] > _PATIENCE and kind != torch.int8:
-                del self._products[kind]
-
-    def _product(self, kind: torch.dtype) -> Products | Int8Products:
-        """The products of a type, prepared when they are first needed."""
-        if kind not in self._products:
-            texts, images, block_bytes = self._sides
-            self._products[kind] = (
-                Int8Products(texts, images, block_bytes)
-                if kind == torch.int8
-                else Products(texts, images, kind, block_bytes)
-            )
-        return self._products[kind]
 
 
 @dataclass(frozen=True)
@@ -350,11 +417,14 @@ def _whole(size: int) -> int:
     return size - size % _UNIT if size >= _UNIT else size
 
 
-def _blocks(rows: int, columns: int, block_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Yield near-square tiles of a (rows, columns) score matrix, at most `block_bytes` each in float64."""
+def _strips(rows: int, columns: int, block_bytes: int) -> Iterator[_Strip]:
+    """Yield near-square tiles of a (rows, columns) score matrix, at most `block_bytes` each in float64.
+
+    Those of the same rows are yielded together.
+    """
     budget = block_bytes // 8
     height = min(rows, _whole(max(math.isqrt(budget), budget // columns)))
     width = min(columns, _whole(budget // height))
     for top in range(0, rows, height):
-        for left in range(0, columns, width):
-            yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
+        own = slice(top, min(top + height, rows))
+        yield [(own, slice(left, min(left + width, columns))) for left in range(0, columns, width)]

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,8 +89,11 @@ def measured(rows: Tensor, kind: str, block_bytes: int) -> Vectors:
     return Vectors(rows, scale, norm * scale)
 
 
-class _Room:
-    """Memory for one block after another: to have it mapped anew costs as much as half of an int8 product."""
+class _Room(threading.local):
+    """Memory for one block after another: to have it mapped anew costs as much as half of an int8 product.
+
+    Each thread has its own.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=dtype, device=device)
@@ -98,6 +103,13 @@ class _Room:
         if len(self._memory) < rows * columns:
             self._memory = self._memory.new_empty(rows * columns)
         return self._memory[: rows * columns].view(rows, columns)
+
+
+class _LeftRows(threading.local):
+    """The left rows as int8 that many blocks of a thread have in common."""
+
+    of = slice(0)
+    rows: Tensor | None = None
 
 
 class Int8Products:
@@ -112,20 +124,23 @@ class Int8Products:
         self.dtype = torch.int8
         self._room = _Room(torch.int32, left.rows.device)
         self._left = left
-        self._left_unit, left_off = _int8_unit(left, block_bytes)
-        right_unit, right_off = _int8_unit(right, block_bytes)
-        parts = list(parts_of(len(right), right.rows.shape[1], block_bytes))
-        self._right = torch.cat([_rounded(right, part, right_unit)[0] for part in parts])
-        self._strip: tuple[slice, Tensor] | None = None
+        self._left_unit, right_unit = _int8_unit(left, block_bytes), _int8_unit(right, block_bytes)
+        left_off = _int8_rounding(left, self._left_unit, block_bytes)
+        # Filled in place: pieces that are joined at the end would take the same memory again.
+        columns = right.rows.shape[1]
+        self._right = right.rows.new_empty(len(right), columns + -columns % _WIDTH, dtype=torch.int8)
+        right_off = _int8_rounding(right, right_unit, block_bytes, self._right)
+        self._strip = _LeftRows()
         self.unit = self._left_unit * right_unit / _group(left.rows.shape[1])
         self.left_slack = _slack(left, left_off, right, right_off, torch.int8)
         self.right_slack = _slack(right, right_off, left, left_off, torch.int8)
 
     def block(self, left: slice, right: slice) -> Tensor:
         """Multiply some left with some right rows to int32 (a, b), which the next block overwrites."""
-        if self._strip is None or self._strip[0] != left:  # many blocks follow that have the same left rows
-            self._strip = left, _rounded(self._left, left, self._left_unit)[0]
-        a, b = self._strip[1], self._right[right]
+        strip = self._strip
+        if strip.rows is None or strip.of != left:
+            strip.of, strip.rows = left, _as_int8(_rounded(_mixed(self._left, left), self._left_unit))
+        a, b = strip.rows, self._right[right]
         return torch._int_mm(a, b.T, out=self._room.of(len(a), len(b)))
 
 
@@ -251,27 +266,35 @@ def _mixed(vectors: Vectors, part: slice) -> Tensor:
     return (rows.reshape(-1, group) @ _hadamard(group).to(rows.device)).view(rows.shape)
 
 
-def _rounded(vectors: Vectors, part: slice, unit: float) -> tuple[Tensor, Tensor]:
-    """Mix and round some rows: int8 (n, D or more), and the length, float64 (n,), that each then lost."""
-    exact = _mixed(vectors, part)
-    rounded = (exact / unit).round_().clamp_(-_LARGEST, _LARGEST)
-    lost = torch.linalg.vector_norm(exact.double() - unit * rounded.double(), dim=1)
-    # Products of a single column come out wrong in torch 2.14; zeros change nothing.
-    return F.pad(rounded.to(torch.int8), (0, -exact.shape[1] % _WIDTH)), lost
+def _rounded(mixed: Tensor, unit: float) -> Tensor:
+    """Round mixed rows, float32 (n, D), to float32 whole numbers that int8 holds."""
+    return (mixed / unit).round_().clamp_(-_LARGEST, _LARGEST)
 
 
-def _int8_unit(vectors: Vectors, block_bytes: int) -> tuple[float, Tensor]:
-    """The unit of mixed rows as int8, and the length, float64 (n,), of what each row loses in its own."""
-    rows, columns = vectors.rows.shape
-    group = _group(columns)
-    parts = list(parts_of(rows, columns, block_bytes))
-    unit = max(float(_mixed(vectors, part).abs().max()) for part in parts) / _LARGEST or 1.0
+def _as_int8(rounded: Tensor) -> Tensor:
+    """The same as int8 (n, D or more): products of a single column come out wrong in torch 2.14."""
+    return F.pad(rounded.to(torch.int8), (0, -rounded.shape[1] % _WIDTH))
+
+
+def _int8_unit(vectors: Vectors, block_bytes: int) -> float:
+    """The unit of mixed rows as int8: the largest number is the largest that int8 holds."""
+    parts = parts_of(len(vectors), vectors.rows.shape[1], block_bytes)
+    return max(float(_mixed(vectors, part).abs().max()) for part in parts) / _LARGEST or 1.0
+
+
+def _int8_rounding(vectors: Vectors, unit: float, block_bytes: int, into: Tensor | None = None) -> Tensor:
+    """The length, float64 (n,), of what each row loses as int8; the rounded rows are kept in `into`."""
+    group = _group(vectors.rows.shape[1])
     lost = torch.empty_like(vectors.norm)
-    for part in parts:
-        lost[part] = _rounded(vectors, part, unit)[1]
+    for part in parts_of(len(vectors), vectors.rows.shape[1], block_bytes):
+        mixed = _mixed(vectors, part)
+        rounded = _rounded(mixed, unit)
+        lost[part] = torch.linalg.vector_norm(mixed.double() - unit * rounded.double(), dim=1)
+        if into is not None:
+            into[part] = _as_int8(rounded)
     # What float32 loses in mixing, and before, where rows are float64: see the bound above.
     units = (group + _SPARE) * torch.finfo(torch.float32).eps / 2
-    return unit, lost / math.sqrt(group) + math.sqrt(group) * units / (1 - units) * vectors.norm
+    return lost / math.sqrt(group) + math.sqrt(group) * units / (1 - units) * vectors.norm
 
 
 @functools.cache
@@ -304,11 +327,24 @@ def int8_is_fast() -> bool:
     except (AttributeError, RuntimeError):
         return False
     wide = sides[0].to(torch.bfloat16 if bf16_is_fast(torch.device("cpu")) else torch.float32)
-    ours, theirs = _best_seconds(lambda: torch._int_mm(sides[0], sides[0].T), lambda: wide @ wide.T)
+    # Threads that share a product wait for each other: that would time who else is at work on the machine.
+    with alone():
+        ours, theirs = _best_seconds(lambda: torch._int_mm(sides[0], sides[0].T), lambda: wide @ wide.T)
     return theirs > _WORTH_IT * ours
 
 
 _PROBE, _REPEATS, _WORTH_IT = 512, 20, 1.3
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let operations of this thread use no other thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _best_seconds(*runs: Callable[[], object]) -> list[float]:
