@@ -192,3 +192,31 @@ def test_a_run_hands_over_its_results(classify: Callable[..., Any], pictures: Pa
         "structure.txt",
         "summary.txt",
     }
+
+
+def test_prompt_weights_are_learnt(cli: Any, base: list[str], pictures: Path, tmp_path: Path) -> None:
+    """Learnt weights are not those that `--prompts` then uses, or a file of the user's is replaced."""
+    learnt, out = tmp_path / "learnt.yaml", tmp_path / "metrics.json"
+    data = ["--task", "classification", "--workers", 0, "--train-data", pictures]
+    learn = [*data, "--templates", "ensemble", "--learn-prompts", learnt]
+    outcome = cli("eval", *base, *learn, "--val-data", pictures, "--out", out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "on the 18 training images  plain mean  learnt weights" in outcome.out
+    metrics = json.loads(out.read_text())
+    assert list(metrics) == ["base", "learnt prompts", "verdict"]
+    again = cli(
+        "eval", *base, *data, "--val-data", pictures, "--prompts", learnt, "--out", tmp_path / "b.json"
+    )
+    assert (again.code, again.err) == (0, "")
+    assert json.loads((tmp_path / "b.json").read_text())["base"] == pytest.approx(metrics["learnt prompts"])
+    assert metrics["learnt prompts"]["loss"] != pytest.approx(metrics["base"]["loss"], abs=1e-3)
+    for words, message in (
+        (learn, "learnt.yaml: this file was not made by clipgraft"),
+        ([*data[:4], "--learn-prompts", tmp_path / "c"], "--learn-prompts needs --train-data"),
+        ([*data, "--learn-prompts", tmp_path / "c"], "every class has one prompt: there is nothing to weigh"),
+        ([*data[2:], "--learn-prompts", tmp_path / "c"], "without --task classification"),
+        ([*learn, "--overwrite", "--out", out], "--out given without --val-data"),
+    ):
+        refused = cli("eval", *base, *words)
+        assert refused.code == 2
+        assert message in refused.err

@@ -15,6 +15,7 @@ from torch import Tensor
 import clipgraft as cg
 from clipgraft.models.load import load
 from explicit_lora import bound, features, inputs, largest, randomise_active
+from tiny_pictures import write_pictures
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vi": {"targets": "all", "use_dora": True},
@@ -38,6 +39,12 @@ def adapters(base: list[str], tmp_path: Path) -> dict[str, Path]:
         randomise_active(clip.model, seed)
         folders[name] = cg.save_adapter(clip, tmp_path / "chạy" / name / "adapter", name=name)
     return folders
+
+
+@pytest.fixture
+def pictures_table(tmp_path: Path) -> Path:
+    """A table of twelve pictures with captions."""
+    return write_pictures(tmp_path / "pictures")
 
 
 def wanted(
@@ -116,6 +123,30 @@ def test_several_at_once(base: list[str], adapters: dict[str, Path], cli: Any, t
     assert {a.shape[0] for a, _ in cg.read_adapter(tmp_path / "small").weights.values()} == {3}
 
 
+def test_an_average_is_measured(tiny_config: Path, pictures_table: Path, cli: Any, tmp_path: Path) -> None:
+    """The average is not that of the adapters, or the table shows other numbers than theirs."""
+    clip, pairs = load(str(tiny_config), "none"), cg.read_pairs(pictures_table)
+    folders, losses = [], []
+    for seed in range(2):
+        cg.apply_lora(clip, r=2, targets="attention", name=f"s{seed}")
+        randomise_active(clip.model, seed)
+        folders.append(str(cg.save_adapter(clip, tmp_path / f"s{seed}", name=f"s{seed}")))
+        losses.append(cg.evaluate_retrieval(clip, pairs)["image_to_text_mean_rank"])
+    out = tmp_path / "mean"
+    words = [",".join(folders), out, "--to", "adapter", "--average", "--rank", 2, "--eval", pictures_table]
+    outcome = cli("merge", *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "% of the average is lost (Frobenius norm), " in outcome.out
+    table = [line for line in outcome.out.splitlines() if line.startswith("image_to_text_mean_rank")]
+    other = load(str(tiny_config), "none")
+    cg.load_adapter(other, out)
+    kept = cg.evaluate_retrieval(other, pairs)["image_to_text_mean_rank"]
+    cg.combine_adapters(clip, {"s0": 0.5, "s1": 0.5}, "whole")
+    whole = cg.evaluate_retrieval(clip, pairs)["image_to_text_mean_rank"]
+    assert table[0].split()[2] == f"{sum(losses) / 2:.1f}"
+    assert table[0].split()[4:] == [f"{whole:.1f}", f"{kept:.1f}"]
+
+
 def test_onnx_runtime_runs_it(tiny_config: Path, cli: Any, tmp_path: Path) -> None:
     """A merged model exported to ONNX answers differently from its adapter, or for one batch size only."""
     import onnxruntime
@@ -150,6 +181,10 @@ def test_what_is_refused(adapters: dict[str, Path], base: list[str], cli: Any, t
         ([vi, tmp_path / "out", "--weights", "much"], "--weights: got 'much'"),
         ([vi, tmp_path / "m.onnx"], "ONNX is two files, one a tower: name a folder, with --to onnx"),
         ([vi, tmp_path / "out", "--rank", "2"], "--rank belongs to --to adapter"),
+        ([vi, tmp_path / "out", "--average"], "--average given with one adapter"),
+        ([f"{vi},{vi}", tmp_path / "out", "--average", "--weights", "1,1"], "--weights does not: give one"),
+        ([vi, tmp_path / "out", "--eval-task", "classification"], "--eval-task given without --eval"),
+        ([vi, tmp_path / "out", "--eval", vi], "--eval compares adapters with what is made of them"),
         ([vi, tmp_path / "out", "--pretrained", "x"], "belongs to a --model"),
         ([vi, tmp_path / "out", "--to", "tflite"], "--to: got 'tflite', allowed is one of"),
         (

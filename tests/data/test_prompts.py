@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from clipgraft.data.prompts import TEMPLATE_SETS, class_prompts, find_templates, read_prompts
+from clipgraft.data.prompts import (
+    TEMPLATE_SETS,
+    WeightedPrompts,
+    class_prompts,
+    find_templates,
+    read_prompts,
+    write_prompts,
+)
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.evaluate.classification import prompt_weights
 
 
 def written(folder: Path, text: str) -> Path:
@@ -36,7 +44,13 @@ def test_names_that_yaml_takes_for_values(tmp_path: Path) -> None:
         ("- cat\n- dog\n", "must map each class"),
         ("cat:\n", "class 'cat' must have a prompt"),
         ("cat: []\n", "class 'cat' must have a prompt"),
-        ("cat: {a: b}\n", "class 'cat' must have a prompt"),
+        ("cat: {a: b}\n", "class 'cat' must have a number for each prompt"),
+        ("cat: {a: [1]}\n", "class 'cat' must have a number for each prompt"),
+        ("cat: {a: -1, b: 2}\n", "class 'cat' must have prompts with a weight each, from 0"),
+        ("cat: {a: nan}\n", "class 'cat' must have prompts with a weight each"),
+        ("cat: {a: 0, b: 0}\n", "class 'cat' must have prompts with a weight each"),
+        ("cat: {' ': 1}\n", "class 'cat' must have a prompt"),
+        ("cat: {}\n", "class 'cat' must have a prompt"),
         ("cat: [[a]]\n", "class 'cat' must have a prompt"),
         ("cat: a\ncat: b\n", "class 'cat' is there twice"),
         ("cat: 'a\n", "is not YAML"),
@@ -50,6 +64,21 @@ def test_faulty_files(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in str(error.value)
     assert "prompts.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_weights_are_kept(tmp_path: Path) -> None:
+    """Weights that were learnt are lost on the way through a file, or on that to the classes of the data."""
+    written_down = {
+        "no": WeightedPrompts(("a {}: b", "chó", "a {}: b"), (0.25, 1.5, 0.5)),
+        "fire_engine": ("a lorry",),
+    }
+    write_prompts(written_down, tmp_path / "prompts.yaml")
+    found = class_prompts(["fire_engine", "no"], read_prompts(tmp_path / "prompts.yaml"))
+    assert found == (("a lorry",), WeightedPrompts(("a no: b", "chó"), (0.75, 1.5)))
+    weights = prompt_weights(found)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([1, 2 / 3, 4 / 3])
+    assert prompt_weights([("a", "b"), ("c",)]) is None
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

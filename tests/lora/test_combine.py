@@ -90,6 +90,28 @@ def test_the_error_of_a_cut_is_what_is_lost(model: nn.Module) -> None:
     assert set(made.ranks.values()) == {3}
 
 
+@pytest.mark.parametrize("layout", ["CLIP", "CLIPModel"])
+def test_an_average_of_seeds(model: nn.Module) -> None:
+    """The average of three adapters is not the mean of their s·B·A, or its cut not the truncated SVD."""
+    thirds, deltas = {}, []
+    for seed, name in enumerate(("a", "b", "c")):
+        cg.apply_lora(model, r=2, alpha=3, targets="attention,vision.patch_embedding,vision.proj", name=name)
+        updates = randomise_lora(model, seed=seed)
+        deltas.append({site: s * b.flatten(1) @ a.flatten(1) for site, (a, b, s) in updates.items()})
+        thirds[name] = 1 / 3
+    whole = cg.combine_adapters(model, thirds, "whole")
+    small = cg.combine_adapters(model, thirds, "small", rank=2)
+    adapters = require_lora(model).adapters
+    assert set(whole.ranks.values()) == {6}
+    assert set(small.ranks.values()) == {2}
+    for site in whole.ranks:
+        mean = torch.stack([delta[str(site)] for delta in deltas]).mean(0)
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        for name, wanted in (("whole", mean), ("small", (u[:, :2] * s[:2]) @ v[:2])):
+            found = adapters[name].layers[site].delta_weight().flatten(1)
+            assert (found - wanted).abs().max() <= 1e-5 * mean.abs().max(), (site, name)
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
 def test_a_cut_is_the_nearest_of_its_rank(out: int, inner: int, many: int, few: int, seed: int) -> None:
     """A combination that is cut down is further from the sum than it has to be."""

@@ -87,7 +87,8 @@ def test_a_head_alone(make_clip: Any, data: Labelled, tmp_path: Path) -> None:
         fit_classifier(make_clip(), data, **groups(prompts=PROMPTS, out=tmp_path / "none", **options))
 
 
-def test_the_loss_is_cross_entropy_over_averaged_prompts(make_clip: Any) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_cross_entropy_over_averaged_prompts(weighted: bool, make_clip: Any) -> None:
     """Equal classes count as negatives, prompts are not averaged, or accumulation changes the gradients."""
     clip = make_clip()
     generator = torch.Generator().manual_seed(0)
@@ -95,8 +96,9 @@ def test_the_loss_is_cross_entropy_over_averaged_prompts(make_clip: Any) -> None
     texts = torch.randn(6, 24, generator=generator, requires_grad=True)
     labels, weights = torch.tensor([0, 1, 1, 2, 0, 2]), torch.tensor([0.5, 1.0, 2.0])
     counts = [len(group) for group in PROMPTS]
+    shares = None if not weighted else torch.tensor([0.5, 1.5, 1.0, 1.0, 0.0, 2.0])
     objective = Prompted(
-        clip, lambda part: images[part.image_ids], lambda: texts, counts, torch.arange(3), weights
+        clip, lambda part: images[part.image_ids], lambda: texts, counts, torch.arange(3), weights, shares
     )
     parts = [
         MicroBatch(rows, labels[rows], None, torch.zeros(len(rows))) for rows in torch.arange(6).split(2)
@@ -105,6 +107,8 @@ def test_the_loss_is_cross_entropy_over_averaged_prompts(make_clip: Any) -> None
     assert len(features) == 4  # the prompts once, and three micro-batches
     loss = objective.loss(parts)(torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]))
     unit = F.normalize(texts, dim=-1)
+    if shares is not None:
+        unit = torch.stack([share * row for share, row in zip(shares.tolist(), unit, strict=True)])
     means = torch.stack([unit[:2].mean(0), unit[2], unit[3:].mean(0)])
     logits = clip.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(means, dim=-1).T
     rows = -torch.log_softmax(logits, dim=-1)[torch.arange(6), labels]

@@ -13,6 +13,7 @@ from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags, featur
 from clipgraft.cli.flags.training import EvalFlags
 from clipgraft.cli.parser import parse
 from clipgraft.cli.pretty import show
+from clipgraft.cli.prompt_ensemble import learn_prompts, learn_prompts_faults
 from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.evaluate.metrics import REPORTED
 from clipgraft.options import Options
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from clipgraft.evaluate.bootstrap import Measured
     from clipgraft.evaluate.classification import ClassificationResult
     from clipgraft.models.clip import Clip
+    from clipgraft.train.fewshot.prompt_weights import PromptEnsemble
     from clipgraft.train.verdict import Verdict
 
 log = logging.getLogger("clipgraft")
@@ -57,9 +59,12 @@ def run_eval(argv: Sequence[str]) -> None:
     elif whole is not None and whole.kind != "adapter":
         models = {**_beginning(whole, model_spec), whole.kind: clip}
     features = features_of(data, use_autocast(model_spec.autocast, clip.device))
+    learnt = None if spec.learn_prompts is None else learn_prompts(clip, data, classes, features, spec)
+    if data.val_data is None:
+        return
     if classes.task == "classification":
         classifier = spec.classifier or (whole.head if whole is not None and spec.adapter is None else None)
-        images, results = _classified(models, data, classes, classifier, features, spec.batch_size)
+        images, results = _classified(models, data, classes, classifier, features, spec.batch_size, learnt)
         answers = partial(classification_answers, images, results)
         measured = {name: result.measured for name, result in results.items()}
         show(*class_tables(results))
@@ -85,9 +90,10 @@ def run_eval(argv: Sequence[str]) -> None:
 def _faults(model: ModelFlags, data: DataFlags, classes: ClassFlags, spec: EvalFlags) -> list[str]:
     """List everything that is wrong and known without weights or pixels."""
     faults = checks.class_faults(classes, data)
-    if data.val_data is None:
+    faults += learn_prompts_faults(data, classes, spec)
+    if data.val_data is None and spec.learn_prompts is None:
         faults.append("--val-data is missing: a table of images and captions, or a folder of both")
-    else:
+    elif data.val_data is not None:
         faults += checks.missing_data("--val-data", data.val_data)
     if spec.classifier is not None and classes.task == "retrieval":
         faults.append("--classifier given without --task classification: add it")
@@ -137,8 +143,11 @@ def _classified(
     classifier: Path | None,
     features: FeatureArgs,
     batch_size: int,
+    learnt: tuple[tuple[str, ...], PromptEnsemble] | None = None,
 ) -> tuple[Labelled, dict[str, ClassificationResult]]:
     """Measure the prompts of the classes with each model, and a saved classifier with the last one.
+
+    Prompts with `learnt` weights take the place of the classifier, under the name "learnt prompts".
 
     Raises:
         CheckpointError: no classifier in that folder, or one for features of another size.
@@ -146,11 +155,23 @@ def _classified(
     """
     from clipgraft.cli.read_data import prompts_of, read_images
     from clipgraft.data.datasets import match_classes
+    from clipgraft.evaluate.classification import evaluate_classification
     from clipgraft.evaluate.compare import compare_classification
     from clipgraft.evaluate.head import load_head
 
     assert data.val_data is not None
     images = read_images(data.val_data, data, classes, "images", validation=True)
+    if learnt is not None:
+        if classifier is not None:
+            log.info("%s is not measured: --learn-prompts weighs prompts", classifier)
+        names, made = learnt
+        images = match_classes(images, names)
+        results = compare_classification(models, images, prompts_of(names, classes), features, batch_size)
+        last = [*models.values()][-1]
+        results["learnt prompts"] = evaluate_classification(
+            last, images, made.prompts, features, batch_size=batch_size
+        )
+        return images, results
     if classifier is None:
         prompts = prompts_of(images.classes, classes)
         return images, compare_classification(models, images, prompts, features, batch_size)

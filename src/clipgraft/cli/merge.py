@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli import checks
 from clipgraft.cli.flags.groups import flag
+from clipgraft.cli.flags.shared import PromptFlags
 from clipgraft.cli.flags.tools import ConvertFlags, MergeFlags
 from clipgraft.cli.parser import parse
+from clipgraft.cli.sum_comparison import compare_sum, eval_faults
 from clipgraft.errors import AdapterError, ConfigError, together
+from clipgraft.options import Options
 
 if TYPE_CHECKING:
     from clipgraft.adapters.adapter_file import AdapterFile
     from clipgraft.adapters.run_folder import RunModel
+    from clipgraft.lora.combine import Combination
     from clipgraft.models.clip import Clip
     from clipgraft.models.forms.form import Gate
 
@@ -27,8 +31,9 @@ _CONVERT = "Convert an adapter to another format. It computes the same afterward
 
 def run_merge(argv: Sequence[str]) -> None:
     """Parse, load, merge, write, and print what was written."""
-    (spec,) = parse("merge", _MERGE, [MergeFlags], argv)
-    weights = _weights(spec)
+    kinds: list[type[Options]] = [MergeFlags, PromptFlags]
+    spec, prompts = parse("merge", _MERGE, kinds, argv)
+    weights = _weights(spec, prompts)
     from clipgraft.adapters.attach import put_on
     from clipgraft.adapters.convert import check_free, read_any
     from clipgraft.adapters.run_folder import find_run_model
@@ -51,7 +56,7 @@ def run_merge(argv: Sequence[str]) -> None:
         amounts[name] = weight
         log.info("%s: %s, %d sites, weight %g", name, file.path, len(file.parts), weight)
     if spec.to == "adapter":
-        _write_sum(clip, amounts, spec)
+        _write_sum(clip, amounts, spec, prompts)
     else:
         _write_model(clip, amounts, spec)
 
@@ -62,6 +67,7 @@ def _export(whole: RunModel, spec: MergeFlags) -> None:
     from clipgraft.models.export import write_model
 
     given = [name for name in ("weights", "model", "pretrained") if getattr(spec, name) is not None]
+    given += ["average"] if spec.average else []
     if spec.to == "adapter" or given:
         flags = ", ".join(
             [*(flag(name) for name in given), *(["--to adapter"] if spec.to == "adapter" else [])]
@@ -75,12 +81,17 @@ def _export(whole: RunModel, spec: MergeFlags) -> None:
     _report(spec.out, form)
 
 
-def _weights(spec: MergeFlags) -> tuple[float, ...]:
+def _weights(spec: MergeFlags, prompts: PromptFlags) -> tuple[float, ...]:
     """Return the weight of each adapter; raises ConfigError for flags that do not go together."""
     faults = []
     given = 1 if spec.weights is None else len(spec.weights)
     if spec.weights is not None and given != len(spec.adapters):
         faults.append(f"--weights: {given} numbers for {len(spec.adapters)} adapters: give one each")
+    if spec.average and spec.weights is not None:
+        faults.append("--average weighs all adapters alike, and --weights does not: give one of them")
+    if spec.average and len(spec.adapters) == 1:
+        faults.append("--average given with one adapter: name several, joined by commas")
+    faults += eval_faults(spec, prompts)
     if spec.rank is not None and spec.to != "adapter":
         faults.append("--rank belongs to --to adapter: a merged model has no rank")
     if spec.out.suffix == ".onnx":
@@ -93,7 +104,8 @@ def _weights(spec: MergeFlags) -> tuple[float, ...]:
         faults.append(f"--pretrained {spec.pretrained} belongs to a --model: name it too")
     if faults:
         raise together(faults)
-    return spec.weights or (1.0,) * len(spec.adapters)
+    count = len(spec.adapters)
+    return spec.weights or (1 / count if spec.average else 1.0,) * count
 
 
 def _gate_faults(spec: MergeFlags) -> list[str]:
@@ -115,16 +127,28 @@ def _form(spec: MergeFlags, clip: Clip) -> str:
     return "open_clip" if spec.out.suffix in (".pt", ".safetensors") else clip.family.name
 
 
-def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> None:
+def _write_sum(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags, prompts: PromptFlags) -> None:
     from clipgraft.adapters.folder import save_adapter
     from clipgraft.lora.combine import combine_adapters
 
-    made = combine_adapters(clip, amounts, "+".join([*amounts, "sum"]), rank=spec.rank)
-    ranks = sorted(set(made.ranks.values()))
-    log.info("the sum has rank %s", ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
+    what, name = ("average" if spec.average else "sum"), "+".join([*amounts, "sum"])
+    made = combine_adapters(clip, amounts, name, rank=spec.rank)
+    titles = {name: f"{what}, rank {_ranks(made)}"}
+    log.info("the %s has rank %s", what, _ranks(made))
     if spec.rank is not None:
-        log.info("cut to rank %d: %.2f %% of the sum is lost (Frobenius norm)", spec.rank, 100 * made.error)
+        told = "cut to rank %d: %.2f %% of the %s is lost (Frobenius norm), %.2f %% of its energy is kept"
+        log.info(told, spec.rank, 100 * made.error, what, 100 * (1 - made.error**2))
+    if spec.eval is not None:
+        if spec.rank is not None:
+            whole = combine_adapters(clip, amounts, f"{name}+whole", activate=False)
+            titles = {whole.name: f"{what}, rank {_ranks(whole)}", **titles}
+        compare_sum(clip, [*amounts], titles, spec, prompts)
     _report(save_adapter(clip, spec.out, overwrite=spec.overwrite), "adapter")
+
+
+def _ranks(made: Combination) -> str:
+    ranks = sorted(set(made.ranks.values()))
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _write_model(clip: Clip, amounts: Mapping[str, float], spec: MergeFlags) -> None:

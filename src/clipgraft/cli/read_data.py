@@ -43,7 +43,7 @@ def read_images(
     return images
 
 
-def prompts_of(names: Sequence[str], classes: ClassFlags) -> tuple[tuple[str, ...], ...]:
+def prompts_of(names: Sequence[str], classes: ClassFlags) -> tuple[Sequence[str], ...]:
     """Make the prompts of each class from the YAML file and the templates."""
     given = None if classes.prompts is None else read_prompts(classes.prompts)
     return class_prompts(names, given, find_templates(classes.templates))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -75,7 +76,7 @@ class ClassData:
     train: Labelled
     val: Labelled | None
     test: Labelled | None
-    prompts: tuple[tuple[str, ...], ...]
+    prompts: tuple[Sequence[str], ...]
     head: HeadArgs
 
     task: ClassVar[TaskName] = "classification"

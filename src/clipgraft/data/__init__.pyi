@@ -12,8 +12,10 @@ from .examine import caption_lengths as caption_lengths
 from .examine import near_duplicates as near_duplicates
 from .examine import oddest_pairs as oddest_pairs
 from .feature_cache import FeatureCache as FeatureCache
+from .prompts import WeightedPrompts as WeightedPrompts
 from .prompts import class_prompts as class_prompts
 from .prompts import read_prompts as read_prompts
+from .prompts import write_prompts as write_prompts
 from .reader import read_labelled as read_labelled
 from .reader import read_pairs as read_pairs
 from .reader import read_texts as read_texts

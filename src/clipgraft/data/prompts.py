@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from clipgraft.data.datasets import near_misses
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.files import write_text
 from clipgraft.readers import load_yaml
 from clipgraft.records import shown
 
 log = logging.getLogger("clipgraft")
 
+_MOST_WEIGHT = 1e6
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "photo": DEFAULT_TEMPLATES,
@@ -29,6 +32,42 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
         "a photo of the small {}.",
     ),
 }
+
+
+@dataclass(frozen=True)
+class WeightedPrompts(Sequence[str]):
+    """Prompts of a class whose features are averaged with weights.
+
+    Attributes:
+        texts: the prompts.
+        weights: one each, 0 or more and not all 0; only their proportions count.
+
+    Raises:
+        DataError: weights that are not that.
+    """
+
+    texts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        bounded = all(0 <= weight <= _MOST_WEIGHT for weight in self.weights)
+        if len(self.weights) != len(self.texts) or not bounded or not any(self.weights):
+            raise DataError(
+                f"must have prompts with a weight each, from 0 to {_MOST_WEIGHT:g}, not all of them 0"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        return self.texts[place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
 
 
 def class_words(name: str) -> str:
@@ -47,8 +86,8 @@ def find_templates(chosen: str | Sequence[str]) -> tuple[str, ...]:
     return _checked(chosen)
 
 
-def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read prompts from a YAML file that maps each class to a prompt, or to a list of them.
+def read_prompts(path: Path) -> dict[str, Sequence[str]]:
+    """Read prompts from a YAML file: for each class a prompt, a list of them, or prompts with weights.
 
     Everything is read as text: a class may be called `no`, `1` or `null` without quotes.
 
@@ -61,11 +100,22 @@ def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
     return {name: _texts(path, name, value) for name, value in loaded.items()}
 
 
+def write_prompts(prompts: Mapping[str, Sequence[str]], path: Path) -> None:
+    """Write prompts as a YAML file that `read_prompts` reads, with the weights of those that have some."""
+    import yaml
+
+    values = {
+        name: _added_up(group) if isinstance(group, WeightedPrompts) else list(group)
+        for name, group in prompts.items()
+    }
+    write_text(path, yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=1000))
+
+
 def class_prompts(
     classes: Sequence[str],
     prompts: Mapping[str, Sequence[str]] | None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
-) -> tuple[tuple[str, ...], ...]:
+) -> tuple[Sequence[str], ...]:
     """Return the prompts of each class, in the order of `classes`.
 
     A class takes its own `prompts`, found by its name, or by its words in any case: `Fire engine` is
@@ -84,9 +134,12 @@ def class_prompts(
         log.info(
             "%d of %d classes have no prompt and take the templates: %s", len(without), len(classes), shown
         )
-    return tuple(
-        tuple(text.replace("{}", class_words(name)) for text in own.get(name, templates)) for name in classes
-    )
+    return tuple(_filled(own.get(name, templates), name) for name in classes)
+
+
+def _filled(prompts: Sequence[str], name: str) -> Sequence[str]:
+    texts = tuple(text.replace("{}", class_words(name)) for text in prompts)
+    return WeightedPrompts(texts, prompts.weights) if isinstance(prompts, WeightedPrompts) else texts
 
 
 def _by_class(classes: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
@@ -125,12 +178,32 @@ def _checked(templates: Sequence[str]) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def _texts(path: Path, name: Any, value: Any) -> tuple[str, ...]:
+def _texts(path: Path, name: Any, value: Any) -> Sequence[str]:
+    if isinstance(value, dict) and isinstance(name, str):
+        return _weighted(path, name, value)
     texts = value if isinstance(value, list) else [value]
     if not isinstance(name, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        wrong = "must have a prompt, or a list of prompts, and nothing else"
+        wrong = "must have a prompt, a list of prompts, or prompts with weights, and nothing else"
         raise DataError(f"{path}: class {shown(name)} {wrong}")
     return tuple(text.strip() for text in texts)
+
+
+def _added_up(prompts: WeightedPrompts) -> dict[str, float]:
+    """The weight of each prompt; one that is there twice has the sum."""
+    found: dict[str, float] = {}
+    for text, weight in zip(prompts.texts, prompts.weights, strict=True):
+        found[text] = found.get(text, 0.0) + weight
+    return found
+
+
+def _weighted(path: Path, name: str, value: Mapping[Any, Any]) -> WeightedPrompts:
+    texts = tuple(_texts(path, name, list(value)))
+    try:
+        return WeightedPrompts(texts, tuple(float(weight) for weight in value.values()))
+    except DataError as error:
+        raise DataError(f"{path}: class {shown(name)} {error}") from None
+    except (TypeError, ValueError):
+        raise DataError(f"{path}: class {shown(name)} must have a number for each prompt") from None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from clipgraft.errors import AdapterError
 from clipgraft.lora.control import make_active
 from clipgraft.lora.inject import hung
 from clipgraft.lora.state import Adapter, LoraState, lora_state, require_lora, require_unmerged
+from clipgraft.models.architecture import Part
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import queued
 from clipgraft.models.mapped_weights import check_unchanged, copy_from_files
@@ -127,6 +129,19 @@ class Encoder:
         run = self._run()
         x = self._moved(x).to(run.residual)
         return towers.run_from_patches(self._vision, x, run, block)
+
+    @property
+    def vision_projection(self) -> Part | None:
+        """The last linear map of the image tower; None where it has none, or runs its own forward."""
+        if self._vision is None or self._vision.proj is None:
+            return None
+        (part,) = self._vision.proj
+        return part
+
+    def encode_to_projection(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) preprocessed pixels -> (B, dim) input of `vision_projection`, at least fp32."""
+        assert self._vision is not None
+        return towers.run_vision(replace(self._vision, proj=None), self._moved(pixels), self._run())
 
     def forget(self, tower: Tower) -> None:
         """Free the prepared weights of a tower that is not needed soon, and the pages of mapped ones."""

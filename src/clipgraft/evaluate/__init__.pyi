@@ -1,5 +1,6 @@
 """The public names of `clipgraft.evaluate`."""
 
+from .classification import class_features as class_features
 from .classification import classification_metrics as classification_metrics
 from .classification import evaluate_classification as evaluate_classification
 from .metrics import Metrics as Metrics

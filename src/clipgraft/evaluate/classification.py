@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled
 from clipgraft.data.feature_cache import FeatureCache
 from clipgraft.data.features import encode_captions, encode_images
+from clipgraft.data.prompts import WeightedPrompts
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured, Outcomes
@@ -113,15 +115,32 @@ def classification_metrics(
     return ClassificationResult(metrics, rows, confusion, rank == 1, predicted, confidence)
 
 
-def pool_prompts(features: Tensor, counts: Sequence[int]) -> Tensor:
+def pool_prompts(features: Tensor, counts: Sequence[int], weights: Tensor | None = None) -> Tensor:
     """Average unit-norm prompt features (P, D), class after class, to unit-norm class features (C, D).
 
     The mean of each class's prompts, normalised again (Radford et al. 2021, *Learning Transferable Visual
-    Models From Natural Language Supervision*, section 3.1.4). `counts` says how many prompts each class has.
-    Gradients flow.
+    Models From Natural Language Supervision*, section 3.1.4). `counts` says how many prompts each class has,
+    and `weights`, (P,), how much each of them counts; None for all alike. Gradients flow.
     """
+    if weights is not None:
+        features = features * weights[:, None]
     means = torch.stack([part.mean(0) for part in torch.split(features, list(counts))])
     return F.normalize(means, dim=-1)
+
+
+def prompt_weights(prompts: Sequence[Sequence[str]]) -> Tensor | None:
+    """Return the weights of all prompts, class after class, fp32 (P,), or None where all weigh alike.
+
+    Those of a class are 1 on average.
+    """
+    if not any(isinstance(group, WeightedPrompts) for group in prompts):
+        return None
+    found: list[float] = []
+    for group in prompts:
+        weights = group.weights if isinstance(group, WeightedPrompts) else (1.0,) * len(group)
+        mean = math.fsum(weights) / len(weights)
+        found += [weight / mean for weight in weights]
+    return torch.tensor(found)
 
 
 def class_features(
@@ -143,7 +162,7 @@ def class_features(
     encoder = model if isinstance(model, Encoder) else Encoder(as_clip(model))
     texts = [text for group in prompts for text in group]
     features = encode_captions(encoder.clip, texts, batch_size=batch_size, encoder=encoder)
-    return pool_prompts(features, [len(group) for group in prompts])
+    return pool_prompts(features, [len(group) for group in prompts], prompt_weights(prompts))
 
 
 def evaluate_classification(

@@ -198,7 +198,7 @@ def read_validation_pairs(run: Run) -> tuple[Pairs, int]:
     return pairs, report.missing_images + report.unreadable_images
 
 
-def read_validation_classes(run: Run) -> tuple[Labelled, tuple[tuple[str, ...], ...], int]:
+def read_validation_classes(run: Run) -> tuple[Labelled, tuple[Sequence[str], ...], int]:
     """Read the validation images of a classification run as it split them.
 
     Returns them, the prompts of their classes, and the number of images that cannot be read.

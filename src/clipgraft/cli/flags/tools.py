@@ -71,7 +71,17 @@ class MergeFlags(OverwriteFlags):
     weights: Annotated[tuple[AdapterWeight, ...] | None, BeforeValidator(words)] = Field(
         None, description="weight of each adapter, in their order (default: 1 each)"
     )
+    average: bool = Field(
+        False, description="average the adapters, such as those of several seeds: a weight of 1/n each"
+    )
     rank: SumRank | None = Field(None, ge=1, description="with --to adapter: truncate the sum to this rank")
+    eval: UserPath | None = Field(
+        None,
+        description="with --to adapter: data on which each adapter and what is made of them are measured",
+    )
+    eval_task: Literal["retrieval", "classification"] = Field(
+        "retrieval", description="with --eval: images with captions, or labelled images"
+    )
     model: str | None = Field(
         None, min_length=1, description="base of adapters that do not name their own, as for training"
     )

@@ -217,6 +217,11 @@ class EvalFlags(OverwriteFlags):
     classifier: UserPath | None = Field(
         None, description="head/ folder of a run with --head linear or cosine, measured too"
     )
+    learn_prompts: UserPath | None = Field(
+        None,
+        description="learn on --train-data how much each of several prompts counts, and write them to this "
+        "YAML file for --prompts",
+    )
     out: UserPath | None = Field(None, description="write the metrics to this JSON file")
     fiftyone: UserPath | None = Field(
         None, description="write what each model answers for every image to this folder, for FiftyOne"

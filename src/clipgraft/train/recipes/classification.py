@@ -24,6 +24,7 @@ from clipgraft.evaluate.classification import (
     classification_metrics,
     measure_classification,
     pool_prompts,
+    prompt_weights,
 )
 from clipgraft.evaluate.head import Head, save_head
 from clipgraft.models.clip import Clip
@@ -100,7 +101,10 @@ class ClassificationRecipe(Recipe):
         weights = None if self.options.weights is None else torch.tensor(list(self.options.weights))
         if kind == "prompts":
             counts = [len(group) for group in self.prompts]
-            return Prompted(clip, inputs.images, self._prompt_features(inputs), counts, classes, weights)
+            shares = prompt_weights(self.prompts)
+            return Prompted(
+                clip, inputs.images, self._prompt_features(inputs), counts, classes, weights, shares
+            )
         scale = float(clip.logit_scale.detach().exp())
         self.head = Head(kind, self._prototypes(inputs), scale).to(clip.device)
         return Headed(clip, inputs.images, self.head, classes, weights)
@@ -146,12 +150,14 @@ class ClassificationRecipe(Recipe):
         if inputs.setup.world.alone:
             return class_features(inputs.encoder, self.prompts)
         features = inputs.encode_captions([text for group in self.prompts for text in group])
-        return pool_prompts(features, [len(group) for group in self.prompts])
+        return pool_prompts(features, [len(group) for group in self.prompts], prompt_weights(self.prompts))
 
     def _digest(self) -> str:
         """What the training data are, by names, labels and prompts."""
         weights = None if self.options.weights is None else list(self.options.weights)
-        known = repr((self.data.classes, [*map(tuple, self.prompts)], weights))
+        shares = prompt_weights(self.prompts)
+        weighted = () if shares is None else (shares.tolist(),)
+        known = repr((self.data.classes, [*map(tuple, self.prompts)], weights, *weighted))
         digest = hashlib.sha256(known.encode())
         for image, label in zip(self.data.images, self.data.labels, strict=True):
             digest.update(f"{image.name}\t{label}\n".encode(errors="surrogatepass"))
@@ -213,6 +219,7 @@ class Prompted:
         counts: how many prompts each class has.
         class_of_caption: (captions,) the class that a caption id stands for.
         weights: (C,) of the classes in the loss, or None.
+        prompt_weights: (P,) of all prompts in the means of their classes, or None.
     """
 
     clip: Clip
@@ -221,6 +228,7 @@ class Prompted:
     counts: Sequence[int]
     class_of_caption: Tensor
     weights: Tensor | None = None
+    prompt_weights: Tensor | None = None
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
         images = _images_alone(self.clip, self.images, batch)
@@ -234,7 +242,8 @@ class Prompted:
         labels = torch.cat([self.class_of_caption[part.caption_ids] for part in batch])
 
         def loss(images: Tensor, texts: Tensor) -> Tensor:
-            prototypes = pool_prompts(F.normalize(texts.float(), dim=-1), self.counts)
+            shares = None if self.prompt_weights is None else queued(self.prompt_weights, texts.device)
+            prototypes = pool_prompts(F.normalize(texts.float(), dim=-1), self.counts, shares)
             scale = self.clip.logit_scale.float().exp()
             logits = scale * F.normalize(images.float(), dim=-1) @ prototypes.T
             weights = None if self.weights is None else queued(self.weights, logits.device).to(logits)

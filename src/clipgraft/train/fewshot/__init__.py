@@ -1,0 +1,1 @@
+"""Classify with a few labelled images of each class."""
