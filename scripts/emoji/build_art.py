@@ -30,7 +30,7 @@ from PIL import Image
 
 SPRITE = 48
 COLUMNS = 20
-LANGUAGES = ("en", "vi", "fr", "de", "es", "pt", "id", "tr")
+LANGUAGES = ("en", "vi", "fr", "de", "es", "pt", "id", "tr", "el")
 SELECTION = Path(__file__).with_name("selection.tsv")
 CATEGORY_NAMES_VI = {
     "mammal": "động vật có vú",

@@ -28,14 +28,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from base_data import PATCH, WINDOW, Shard, draw_windows, make_images, pick_language, to_pixels
+from base_data import LANGUAGES, PATCH, WINDOW, Shard, draw_windows, make_images, pick_language, to_pixels
 from bpe import learn_tokenizer
 from evaluate_base import recalls
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from clipgraft.emoji.captions import name_group
 from clipgraft.emoji.drawing import SIDE, Group
-from clipgraft.emoji.scenes import LANGUAGES, EmojiScenes
+from clipgraft.emoji.scenes import EmojiScenes
 
 CONTEXT = 48
 BASE = Path(__file__).parents[2] / "src" / "clipgraft" / "assets" / "emoji" / "base"

@@ -47,5 +47,6 @@ from .train.args import TrainArgs as TrainArgs
 from .train.fit import distill as distill
 from .train.fit import fit as fit
 from .train.fit import fit_classifier as fit_classifier
+from .train.fit import fit_translations as fit_translations
 
 __version__: str

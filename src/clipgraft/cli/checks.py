@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ClassFlags, DataFlags, ModelFlags
-from clipgraft.cli.flags.training import DEFAULT_TARGETS, ClassTrainFlags, LoraFlags, RunFlags
+from clipgraft.cli.flags.training import (
+    DEFAULT_TARGETS,
+    ClassTrainFlags,
+    LoraFlags,
+    RunFlags,
+    TranslateFlags,
+)
 from clipgraft.cli.terminal import wording
 from clipgraft.data.args import ColumnArgs, LabelArgs, TableArgs
 from clipgraft.errors import ClipgraftError, together
@@ -84,6 +90,25 @@ def table_faults(
         given = part(columns, LabelArgs, csv_label_key=classes.csv_label_key)
         return fault_of(lambda: open_table(path, given, LABELS), name)
     return fault_of(lambda: open_table(path, part(columns, TableArgs)), name)
+
+
+def translation_faults(data: DataFlags, flags: TranslateFlags) -> list[str]:
+    """Find columns that the header of a table of translations lacks, or of the pairs beside it."""
+    from clipgraft.cli.training_data import of_pairs, translation_args
+    from clipgraft.data.doors import open_table
+    from clipgraft.data.table import TRANSLATIONS
+
+    faults = []
+    for name, path, columns in (
+        ("--train-data", data.train_data, data),
+        ("--val-data", data.val_data, data.for_validation()),
+    ):
+        if path is not None and path.exists():
+            args = translation_args(columns, flags)
+            faults += fault_of(partial(open_table, path, args, TRANSLATIONS), name)
+    for name, path in (("--pairs", flags.pairs), ("--val-pairs", flags.val_pairs)):
+        faults += table_faults(name, path, of_pairs(data))
+    return faults
 
 
 def batch_faults(path: Path | None, columns: ColumnArgs, train: TrainArgs, processes: int = 1) -> list[str]:
@@ -262,10 +287,11 @@ def loss_faults(clip: Clip | None, classes: ClassFlags, train: TrainArgs) -> lis
     return [] if clip is None else fault_of(lambda: choose_loss(clip, train.loss))
 
 
-def class_faults(classes: ClassFlags, data: DataFlags) -> list[str]:
-    """Find flags of classification that do not go together."""
+def class_faults(classes: ClassFlags, data: DataFlags, *, val_size: bool = False) -> list[str]:
+    """Find flags of classification that do not go together; `val_size` may have another use."""
     faults = []
-    given = sorted(name for name in classes.model_fields_set if name != "task")
+    free = {"task", "val_size"} if val_size else {"task"}
+    given = sorted(name for name in classes.model_fields_set if name not in free)
     if given and classes.task == "retrieval":
         faults.append(f"{', '.join(map(flag, given))} given without --task classification: add it")
     if isinstance(classes, ClassTrainFlags) and classes.val_size is not None and data.val_data is not None:

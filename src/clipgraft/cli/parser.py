@@ -64,6 +64,8 @@ HEADINGS = {
     "SweepFlags": "grid and adapters",
     "TrainArgs": "training",
     "RetainFlags": "training",
+    "TranslateFlags": "translations",
+    "TranslateArgs": "translations",
     "RunFlags": "output",
     "RunArgs": "output",
     "EvalFlags": "evaluation",
@@ -79,6 +81,7 @@ ORDER = (
     "adapter",
     "grid and adapters",
     "training",
+    "translations",
     "distillation",
     "evaluation",
     "encoding",
@@ -91,7 +94,7 @@ ORDER = (
 )
 _OUTPUT = ("logs", "name", "html", "format", "overwrite")
 _MACHINE = ("device", "precision", "workers", "feature_cache", "cache_gb")
-_FIRST = ("use_lora", "lora_r", "lora_targets", "train_data", "val_data", "test_data")
+_FIRST = ("recipe", "use_lora", "lora_r", "lora_targets", "train_data", "val_data", "test_data")
 _RARE = frozenset(
     (
         "beta1",

@@ -23,7 +23,14 @@ from clipgraft.cli.common import (
 )
 from clipgraft.cli.flags.groups import AnyGroup, flag, recorded
 from clipgraft.cli.flags.shared import DataFlags, ModelFlags, features_of
-from clipgraft.cli.flags.training import RUN, ClassTrainFlags, LoraFlags, RetainFlags, RunFlags
+from clipgraft.cli.flags.training import (
+    RUN,
+    ClassTrainFlags,
+    LoraFlags,
+    RetainFlags,
+    RunFlags,
+    TranslateFlags,
+)
 from clipgraft.cli.parser import parse
 from clipgraft.cli.terminal import silence
 from clipgraft.data.args import FeatureArgs
@@ -32,7 +39,9 @@ from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.launch import several
 
 if TYPE_CHECKING:
+    from clipgraft.cli.training_data import ClassData, PairData, TranslationData
     from clipgraft.data.retained import Retained
+    from clipgraft.lora.config import Task
     from clipgraft.models.clip import Clip
     from clipgraft.train.distributed import World
 
@@ -41,7 +50,17 @@ _SUMMARY = "Train a LoRA adapter (--use-lora), or fine-tune the model, on images
 
 
 _KINDS: list[AnyGroup] = [
-    *(ModelFlags, DataFlags, ClassTrainFlags, LoraFlags, TrainArgs, RetainFlags, RUN, RunFlags)
+    *(
+        ModelFlags,
+        DataFlags,
+        ClassTrainFlags,
+        LoraFlags,
+        TrainArgs,
+        RetainFlags,
+        TranslateFlags,
+        RUN,
+        RunFlags,
+    )
 ]
 
 
@@ -59,6 +78,7 @@ class TrainCommand:
     lora: LoraFlags
     train: TrainArgs
     retain: RetainFlags
+    translate: TranslateFlags
     keep: RunArgs
     place: RunFlags
 
@@ -68,9 +88,14 @@ class TrainCommand:
 
     @property
     def retains(self) -> str:
-        """What the model is held to: a path, auto or none; a run whose rate is given is run as it is told."""
+        """What the model is held to: a path, auto or none; a run whose rate is given is run as it is told.
+
+        Translations hold it by themselves: to their source texts.
+        """
         if self.retain.retain is not None:
             return self.retain.retain
+        if self.translates:
+            return "none"
         trains = self.lora.use_lora or self.place.from_ is not None or not _all_locked(self.train)
         return "auto" if self.train.lr == "auto" and trains else "none"
 
@@ -80,6 +105,11 @@ class TrainCommand:
 
     def run(self, folder: Path) -> RunArgs:
         return self.keep.replace(out=folder, resume=self.place.resume is not None, params=self.record())
+
+    @property
+    def translates(self) -> bool:
+        """Whether it learns from translations."""
+        return self.translate.recipe == "translate"
 
     @property
     def features(self) -> FeatureArgs:
@@ -141,14 +171,14 @@ def _run(argv: Sequence[str], started: World | None) -> None:
 def _train(command: TrainCommand, folder: Path, world: World) -> None:
     """Load what the command names, and train it into `folder`; rank 0 reads the data."""
     from clipgraft.cli.common import hand_over, load_own_model
-    from clipgraft.cli.training_data import read_training_data
     from clipgraft.lora.config import auto_rank
 
     lora, train = command.lora, command.train
     clip = load_own_model(command.model, world)
-    data = world.on_rank0(lambda: read_training_data(clip, command.data, command.classes, train.seed))
+    data = world.on_rank0(lambda: _read(command, clip))
     if lora.use_lora:
-        graft(clip, lora, command.place, train.seed, lambda: auto_rank(data.rows, data.task))
+        task: Task = "classification" if data.task == "classification" else "retrieval"
+        graft(clip, lora, command.place, train.seed, lambda: auto_rank(data.rows, task))
     retained = world.on_rank0(lambda: retained_by(command, clip))
     announce(clip, data.rows, data.unit, train, world.world_size)
     done = data.fit(clip, train, command.run(folder), command.features, retained, world)
@@ -156,6 +186,15 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
         hand_over(clip, folder, done.metrics or None, done.base)
         if command.place.push_to_hub is not None:
             _push(folder, command.place.push_to_hub)
+
+
+def _read(command: TrainCommand, clip: Clip) -> PairData | ClassData | TranslationData:
+    from clipgraft.cli.training_data import read_training_data, read_translation_data
+
+    data, classes, seed = command.data, command.classes, command.train.seed
+    if command.translates:
+        return read_translation_data(clip, data, command.translate, classes.val_size, seed)
+    return read_training_data(clip, data, classes, seed)
 
 
 def _push(folder: Path, repository: str) -> None:
@@ -201,11 +240,14 @@ def cheap_faults(command: TrainCommand, started: World | None) -> list[str]:
     data, classes, lora, train = command.data, command.classes, command.lora, command.train
     where, name = command.place, command.name
     faults = checks.output_faults("--logs", where.logs / name, folder=True)
-    faults += checks.table_faults("--train-data", data.train_data, data, classes)
-    faults += checks.table_faults(
-        "--val-data", data.val_data, data.for_validation(), classes.for_validation()
-    )
-    if classes.task == "retrieval":
+    if command.translates:
+        faults += checks.translation_faults(data, command.translate)
+    else:
+        faults += checks.table_faults("--train-data", data.train_data, data, classes)
+        faults += checks.table_faults(
+            "--val-data", data.val_data, data.for_validation(), classes.for_validation()
+        )
+    if classes.task == "retrieval" and not command.translates:
         faults += checks.batch_faults(data.train_data, data, train, started.world_size if started else 1)
     faults += checks.prompt_faults(classes)
     faults += _unreadable_texts(command)
@@ -233,7 +275,8 @@ def _all_locked(train: TrainArgs) -> bool:
 def check_together(command: TrainCommand) -> list[str]:
     """Find faults that no group of flags alone shows."""
     data, lora, train, where = command.data, command.lora, command.train, command.place
-    faults = [*_data_faults(data), *checks.class_faults(command.classes, data)]
+    faults = [*_data_faults(data), *_translate_faults(command)]
+    faults += checks.class_faults(command.classes, data, val_size=command.translates)
     faults += [
         *_retain_faults(command),
         *_patience_faults(command),
@@ -260,6 +303,24 @@ def _data_faults(data: DataFlags) -> list[str]:
     return faults
 
 
+def _translate_faults(command: TrainCommand) -> list[str]:
+    given = command.translate
+    if not command.translates:
+        named = sorted(name for name in given.model_fields_set if getattr(given, name) is not None)
+        return [f"{', '.join(map(flag, named))} given without --recipe translate: add it"] if named else []
+    faults = []
+    if command.classes.task == "classification":
+        faults.append(
+            "--recipe translate and --task classification are two things to learn: drop one of them"
+        )
+    if "translation_weight" in given.model_fields_set and given.pairs is None:
+        faults.append("--translation-weight counts beside --pairs: add them, or drop it")
+    for name, path in (("--pairs", given.pairs), ("--val-pairs", given.val_pairs)):
+        if path is not None:
+            faults += checks.missing_data(name, path)
+    return faults
+
+
 def _retain_faults(command: TrainCommand) -> list[str]:
     given = command.retain
     if command.retains == "none" and "retain_weight" in given.model_fields_set:
@@ -271,7 +332,8 @@ def _retain_faults(command: TrainCommand) -> list[str]:
 
 
 def _patience_faults(command: TrainCommand) -> list[str]:
-    if command.keep.patience in (None, "auto") or command.data.val_data or command.classes.val_size:
+    validated = command.data.val_data or command.classes.val_size or command.translates
+    if command.keep.patience in (None, "auto") or validated:
         return []
     return ["--patience needs validation data, by which the best epoch is known: add --val-data"]
 

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import ClassVar
 
 from clipgraft.cli.flags.shared import DataFlags
-from clipgraft.cli.flags.training import ClassTrainFlags, RetainFlags
+from clipgraft.cli.flags.training import ClassTrainFlags, RetainFlags, TranslateFlags
 from clipgraft.cli.read_data import prompts_of, read_images, read_table
-from clipgraft.data.args import FeatureArgs, TableArgs
+from clipgraft.data.args import FeatureArgs, TableArgs, TranslationArgs
 from clipgraft.data.datasets import Labelled, Pairs, class_weights, few_shot, match_classes, split_labelled
 from clipgraft.data.retained import Retained, read_retained
+from clipgraft.data.translations import Translations, read_translations, split_translations, tell_tokens
 from clipgraft.evaluate.classification import evaluate_classification
 from clipgraft.evaluate.metrics import TaskName
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.models.clip import Clip
 from clipgraft.options import part
-from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs
+from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs, TranslateArgs
 from clipgraft.train.distributed import ALONE, World
-from clipgraft.train.fit import fit, fit_classifier
+from clipgraft.train.fit import fit, fit_classifier, fit_translations
 from clipgraft.train.run import FitResult
 
 log = logging.getLogger("clipgraft")
@@ -118,6 +119,88 @@ class ClassData:
 
     def _measure(self, clip: Clip, images: Labelled, features: FeatureArgs) -> dict[str, float]:
         return evaluate_classification(clip, images, self.prompts, features).metrics
+
+
+@dataclass(frozen=True)
+class TranslationData:
+    """Translations to train and validate on, and pairs beside them."""
+
+    train: Translations
+    val: Translations
+    pairs: Pairs | None
+    val_pairs: Pairs | None
+    options: TranslateArgs
+
+    task: ClassVar[TaskName] = "translation"
+    unit: ClassVar[str] = "texts, translations and pairs"
+
+    @property
+    def rows(self) -> int:
+        groups = (self.train.as_pairs(with_source=True), self.pairs)
+        return sum(len(captions) for group in groups if group for captions in group.captions)
+
+    def fit(
+        self,
+        clip: Clip,
+        train: TrainArgs,
+        run: RunArgs,
+        features: FeatureArgs,
+        retain: Retained | None = None,
+        world: World = ALONE,
+    ) -> FitResult:
+        return fit_translations(
+            *(clip, self.train, self.val),
+            pairs=self.pairs,
+            val_pairs=self.val_pairs,
+            options=self.options,
+            train=train,
+            run=run,
+            features=features,
+            retain=retain,
+            world=world,
+        )
+
+
+def translation_args(data: DataFlags, flags: TranslateFlags) -> TranslationArgs:
+    """How the table of translations is read."""
+    keys = {name: getattr(flags, name) for name in ("csv_source_key", "csv_target_key")}
+    return part(data, TranslationArgs, **keys)
+
+
+def read_translation_data(
+    clip: Clip, data: DataFlags, flags: TranslateFlags, val_size: float | None, seed: int
+) -> TranslationData:
+    """Read translations and the pairs beside them, and print the summaries; hold out some to validate on.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+
+    def read(path: Path, columns: DataFlags) -> Translations:
+        found = read_translations(path, translation_args(columns, flags))
+        found = tell_tokens(found, clip.count_tokens, clip.context_length)
+        assert found.report is not None
+        log.info("%s", found.report.summary())
+        return found
+
+    assert data.train_data is not None
+    train = read(data.train_data, data)
+    if data.val_data is not None:
+        val = read(data.val_data, data.for_validation())
+    else:
+        train, val = split_translations(train, val_size, seed)
+        log.info("%s texts to train on, %s held out", f"{len(train):,}", f"{len(val):,}")
+    pictures, val_pictures = (
+        None if path is None else read_table(clip, path, of_pairs(data), what)
+        for path, what in ((flags.pairs, "pairs"), (flags.val_pairs, "validation pairs"))
+    )
+    return TranslationData(train, val, pictures, val_pictures, part(flags, TranslateArgs))
+
+
+def of_pairs(data: DataFlags) -> DataFlags:
+    """How the table of pairs beside the translations is read: what tells how those are written is theirs."""
+    own = ("dataset_type", "csv_separator", "csv_encoding", "csv_quoting", "split", "sheet", "query")
+    return data.model_copy(update={name: DataFlags.model_fields[name].default for name in own})
 
 
 def read_training_data(

@@ -3,6 +3,7 @@
 from .args import FeatureArgs as FeatureArgs
 from .args import LabelArgs as LabelArgs
 from .args import TableArgs as TableArgs
+from .args import TranslationArgs as TranslationArgs
 from .contact_sheet import write_contact_sheet as write_contact_sheet
 from .datasets import Labelled as Labelled
 from .datasets import Pairs as Pairs
@@ -24,3 +25,6 @@ from .retained import read_retained as read_retained
 from .retained import retained_texts as retained_texts
 from .splitting import split_pairs as split_pairs
 from .splitting import write_parts as write_parts
+from .translations import Translations as Translations
+from .translations import read_translations as read_translations
+from .translations import split_translations as split_translations

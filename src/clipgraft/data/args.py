@@ -62,6 +62,19 @@ class LabelArgs(TableArgs):
     csv_label_key: str | None = Field(None, description="column of class names (default: label, or guessed)")
 
 
+class TranslationArgs(TableArgs):
+    """How a table of texts and their translations is read."""
+
+    csv_source_key: str | None = Field(
+        None, description="column of texts that the base understands (default: source, else guessed)"
+    )
+    csv_target_key: str | None = Field(
+        None,
+        description="column of their translations, or several joined by commas (default: target, else the "
+        "other of two columns)",
+    )
+
+
 def _folder(value: Any) -> Any:
     """The command line says `none` for no folder at all."""
     return None if str(value) == "none" else value

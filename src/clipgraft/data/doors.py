@@ -23,7 +23,7 @@ from clipgraft.data.delimited import open_delimited
 from clipgraft.data.image_files import Listing, list_images
 from clipgraft.data.json_tables import open_json
 from clipgraft.data.parquet import open_parquet
-from clipgraft.data.table import LABEL, PAIRS, BadRow, Cells, Row, Rows, Table, Wanted, make_row
+from clipgraft.data.table import LABEL, PAIRS, SOURCE, BadRow, Cells, Row, Rows, Table, Wanted, make_row
 from clipgraft.data.text_files import is_tar_name, is_text, tar_advice, text_lines, what_it_is
 from clipgraft.data.webdataset import is_tar_pattern, open_tars
 from clipgraft.errors import ConfigError, DataError
@@ -96,7 +96,8 @@ def open_table(source: Path, args: TableArgs | None = None, wanted: Wanted = PAI
     if address is None:
         return _open_local(source, args, wanted)
     table = _open_local(fetched(address, args.split), args, wanted)
-    if wanted.needs_image and args.image_root is None and not (table.inside or address.startswith("hf:")):
+    loose = wanted.needs_image and wanted.image is not SOURCE and args.image_root is None
+    if loose and not (table.inside or address.startswith("hf:")):
         raise refuse_loose_images(address)
     return replace(table, source=source)
 
@@ -104,6 +105,8 @@ def open_table(source: Path, args: TableArgs | None = None, wanted: Wanted = PAI
 def _open_local(source: Path, args: TableArgs, wanted: Wanted) -> Table:
     door = _door_of(source, args.dataset_type)
     door = door or _folder_door(source)
+    if wanted.image is SOURCE and (door is None or door is _TARS):
+        raise DataError(f"{source}: is no table; name one of source texts and their translations")
     if door is not None:
         check_options(source, args, door)
         table = door.open(source, args, wanted)

@@ -24,17 +24,13 @@ Fact = tuple[str, int, str]
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class DataReport(Result):
-    """Counts that images with captions and images with labels have in common.
+class TableReport(Result):
+    """Counts that whatever is read has in common.
 
     Attributes:
         source, kind, unit: what was read, as what, and what a row number counts.
         rows: rows of the table, or images in the folder.
         bad_rows: of those, how many were skipped.
-        images: usable ones.
-        missing_images: names of files that are not there, each once however many rows name it.
-        unreadable_images: files that are no whole images.
-        duplicates: groups of files with the same bytes.
         reasons: why rows were skipped, each with how many, most first.
         first_bad: a few skipped rows.
         notes: choices made for the user.
@@ -45,18 +41,9 @@ class DataReport(Result):
     unit: str
     rows: int
     bad_rows: int
-    images: int
-    missing_images: int = 0
-    unreadable_images: int = 0
-    duplicates: tuple[tuple[Path, ...], ...] = ()
     reasons: tuple[tuple[str, int], ...] = ()
     first_bad: tuple[BadRow, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def duplicate_images(self) -> int:
-        """Count images whose bytes are those of an earlier image."""
-        return sum(len(group) - 1 for group in self.duplicates)
 
     def summary(self) -> str:
         """Return aligned text, one line a fact; a line about a problem says what to do."""
@@ -74,13 +61,45 @@ class DataReport(Result):
 
     def _facts(self) -> list[Fact]:
         used = f"{self.rows - self.bad_rows:,} of them used" if self.bad_rows else ""
-        return [("rows", self.rows, used), ("images", self.images, "")]
+        return [("rows", self.rows, used)]
+
+    def _problems(self) -> list[Fact]:
+        listed = "listed below; `strict` stops at the first, `max_bad_rows` limits them"
+        return [("skipped rows", self.bad_rows, listed)]
+
+    def _more(self) -> list[str]:
+        """Return lines between facts and skipped rows."""
+        return []
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class DataReport(TableReport):
+    """Counts that images with captions and images with labels have in common.
+
+    Attributes:
+        images: usable ones.
+        missing_images: names of files that are not there, each once however many rows name it.
+        unreadable_images: files that are no whole images.
+        duplicates: groups of files with the same bytes.
+    """
+
+    images: int
+    missing_images: int = 0
+    unreadable_images: int = 0
+    duplicates: tuple[tuple[Path, ...], ...] = ()
+
+    @property
+    def duplicate_images(self) -> int:
+        """Count images whose bytes are those of an earlier image."""
+        return sum(len(group) - 1 for group in self.duplicates)
+
+    def _facts(self) -> list[Fact]:
+        return [*super()._facts(), ("images", self.images, "")]
 
     def _problems(self) -> list[Fact]:
         same = f"same file under several names ({_equal(self.duplicates)})"
-        listed = "listed below; `strict` stops at the first, `max_bad_rows` limits them"
         return [
-            ("skipped rows", self.bad_rows, listed),
+            *super()._problems(),
             ("missing images", self.missing_images, "skipped: correct the paths, or add the files"),
             ("unreadable images", self.unreadable_images, "skipped: replace the files listed below"),
             (
@@ -89,10 +108,6 @@ class DataReport(Result):
                 same,
             ),
         ]
-
-    def _more(self) -> list[str]:
-        """Return lines between facts and skipped rows."""
-        return []
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -147,10 +162,8 @@ class PairReport(DataReport):
             *images,
             (*duplicate[:2], f"{duplicate[2]}: give all their captions to one"),
         ]
-        if self.long_captions is not None:
-            unseen = f"words after token {self.context_length} are not seen"
-            advice = f"{unseen}: shorten them or put what matters first"
-            problems.append((f"captions over {self.context_length} tokens", self.long_captions, advice))
+        if self.long_captions is not None and self.context_length is not None:
+            problems.append(long_texts("captions", self.long_captions, self.context_length))
         return problems
 
 
@@ -211,6 +224,77 @@ class LabelReport(DataReport):
 
     def _by_size(self) -> list[tuple[str, int]]:
         return sorted(zip(self.classes, self.counts, strict=True), key=lambda pair: -pair[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """How a tokenizer splits source texts and their translations.
+
+    Attributes:
+        source, target: tokens for each word of the source texts, without start and end.
+        long_targets: translations of more tokens than `context_length`.
+    """
+
+    source: float
+    target: float
+    long_targets: int
+    context_length: int
+
+    @property
+    def ratio(self) -> float:
+        """Return how many times the tokens of the source a translation takes."""
+        return self.target / self.source
+
+    def __str__(self) -> str:
+        return (
+            f"tokens for each word of the source: {self.source:.2f} in the source, {self.target:.2f} in the "
+            f"translation ({self.ratio:.1f} times)"
+        )
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class TranslationReport(TableReport):
+    """Counts of texts with their translations.
+
+    Attributes:
+        sources, targets: different source texts, and translations of them that are kept.
+        empty_targets, null_targets: translations left out: empty, and nan, None or the like.
+        repeated_targets: same translation of the same text, of which each is kept once.
+        untranslated: translations that are the source text itself; they are kept.
+        tokens: how the tokenizer splits both, where they were counted.
+    """
+
+    _shows = ("source", "kind", "rows", "bad_rows", "sources", "targets", "notes")
+
+    sources: int
+    targets: int
+    empty_targets: int = 0
+    null_targets: int = 0
+    repeated_targets: int = 0
+    untranslated: int = 0
+    tokens: Tokens | None = None
+
+    def _facts(self) -> list[Fact]:
+        return [*super()._facts(), ("source texts", self.sources, ""), ("translations", self.targets, "")]
+
+    def _problems(self) -> list[Fact]:
+        problems = [
+            *super()._problems(),
+            ("empty translations", self.empty_targets, "left out: write them, or leave it so"),
+            (
+                "nan, None and the like",
+                self.null_targets,
+                "left out: `keep_nulls` takes them as translations",
+            ),
+            ("repeated translations", self.repeated_targets, "of the same text: each was kept once"),
+            ("untranslated", self.untranslated, "the same as their source: kept, check that this is meant"),
+        ]
+        if self.tokens is not None:
+            problems.append(long_texts("translations", self.tokens.long_targets, self.tokens.context_length))
+        return problems
+
+    def _more(self) -> list[str]:
+        return [] if self.tokens is None else [f"  {self.tokens}"]
 
 
 class BadRows:
@@ -283,6 +367,12 @@ def count_long_captions(
     while chunk := list(islice(rest, _CHUNK)):
         long += sum(count > context_length for count in count_tokens(chunk))
     return long
+
+
+def long_texts(what: str, count: int, context_length: int) -> Fact:
+    """Say how many texts have more tokens than the model reads."""
+    unseen = f"words after token {context_length} are not seen"
+    return f"{what} over {context_length} tokens", count, f"{unseen}: shorten them or put what matters first"
 
 
 def fact_lines(facts: Sequence[Fact]) -> list[str]:

@@ -109,10 +109,17 @@ class Cells:
     Attributes:
         labels: they are labels: a number is the text it is written as, and `none` may be a class.
         keep_nulls: nan and None are words like others.
+        translations: they are translations of the text that stands in place of an image's path.
     """
 
     labels: bool = False
     keep_nulls: bool = False
+    translations: bool = False
+
+    @property
+    def noun(self) -> str:
+        """What a cell of texts is called."""
+        return "label" if self.labels else "translation" if self.translations else "caption"
 
     def is_null(self, text: str) -> bool:
         """Tell whether a caption or label is what a program writes for a missing one."""
@@ -123,11 +130,13 @@ class Cells:
 
 def make_row(number: int, image: object, texts: object, cells_are: Cells, remark: str = "") -> Row | BadRow:
     """Check the cells of one row. `texts` is a string, None, or a list of strings."""
+    of_text = cells_are.translations
     if image is not None and not isinstance(image, str):
-        return BadRow(number, "", f"the image is a {type(image).__name__}, not a path")
+        told = ("source", "text") if of_text else ("image", "a path")
+        return BadRow(number, "", f"the {told[0]} is a {type(image).__name__}, not {told[1]}")
     path = (image or "").strip()
-    if not path:
-        return BadRow(number, "", "no image path")
+    if not path or (of_text and cells_are.is_null(path)):
+        return BadRow(number, "", "no source text" if of_text else "no image path")
     cells = texts if isinstance(texts, list | tuple) else (texts,)
     if cells_are.labels:
         cells = [_number_as_text(cell) for cell in cells]
@@ -137,8 +146,7 @@ def make_row(number: int, image: object, texts: object, cells_are: Cells, remark
             nulls += 1
             cell = None
         if cell is not None and not isinstance(cell, str):
-            what = "label" if cells_are.labels else "caption"
-            return BadRow(number, path, f"the {what} is a {type(cell).__name__}, not text")
+            return BadRow(number, path, f"the {cells_are.noun} is a {type(cell).__name__}, not text")
         text = (cell or "").strip()
         if text and cells_are.is_null(text):
             text, nulls = "", nulls + 1
@@ -213,26 +221,43 @@ LABEL = Role(
     "label",
     ("class", "category", "class_name", "label_name", "target", "labels", "y"),
 )
+SOURCE = Role(
+    "source texts",
+    "csv_source_key",
+    "source",
+    ("en", "english", "src", "source_text", "original"),
+)
+TARGET = Role(
+    "translations",
+    "csv_target_key",
+    "target",
+    ("translation", "translated", "tgt", "target_text"),
+)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caller reads from a table: images with captions, images with labels, images, or texts."""
+    """What a caller reads from a table: images with captions or labels, images, texts, or translations.
+
+    Of translations, the source text stands where an image's path does.
+    """
 
     text: Role = CAPTION
     needs_image: bool = True
     needs_text: bool = True
+    image: Role = IMAGE
 
     def keys(self, args: TableArgs) -> tuple[str | None, str | None]:
         """Return the column names that the user gave for images and for texts."""
-        return args.csv_img_key, getattr(args, self.text.option, None)
+        return getattr(args, self.image.option, None), getattr(args, self.text.option, None)
 
     def cells(self, args: TableArgs) -> Cells:
         """Return what the cells of texts may hold."""
-        return Cells(self.text is LABEL, args.keep_nulls)
+        return Cells(self.text is LABEL, args.keep_nulls, self.image is SOURCE)
 
 
 PAIRS = Wanted()
+TRANSLATIONS = Wanted(TARGET, image=SOURCE)
 LABELS = Wanted(LABEL)
 IMAGES = Wanted(needs_text=False)
 TEXTS = Wanted(needs_image=False)
@@ -302,7 +327,9 @@ def choose_columns(
 def _named(header: Header, args: TableArgs, wanted: Wanted, optional: bool) -> Columns | None:
     """Find columns by name; with `optional`, one that is neither needed nor named may be missing."""
     names, (image_key, text_key) = header.names, wanted.keys(args)
-    image, texts = _find(names, image_key, IMAGE), _find_texts(names, text_key, wanted.text)
+    image, texts = _find(names, image_key, wanted.image), _find_texts(names, text_key, wanted.text)
+    if wanted.image is SOURCE:
+        image, texts = _other_of_two(names, (image_key, image), (text_key, texts))
     has_texts = bool(texts)
     if optional and not wanted.needs_text and text_key is None and image is not None:
         texts, has_texts = (image,), False
@@ -311,8 +338,8 @@ def _named(header: Header, args: TableArgs, wanted: Wanted, optional: bool) -> C
     if image is None or not texts:
         return None
     guessed = []
-    if wanted.needs_image and image not in (image_key, IMAGE.default):
-        guessed.append(f'`{IMAGE.option}` "{image}"')
+    if wanted.needs_image and image not in (image_key, wanted.image.default):
+        guessed.append(f'`{wanted.image.option}` "{image}"')
     if has_texts and text_key is None and texts != (wanted.text.default,):
         guessed.append(f'`{wanted.text.option}` "{",".join(texts)}"')
     twice = tuple(
@@ -331,7 +358,7 @@ def _numbered(header: Header, args: TableArgs, wanted: Wanted) -> Columns | None
     if not header.line:
         return None
     images = [i for i, name in enumerate(names) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES]
-    if keys == (None, None) and len(names) == 2 and len(images) == 1:
+    if keys == (None, None) and wanted.image is IMAGE and len(names) == 2 and len(images) == 1:
         places = [images[0], 1 - images[0]]
     else:
         parts = [keys[0] or "", *(keys[1] or "").split(",")]
@@ -342,8 +369,23 @@ def _numbered(header: Header, args: TableArgs, wanted: Wanted) -> Columns | None
     is_row = image in images or names[image].isdecimal()
     how = "no header line: " if is_row else f"the first line is taken for a header ({header.line[:40]}): "
     where = ", ".join(str(place + 1) for place in texts)
-    what = f"images from column {image + 1}, {wanted.text.name} from {where}"
+    what = f"{wanted.image.name} from column {image + 1}, {wanted.text.name} from {where}"
     return Columns(image, tuple(texts), not is_row, notes=(how + what, *_guess_notes([header.guess])))
+
+
+def _other_of_two(
+    names: Sequence[str], source: tuple[str | None, str | None], targets: tuple[str | None, tuple[str, ...]]
+) -> tuple[str | None, tuple[str, ...]]:
+    """Of a table of two columns, the one that is not named beside the one that is found.
+
+    `source` and `targets` are the name that the user gave, and what was found.
+    """
+    (source_key, found), (target_key, texts) = source, targets
+    if len(names) == 2 and found is not None and not texts and target_key is None:
+        texts = tuple(name for name in names if name != found)
+    if len(names) == 2 and found is None and len(texts) == 1 and source_key is None:
+        found = next((name for name in names if name != texts[0]), None)
+    return found, texts
 
 
 def _find(names: Sequence[str], key: str | None, role: Role) -> str | None:
@@ -354,14 +396,14 @@ def _find(names: Sequence[str], key: str | None, role: Role) -> str | None:
 
 
 def _find_texts(names: Sequence[str], key: str | None, role: Role) -> tuple[str, ...]:
-    """Find the column of texts; captions may be in several, joined by commas or named `caption_0` and on."""
+    """Find the column of texts, or several: joined by commas, or captions named `caption_0` and on."""
     found = _find(names, key, role)
-    if found is not None or role is not CAPTION:
+    if found is not None or role is LABEL:
         return () if found is None else (found,)
     if key is not None:
         parts = tuple(part.strip() for part in key.split(","))
         return parts if len(parts) > 1 and all(part in names for part in parts) else ()
-    return tuple(name for name in names if _NUMBERED.fullmatch(name))
+    return tuple(name for name in names if role is CAPTION and _NUMBERED.fullmatch(name))
 
 
 def _guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
@@ -371,10 +413,10 @@ def _guess_notes(guessed: Sequence[str]) -> tuple[str, ...]:
 
 def _missing(source: Path, names: Sequence[str], args: TableArgs, wanted: Wanted) -> DataError:
     image_key, text_key = wanted.keys(args)
-    no_image = wanted.needs_image and _find(names, image_key, IMAGE) is None
-    role, key = (IMAGE, image_key) if no_image else (wanted.text, text_key)
+    no_image = wanted.needs_image and _find(names, image_key, wanted.image) is None
+    role, key = (wanted.image, image_key) if no_image else (wanted.text, text_key)
     missing = role.default if key is None else key
-    if role is CAPTION and "," in missing:
+    if role in (CAPTION, TARGET) and "," in missing:
         missing = next((part.strip() for part in missing.split(",") if part.strip() not in names), missing)
     there = ", ".join(f'"{_short(name)}"' for name in names[:_SHOWN]) + (
         ", ..." if len(names) > _SHOWN else ""

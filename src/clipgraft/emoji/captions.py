@@ -133,6 +133,14 @@ WORDS: dict[str, Words] = {
         picture="resim",
         et="ve",
     ),
+    "el": Words(
+        _listed("λευκό, μαύρο, κόκκινο, πορτοκαλί, κίτρινο, πράσινο, μπλε, μοβ, ροζ, καφέ, γκρι"),
+        _grounds("{colour} φόντο", "{colour} ριγέ φόντο", "{colour} πουά φόντο", "{colour} καρό φόντο"),
+        row=_listed("αριστερά, στη μέση, δεξιά"),
+        column=_listed("επάνω, στη μέση, κάτω"),
+        picture="εικόνα",
+        et="και",
+    ),
 }
 
 LANGUAGES: tuple[str, ...] = tuple(WORDS)

@@ -4,6 +4,8 @@
 |---|---|---|---|
 | `image_to_text_R@k` | `text_retrieval_recall@k` | an image | captions |
 | `text_to_image_R@k` | `image_retrieval_recall@k` | a caption | images |
+| `source_to_target_R@k` | | a text, by the base | translations |
+| `target_to_source_R@k` | | a translation | texts, by the base |
 
 Both names of a row hold the same number: the share of queries with a true item among the first k. With
 several captions an image, an image counts once and its best caption decides, as in CLIP_benchmark
@@ -21,8 +23,9 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 DEFAULT_KS = (1, 5, 10)
-TaskName = Literal["retrieval", "classification"]
+TaskName = Literal["retrieval", "classification", "translation"]
 DIRECTIONS = ("image_to_text", "text_to_image")
+BETWEEN_TEXTS = ("source_to_target", "target_to_source")
 REPORTED: Mapping[TaskName, tuple[str, ...]] = {
     "retrieval": tuple(
         f"{direction}_{name}"
@@ -30,23 +33,44 @@ REPORTED: Mapping[TaskName, tuple[str, ...]] = {
         for name in (*(f"R@{k}" for k in DEFAULT_KS), "mean_rank", "median_rank")
     ),
     "classification": ("acc1", "acc5", "mean_per_class_recall", "ece", "loss"),
+    "translation": (
+        *(f"{direction}_R@{k}" for direction in BETWEEN_TEXTS for k in DEFAULT_KS),
+        "teacher_cosine",
+    ),
 }
 """Every metric of a task that tables show, each under one name."""
 HEADLINE: Mapping[TaskName, tuple[str, ...]] = {
     "retrieval": tuple(f"{direction}_R@{k}" for direction in DIRECTIONS for k in (1, 5)),
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
+    "translation": (*(f"{direction}_R@1" for direction in BETWEEN_TEXTS), "teacher_cosine"),
 }
 """The metrics that people look at first, all of them shares."""
 DECISIVE: Mapping[TaskName, tuple[str, ...]] = {
     "retrieval": tuple(f"{direction}_R@1" for direction in DIRECTIONS),
     "classification": ("acc1",),
+    "translation": tuple(f"{direction}_R@1" for direction in BETWEEN_TEXTS),
 }
 """The metrics by which models are compared and epochs chosen."""
 
 
+MEASURED_ON: Mapping[TaskName, str] = {
+    "retrieval": "images",
+    "classification": "images",
+    "translation": "sentences",
+}
+"""What the queries of a task belong to."""
+
+
 def task_of(metrics: Iterable[str]) -> TaskName:
-    """Return the task that the names of metrics belong to."""
-    return "classification" if "acc1" in metrics else "retrieval"
+    """Return the task that the names of metrics belong to.
+
+    A run that has pictures beside translations measures retrieval, and translation besides.
+    """
+    names = set(metrics)
+    if "acc1" in names:
+        return "classification"
+    is_of_texts = names.isdisjoint(DECISIVE["retrieval"]) and not names.isdisjoint(DECISIVE["translation"])
+    return "translation" if is_of_texts else "retrieval"
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -64,7 +88,7 @@ class Metrics(dict[str, float]):
             return super().__repr__()
         lines: dict[str, list[str]] = {}
         for name in names:
-            direction = next((d for d in DIRECTIONS if name.startswith(d)), "")
+            direction = next((d for d in (*DIRECTIONS, *BETWEEN_TEXTS) if name.startswith(d)), "")
             short = name.removeprefix(f"{direction}_")
             is_share = short.startswith(("R@", "acc", "mean_per_class"))
             shown = f"{100 * self[name]:.1f} %" if is_share else f"{self[name]:.4g}"

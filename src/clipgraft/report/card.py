@@ -17,7 +17,11 @@ _WIDGET = {
     "example_title": "Cat & Dog",
 }
 """The example that the hub shows on the pages of CLIP itself."""
-_TASKS = {"retrieval": "image-text-retrieval", "classification": "zero-shot-image-classification"}
+_TASKS = {
+    "retrieval": "image-text-retrieval",
+    "classification": "zero-shot-image-classification",
+    "translation": "sentence-similarity",
+}
 
 
 @dataclass(frozen=True)

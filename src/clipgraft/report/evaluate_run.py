@@ -68,6 +68,8 @@ def compute_examples(run: Run, how: ComputeOptions) -> Examples:
     Raises:
         ClipgraftError: its base, what it saved, or all of its validation data are not there.
     """
+    if run.params.get("recipe") == "translate":
+        raise DataError("it learnt from translations, which have no pictures to show")
     return _classified(run, how) if run.task == "classification" else _retrieved(run, how)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import clipgraft
 from clipgraft.errors import DataError
-from clipgraft.evaluate.metrics import HEADLINE
+from clipgraft.evaluate.metrics import HEADLINE, TaskName
 from clipgraft.pictures import open_image
 from clipgraft.report import figures, tables
 from clipgraft.report.examples import Examples, Found, Retention
@@ -27,9 +27,14 @@ from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, prog
 from clipgraft.stored_images import open_bytes
 from clipgraft.text_tables import NOTHING
 
-_COLUMNS = {
+_COLUMNS: Mapping[TaskName, tuple[Any, ...]] = {
     "retrieval": (("image → text", (("R@1", 0), ("R@5", 1))), ("text → image", (("R@1", 2), ("R@5", 3)))),
     "classification": (("accuracy", (("first", 0), ("first 5", 1))), ("recall", (("mean", 2),))),
+    "translation": (
+        ("source → target", (("R@1", 0),)),
+        ("target → source", (("R@1", 1),)),
+        ("teacher", (("cosine", 2),)),
+    ),
 }
 
 
@@ -115,7 +120,7 @@ def _tables(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
         own = [group for group in groups if group.task == task]
         if own:
             ranked = any(line.r for group in own for line in group.lines)
-            names = HEADLINE["retrieval" if task == "retrieval" else "classification"]
+            names = HEADLINE[task]
             how = list(dict.fromkeys(name for group in own for line in group.lines for name in line.how))
             made.append(
                 {"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked, "how": how}

@@ -75,8 +75,9 @@ class Run:
 
     @property
     def task(self) -> TaskName:
-        measured = "acc1" in self.evaluations[-1] if self.evaluations else False
-        return "classification" if measured or self.params.get("task") == "classification" else "retrieval"
+        if self.evaluations:
+            return task_of(self.evaluations[-1])
+        return "classification" if self.params.get("task") == "classification" else "retrieval"
 
     @property
     def measured(self) -> tuple[Mapping[str, float], ...]:

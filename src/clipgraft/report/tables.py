@@ -248,6 +248,9 @@ METRIC_WORDS = {
     "acc1": "accuracy",
     "acc5": "accuracy in first 5",
     "mean_per_class_recall": "mean recall of classes",
+    "source_to_target_R@1": "source → target R@1",
+    "target_to_source_R@1": "target → source R@1",
+    "teacher_cosine": "cosine to the teacher",
 }
 
 

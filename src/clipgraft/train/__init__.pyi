@@ -1,7 +1,8 @@
-"""The public names of `clipgraft.train`; `fit`, `fit_classifier` and `distill` are flat."""
+"""The public names of `clipgraft.train`; the functions that train are flat."""
 
 from .args import DistillArgs as DistillArgs
 from .args import HeadArgs as HeadArgs
+from .args import TranslateArgs as TranslateArgs
 from .fewshot.features import FeatureModeArgs as FeatureModeArgs
 from .fewshot.features import FewShotFeatures as FewShotFeatures
 from .fewshot.features import few_shot_features as few_shot_features

@@ -222,6 +222,17 @@ class HeadArgs(Options):
     )
 
 
+class TranslateArgs(Options):
+    """How translations count beside pairs: by default as `retain` does where nothing can be tried."""
+
+    translation_weight: LossWeight = Field(
+        30.0,
+        ge=0,
+        description="weight of a translation's distance to the base's features of its source, beside the "
+        "loss of pairs",
+    )
+
+
 class DistillArgs(Options):
     """How much each term of the loss of a distillation counts."""
 

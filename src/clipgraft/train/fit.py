@@ -1,4 +1,4 @@
-"""Train a model on pairs, on labelled images, or from a larger model: one call each."""
+"""Train a model on pairs, on labelled images, on translations, or from a larger model: one call each."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Labelled, Pairs
 from clipgraft.data.retained import Retained
+from clipgraft.data.translations import Translations
 from clipgraft.models.clip import ClipLike, as_clip
-from clipgraft.train.args import DistillArgs, HeadArgs, RunArgs, TrainArgs
+from clipgraft.train.args import DistillArgs, HeadArgs, RunArgs, TrainArgs, TranslateArgs
 from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.recipes.classification import ClassificationRecipe
 from clipgraft.train.recipes.contrastive import ContrastiveRecipe
 from clipgraft.train.recipes.distillation import DistillationRecipe
+from clipgraft.train.recipes.translation import TranslationRecipe
 from clipgraft.train.run import FitResult, run_recipe
 
 _TRAIN, _FEATURES, _HEAD, _DISTILL = TrainArgs(), FeatureArgs(), HeadArgs(), DistillArgs()
+_TRANSLATE = TranslateArgs()
 
 
 def fit(
@@ -84,6 +87,44 @@ def fit_classifier(
         AdapterError, TrainingError, Interrupted: as for `fit`.
     """
     recipe = ClassificationRecipe(images, val, prompts, head, retain)
+    return run_recipe(model, recipe, train, run, features, world)
+
+
+def fit_translations(
+    model: ClipLike,
+    translations: Translations,
+    val: Translations | None = None,
+    *,
+    run: RunArgs,
+    pairs: Pairs | None = None,
+    val_pairs: Pairs | None = None,
+    options: TranslateArgs = _TRANSLATE,
+    train: TrainArgs = _TRAIN,
+    features: FeatureArgs = _FEATURES,
+    retain: Retained | None = None,
+    world: World = ALONE,
+) -> FitResult:
+    """Train a text tower to give for translations what its base gives for their sources.
+
+    No picture is needed: the image tower is never run without `pairs` or `val_pairs`. Source texts are
+    trained on as well, to stay as they are.
+
+    Args:
+        model: a `Clip` with a tokenizer; `apply_lora` on text sites first to train an adapter. Without
+            pictures it may be a text tower alone.
+        translations: texts that the base understands, with their translations
+            (`clipgraft.data.read_translations`).
+        val: others, to evaluate on: do translations find their sources, and how near are they?
+        pairs: images with captions to train on too, in any number.
+        val_pairs: images with captions to evaluate on; the best epoch is then the best on these.
+        options: how much translations count beside pairs.
+        run, train, features, retain, world: as for `fit`.
+
+    Raises:
+        ConfigError: as for `fit`, or the text tower is frozen, or the image tower is to train.
+        AdapterError, DataError, TrainingError, Interrupted: as for `fit`.
+    """
+    recipe = TranslationRecipe(translations, val, pairs, val_pairs, options, retain)
     return run_recipe(model, recipe, train, run, features, world)
 
 

@@ -88,12 +88,18 @@ class Anchors:
     pictures: Pictures | None = None
 
 
+def features_by_base(inputs: Inputs, texts: Sequence[str]) -> Tensor:
+    """(T, D) unit-norm features of texts by the base: what a trained text tower is taught, or held to."""
+    with as_base(inputs.setup.clip):
+        return inputs.encode_captions(texts)
+
+
 def make_anchors(inputs: Inputs, retained: Retained, images: Sequence[Path]) -> Anchors:
     """Encode by the base, before the first step, what a model is held to; `images` are those it trains on."""
     clip, encoder = inputs.setup.clip, inputs.encoder
     texts, _ = retained.parts()
+    of_texts = features_by_base(inputs, texts)
     with as_base(clip):
-        of_texts = inputs.encode_captions(texts)
         scale = float(clip.logit_scale.detach())
     anchors = Anchors(of_texts, _encode_texts(clip, encoder, texts), scale)
     if not trains(clip, "vision"):

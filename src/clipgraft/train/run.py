@@ -29,14 +29,12 @@ from clipgraft.lora.state import count_parameters, lora_state, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.export import size_on_disk
 from clipgraft.models.lone_tower import check_has_tower
-from clipgraft.models.sites import TOWERS
 from clipgraft.pictures import open_image
 from clipgraft.results import Result
 from clipgraft.train import rate, retention
 from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.distributed import ALONE, World
 from clipgraft.train.feed import trains
-from clipgraft.train.inputs import prepare_inputs
 from clipgraft.train.loop import Loop, running_statistics, same_random
 from clipgraft.train.rate import Rate, choose_rate
 from clipgraft.train.recipes.recipe import Objective, Recipe
@@ -123,7 +121,7 @@ def run_recipe(
     """
     started = time.perf_counter()
     clip = as_clip(model)
-    for tower in TOWERS:
+    for tower in recipe.towers:
         check_has_tower(clip.model, tower)
     require_unmerged(clip, "train")
     recipe.check()
@@ -202,7 +200,7 @@ class _Run:
         clip, args = setup.clip, setup.train
         encoder = Encoder(clip, setup.autocast, grad_checkpointing=args.grad_checkpointing)
         start_adapter(clip, recipe.sample(), args.seed)
-        self.inputs = prepare_inputs(setup, encoder, recipe.pairs, recipe.val, needs_tower=recipe.needs_tower)
+        self.inputs = recipe.prepare(setup, encoder)
         objective = task = recipe.objective(self.inputs)
         if recipe.retained is not None:
             objective = hold_to_base(task, self.inputs, recipe.retained, recipe.pairs.images)

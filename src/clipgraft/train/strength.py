@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clipgraft.data.retained import Retained
 from clipgraft.evaluate.bootstrap import Measured
-from clipgraft.evaluate.metrics import DECISIVE, task_of
+from clipgraft.evaluate.metrics import DECISIVE, MEASURED_ON, task_of
 from clipgraft.lora.state import Adapter, lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.records import Finite, Whole
@@ -81,7 +81,8 @@ class StrengthCurve:
         return asdict(self)
 
     def __str__(self) -> str:
-        what = "R@1" if task_of(self.metrics) == "retrieval" else "accuracy"
+        task = task_of(self.metrics)
+        what = "accuracy" if task == "classification" else "R@1"
         rows = [
             (f"{point.strength:g}", f"{100 * point.gained:.1f}", f"{100 * point.kept:.1f}")
             for point in self.points
@@ -89,7 +90,7 @@ class StrengthCurve:
         told = Table("", ("strength", f"gained: {what} %", "kept %"), tuple(rows)).text().strip("\n")
         lines = [
             f"strength of what was learnt ({self.of} x strength); kept: first answers that are the base's, "
-            f"between the validation images and {self.texts:,} texts ({self.source})",
+            f"between the validation {MEASURED_ON[task]} and {self.texts:,} texts ({self.source})",
             told,
             self._advice(),
         ]

@@ -35,6 +35,7 @@ _ORDER = (
     ("image_to_text_R@5", "text_to_image_R@5"),
     ("image_to_text_R@10", "text_to_image_R@10"),
     ("acc5",),
+    ("teacher_cosine",),
 )
 
 

@@ -8,11 +8,13 @@ from statistics import fmean
 from typing import Any, Literal
 
 from clipgraft.evaluate.bootstrap import Difference, Interval, Measured, compare_outcomes, points
+from clipgraft.evaluate.metrics import MEASURED_ON, task_of
 
 Word = Literal["better", "no better", "worse"]
+Unit = Literal["pairs", "images", "translations"]
 FEWEST_CHANGED = 6
 """Images whose answers must change for any verdict: five that all change one way are chance in 1 of 16."""
-_FEW = {"pairs": 2000, "images": 500}
+_FEW = {"pairs": 2000, "images": 500, "translations": 2000}
 _HARDLY = 0.05  # share of the loss
 _LOW_LR = 1e-4  # below what adapters learn well with
 _LOST = 0.01  # share of the queries
@@ -32,7 +34,7 @@ class Trained:
     """
 
     rows: int
-    unit: Literal["pairs", "images"]
+    unit: Unit
     epochs: int
     lr: float
     roles: Collection[tuple[str, str]] | None
@@ -52,7 +54,8 @@ class Verdict:
         by_metric: their differences.
         difference: the mean of them; what `word` goes by.
         chance: what answers in random order reach.
-        images: how many were resampled, and `changed`: for how many an answer became right or wrong.
+        images: how many images or sentences were resampled, and `changed`: for how many an answer became
+            right or wrong.
         advice: what to try next; nothing where that is not known.
     """
 
@@ -77,16 +80,20 @@ class Verdict:
             for name, gain in self.by_metric.items()
         )
         chance = " and ".join(dict.fromkeys(f"{100 * share:.2g} %" for share in self.chance.values()))
-        level = f"{100 * self.difference.level:g} % intervals over {self.images:,} images"
+        level = f"{100 * self.difference.level:g} % intervals over {self._measured}"
         lines = [f"{self.word} than {self.than}: {numbers}; {level}, chance is {chance}"]
         if self.word == "no better":
             lines.append(f"not told from chance: {self._why()}")
         lines += [f"try {advice}" for advice in self.advice]
         return "\n".join(lines)
 
+    @property
+    def _measured(self) -> str:
+        return f"{self.images:,} {MEASURED_ON[task_of(self.after)]}"
+
     def _why(self) -> str:
         if self.changed < FEWEST_CHANGED:
-            return f"answers changed for {self.changed} of {self.images:,} images"
+            return f"answers changed for {self.changed} of {self._measured}"
         mean = self.difference
         return f"the mean difference lies between {points(mean.low)} and {points(mean.high)} points"
 
@@ -142,7 +149,7 @@ def advise(word: Word, epoch: int, trained: Trained) -> Sequence[str]:
             found.append(
                 f"`lr={trained.lr / 3:.1g}`: the loss fell from {first:.3f} to {last:.3f} all the same"
             )
-    if (wider := _wider(trained.roles)) is not None:
+    if trained.unit != "translations" and (wider := _wider(trained.roles)) is not None:
         found.append(wider)
     if trained.rows < _FEW[trained.unit]:
         found.append(f"more than {trained.rows:,} {trained.unit}")

@@ -62,7 +62,8 @@ class DataFlags(TableFlags):
 
     train_data: UserPath | None = Field(
         None,
-        description="table of images and captions, a folder of both, or tar files: 'shards/{000..099}.tar'",
+        description="table of images and captions, a folder of both, or tar files: 'shards/{000..099}.tar'; "
+        "with --recipe translate a table of translations",
     )
     val_data: UserPath | None = Field(None, description="validation data, in the same form")
     val_csv_img_key: str | None = Field(None, description="--csv-img-key of --val-data, if it differs")

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from clipgraft.cli.flags.groups import Group
 from clipgraft.cli.flags.shared import ClassFlags, OverwriteFlags
+from clipgraft.data.args import TranslationArgs
 from clipgraft.lora.config import Bias, Initialization, LoraConfig, Variant
 from clipgraft.options import (
     Alpha,
@@ -30,7 +31,7 @@ from clipgraft.options import (
     expressions,
     words,
 )
-from clipgraft.train.args import HeadArgs, RunArgs
+from clipgraft.train.args import HeadArgs, RunArgs, TranslateArgs
 
 DEFAULT_TARGETS = "text-matrices"
 """Of a command: every matrix of the text tower. Without words' embeddings no new language is learnt."""
@@ -40,7 +41,11 @@ class ClassTrainFlags(ClassFlags, HeadArgs):
     """Training to tell classes apart."""
 
     val_size: float | None = Field(
-        None, gt=0, lt=1, description="fraction of each class to hold out for validation"
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of each class, or of the translations, to hold out for validation (default: no "
+        "class; a tenth of the translations, at most 1,000)",
     )
     shots: Count | None = Field(None, ge=1, description="train on this many images of each class")
     class_weights: bool = Field(False, description="give rare classes more weight in the loss")
@@ -51,6 +56,10 @@ def _option(name: str, **changes: Any) -> Any:
     option = LoraConfig.model_fields[name]
     given = {"default": option.default, "description": option.description, **changes}
     return Field(**given)
+
+
+def _column(name: str) -> Any:
+    return Field(None, description=TranslationArgs.model_fields[name].description)
 
 
 _OF_SITES = ("r", "targets", "target_modules")
@@ -180,6 +189,24 @@ class RetainFlags(Options):
         "auto",
         description="how much the distance from the base counts beside the loss; auto tries several on a "
         "part of the training data, for 5 % of the run's steps",
+    )
+
+
+class TranslateFlags(TranslateArgs):
+    """Learning a language from translations."""
+
+    recipe: Literal["translate"] | None = Field(
+        None,
+        description="translate: learn a language from texts and their translations in --train-data, without "
+        "pictures (default: as --task says)",
+    )
+    csv_source_key: str | None = _column("csv_source_key")
+    csv_target_key: str | None = _column("csv_target_key")
+    pairs: UserPath | None = Field(
+        None, description="with --recipe translate: images with captions to train on too, in any number"
+    )
+    val_pairs: UserPath | None = Field(
+        None, description="with --recipe translate: images with captions to evaluate on"
     )
 
 

@@ -37,11 +37,7 @@ class ContrastiveRecipe(Recipe):
 
     def settings(self) -> dict[str, Any]:
         """The training data by names and captions."""
-        digest = hashlib.sha256()
-        for image, caption in self.pairs.rows():
-            told = f"{image}\t{self.pairs.images[image].name}\t{caption}\n"
-            digest.update(told.encode(errors="surrogatepass"))
-        return {"data": digest.hexdigest()[:16]}
+        return {"data": digest_of(self.pairs)}
 
     def objective(self, inputs: Inputs) -> Objective:
         if isinstance(inputs.images, FixedImages):
@@ -55,6 +51,15 @@ class ContrastiveRecipe(Recipe):
         texts = inputs.encode_captions([caption for group in val.captions for caption in group])
         # Several processes encode a share each, and rank 0 counts.
         return inputs.setup.world.on_rank0(lambda: measure_retrieval(inputs.encoder, val, images, texts))
+
+
+def digest_of(pairs: Pairs) -> str:
+    """Return a digest of names of images and captions, for the record of a run that may be resumed."""
+    digest = hashlib.sha256()
+    for image, caption in pairs.rows():
+        told = f"{image}\t{pairs.images[image].name}\t{caption}\n"
+        digest.update(told.encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def contrastive(inputs: Inputs) -> Contrastive:

@@ -11,13 +11,17 @@ from torch import nn
 
 from clipgraft.data.datasets import Pairs
 from clipgraft.data.retained import Retained
+from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.models.clip import Clip
+from clipgraft.models.sites import TOWERS, Tower
 from clipgraft.train.args import LossKind
 from clipgraft.train.feed import MicroBatch
 from clipgraft.train.gradient_cache import Encode, Loss
-from clipgraft.train.inputs import Inputs
+from clipgraft.train.inputs import Inputs, prepare_inputs
 from clipgraft.train.recipes.pair_losses import choose_loss
+from clipgraft.train.setup import Setup
+from clipgraft.train.verdict import Unit
 
 
 class Objective(Protocol):
@@ -45,11 +49,13 @@ class Recipe(ABC):
         head: what trains besides the model, once `objective` has made it; None for nothing.
         retained: texts on which the model is held to its base; None for none.
         needs_tower: whether something of the model must train.
+        towers: those that the model must have.
     """
 
-    unit: ClassVar[Literal["pairs", "images"]] = "pairs"
+    unit: ClassVar[Unit] = "pairs"
     has_base: ClassVar[bool] = True
     needs_tower: bool = True
+    towers: tuple[Tower, ...] = TOWERS
 
     def __init__(self, pairs: Pairs, val: Pairs | None = None, retained: Retained | None = None) -> None:
         self.pairs = pairs
@@ -74,6 +80,10 @@ class Recipe(ABC):
     def sample(self) -> Pairs:
         """Pairs that show an adapter the data that it is to start on."""
         return self.pairs
+
+    def prepare(self, setup: Setup, encoder: Encoder) -> Inputs:
+        """Compute what is constant; what batches are made of."""
+        return prepare_inputs(setup, encoder, self.pairs, self.val, needs_tower=self.needs_tower)
 
     @abstractmethod
     def objective(self, inputs: Inputs) -> Objective:
