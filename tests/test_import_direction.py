@@ -18,7 +18,7 @@ LAYERS = (
     ("files", "readers"),
     ("stored_images",),
     ("records", "ours", "emoji", "pictures", "cluster"),
-    ("options",),
+    ("options", "notebook_tables"),
     ("models",),
     ("results",),
     ("lora",),

@@ -78,6 +78,12 @@ def test_costs_and_models_are_read_at_a_glance(measured: dict[str, Any], clip: c
     short(measured["profile"], f"macs {measured['profile'].macs:,}")
     short(measured["inspection"], f"macs {measured['profile'].macs:,}", "library ")
     short(measured["compacted"], f"parameters {measured['compacted'].parameters:,}")
+    frame = measured["profile"].to_pandas().set_index("tower")
+    assert frame.loc["both", "MACs"] == measured["profile"].macs
+    assert frame.loc["text", "weights"] == measured["profile"].text.parameters
+    assert measured["inspection"].to_pandas().iloc[:, -1].sum() == sum(
+        site.lora_parameters for site in measured["inspection"].sites
+    )
     assert "clip" not in measured["compacted"].to_dict()
     assert measured["profile"].to_dict()["macs"] == measured["profile"].macs
 

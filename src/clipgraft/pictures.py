@@ -95,6 +95,14 @@ def open_sized(
         return _to_rgb(name, image), size
 
 
+def jpeg_thumbnail(source: str | Path | bytes, side: int) -> bytes:
+    """Return an image as a JPEG of at most `side` pixels each way; raises ImageError as `open_image` does."""
+    image = ImageOps.contain(open_image(source, shortest=side), (side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def check_image(path: Path, *, decode: bool = True) -> None:
     """Raise ImageError where `open_image` would, at a fraction of its cost.
 

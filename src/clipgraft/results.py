@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from clipgraft.models.sites import Site
+from clipgraft.notebook_tables import Tabled
 from clipgraft.shown import shown_line
+from clipgraft.text_tables import Column, Table, table_of
 
 _LISTED = 4  # entries of a collection that are printed
 _LONG = 400  # characters of a value
 
 
-class Result:
+class Result(Tabled):
     """What a function made, as a dataclass with `repr=False`: it prints on a line, and knows `to_dict`.
+
+    In a notebook it is a table, by default with one row of what is printed.
 
     A class names in `_shows` the attributes that are printed, by default its fields, and in `_hidden` those
     that `to_dict` leaves out.
@@ -24,16 +28,46 @@ class Result:
     _hidden: ClassVar[frozenset[str]] = frozenset()
 
     def __repr__(self) -> str:
+        told = (f"{name} {_short(value)}" for name, value in self._shown().items())
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    def table(self) -> Table:
+        """What is printed, as one row."""
+        return _rows_of([self], type(self).__name__)
+
+    def _shown(self) -> dict[str, Any]:
+        """What is printed, by name; nothing that is not there."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # only dataclasses are results
         names = self._shows or tuple(field.name for field in fields if field.name not in self._hidden)
-        values = ((name, getattr(self, name)) for name in names)
-        told = (f"{name} {_short(value)}" for name, value in values if value is not None and value != ())
-        return f"{type(self).__name__}({', '.join(told)})"
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value != ()}
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, text and numbers."""
         made: dict[str, Any] = plain(self, self._hidden)
         return made
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Results(Tabled, tuple[R, ...]):
+    """Results of one kind: a tuple that a notebook shows as a table with a row for each."""
+
+    def table(self) -> Table:
+        """A row for each result, of what it prints."""
+        return _rows_of(self, "")
+
+
+def _rows_of(results: Sequence[Result], title: str) -> Table:
+    shown = [result._shown() for result in results]
+    names = list(dict.fromkeys(name for row in shown for name in row))
+    values = [[plain(row.get(name)) for name in names] for row in shown]
+    columns = [
+        Column(name, _short, left=any(isinstance(row[place], (str, dict, list)) for row in values))
+        for place, name in enumerate(names)
+    ]
+    return table_of(title, columns, values)
 
 
 def plain(value: Any, without: frozenset[str] = frozenset()) -> Any:

@@ -7,8 +7,9 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from clipgraft.shown import shown_line
 
@@ -29,6 +30,7 @@ class Table:
         note: what to know about the numbers, below the rows.
         left: positions of the columns that are aligned to the left, as text is; the others hold numbers.
         keys: how many columns name a row; on a narrow terminal they stand before each block of the others.
+        values: what the cells say, for programs; empty where only their text is known.
     """
 
     title: str
@@ -37,6 +39,7 @@ class Table:
     note: str = ""
     left: tuple[int, ...] = (0,)
     keys: int = 1
+    values: tuple[tuple[Any, ...], ...] = ()
 
     def text(self, width: int | None = None) -> str:
         """Aligned columns; those that do not fit into `width` follow below, beside the key columns again."""
@@ -51,6 +54,37 @@ class Table:
         head = [f"## {self.title}", ""] if self.title else []
         note = ["", self.note] if self.note else []
         return "\n".join([*head, *map(_between_bars, (self.columns, rule, *self.rows)), *note])
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of values: its name, how a value is shown, and whether it is text, aligned to the left."""
+
+    name: str
+    show: Callable[[Any], str] = str
+    left: bool = False
+
+
+def table_of(
+    title: str, columns: Sequence[Column], values: Iterable[Sequence[Any]], note: str = "", keys: int = 1
+) -> Table:
+    """Show values by their columns; None is `–`."""
+    kept = tuple(tuple(row) for row in values)
+    return Table(
+        title,
+        tuple(column.name for column in columns),
+        tuple(
+            tuple(
+                NOTHING if value is None else column.show(value)
+                for value, column in zip(row, columns, strict=True)
+            )
+            for row in kept
+        ),
+        note,
+        tuple(place for place, column in enumerate(columns) if column.left),
+        keys,
+        kept,
+    )
 
 
 def aligned(
@@ -131,6 +165,16 @@ def short(number: float, unit: str = "", billion: str = "G") -> str:
     letter = billion if letter == "G" else letter
     shown = f"{number / scale:.2f}".rstrip("0").rstrip(".")
     return f"{shown} {letter}{unit}".rstrip()
+
+
+def count(number: int) -> str:
+    """28672 -> `28,672`"""
+    return f"{number:,}"
+
+
+def share(value: float) -> str:
+    """0.5312 -> `53.1 %`"""
+    return f"{100 * value:.1f} %"
 
 
 def percent(part: float, whole: float, digits: int = 2) -> str:

@@ -43,7 +43,14 @@ RUN_ELSEWHERE = {
 # Pages whose blocks this file runs.
 RUN_HERE = (
     *("docs/classification.md", "docs/compact.md", "docs/distributed.md", "docs/forgetting.md"),
-    *("docs/profile.md", "docs/report.md", "docs/search.md", "docs/shell.md", "docs/towers.md"),
+    *(
+        "docs/profile.md",
+        "docs/notebooks.md",
+        "docs/report.md",
+        "docs/search.md",
+        "docs/shell.md",
+        "docs/towers.md",
+    ),
 )
 # How blocks or commands begin that do not run, by page, and why.
 NOT_RUN = {

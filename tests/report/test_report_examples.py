@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 import clipgraft as cg
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.features import encode_captions, encode_images
+from clipgraft.evaluate.error_analysis import RecallGroups
 from clipgraft.report import evaluate_run
 from clipgraft.report.evaluate_run import ComputeOptions, _spread, compute_examples
-from clipgraft.report.examples import Examples, stored_examples
+from clipgraft.report.examples import Examples, _fit, stored_examples
 from clipgraft.report.runs import read_run, read_sweep
 from clipgraft.report.write_report import write_report
 from html_pages import read_page
@@ -130,7 +132,7 @@ def test_examples_follow_the_adapter(copied: Path) -> None:
     assert stored_examples(read_run(copied)) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "key": "KEY", "examples": {"task": 3}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "key": "KEY", "examples": {"task": 3}}'])
 def test_damaged_examples_are_made_again(text: str, copied: Path, tmp_path: Path) -> None:
     """A cache file that was cut short keeps the report from being made."""
     write_report([copied], tmp_path / "report.html")
@@ -139,6 +141,17 @@ def test_damaged_examples_are_made_again(text: str, copied: Path, tmp_path: Path
     file.write_text(text.replace("KEY", key))
     assert "no examples" not in read_page(write_report([copied], tmp_path / "again.html")).text
     assert stored_examples(read_run(copied)) is not None
+
+
+def test_errors_of_one_model_alone_are_made_again(examples: Examples) -> None:
+    """Errors that a stranger's file names for one model only end the report in a traceback."""
+    assert _fit(examples)
+    assert examples.errors is not None
+    lame = replace(examples.errors, first={"base": 1})
+    assert not _fit(replace(examples, errors=lame))
+    empty = replace(examples.errors.by_length.groups[0], captions=0)
+    lame = replace(examples.errors, by_length=RecallGroups("words", (empty,)))
+    assert not _fit(replace(examples, errors=lame))
 
 
 def test_missing_images_are_counted(world: Any, tmp_path: Path) -> None:

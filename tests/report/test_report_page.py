@@ -17,6 +17,7 @@ from clipgraft.report import charts
 from clipgraft.report.tables import ResultRow
 from clipgraft.report.write_report import write_report
 from html_pages import Element, Page, read_page
+from tiny_pictures import IMAGES
 
 _RETRIEVAL = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
 _CLASSES = ("acc1", "acc5", "mean_per_class_recall")
@@ -179,10 +180,44 @@ def test_the_table_has_the_numbers_of_the_files(page: Page, world: Any) -> None:
 def test_every_section_is_there_in_its_order(page: Page) -> None:
     """What a reader looks for is not on the page, or comes before what explains it."""
     ids = [e.attributes["id"] for e in page.all("section")]
-    order = ["ran", "table", "curves", "cost", "gallery", "classes", "similarity", "tested", "forgotten"]
+    order = [
+        "ran",
+        "table",
+        "curves",
+        "cost",
+        "gallery",
+        "errors",
+        "classes",
+        "similarity",
+        "tested",
+        "forgotten",
+    ]
     assert ids == order
     terms = {e.text for e in page.all("dt") if e.inside("section", id="ran")}
     assert {"Model", "Training data", "Validation data", "Adapter", "Grid", "When", "Folder"} <= terms
+
+
+def test_errors_add_up_with_the_results(page: Page, world: Any) -> None:
+    """The groups of the error section leave captions out, or tell another recall than the table above."""
+    (section,) = page.all("section", id="errors")
+    rows = rows_of(page, "retrieval")
+    regions = [e for e in page.all("div") if section in e.parents and "By length" in str(e.attributes)]
+    assert len(regions) == 2  # of the run and of the sweep's best adapter
+    region = regions[0]
+    groups = [
+        [float(e.attributes["value"]) for e in page.all("data") if row in e.parents]
+        for row in page.all("tr")
+        if region in row.parents and row.inside("tbody")
+    ]
+    assert sum(captions for captions, _, _ in groups) == 2 * IMAGES
+    base = sum(captions * recall for captions, recall, _ in groups) / (2 * IMAGES)
+    adapted = sum(captions * recall for captions, _, recall in groups) / (2 * IMAGES)
+    text_to_image = _RETRIEVAL.index("text_to_image_R@1")
+    assert base == pytest.approx(rows[0][1][text_to_image])
+    (trained,) = [numbers for label, numbers in rows if label.startswith("run")]
+    assert adapted == pytest.approx(trained[text_to_image])
+    heads = [e.text for e in page.all("summary") if section in e.parents]
+    assert any(re.fullmatch(r"Worst captions: \d+ of 24", head) for head in heads)
 
 
 def test_pictures_are_kept_once(page: Page) -> None:

@@ -17,12 +17,11 @@ from clipgraft.text_tables import Table
 
 if TYPE_CHECKING:
     from clipgraft.data.datasets import Pairs
-    from clipgraft.data.examine import OddPair
+    from clipgraft.data.examine import OddPairs
 
 log = logging.getLogger("clipgraft")
 _SUMMARY = "Look at images with captions before training on them, and split them by image without leaks."
 _SHOWN = 10  # groups of images that are alike
-_CAPTION = 80  # characters
 # `--split` of other commands names a part to read; here it says how to make parts.
 _KINDS: list[AnyGroup] = [ExamineFlags, ModelFlags, Group(TableFlags, names={"split": "part"})]
 
@@ -44,7 +43,7 @@ def run_data(argv: Sequence[str]) -> None:
     alike = same_files(pairs)
     if "model" in model.model_fields_set:
         near, odd = _by_features(pairs, spec, model, table)
-        show(_alike(pairs, near, spec.near), _odd(odd))
+        show(_alike(pairs, near, spec.near), odd.table() if odd else "")
         alike += near
     else:
         log.info(
@@ -86,7 +85,7 @@ def _check(spec: ExamineFlags, model: ModelFlags) -> None:
 
 def _by_features(
     pairs: Pairs, spec: ExamineFlags, model: ModelFlags, table: TableFlags
-) -> tuple[list[tuple[int, ...]], list[OddPair]]:
+) -> tuple[list[tuple[int, ...]], OddPairs]:
     """Find images that are nearly the same, and the pairs that the base finds least similar."""
     from clipgraft.cli.common import load_model
     from clipgraft.data.examine import near_duplicates, oddest_pairs
@@ -123,17 +122,6 @@ def _alike(pairs: Pairs, groups: Sequence[tuple[int, ...]], at_least: float) -> 
     )
     note = f"The {_SHOWN} largest groups." if len(groups) > _SHOWN else ""
     return Table(title, ("images", "files"), tuple(rows), note, left=(1,))
-
-
-def _odd(pairs: Sequence[OddPair]) -> Table | str:
-    rows = [
-        (f"{pair.similarity:.3f}", pair.image.name, " ".join(pair.caption.split())[:_CAPTION])
-        for pair in pairs
-    ]
-    if not rows:
-        return ""
-    title = "Pairs that the base finds least similar: look whether image and caption belong together"
-    return Table(title, ("cosine", "image", "caption"), tuple(rows), left=(1, 2))
 
 
 def _split(pairs: Pairs, alike: Sequence[tuple[int, ...]], spec: ExamineFlags) -> None:

@@ -10,22 +10,25 @@ import hashlib
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
 
 from clipgraft.data.summary import DataReport, LabelReport, PairReport
 from clipgraft.errors import ConfigError, DataError
+from clipgraft.notebook_tables import MOST_ROWS, Picture, Tabled, small_pictures
+from clipgraft.pictures import jpeg_thumbnail
 from clipgraft.shown import shown_line
+from clipgraft.text_tables import Column, Table, table_of
 
 log = logging.getLogger("clipgraft")
 _SHOWN = 10  # classes that are named in one line
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Tabled):
     """Images and their captions in order: `captions[i]` belongs to `images[i]` and is never empty.
 
     `report` tells what was read and what was skipped, where `read_pairs` read them; a part of them has none.
@@ -65,13 +68,32 @@ class Pairs:
             "title": [caption for _, caption in rows],
         }
 
+    def table(self) -> Table:
+        """A row for every caption, as in `to_dict`."""
+        found = self.to_dict()
+        columns = [Column(name, left=True) for name in found]
+        return table_of(repr(self), columns, zip(*found.values(), strict=True))
+
+    def head(self) -> tuple[Table, int]:
+        """The rows of the first images, under what all are."""
+        return replace(self[:MOST_ROWS].table(), title=repr(self)), sum(map(len, self.captions))
+
+    def pictures(self) -> Mapping[str, Sequence[Picture]]:
+        """The first images, each at its first caption."""
+        places = [
+            (str(path) if not number else None, caption)
+            for path, captions in self[:MOST_ROWS]
+            for number, caption in enumerate(captions)
+        ]
+        return {"image": small_pictures(places[:MOST_ROWS], jpeg_thumbnail)}
+
     def rows(self) -> list[tuple[int, str]]:
         """Return (image index, caption) for every caption: the rows of one epoch, as in open_clip."""
         return [(image, caption) for image, texts in enumerate(self.captions) for caption in texts]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(Tabled):
     """Images in order with their classes: image i shows `classes[labels[i]]`. Classes are sorted by name.
 
     A class may have no image: parts of a data set keep the classes of the whole. `report` tells what was read
@@ -98,6 +120,22 @@ class Labelled:
 
     def __repr__(self) -> str:
         return f"Labelled({len(self):,} images of {len(self.classes):,} classes{_read_from(self.report)})"
+
+    def table(self) -> Table:
+        """A row for every image: its file and its class."""
+        rows = ((str(image), self.classes[n]) for image, n in zip(self.images, self.labels, strict=True))
+        return table_of(repr(self), [Column("filepath", left=True), Column("label", left=True)], rows)
+
+    def head(self) -> tuple[Table, int]:
+        """The rows of the first images, under what all are."""
+        first = Labelled(self.images[:MOST_ROWS], self.labels[:MOST_ROWS], self.classes)
+        return replace(first.table(), title=repr(self)), len(self)
+
+    def pictures(self) -> Mapping[str, Sequence[Picture]]:
+        """The first images."""
+        first = zip(self.images[:MOST_ROWS], self.labels, strict=False)
+        places = ((str(image), self.classes[label]) for image, label in first)
+        return {"image": small_pictures(places, jpeg_thumbnail)}
 
     def counts(self) -> tuple[int, ...]:
         """Count the images of each class."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,12 @@ from torch import Tensor
 
 from clipgraft.data.datasets import Pairs
 from clipgraft.data.reader import find_duplicates
+from clipgraft.notebook_tables import Picture, Tabled, small_pictures
+from clipgraft.pictures import jpeg_thumbnail
+from clipgraft.text_tables import Column, Table, table_of
 
 _BLOCK = 2048  # images compared at once
+_CAPTION = 80  # characters of a caption in a table
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,25 @@ class OddPair:
     image: Path
     caption: str
     similarity: float
+
+
+class OddPairs(Tabled, list[OddPair]):
+    """Pairs that the base finds unlike: a list that a notebook shows with the images."""
+
+    def table(self) -> Table:
+        """A row for each pair."""
+        columns = (
+            *(Column("cosine", "{:.3f}".format), Column("image", lambda path: Path(path).name, left=True)),
+            Column("caption", lambda caption: " ".join(caption.split())[:_CAPTION], left=True),
+        )
+        rows = ((pair.similarity, str(pair.image), pair.caption) for pair in self)
+        title = "Pairs that the base finds least similar: look whether image and caption belong together"
+        return table_of(title, columns, rows)
+
+    def pictures(self) -> Mapping[str, Sequence[Picture]]:
+        """The images."""
+        places = [(str(pair.image), pair.caption) for pair in self]
+        return {"picture": small_pictures(places, jpeg_thumbnail)}
 
 
 def caption_lengths(pairs: Pairs) -> Lengths:
@@ -94,7 +117,7 @@ def same_files(pairs: Pairs) -> list[tuple[int, ...]]:
     return [tuple(sorted(number[path] for path in group)) for group in groups]
 
 
-def oddest_pairs(pairs: Pairs, images: Tensor, captions: Tensor, count: int) -> list[OddPair]:
+def oddest_pairs(pairs: Pairs, images: Tensor, captions: Tensor, count: int) -> OddPairs:
     """Choose the pairs of the lowest similarity, the lowest first.
 
     Args:
@@ -112,4 +135,4 @@ def oddest_pairs(pairs: Pairs, images: Tensor, captions: Tensor, count: int) -> 
         ]
     )
     lowest = similar.topk(min(count, len(rows)), largest=False).indices.tolist()
-    return [OddPair(pairs.images[rows[i][0]], rows[i][1], float(similar[i])) for i in lowest]
+    return OddPairs(OddPair(pairs.images[rows[i][0]], rows[i][1], float(similar[i])) for i in lowest)

@@ -12,7 +12,7 @@ from clipgraft.data.table import BadRow, Row
 from clipgraft.errors import DataError
 from clipgraft.results import Result
 from clipgraft.shown import shown_line
-from clipgraft.text_tables import aligned
+from clipgraft.text_tables import Column, Table, aligned, count, table_of
 
 _KEPT = 10  # bad rows that are kept to be shown
 _SHOWN = 3  # bad rows that fit into a one-line error
@@ -58,6 +58,12 @@ class TableReport(Result):
             lines.append(f"  skipped rows{more}:")
             lines += [f"    {describe_row(row, self.unit)}" for row in self.first_bad]
         return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The facts of the summary."""
+        columns = (Column("", left=True), Column("count", count), Column("remark", left=True))
+        facts = [*self._facts(), *((n, c, advice if c else "") for n, c, advice in self._problems())]
+        return table_of(f"{self.source} ({self.kind})", columns, facts, " ".join(self.notes))
 
     def _facts(self) -> list[Fact]:
         used = f"{self.rows - self.bad_rows:,} of them used" if self.bad_rows else ""

@@ -27,7 +27,9 @@ from clipgraft.evaluate.bootstrap import Measured, Outcomes
 from clipgraft.evaluate.metrics import Metrics
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.device import use_autocast
+from clipgraft.notebook_tables import Tabled
 from clipgraft.progress import Progress
+from clipgraft.text_tables import Column, Table, count, share, table_of
 
 CALIBRATION_BINS = 15
 _ROWS = 4096  # rows whose float64 copy is made at once
@@ -44,7 +46,7 @@ class ClassRow:
 
 
 @dataclass(frozen=True, eq=False)
-class ClassificationResult:
+class ClassificationResult(Tabled):
     """Metrics of a classifier, in total and by class.
 
     Attributes:
@@ -62,6 +64,15 @@ class ClassificationResult:
     correct: Tensor
     predicted: Tensor
     confidence: Tensor
+
+    def table(self) -> Table:
+        """The classes, under the metrics of all."""
+        rows = ((row.name, row.count, row.recall, row.precision) for row in self.per_class)
+        columns = (
+            *(Column("class", left=True), Column("images", count)),
+            *(Column("recall", share), Column("precision", share)),
+        )
+        return table_of(repr(self.metrics), columns, rows)
 
     @property
     def measured(self) -> Measured:

@@ -54,7 +54,7 @@ def compare_retrieval(
         listed.append(caption_answers(images, texts, owner, retrieval_ranks(images, texts, owner)))
         return measure_retrieval(encoder, pairs, images, texts)
 
-    found = _each(models, pairs.images, features, batch_size, measure)
+    found = each_model(models, pairs.images, features, batch_size, measure)
     if answers is not None:
         answers.update(zip(found, listed, strict=True))
     return found
@@ -84,7 +84,7 @@ def compare_classification(
         latest[:] = [found]
         return evaluate_classification(clip, images, prompts, features, image_features=found)
 
-    results = _each(models, images.images, features, batch_size, measure)
+    results = each_model(models, images.images, features, batch_size, measure)
     if head is not None:
         with torch.no_grad():
             logits = head(latest[0].cpu())
@@ -92,7 +92,7 @@ def compare_classification(
     return results
 
 
-def _each(
+def each_model(
     models: Mapping[str, Clip],
     files: Sequence[Path],
     features: FeatureArgs,

@@ -20,7 +20,10 @@ query, and such a model gets the last rank (see `ranks.py`). Without ties the nu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
+
+from clipgraft.notebook_tables import Tabled
+from clipgraft.text_tables import NOTHING, Column, Table, share, table_of
 
 DEFAULT_KS = (1, 5, 10)
 TaskName = Literal["retrieval", "classification", "translation"]
@@ -79,18 +82,61 @@ def headline(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in names)
 
 
-class Metrics(dict[str, float]):
-    """Metrics by name: a plain dict that prints those that tables show, a line for each direction."""
+class Metrics(Tabled, dict[str, float]):
+    """Metrics by name: a plain dict that prints those that tables show, a line for each direction.
+
+    In a notebook, and in `to_pandas`, a direction is a row.
+    """
 
     def __repr__(self) -> str:
         names = [name for name in REPORTED[task_of(self)] if name in self]
         if not names:
             return super().__repr__()
-        lines: dict[str, list[str]] = {}
-        for name in names:
-            direction = next((d for d in (*DIRECTIONS, *BETWEEN_TEXTS) if name.startswith(d)), "")
-            short = name.removeprefix(f"{direction}_")
-            is_share = short.startswith(("R@", "acc", "mean_per_class"))
-            shown = f"{100 * self[name]:.1f} %" if is_share else f"{self[name]:.4g}"
-            lines.setdefault(direction, []).append(f"{short} {shown}")
-        return "\n".join(f"{name}{name and ': '}{', '.join(cells)}" for name, cells in lines.items())
+        table = self.table()
+        lines = []
+        for direction, *cells in table.rows:
+            named = (f"{n} {c}" for n, c in zip(table.columns[1:], cells, strict=True) if c != NOTHING)
+            lines.append(f"{direction}{direction and ': '}{', '.join(named)}")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """A row for each direction of retrieval or translation, or one of classification; shares as fractions."""
+        rows: dict[str, dict[str, float]] = {}
+        for name in REPORTED[task_of(self)]:
+            if name in self:
+                direction = next((d for d in _ALL_DIRECTIONS if name.startswith(d)), "")
+                rows.setdefault(direction, {})[name.removeprefix(f"{direction}_")] = self[name]
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        values: list[list[Any]] = [[d, *(row.get(name) for name in names)] for d, row in rows.items()]
+        return table_of("", [Column("", left=True), *map(metric_column, names)], values)
+
+
+def metric_column(name: str) -> Column:
+    """The column of a metric: shares in percent, ranks and losses as numbers."""
+    direction = next((d for d in _ALL_DIRECTIONS if name.startswith(d)), "")
+    is_share = name.removeprefix(f"{direction}_").startswith(_SHARES)
+    return Column(name, share if is_share else _number)
+
+
+_ALL_DIRECTIONS = (*DIRECTIONS, *BETWEEN_TEXTS)
+_SHARES = ("R@", "acc", "mean_per_class")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+class Comparison(Tabled, dict[str, Mapping[str, float]]):
+    """Metrics of several models by their names: a dict that a notebook shows with a row for each model.
+
+    `Comparison(base=one, adapter=other)` takes what `evaluate_retrieval` returned, or the `metrics` of a
+    `FitResult` or a classification.
+    """
+
+    def table(self) -> Table:
+        """A row for each model, with the metrics that tables show; shares as fractions."""
+        known = (name for task in REPORTED.values() for name in task)
+        names = [name for name in known if any(name in metrics for metrics in self.values())]
+        columns = [Column("model", left=True), *map(metric_column, names)]
+        rows = ([model, *(metrics.get(name) for name in names)] for model, metrics in self.items())
+        return table_of("", columns, rows)

@@ -25,6 +25,7 @@ from clipgraft.models.hub import one_line
 from clipgraft.models.sites import Site, SiteRef, Tower
 from clipgraft.profile.trace import LayerCost, Product, Trace, join, on_meta, trace
 from clipgraft.results import Result
+from clipgraft.text_tables import Table
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ class ClipProfile(Result):
     text: TowerCost | None
     vision: TowerCost | None
     trace: Trace
+
+    def table(self) -> Table:
+        """The towers and their sum."""
+        from clipgraft.profile.tables import towers_table
+
+        return towers_table(self)
 
     @property
     def towers(self) -> tuple[TowerCost, ...]:

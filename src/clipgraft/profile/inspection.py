@@ -21,9 +21,10 @@ from clipgraft.models.export import size_on_disk
 from clipgraft.models.meta import ModelConfig, Overrides, build_model, read_model_config
 from clipgraft.models.sites import SiteKind
 from clipgraft.profile.forward import ClipProfile, costs
-from clipgraft.profile.tables import structure
+from clipgraft.profile.tables import sites_table, structure
 from clipgraft.profile.training import TargetCost, target_costs
 from clipgraft.results import Result
+from clipgraft.text_tables import Table
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Inspection(Result):
     r: int
     sites: tuple[SiteInfo, ...]
     targets: tuple[TargetCost, ...]
+
+    def table(self) -> Table:
+        """The sites, with what an update of rank r weighs; of a role those of all blocks in one row."""
+        return sites_table(self.sites, self.r)
 
 
 def inspect(

@@ -10,7 +10,7 @@ from torch import nn
 
 from clipgraft.profile.llava import LLAVA_PARTS
 from clipgraft.profile.trace import LayerCost, Trace
-from clipgraft.text_tables import Table, aligned, percent, short
+from clipgraft.text_tables import Column, Table, aligned, count, percent, short, table_of
 
 if TYPE_CHECKING:
     from clipgraft.profile.forward import ClipProfile, SiteCost, TowerCost
@@ -27,10 +27,13 @@ def sites_table(sites: Sequence[SiteInfo], r: int) -> Table:
     rows = []
     for label, group in _by_role((site.site, site) for site in sites):
         first = group[0]
-        shape = "x".join(map(str, first.shape))
         added = sum(site.lora_parameters for site in group)
-        rows.append((label, str(len(group)), first.kind, shape, f"{added:,}"))
-    return Table("sites", ("site", "sites", "kind", "shape", f"LoRA weights, r={r}"), tuple(rows))
+        rows.append((label, len(group), first.kind, first.shape, added))
+    columns = (
+        *(Column("site", left=True), Column("sites"), Column("kind"), Column("shape", _by)),
+        Column(f"LoRA weights, r={r}", count),
+    )
+    return table_of("sites", columns, rows)
 
 
 def adapted_table(sites: Sequence[AdaptedSite]) -> Table:
@@ -49,18 +52,32 @@ def adapted_table(sites: Sequence[AdaptedSite]) -> Table:
 
 def targets_table(targets: Iterable[TargetCost]) -> Table:
     """What adapters would weigh."""
-    rows = tuple(
-        (
-            cost.targets,
-            str(cost.r),
-            str(cost.sites),
-            f"{cost.parameters:,}",
-            f"{cost.megabytes:.2f}",
-            percent(cost.parameters, cost.parameters / cost.share) if cost.share else "--",
-        )
-        for cost in targets
+    columns = (
+        *(Column("targets", left=True), Column("r"), Column("sites"), Column("weights", count)),
+        *(Column("adapter MB", _two_digits), Column("of the base", _part_of_base)),
     )
-    return Table("target sets", ("targets", "r", "sites", "weights", "adapter MB", "of the base"), rows)
+    rows = ((c.targets, c.r, c.sites, c.parameters, c.megabytes, c.share) for c in targets)
+    return table_of("target sets", columns, rows)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _two_digits(number: float) -> str:
+    return f"{number:.2f}"
+
+
+def _one_digit(number: float) -> str:
+    return f"{number:.1f}"
+
+
+def _part(share: float) -> str:
+    return percent(share, 1)
+
+
+def _part_of_base(share: float) -> str:
+    return _part(share) if share else "--"
 
 
 def towers_table(profile: ClipProfile) -> Table:
@@ -68,40 +85,42 @@ def towers_table(profile: ClipProfile) -> Table:
     rows = [_tower_row(tower) for tower in profile.towers]
     if len(rows) > 1:
         rows.append(_sum_row(profile))
-    return Table(
-        f"forward pass, batch {profile.batch}",
-        (
-            *("tower", "input", "weights", "MACs", "of it attention", "FLOPs"),
-            *("adapter MACs", "of the base", "activations MB"),
-        ),
-        tuple(rows),
-        _notes(profile),
+    columns = (
+        *(Column("tower", left=True), Column("input"), Column("weights", count), Column("MACs", short)),
+        *(Column("of it attention", _part), Column("FLOPs", short), Column("adapter MACs", short)),
+        *(Column("of the base", _part), Column("activations MB", _one_digit)),
     )
+    return table_of(f"forward pass, batch {profile.batch}", columns, rows, _notes(profile))
 
 
-def _sum_row(profile: ClipProfile) -> tuple[str, ...]:
+def _sum_row(profile: ClipProfile) -> tuple[object, ...]:
     parameters, macs, flops, attention, adapter = (
         sum(getattr(tower, name) for tower in profile.towers)
         for name in ("parameters", "macs", "flops", "attention_macs", "adapter_macs")
     )
     return (
-        *("both", "", f"{parameters:,}", short(macs), percent(attention, macs), short(flops)),
-        *(short(adapter), percent(adapter, macs), f"{profile.trace.forward_bytes / 1e6:.1f}"),
+        *("both", "", parameters, macs, _share(attention, macs), flops),
+        *(adapter, _share(adapter, macs), profile.trace.forward_bytes / 1e6),
     )
 
 
-def _tower_row(cost: TowerCost) -> tuple[str, ...]:
+def _tower_row(cost: TowerCost) -> tuple[object, ...]:
     return (
         cost.tower,
-        "x".join(map(str, cost.input_shape)),
-        f"{cost.parameters:,}",
-        short(cost.macs),
-        percent(cost.attention_macs, cost.macs),
-        short(cost.flops),
-        short(cost.adapter_macs),
-        percent(cost.adapter_macs, cost.macs),
-        f"{cost.trace.forward_bytes / 1e6:.1f}",
+        _by(cost.input_shape),
+        cost.parameters,
+        cost.macs,
+        _share(cost.attention_macs, cost.macs),
+        cost.flops,
+        cost.adapter_macs,
+        _share(cost.adapter_macs, cost.macs),
+        cost.trace.forward_bytes / 1e6,
     )
+
+
+def _share(part: float, whole: float) -> float:
+    """Of nothing, 0."""
+    return part / whole if whole else 0.0
 
 
 def _notes(profile: ClipProfile) -> str:
@@ -161,27 +180,28 @@ def llava_table(profile: LlavaProfile) -> Table:
 def training_table(costs: Sequence[TrainingCost], batch: int) -> Table:
     """A training step on every target set beside full tuning."""
     full = costs[0]
-    rows = tuple(
+    rows = (
         (
             cost.targets,
-            f"{cost.trainable:,}",
-            short(sum(tower.forward_macs for tower in cost.towers)),
-            short(sum(tower.backward_macs for tower in cost.towers)),
-            percent(cost.macs, full.macs),
-            percent(cost.cached_macs, full.macs),
-            *(f"{size / 1e6:.1f}" for size in _memory(cost)),
+            cost.trainable,
+            sum(tower.forward_macs for tower in cost.towers),
+            sum(tower.backward_macs for tower in cost.towers),
+            _share(cost.macs, full.macs),
+            _share(cost.cached_macs, full.macs),
+            *(size / 1e6 for size in _memory(cost)),
         )
         for cost in costs
     )
     columns = (
-        *("targets", "trained", "forward MACs", "backward MACs", "of full", "with cache"),
-        *("weights MB", "gradients MB", "AdamW MB", "saved MB", "total MB"),
+        *(Column("targets", left=True), Column("trained", count), Column("forward MACs", short)),
+        *(Column("backward MACs", short), Column("of full", _part), Column("with cache", _part)),
+        *(Column(f"{name} MB", _one_digit) for name in ("weights", "gradients", "AdamW", "saved", "total")),
     )
     note = (
         "with cache: features of frozen towers kept instead of computed again. saved: activations kept for "
         "the backward pass. AdamW: its two moments."
     )
-    return Table(f"a training step, batch {batch}", columns, rows, note)
+    return table_of(f"a training step, batch {batch}", columns, rows, note)
 
 
 def _memory(cost: TrainingCost) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from clipgraft.models.family import is_lora
 from clipgraft.models.sites import Tower
 from clipgraft.profile.forward import ClipInputs, inputs_of, trace_tower
 from clipgraft.profile.trace import Trace, on_meta
-from clipgraft.results import Result
+from clipgraft.results import Result, Results
 
 _BYTES_OF_A_WEIGHT = 4
 
@@ -58,9 +58,7 @@ class TargetCost(Result):
     share: float
 
 
-def target_costs(
-    model: ClipLike, targets: Iterable[str] | None = None, r: int = 16
-) -> tuple[TargetCost, ...]:
+def target_costs(model: ClipLike, targets: Iterable[str] | None = None, r: int = 16) -> Results[TargetCost]:
     """Count the parameters and bytes of adapters of rank r.
 
     Args:
@@ -82,7 +80,7 @@ def target_costs(
         parameters = sum(torch.Size(shape).numel() for shape in shapes)
         megabytes = parameters * _BYTES_OF_A_WEIGHT / 1e6
         costs.append(TargetCost(name, r, len(chosen), parameters, megabytes, parameters / total))
-    return tuple(costs)
+    return Results(costs)
 
 
 def distinct_sets(model: ClipLike, names: Iterable[str] = tuple(TARGET_SETS)) -> tuple[str, ...]:
@@ -184,7 +182,7 @@ def training_costs(
     batch: int = 1,
     text_tokens: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> tuple[TrainingCost, ...]:
+) -> Results[TrainingCost]:
     """Count a training step of full tuning, then of LoRA of rank r on each target set. Nothing is computed.
 
     Adapters that the model carries are left out.
@@ -214,7 +212,7 @@ def training_costs(
         with torch.device("meta"):
             apply_lora(adapted, r=r, targets=name)
         costs.append(_cost(adapted, name, r, inputs, frozen))
-    return tuple(costs)
+    return Results(costs)
 
 
 def _cost(clip: Clip, name: str, r: int, inputs: ClipInputs, frozen: dict[Tower, Trace]) -> TrainingCost:

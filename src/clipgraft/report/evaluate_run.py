@@ -21,6 +21,7 @@ from clipgraft.data.prompts import class_prompts, find_templates, read_prompts
 from clipgraft.data.reader import read_labelled, read_pairs
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError, ModelError
+from clipgraft.evaluate.answers import image_answers
 from clipgraft.evaluate.classification import (
     ClassificationResult,
     class_features,
@@ -28,8 +29,9 @@ from clipgraft.evaluate.classification import (
     evaluate_classification,
     prompt_logits,
 )
+from clipgraft.evaluate.error_analysis import RetrievalErrors, analyse_errors
 from clipgraft.evaluate.head import load_head
-from clipgraft.evaluate.ranks import retrieval_ranks
+from clipgraft.evaluate.ranks import RetrievalRanks, retrieval_ranks
 from clipgraft.evaluate.retrieval import evaluate_retrieval, retrieval_metrics
 from clipgraft.lora.control import lora_disabled
 from clipgraft.models.clip import Clip, Source
@@ -297,7 +299,8 @@ def _retrieval_examples(pairs: Pairs, sides: Mapping[str, Features], missing: in
     rows = pairs.rows()
     owner = torch.tensor([image for image, _ in rows])
     base, adapted = sides["base"], sides["adapted"]
-    ranks = {name: retrieval_ranks(s.images, s.texts, owner).text_to_image for name, s in sides.items()}
+    both = {name: retrieval_ranks(s.images, s.texts, owner) for name, s in sides.items()}
+    ranks = {name: found.text_to_image for name, found in both.items()}
     kinds = _kinds(ranks["base"], ranks["adapted"])
     album = ShownImages([path.absolute() for path in pairs.images])
     chosen = [(kind, row) for kind, number in SHOWN.items() for row in _spread(kinds[kind], number, owner)]
@@ -321,7 +324,18 @@ def _retrieval_examples(pairs: Pairs, sides: Mapping[str, Features], missing: in
         queries=tuple(queries),
         heat=heat,
         classes=None,
+        errors=_errors(pairs, sides, both, owner) if len(pairs) > 1 else None,
     )
+
+
+def _errors(
+    pairs: Pairs, sides: Mapping[str, Features], ranks: Mapping[str, RetrievalRanks], owner: Tensor
+) -> RetrievalErrors:
+    """Find the worst captions of both models, and recall by length and word."""
+    answers = {
+        name: image_answers(side.images, side.texts, owner, ranks[name]) for name, side in sides.items()
+    }
+    return analyse_errors(pairs, answers)
 
 
 def _kinds(base: Tensor, adapted: Tensor) -> dict[QueryKind, list[int]]:

@@ -14,14 +14,16 @@ from clipgraft.adapters.run_folder import find_path
 from clipgraft.data.addresses import as_address
 from clipgraft.data.webdataset import find_tars, is_tar_pattern
 from clipgraft.errors import DataError, WriteError
+from clipgraft.evaluate.error_analysis import RetrievalErrors
 from clipgraft.evaluate.metrics import HEADLINE, TaskName
 from clipgraft.files import write_json
 from clipgraft.records import Finite, Whole, checked, read_json
 from clipgraft.report.runs import Run
 
 log = logging.getLogger("clipgraft")
-FORMAT = 1
+FORMAT = 2
 EXAMPLES_FILE = Path("results") / "examples.json"
+MODELS = ("base", "adapted")
 QueryKind = Literal["fixed", "broken", "both right", "both wrong"]
 
 
@@ -98,6 +100,7 @@ class Examples:
         queries: for retrieval.
         heat: similarities of a few images and texts.
         classes: for classification.
+        errors: for retrieval among two images or more.
     """
 
     task: TaskName
@@ -110,6 +113,7 @@ class Examples:
     queries: tuple[Query, ...]
     heat: Similarities
     classes: Classes | None
+    errors: RetrievalErrors | None = None
 
 
 def stored_examples(run: Run) -> Examples | None:
@@ -141,6 +145,8 @@ def _fit(found: Examples) -> bool:
         return False
     if any(name not in side for name in HEADLINE[found.task] for side in (found.base, found.adapted)):
         return False
+    if found.errors is not None and not _of_both(found.errors):
+        return False
     heat, texts = found.heat, len(found.heat.texts)
     square = all(_is_table(side, len(heat.images), texts) for side in (heat.base, heat.adapted))
     if not square or len(heat.truth) != len(heat.images) or not all(t in range(texts) for t in heat.truth):
@@ -153,6 +159,14 @@ def _fit(found: Examples) -> bool:
         and all(_is_table(side, count, count) for side in (found.classes.base, found.classes.adapted))
         and all(place in range(count) for pair in pairs for place in (pair.true, pair.taken_for))
     )
+
+
+def _of_both(errors: RetrievalErrors) -> bool:
+    """Check that everything is known of both models, and that no group is empty."""
+    asked = (each for part in (errors.worst, errors.better, errors.worse) for each in part.listed)
+    groups = [*errors.by_length.groups, *errors.by_word.groups]
+    known = [errors.first, *(group.first for group in groups), *(each.answers for each in asked)]
+    return all(each.keys() == set(MODELS) for each in known) and all(group.captions for group in groups)
 
 
 def _is_table(values: Sequence[Sequence[object]], rows: int, columns: int) -> bool:

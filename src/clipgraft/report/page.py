@@ -18,10 +18,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import clipgraft
 from clipgraft.errors import DataError
+from clipgraft.evaluate.error_analysis import Asked, RetrievalErrors
 from clipgraft.evaluate.metrics import HEADLINE, TaskName
 from clipgraft.pictures import open_image
 from clipgraft.report import figures, tables
-from clipgraft.report.examples import Examples, Found, Retention
+from clipgraft.report.examples import MODELS, Examples, Found, Retention
 from clipgraft.report.runs import Run, Sweep
 from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
 from clipgraft.stored_images import open_bytes
@@ -99,6 +100,7 @@ def _environment() -> Environment:
     environment.globals |= {
         "metric_words": tables.METRIC_WORDS,
         "metric_names": HEADLINE,
+        "models": MODELS,
         "nothing": NOTHING,
     }
     return environment
@@ -157,6 +159,7 @@ def _part(item: Section, name: str, pictures: Thumbnails) -> dict[str, Any]:
             for image, text in zip(examples.heat.images, examples.heat.texts, strict=True)
         ]
         part |= _classes(examples, name, pictures)
+        part["errors"] = None if examples.errors is None else _errors(examples.errors, pictures)
     return part
 
 
@@ -194,6 +197,43 @@ def _classes(examples: Examples, name: str, pictures: Thumbnails) -> dict[str, A
         "class_rows": rows,
         "pairs": pairs,
         "wide": wide,
+    }
+
+
+def _errors(errors: RetrievalErrors, pictures: Thumbnails) -> dict[str, Any]:
+    """Collect the captions that are listed, with their pictures, and the groups."""
+    lists = (
+        ("Worst captions", "Captions whose image is not first with the adapted model", errors.worst),
+        (
+            "Better than before",
+            "Captions whose image has a higher place with the adapted model than with the base",
+            errors.better,
+        ),
+        (
+            "Worse than before",
+            "Captions whose image has a lower place with the adapted model than with the base",
+            errors.worse,
+        ),
+    )
+    return {
+        "captions": errors.captions,
+        "first": errors.first,
+        "lists": [
+            (title, what, part.total, [_asked(asked, pictures) for asked in part.listed])
+            for title, what, part in lists
+        ],
+        "groups": [("By length", errors.by_length), ("By word", errors.by_word)],
+    }
+
+
+def _asked(asked: Asked, pictures: Thumbnails) -> dict[str, Any]:
+    return {
+        "caption": asked.caption,
+        "right": _picture(asked.image, f"the right image of: {asked.caption}", pictures),
+        "answers": [
+            (name, answer, _picture(answer.wrong, f"the nearest wrong image, {name}", pictures))
+            for name, answer in ((name, asked.answers[name]) for name in MODELS)
+        ],
     }
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from torch import Tensor
 
 from clipgraft.adapters.attach import load_adapter
@@ -24,8 +21,9 @@ from clipgraft.data.features import evaluating, image_steps
 from clipgraft.errors import AdapterError, ConfigError, DataError
 from clipgraft.files import write_text
 from clipgraft.models.clip import Clip, ClipLike, as_clip
+from clipgraft.notebook_tables import Picture, Tabled, jpeg_uri, small_pictures
 from clipgraft.ours import refuse_foreign
-from clipgraft.pictures import ImageError, open_image
+from clipgraft.pictures import ImageError, jpeg_thumbnail, open_image
 from clipgraft.readers import reading
 from clipgraft.search.archives import read_member
 from clipgraft.search.filters import Condition, parse_where
@@ -36,6 +34,7 @@ from clipgraft.search.manifest import INDEX_FOLDER, VectorSet
 from clipgraft.search.nearest import nearest
 from clipgraft.search.store import INSTALL, Array
 from clipgraft.shown import shown_line
+from clipgraft.text_tables import Column, Table, table_of
 
 log = logging.getLogger("clipgraft")
 _SIDE = 240  # pixels of a thumbnail
@@ -68,6 +67,40 @@ class Hit:
         return {**self.metadata, "rank": self.rank, "score": self.score, "path": self.path}
 
 
+class Hits(Tabled, list[Hit]):
+    """What was found, best first: a list of `Hit`, which a notebook shows with small pictures.
+
+    Its data frame has a column for each of the metadata, as `Hit.to_dict` has.
+    """
+
+    @overload
+    def __getitem__(self, chosen: SupportsIndex) -> Hit: ...
+
+    @overload
+    def __getitem__(self, chosen: slice) -> Hits: ...
+
+    def __getitem__(self, chosen: SupportsIndex | slice) -> Hit | Hits:
+        """`hits[0]` is a hit, `hits[:3]` are hits."""
+        return Hits(super().__getitem__(chosen)) if isinstance(chosen, slice) else super().__getitem__(chosen)
+
+    def table(self) -> Table:
+        """Rank, score, path and what else is known of each."""
+        rows = [hit.to_dict() for hit in self]
+        first = {"rank": Column("rank"), "score": Column("score", _four_digits)}
+        names = list(dict.fromkeys((*first, "path", *(name for row in rows for name in row))))
+        columns = [first.get(name) or Column(name, left=True) for name in names]
+        return table_of("", columns, ([row.get(name) for name in names] for row in rows))
+
+    def pictures(self) -> Mapping[str, Sequence[Picture]]:
+        """The images that were found; none of texts."""
+        places = [(hit.path, hit.caption or hit.path or "") for hit in self]
+        return {"image": small_pictures(places, thumbnail)} if any(hit.path for hit in self) else {}
+
+
+def _four_digits(score: float) -> str:
+    return f"{score:.4f}"
+
+
 def query(
     folder: str | Path,
     text: str | None = None,
@@ -77,7 +110,7 @@ def query(
     k: int = 10,
     where: str | None = None,
     model: ClipLike | None = None,
-) -> list[Hit]:
+) -> Hits:
     """Return the k rows of an encoded folder that are most like a text, an image, or both.
 
     The folder's index is used if it has one that is up to date; otherwise, and with `where`, vectors are
@@ -111,7 +144,7 @@ def query(
     encoded = fitting_set(folder, clip)
     vector = query_vector(clip, text, image, image_weight).cpu().numpy()[None]
     index = None if conditions else open_index(encoded)
-    return [hit for _, hit in find_hits(encoded, index, vector, k, conditions)]
+    return Hits(hit for _, hit in find_hits(encoded, index, vector, k, conditions))
 
 
 def load_model(
@@ -256,7 +289,7 @@ def _picture(place: str | None) -> tuple[str | None, str | None]:
         content = thumbnail(place, _SIDE)
     except ImageError as error:
         return None, error.reason
-    return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"), None
+    return jpeg_uri(content), None
 
 
 def thumbnail(place: str, side: int) -> bytes:
@@ -266,15 +299,12 @@ def thumbnail(place: str, side: int) -> bytes:
         ImageError: it cannot be opened, with the reason in a few words.
     """
     try:
-        image = ImageOps.contain(open_image(_content(place), shortest=side), (side, side))
+        return jpeg_thumbnail(_content(place), side)
     except ImageError:
         raise
     # What a file system at an address raises is its own business; the reason is told in the image's place.
     except Exception as error:
         raise ImageError(place, " ".join(str(error).split()) or type(error).__name__) from error
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def _content(place: str) -> bytes | Path:

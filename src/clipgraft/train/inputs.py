@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from clipgraft.data.args import FeatureArgs
 from clipgraft.data.datasets import Pairs
@@ -31,7 +30,7 @@ from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.family import is_lora
 from clipgraft.pictures import open_image
-from clipgraft.shown import shown_line
+from clipgraft.progress import open_bar
 from clipgraft.train.args import TrainArgs
 from clipgraft.train.distributed import ALONE, World, in_shares
 from clipgraft.train.feed import (
@@ -247,7 +246,7 @@ def _encode_images(
 def _bar(setup: Setup, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Gives what is told how many more images are done; of several processes rank 0 shows its share."""
     own = len(range(total)[setup.world.share(total)])
-    with tqdm(desc=shown_line(what), total=own, unit="image", disable=None if setup.shows else True) as bar:
+    with open_bar(what, "image", own, shows=None if setup.shows else False) as bar:
 
         def advance(images: int) -> None:
             bar.update(images)

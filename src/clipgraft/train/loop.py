@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from clipgraft.errors import TrainingError
 from clipgraft.lora.state import lora_state, verify_gradients
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import accelerator_random, set_accelerator_random
+from clipgraft.progress import open_bar
 from clipgraft.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from clipgraft.train.distributed import World
 from clipgraft.train.feed import Feed, MicroBatch, everywhere
@@ -29,6 +29,9 @@ from clipgraft.train.recipes.recipe import Objective
 from clipgraft.train.run_folder import RunFolder, SilentFolder
 from clipgraft.train.schedule import Schedule
 from clipgraft.train.setup import Setup, clamp_logit_scale, set_lr
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 EpochEnd = Callable[[int], Mapping[str, float] | None]
 log = logging.getLogger("clipgraft")
@@ -217,13 +220,9 @@ class Loop:
             raise self._interrupted(position) from None
 
     def _bar(self, epoch: int, start: int) -> tqdm[Any]:
-        return tqdm(
-            desc=f"epoch {epoch + 1}/{self.epochs}",
-            total=self.feed.steps,
-            initial=start,
-            unit="step",
-            disable=None if self.setup.shows else True,
-        )
+        shows = None if self.setup.shows else False
+        what = f"epoch {epoch + 1}/{self.epochs}"
+        return open_bar(what, "step", self.feed.steps, initial=start, shows=shows)
 
     def _pairs(self, batch: Sequence[MicroBatch]) -> int:
         """Of all processes."""

@@ -23,7 +23,7 @@ from clipgraft.data.retained import retained_texts
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import ConfigError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured
-from clipgraft.evaluate.metrics import Metrics, headline
+from clipgraft.evaluate.metrics import REPORTED, Metrics, headline, metric_column
 from clipgraft.lora.initialization import changes_nothing, is_new, start_from_data
 from clipgraft.lora.state import count_parameters, lora_state, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
@@ -31,6 +31,7 @@ from clipgraft.models.export import size_on_disk
 from clipgraft.models.lone_tower import check_has_tower
 from clipgraft.pictures import open_image
 from clipgraft.results import Result
+from clipgraft.text_tables import Column, Table, table_of
 from clipgraft.train import rate, retention
 from clipgraft.train.args import RunArgs, TrainArgs
 from clipgraft.train.distributed import ALONE, World
@@ -88,6 +89,19 @@ class FitResult(Result):
     stopped: int | None = None
     strength: StrengthCurve | None = None
     stages: Mapping[str, float] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        """The base as epoch 0 and every evaluated epoch; what was saved where nothing was evaluated."""
+        measured = [{**self.base, "epoch": 0.0}] if self.base else []
+        measured += self.history
+        names = [n for task in REPORTED.values() for n in task if any(n in line for line in measured)]
+        if not names:
+            return super().table()
+        columns = [Column("epoch", "{:g}".format), *map(metric_column, names)]
+        kept = "" if self.best_epoch is None else f"; epoch {self.best_epoch} is kept"
+        title = f"{self.saved}: {self.trainable:,} weights trained in {self.seconds:.0f} s{kept}"
+        rows = ([line["epoch"], *(line.get(name) for name in names)] for line in measured)
+        return table_of(title, columns, rows, "" if self.verdict is None else str(self.verdict))
 
     @property
     def metrics(self) -> Metrics:

@@ -44,7 +44,7 @@ class Setup:
 
     @property
     def shows(self) -> bool:
-        """Whether this process shows bars, if the output is a terminal."""
+        """Whether this process shows bars, if the output is a terminal or a notebook."""
         return self.run.progress is not False and self.world.is_rank0
 
     def settings(self) -> dict[str, Any]:
