@@ -100,7 +100,7 @@ class Metrics(Tabled, dict[str, float]):
         return "\n".join(lines)
 
     def table(self) -> Table:
-        """A row for each direction of retrieval and of translation, or one of classification; shares in 1."""
+        """A row for each direction, or one of classification; shares as fractions."""
         rows: dict[str, dict[str, float]] = {}
         for name in REPORTED[task_of(self)]:
             if name in self:
