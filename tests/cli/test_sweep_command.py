@@ -222,6 +222,7 @@ def start(how: str, words: list[str], tmp_path: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")  # of the second sweep: the first is a process of its own
 def test_a_cell_killed_before_its_first_checkpoint_is_started_over(
     cli: Any, base: list[str], table: Path, tmp_path: Path

@@ -34,6 +34,7 @@ def check(out: Path, rows: dict[str, dict[str, float]]) -> None:
     assert "Retrieved images" in page
 
 
+@pytest.mark.slow
 def test_the_program_runs(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first program that a newcomer copies ends in a traceback, or its page is empty."""
     rows = program("adapt_and_evaluate").compare(tmp_path, train_scenes=40, test_scenes=16)

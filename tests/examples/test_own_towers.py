@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.slow
 def test_it_learns_and_searches(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two towers of the user's own cannot be joined, trained, measured, encoded or searched."""
     program("own_towers").main(tmp_path, pictures=32)

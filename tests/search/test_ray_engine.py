@@ -77,6 +77,7 @@ def killed_at(done: int) -> Callable[[int, int], None]:
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("same_kernels")
 def test_the_same_bytes_as_the_local_engine(clip: Clip, pictures: Path, tmp_path: Path) -> None:
     """A folder could not be continued on one machine that was begun on many, and results would differ."""
