@@ -12,14 +12,13 @@ from clipgraft.cli.flags.groups import flag
 from clipgraft.cli.flags.shared import ClassFlags, PromptFlags
 from clipgraft.cli.flags.tools import MergeFlags
 from clipgraft.cli.pretty import show
-from clipgraft.evaluate.metrics import HEADLINE, REPORTED
+from clipgraft.evaluate.metrics import HEADLINE, REPORTED, is_share
 from clipgraft.text_tables import Table
 
 if TYPE_CHECKING:
     from clipgraft.models.clip import Clip
 
 log = logging.getLogger("clipgraft")
-_SHARES = ("acc", "mean_per_class", "ece")
 
 
 def eval_faults(spec: MergeFlags, prompts: PromptFlags) -> list[str]:
@@ -79,9 +78,8 @@ def _headline(metrics: Mapping[str, float], spec: MergeFlags) -> float:
 
 def _table(columns: Mapping[str, Mapping[str, float]], spec: MergeFlags) -> Table:
     def shown(name: str, value: float) -> str:
-        share = "_R@" in name or name.startswith(_SHARES)
         digits = 2 if spec.eval_task == "classification" else 1
-        return f"{100 * value if share else value:.{digits}f}"
+        return f"{100 * value if is_share(name) else value:.{digits}f}"
 
     rows = tuple(
         (name, *(shown(name, column[name]) for column in columns.values()))

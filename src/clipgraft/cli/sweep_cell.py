@@ -169,6 +169,7 @@ def _run(job: Job, cell: Cell, place: Path) -> CellResult:
     from clipgraft.models.device import peak_memory
     from clipgraft.train.args import RunArgs
     from clipgraft.train.loop import Interrupted
+    from clipgraft.train.run import run_recipe
     from clipgraft.train.run_folder import early_lines, started
     from clipgraft.train.sweep import CellResult
 
@@ -192,7 +193,7 @@ def _run(job: Job, cell: Cell, place: Path) -> CellResult:
             with peak_memory() as peak:
                 frequencies = {"save_frequency": 0, "val_frequency": 0}
                 run = RunArgs(out=folder, resume=started(folder), strength="none", **frequencies)
-                done = data.fit(clip, args, run, features)
+                done = run_recipe(clip, data.recipe(), args, run, features)
                 high = peak()
         except Interrupted as stop:
             told = Interrupted(f"cell {cell.name}: {stop}; run the same command again to go on")

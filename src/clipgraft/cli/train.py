@@ -172,6 +172,7 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
     """Load what the command names, and train it into `folder`; rank 0 reads the data."""
     from clipgraft.cli.common import hand_over, load_own_model
     from clipgraft.lora.config import auto_rank
+    from clipgraft.train.run import run_recipe
 
     lora, train = command.lora, command.train
     clip = load_own_model(command.model, world)
@@ -181,7 +182,7 @@ def _train(command: TrainCommand, folder: Path, world: World) -> None:
         graft(clip, lora, command.place, train.seed, lambda: auto_rank(data.rows, task))
     retained = world.on_rank0(lambda: retained_by(command, clip))
     announce(clip, data.rows, data.unit, train, world.world_size)
-    done = data.fit(clip, train, command.run(folder), command.features, retained, world)
+    done = run_recipe(clip, data.recipe(retained), train, command.run(folder), command.features, world)
     if world.is_rank0:
         hand_over(clip, folder, done.metrics or None, done.base)
         if command.place.push_to_hub is not None:

@@ -1,4 +1,4 @@
-"""Read what `clipgraft train` or all cells of a sweep train on; train a model on it, and measure one."""
+"""Read what `clipgraft train` or all cells of a sweep train on; give its recipe, and measure a model on it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from clipgraft.evaluate.metrics import TaskName
 from clipgraft.evaluate.retrieval import evaluate_retrieval
 from clipgraft.models.clip import Clip
 from clipgraft.options import part
-from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs, TranslateArgs
-from clipgraft.train.distributed import ALONE, World
-from clipgraft.train.fit import fit, fit_classifier, fit_translations
-from clipgraft.train.run import FitResult
+from clipgraft.train.args import HeadArgs, TranslateArgs
+from clipgraft.train.recipes.classification import ClassificationRecipe
+from clipgraft.train.recipes.contrastive import ContrastiveRecipe
+from clipgraft.train.recipes.recipe import Recipe
+from clipgraft.train.recipes.translation import TranslationRecipe
 
 log = logging.getLogger("clipgraft")
 
@@ -43,23 +44,9 @@ class PairData:
     def rows(self) -> int:
         return sum(len(captions) for captions in self.train.captions)
 
-    def fit(
-        self,
-        clip: Clip,
-        train: TrainArgs,
-        run: RunArgs,
-        features: FeatureArgs,
-        retain: Retained | None = None,
-        world: World = ALONE,
-    ) -> FitResult:
-        return fit(
-            *(clip, self.train, self.val),
-            train=train,
-            run=run,
-            features=features,
-            retain=retain,
-            world=world,
-        )
+    def recipe(self, retain: Retained | None = None) -> Recipe:
+        """What trains a model on them."""
+        return ContrastiveRecipe(self.train, self.val, retain)
 
     def validate(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
         return {} if self.val is None else evaluate_retrieval(clip, self.val, features)
@@ -87,27 +74,9 @@ class ClassData:
     def rows(self) -> int:
         return len(self.train)
 
-    def fit(
-        self,
-        clip: Clip,
-        train: TrainArgs,
-        run: RunArgs,
-        features: FeatureArgs,
-        retain: Retained | None = None,
-        world: World = ALONE,
-    ) -> FitResult:
-        return fit_classifier(
-            clip,
-            self.train,
-            self.val,
-            prompts=self.prompts,
-            head=self.head,
-            train=train,
-            run=run,
-            features=features,
-            retain=retain,
-            world=world,
-        )
+    def recipe(self, retain: Retained | None = None) -> Recipe:
+        """What trains a model on them."""
+        return ClassificationRecipe(self.train, self.val, self.prompts, self.head, retain)
 
     def validate(self, clip: Clip, features: FeatureArgs) -> dict[str, float]:
         return {} if self.val is None else self._measure(clip, self.val, features)
@@ -139,26 +108,9 @@ class TranslationData:
         groups = (self.train.as_pairs(with_source=True), self.pairs)
         return sum(len(captions) for group in groups if group for captions in group.captions)
 
-    def fit(
-        self,
-        clip: Clip,
-        train: TrainArgs,
-        run: RunArgs,
-        features: FeatureArgs,
-        retain: Retained | None = None,
-        world: World = ALONE,
-    ) -> FitResult:
-        return fit_translations(
-            *(clip, self.train, self.val),
-            pairs=self.pairs,
-            val_pairs=self.val_pairs,
-            options=self.options,
-            train=train,
-            run=run,
-            features=features,
-            retain=retain,
-            world=world,
-        )
+    def recipe(self, retain: Retained | None = None) -> Recipe:
+        """What trains a model on them."""
+        return TranslationRecipe(self.train, self.val, self.pairs, self.val_pairs, self.options, retain)
 
 
 def translation_args(data: DataFlags, flags: TranslateFlags) -> TranslationArgs:

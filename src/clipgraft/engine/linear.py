@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.engine.packing import by_mkl
 from clipgraft.engine.quantized import Int8Weight
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.models.architecture import Linear, Part
@@ -76,28 +75,6 @@ class FrozenWeight:
             return _packed_product(x, self._pieces[0], self._biases[0])
         parts = [F.linear(x, w, b) for w, b in zip(self._pieces, self._biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether `biases` and `add` make the same as `forward`, in the same time."""
-        return not self.packs and by_mkl(self._pieces[0].dtype, self._pieces[0].device)
-
-    def biases(self, rows: int) -> Tensor:
-        """b in every row, (N, out), for `add`."""
-        first = self._pieces[0]
-        if all(bias is None for bias in self._biases):
-            return first.new_zeros(rows, self.shape[0])
-        y = first.new_empty(rows, self.shape[0])
-        columns = torch.split(y, [len(piece) for piece in self._pieces], dim=1)
-        for column, bias in zip(columns, self._biases, strict=True):
-            column.zero_() if bias is None else column.copy_(bias)
-        return y
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Add x·Wᵀ to (N, out) in place."""
-        columns = torch.split(y, [len(piece) for piece in self._pieces], dim=1)
-        for column, piece in zip(columns, self._pieces, strict=True):
-            column.addmm_(x, piece.T)
 
     def backward(self, grad: Tensor) -> Tensor:
         """g·W, (N, out) -> (N, in)."""

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgraft.engine.linear import FrozenWeight, Update, rescaling
+from clipgraft.engine.linear import Update, rescaling
 from clipgraft.engine.packing import by_mkl
-from clipgraft.engine.quantized import Int8Weight
 from clipgraft.lora.layers import LoraLayer
 from clipgraft.lora.state import Adapter
 from clipgraft.lora.variants import PlainLora
@@ -388,21 +387,15 @@ class MixedAdapters:
             )
         )
 
-    def linear(self, x: Tensor, frozen: FrozenWeight | Int8Weight, linear: Linear, pooled: bool) -> Tensor:
-        """(N, in) -> (N, out) through a frozen map with the adapters of its rows."""
+    def linear(self, y: Tensor, x: Tensor, linear: Linear, pooled: bool) -> Tensor:
+        """(N, out) that the base makes of (N, in) -> the same with the adapters of its rows."""
         parts, key = _outputs(linear), key_of(linear)
         dtype = small_products(x.dtype, x.device)
         together = not by_mkl(dtype, x.device)  # to gather and to stack costs as much there as what it saves
         products = [share.adapter.product(key, parts, dtype, together) for share in self.shares]
         if all(product is None for product in products):
-            return frozen.forward(x)
-        if isinstance(frozen, FrozenWeight) and frozen.accumulates:
-            y = frozen.biases(len(x))
-            self._add(y, x, products, pooled)
-            frozen.add(y, x)
-        else:
-            y = frozen.forward(x)
-            self._add(y, x.to(dtype), products, pooled)
+            return y
+        self._add(y, x.to(dtype), products, pooled)
         for number, product in enumerate(products):
             found = None if product is None else product.rescaling()
             if found is not None:

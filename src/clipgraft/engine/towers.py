@@ -19,7 +19,7 @@ from clipgraft.engine.attention import (
     look_up,
     split_heads,
 )
-from clipgraft.engine.linear import FrozenWeight, WeightCache, frozen_linear, trained_linear
+from clipgraft.engine.linear import WeightCache, frozen_linear, trained_linear
 from clipgraft.engine.mixed_adapters import ActiveAdapter, MixedAdapters
 from clipgraft.engine.packing import Group, Packed
 from clipgraft.models.architecture import (
@@ -151,7 +151,7 @@ class TowerPass:
         frozen = self.weights.frozen(linear)
         if self.mix is not None:
             assert frozen is not None
-            return self.mix.linear(x, frozen, linear, pooled)
+            return self.mix.linear(frozen.forward(x), x, linear, pooled)
         updates = self.adapter.updates(linear)
         if frozen is not None:
             return frozen_linear(x, frozen, updates)
@@ -195,8 +195,7 @@ class TowerPass:
             return normed.to(pooled.dtype)
         (part,) = proj
         if self.mix is not None:
-            frozen = FrozenWeight(lambda: [part.matrix], [part.bias], pack=False)
-            features = self.mix.linear(normed, frozen, proj, pooled=True)
+            features = self.mix.linear(F.linear(normed, part.matrix, part.bias), normed, proj, pooled=True)
         else:
             features = trained_linear(normed, part.matrix, part.bias, self.adapter.updates(proj))
         return features.to(pooled.dtype)

@@ -113,9 +113,13 @@ class Metrics(Tabled, dict[str, float]):
 
 def metric_column(name: str) -> Column:
     """The column of a metric: shares in percent, ranks and losses as numbers."""
+    return Column(name, share if is_share(name) else _number)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric, named with its direction or without, is a share of the queries."""
     direction = next((d for d in _ALL_DIRECTIONS if name.startswith(d)), "")
-    is_share = name.removeprefix(f"{direction}_").startswith(_SHARES)
-    return Column(name, share if is_share else _number)
+    return name.removeprefix(f"{direction}_").startswith(_SHARES)
 
 
 _ALL_DIRECTIONS = (*DIRECTIONS, *BETWEEN_TEXTS)
