@@ -1,4 +1,4 @@
-"""Read what `clipgraft train` or all cells of a sweep train on; give its recipe, and measure a model on it."""
+"""Read what `clipgraft train` or all cells of a sweep train on, give its recipe, measure a model on it."""
 
 from __future__ import annotations
 
