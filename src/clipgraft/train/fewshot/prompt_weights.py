@@ -67,7 +67,10 @@ def learn_prompt_weights(
     """
     counts = [len(group) for group in prompts]
     if max(counts) < 2:
-        raise DataError("every class has one prompt: there is nothing to weigh; give several templates")
+        raise DataError(
+            "every class has one prompt: there is nothing to weigh; give several templates, such as "
+            "`templates=ensemble`, or several prompts of each class"
+        )
     if shared and len(set(counts)) > 1:
         raise DataError(
             "classes differ in the number of prompts: one weight a template needs templates alone"
