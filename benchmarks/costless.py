@@ -28,8 +28,8 @@ from clipgraft.data.prompts import class_prompts, find_templates
 from clipgraft.emoji.classes import emoji_prompts
 from clipgraft.engine.encoder import Encoder
 from clipgraft.evaluate.classification import class_features, evaluate_classification
+from clipgraft.train.fewshot.args import FeatureModeArgs
 from clipgraft.train.fewshot.features import (
-    FeatureModeArgs,
     few_shot_features,
     tower_features,
     zero_shot,

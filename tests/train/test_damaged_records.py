@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import clipgraft as cg
+from clipgraft.train.cells import write_finished
 from clipgraft.train.checkpoint import Position, load_checkpoint, recorded_settings, save_checkpoint
 from clipgraft.train.run_folder import read_events
-from clipgraft.train.sweep import Cell, CellResult, read_cell, write_cell
+from clipgraft.train.sweep import Cell, CellResult, read_cell
 
 SETTINGS: dict[str, Any] = {"lr": 1.0, "batch_size": 4}
 
@@ -147,7 +148,7 @@ def test_a_wrong_event_is_named(line: str, fault: str, tmp_path: Path) -> None:
 )
 def test_a_wrong_cell_is_named(where: tuple[str, ...], value: Any, fault: str, tmp_path: Path) -> None:
     """A cell of another sweep, or one cut short, stopped the table with a traceback."""
-    write_cell(tmp_path, CellResult(Cell("lora", "text-attention", 4), {"acc1": 0.5}), SETTINGS)
+    write_finished(tmp_path, CellResult(Cell("lora", "text-attention", 4), {"acc1": 0.5}), SETTINGS)
     assert read_cell(tmp_path, SETTINGS) is not None
     record = json.loads((tmp_path / "cell.json").read_text())
     owner = record

@@ -17,8 +17,8 @@ import clipgraft as cg
 from clipgraft.data.datasets import Labelled
 from clipgraft.evaluate.classification import class_features, evaluate_classification
 from clipgraft.models.clip import Clip
+from clipgraft.train.fewshot.args import FeatureModeArgs
 from clipgraft.train.fewshot.features import (
-    FeatureModeArgs,
     FewShotFeatures,
     Projection,
     few_shot_features,

@@ -97,3 +97,20 @@ def test_turns_go_through_all_views(pairs: cg.Pairs) -> None:
                     of_image.setdefault(int(image), []).append(int(turn))
         assert all(sorted(turns) == [epoch, epoch + 1] for turns in of_image.values())
     assert all(turns in ([0, 1, 2], [1, 2, 3]) for turns in seen.values())
+
+
+@pytest.mark.parametrize("transform", [None, "pixels"])
+def test_a_number_of_steps_goes_over_the_data_as_often_as_needed(
+    transform: str | None, clip: Clip, pairs: cg.Pairs
+) -> None:
+    """A run of so many steps leaves rows out, repeats crops, or is resumed on other batches."""
+    preprocess = None if transform is None else clip.require_preprocess()
+    feed = Feed(pairs, 10, 1, 0, preprocess, 0, steps=7)
+    batches = [batch[0] for batch in feed.batches(0, 0)]
+    assert [len(part.image_ids) for part in batches] == [10, 10, 4, 10, 10, 4, 10]
+    for first in (0, 3):
+        rows = torch.cat([part.caption_ids for part in batches[first : first + 3]])
+        assert rows.sort().values.equal(feed.caption_of_row.sort().values), "each row once a pass"
+    assert not batches[0].caption_ids.equal(batches[3].caption_ids)
+    rest = [batch[0] for batch in feed.batches(0, 4)]
+    assert all(a.caption_ids.equal(b.caption_ids) for a, b in zip(rest, batches[4:], strict=True))

@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a LoRA adapter, or fine-tune the model, on images with captions",
     "eval": "measure retrieval or classification of a base, or of an adapter beside its base",
     "sweep": "train a grid of target sets, ranks and seeds beside the base and full fine-tuning",
+    "fewshot": "adapt a base to a few images of each class in several ways, beside each other",
     "report": "write one HTML page on runs and sweeps that needs no network",
     "encode": "write vectors of images or texts to a folder; a second run encodes only what has changed",
     "index": "build a FAISS index over encoded vectors",

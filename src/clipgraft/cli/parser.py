@@ -32,6 +32,7 @@ EXAMPLES = {
     "eval": "clipgraft eval --model logs/NAME --val-data test.csv",
     "sweep": 'clipgraft sweep --train-data photos.csv --val-data val.csv --targets "text-attention;linear" '
     "--lora-r 4,16",
+    "fewshot": "clipgraft fewshot --train-data train --test-data test --shots 1,4,16 --out fewshot",
     "report": "clipgraft report logs/NAME logs/OTHER --out report.html",
     "encode": "clipgraft encode photos encoded --adapter logs/NAME",
     "index": "clipgraft index encoded --factory IVF256,Flat",
@@ -62,6 +63,8 @@ HEADINGS = {
     "ClassTrainFlags": "classes",
     "LoraFlags": "adapter",
     "SweepFlags": "grid and adapters",
+    "FewShotFlags": "data",
+    "FewShotArgs": "modes and shots",
     "TrainArgs": "training",
     "RetainFlags": "training",
     "TranslateFlags": "translations",
@@ -79,6 +82,7 @@ ORDER = (
     "model",
     "data",
     "adapter",
+    "modes and shots",
     "grid and adapters",
     "training",
     "translations",
@@ -124,8 +128,10 @@ _RARE = frozenset(
         "loss",
         "lr_cooldown_end",
         "lr_cooldown_power",
+        "lr_end",
         "max_bad_rows",
         "negatives",
+        "norms_only",
         "peft_out_proj",
         "ray_address",
         "ray_gpus_per_worker",
@@ -133,6 +139,7 @@ _RARE = frozenset(
         "retry_errors",
         "save_lora_only",
         "shard_rows",
+        "steps",
         "strict",
     )
 )

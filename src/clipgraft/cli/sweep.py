@@ -64,7 +64,8 @@ def run_sweep(argv: Sequence[str]) -> None:
 def _run_cells(folder: Path, job: Job, settings: dict[str, Any]) -> list[CellResult]:
     """Read the results of finished cells, and run the others."""
     from clipgraft.cli.sweep_cell import run_apart
-    from clipgraft.train.sweep import grid, read_cell, write_cell
+    from clipgraft.train.cells import write_finished
+    from clipgraft.train.sweep import grid, read_cell
 
     sweep, train = job.sweep, job.train
     cells = grid(
@@ -77,7 +78,7 @@ def _run_cells(folder: Path, job: Job, settings: dict[str, Any]) -> list[CellRes
         if result is None:
             log.info("cell %d of %d: %s", number, len(cells), cell.name)
             result = run_apart(job, cell, place)
-            write_cell(place, result, settings)
+            write_finished(place, result, settings)
         else:
             log.info("cell %d of %d: %s is finished already", number, len(cells), cell.name)
         results.append(result)

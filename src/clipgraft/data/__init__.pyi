@@ -4,6 +4,8 @@ from .args import FeatureArgs as FeatureArgs
 from .args import LabelArgs as LabelArgs
 from .args import TableArgs as TableArgs
 from .args import TranslationArgs as TranslationArgs
+from .class_splits import ClassSplits as ClassSplits
+from .class_splits import read_split as read_split
 from .contact_sheet import write_contact_sheet as write_contact_sheet
 from .datasets import Labelled as Labelled
 from .datasets import Pairs as Pairs
@@ -17,6 +19,9 @@ from .prompts import WeightedPrompts as WeightedPrompts
 from .prompts import class_prompts as class_prompts
 from .prompts import read_prompts as read_prompts
 from .prompts import write_prompts as write_prompts
+from .published_sets import PUBLISHED_SETS as PUBLISHED_SETS
+from .published_sets import read_published as read_published
+from .published_sets import read_published_shots as read_published_shots
 from .reader import read_labelled as read_labelled
 from .reader import read_pairs as read_pairs
 from .reader import read_texts as read_texts

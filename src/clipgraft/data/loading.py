@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import warnings
@@ -11,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -126,10 +126,27 @@ def epoch_batches(
     return [order[start : min(start + batch_size, end)] for start in range(0, end, batch_size)]
 
 
-class PairBatches:
-    """Shuffled training batches with images decoded and augmented afresh in every epoch.
+def batch_order(
+    num_rows: int, batch_size: int, seed: int, epoch: int, *, drop_last: bool = True, count: int | None = None
+) -> list[tuple[int, Indices]]:
+    """Return the batches of an epoch as `epoch_batches` shuffles them, each with the number of its pass.
 
-    Order and augmentation depend on (seed, epoch, row) alone: not on the number of workers, nor on where in
+    An epoch is one pass over the rows, that of its own number; or with `count` that many batches, over as
+    many passes as it takes. Raises DataError as `epoch_batches` does.
+    """
+    found: list[tuple[int, Indices]] = []
+    for number in itertools.count(epoch):
+        batches = epoch_batches(num_rows, batch_size, seed, number, drop_last=drop_last)
+        found += [(number, rows) for rows in batches]
+        if count is None or len(found) >= count:
+            break
+    return found[:count]
+
+
+class PairBatches:
+    """Shuffled training batches with images decoded and augmented afresh in every pass over the data.
+
+    Order and augmentation depend on (seed, pass, row) alone: not on the number of workers, nor on where in
     the epoch the run was resumed. The random state of the training process is left as it was.
     """
 
@@ -144,8 +161,12 @@ class PairBatches:
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        count: int | None = None,
     ) -> None:
-        """Take every `world_size`-th batch of an epoch, from `rank` on: the share of one process."""
+        """Take every `world_size`-th batch of an epoch, from `rank` on: the share of one process.
+
+        With `count` there is one epoch, of so many batches in all processes, over several passes.
+        """
         self._rows = pairs.rows()
         self._dataset = ImageDataset(pairs.images, transform)
         self._batch_size = batch_size
@@ -153,6 +174,7 @@ class PairBatches:
         self._workers = workers
         self._drop_last = drop_last
         self._turns = slice(rank, None, world_size)
+        self._count = count
 
     def __len__(self) -> int:
         """Count the batches of this process in one epoch."""
@@ -160,19 +182,22 @@ class PairBatches:
 
     def batches(self, epoch: int, start: int = 0) -> Generator[PairBatch, None, None]:
         """Yield one epoch's batches from number `start` on; raises ImageError for an unusable image."""
-        return _in_workers(partial(self._batch, epoch), self._order(epoch)[start:], self._workers)
+        return _in_workers(self._batch, self._order(epoch)[start:], self._workers)
 
-    def _order(self, epoch: int) -> list[Indices]:
-        rows = len(self._rows)
-        batches = epoch_batches(rows, self._batch_size, self._seed, epoch, drop_last=self._drop_last)
-        return batches[self._turns]
+    def _order(self, epoch: int) -> list[tuple[int, Indices]]:
+        order = batch_order(
+            *(len(self._rows), self._batch_size, self._seed, epoch),
+            drop_last=self._drop_last,
+            count=self._count,
+        )
+        return order[self._turns]
 
-    def _batch(self, epoch: int, rows: Indices) -> PairBatch:
-        ids = rows.tolist()
+    def _batch(self, key: tuple[int, Indices]) -> PairBatch:
+        number, ids = key[0], key[1].tolist()
         image_ids = [self._rows[row][0] for row in ids]
         images = []
         for row, image in zip(ids, image_ids, strict=True):
-            with seeded(self._seed, epoch, row):
+            with seeded(self._seed, number, row):
                 images.append(self._dataset[image][1])
         captions = [self._rows[row][1] for row in ids]
         return PairBatch(default_collate(images), captions, torch.tensor(image_ids), torch.tensor(ids))

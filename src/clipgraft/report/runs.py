@@ -13,10 +13,11 @@ from clipgraft.adapters.run_folder import RunModel, find_run_model, is_run, read
 from clipgraft.errors import CheckpointError, DataError
 from clipgraft.evaluate.metrics import DECISIVE, TaskName, task_of
 from clipgraft.records import Finite, Whole
+from clipgraft.train.cells import CELL_FILE
 from clipgraft.train.rate import Rate
 from clipgraft.train.run_folder import EVENTS, read_events
 from clipgraft.train.strength import StrengthCurve
-from clipgraft.train.sweep import CELL_FILE, Cell, CellRecord, CellResult, Row, read_cell, rows_of
+from clipgraft.train.sweep import Cell, CellRecord, CellResult, Row, read_cell, rows_of
 from clipgraft.train.verdict import Verdict
 
 _STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \| ", re.M)

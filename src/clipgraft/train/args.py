@@ -56,6 +56,11 @@ class TrainArgs(Options):
         "learning-rate schedule, as if a run of 10 epochs were resumed with `epochs=20` "
         "(default: one part)",
     )
+    steps: Count | None = Field(
+        None,
+        ge=1,
+        description="train for so many steps in place of epochs: one epoch, over the data as often as needed",
+    )
     lr: AutoRate = Field(
         "auto",
         description="peak learning rate; auto tries several on a part of the training data, for at most 15 % "
@@ -69,6 +74,7 @@ class TrainArgs(Options):
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = Field(
         "cosine", description="schedule after warmup"
     )
+    lr_end: Rate = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     epochs_cooldown: Count | None = Field(
         None, ge=1, description="epochs of cooldown at the end, with const-cooldown"
     )
@@ -91,6 +97,9 @@ class TrainArgs(Options):
     lock_text: bool = Field(False, description="freeze the text tower")
     lock_text_unlocked_layers: Layers = Field(
         0, ge=0, description="with `lock_text`: number of last layers that stay trainable"
+    )
+    norms_only: bool = Field(
+        False, description="without an adapter, train the layer norms alone; `wd` is theirs then"
     )
     negatives: Literal["batch", "gallery"] | None = Field(
         None,
@@ -131,6 +140,8 @@ class TrainArgs(Options):
         """The same with epochs for that many pairs, where they are left open."""
         if self.epochs != "auto" or self.epoch_parts is not None:
             return self
+        if self.steps is not None:
+            return self.replace(epochs=1)
         steps = rows // (self.batch_size * self.accum_freq * processes)
         wanted = -(-_STEPS // max(1, steps))
         return self.replace(epochs=min(max(wanted, _FEWEST_EPOCHS), _MOST_EPOCHS))
@@ -140,6 +151,9 @@ class TrainArgs(Options):
         if self.epochs == "auto" and self.epoch_parts is None:
             return []
         parts, faults = self.parts, []
+        if self.steps is not None and parts != (1,):
+            given = "epochs" if self.epoch_parts is None else "epoch_parts"
+            faults.append(f"`steps={self.steps}` is a run of one epoch: drop `{given}`, or `steps`")
         if self.epoch_parts is not None and "epochs" in self.model_fields_set and sum(parts) != self.epochs:
             given = ",".join(map(str, parts))
             told = f"`epoch_parts={given}` sum to {sum(parts)}, but `epochs` is {self.epochs}: drop one"

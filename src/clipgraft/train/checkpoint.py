@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 EPOCHS, PARTS = "epochs", "epoch_parts"
 _SHARING = ("batch_size", "accum_freq", "processes")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_OF_THEN = {"loss": "softmax"}
+_OF_THEN = {"loss": "softmax", "norms_only": False, "lr_end": 0.0}
 """What runs had that were begun before these were options."""
 _AGAIN = "start the run again under another `out`"
 _OTHER = "holds other trainable weights than this model has: resume with the run's own model"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from clipgraft.data.datasets import Pairs
 from clipgraft.data.features import evaluating
-from clipgraft.data.loading import PairBatches, Transform, epoch_batches
+from clipgraft.data.loading import PairBatches, Transform, batch_order
 from clipgraft.data.stored_rows import StoredRows
 from clipgraft.engine.encoder import Encoder
 from clipgraft.errors import DataError
@@ -33,8 +34,9 @@ from clipgraft.train.distributed import ALONE, World
 class MicroBatch:
     """What is in memory at once: (n,) ids, (n, 3, H, W) pixels or None, and (n,) turns.
 
-    A row's turn is the epoch plus its caption's place among those of its image: over the epochs each caption
-    meets every turn, and within one epoch the captions of an image are at different ones.
+    A row's turn is the number of the pass over the data plus its caption's place among those of its image:
+    over the passes each caption meets every turn, and within one pass the captions of an image are at
+    different ones.
     """
 
     image_ids: Tensor
@@ -53,7 +55,8 @@ class Feed:
     Attributes:
         captions: every distinct caption; `caption_ids` index it, so equal captions have equal ids.
         image_of_row, caption_of_row: (rows,) ids of every pair.
-        steps: batches in an epoch; a last incomplete one is left out, as in open_clip.
+        steps: batches in an epoch; a last incomplete one is left out, as in open_clip, unless it is one of a
+            given number of `steps`.
     """
 
     def __init__(
@@ -65,13 +68,27 @@ class Feed:
         transform: Transform | None,
         workers: int,
         world: World = ALONE,
+        steps: int | None = None,
     ) -> None:
+        """With `steps` there is one epoch of so many batches, over as many passes as it takes.
+
+        A pass's last incomplete batch is one of them, unless a step has several micro-batches.
+        """
         rows = pairs.rows()
         self.captions = list(dict.fromkeys(caption for _, caption in rows))
         position = {caption: index for index, caption in enumerate(self.captions)}
-        self.steps = len(rows) // (batch_size * accum_freq * world.world_size)
-        if self.steps == 0:
+        micro_batches = accum_freq * world.world_size
+        drop_last = steps is None or micro_batches > 1
+        fit = len(rows) // (batch_size * micro_batches)
+        if fit == 0 and drop_last:
             raise DataError(_too_few(len(rows), batch_size, accum_freq, world.world_size))
+        self.steps = fit if steps is None else steps
+        self._order = partial(
+            batch_order,
+            *(len(rows), batch_size, seed),
+            drop_last=drop_last,
+            count=None if steps is None else steps * micro_batches,
+        )
         self.image_of_row = torch.tensor([image for image, _ in rows])
         self.caption_of_row = torch.tensor([position[caption] for _, caption in rows])
         self._place_of_row = torch.tensor([place for texts in pairs.captions for place in range(len(texts))])
@@ -89,6 +106,7 @@ class Feed:
                 workers=workers,
                 rank=world.rank,
                 world_size=world.world_size,
+                **self._order.keywords,
             )
 
     def batches(self, epoch: int, start: int) -> Generator[list[MicroBatch], None, None]:
@@ -98,18 +116,18 @@ class Feed:
                 yield list(islice(micro_batches, self._accum_freq))
 
     def _micro_batches(self, epoch: int, start: int) -> Generator[MicroBatch, None, None]:
+        # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
+        own = self._order(epoch)[self._world.rank :: self._world.world_size][start:]
         if self._loader is not None:
             with contextlib.closing(self._loader.batches(epoch, start)) as loaded:
-                for pixels, _, _, row_ids in loaded:
-                    yield self._micro_batch(epoch, row_ids, pixels)
+                for (number, _), (pixels, _, _, row_ids) in zip(own, loaded, strict=True):
+                    yield self._micro_batch(number, row_ids, pixels)
             return
-        # Cutting one permutation into smaller pieces keeps its order: accumulation changes no batch.
-        batches = epoch_batches(len(self.image_of_row), self._batch_size, self._seed, epoch)
-        for rows in batches[self._world.rank :: self._world.world_size][start:]:
-            yield self._micro_batch(epoch, torch.from_numpy(rows), None)
+        for number, rows in own:
+            yield self._micro_batch(number, torch.from_numpy(rows), None)
 
-    def _micro_batch(self, epoch: int, rows: Tensor, pixels: Tensor | None) -> MicroBatch:
-        turns = self._place_of_row[rows] + epoch
+    def _micro_batch(self, number: int, rows: Tensor, pixels: Tensor | None) -> MicroBatch:
+        turns = self._place_of_row[rows] + number
         return MicroBatch(self.image_of_row[rows], self.caption_of_row[rows], pixels, turns)
 
 

@@ -148,7 +148,10 @@ def prepare_inputs(
         lower = plan_activations(setup, encoder, [*pairs.images, *(val.images if val else ())])
     decoded = (live_images and lower is None) or (args.augment and args.cache_views is None)
     transform = _transform(clip, args.augment) if decoded else None
-    feed = Feed(pairs, args.batch_size, args.accum_freq, args.seed, transform, setup.features.workers, world)
+    feed = Feed(
+        *(pairs, args.batch_size, args.accum_freq, args.seed, transform, setup.features.workers, world),
+        steps=args.steps,
+    )
     texts: FeatureSource = (
         LiveTexts(encoder, feed.captions) if live_texts else _fixed_texts(encoder, feed, world)
     )

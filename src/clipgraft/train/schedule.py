@@ -67,9 +67,8 @@ def _schedule(args: TrainArgs, epochs: int, steps_per_epoch: int, *, first: bool
     if first and warmup < args.warmup and "warmup" in args.model_fields_set:
         log.info("warmup: %d of this run's %d steps, instead of %d", warmup, total, args.warmup)
     cooldown = (args.epochs_cooldown or 0) * steps_per_epoch
-    return make_schedule(
-        args.lr_scheduler, args.peak_lr, warmup, total, cooldown, args.lr_cooldown_end, args.lr_cooldown_power
-    )
+    end, power = args.lr_cooldown_end, args.lr_cooldown_power
+    return make_schedule(args.lr_scheduler, args.peak_lr, warmup, total, cooldown, end, power, args.lr_end)
 
 
 def _parts(args: TrainArgs, run: RunArgs, rows: int, world: World) -> tuple[int, ...]:
@@ -77,7 +76,7 @@ def _parts(args: TrainArgs, run: RunArgs, rows: int, world: World) -> tuple[int,
     before = recorded_parts(recorded_settings(latest)) if run.resume and latest.exists() else None
     if before is None:
         settled = args.for_pairs(rows, world.world_size)
-        if args.epochs == "auto" and args.epoch_parts is None:
+        if args.epochs == "auto" and args.epoch_parts is None and args.steps is None:
             log.info("`epochs=auto` takes %d, by the number of pairs (%s)", settled.epochs, f"{rows:,}")
         return settled.parts
     if args.epoch_parts is not None:
@@ -114,7 +113,7 @@ def _told(args: TrainArgs, first: int) -> str:
     rate = "what was found" if isinstance(args.lr, str) else f"{args.lr:g}"
     if args.lr_scheduler == "const":
         return f"with the same learning rate, {rate}"
-    end = 0.0 if args.lr_scheduler == "cosine" else args.lr_cooldown_end
+    end = args.lr_end if args.lr_scheduler == "cosine" else args.lr_cooldown_end
     how = "by a cosine" if args.lr_scheduler == "cosine" else f"over the last {args.epochs_cooldown} epochs"
     return f"for which the learning rate starts at {rate} again in epoch {first} and falls to {end:g} {how}"
 
@@ -135,10 +134,11 @@ def make_schedule(
     cooldown_steps: int = 0,
     cooldown_end: float = 0.0,
     cooldown_power: float = 1.0,
+    cosine_end: float = 0.0,
 ) -> Schedule:
     """Learning rate by step, counted from 0: linear warmup, then `kind`.
 
-    `cosine` falls to zero at `total_steps`; `const` stays; `const-cooldown` stays and falls to
+    `cosine` falls to `cosine_end` at `total_steps`; `const` stays; `const-cooldown` stays and falls to
     `cooldown_end` over the last `cooldown_steps` as (remaining share) ** `cooldown_power`.
     """
 
@@ -147,7 +147,7 @@ def make_schedule(
             return lr * (step + 1) / warmup
         if kind == "cosine":
             progress = (step - warmup) / max(1, total_steps - warmup)
-            return 0.5 * lr * (1 + math.cos(math.pi * progress))
+            return cosine_end + 0.5 * (lr - cosine_end) * (1 + math.cos(math.pi * progress))
         start = total_steps - cooldown_steps
         if kind == "const-cooldown" and step >= start:
             remaining = 1 - (step - start) / max(1, cooldown_steps)

@@ -77,7 +77,12 @@ def set_up(
 
 def choose_trainable(clip: Clip, args: TrainArgs) -> None:
     """The adapter trains if there is one; else everything but what the locks freeze."""
-    if lora_state(clip) is None:
+    if lora_state(clip) is not None:
+        if args.norms_only:
+            raise ConfigError(
+                "`norms_only` trains weights of the base, and the model has an adapter: drop one"
+            )
+    else:
         clip.model.requires_grad_(True)
         if clip.logit_bias is not None:
             clip.logit_bias.requires_grad_(args.loss == "sigmoid")  # a softmax does not depend on it
@@ -85,12 +90,21 @@ def choose_trainable(clip: Clip, args: TrainArgs) -> None:
             lock_tower(clip, "vision", args.lock_image_unlocked_groups)
         if args.lock_text:
             lock_tower(clip, "text", args.lock_text_unlocked_layers)
+        if args.norms_only:
+            _freeze_all_but_norms(clip)
     for parameter in clip.temperature.values():
         if parameter.requires_grad:
             # A step moves the temperature by less than two neighbouring bf16 numbers are apart.
             parameter.data = parameter.data.float()
     if args.grad_checkpointing:
         clip.family.set_grad_checkpointing(clip.model, True)
+
+
+def _freeze_all_but_norms(clip: Clip) -> None:
+    norms = clip.family.norms(clip.model).values()
+    kept = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    for parameter in clip.model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
 
 
 def _choose_autocast(clip: Clip, run: RunArgs, choice: bool | None) -> bool:
@@ -138,7 +152,11 @@ def make_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
     ratio = args.lora_plus_ratio
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if ratio != 1 else []
     faster = [layer.starts_at_zero for layer in layers]
-    groups = parameter_groups(model.named_parameters(), args.wd, faster, ratio)
+    if args.norms_only:
+        norms = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": norms, "weight_decay": args.wd}]
+    else:
+        groups = parameter_groups(model.named_parameters(), args.wd, faster, ratio)
     return torch.optim.AdamW(
         groups, lr=args.peak_lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True
     )

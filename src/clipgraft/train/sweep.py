@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clipgraft.errors import CheckpointError
 from clipgraft.evaluate.bootstrap import Interval
-from clipgraft.files import write_json
-from clipgraft.records import Finite, Whole, read_json
+from clipgraft.records import Finite, Whole
 from clipgraft.text_tables import Table, with_deviation, with_interval
+from clipgraft.train.cells import read_finished
 
-CELL_FILE = "cell.json"
 Kind = Literal["base", "lora", "full"]
 _GAIN = (
     "gain: R@1 of both directions, or accuracy, above the base in points, with its 95 % interval over the "
@@ -109,23 +107,8 @@ def read_cell(folder: Path, settings: Mapping[str, Any]) -> CellResult | None:
     Raises:
         CheckpointError: it is of a sweep with other settings, or its record is damaged.
     """
-    path = folder / CELL_FILE
-    if not path.is_file():
-        return None
-    record = read_json(path, CellRecord, CheckpointError, "remove it to run the cell again")
-    changed = [key for key in settings if record.settings.get(key) != settings[key]]
-    if changed:
-        raise CheckpointError(
-            f"{folder} was run with another {', '.join(sorted(changed)[:4])}: use the same settings, or a "
-            "new `name`"
-        )
-    return record.result
-
-
-def write_cell(folder: Path, result: CellResult, settings: Mapping[str, Any]) -> None:
-    """Record a finished cell; from here on it is never run again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CELL_FILE, {"settings": dict(settings), "result": asdict(result)})
+    record = read_finished(folder, CellRecord, settings, "a new `name`")
+    return None if record is None else record.result
 
 
 def rows_of(results: Sequence[CellResult]) -> list[Row]:

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from clipgraft.data.args import FeatureArgs
@@ -28,7 +27,7 @@ from clipgraft.errors import ConfigError, DataError
 from clipgraft.lora.state import lora_state
 from clipgraft.models.clip import Clip
 from clipgraft.models.device import use_autocast
-from clipgraft.options import CacheSharpness, CacheWeight, Count, LossWeight, Options, Rate
+from clipgraft.train.fewshot.args import FeatureModeArgs
 
 BEFORE_PROJECTION = "input of the vision projection"
 
@@ -94,34 +93,6 @@ class FewShotFeatures:
     def unit(self) -> Tensor:
         """(V, N, D) features of norm 1, as the base projects them."""
         return self.projection.unit(self.views)
-
-
-class FeatureModeArgs(Options):
-    """Settings of the modes that train on features; left open, each is what the mode's paper fixes."""
-
-    cache_weight: CacheWeight = Field(
-        1.0, ge=0, description="Tip-Adapter: weight of the cached images beside the class texts (alpha)"
-    )
-    cache_sharpness: CacheSharpness = Field(
-        5.5, gt=0, description="Tip-Adapter: how fast a cached image loses influence with distance (beta)"
-    )
-    feature_epochs: Count | None = Field(
-        None,
-        ge=0,
-        description="passes over the features (default: 20 of Tip-Adapter-F, 300 of ProLIP; at most 200 of "
-        "the linear probe, which stops at its minimum)",
-    )
-    feature_lr: Rate | None = Field(
-        None,
-        gt=0,
-        description="peak learning rate of Tip-Adapter-F (default: 1e-3) and ProLIP (default: 1e-4)",
-    )
-    penalty: LossWeight | None = Field(
-        None,
-        ge=0,
-        description="weight of the squared distance to the start (default: ProLIP 1/shots; linear probe: "
-        "the inverse temperature)",
-    )
 
 
 class Classifier(Protocol):

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.train.fewshot.features import FeatureModeArgs, FewShotFeatures, LinearClassifier, zero_shot
+from clipgraft.train.fewshot.args import FeatureModeArgs
+from clipgraft.train.fewshot.features import FewShotFeatures, LinearClassifier, zero_shot
 
 _ITERATIONS = 200
 

@@ -22,7 +22,8 @@ from clipgraft.lora.inject import attach
 from clipgraft.lora.state import Adapter, lora_state
 from clipgraft.lora.variants import PlainLora
 from clipgraft.models.clip import Clip
-from clipgraft.train.fewshot.features import FeatureModeArgs, FewShotFeatures, LinearClassifier, zero_shot
+from clipgraft.train.fewshot.args import FeatureModeArgs
+from clipgraft.train.fewshot.features import FewShotFeatures, LinearClassifier, zero_shot
 from clipgraft.train.fewshot.steps import take_steps
 
 _EPOCHS, _LR, _EPS = 300, 1e-4, 1e-4

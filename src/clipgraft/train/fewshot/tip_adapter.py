@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.train.fewshot.args import FeatureModeArgs
 from clipgraft.train.fewshot.features import (
     Classifier,
-    FeatureModeArgs,
     FewShotFeatures,
     LinearClassifier,
     zero_shot,

@@ -89,7 +89,8 @@ class ClassificationRecipe(Recipe):
             )
 
     def settings(self) -> dict[str, Any]:
-        return {"head": self.options.head, "data": self._digest()}
+        known = digest_of(self.data, self.prompts, self.options.weights)
+        return {"head": self.options.head, "data": known}
 
     def sample(self) -> Pairs:
         """Each image with the prompts of its class."""
@@ -152,16 +153,22 @@ class ClassificationRecipe(Recipe):
         features = inputs.encode_captions([text for group in self.prompts for text in group])
         return pool_prompts(features, [len(group) for group in self.prompts], prompt_weights(self.prompts))
 
-    def _digest(self) -> str:
-        """What the training data are, by names, labels and prompts."""
-        weights = None if self.options.weights is None else list(self.options.weights)
-        shares = prompt_weights(self.prompts)
-        weighted = () if shares is None else (shares.tolist(),)
-        known = repr((self.data.classes, [*map(tuple, self.prompts)], weights, *weighted))
-        digest = hashlib.sha256(known.encode())
-        for image, label in zip(self.data.images, self.data.labels, strict=True):
-            digest.update(f"{image.name}\t{label}\n".encode(errors="surrogatepass"))
-        return digest.hexdigest()[:16]
+
+def digest_of(
+    data: Labelled, prompts: Sequence[Sequence[str]], weights: Sequence[float] | None = None
+) -> str:
+    """Return 16 hex digits of what labelled images are, by names, labels and prompts.
+
+    `weights`: of the classes in the loss.
+    """
+    shares = prompt_weights(prompts)
+    weighted = () if shares is None else (shares.tolist(),)
+    listed = None if weights is None else list(weights)
+    known = repr((data.classes, [*map(tuple, prompts)], listed, *weighted))
+    digest = hashlib.sha256(known.encode())
+    for image, label in zip(data.images, data.labels, strict=True):
+        digest.update(f"{image.name}\t{label}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def class_loss(asked: LossKind | Literal["auto"]) -> LossKind:
@@ -232,7 +239,10 @@ class Prompted:
 
     def parts(self, batch: Sequence[MicroBatch]) -> list[Encode]:
         images = _images_alone(self.clip, self.images, batch)
-        return images if self.prompts is None else [partial(self._encode_prompts, self.prompts), *images]
+        if self.prompts is None:
+            return images
+        texts = partial(self._encode_prompts, self.prompts)
+        return [partial(_together, texts, images[0])] if len(images) == 1 else [texts, *images]
 
     def _encode_prompts(self, prompts: Callable[[], Tensor]) -> Features:
         texts = queued(prompts(), self.clip.device)
@@ -274,6 +284,12 @@ class Headed:
             return F.cross_entropy(logits, queued(labels, images.device), weight=weights)
 
         return loss
+
+
+def _together(texts: Encode, images: Encode) -> Features:
+    """Both at once: a step of one micro-batch then runs each tower once, not once more for its gradients."""
+    encoded = texts()[1]
+    return images()[0], encoded
 
 
 def _images_alone(clip: Clip, images: FeatureSource, batch: Sequence[MicroBatch]) -> list[Encode]:
