@@ -29,10 +29,11 @@ class World:
     sweep: Path
     classes: Path
     class_sweep: Path
+    few: Path
 
     @property
     def all(self) -> list[Path]:
-        return [self.run, self.sweep, self.classes, self.class_sweep]
+        return [self.run, self.sweep, self.classes, self.class_sweep, self.few]
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +70,15 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Iterat
             *("sweep", *base, *labels, "--targets", "vision.1.*", "--lora-r", "1", "--no-full"),
             *("--seeds", "2", "--test-data", str(images), "--name", "grid"),
         ],
+        [
+            *("fewshot", "--model", str(tiny_config), "--pretrained", "none", "--precision", "fp32"),
+            *("--workers", "0", "--train-data", str(images), "--test-data", str(images), "--views", "1"),
+            *("--shots", "1,2", "--seeds", "2", "--modes", "prolip,tip-adapter", "--feature-epochs", "2"),
+            *("--setting", "base-to-novel", "--out", str(logs / "few")),
+        ],
     ):
         assert main(words) == 0
-    yield World(logs, table, logs / "run", logs / "sweep", logs / "kinds", logs / "grid")
+    yield World(logs, table, logs / "run", logs / "sweep", logs / "kinds", logs / "grid", logs / "few")
     torch.set_num_threads(before)
 
 

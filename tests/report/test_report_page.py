@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from clipgraft.errors import ConfigError
+from clipgraft.errors import CheckpointError, ConfigError
 from clipgraft.report import charts
 from clipgraft.report.tables import ResultRow
 from clipgraft.report.write_report import write_report
@@ -183,6 +184,7 @@ def test_every_section_is_there_in_its_order(page: Page) -> None:
     order = [
         "ran",
         "table",
+        "few-shot",
         "curves",
         "cost",
         "gallery",
@@ -307,3 +309,25 @@ def test_the_true_image_is_framed_and_said(page: Page) -> None:
     assert all("the true image" in text for text in labels(thumbs))
     others = [e for e in page.all("svg", class_="thumb") if e.inside("ol", **{"class": "strip"})]
     assert not any("the true image" in text for text in labels([e for e in others if e not in thumbs]))
+
+
+def test_few_shots_are_shown_by_mode(page: Page, world: Any, tmp_path: Path) -> None:
+    """The page has other numbers than the comparison wrote, or is refused where it is all there is."""
+    rows = json.loads((world.few / "shots-2.json").read_text())["rows"]
+    best = next(row for row in rows if row["mode"] == "prolip")
+    (table,) = page.all("table", class_="few-shot")
+    cells = [e.text for e in page.all("td") if table in e.parents]
+    for metric in ("base", "novel", "harmonic mean"):
+        assert f"{100 * best['mean'][metric]:.1f} ± {100 * best['deviation'][metric]:.1f}" in cells
+    charts = [e for e in page.all("svg", class_="chart") if "by images a class" in e.text]
+    assert len(charts) == 3
+
+    alone = write_report([world.few], tmp_path / "alone.html").read_text()
+    assert "Few shots" in alone
+    assert "What was forgotten" not in alone
+    record = world.few / "cells" / "zero-shot" / "cell.json"
+    copied = shutil.copytree(world.few, tmp_path / "damaged") / record.relative_to(world.few)
+    copied.write_text(record.read_text().replace('"novel"', '"R@1"'))
+    with pytest.raises(CheckpointError, match="holds what no comparison wrote"):
+        write_report([tmp_path / "damaged"], tmp_path / "never.html")
+    assert not (tmp_path / "never.html").exists()

@@ -120,7 +120,7 @@ def test_damage_is_one_line(file: str, text: str, message: str, copied: Path, tm
 def test_what_is_no_run(world: Any, tmp_path: Path) -> None:
     """Somebody who names the folder above, or mistypes, is left to guess."""
     for path, message in (
-        (world.logs, "is no run, it holds 4: name those to report on, like"),
+        (world.logs, "is no run, it holds 5: name those to report on, like"),
         (tmp_path / "nothing", "there is no such folder"),
         (world.table, "is a file"),
         (tmp_path, "is no run: it has neither events.jsonl nor cells/"),

@@ -135,7 +135,7 @@ def _read_images(path: Path, table: TableFlags, classes: PromptFlags, what: str)
 def _draw(found: FewShotComparison, out: Path) -> None:
     """Draw accuracy by shots, where the packages of reports are installed."""
     from clipgraft.errors import ConfigError
-    from clipgraft.report.few_shot_figure import few_shot_figure
+    from clipgraft.report.few_shot import few_shot_figure
     from clipgraft.report.write_report import require_packages
 
     try:

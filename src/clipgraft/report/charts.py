@@ -50,10 +50,12 @@ def curves(
     points: bool = False,
     kept: float | None = None,
     mark: str = "kept",
+    doubling: bool = False,
 ) -> str:
     """Draw lines over steps or epochs; `points` marks each measurement, `kept` what was saved or is advised.
 
-    `mark` is the word for it.
+    `mark` is the word for it. With `doubling` equal steps across double the number, and what was measured is
+    named below.
     """
     with style():
         figure, axes = canvas(WIDTH, HEIGHT)
@@ -64,6 +66,11 @@ def curves(
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=SERIES[place], alpha=0.16, linewidth=0)
         _plain_axes(axes, across, up, whole=all(float(x).is_integer() for line in lines for x in line.x))
+        if doubling:
+            across_all = sorted({x for line in lines for x in line.x})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(across_all, [f"{x:g}" for x in across_all])
+            axes.minorticks_off()
         if kept is not None:
             axes.axvline(kept, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=0)
             above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}

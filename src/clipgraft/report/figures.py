@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from clipgraft.report import charts
 from clipgraft.report.examples import Classes, Examples
+from clipgraft.report.few_shot import few_shot_curves
 from clipgraft.report.runs import Run, Sweep
 from clipgraft.report.tables import METRIC_WORDS, ResultGroup, charted
+from clipgraft.train.fewshot.results import METRICS, FewShotComparison
 from clipgraft.train.strength import StrengthCurve
 
 _MOST_CLASSES = 32
@@ -99,6 +101,16 @@ def _sweep_learning(sweep: Sweep, name: str) -> list[Figure]:
         svg = charts.curves(f"{name}-loss", f"Loss of {sweep.name}", "step", "loss", full)
         figures.append(Figure(svg))
     return figures
+
+
+def few_shot(found: FewShotComparison, name: str) -> list[Figure]:
+    """Draw each metric by the number of images a class, where there are several numbers of them."""
+    if len(found.shots) < 2:
+        return []
+    return [
+        Figure(few_shot_curves(found, f"{name}-shots-{place}", metric))
+        for place, metric in enumerate(METRICS[found.setting])
+    ]
 
 
 def costs(group: ResultGroup, name: str) -> list[Figure]:

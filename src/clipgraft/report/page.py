@@ -23,6 +23,7 @@ from clipgraft.evaluate.metrics import HEADLINE, TaskName
 from clipgraft.pictures import open_image
 from clipgraft.report import figures, tables
 from clipgraft.report.examples import MODELS, Examples, Found, Retention
+from clipgraft.report.few_shot import FewShot
 from clipgraft.report.runs import Run, Sweep
 from clipgraft.report.tables import ResultGroup, make_groups, on_test_data, progress_of
 from clipgraft.stored_images import open_bytes
@@ -57,7 +58,14 @@ class Section:
     notes: tuple[str, ...]
 
 
-def render(sections: Sequence[Section], *, with_examples: bool, retained: str, now: datetime) -> str:
+def render(
+    sections: Sequence[Section],
+    few: Sequence[FewShot] = (),
+    *,
+    with_examples: bool,
+    retained: str,
+    now: datetime,
+) -> str:
     """Render the page as HTML text; `retained` names the data on which forgetting was measured."""
     pictures = Thumbnails()
     known = {str(item.source.path): item.examples for item in sections if item.examples is not None}
@@ -65,12 +73,16 @@ def render(sections: Sequence[Section], *, with_examples: bool, retained: str, n
     parts = [_part(item, f"s{place}", pictures) for place, item in enumerate(sections)]
     template = _environment().get_template("page.html.j2")
     return template.render(
-        title=_title(sections),
+        title=_title([*(item.source.name for item in sections), *(item.name for item in few)]),
         now=now,
         version=clipgraft.__version__,
         style=Markup(_read("page.css")),
-        in_short=[said for group in groups if (said := tables.in_short(group))],
+        in_short=[
+            *(said for group in groups if (said := tables.in_short(group))),
+            *((item.name, item.in_short) for item in few if item.in_short),
+        ],
         parts=parts,
+        few_shots=[_few_shot(item, f"f{place}") for place, item in enumerate(few)],
         tables=_tables(groups),
         costs=[(g, made) for n, g in enumerate(groups) if (made := _marked(figures.costs(g, f"g{n}")))],
         notes=[note for item in sections for note in item.notes],
@@ -110,8 +122,7 @@ def _read(name: str) -> str:
     return (files("clipgraft.report") / name).read_text(encoding="utf-8")
 
 
-def _title(sections: Sequence[Section]) -> str:
-    names = [item.source.name for item in sections]
+def _title(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -128,6 +139,17 @@ def _tables(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
                 {"task": task, "groups": own, "heads": heads, "metrics": names, "ranked": ranked, "how": how}
             )
     return made
+
+
+def _few_shot(item: FewShot, name: str) -> dict[str, Any]:
+    """Collect what the template shows of a few-shot comparison."""
+    return {
+        "name": item.name,
+        "path": str(item.path),
+        "setting": item.found.setting,
+        "table": item.found.table(),
+        "figures": _marked(figures.few_shot(item.found, name)),
+    }
 
 
 def _part(item: Section, name: str, pictures: Thumbnails) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _checked(path: Path) -> Path:
         shown = " ".join(inside[:4]) + (" …" if len(inside) > 4 else "")
         raise DataError(f"{path} is no run, it holds {len(inside)}: name those to report on, like {shown}")
     raise DataError(
-        f"{path} is no run: it has neither {EVENTS} nor cells/; give the folder of a run or sweep"
+        f"{path} is no run: it has neither {EVENTS} nor cells/; name that of a run, sweep or `fewshot`"
     )
 
 

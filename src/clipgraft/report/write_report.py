@@ -1,4 +1,4 @@
-"""Write one HTML page on runs and sweeps."""
+"""Write one HTML page on runs, sweeps and few-shot comparisons."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def write_report(
     computing: Callable[[], ComputeOptions] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write one HTML page on runs and sweeps that needs no other file and no network.
+    """Write one HTML page on runs, sweeps and few-shot comparisons that needs no other file and no network.
 
     Args:
-        paths: run folders, as `train` and `fit` leave them, and folders of sweeps.
+        paths: run folders, as `train` and `fit` leave them, and folders of sweeps and of `fewshot`.
         out: the file to write; appears whole or not at all.
         examples: also show retrieved images, confusions and similarities. They need the base and the
             validation data, are computed once, and are kept in `results/` of each run. Where that is not
@@ -50,20 +50,24 @@ def write_report(
 
     Raises:
         ConfigError: matplotlib or jinja2 is not installed, or nothing is to be reported on.
-        DataError: a path is no run and no sweep.
+        DataError: a path is none of them.
         CheckpointError: a file of a run is damaged.
     """
     require_packages()
     refuse_foreign(Path(out), overwrite, ConfigError, "`out`")
     if not paths:
         raise ConfigError("nothing to report on: name the folder of a run or of a sweep, like logs/NAME")
+    from clipgraft.report.few_shot import FewShot
     from clipgraft.report.page import render
     from clipgraft.report.runs import read_sources
+    from clipgraft.train.fewshot.results import is_comparison, read_comparison
 
-    sources = read_sources([Path(path) for path in paths])
+    folders = list(dict.fromkeys(Path(path) for path in paths))
+    few = [FewShot(path, read_comparison(path)) for path in folders if is_comparison(path)]
+    sources = read_sources([path for path in folders if not is_comparison(path)])
     shown = [_section(source, examples, retained, computing or _on_the_cpu) for source in sources]
     name = "" if retained is None else str(retained.path)
-    page = render(shown, with_examples=examples, retained=name, now=datetime.now())
+    page = render(shown, few, with_examples=examples, retained=name, now=datetime.now())
     write_text(Path(out), page)
     return Path(out)
 

@@ -36,6 +36,7 @@ from clipgraft.train.fewshot.features import (
 )
 from clipgraft.train.fewshot.modes import FEATURE_MODES
 from clipgraft.train.fewshot.results import (
+    CELLS,
     METRICS,
     ZERO_SHOT,
     FewShotCell,
@@ -56,7 +57,6 @@ from clipgraft.train.loop import Interrupted
 from clipgraft.train.recipes.classification import digest_of
 
 log = logging.getLogger("clipgraft")
-_CELLS = "cells"
 _TOWER_MODES = {"clip-lora": tuned_by_clip_lora, "2sfs": tuned_by_two_stages}
 
 
@@ -115,7 +115,7 @@ def compare_few_shot(
 
 
 def _refuse_other(out: Path) -> None:
-    if out.is_dir() and not (out / _CELLS).is_dir():
+    if out.is_dir() and not (out / CELLS).is_dir():
         others = sorted(item.name for item in out.iterdir() if item.name != LOCK)
         if others:
             raise ConfigError(
@@ -171,7 +171,7 @@ class _Comparison:
         return few_shot(train, shots, seed)
 
     def _cell(self, cell: FewShotCell, few: Labelled | None, told: str) -> FewShotCellResult:
-        place, settings = self.out / _CELLS / cell.name, self._settings(cell, few)
+        place, settings = self.out / CELLS / cell.name, self._settings(cell, few)
         record = read_finished(place, FewShotRecord, settings, "a new `out`")
         if record is not None:
             log.info("%s is finished already", told)
@@ -204,12 +204,12 @@ class _Comparison:
 
     def _train_towers(self, cell: FewShotCell, few: Labelled, place: Path) -> FewShotCellResult:
         job = Job(few, self.prompts, self._steps(cell), cell.seed, place, self.features)
-        started = time.perf_counter()
         try:
             with _TOWER_MODES[cell.mode](self.clip, job) as tuned:
-                seconds = time.perf_counter() - started
                 shares = {name: tuned.accuracy(test) for name, test in self.tested.items()}
-                return FewShotCellResult(cell, _with_harmonic_mean(shares), len(few), tuned.weights, seconds)
+                return FewShotCellResult(
+                    cell, _with_harmonic_mean(shares), len(few), tuned.weights, tuned.seconds
+                )
         except Interrupted as stop:
             told = Interrupted(f"cell {cell.name}: {stop}; run the same again to go on")
             told.signal = stop.signal

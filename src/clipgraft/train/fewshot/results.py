@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from clipgraft.errors import CheckpointError
 from clipgraft.files import write_json, write_text
 from clipgraft.records import Finite, Whole
 from clipgraft.results import Result
 from clipgraft.text_tables import Table, with_deviation
-from clipgraft.train.fewshot.args import Setting
+from clipgraft.train.cells import CELL_FILE, read_finished
+from clipgraft.train.fewshot.args import MODES, Setting
 
+CELLS = "cells"
 ZERO_SHOT = "zero-shot"
 METRICS: Mapping[Setting, tuple[str, ...]] = {
     "all": ("accuracy",),
@@ -27,11 +30,10 @@ PUBLISHED: Mapping[Setting, tuple[tuple[str, str, int, float], ...]] = {
     ),
 }
 """What the papers of CLIP-LoRA and 2SFS say of ViT-B/16: the mean of eleven sets, in percent."""
-_THEIRS = "theirs: what their papers say of CLIP ViT-B/16, the mean of eleven sets, not of this data."
-_NOVEL = (
-    "novel: tip-adapter, tip-adapter-f and linear-probe know nothing of classes without training images, and "
-    "answer as zero-shot does."
-)
+_THEIRS = "Theirs: what their papers say of CLIP ViT-B/16, the mean of eleven sets, not of this data."
+_COSTS = "Trained weights and seconds: with the most shots."
+_BLIND = ("tip-adapter", "tip-adapter-f", "linear-probe")
+"""Modes that know nothing of classes without training images."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,14 @@ class FewShotComparison(Result):
     def table(self) -> Table:
         """Show percent by mode and shots, costs at the most shots, and the papers' own numbers."""
         metrics, rows = METRICS[self.setting], self.rows
-        several = len(metrics) > 1
+        several, seeds = len(metrics) > 1, max(row.seeds for row in rows)
         of_mode: dict[str, dict[int, FewShotRow]] = {}
         for row in rows:
             of_mode.setdefault(row.mode, {})[row.shots] = row
         lines = [
-            self._line(mode, metric, by_shots) for mode, by_shots in of_mode.items() for metric in metrics
+            self._line(mode, metric, by_shots, seeds)
+            for mode, by_shots in of_mode.items()
+            for metric in metrics
         ]
         theirs = [one for one in PUBLISHED[self.setting] if one[2] in self.shots]
         for name, metric, shots, value in theirs:
@@ -136,7 +140,12 @@ class FewShotComparison(Result):
             "trained weights",
             "seconds",
         )
-        notes = [_THEIRS] * bool(theirs) + [_NOVEL] * several
+        notes = [f"±: sample deviation over {seeds} seeds."] * (seeds > 1)
+        notes += [_COSTS] * (len(self.shots) > 1) + [_THEIRS] * bool(theirs)
+        if several and (blind := [mode for mode in _BLIND if mode in of_mode]):
+            told = "knows nothing of novel classes, and answers"
+            told = told if len(blind) == 1 else "know nothing of novel classes, and answer"
+            notes.append(f"{', '.join(blind)}: {told} as zero-shot does.")
         kept = [place for place in range(len(columns)) if several or place != 1]
         return Table(
             title="",
@@ -147,11 +156,13 @@ class FewShotComparison(Result):
             keys=2 if several else 1,
         )
 
-    def _line(self, mode: str, metric: str, by_shots: Mapping[int, FewShotRow]) -> tuple[str, ...]:
+    def _line(
+        self, mode: str, metric: str, by_shots: Mapping[int, FewShotRow], seeds: int
+    ) -> tuple[str, ...]:
         if mode == ZERO_SHOT:
             shown = f"{100 * by_shots[0].mean[metric]:.1f}"
             return (mode, metric, *[shown] * len(self.shots), "0", "")
-        cells = [_percent(by_shots[n], metric) if n in by_shots else "" for n in self.shots]
+        cells = [_percent(by_shots[n], metric, seeds) if n in by_shots else "" for n in self.shots]
         largest = by_shots[max(by_shots)]
         return (mode, metric, *cells, f"{largest.trained:,}", f"{largest.seconds:.2f}")
 
@@ -164,6 +175,38 @@ class FewShotComparison(Result):
         for shots in self.shots:
             own = [asdict(row) for row in rows if row.shots == shots or row.mode == ZERO_SHOT]
             write_json(folder / f"shots-{shots}.json", {"setting": self.setting, "shots": shots, "rows": own})
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder is that of a comparison which has come as far as its first cell."""
+    return (folder / CELLS / ZERO_SHOT / CELL_FILE).is_file()
+
+
+def read_comparison(folder: Path) -> FewShotComparison:
+    """Read the finished cells of a comparison, whichever runs of it they are from.
+
+    Raises:
+        CheckpointError: there is none, or the record of a cell is damaged.
+    """
+    records = [
+        record
+        for place in sorted((folder / CELLS).glob("*/"))
+        if (record := read_finished(place, FewShotRecord, {}, "")) is not None
+    ]
+    settings = {record.settings.get("setting") for record in records}
+    setting = next((known for known in METRICS if settings == {known}), None)
+    results = [record.result for record in records]
+    modes = (ZERO_SHOT, *MODES)
+    if setting is None or any(
+        tuple(result.metrics) != METRICS[setting] or result.cell.mode not in modes for result in results
+    ):
+        raise CheckpointError(f"{folder / CELLS} holds what no comparison wrote: run it again elsewhere")
+
+    def place_of(result: FewShotCellResult) -> tuple[int, int, int]:
+        cell = result.cell
+        return cell.shots, cell.seed, modes.index(cell.mode)
+
+    return FewShotComparison(setting, tuple(sorted(results, key=place_of)))
 
 
 def harmonic_mean(base: float, novel: float) -> float:
@@ -184,5 +227,6 @@ def _row(mode: str, shots: int, cells: Sequence[FewShotCellResult]) -> FewShotRo
     )
 
 
-def _percent(row: FewShotRow, metric: str) -> str:
-    return with_deviation(100 * row.mean[metric], 100 * row.deviation[metric] if row.seeds > 1 else None)
+def _percent(row: FewShotRow, metric: str, seeds: int) -> str:
+    shown = with_deviation(100 * row.mean[metric], 100 * row.deviation[metric] if row.seeds > 1 else None)
+    return shown if row.seeds == seeds else f"{shown} ({row.seeds} seed{'s' * (row.seeds > 1)})"

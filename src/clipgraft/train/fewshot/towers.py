@@ -87,9 +87,10 @@ Measure: TypeAlias = Callable[[OnClasses], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a training made: how many weights it changed, and the accuracy on any classes."""
+    """What a training made: how many weights changed in how many seconds, and the accuracy on any classes."""
 
     weights: int
+    seconds: float
     accuracy: Measure
 
 
@@ -106,9 +107,9 @@ def tuned_by_clip_lora(clip: Clip, job: Job) -> Iterator[Tuned]:
     torch.manual_seed(job.seed)
     apply_lora(clip, CLIP_LORA)
     try:
-        _train(clip, job, job.folder / "run", job.steps)
+        done = _train(clip, job, job.folder / "run", job.steps)
         weights = count_parameters(clip).trainable
-        yield Tuned(weights, lambda test: _by_prompts(clip, test, job.features))
+        yield Tuned(weights, done.seconds, lambda test: _by_prompts(clip, test, job.features))
     finally:
         remove_lora(clip)
 
@@ -126,9 +127,9 @@ def tuned_by_two_stages(clip: Clip, job: Job) -> Iterator[Tuned]:
     """
     with _restored(clip):
         first = max(1, int(job.steps * _FIRST_STAGE))
-        _train(clip, job, job.folder / "norms", first, norms_only=True)
+        norms = _train(clip, job, job.folder / "norms", first, norms_only=True)
         weights = count_parameters(clip).trainable
-        head = _train_classifier(clip, job, max(1, job.steps - first))
+        head, seconds = _train_classifier(clip, job, max(1, job.steps - first))
 
         def accuracy(test: OnClasses) -> float:
             return (
@@ -137,16 +138,19 @@ def tuned_by_two_stages(clip: Clip, job: Job) -> Iterator[Tuned]:
                 else _by_prompts(clip, test, job.features)
             )
 
-        yield Tuned(weights + head.weight.numel(), accuracy)
+        yield Tuned(weights + head.weight.numel(), norms.seconds + seconds, accuracy)
 
 
-def _train_classifier(clip: Clip, job: Job, steps: int) -> Head:
-    """Train a classifier on what the model gives, which stays as it is and is kept by the run before."""
+def _train_classifier(clip: Clip, job: Job, steps: int) -> tuple[Head, float]:
+    """Train a classifier on what the model gives, which stays as it is and is kept by the run before.
+
+    Also returns the seconds that it took.
+    """
     recipe = ClassificationRecipe(job.few, None, job.prompts, HeadArgs(head="cosine"))
     done = _run(clip, job, recipe, job.folder / "classifier", steps, lock_image=True, lock_text=True)
     shutil.rmtree(done.saved) if done.saved.is_dir() else done.saved.unlink()
     assert recipe.head is not None
-    return recipe.head
+    return recipe.head, done.seconds
 
 
 def _train(clip: Clip, job: Job, folder: Path, steps: int, **options: bool) -> FitResult:
