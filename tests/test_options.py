@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 import clipgraft as cg
 from clipgraft.options import Count, Options, Rate, given
+from clipgraft.train.fewshot.args import FewShotArgs
 
 
 class Args(Options):
@@ -91,3 +92,11 @@ def test_options_as_one_mapping() -> None:
         "to": "x",
         "name": "n",
     }
+
+
+def test_a_wrong_item_of_a_list_is_one_fault() -> None:
+    """Of `--shots 0` a second line says that the list is empty, and numbers of places are shown as keys."""
+    faults = FewShotArgs.check({"shots": "1,0", "modes": "clip-lora,tip"})
+    assert isinstance(faults, list)
+    assert [fault.field for fault in faults] == ["modes", "shots"]
+    assert faults[1].text.startswith("got '0', allowed is")

@@ -332,7 +332,10 @@ class Options(BaseModel):
             made = cls.__new__(cls)
             cls.__pydantic_validator__.validate_python(dict(values), self_instance=made)
         except ValidationError as error:
-            return [_fault(cls, item) for item in error.errors()]
+            found = error.errors()
+            # A list that is left empty because its values were wrong is no fault of its own.
+            inner = {item["loc"][:1] for item in found if len(item["loc"]) > 1}
+            return [_fault(cls, item) for item in found if item["loc"] not in inner]
         return made
 
     def replace(self, **changes: Any) -> Self:
@@ -383,7 +386,7 @@ def _fault(kind: type[Options], item: Any) -> Fault:
     message = _PLAIN.get(item["type"], message.replace("String should have", "text with"))
     if item["type"] == "literal_error":
         message = f"one of {item['ctx']['expected']}"
-    key = f" at '{where[1]}'" if len(where) > 1 else ""
+    key = f" at '{where[1]}'" if len(where) > 1 and isinstance(where[1], str) else ""
     return Fault(name, f"got {_short(item['input'])}{key}, allowed is {message}")
 
 

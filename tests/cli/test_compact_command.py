@@ -126,7 +126,7 @@ def test_what_is_refused(hf_folder: Path, texts: Path, cli: Any, tmp_path: Path)
         ([name, tmp_path / "taken", "--text-layers", 1], "exists already and is left as it is"),
         ([name, out, "--text-layers", 3], "--text-layers 3: the text tower has 2; keep 1 to 2"),
         ([name, out, "--text-blocks", "0,2"], "there is no block 2; name some of 0 to 1"),
-        ([name, out, "--text-blocks", "one"], "--text-blocks: got 'one' at '0'"),
+        ([name, out, "--text-blocks", "one"], "--text-blocks: got 'one', allowed is a whole number"),
         ([name, out, "--vocab-size", 9], "72 byte symbols and 2 special tokens"),
         ([name, out, "--vocab-size", 75, "--vocab-from", texts], "the corpus needs 76 tokens"),
         ([name, out, "--vocab-size", 75, "--vocab-lossy"], "--vocab-lossy needs both"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,19 @@ def test_what_cannot_be_compared_is_refused(
     twice = ClassSplits(data.splits.train, data.splits.test, names)
     novel = args.replace(setting="base-to-novel")
     compare_few_shot(clip, FewShotData(twice, data.prompts), novel, out=tmp_path / "two", features=FEATURES)
-    assert "1 names are of a base class and of a novel one, such as blue" in caplog.text
-    with pytest.raises(cg.errors.DataError, match="rename one"):
+    assert "1 name is that of a base class and of a novel one, such as blue" in caplog.text
+    with pytest.raises(cg.errors.DataError, match=r"1 name is that .*: mend that, or drop `strict`"):
         compare_few_shot(clip, FewShotData(twice, data.prompts, strict=True), novel, out=tmp_path / "three")
+
+    seen = Labelled(
+        (data.splits.train.images[0], *data.splits.test.images[1:]), data.splits.test.labels, tuple(COLOURS)
+    )
+    seen_too = FewShotData(ClassSplits(data.splits.train, seen, tuple(COLOURS)), data.prompts)
+    compare_few_shot(clip, seen_too, args, out=tmp_path / "seen", features=FEATURES)
+    assert "1 of 8 test images are among those to draw from" in caplog.text
+    with pytest.raises(cg.errors.DataError, match="1 of 8 test images"):
+        compare_few_shot(clip, replace(seen_too, strict=True), args, out=tmp_path / "four")
+    assert not any((tmp_path / name).exists() for name in ("strict", "three", "four"))
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.md").write_text("mine")

@@ -37,11 +37,14 @@ def run_fewshot(argv: Sequence[str]) -> None:
     _check(spec, args, model, classes)
     from clipgraft.cli.common import load_model
     from clipgraft.models.device import use_autocast
-    from clipgraft.train.fewshot.compare import compare_few_shot
+    from clipgraft.train.fewshot.compare import check_few_shot, compare_few_shot
     from clipgraft.train.run_folder import early_lines
 
     data = _read(spec, args, table, classes)
-    log.info("%s", data.splits)
+    check_few_shot(data, args, spec.out)
+    splits = data.splits
+    images = f"{len(splits.train):,} images to draw from, {len(splits.test):,} to test on"
+    log.info("%d classes: %s", len(splits.names), images)
     with early_lines():
         clip = load_model(model)
         features = features_of(table, use_autocast(model.autocast, clip.device))

@@ -68,7 +68,8 @@ class FewShotData:
         splits: images to draw from, and to test on.
         prompts: one or more of each class.
         draws: images of single draws that somebody shares, by (shots, seed); others are drawn.
-        strict: refuse classes with fewer images than shots, and a class that is base and novel.
+        strict: refuse classes with fewer images than shots, test images that are trained on, and a class that
+            is base and novel.
     """
 
     splits: ClassSplits
@@ -100,18 +101,46 @@ def compare_few_shot(
         AdapterError: the model carries an adapter.
         BusyError: another process is at work in `out`.
         CheckpointError: a cell there was run with other settings, or its record is damaged.
-        ConfigError: `out` holds something else, or the preprocessing is none that can be cropped by.
-        DataError: a class has too few images, and `strict`; an image that cannot be used.
+        ConfigError, DataError: as `check_few_shot`; the preprocessing is none that can be cropped by; an
+            image that cannot be used.
         TrainingError, Interrupted: as `fit_classifier`.
     """
     clip, args = as_clip(model), args or FewShotArgs()
     if lora_state(clip) is not None:
         raise AdapterError("the model carries an adapter: few-shot modes start from a base; remove it")
-    _refuse_other(out)
+    check_few_shot(data, args, out)
+    for doubt, meaning in _doubts(data, args):
+        log.warning("%s: %s", doubt, meaning)
     with sole_owner(out / LOCK, f"comparison {out}", "wait until it ends, or choose another `out`"):
         found = _Comparison(clip, data, args, out, features or FeatureArgs()).run()
         found.write(out)
     return found
+
+
+def check_few_shot(data: FewShotData, args: FewShotArgs, out: Path) -> None:
+    """Find what `compare_few_shot` would refuse, without a model.
+
+    Raises:
+        ConfigError: `out` holds something else, or the setting needs more classes.
+        DataError: prompts or test images of some classes are missing; or `strict`, and a class has too few
+            images, is base and novel, or a test image is among those to draw from.
+    """
+    _refuse_other(out)
+    _tested(data, args)
+    if not data.strict:
+        return
+    for doubt, _ in _doubts(data, args):
+        raise DataError(f"{doubt}: mend that, or drop `strict`")
+    for shots in args.shots:
+        drawn = [seed for seed in args.all_seeds if (shots, seed) not in data.draws]
+        classes = _tested(data, args)[METRICS[args.setting][0]].images.classes
+        train = class_range(data.splits.train, 0, len(classes))
+        short = [name for name, count in zip(train.classes, train.counts(), strict=True) if count < shots]
+        if short and drawn:
+            raise DataError(
+                f"{len(short)} of {len(classes)} classes have fewer than {shots} training images, such as "
+                f"{short[0]}: ask for fewer `shots`, add images, or drop `strict`"
+            )
 
 
 def _refuse_other(out: Path) -> None:
@@ -121,6 +150,24 @@ def _refuse_other(out: Path) -> None:
             raise ConfigError(
                 f"`out={out}` holds what no comparison made ({others[0]}): choose another, or an empty folder"
             )
+
+
+def _doubts(data: FewShotData, args: FewShotArgs) -> list[tuple[str, str]]:
+    """What makes the numbers better than they are, and how."""
+    found = []
+    known = {image.resolve() for image in data.splits.train.images}
+    both = [image for image in data.splits.test.images if image.resolve() in known]
+    if both:
+        told = f"{len(both):,} of {len(data.splits.test):,} test images are among those to draw from"
+        found.append((f"{told}, such as {both[0]}", "the accuracy is in part of what was trained on"))
+    if args.setting == "base-to-novel":
+        base, novel = data.splits.halves()
+        shared = sorted({*base.names} & {*novel.names})
+        if shared:
+            many = "1 name is that" if len(shared) == 1 else f"{len(shared)} names are those"
+            told = f"{many} of a base class and of a novel one, such as {shared[0]}"
+            found.append((told, "the accuracy on novel classes is in part of what was trained on"))
+    return found
 
 
 class _Comparison:
@@ -162,12 +209,6 @@ class _Comparison:
             log.info("%d shots, seed %d: %d images of a published draw", shots, seed, len(shared))
             return class_range(shared, 0, self.classes)
         train = class_range(self.data.splits.train, 0, self.classes)
-        short = [name for name, count in zip(train.classes, train.counts(), strict=True) if count < shots]
-        if short and self.data.strict:
-            raise DataError(
-                f"{len(short)} of {self.classes} classes have fewer than {shots} training images, such as "
-                f"{short[0]}: ask for fewer `shots`, add images, or drop `strict`"
-            )
         return few_shot(train, shots, seed)
 
     def _cell(self, cell: FewShotCell, few: Labelled | None, told: str) -> FewShotCellResult:
@@ -290,25 +331,14 @@ def _tested(data: FewShotData, args: FewShotArgs) -> dict[str, OnClasses]:
     if len(data.splits.names) < 4:
         raise ConfigError("`setting=base-to-novel` needs four classes or more: two to train on, two others")
     base, novel = data.splits.halves()
-    _check_apart(base, novel, data.strict)
+    for half, what in ((base, "base"), (novel, "novel")):
+        if not len(half.test):
+            raise DataError(f"no test image of a {what} class: add some, or use `setting=all`")
     middle = len(base.names)
     return {
         names[0]: OnClasses(base.test, prompts[:middle]),
         names[1]: OnClasses(novel.test, prompts[middle:], trained=False),
     }
-
-
-def _check_apart(base: ClassSplits, novel: ClassSplits, strict: bool) -> None:
-    for half, what in ((base, "base"), (novel, "novel")):
-        if not len(half.test):
-            raise DataError(f"no test image of a {what} class: add some, or use `setting=all`")
-    both = sorted({*base.names} & {*novel.names})
-    if not both:
-        return
-    told = f"{len(both)} names are of a base class and of a novel one, such as {both[0]}"
-    if strict:
-        raise DataError(f"{told}: rename one, or drop `strict`")
-    log.warning("%s: the accuracy on novel classes is in part of what was trained on", told)
 
 
 def _with_harmonic_mean(shares: Mapping[str, float]) -> dict[str, float]:
