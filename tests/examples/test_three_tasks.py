@@ -58,4 +58,5 @@ def test_every_adapter_clearly_wins_its_own_task(run: Callable[..., str], tmp_pa
     scores = table(run(tmp_path))
     for column, task in enumerate(TASKS):
         others = [row[column] for name, row in scores.items() if name != task]
-        assert scores[task][column] >= max(others) + 10, scores
+        # Of 500 pictures five points are more than two standard errors.
+        assert scores[task][column] >= max(others) + 5, scores
