@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ import clipgraft as cg
 from clipgraft.data.augmentation import CropAndFlip, crop_and_flip
 from clipgraft.data.datasets import Labelled
 from clipgraft.lora.state import require_lora
-from clipgraft.models.clip import Clip
+from clipgraft.models.clip import Clip, as_clip
 from clipgraft.train.fewshot import towers
 from clipgraft.train.fewshot.towers import Job, OnClasses, tuned_by_clip_lora, tuned_by_two_stages
 from clipgraft.train.loop import Loop
 from explicit_lora import explicit_run
+from tiny_dual import build as build_dual
+from tiny_siglip import Letters, build_siglip
+from tiny_towers import build_tower
 
 PROMPTS = (("a photo of a cat.",), ("a photo of a dog.",), ("a photo of an owl.",))
 STEPS, LR = 6, 2e-4
@@ -130,8 +134,11 @@ def norms_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
 
 
-def test_2sfs_is_its_published_algorithm(clip: Clip, job: Job, few: Labelled) -> None:
+def test_2sfs_is_its_published_algorithm(
+    clip: Clip, job: Job, few: Labelled, caplog: pytest.LogCaptureFixture
+) -> None:
     """What is called 2SFS tunes other weights than layer norms, its steps are split otherwise."""
+    caplog.set_level("INFO")
     model, pixels = copy.deepcopy(clip.model), pixels_of(clip, few)
     tokens = clip.tokenize([text for texts in PROMPTS for text in texts])
     before = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
@@ -176,7 +183,40 @@ def test_2sfs_is_its_published_algorithm(clip: Clip, job: Job, few: Labelled) ->
     for found, wanted in zip(ours, norms, strict=True):
         torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=0.03 * STEPS * LR)
     torch.testing.assert_close(head, classifier.detach(), rtol=0, atol=0.03 * STEPS * LR)
+    assert "crops every image anew" in caplog.text
+    assert "cache_views" not in caplog.text, "advice that this command has no option for"
     assert tuned.weights == sum(parameter.numel() for parameter in norms) + classifier.numel()
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "SigLIP": build_siglip,
+    **{name: partial(build_tower, name) for name in ("ResNet", "ConvNeXt", "MobileCLIP-B", "CoCa")},
+    **{name: partial(build_dual, name) for name in ("ChineseCLIP", "own towers")},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", [tuned_by_clip_lora, tuned_by_two_stages])
+def test_every_family_is_tuned_and_left_as_it_was(
+    mode: Any, family: str, few: Labelled, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode ends in a traceback with some base, or leaves it changed for the modes after it."""
+    model = FAMILIES[family]()
+    size = getattr(getattr(model, "visual", None), "image_size", None) or (32, 32)
+    size = size if isinstance(size, tuple) else (size, size)
+
+    def whole(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(image.resize(size))).permute(2, 0, 1).float() / 255
+
+    monkeypatch.setattr(towers, "crop_and_flip", lambda preprocess: preprocess)
+    clip = replace(as_clip(model), tokenizer=Letters(), preprocess=whole)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with mode(clip, job) as tuned:
+        assert not all(map(torch.equal, clip.model.state_dict().values(), before.values()))
+        assert 0 <= tuned.accuracy(OnClasses(few, PROMPTS)) <= 1
+    after = clip.model.state_dict()
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(after[name], before[name])] == []
 
 
 def test_a_stopped_training_ends_with_the_same_bits(

@@ -141,12 +141,12 @@ def _file_of(spec: FormSpec) -> str:
 
 
 def save_model(clip: Clip, path: Path, epoch: int) -> Path:
-    """Write all weights: `<path>.pt` as open_clip's checkpoints are, or a transformers folder `<path>`.
+    """Write all weights: a transformers folder `<path>`, else `<path>.pt` as open_clip's checkpoints are.
 
     Returns:
         What was written.
     """
-    if clip.family.name == "open_clip":
+    if clip.family.name != "transformers":
         target = path.with_name(f"{path.name}.pt")
         save_checkpoint(clip, target, epoch)
         return target

@@ -50,8 +50,9 @@ from clipgraft.train.setup import Setup
 log = logging.getLogger("clipgraft")
 _NOT_CACHED = (
     "the image tower is frozen, but `augment` crops every image anew: features are not cached, images are "
-    "decoded and encoded at every step; `cache_views=K` encodes K crops of each once, which is much faster"
+    "decoded and encoded at every step"
 )
+CACHE_VIEWS = "`cache_views=K` would encode K crops of each image once, which is much faster"
 _SHARE = 4
 """At most 1/4 of the memory that is free is filled: rows are there twice while they are put together."""
 
@@ -198,7 +199,8 @@ def _augmented_images(setup: Setup, encoder: Encoder, pairs: Pairs) -> FeatureSo
     """A frozen image tower on random crops."""
     views = setup.train.cache_views
     if views is None:
-        log.info("%s", _NOT_CACHED)
+        log.info(_NOT_CACHED)
+        log.info(CACHE_VIEWS)
         return FrozenImages(LiveImages(encoder))
     log.info("the image tower is frozen: %d augmented views of each image are encoded once", views)
     transform = _transform(setup.clip, augment=True)

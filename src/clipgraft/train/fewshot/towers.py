@@ -8,6 +8,7 @@ Farina et al. 2025, *Rethinking Few-Shot Adaptation of Vision-Language Models in
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +29,13 @@ from clipgraft.lora.inject import apply_lora, remove_lora
 from clipgraft.lora.state import count_parameters
 from clipgraft.models.clip import Clip
 from clipgraft.train.args import HeadArgs, RunArgs, TrainArgs
+from clipgraft.train.inputs import CACHE_VIEWS
+from clipgraft.train.loop import running_statistics
 from clipgraft.train.recipes.classification import ClassificationRecipe
 from clipgraft.train.run import FitResult, run_recipe
 from clipgraft.train.run_folder import started
 
+log = logging.getLogger("clipgraft")
 Prompts: TypeAlias = Sequence[Sequence[str]]
 STEPS_PER_SHOT = {"clip-lora": 500, "2sfs": 300}
 CLIP_LORA = LoraConfig(r=2, alpha=1, dropout=0.25, use_rslora=True, targets="*.*.q+k+v")
@@ -147,7 +151,8 @@ def _train_classifier(clip: Clip, job: Job, steps: int) -> tuple[Head, float]:
     Also returns the seconds that it took.
     """
     recipe = ClassificationRecipe(job.few, None, job.prompts, HeadArgs(head="cosine"))
-    done = _run(clip, job, recipe, job.folder / "classifier", steps, lock_image=True, lock_text=True)
+    with _unsaid(CACHE_VIEWS):  # the protocol crops anew
+        done = _run(clip, job, recipe, job.folder / "classifier", steps, lock_image=True, lock_text=True)
     shutil.rmtree(done.saved) if done.saved.is_dir() else done.saved.unlink()
     assert recipe.head is not None
     return recipe.head, done.seconds
@@ -177,17 +182,30 @@ def _run(
 
 
 @contextlib.contextmanager
+def _unsaid(advice: str) -> Iterator[None]:
+    def keep(record: logging.LogRecord) -> bool:
+        return record.msg != advice
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
+
+@contextlib.contextmanager
 def _restored(clip: Clip) -> Iterator[None]:
-    """Put the layer norms back as they were, and what is trainable."""
-    norms = [p for norm in clip.family.norms(clip.model).values() for p in norm.parameters()]
-    before = [parameter.detach().clone() for parameter in norms]
+    """Put the layer norms back as they were, running statistics of batch norms, and what is trainable."""
+    norms: list[Tensor] = [p for norm in clip.family.norms(clip.model).values() for p in norm.parameters()]
+    changing = [*norms, *running_statistics(clip.model)]
+    before = [tensor.detach().clone() for tensor in changing]
     trainable = [(parameter, parameter.requires_grad) for parameter in clip.model.parameters()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(norms, before, strict=True):
-                parameter.copy_(value)
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
         for parameter, wanted in trainable:
             parameter.requires_grad_(wanted)
 
