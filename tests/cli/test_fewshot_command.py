@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from clipgraft.cli.fewshot import _tell_worse
+from clipgraft.train.fewshot.args import FewShotArgs
+from clipgraft.train.fewshot.results import FewShotCell, FewShotCellResult, FewShotComparison
+
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (255, 0, 0)}
 
 
@@ -64,3 +68,17 @@ def test_wrong_flags_are_one_line(
     done = cli("fewshot", *base, *given, "--out", tmp_path / "out")
     assert done.code == 2
     assert fault in done.err
+
+
+def test_a_mode_below_zero_shot_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A newcomer takes an adapter home that knows less than the base, and is not told what to change."""
+    cells = [FewShotCellResult(FewShotCell("zero-shot"), {"accuracy": 0.5})]
+    cells += [FewShotCellResult(FewShotCell("clip-lora", shots, 1), {"accuracy": 0.4}) for shots in (1, 2)]
+    cells += [FewShotCellResult(FewShotCell("tip-adapter", 1, 1), {"accuracy": 0.4})]
+    cells += [FewShotCellResult(FewShotCell("prolip", 1, 1), {"accuracy": 0.5})]
+    _tell_worse(FewShotComparison("all", tuple(cells)), FewShotArgs())
+    assert caplog.messages == [
+        "clip-lora is below zero-shot with 1, 2 images of each class: 500 steps a shot are too many for this "
+        "base; try --steps-per-shot 50 and another --out",
+        "tip-adapter is below zero-shot with 1 images of each class",
+    ]

@@ -52,6 +52,7 @@ def run_fewshot(argv: Sequence[str]) -> None:
     print()
     show(found.table())
     print()
+    _tell_worse(found, args)
     log.info("wrote %s, results.json and shots-N.json", spec.out / "table.md")
     _draw(found, spec.out)
 
@@ -133,6 +134,23 @@ def _read_images(path: Path, table: TableFlags, classes: PromptFlags, what: str)
     assert images.report is not None
     log.info("%s", images.report.summary())
     return images
+
+
+def _tell_worse(found: FewShotComparison, args: FewShotArgs) -> None:
+    """Warn of modes that end below zero-shot."""
+    from clipgraft.train.fewshot.towers import STEPS_PER_SHOT
+
+    shots: dict[str, list[str]] = {}
+    for row in found.worse:
+        shots.setdefault(row.mode, []).append(str(row.shots))
+    for mode, counts in shots.items():
+        told = f"{mode} is below zero-shot with {', '.join(counts)} images of each class"
+        if mode in STEPS_PER_SHOT:
+            steps = args.steps_per_shot or STEPS_PER_SHOT[mode]
+            told += (
+                f": {steps} steps a shot are too many for this base; try --steps-per-shot {steps // 10 or 1}"
+            )
+        log.warning("%s", told)
 
 
 def _draw(found: FewShotComparison, out: Path) -> None:

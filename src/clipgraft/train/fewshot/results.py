@@ -117,6 +117,13 @@ class FewShotComparison(Result):
         """Images a class that were trained on, in order."""
         return tuple(sorted({result.cell.shots for result in self.cells if result.cell.mode != ZERO_SHOT}))
 
+    @property
+    def worse(self) -> tuple[FewShotRow, ...]:
+        """Rows whose accuracy, or harmonic mean, is below that of zero-shot."""
+        metric = METRICS[self.setting][-1]
+        start = next(row for row in self.rows if row.mode == ZERO_SHOT).mean[metric]
+        return tuple(row for row in self.rows if row.mean[metric] < start)
+
     def table(self) -> Table:
         """Show percent by mode and shots, costs at the most shots, and the papers' own numbers."""
         metrics, rows = METRICS[self.setting], self.rows
