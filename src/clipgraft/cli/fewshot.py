@@ -147,9 +147,8 @@ def _tell_worse(found: FewShotComparison, args: FewShotArgs) -> None:
         told = f"{mode} is below zero-shot with {', '.join(counts)} images of each class"
         if mode in STEPS_PER_SHOT:
             steps = args.steps_per_shot or STEPS_PER_SHOT[mode]
-            told += (
-                f": {steps} steps a shot are too many for this base; try --steps-per-shot {steps // 10 or 1}"
-            )
+            fewer = f"--steps-per-shot {max(1, steps // 10)} and another --out"
+            told += f": {steps} steps a shot are too many for this base; try {fewer}"
         log.warning("%s", told)
 
 
