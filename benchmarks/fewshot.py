@@ -3,7 +3,8 @@
 The embedded base and the 25 classes of its objects, whose prompts name the objects, since the base has never
 read the names of the classes; shots are drawn from 1,200 pictures, 1,500 others in the same styles are tested
 on. All classes with 1, 2, 4, 8 and 16 images of each, and base-to-novel with 4; three seeds. CLIP-LoRA's 500
-steps a shot are hours: `--shots` and `--seeds` take fewer, and the same folder goes on. Prints both tables.
+steps a shot are hours: `--shots` and `--seeds` take fewer, and the same folder goes on; `--steps-per-shot` 50
+was measured too, each in a folder of its own. Prints both tables.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shots", default="1,2,4,8,16")
     parser.add_argument("--novel-shots", default="4")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps-per-shot", type=int, help="default: 500 of CLIP-LoRA, 300 of 2SFS")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     train, test = (
@@ -40,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = cg.train.FewShotData(ClassSplits(train, test, train.classes), prompts)
     features = cg.FeatureArgs(feature_cache=args.folder / "features")
     for setting, shots in (("all", args.shots), ("base-to-novel", args.novel_shots)):
-        options = cg.train.FewShotArgs(setting=setting, shots=shots, seeds=args.seeds)
-        out = args.folder / setting
+        options = cg.train.FewShotArgs(
+            setting=setting, shots=shots, seeds=args.seeds, steps_per_shot=args.steps_per_shot
+        )
+        out = args.folder / f"{setting}-{args.steps_per_shot or 'published'}"
         found = cg.train.compare_few_shot(cg.load("emoji"), data, options, out=out, features=features)
         print(f"\n{found.table().markdown()}", flush=True)
 
