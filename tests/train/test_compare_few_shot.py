@@ -131,6 +131,8 @@ def test_the_table_has_means_deviations_and_their_numbers() -> None:
     assert table.rows == (
         ("zero-shot", "50.0", "0", ""),
         ("clip-lora", "65.0 ± 7.1", "1,234", "2.00"),
-        ("CLIP-LoRA, theirs", "83.0", "", ""),
+        ("clip-lora, theirs", "83.0", "", ""),
     )
     assert "not of this data" in table.note
+    others = FewShotComparison("all", (cells[0], replace(cells[1], cell=FewShotCell("prolip", 16, 1))))
+    assert "theirs" not in others.table().text().lower(), "numbers of a mode that was not compared"
