@@ -263,6 +263,12 @@ def test_classes_by_prompts_and_by_a_trained_head(service: Service, offline: Cli
         assert (found.kind, found.classes) == ("softmax", classes)
         again = service.ask(Classify(items, classes, templates, using))
         assert np.abs(again.probabilities - found.probabilities).max() < 1e-5
+    weighted = service.ask(Classify(items, classes, templates, template_weights=(3.0, 1.0)))
+    prompts = tuple(Text(t.replace("{}", c)) for c in classes for t in templates)
+    vectors = service.ask(Encode((*items, *prompts))).vectors
+    means = np.average(vectors[2:].reshape(3, 2, -1), axis=1, weights=(3, 1))
+    cosines = vectors[:2] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    assert np.abs(weighted.scores - cosines).max() < 1e-6
     found = service.ask(Classify(items, using=With("run")))
     from clipgraft.evaluate.head import load_head
 
@@ -275,6 +281,11 @@ def test_classes_by_prompts_and_by_a_trained_head(service: Service, offline: Cli
     for message, told in (
         (Classify(items), "`classes`: none given"),
         (Classify(items, ("a",), ("no place",)), "`templates`: write {} where the class goes"),
+        (
+            Classify(items, ("a",), ("{}",), template_weights=(1.0, 2.0)),
+            "`template_weights`: got 2 for 1 templates",
+        ),
+        (Classify(items, ("a",), ("{}",), template_weights=(0.0,)), "`template_weights`: each must be 0"),
         (Classify(items, head=True), "`head`: the base has none"),
     ):
         with pytest.raises(ConfigError, match=told.replace("{}", r"\{\}")):

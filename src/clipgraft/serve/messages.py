@@ -92,6 +92,7 @@ class Classify(Message["Classified"]):
         items: texts or images.
         classes: their names; empty for those of the adapter's trained head.
         templates: prompts with `{}` for the class; their unit features are averaged.
+        template_weights: how much each template counts in that mean, 0 or more; empty for all alike.
         using: the adapter.
         head: use the head that was trained with the adapter; None does where there is one and no classes
             are given.
@@ -102,6 +103,7 @@ class Classify(Message["Classified"]):
     templates: tuple[str, ...] = ("{}",)
     using: With = BASE
     head: bool | None = None
+    template_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ def test_classify(client: httpx.Client, offline: Clip) -> None:
     np.testing.assert_allclose(first["probs"], (scale * wanted).softmax(0), atol=1e-4)
     assert first["label"] == classes[int(wanted.argmax())]
     assert [row["index"] for row in found["data"]] == [0, 1]
+    two = {**asked, "templates": ["a {}", "no {}"]}
+    weighted = client.post("/classify", json={**two, "template_weights": [1, 0]}).json()
+    np.testing.assert_allclose(weighted["data"][0]["scores"], wanted, atol=1e-5)
+    alike = client.post("/classify", json=two).json()
+    assert np.abs(np.array(alike["data"][0]["scores"]) - wanted.numpy()).max() > 1e-4
     assert sum(found["data"][1]["probs"]) == pytest.approx(1, abs=1e-5)
 
 
@@ -49,6 +54,9 @@ def test_classify(client: httpx.Client, offline: Clip) -> None:
     [
         ({"templates": ["no place"]}, "templates.0"),
         ({"templates": []}, "templates"),
+        ({"template_weights": [1, 1]}, "template_weights"),
+        ({"template_weights": [0]}, "template_weights"),
+        ({"template_weights": [-1]}, "template_weights.0"),
         ({"classes": ["a", "a"]}, "classes"),
         ({"classes": ["a", ""]}, "classes.1"),
         ({"classes": [f"c{i}" for i in range(65)]}, "classes"),

@@ -20,6 +20,7 @@ from clipgraft.serve.messages import Classified, Classify
 
 router = APIRouter(route_class=JsonRoute, tags=["classify, rank, search"])
 _MOST_PROMPTS = 200_000
+TemplateWeight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Prompt = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -34,6 +35,11 @@ class ClassifyRequest(Strict):
     )
     templates: list[Prompt] = Field(
         ["{}"], min_length=1, max_length=1000, description="Prompts with {} for the class."
+    )
+    template_weights: list[TemplateWeight] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="How much each template counts in the mean of a class; none are all alike.",
     )
     head: bool | None = Field(
         None, description="Use the adapter's trained head; by default where no classes are given."
@@ -82,7 +88,8 @@ async def classify(
     check_count(request, len(asked.classes), "classes")
     items = await read_items(request, given)
     using = await weights(request, asked.model, asked.strength)
-    message = Classify(items, tuple(asked.classes), tuple(asked.templates), using, asked.head)
+    shares = tuple(asked.template_weights)
+    message = Classify(items, tuple(asked.classes), tuple(asked.templates), using, asked.head, shares)
     found = await ask_with(request, message, using)
     return Response(_written(found), media_type="application/json")
 
@@ -92,6 +99,12 @@ def _check_prompts(asked: ClassifyRequest) -> None:
         if "{}" not in template:
             told = f"`templates.{index}`: has no {{}} where the name of the class goes"
             raise RefusedError(400, told, param=f"templates.{index}")
+    if asked.template_weights and len(asked.template_weights) != len(asked.templates):
+        told = f"`template_weights`: {len(asked.template_weights)} for {len(asked.templates)} templates"
+        raise RefusedError(400, f"{told}; give one for each, or none", param="template_weights")
+    if asked.template_weights and not any(asked.template_weights):
+        told = "`template_weights`: all are 0; give one above 0"
+        raise RefusedError(400, told, param="template_weights")
     if len(asked.templates) * len(asked.classes) > _MOST_PROMPTS:
         told = f"`templates`: times `classes` are more than {_MOST_PROMPTS:,} prompts; give fewer"
         raise RefusedError(400, told, param="templates")
