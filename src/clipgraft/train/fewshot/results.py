@@ -31,7 +31,7 @@ PUBLISHED: Mapping[Setting, tuple[tuple[str, str, int, float], ...]] = {
 }
 """What the papers of CLIP-LoRA and 2SFS say of ViT-B/16: the mean of eleven sets, in percent."""
 _THEIRS = "Theirs: what their papers say of CLIP ViT-B/16, the mean of eleven sets, not of this data."
-_COSTS = "Trained weights and seconds: with the most shots."
+_COSTS = "Trained weights and seconds: of each mode with its most shots."
 _BLIND = ("tip-adapter", "tip-adapter-f", "linear-probe")
 """Modes that know nothing of classes without training images."""
 
