@@ -126,15 +126,14 @@ def check_few_shot(data: FewShotData, args: FewShotArgs, out: Path) -> None:
             images, is base and novel, or a test image is among those to draw from.
     """
     _refuse_other(out)
-    _tested(data, args)
+    classes = next(iter(_tested(data, args).values())).images.classes
     if not data.strict:
         return
     for doubt, _ in _doubts(data, args):
         raise DataError(f"{doubt}: mend that, or drop `strict`")
+    train = class_range(data.splits.train, 0, len(classes))
     for shots in args.shots:
         drawn = [seed for seed in args.all_seeds if (shots, seed) not in data.draws]
-        classes = _tested(data, args)[METRICS[args.setting][0]].images.classes
-        train = class_range(data.splits.train, 0, len(classes))
         short = [name for name, count in zip(train.classes, train.counts(), strict=True) if count < shots]
         if short and drawn:
             raise DataError(
