@@ -35,9 +35,10 @@ from clipgraft.report.examples import (
 from clipgraft.report.page import Section
 from clipgraft.report.runs import Run, read_sources, run_of
 from clipgraft.train.args import RunArgs
+from clipgraft.train.cells import write_finished
 from clipgraft.train.checkpoint import Position
 from clipgraft.train.run_folder import RunFolder
-from clipgraft.train.sweep import Cell, CellResult, read_cell, write_cell
+from clipgraft.train.sweep import Cell, CellResult, read_cell
 from fuzz.mutate import damaged, odd_json
 from fuzz.subject import Subject
 from fuzz.tables import pictures
@@ -146,7 +147,7 @@ def sweep(folder: Path) -> Subject:
     ]
     settings = {"epochs": 2, "lr": 1e-3, "metrics": list(METRICS)}
     for cell in cells:
-        write_cell(folder / "cells" / cell.name, CellResult(cell, METRICS, 10, 100, 1.5, 300.0), settings)
+        write_finished(folder / "cells" / cell.name, CellResult(cell, METRICS, 10, 100, 1.5, 300.0), settings)
     names = [f"cells/{cell.name}/cell.json" for cell in cells]
     rows = [
         {

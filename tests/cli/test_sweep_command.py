@@ -164,7 +164,7 @@ def test_what_is_forgotten_is_a_column(
     ("words", "message"),
     [
         (["--targets", "nonsense"], "'nonsense' matches no site"),
-        (["--lora-r", "4,0"], "--lora-r: got '0' at"),
+        (["--lora-r", "4,0"], "--lora-r: got '0', allowed is greater than or equal to 1"),
         (["--lora-r", "4,4"], "must not name the same thing twice"),
         (["--seeds", "0"], "--seeds: got '0'"),
         (["--head", "linear"], "--head given without --task classification"),
