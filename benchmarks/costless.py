@@ -78,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     logging.getLogger("clipgraft").setLevel(logging.WARNING)
     world = World.at(args.folder)
-    parts: dict[str, Callable[[], object]] = {
+    parts: dict[str, Callable[[], None]] = {
         "modes": lambda: feature_modes(world),
         "prompts": lambda: weigh_prompts(world),
-        "averages": lambda: [averages(world, args.folder / "runs", *run) for run in _RUNS],
+        "averages": lambda: averages(world, args.folder / "runs"),
     }
-    for name, run in parts.items():
+    for name, make in parts.items():
         if args.only in (None, name):
-            run()
+            make()
 
 
 def feature_modes(world: World) -> None:
@@ -141,7 +141,13 @@ def weigh_prompts(world: World) -> None:
             )
 
 
-def averages(world: World, folder: Path, shots: int, epochs: int) -> None:
+def averages(world: World, folder: Path) -> None:
+    """Both sets of runs, of many pictures and of few."""
+    for shots, epochs in _RUNS:
+        average_of_seeds(world, folder, shots, epochs)
+
+
+def average_of_seeds(world: World, folder: Path, shots: int, epochs: int) -> None:
     """Metrics of three seeds' adapters, of their mean, and of their average, whole and cut."""
     few = cg.data.few_shot(world.splits["train"], shots, 0)
     names = [f"{shots}-{seed}" for seed in _SEEDS]

@@ -10,6 +10,7 @@ step is from the speed at which this machine multiplies matrices of its shapes.
 from __future__ import annotations
 
 import csv
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def main() -> None:
         ("the model's own forward", stock, rows * width),
         ("the engine", encoder.encode_text, len(packed.tokens)),
     ):
-        _report(name, lambda encode=encode: _step(encode, tokens), nodes, nodes * products)
+        _report(name, functools.partial(_step, encode, tokens), nodes, nodes * products)
 
 
 def _captions(count: int) -> list[str]:
@@ -96,7 +97,7 @@ def _report(name: str, step: Callable[[], None], nodes: int, operations: int) ->
     )
 
 
-def _timed(step: Callable[[], None]) -> float:
+def _timed(step: Callable[[], object]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started

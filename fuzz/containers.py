@@ -69,7 +69,8 @@ def _sample(number: int, data: bytes) -> list[tuple[str, bytes]]:
 
 def images_in_parquet(folder: Path) -> Subject:
     """Damage Parquet files with images in them."""
-    cells = [{"bytes": data, "path": name} for name, data in zip(NAMES, _content(folder), strict=True)]
+    content = zip(NAMES, _content(folder), strict=True)
+    cells: list[dict[str, object]] = [{"bytes": data, "path": name} for name, data in content]
     cells[1]["bytes"] = None
     folder.mkdir()
     path = folder / "t.parquet"

@@ -76,7 +76,9 @@ def render(shown: Section, with_examples: bool = False) -> str:
     def drawn(*_: object, **__: object) -> str:
         return "<svg></svg>"
 
-    plots = dict.fromkeys(("curves", "loss", "against_weights", "by_targets", "matrix"), drawn)
+    plots: dict[str, Any] = dict.fromkeys(
+        ("curves", "loss", "against_weights", "by_targets", "matrix"), drawn
+    )
     with mock.patch.multiple(charts, **plots), mock.patch.object(page, "_environment", _environment):
         return page.render([shown], with_examples=with_examples, retained="", now=NOON)
 

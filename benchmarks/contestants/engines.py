@@ -92,7 +92,7 @@ def compare(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
-    clip = cg.load(model, **({} if model == "emoji" else {"pretrained": "none", "seed": 0})).eval()
+    clip = cg.load(model, None if model == "emoji" else "none").eval()
     scenes = EmojiScenes("test", images, 0) if model == "emoji" else None
     if scenes is not None:
         preprocess = clip.require_preprocess()

@@ -109,7 +109,7 @@ def by_usearch(folder: str, rows: int, dim: int, queries: int, dtype: str) -> di
         index.save(str(place))
         seconds = time.perf_counter() - started
     del index
-    found = Index.restore(str(place), view=True)
+    found: Any = Index.restore(str(place), view=True)
     return {
         "build_seconds": seconds,
         "build_bytes": most[0],

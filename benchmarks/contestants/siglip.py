@@ -74,7 +74,7 @@ def peft(towers: str, rows: int, warmup: int, steps: int, bf16: str = "") -> dic
     sites = rf"{inside}\.encoder\.layers\.\d+\.self_attn\.({'|'.join(_MODULES)})"
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sites)
     model = get_peft_model(base().to(dtype), config, autocast_adapter_dtype=False).train()
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
 
     def image(given: Tensor) -> Tensor:
         found: Tensor = given if towers == "text" else inner.get_image_features(given).pooler_output

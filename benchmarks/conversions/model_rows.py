@@ -235,7 +235,7 @@ def _cut(world: World) -> Outcome:
     """Compute the Frobenius error of a cut in fp64, from the weights."""
     clip, updates = _two(world)
     made = cg.combine_adapters(clip, _SUM, "small", rank=_CUT)
-    layers = require_lora(clip).adapters["small"].layers
+    layers: Mapping[Any, Any] = require_lora(clip).adapters["small"].layers
     lost = whole = 0.0
     for site, layer in layers.items():
         exact = torch.zeros(layer.lora_B.shape[0], layer.lora_A.shape[1], dtype=torch.float64)

@@ -139,7 +139,7 @@ def make_world(folder: Path, tiny: bool = False) -> World:
     for row in range(_ROWS):
         ids[row, 0], ids[row, 9 + row], ids[row, 10 + row :] = START, END, 0
     pixels = torch.randn(_ROWS, 3, size, size, generator=generator)
-    bases = {"open_clip": clip.eval(), "transformers": to_transformers(clip).eval()}
+    bases = {"open_clip": clip.eval(), "transformers": cg.Clip.over(to_transformers(clip)).eval()}
     return World(bases, arch, pixels, ids, folder)
 
 

@@ -36,7 +36,7 @@ def timed_steps(
         with torch.autocast(bench.device, torch.bfloat16, enabled=autocast):
             loss = loss_of(batch)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     marks.append(bench.now())
@@ -62,7 +62,8 @@ def ours(bench: Bench, targets: str, batch: int, autocast: bool, compile_it: boo
     pixels = pixels.to(bench.device)
     with torch.no_grad():
         known = encoder.encode_image(pixels) if targets.startswith("text") else None
-    encode_text, encode_image = encoder.encode_text, encoder.encode_image
+    encode_text: Callable[[Tensor], Tensor] = encoder.encode_text
+    encode_image: Callable[[Tensor], Tensor] = encoder.encode_image
     if compile_it:
         (encode_text(ids).sum() + encode_image(pixels).sum()).backward()  # prepares the weights
         clip.model.zero_grad()

@@ -34,6 +34,7 @@ from benchmarks.settings import WORK
 
 _LOGS = WORK / "serve"
 _OURS, _THEIRS = "clipgraft", "infinity"
+_SENT = ("texts", "images", "both")
 _INFINITY_FLAGS = {
     "fp32": ("--engine", "torch", "--dtype", "float32", "--no-bettertransformer"),
     "bf16": ("--engine", "torch", "--dtype", "bfloat16", "--no-bettertransformer"),
@@ -119,10 +120,10 @@ def _beside_infinity(plan: Plan, python: Path | None, watch: Watch) -> list[str]
             shown = image_requests(server.path, [HF_BASE.name] * len(files), files)
             both = [each for pair in zip(written, shown * 8, strict=True) for each in pair]
             requests[name] = {"texts": written, "images": shown, "both": both}
-            for kind in requests[name].values():
-                run_clients(server.port, kind, 16, 2.0)
+            for sent in requests[name].values():
+                run_clients(server.port, sent, 16, 2.0)
         for number in range(plan.rounds):
-            for kind in ("texts", "images", "both"):
+            for kind in _SENT:
                 for clients in plan.clients:
                     for name, server in running.items():
                         what = f"{name}, {kind}, {clients} clients"
@@ -138,7 +139,7 @@ def _beside_infinity(plan: Plan, python: Path | None, watch: Watch) -> list[str]
     ]
     header = ("", "start to first answer, s", "idle MB", "MB at the end")
     parts = ["## Beside infinity", markdown_table(Table(header, tuple(rows)))]
-    for kind in ("texts", "images", "both"):
+    for kind in _SENT:
         parts += [f"**{kind.capitalize()}**", markdown_table(_peers(found, kind, plan, list(starts)))]
     return parts
 

@@ -53,6 +53,7 @@ def _make_copies(count: int) -> None:
         cg.load_adapter(clip, _FOLDER / "adapters" / f"a{number:04}")
         cg.merge_lora(clip)
         cg.lora.remove_lora(clip, keep_merged=True)
-        clip.model.save_pretrained(place)
+        model: Any = clip.model
+        model.save_pretrained(place)
         clip_tokenizer().save_pretrained(place)
         CLIPImageProcessor().save_pretrained(place)

@@ -68,6 +68,8 @@ def test_it_learns_the_classes(
     loaded, classes = load_head(result.folder / "head")
     assert classes == data.classes
     assert loaded.kind == head
+    of_head = sum(parameter.numel() for parameter in loaded.parameters())
+    assert result.trainable == cg.count_parameters(clip).lora + of_head
 
 
 def test_a_head_alone(make_clip: Any, data: Labelled, tmp_path: Path) -> None:
@@ -75,7 +77,6 @@ def test_a_head_alone(make_clip: Any, data: Labelled, tmp_path: Path) -> None:
     clip = make_clip()
     zero_shot = evaluate_classification(clip, data, PROMPTS)
     options = {**OPTIONS, "lock_image": True, "lock_text": True}
-    clip.logit_scale.requires_grad_(False)
     result = fit_classifier(
         clip,
         data,
@@ -83,6 +84,7 @@ def test_a_head_alone(make_clip: Any, data: Labelled, tmp_path: Path) -> None:
         **groups(prompts=PROMPTS, out=tmp_path / "run", head="linear", **{**options, "lr": 1e-12}),
     )
     assert result.history[0]["loss"] == pytest.approx(zero_shot.metrics["loss"], rel=1e-3)
+    assert result.trainable == 3 * load_head(result.folder / "head")[0].weight.shape[1] + 3  # and biases
     with pytest.raises(cg.errors.ConfigError, match="nothing to train"):
         fit_classifier(make_clip(), data, **groups(prompts=PROMPTS, out=tmp_path / "none", **options))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -32,6 +32,9 @@ from clipgraft.models.sites import TOWERS, Site, SiteRef, Tower
 from clipgraft.models.vision_text import VisionTextFamily
 from clipgraft.pictures import open_image
 from clipgraft.process_memory import drop_mapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Picture: TypeAlias = str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]
 Images: TypeAlias = Picture | Sequence[Picture]
@@ -266,15 +269,15 @@ class Clip:
         ends = self.family.text_ends(self.model, tokens) if len(tokens) else None
         return tokens if ends is None else tokens[:, : int(ends.max()) + 1]
 
-    def eval(self) -> Clip:
+    def eval(self) -> Self:
         self.model.eval()
         return self
 
-    def train(self, mode: bool = True) -> Clip:
+    def train(self, mode: bool = True) -> Self:
         self.model.train(mode)
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Clip:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         self.model.to(*args, **kwargs)
         return self
 

@@ -25,7 +25,7 @@ from clipgraft.errors import ConfigError, TrainingError
 from clipgraft.evaluate.bootstrap import Measured
 from clipgraft.evaluate.metrics import REPORTED, Metrics, headline, metric_column
 from clipgraft.lora.initialization import changes_nothing, is_new, start_from_data
-from clipgraft.lora.state import count_parameters, lora_state, require_unmerged
+from clipgraft.lora.state import lora_state, require_unmerged
 from clipgraft.models.clip import Clip, ClipLike, as_clip
 from clipgraft.models.export import size_on_disk
 from clipgraft.models.lone_tower import check_has_tower
@@ -60,7 +60,7 @@ class FitResult(Result):
         folder: the run folder.
         saved: the adapter folder, or the fine-tuned model.
         bytes: size of `saved`.
-        trainable: number of trained weights.
+        trainable: number of trained weights, those of a classifier among them.
         seconds: of all parts of the run, encoding and evaluation included; what a kill undid is left out.
         history: metrics of every evaluated epoch of the run, those before a resume included.
         base: metrics before the first step; None without validation data.
@@ -187,7 +187,7 @@ class _Run:
         setup, recipe, world = self.setup, self.recipe, self.setup.world
         with self.stages.timed("encoding what is constant"):
             what = self._subject()
-        trained = what.module
+        self.trained = trained = what.module
         begun = self._beginning()
         with self.stages.timed("trials"):
             objective = self._choose(what)
@@ -340,7 +340,7 @@ class _Run:
             folder=self.folder.path,
             saved=saved,
             bytes=size_on_disk(saved),
-            trainable=count_parameters(clip).trainable,
+            trainable=sum(p.numel() for p in self.trained.parameters() if p.requires_grad),
             seconds=seconds,
             history=history,
             base=self.validation.before,
