@@ -78,7 +78,7 @@ def test_a_mode_below_zero_shot_is_said(caplog: pytest.LogCaptureFixture) -> Non
     cells += [FewShotCellResult(FewShotCell("prolip", 1, 1), {"accuracy": 0.5})]
     _tell_worse(FewShotComparison("all", tuple(cells)), FewShotArgs())
     assert caplog.messages == [
-        "clip-lora is below zero-shot with 1, 2 images of each class: 500 steps a shot are too many for this "
-        "base; try --steps-per-shot 50 and another --out",
-        "tip-adapter is below zero-shot with 1 images of each class",
+        "clip-lora is below zero-shot at --shots 1,2: 500 steps a shot are too many for this base; try "
+        "--steps-per-shot 50 and another --out",
+        "tip-adapter is below zero-shot at --shots 1",
     ]

@@ -144,7 +144,7 @@ def _tell_worse(found: FewShotComparison, args: FewShotArgs) -> None:
     for row in found.worse:
         shots.setdefault(row.mode, []).append(str(row.shots))
     for mode, counts in shots.items():
-        told = f"{mode} is below zero-shot with {', '.join(counts)} images of each class"
+        told = f"{mode} is below zero-shot at --shots {','.join(counts)}"
         if mode in STEPS_PER_SHOT:
             steps = args.steps_per_shot or STEPS_PER_SHOT[mode]
             fewer = f"--steps-per-shot {max(1, steps // 10)} and another --out"
