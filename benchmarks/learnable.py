@@ -73,7 +73,7 @@ def spread(model: nn.Module, pixels: Tensor) -> None:
     size = visual.proj.shape
     whole = torch.eye(size[0])
     visual.proj = nn.Parameter(whole)
-    states = torch.cat([visual(part) for part in pixels.split(32)]).double()
+    states = torch.cat([visual(part) for part in pixels.split(32)]).double()  # type: ignore[no-untyped-call]
     centre = torch.nn.functional.normalize(states.mean(0), dim=0)
     apart = states - states.mean(0)
     apart -= (apart @ centre)[:, None] * centre

@@ -73,7 +73,7 @@ def _captions(count: int) -> list[str]:
 def _step(encode: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
     features = F.normalize(encode(tokens).float(), dim=-1)
     target = torch.linspace(-1, 1, features.numel()).view_as(features)
-    (features * target).sum().backward()
+    (features * target).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _report(name: str, step: Callable[[], None], nodes: int, operations: int) -> None:

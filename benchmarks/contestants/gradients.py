@@ -30,7 +30,7 @@ def compare(table: str, rows: int) -> dict[str, Any]:
     ids = torch.arange(rows)
     pair_loss = SoftmaxLoss(clip.logit_scale)
     loss = pair_loss(clip.encode_image(pixels), clip.encode_text(captions), ids, ids)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
 
     with tempfile.TemporaryDirectory() as folder:
         weights = cg.save_adapter(clip, Path(folder) / "weights")

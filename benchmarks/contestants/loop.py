@@ -50,7 +50,7 @@ def timed_steps(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = loss_of(batch)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
         now = time.perf_counter()

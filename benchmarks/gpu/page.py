@@ -63,10 +63,10 @@ def _cells(values: Values) -> list[str]:
 def _speed(values: Values) -> float:
     """Return a number that is higher where more is done in a second."""
     if "epochs" in values:
-        return 1 / statistics.median(values["epochs"][1:])
+        return 1 / float(statistics.median(values["epochs"][1:]))
     if "images_per_second" in values:
         return float(values["images_per_second"])
-    return 1 / statistics.median(values["step_seconds"])
+    return 1 / float(statistics.median(values["step_seconds"]))
 
 
 def _mixed_table(bench: Bench, values: Values) -> list[str]:

@@ -36,7 +36,7 @@ def timed_steps(
         with torch.autocast(bench.device, torch.bfloat16, enabled=autocast):
             loss = loss_of(batch)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.detach())
     marks.append(bench.now())
@@ -65,7 +65,7 @@ def ours(bench: Bench, targets: str, batch: int, autocast: bool, compile_it: boo
     encode_text: Callable[[Tensor], Tensor] = encoder.encode_text
     encode_image: Callable[[Tensor], Tensor] = encoder.encode_image
     if compile_it:
-        (encode_text(ids).sum() + encode_image(pixels).sum()).backward()  # prepares the weights
+        (encode_text(ids).sum() + encode_image(pixels).sum()).backward()  # type: ignore[no-untyped-call]  # prepares the weights
         clip.model.zero_grad()
         encode_text, encode_image = compiled(encoder)
 

@@ -7,7 +7,8 @@ of its own, and replicas of Ray Serve (`clipgraft.serve.ray_app`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -104,6 +105,17 @@ class Classify(Message["Classified"]):
     using: With = BASE
     head: bool | None = None
     template_weights: tuple[float, ...] = ()
+
+
+def weights_fault(weights: Sequence[float], templates: Sequence[str]) -> str:
+    """What is wrong with the weights of templates, or ""; no weights are all alike."""
+    if weights and len(weights) != len(templates):
+        told = f"got {len(weights)} for {len(templates)} templates; give one for each, or none"
+    elif weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        told = "each must be 0 or more and finite, and one above 0"
+    else:
+        return ""
+    return f"`template_weights`: {told}"
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ from clipgraft.serve.messages import (
     UnloadAdapter,
     Vectors,
     With,
+    weights_fault,
 )
 from clipgraft.serve.prepare import Prepared, Preparer, all_of
 from clipgraft.serve.registry import AdapterRegistry, Loaded
@@ -346,7 +347,9 @@ class Service:
         wrong = [template for template in templates if "{}" not in template]
         if wrong or not templates:
             raise ConfigError(f"`templates`: write {{}} where the class goes, got {(wrong or ['none'])[0]!r}")
-        weights = _template_weights(message)
+        weights = message.template_weights
+        if fault := weights_fault(weights, templates):
+            raise ConfigError(fault)
         owner = loaded if loaded is not None and strength and loaded.touches("text") else None
         key = (id(owner), strength if owner else 1.0, classes, templates, weights)
         found = self._classes.get(key)
@@ -464,16 +467,6 @@ class _ClassCache:
 
 def _cost(owner: Loaded | None, vectors: Vectors) -> int:
     return vectors.nbytes + (0 if owner is None else owner.nbytes)
-
-
-def _template_weights(message: Classify) -> tuple[float, ...]:
-    weights = message.template_weights
-    if weights and len(weights) != len(message.templates):
-        told = f"{len(weights)} for {len(message.templates)} templates"
-        raise ConfigError(f"`template_weights`: got {told}; give one for each, or none")
-    if weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        raise ConfigError("`template_weights`: each must be 0 or more and finite, and one above 0")
-    return weights
 
 
 async def _now(value: Answer) -> Answer:

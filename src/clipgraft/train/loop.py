@@ -83,6 +83,10 @@ class Loop:
         """Of all parts of the run so far."""
         return self.before + time.perf_counter() - self.began
 
+    def trained_weights(self) -> int:
+        """How many weights some step has moved; those that never got a gradient are left out."""
+        return sum(parameter.numel() for parameter in self.optimizer.state)
+
     def run(self, folder: RunFolder | SilentFolder, resume: bool = False) -> None:
         """Train to the last epoch, or to the one that is `enough`; all that it writes is in `folder`.
 

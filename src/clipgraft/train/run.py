@@ -187,7 +187,7 @@ class _Run:
         setup, recipe, world = self.setup, self.recipe, self.setup.world
         with self.stages.timed("encoding what is constant"):
             what = self._subject()
-        self.trained = trained = what.module
+        trained = what.module
         begun = self._beginning()
         with self.stages.timed("trials"):
             objective = self._choose(what)
@@ -203,7 +203,7 @@ class _Run:
         world.send([p for p in trained.parameters() if p.requires_grad] + running_statistics(trained))
         with self.stages.timed("strength"):
             swept = self._sweep_strength(begun)
-        result = world.on_rank0(lambda: self._finish(kept, loop.seconds(), swept))
+        result = world.on_rank0(lambda: self._finish(kept, loop, swept))
         if world.is_rank0:
             recipe.save(self.folder.path)
         return result
@@ -322,7 +322,7 @@ class _Run:
         return known
 
     def _finish(
-        self, kept: int | None, seconds: float, swept: tuple[StrengthCurve, Measured] | None
+        self, kept: int | None, loop: Loop, swept: tuple[StrengthCurve, Measured] | None
     ) -> FitResult:
         """Save what came of the run, and say what it bought; the model has the weights of epoch `kept`."""
         assert isinstance(self.folder, RunFolder)
@@ -340,8 +340,8 @@ class _Run:
             folder=self.folder.path,
             saved=saved,
             bytes=size_on_disk(saved),
-            trainable=sum(p.numel() for p in self.trained.parameters() if p.requires_grad),
-            seconds=seconds,
+            trainable=loop.trained_weights(),
+            seconds=loop.seconds(),
             history=history,
             base=self.validation.before,
             best_epoch=epoch,

@@ -16,7 +16,7 @@ from clipgraft.serve.api.examples import PIXEL, named
 from clipgraft.serve.api.failures import BODY_STATUSES, RefusedError, statuses
 from clipgraft.serve.api.images import read_items
 from clipgraft.serve.api.schemas import Model, OneOrMore, Shape, Strength, Strict
-from clipgraft.serve.messages import Classified, Classify
+from clipgraft.serve.messages import Classified, Classify, weights_fault
 
 router = APIRouter(route_class=JsonRoute, tags=["classify, rank, search"])
 _MOST_PROMPTS = 200_000
@@ -99,11 +99,7 @@ def _check_prompts(asked: ClassifyRequest) -> None:
         if "{}" not in template:
             told = f"`templates.{index}`: has no {{}} where the name of the class goes"
             raise RefusedError(400, told, param=f"templates.{index}")
-    if asked.template_weights and len(asked.template_weights) != len(asked.templates):
-        told = f"`template_weights`: {len(asked.template_weights)} for {len(asked.templates)} templates"
-        raise RefusedError(400, f"{told}; give one for each, or none", param="template_weights")
-    if asked.template_weights and not any(asked.template_weights):
-        told = "`template_weights`: all are 0; give one above 0"
+    if told := weights_fault(asked.template_weights, asked.templates):
         raise RefusedError(400, told, param="template_weights")
     if len(asked.templates) * len(asked.classes) > _MOST_PROMPTS:
         told = f"`templates`: times `classes` are more than {_MOST_PROMPTS:,} prompts; give fewer"

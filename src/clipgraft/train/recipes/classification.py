@@ -108,8 +108,6 @@ class ClassificationRecipe(Recipe):
             )
         scale = float(clip.logit_scale.detach().exp())
         self.head = Head(kind, self._prototypes(inputs), scale).to(clip.device)
-        for parameter in clip.temperature.values():
-            parameter.requires_grad_(False)  # the head has a scale of its own
         return Headed(clip, inputs.images, self.head, classes, weights)
 
     def measure(self, inputs: Inputs) -> Measured:
