@@ -206,3 +206,13 @@ def test_what_is_refused(adapters: dict[str, Path], base: list[str], cli: Any, t
         assert message in outcome.err
         assert len(outcome.err.splitlines()) == (1 if words else 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chạy", "taken"]
+
+
+def test_what_has_no_flag_is_named_by_its_place(cli: Any) -> None:
+    """`--out`, from habit, is answered with "did you mean --out?"."""
+    outcome = cli("merge", "--adapter", "a,b", "--out", "c", "--average")
+    assert outcome.code == 2
+    assert outcome.err.splitlines() == [
+        "clipgraft: --adapter: there is no such flag (did you mean ADAPTERS, which takes no flag?)",
+        "clipgraft: --out: there is no such flag (did you mean OUT, which takes no flag?)",
+    ]

@@ -95,7 +95,7 @@ def build_options(
         ConfigError: every fault of every group, one line each: the flag, what was given, what is allowed.
     """
     groups = grouped(kinds)
-    known = [name for group in groups for name in group.fields]
+    known = {group.named(name): group.label(name) for group in groups for name in group.offered}
     strange = [*unknown_flags, *(flag(name) for name in values if name not in known)]
     faults = [_unknown(given, known) for given in strange]
     made: list[Options] = []
@@ -125,9 +125,10 @@ def _told(group: Group, fault: Fault) -> str:
     return f"{group.label(fault.field)}{joint}{fault.text}"
 
 
-def _unknown(given: str, known: Sequence[str]) -> str:
-    close = nearest(given.lstrip("-").replace("-", "_").lower(), known)
-    hint = f" (did you mean {' or '.join(map(flag, close))}?)" if close else ""
+def _unknown(given: str, known: Mapping[str, str]) -> str:
+    close = [known[name] for name in nearest(given.lstrip("-").replace("-", "_").lower(), list(known))]
+    close = [label if label.startswith("-") else f"{label}, which takes no flag" for label in close]
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     shown = given if given.isprintable() else repr(given)[1:-1]
     return f"{shown}: there is no such flag{hint}"
 
